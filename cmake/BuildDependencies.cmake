@@ -1,0 +1,39 @@
+# Headers that come from PyPI at build time (build requirements in pyproject.toml): found through
+# the interpreter that builds, so that a plain virtual environment is enough.
+
+function(weightlift_python_path expression result)
+  execute_process(COMMAND ${Python_EXECUTABLE} -c "${expression}" OUTPUT_VARIABLE output
+                  ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
+  set(${result} "${output}" PARENT_SCOPE)
+endfunction()
+
+# nlohmann/json.hpp
+weightlift_python_path(
+  "import nlohmann_json, pathlib; print(pathlib.Path(nlohmann_json.__file__).parent / 'include')"
+  json_hint)
+find_path(WEIGHTLIFT_JSON_INCLUDE nlohmann/json.hpp HINTS ${json_hint})
+if(NOT WEIGHTLIFT_JSON_INCLUDE)
+  message(FATAL_ERROR "nlohmann/json.hpp not found: pip install nlohmann-json")
+endif()
+add_library(weightlift_json INTERFACE)
+target_include_directories(weightlift_json SYSTEM INTERFACE ${WEIGHTLIFT_JSON_INCLUDE})
+
+# cuda.h, for prototypes alone
+weightlift_python_path(
+  "import nvidia, pathlib; print(pathlib.Path(next(iter(nvidia.__path__))) / 'cu13/include')"
+  cuda_hint)
+find_path(WEIGHTLIFT_CUDA_INCLUDE cuda.h
+          HINTS ${cuda_hint} /usr/local/cuda/include ENV CUDA_HOME PATH_SUFFIXES include)
+if(NOT WEIGHTLIFT_CUDA_INCLUDE)
+  message(FATAL_ERROR "cuda.h not found: pip install nvidia-cuda-runtime==13.0.96")
+endif()
+file(STRINGS ${WEIGHTLIFT_CUDA_INCLUDE}/cuda.h cuda_version REGEX "^#define CUDA_VERSION ")
+string(REGEX REPLACE "[^0-9]" "" cuda_version "${cuda_version}")
+if(cuda_version LESS 13000)
+  message(FATAL_ERROR "${WEIGHTLIFT_CUDA_INCLUDE}/cuda.h is of CUDA ${cuda_version}; 13.0 or newer "
+                      "is needed: pip install nvidia-cuda-runtime==13.0.96")
+endif()
+# Copied alone: the toolkit's folder holds thousands of headers that nothing here may include.
+file(COPY ${WEIGHTLIFT_CUDA_INCLUDE}/cuda.h DESTINATION ${CMAKE_BINARY_DIR}/cuda_header)
+add_library(weightlift_cuda_header INTERFACE)
+target_include_directories(weightlift_cuda_header SYSTEM INTERFACE ${CMAKE_BINARY_DIR}/cuda_header)

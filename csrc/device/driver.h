@@ -1,0 +1,85 @@
+// The CUDA driver as a table of function pointers, found with dlopen at first use and never at
+// import: one build runs with and without a GPU, and no CUDA library is linked.
+#pragma once
+
+#include <cuda.h>
+
+#include <memory>
+#include <string>
+
+#include "result.h"
+
+namespace weightlift::device {
+
+// X(name, version): a driver function and the CUDA version whose prototype cuda.h gives it. The
+// header renames (cuMemcpyHtoDAsync is _v2 in it), so the type is taken from the header's name and
+// the symbol from cuGetProcAddress with that version.
+#define WL_DRIVER_REQUIRED(X)          \
+  X(cuInit, 2000)                      \
+  X(cuDriverGetVersion, 2020)          \
+  X(cuGetErrorName, 6000)              \
+  X(cuGetErrorString, 6000)            \
+  X(cuDeviceGetCount, 2000)            \
+  X(cuDeviceGet, 2000)                 \
+  X(cuDeviceGetName, 2000)             \
+  X(cuDeviceGetAttribute, 2000)        \
+  X(cuDeviceTotalMem, 3020)            \
+  X(cuDevicePrimaryCtxRetain, 7000)    \
+  X(cuDevicePrimaryCtxRelease, 11000)  \
+  X(cuDevicePrimaryCtxGetState, 7000)  \
+  X(cuCtxPushCurrent, 4000)            \
+  X(cuCtxPopCurrent, 4000)             \
+  X(cuCtxSynchronize, 2000)            \
+  X(cuStreamCreate, 2000)              \
+  X(cuStreamDestroy, 4000)             \
+  X(cuStreamSynchronize, 2000)         \
+  X(cuStreamWaitEvent, 3020)           \
+  X(cuEventCreate, 2000)               \
+  X(cuEventDestroy, 4000)              \
+  X(cuEventRecord, 2000)               \
+  X(cuEventSynchronize, 2000)          \
+  X(cuMemAlloc, 3020)                  \
+  X(cuMemFree, 3020)                   \
+  X(cuMemcpyHtoDAsync, 3020)           \
+  X(cuMemcpyDtoHAsync, 3020)           \
+  X(cuMemcpyDtoDAsync, 3020)           \
+  X(cuMemHostAlloc, 2020)              \
+  X(cuMemFreeHost, 2000)               \
+  X(cuMemHostRegister, 6050)           \
+  X(cuMemHostUnregister, 4000)         \
+  X(cuModuleLoadData, 2000)            \
+  X(cuModuleUnload, 2000)              \
+  X(cuModuleGetFunction, 2000)         \
+  X(cuLaunchKernel, 4000)
+
+// Absent from older drivers; the engine does without.
+#define WL_DRIVER_OPTIONAL(X) X(cuMemcpyBatchAsync, 13000)
+
+struct Driver {
+#define WL_DRIVER_FIELD(name, version) decltype(&::name) name = nullptr;
+  WL_DRIVER_REQUIRED(WL_DRIVER_FIELD)
+  WL_DRIVER_OPTIONAL(WL_DRIVER_FIELD)
+#undef WL_DRIVER_FIELD
+  int version = 0;      // 13000 is CUDA 13.0
+  std::string library;  // the path that was opened
+};
+
+// Opens and resolves a driver library; no CUDA call but cuDriverGetVersion is made.
+[[nodiscard]] Result<std::unique_ptr<const Driver>> load_driver(const std::string& library);
+
+// The process's driver: "libcuda.so.1" unless a test build was told otherwise. Loaded once and
+// never unloaded (device memory and pinned pages may outlive every other static). The error is
+// remembered too.
+[[nodiscard]] Result<const Driver*> driver();
+
+#ifdef WEIGHTLIFT_TESTING
+// Replaces the process's driver by the library at `path` (the simulated driver), or forgets it with
+// "". Only before the first use in this process, or after every device object is gone.
+void use_driver_for_testing(const std::string& path);
+#endif
+
+// kDriverCallFailed (kOutOfMemory for CUDA_ERROR_OUT_OF_MEMORY) with the call's name, CUDA's name
+// of the error and what to do; success is Status{}.
+[[nodiscard]] Status check(const Driver& driver, CUresult result, const char* call);
+
+}  // namespace weightlift::device
