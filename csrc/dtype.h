@@ -37,10 +37,10 @@ enum class Dtype : std::uint8_t {
 inline constexpr std::size_t kDtypeCount = 24;
 inline constexpr std::size_t kSafetensorsDtypeCount = 22;
 
-[[nodiscard]] std::uint32_t dtype_bits(Dtype dtype) noexcept;          // 4, 6, 8, 16, 32, 64, 128
-[[nodiscard]] std::string_view dtype_name(Dtype dtype) noexcept;       // "BF16", "F8_E4M3"
+[[nodiscard]] std::uint32_t dtype_bits(Dtype dtype) noexcept;     // 4, 6, 8, 16, 32, 64, 128
+[[nodiscard]] std::string_view dtype_name(Dtype dtype) noexcept;  // "BF16", "F8_E4M3"
 [[nodiscard]] std::optional<Dtype> dtype_from_name(std::string_view name) noexcept;
-[[nodiscard]] bool dtype_is_floating(Dtype dtype) noexcept;            // as torch's is_floating_point
+[[nodiscard]] bool dtype_is_floating(Dtype dtype) noexcept;  // as torch's is_floating_point
 
 // Bytes of one element; only for dtypes of whole bytes.
 [[nodiscard]] inline std::uint32_t dtype_bytes(Dtype dtype) noexcept {

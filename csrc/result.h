@@ -64,9 +64,9 @@ enum class ErrorKind : std::uint8_t { kFormat, kRead, kDevice, kMemory, kArgumen
 struct Error {
   ErrorCode code = ErrorCode::kInvalidArgument;
   std::string message;  // what is wrong and what to do, without the path and the tensor
-  std::string path;
-  std::string tensor;
-  std::optional<std::uint64_t> offset;  // bytes from the start of the file
+  std::string path = {};
+  std::string tensor = {};
+  std::optional<std::uint64_t> offset = {};  // bytes from the start of the file
   int system_errno = 0;
 
   [[nodiscard]] std::string describe() const;  // one line: path, tensor, offset, message
@@ -76,8 +76,8 @@ struct Error {
 template <class T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : state_(std::in_place_index<0>, std::move(value)) {}        // NOLINT(*explicit*)
-  Result(Error error) : state_(std::in_place_index<1>, std::move(error)) {}    // NOLINT(*explicit*)
+  Result(T value) : state_(std::in_place_index<0>, std::move(value)) {}      // NOLINT(*explicit*)
+  Result(Error error) : state_(std::in_place_index<1>, std::move(error)) {}  // NOLINT(*explicit*)
 
   [[nodiscard]] bool ok() const noexcept { return state_.index() == 0; }
   [[nodiscard]] T& operator*() & noexcept { return *std::get_if<0>(&state_); }
@@ -114,11 +114,11 @@ using Status = Result<void>;
 #define WL_CONCAT(a, b) WL_CONCAT_INNER(a, b)
 
 // Leaves the function with the error of `expression`, if it has one.
-#define WL_RETURN_IF_ERROR(expression)                                    \
-  do {                                                                    \
-    if (auto wl_status = (expression); !wl_status.ok()) {                 \
-      return std::move(wl_status).error();                                \
-    }                                                                     \
+#define WL_RETURN_IF_ERROR(expression)                    \
+  do {                                                    \
+    if (auto wl_status = (expression); !wl_status.ok()) { \
+      return std::move(wl_status).error();                \
+    }                                                     \
   } while (false)
 
 // `WL_ASSIGN_OR_RETURN(auto file, File::open(path));`

@@ -1,1 +1,88 @@
+#include "io/anonymous_memory.h"
 
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23  // Linux 5.14
+#endif
+
+namespace weightlift::io {
+namespace {
+
+constexpr std::size_t round_up(std::size_t value, std::size_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
+
+Error out_of_memory(std::size_t bytes, int error_number) {
+  return {.code = ErrorCode::kOutOfMemory,
+          .message = "cannot get " + std::to_string(bytes) +
+                     " bytes of memory: " + std::strerror(error_number),
+          .system_errno = error_number};
+}
+
+}  // namespace
+
+Result<AnonymousMemory> AnonymousMemory::allocate(std::size_t bytes) {
+  if (bytes == 0) return AnonymousMemory();
+  if (bytes > (std::size_t{1} << 47)) return out_of_memory(bytes, ENOMEM);
+  const bool huge = bytes >= kHugePageBytes;
+  const std::size_t length = round_up(bytes, kPageBytes);
+  const std::size_t reserved = huge ? length + kHugePageBytes : length;
+  void* mapped =
+      ::mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return out_of_memory(bytes, errno);
+  auto* data = static_cast<std::byte*>(mapped);
+  if (huge) {
+    const auto address = reinterpret_cast<std::uintptr_t>(data);
+    const std::size_t head = round_up(address, kHugePageBytes) - address;
+    if (head != 0) ::munmap(data, head);
+    const std::size_t tail = reserved - head - length;
+    if (tail != 0) ::munmap(data + head + length, tail);
+    data += head;
+    // A hint: where transparent huge pages are off, small pages serve.
+    ::madvise(data, length, MADV_HUGEPAGE);
+  }
+  return AnonymousMemory(data, length);
+}
+
+AnonymousMemory& AnonymousMemory::operator=(AnonymousMemory&& other) noexcept {
+  if (this != &other) {
+    AnonymousMemory old(std::exchange(data_, std::exchange(other.data_, nullptr)),
+                        std::exchange(bytes_, std::exchange(other.bytes_, 0)));
+  }
+  return *this;
+}
+
+AnonymousMemory::~AnonymousMemory() {
+  if (data_ != nullptr) ::munmap(data_, bytes_);
+}
+
+Status AnonymousMemory::populate() {
+  if (bytes_ == 0) return {};
+  while (::madvise(data_, bytes_, MADV_POPULATE_WRITE) != 0) {
+    if (errno == EINTR || errno == EAGAIN) continue;
+    if (errno != EINVAL) return out_of_memory(bytes_, errno);
+    for (std::size_t at = 0; at < bytes_; at += kPageBytes) {  // Linux before 5.14
+      static_cast<volatile std::byte*>(data_)[at] = std::byte{0};
+    }
+    break;
+  }
+  return {};
+}
+
+void AnonymousMemory::keep_from_children() noexcept {
+  if (data_ != nullptr) ::madvise(data_, bytes_, MADV_DONTFORK);
+}
+
+void release_whole_pages(std::byte* data, std::size_t bytes) noexcept {
+  const auto begin = reinterpret_cast<std::uintptr_t>(data);
+  const std::uintptr_t first = round_up(begin, kPageBytes);
+  const std::uintptr_t last = (begin + bytes) / kPageBytes * kPageBytes;
+  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
+
+}  // namespace weightlift::io

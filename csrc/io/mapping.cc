@@ -1,1 +1,52 @@
+#include "io/mapping.h"
 
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "io/anonymous_memory.h"
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22  // Linux 5.14
+#endif
+
+namespace weightlift::io {
+
+Result<std::shared_ptr<Mapping>> Mapping::map(std::shared_ptr<const File> file) {
+  std::byte* data = nullptr;
+  if (file->size() != 0) {
+    void* mapped = ::mmap(nullptr, file->size(), PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_NORESERVE, file->descriptor(), 0);
+    if (mapped == MAP_FAILED) return system_error(errno, file->path(), "cannot map the file");
+    data = static_cast<std::byte*>(mapped);
+  }
+  return std::shared_ptr<Mapping>(new Mapping(std::move(file), data));
+}
+
+Mapping::~Mapping() {
+  if (data_ != nullptr) ::munmap(data_, file_->size());
+}
+
+Status Mapping::populate(std::uint64_t offset, std::uint64_t bytes) const {
+  if (bytes == 0) return {};
+  const std::uint64_t begin = offset / kPageBytes * kPageBytes;
+  const std::uint64_t end = std::min(offset + bytes, file_->size());
+  while (::madvise(data_ + begin, end - begin, MADV_POPULATE_READ) != 0) {
+    if (errno == EINTR || errno == EAGAIN) continue;
+    if (errno == EINVAL) break;
+    if (errno == EFAULT || errno == EHWPOISON) {
+      // What a touch would have answered with SIGBUS: the page is past the end, or unreadable.
+      if (Status changed = file_->check_unchanged(); !changed.ok()) return changed;
+      Error error = system_error(EIO, file_->path(), "cannot read the mapped file");
+      error.offset = begin;
+      return error;
+    }
+    Error error = system_error(errno, file_->path(), "cannot populate the mapping");
+    error.offset = begin;
+    return error;
+  }
+  return {};
+}
+
+}  // namespace weightlift::io

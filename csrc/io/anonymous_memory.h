@@ -1,0 +1,49 @@
+// Memory of our own, on huge pages where it is large enough for them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "result.h"
+
+namespace weightlift::io {
+
+inline constexpr std::size_t kPageBytes = 4096;
+inline constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
+
+class AnonymousMemory {
+ public:
+  // Zero bytes, not yet backed; aligned to a huge page from one huge page on. kOutOfMemory where
+  // the system refuses.
+  [[nodiscard]] static Result<AnonymousMemory> allocate(std::size_t bytes);
+
+  AnonymousMemory() = default;
+  AnonymousMemory(AnonymousMemory&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  AnonymousMemory& operator=(AnonymousMemory&& other) noexcept;
+  ~AnonymousMemory();
+
+  [[nodiscard]] std::byte* data() const noexcept { return data_; }
+  [[nodiscard]] std::size_t size() const noexcept { return bytes_; }
+
+  // Backs the pages now, by this thread. kOutOfMemory rather than a later SIGBUS or OOM kill where
+  // the kernel can tell.
+  [[nodiscard]] Status populate();
+
+  // Keeps the pages out of children (madvise(2) MADV_DONTFORK): a copy-on-write fault in the parent
+  // after fork() would move pages away under a device that reads them.
+  void keep_from_children() noexcept;
+
+ private:
+  AnonymousMemory(std::byte* data, std::size_t bytes) noexcept : data_(data), bytes_(bytes) {}
+
+  std::byte* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+// Gives the whole pages inside [data, data + bytes) back to the system; they read as before (file
+// mappings) or as zero (anonymous memory) if touched again.
+void release_whole_pages(std::byte* data, std::size_t bytes) noexcept;
+
+}  // namespace weightlift::io
