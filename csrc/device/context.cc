@@ -1,1 +1,201 @@
+#include "device/context.h"
 
+#include <unistd.h>
+
+#include <map>
+#include <memory>
+
+#include "convert/scatter.h"
+
+namespace weightlift::device {
+namespace {
+
+struct Registry {
+  std::mutex mutex;
+  pid_t process = 0;
+  std::map<int, std::unique_ptr<Device>> devices;
+};
+
+Registry& registry() {
+  static auto* const instance = new Registry;  // outlives every other static
+  return *instance;
+}
+
+Error forked() {
+  return {.code = ErrorCode::kForkedProcess,
+          .message =
+              "this process was forked from one that had used CUDA, and the CUDA driver "
+              "does not survive a fork: start it with the 'spawn' method"};
+}
+
+Result<const Driver*> initialized_driver(Registry& state) {
+  if (state.process != 0 && state.process != ::getpid()) return forked();
+  WL_ASSIGN_OR_RETURN(const Driver* table, driver());
+  WL_RETURN_IF_ERROR(check(*table, table->cuInit(0), "cuInit"));
+  state.process = ::getpid();
+  return table;
+}
+
+Result<int> count_devices(const Driver& table) {
+  int count = 0;
+  WL_RETURN_IF_ERROR(check(table, table.cuDeviceGetCount(&count), "cuDeviceGetCount"));
+  return count;
+}
+
+}  // namespace
+
+Result<int> Device::count() {
+  Registry& state = registry();
+  const std::lock_guard lock(state.mutex);
+  WL_ASSIGN_OR_RETURN(const Driver* table, initialized_driver(state));
+  return count_devices(*table);
+}
+
+Result<Device*> Device::get(int ordinal) {
+  Registry& state = registry();
+  const std::lock_guard lock(state.mutex);
+  WL_ASSIGN_OR_RETURN(const Driver* table, initialized_driver(state));
+  const auto found = state.devices.find(ordinal);
+  if (found != state.devices.end()) return found->second.get();
+  WL_ASSIGN_OR_RETURN(const int count, count_devices(*table));
+  if (ordinal < 0 || ordinal >= count) {
+    return Error{.code = ErrorCode::kNoSuchDevice,
+                 .message = "there is no device cuda:" + std::to_string(ordinal) +
+                            ": this process sees " + std::to_string(count) +
+                            " (CUDA_VISIBLE_DEVICES may hide some)"};
+  }
+  CUdevice handle = 0;
+  WL_RETURN_IF_ERROR(check(*table, table->cuDeviceGet(&handle, ordinal), "cuDeviceGet"));
+  CUcontext context = nullptr;
+  WL_RETURN_IF_ERROR(
+      check(*table, table->cuDevicePrimaryCtxRetain(&context, handle), "cuDevicePrimaryCtxRetain"));
+  auto device = std::unique_ptr<Device>(new Device(*table, ordinal, handle, context));
+  return state.devices.emplace(ordinal, std::move(device)).first->second.get();
+}
+
+std::vector<Device*> Device::active() {
+  std::vector<Device*> devices;
+  const auto total = count();
+  if (!total.ok()) return devices;
+  const auto table = weightlift::device::driver();
+  for (int ordinal = 0; ordinal < *total; ++ordinal) {
+    CUdevice handle = 0;
+    unsigned flags = 0;
+    int in_use = 0;
+    if ((*table)->cuDeviceGet(&handle, ordinal) != CUDA_SUCCESS) continue;
+    if ((*table)->cuDevicePrimaryCtxGetState(handle, &flags, &in_use) != CUDA_SUCCESS) continue;
+    if (in_use == 0) continue;
+    if (auto device = get(ordinal); device.ok()) devices.push_back(*device);
+  }
+  return devices;
+}
+
+std::string Device::name() const {
+  char text[256] = {};
+  if (driver_->cuDeviceGetName(text, sizeof text - 1, handle_) != CUDA_SUCCESS) return "unknown";
+  return text;
+}
+
+Result<CUfunction> Device::scatter_kernel() {
+  const std::lock_guard lock(kernel_mutex_);
+  if (kernel_) return *kernel_;
+  const auto load = [this]() -> Result<CUfunction> {
+    const auto image = convert::scatter_image();
+    if (image.empty()) {
+      return Error{.code = ErrorCode::kDriverCallFailed,
+                   .message =
+                       "this build of weightlift has no CUDA kernels (it was built without "
+                       "nvcc)"};
+    }
+    const CurrentContext current(*this);
+    WL_RETURN_IF_ERROR(current.status());
+    WL_RETURN_IF_ERROR(
+        check(*driver_, driver_->cuModuleLoadData(&module_, image.data()), "cuModuleLoadData"));
+    CUfunction function = nullptr;
+    WL_RETURN_IF_ERROR(
+        check(*driver_, driver_->cuModuleGetFunction(&function, module_, convert::kScatterKernel),
+              "cuModuleGetFunction"));
+    return function;
+  };
+  kernel_ = load();
+  return *kernel_;
+}
+
+void Device::synchronize() noexcept {
+  const CurrentContext current(*this);
+  if (current.status().ok()) driver_->cuCtxSynchronize();
+}
+
+CurrentContext::CurrentContext(Device& device)
+    : device_(device),
+      status_(check(device.driver(), device.driver().cuCtxPushCurrent(device.context()),
+                    "cuCtxPushCurrent")) {}
+
+CurrentContext::~CurrentContext() {
+  CUcontext popped = nullptr;
+  if (status_.ok()) device_.driver().cuCtxPopCurrent(&popped);
+}
+
+Result<Stream> Stream::create(Device& device) {
+  const CurrentContext current(device);
+  WL_RETURN_IF_ERROR(current.status());
+  CUstream stream = nullptr;
+  WL_RETURN_IF_ERROR(check(device.driver(),
+                           device.driver().cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING),
+                           "cuStreamCreate"));
+  return Stream(device, stream);
+}
+
+Stream::~Stream() {
+  if (stream_ == nullptr) return;
+  const CurrentContext current(*device_);
+  if (current.status().ok()) device_->driver().cuStreamDestroy(stream_);
+}
+
+Result<Event> Event::create(Device& device) {
+  const CurrentContext current(device);
+  WL_RETURN_IF_ERROR(current.status());
+  CUevent event = nullptr;
+  WL_RETURN_IF_ERROR(
+      check(device.driver(),
+            device.driver().cuEventCreate(&event, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC),
+            "cuEventCreate"));
+  return Event(device, event);
+}
+
+Event::~Event() {
+  if (event_ == nullptr) return;
+  const CurrentContext current(*device_);
+  if (current.status().ok()) device_->driver().cuEventDestroy(event_);
+}
+
+Status Event::record(CUstream stream) {
+  const CurrentContext current(*device_);
+  WL_RETURN_IF_ERROR(current.status());
+  return check(device_->driver(), device_->driver().cuEventRecord(event_, stream), "cuEventRecord");
+}
+
+Status Event::wait() const {
+  const CurrentContext current(*device_);
+  WL_RETURN_IF_ERROR(current.status());
+  return check(device_->driver(), device_->driver().cuEventSynchronize(event_),
+               "cuEventSynchronize");
+}
+
+#ifdef WEIGHTLIFT_TESTING
+void forget_devices() noexcept {
+  Registry& state = registry();
+  const std::lock_guard lock(state.mutex);
+  for (auto& [ordinal, device] : state.devices) {
+    if (device->module_ != nullptr) {
+      const CurrentContext current(*device);
+      device->driver().cuModuleUnload(device->module_);
+    }
+    device->driver().cuDevicePrimaryCtxRelease(device->handle_);
+  }
+  state.devices.clear();
+  state.process = 0;
+}
+#endif
+
+}  // namespace weightlift::device

@@ -1,1 +1,118 @@
+#include "device/driver.h"
 
+#include <dlfcn.h>
+
+#include <mutex>
+#include <optional>
+
+#include "device/process_driver.h"
+
+namespace weightlift::device {
+namespace {
+
+// cuGetProcAddress in the form that reports why a symbol is missing came with CUDA 12.0.
+constexpr int kOldestDriver = 12000;
+
+using GetProcAddress = decltype(&::cuGetProcAddress);
+
+Error driver_missing(const std::string& library, const char* reason) {
+  return {.code = ErrorCode::kNoDriver,
+          .message = "no CUDA driver: cannot open " + library + " (" +
+                     (reason != nullptr ? reason : "unknown reason") +
+                     "); install the NVIDIA driver, or load to the CPU"};
+}
+
+struct ProcessDriver {
+  std::mutex mutex;
+  std::string library = "libcuda.so.1";
+  std::unique_ptr<const Driver> loaded;
+  std::optional<Error> failure;
+};
+
+ProcessDriver& process_driver() {
+  static auto* const instance = new ProcessDriver;  // outlives every other static
+  return *instance;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<const Driver>> load_driver(const std::string& library) {
+  // RTLD_LOCAL: torch resolves its own copy; neither may see the other's symbols.
+  void* const handle = ::dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) return driver_missing(library, ::dlerror());
+  const auto get = reinterpret_cast<GetProcAddress>(::dlsym(handle, "cuGetProcAddress_v2"));
+  if (get == nullptr) {
+    return Error{.code = ErrorCode::kDriverTooOld,
+                 .message = library + " is older than CUDA 12.0: update the NVIDIA driver"};
+  }
+  auto table = std::make_unique<Driver>();
+  table->library = library;
+  const auto resolve = [&](const char* name, int version) -> void* {
+    void* symbol = nullptr;
+    CUdriverProcAddressQueryResult found{};
+    const CUresult result = get(name, &symbol, version, CU_GET_PROC_ADDRESS_DEFAULT, &found);
+    return result == CUDA_SUCCESS && found == CU_GET_PROC_ADDRESS_SUCCESS ? symbol : nullptr;
+  };
+#define WL_RESOLVE_REQUIRED(name, version)                                           \
+  table->name = reinterpret_cast<decltype(&::name)>(resolve(#name, version));        \
+  if (table->name == nullptr) {                                                      \
+    return Error{.code = ErrorCode::kDriverTooOld,                                   \
+                 .message = library + " lacks " #name ": update the NVIDIA driver"}; \
+  }
+#define WL_RESOLVE_OPTIONAL(name, version) \
+  table->name = reinterpret_cast<decltype(&::name)>(resolve(#name, version));
+  WL_DRIVER_REQUIRED(WL_RESOLVE_REQUIRED)
+  WL_DRIVER_OPTIONAL(WL_RESOLVE_OPTIONAL)
+#undef WL_RESOLVE_REQUIRED
+#undef WL_RESOLVE_OPTIONAL
+  WL_RETURN_IF_ERROR(
+      check(*table, table->cuDriverGetVersion(&table->version), "cuDriverGetVersion"));
+  if (table->version < kOldestDriver) {
+    return Error{.code = ErrorCode::kDriverTooOld,
+                 .message = library + " speaks CUDA " + std::to_string(table->version / 1000) +
+                            "; 12.0 is the oldest that works: update the NVIDIA driver"};
+  }
+  return std::unique_ptr<const Driver>(std::move(table));
+}
+
+Result<const Driver*> driver() {
+  ProcessDriver& process = process_driver();
+  const std::lock_guard lock(process.mutex);
+  if (process.failure) return *process.failure;
+  if (process.loaded == nullptr) {
+    auto loaded = load_driver(process.library);
+    if (!loaded.ok()) {
+      process.failure = loaded.error();
+      return loaded.error();
+    }
+    process.loaded = *std::move(loaded);
+  }
+  return process.loaded.get();
+}
+
+void replace_process_driver(const std::string& library) {
+  ProcessDriver& process = process_driver();
+  const std::lock_guard lock(process.mutex);
+  process.library = library.empty() ? "libcuda.so.1" : library;
+  process.loaded.reset();
+  process.failure.reset();
+}
+
+Status check(const Driver& table, CUresult result, const char* call) {
+  if (result == CUDA_SUCCESS) return {};
+  const char* name = nullptr;
+  const char* text = nullptr;
+  if (table.cuGetErrorName(result, &name) != CUDA_SUCCESS || name == nullptr) name = "unknown";
+  if (table.cuGetErrorString(result, &text) != CUDA_SUCCESS || text == nullptr) text = "";
+  std::string message = std::string(call) + " failed: " + name + " (" + text + ")";
+  if (result == CUDA_ERROR_OUT_OF_MEMORY) {
+    return Error{.code = ErrorCode::kOutOfMemory,
+                 .message = message + "; free memory or use a smaller dtype or device_map"};
+  }
+  if (result == CUDA_ERROR_DEINITIALIZED || result == CUDA_ERROR_NOT_INITIALIZED) {
+    message += "; the CUDA driver is shut down, or this process was forked after CUDA was used";
+  }
+  return Error{.code = ErrorCode::kDriverCallFailed, .message = std::move(message)};
+}
+
+}  // namespace weightlift::device

@@ -14,42 +14,42 @@ namespace weightlift::device {
 // X(name, version): a driver function and the CUDA version whose prototype cuda.h gives it. The
 // header renames (cuMemcpyHtoDAsync is _v2 in it), so the type is taken from the header's name and
 // the symbol from cuGetProcAddress with that version.
-#define WL_DRIVER_REQUIRED(X)          \
-  X(cuInit, 2000)                      \
-  X(cuDriverGetVersion, 2020)          \
-  X(cuGetErrorName, 6000)              \
-  X(cuGetErrorString, 6000)            \
-  X(cuDeviceGetCount, 2000)            \
-  X(cuDeviceGet, 2000)                 \
-  X(cuDeviceGetName, 2000)             \
-  X(cuDeviceGetAttribute, 2000)        \
-  X(cuDeviceTotalMem, 3020)            \
-  X(cuDevicePrimaryCtxRetain, 7000)    \
-  X(cuDevicePrimaryCtxRelease, 11000)  \
-  X(cuDevicePrimaryCtxGetState, 7000)  \
-  X(cuCtxPushCurrent, 4000)            \
-  X(cuCtxPopCurrent, 4000)             \
-  X(cuCtxSynchronize, 2000)            \
-  X(cuStreamCreate, 2000)              \
-  X(cuStreamDestroy, 4000)             \
-  X(cuStreamSynchronize, 2000)         \
-  X(cuStreamWaitEvent, 3020)           \
-  X(cuEventCreate, 2000)               \
-  X(cuEventDestroy, 4000)              \
-  X(cuEventRecord, 2000)               \
-  X(cuEventSynchronize, 2000)          \
-  X(cuMemAlloc, 3020)                  \
-  X(cuMemFree, 3020)                   \
-  X(cuMemcpyHtoDAsync, 3020)           \
-  X(cuMemcpyDtoHAsync, 3020)           \
-  X(cuMemcpyDtoDAsync, 3020)           \
-  X(cuMemHostAlloc, 2020)              \
-  X(cuMemFreeHost, 2000)               \
-  X(cuMemHostRegister, 6050)           \
-  X(cuMemHostUnregister, 4000)         \
-  X(cuModuleLoadData, 2000)            \
-  X(cuModuleUnload, 2000)              \
-  X(cuModuleGetFunction, 2000)         \
+#define WL_DRIVER_REQUIRED(X)         \
+  X(cuInit, 2000)                     \
+  X(cuDriverGetVersion, 2020)         \
+  X(cuGetErrorName, 6000)             \
+  X(cuGetErrorString, 6000)           \
+  X(cuDeviceGetCount, 2000)           \
+  X(cuDeviceGet, 2000)                \
+  X(cuDeviceGetName, 2000)            \
+  X(cuDeviceGetAttribute, 2000)       \
+  X(cuDeviceTotalMem, 3020)           \
+  X(cuDevicePrimaryCtxRetain, 7000)   \
+  X(cuDevicePrimaryCtxRelease, 11000) \
+  X(cuDevicePrimaryCtxGetState, 7000) \
+  X(cuCtxPushCurrent, 4000)           \
+  X(cuCtxPopCurrent, 4000)            \
+  X(cuCtxSynchronize, 2000)           \
+  X(cuStreamCreate, 2000)             \
+  X(cuStreamDestroy, 4000)            \
+  X(cuStreamSynchronize, 2000)        \
+  X(cuStreamWaitEvent, 3020)          \
+  X(cuEventCreate, 2000)              \
+  X(cuEventDestroy, 4000)             \
+  X(cuEventRecord, 2000)              \
+  X(cuEventSynchronize, 2000)         \
+  X(cuMemAlloc, 3020)                 \
+  X(cuMemFree, 3020)                  \
+  X(cuMemcpyHtoDAsync, 3020)          \
+  X(cuMemcpyDtoHAsync, 3020)          \
+  X(cuMemcpyDtoDAsync, 3020)          \
+  X(cuMemHostAlloc, 2020)             \
+  X(cuMemFreeHost, 2000)              \
+  X(cuMemHostRegister, 6050)          \
+  X(cuMemHostUnregister, 4000)        \
+  X(cuModuleLoadData, 2000)           \
+  X(cuModuleUnload, 2000)             \
+  X(cuModuleGetFunction, 2000)        \
   X(cuLaunchKernel, 4000)
 
 // Absent from older drivers; the engine does without.

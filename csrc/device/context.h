@@ -1,0 +1,112 @@
+// Devices by ordinal, their primary contexts, and the streams and events in them.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "device/driver.h"
+#include "result.h"
+
+namespace weightlift::device {
+
+// One device of this process, with its primary context (the one torch uses) retained for the
+// process's life. Made at first use, never destroyed: copies may be in flight at exit.
+class Device {
+ public:
+  // kNoSuchDevice names how many there are; kForkedProcess in a child of a process that has used
+  // CUDA (the driver supports fork only before that, or together with exec).
+  [[nodiscard]] static Result<Device*> get(int ordinal);
+  [[nodiscard]] static Result<int> count();
+  // Every device of this process whose primary context is in use, by whomever.
+  [[nodiscard]] static std::vector<Device*> active();
+
+  [[nodiscard]] int ordinal() const noexcept { return ordinal_; }
+  [[nodiscard]] const Driver& driver() const noexcept { return *driver_; }
+  [[nodiscard]] CUcontext context() const noexcept { return context_; }
+  [[nodiscard]] std::string name() const;
+
+  // The scatter kernel (convert/scatter.h), loaded at first use; the error says why this device
+  // has none, and is remembered.
+  [[nodiscard]] Result<CUfunction> scatter_kernel();
+
+  // Waits for everything that was given to this device; tolerates a driver that is shut down.
+  void synchronize() noexcept;
+
+ private:
+  friend void forget_devices() noexcept;
+  Device(const Driver& table, int ordinal, CUdevice handle, CUcontext context)
+      : driver_(&table), ordinal_(ordinal), handle_(handle), context_(context) {}
+
+  const Driver* driver_;
+  int ordinal_;
+  CUdevice handle_;
+  CUcontext context_;
+  std::mutex kernel_mutex_;
+  CUmodule module_ = nullptr;
+  std::optional<Result<CUfunction>> kernel_;
+};
+
+// Makes a device's context the calling thread's for a scope.
+class CurrentContext {
+ public:
+  explicit CurrentContext(Device& device);
+  CurrentContext(const CurrentContext&) = delete;
+  CurrentContext& operator=(const CurrentContext&) = delete;
+  ~CurrentContext();
+
+  [[nodiscard]] const Status& status() const noexcept { return status_; }
+
+ private:
+  Device& device_;
+  Status status_;
+};
+
+// A stream that does not wait for the legacy default stream.
+class Stream {
+ public:
+  [[nodiscard]] static Result<Stream> create(Device& device);
+  Stream(Stream&& other) noexcept
+      : device_(other.device_), stream_(std::exchange(other.stream_, nullptr)) {}
+  Stream& operator=(Stream&& other) = delete;
+  ~Stream();
+
+  [[nodiscard]] CUstream get() const noexcept { return stream_; }
+
+ private:
+  Stream(Device& device, CUstream stream) : device_(&device), stream_(stream) {}
+
+  Device* device_;
+  CUstream stream_;
+};
+
+// An event without timing, whose waiters sleep.
+class Event {
+ public:
+  [[nodiscard]] static Result<Event> create(Device& device);
+  Event(Event&& other) noexcept
+      : device_(other.device_), event_(std::exchange(other.event_, nullptr)) {}
+  Event& operator=(Event&& other) = delete;
+  ~Event();
+
+  [[nodiscard]] Status record(CUstream stream);
+  [[nodiscard]] Status wait() const;  // until what was recorded has happened
+  [[nodiscard]] CUevent get() const noexcept { return event_; }
+
+ private:
+  Event(Device& device, CUevent event) : device_(&device), event_(event) {}
+
+  Device* device_;
+  CUevent event_;
+};
+
+#ifdef WEIGHTLIFT_TESTING
+void forget_devices() noexcept;  // for device/testing.cc: releases the contexts
+#endif
+
+}  // namespace weightlift::device
