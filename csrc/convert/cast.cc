@@ -1,1 +1,115 @@
+#include "convert/cast.h"
 
+#include "convert/cast_kernels.h"
+
+#if defined(WEIGHTLIFT_CAST_X86)
+#include <cpuid.h>
+#endif
+
+namespace weightlift::convert {
+
+std::optional<FloatFormat> float_format(Dtype dtype) noexcept {
+  switch (dtype) {
+    case Dtype::kF64:
+      return FloatFormat::kF64;
+    case Dtype::kF32:
+      return FloatFormat::kF32;
+    case Dtype::kBf16:
+      return FloatFormat::kBf16;
+    case Dtype::kF16:
+      return FloatFormat::kF16;
+    case Dtype::kF8E4M3:
+      return FloatFormat::kF8E4M3;
+    case Dtype::kF8E5M2:
+      return FloatFormat::kF8E5M2;
+    default:
+      return std::nullopt;
+  }
+}
+
+std::uint32_t float_bytes(FloatFormat format) noexcept {
+  switch (format) {
+    case FloatFormat::kF64:
+      return 8;
+    case FloatFormat::kF32:
+      return 4;
+    case FloatFormat::kBf16:
+    case FloatFormat::kF16:
+      return 2;
+    case FloatFormat::kF8E4M3:
+    case FloatFormat::kF8E5M2:
+      return 1;
+  }
+  return 0;
+}
+
+#if defined(WEIGHTLIFT_CAST_X86)
+
+namespace {
+
+// Asked of the CPU: clang's __builtin_cpu_supports does not know the name in all its versions. The
+// system's part, saving the wide registers, is the same as for AVX2.
+bool has_f16c() noexcept {
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+
+Isa find_best_isa() noexcept {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !has_f16c()) return Isa::kBaseline;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? Isa::kAvx512 : Isa::kAvx2;
+}
+
+}  // namespace
+
+Isa best_isa() noexcept {
+  static const Isa isa = find_best_isa();
+  return isa;
+}
+
+HostCast host_cast_for(Isa isa, FloatFormat from, FloatFormat to, Stores stores) noexcept {
+  switch (isa) {
+    case Isa::kAvx512:
+      return avx512::kernel(from, to, stores);
+    case Isa::kAvx2:
+      return avx2::kernel(from, to, stores);
+    case Isa::kBaseline:
+      break;
+  }
+  return baseline::kernel(from, to, stores);
+}
+
+#else
+
+Isa best_isa() noexcept {
+  return Isa::kBaseline;
+}
+
+HostCast host_cast_for(Isa, FloatFormat from, FloatFormat to, Stores stores) noexcept {
+  return baseline::kernel(from, to, stores);
+}
+
+#endif
+
+HostCast host_cast(FloatFormat from, FloatFormat to, Stores stores) noexcept {
+  return host_cast_for(best_isa(), from, to, stores);
+}
+
+std::string_view isa_name(Isa isa) noexcept {
+  switch (isa) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kBaseline:
+      break;
+  }
+  return "baseline";
+}
+
+}  // namespace weightlift::convert

@@ -1,1 +1,90 @@
+#include "convert/scatter.h"
 
+#include <cstring>
+
+#include "convert/float_formats.h"
+
+#if defined(WEIGHTLIFT_SCATTER_IMAGE)
+// An array in a generated source would be the same bytes through a parser. Aligned for the driver,
+// which reads the image in place.
+asm(".pushsection .rodata\n"
+    ".balign 64\n"
+    ".globl weightlift_scatter_image_begin\n"
+    ".hidden weightlift_scatter_image_begin\n"
+    "weightlift_scatter_image_begin:\n"
+    ".incbin \"" WEIGHTLIFT_SCATTER_IMAGE
+    "\"\n"
+    ".globl weightlift_scatter_image_end\n"
+    ".hidden weightlift_scatter_image_end\n"
+    "weightlift_scatter_image_end:\n"
+    ".byte 0\n"
+    ".popsection\n");
+extern "C" {
+extern const std::byte weightlift_scatter_image_begin[];
+extern const std::byte weightlift_scatter_image_end[];
+}
+#endif
+
+namespace weightlift::convert {
+
+namespace {
+
+using Cast = void (*)(const std::byte* source, std::byte* target, std::uint32_t count,
+                      const Fp8Codes& codes);
+
+// One element after the other, as the kernel's threads: the host casts are what this checks.
+template <FloatFormat from, FloatFormat to>
+void cast_tile(const std::byte* source, std::byte* target, std::uint32_t count,
+               const Fp8Codes& codes) {
+  for (std::uint32_t i = 0; i < count; ++i) {
+    Bits<from> in;
+    std::memcpy(&in, source + i * sizeof(in), sizeof(in));
+    Bits<to> out;
+    if constexpr (from == to) {
+      out = in;
+    } else {
+      out = encode<to>(decode<from>(in), codes);
+    }
+    std::memcpy(target + i * sizeof(out), &out, sizeof(out));
+  }
+}
+
+template <FloatFormat from>
+constexpr Cast kCastsFrom[kFloatFormatCount] = {
+    cast_tile<from, FloatFormat::kF64>,    cast_tile<from, FloatFormat::kF32>,
+    cast_tile<from, FloatFormat::kBf16>,   cast_tile<from, FloatFormat::kF16>,
+    cast_tile<from, FloatFormat::kF8E4M3>, cast_tile<from, FloatFormat::kF8E5M2>,
+};
+
+constexpr const Cast* kCasts[kFloatFormatCount] = {
+    kCastsFrom<FloatFormat::kF64>,    kCastsFrom<FloatFormat::kF32>,
+    kCastsFrom<FloatFormat::kBf16>,   kCastsFrom<FloatFormat::kF16>,
+    kCastsFrom<FloatFormat::kF8E4M3>, kCastsFrom<FloatFormat::kF8E5M2>,
+};
+
+}  // namespace
+
+std::span<const std::byte> scatter_image() noexcept {
+#if defined(WEIGHTLIFT_SCATTER_IMAGE)
+  return {weightlift_scatter_image_begin, weightlift_scatter_image_end};
+#else
+  return {};
+#endif
+}
+
+void scatter_on_host(const std::byte* chunk, std::span<const Tile> tiles, const Fp8Rules& rules) {
+  const Fp8Codes codes = fp8_codes(rules);
+  for (const Tile& tile : tiles) {
+    const std::byte* source = chunk + tile.source;
+    auto* target =
+        reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(tile.target));  // NOLINT
+    if (tile.cast == kTileCopy) {
+      if (tile.count != 0) std::memcpy(target, source, tile.count);
+    } else {
+      kCasts[tile.cast / kFloatFormatCount][tile.cast % kFloatFormatCount](source, target,
+                                                                           tile.count, codes);
+    }
+  }
+}
+
+}  // namespace weightlift::convert

@@ -23,12 +23,14 @@ static_assert(sizeof(Tile) == 24);
 
 inline constexpr std::uint32_t kTileCopy = ~std::uint32_t{0};
 [[nodiscard]] constexpr std::uint32_t tile_cast(FloatFormat from, FloatFormat to) noexcept {
-  return static_cast<std::uint32_t>(from) * kFloatFormatCount + static_cast<std::uint32_t>(to);
+  return static_cast<std::uint32_t>(static_cast<std::uint32_t>(from) * kFloatFormatCount +
+                                    static_cast<std::uint32_t>(to));
 }
 
 // extern "C" __global__ void weightlift_scatter(const std::byte* chunk, std::uint64_t tiles_offset,
 //                                               std::uint32_t tile_count, Fp8Rules rules)
-// One block a tile. Bit-identical to the host casts.
+// One block a tile. Bit-identical to the host casts. `tiles_offset` is a multiple of alignof(Tile),
+// and so is the chunk's address.
 inline constexpr const char* kScatterKernel = "weightlift_scatter";
 inline constexpr std::uint32_t kScatterThreads = 256;
 

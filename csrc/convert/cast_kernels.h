@@ -1,0 +1,18 @@
+// The kernels of each instruction set, for cast.cc alone to choose from.
+#pragma once
+
+#include "convert/cast.h"
+
+namespace weightlift::convert {
+
+namespace baseline {
+HostCast kernel(FloatFormat from, FloatFormat to, Stores stores) noexcept;
+}
+namespace avx2 {
+HostCast kernel(FloatFormat from, FloatFormat to, Stores stores) noexcept;
+}
+namespace avx512 {
+HostCast kernel(FloatFormat from, FloatFormat to, Stores stores) noexcept;
+}
+
+}  // namespace weightlift::convert
