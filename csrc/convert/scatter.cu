@@ -11,6 +11,13 @@
 #include "convert/float_formats.h"
 #include "convert/scatter.h"
 
+// Tests also compile this as plain C++, whose compilers warn of the pragma.
+#if defined(__CUDACC__)
+#define WL_LOOP(how) _Pragma(how)
+#else
+#define WL_LOOP(how)
+#endif
+
 namespace weightlift::convert {
 namespace {
 
@@ -24,7 +31,7 @@ template <class T>
 __device__ T load(const std::byte* from, bool whole) {
   if (whole) return *reinterpret_cast<const T*>(from);
   T value = 0;
-#pragma unroll
+  WL_LOOP("unroll")
   for (std::uint32_t i = 0; i < sizeof(T); ++i) {
     value = static_cast<T>(value | static_cast<T>(from[i]) << (8 * i));
   }
@@ -37,7 +44,7 @@ __device__ void store(std::byte* to, T value, bool whole) {
     *reinterpret_cast<T*>(to) = value;
     return;
   }
-#pragma unroll
+  WL_LOOP("unroll")
   for (std::uint32_t i = 0; i < sizeof(T); ++i) to[i] = static_cast<std::byte>(value >> (8 * i));
 }
 
@@ -47,7 +54,7 @@ __device__ void cast(const std::byte* source, std::byte* target, std::uint32_t c
   if constexpr (from == to) return;  // is a copy
   const bool whole_source = aligned(source, sizeof(Bits<from>));
   const bool whole_target = aligned(target, sizeof(Bits<to>));
-#pragma unroll 1
+  WL_LOOP("unroll 1")
   for (std::uint32_t i = threadIdx.x; i < count; i += kScatterThreads) {
     const auto bits = load<Bits<from>>(source + i * sizeof(Bits<from>), whole_source);
     store(target + i * sizeof(Bits<to>), encode<to>(decode<from>(bits), codes), whole_target);
@@ -58,7 +65,7 @@ template <class T>
 __device__ void copy_body(const std::byte* source, std::byte* target, std::uint32_t count) {
   const auto* in = reinterpret_cast<const T*>(source);
   auto* out = reinterpret_cast<T*>(target);
-#pragma unroll 4
+  WL_LOOP("unroll 4")
   for (std::uint32_t i = threadIdx.x; i < count; i += kScatterThreads) out[i] = in[i];
 }
 
