@@ -17,7 +17,7 @@ Result<PinnedMemory> PinnedMemory::adopt(Device& device, io::AnonymousMemory mem
 Result<PinnedMemory> PinnedMemory::allocate(Device& device, std::size_t bytes) {
   WL_ASSIGN_OR_RETURN(io::AnonymousMemory memory, io::AnonymousMemory::allocate(bytes));
   memory.keep_from_children();
-  WL_RETURN_IF_ERROR(memory.populate());
+  WL_RETURN_IF_ERROR(memory.populate(0, memory.size()));
   auto registered = adopt(device, std::move(memory));
   if (registered.ok()) return registered;
 

@@ -1,1 +1,64 @@
+#include "engine/io_path.h"
 
+#include <cstdio>
+
+#include "io/residency.h"
+
+namespace weightlift::engine {
+namespace {
+
+// Below this share in the page cache the disk is what a load waits for.
+constexpr double kResidentShare = 0.9;
+
+std::string gibibytes(std::uint64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f GiB", static_cast<double>(bytes) / (1U << 30));
+  return text;
+}
+
+}  // namespace
+
+const char* io_route_name(IoRoute route) noexcept {
+  switch (route) {
+    case IoRoute::kMapped:
+      return "mapped";
+    case IoRoute::kPageCache:
+      return "page cache";
+    case IoRoute::kBuffered:
+      return "buffered";
+    case IoRoute::kDirect:
+      return "direct";
+  }
+  return "unknown";
+}
+
+IoChoice choose_io(const io::File& file, std::uint64_t begin, std::uint64_t end,
+                   std::uint64_t bytes, const Settings& settings, std::uint64_t headroom) {
+  if (settings.io_path == IoPath::kDirect) {
+    return {.route = IoRoute::kDirect, .reason = "forced by Settings.io_path", .cold = true};
+  }
+  const auto resident = io::resident_bytes(file, begin, end - begin);
+  if (!resident) {
+    return {.route = IoRoute::kBuffered,
+            .reason = "the kernel cannot tell what is resident (no cachestat)",
+            .cold = true};
+  }
+  const double share =
+      end == begin ? 1.0 : static_cast<double>(*resident) / static_cast<double>(end - begin);
+  char percent[32];
+  std::snprintf(percent, sizeof percent, "%.0f %% resident", share * 100);
+  if (share >= kResidentShare) {
+    return {.route = IoRoute::kPageCache, .reason = percent, .cold = false};
+  }
+  if (settings.io_path == IoPath::kAuto && bytes > headroom / 2) {
+    return {.route = IoRoute::kDirect,
+            .reason = std::string(percent) + ", and larger than half of the " +
+                      gibibytes(headroom) + " that the page cache could grow by",
+            .cold = true};
+  }
+  return {.route = IoRoute::kBuffered,
+          .reason = std::string(percent) + "; read through the page cache for the next start",
+          .cold = true};
+}
+
+}  // namespace weightlift::engine

@@ -1,1 +1,745 @@
+#include "engine/load.h"
 
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+#include "device/staging.h"
+#include "engine/delivery.h"
+#include "engine/device_lane.h"
+#include "engine/io_path.h"
+#include "engine/schedule.h"
+#include "io/anonymous_memory.h"
+#include "io/machine.h"
+#include "io/residency.h"
+
+namespace weightlift::engine {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// One MADV_POPULATE_READ; between two of them a cancel is noticed.
+constexpr std::uint64_t kPopulateStep = std::uint64_t{64} << 20;
+// Mapped tensors this close together are populated in one go.
+constexpr std::uint64_t kPopulateGap = 64 << 10;
+// Below this a load on the host is done before a thread would have started.
+constexpr std::uint64_t kInlineBytes = 256 << 10;
+// From this size on, what is written to the host leaves the caches before it is read again.
+constexpr std::uint64_t kStreamingBytes = 16 << 20;
+// While other loads hold all pinned memory: how often to ask for some.
+constexpr std::chrono::milliseconds kPoolRetry{2};
+
+// Threads of all loads of this process, so that many loads at once do not make many times more.
+std::atomic<unsigned> busy_threads{0};
+
+std::byte* at_address(std::uint64_t address) {
+  return reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(address));
+}
+
+Error out_of_memory() {
+  return {.code = ErrorCode::kOutOfMemory,
+          .message = "out of memory while loading: free some, or load fewer tensors at a time"};
+}
+
+struct PopulateStep {
+  std::uint32_t file = 0;
+  std::uint32_t name = 0;
+  std::uint64_t offset = 0;
+  std::uint64_t bytes = 0;
+};
+
+// A file with its route and, where that is direct, its second descriptor.
+struct Source {
+  IoChoice choice;
+  std::unique_ptr<io::DirectFile> direct;
+  std::atomic<bool> direct_refused{false};
+};
+
+// Where a lane stands. Guarded by State::mutex_ but for what `device` says.
+struct LaneState {
+  std::uint32_t next_unit = 0;
+  std::uint64_t issued = 0;  // bytes of tensors handed to threads
+  std::uint32_t active = 0;  // threads at work for it
+  // Device lanes:
+  std::unique_ptr<DeviceLane> device;
+  std::uint32_t next_chunk = 0;
+  std::uint32_t chunks_done = 0;
+  std::uint32_t slot_count = 0;
+  std::uint32_t slot_limit = 0;
+  bool adding = false;      // a thread is making a slot
+  bool pool_empty = false;  // others held the budget when it last asked
+  std::optional<std::uint32_t> open_slot;
+  std::uint32_t open_chunk_end = 0;  // unit behind the open chunk's last
+  std::vector<std::uint32_t> chunk_of_slot;
+  std::vector<std::uint32_t> units_left;  // by slot
+  std::deque<std::uint32_t> free_slots;
+  std::deque<std::uint32_t> in_flight;
+  std::condition_variable drained;
+};
+
+// A thread's own buffer for bytes between a file and where they go.
+class Scratch {
+ public:
+  Result<std::byte*> get(std::size_t bytes) {
+    if (memory_.size() < bytes) {
+      WL_ASSIGN_OR_RETURN(memory_, io::AnonymousMemory::allocate(bytes));
+    }
+    return memory_.data();
+  }
+
+ private:
+  io::AnonymousMemory memory_;
+};
+
+struct Task {
+  enum class Kind : std::uint8_t { kPopulate, kUnit, kAddSlot };
+  Kind kind = Kind::kUnit;
+  std::uint32_t lane = 0;
+  std::uint32_t unit = 0;  // or the populate step
+  std::uint32_t slot = 0;
+};
+
+}  // namespace
+
+class Load::State {
+ public:
+  State(LoadPlan plan, Settings settings) : plan_(std::move(plan)), settings_(settings) {}
+  ~State() {
+    cancel();
+    join();
+  }
+
+  Status prepare();
+  Status start();
+  bool wait(std::chrono::milliseconds limit);
+  void cancel() noexcept;
+  Result<Report> finish();
+  Progress progress() const noexcept { return {.done = done_bytes_.load(), .total = total_bytes_}; }
+  LoadPlan& plan() noexcept { return plan_; }
+
+ private:
+  void plan_populate();
+  void choose_routes();
+  unsigned wanted_threads() const;
+  void join() noexcept;
+
+  void worker();
+  void work();
+  std::optional<Task> pick();
+  bool everything_issued() const;
+  Status run(const Task& task, Scratch& scratch);
+  Status run_unit(const Task& task, Scratch& scratch);
+  Status fill(const Unit& unit, const Lane& lane, std::byte* slot, Scratch& scratch);
+  Result<const std::byte*> read(const Unit& unit, std::byte* target, Scratch& scratch);
+  void unit_filled(const Task& task, Status status, std::unique_lock<std::mutex>& lock);
+  static Status submit(LaneState& state, std::uint32_t slot, const Chunk& chunk);
+  void drain(std::uint32_t lane_index);
+  void fail(Error error);
+  void thread_ended();
+
+  LoadPlan plan_;
+  Settings settings_;
+  Schedule schedule_;
+  std::deque<Source> sources_;  // by file
+  std::vector<PopulateStep> populate_;
+  std::uint64_t total_bytes_ = 0;
+  std::uint64_t mapped_bytes_ = 0;
+  Clock::time_point started_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable work_;   // something may be picked
+  std::condition_variable ended_;  // the last thread has ended
+  std::deque<LaneState> lanes_;
+  std::uint32_t next_populate_ = 0;
+  bool populating_ = false;
+  bool stop_ = false;
+  bool inline_ = false;
+  std::optional<Error> error_;
+  std::vector<std::string> fallbacks_;
+  std::vector<std::thread> threads_;
+  unsigned running_ = 0;
+  unsigned workers_ = 0;
+  std::uint64_t staging_bytes_ = 0;
+  double seconds_ = 0;
+  std::atomic<std::uint64_t> done_bytes_{0};
+  std::atomic<std::uint64_t> read_bytes_{0};
+};
+
+// --- Before the threads ------------------------------------------------------------------------
+
+Status Load::State::prepare() {
+  started_ = Clock::now();
+  settings_ = settings_.resolved();
+  auto schedule = Schedule::make(plan_, settings_);
+  WL_RETURN_IF_ERROR(schedule.ok() ? Status() : Status(schedule.error()));
+  schedule_ = *std::move(schedule);
+  for (const Lane& lane : schedule_.lanes) {
+    total_bytes_ += lane.payload;
+    fallbacks_.insert(fallbacks_.end(), lane.fallbacks.begin(), lane.fallbacks.end());
+  }
+  for (const Mapped& part : plan_.mapped) mapped_bytes_ += part.bytes;
+  total_bytes_ += mapped_bytes_;
+  choose_routes();
+  plan_populate();
+  return {};
+}
+
+void Load::State::choose_routes() {
+  struct Extent {
+    std::uint64_t begin = ~std::uint64_t{0};
+    std::uint64_t end = 0;
+    std::uint64_t bytes = 0;
+  };
+  std::vector<Extent> extents(plan_.files.size());
+  for (const Copy& copy : plan_.copies) {
+    if (copy.file == kFromMemory) continue;
+    const auto [begin, end] = plan_.source_range(copy);
+    Extent& extent = extents[copy.file];
+    extent.begin = std::min(extent.begin, begin);
+    extent.end = std::max(extent.end, end);
+    extent.bytes += plan_.source_bytes(copy);
+  }
+  std::uint64_t headroom = 0;
+  for (std::size_t i = 0; i < plan_.files.size(); ++i) {
+    Source& source = sources_.emplace_back();
+    if (extents[i].bytes == 0) {
+      source.choice = {.route = IoRoute::kMapped, .reason = "same dtype on the CPU"};
+      continue;
+    }
+    if (headroom == 0) headroom = io::memory_headroom();
+    source.choice = choose_io(*plan_.files[i], extents[i].begin, extents[i].end, extents[i].bytes,
+                              settings_, headroom);
+    if (source.choice.route == IoRoute::kDirect) {
+      auto direct = io::DirectFile::open(plan_.files[i]);
+      if (direct.ok()) {
+        source.direct = *std::move(direct);
+      } else {
+        fallbacks_.push_back(plan_.files[i]->path() + ": " + direct.error().message +
+                             "; read through the page cache");
+        source.choice.route = IoRoute::kBuffered;
+      }
+    }
+    if (source.choice.route == IoRoute::kBuffered) plan_.files[i]->advise_sequential();
+  }
+}
+
+void Load::State::plan_populate() {
+  std::vector<Mapped> parts = plan_.mapped;
+  std::sort(parts.begin(), parts.end(), [](const Mapped& a, const Mapped& b) {
+    return a.file != b.file ? a.file < b.file : a.offset < b.offset;
+  });
+  std::vector<PopulateStep> ranges;
+  for (const Mapped& part : parts) {
+    if (part.bytes == 0) continue;
+    if (!ranges.empty() && ranges.back().file == part.file &&
+        part.offset <= ranges.back().offset + ranges.back().bytes + kPopulateGap) {
+      ranges.back().bytes =
+          std::max(ranges.back().bytes, part.offset + part.bytes - ranges.back().offset);
+    } else {
+      ranges.push_back({part.file, part.name, part.offset, part.bytes});
+    }
+  }
+  if (!plan_.populate) {
+    for (const PopulateStep& range : ranges) {
+      sources_[range.file].choice.reason += "; read at the first touch, as asked";
+    }
+    return;
+  }
+  // Resident pages cost a minor fault each, now or later: only what must be read is read now.
+  std::vector<PopulateStep> missing;
+  std::uint64_t missing_bytes = 0;
+  for (const PopulateStep& range : ranges) {
+    const auto resident = io::resident_bytes(*plan_.files[range.file], range.offset, range.bytes);
+    if (resident && *resident >= range.bytes) continue;
+    missing.push_back(range);
+    missing_bytes += range.bytes;
+  }
+  if (missing.empty()) {
+    for (const PopulateStep& range : ranges) sources_[range.file].choice.reason += ", resident";
+    return;
+  }
+  const bool fits = missing_bytes <= io::memory_headroom() / 2;
+  for (const PopulateStep& range : missing) {
+    sources_[range.file].choice.reason +=
+        fits ? ", populated in order"
+             : ", larger than half of the memory that can be had: read at the first touch";
+    if (!fits) continue;
+    plan_.files[range.file]->advise_sequential();
+    for (std::uint64_t at = 0; at < range.bytes; at += kPopulateStep) {
+      populate_.push_back(
+          {range.file, range.name, range.offset + at, std::min(kPopulateStep, range.bytes - at)});
+    }
+  }
+}
+
+unsigned Load::State::wanted_threads() const {
+  std::uint64_t units = populate_.empty() ? 0 : 1;
+  bool devices = false;
+  for (const Lane& lane : schedule_.lanes) {
+    units += lane.units.size();
+    devices = devices || lane.device != kHostDevice;
+  }
+  if (!devices && populate_.empty() && total_bytes_ - mapped_bytes_ <= kInlineBytes) return 0;
+  unsigned threads = settings_.threads;
+  for (const Source& source : sources_) {
+    if (source.choice.cold) threads = std::max(threads, settings_.io_depth);
+  }
+  return static_cast<unsigned>(std::min<std::uint64_t>(threads, units));
+}
+
+Status Load::State::start() {
+  std::uint64_t to_populate = 0;
+  for (const PopulateStep& step : populate_) to_populate += step.bytes;
+  done_bytes_ = mapped_bytes_ - std::min(mapped_bytes_, to_populate);
+  for (std::size_t i = 0; i < schedule_.lanes.size(); ++i) {
+    const Lane& lane = schedule_.lanes[i];
+    LaneState& state = lanes_.emplace_back();
+    if (lane.device == kHostDevice || lane.chunks.empty()) continue;
+    const DeviceNeeds& needs = plan_.device(lane.device);
+    if (needs.scratch_bytes != 0 && needs.scratch == 0) {
+      return Error{
+          .code = ErrorCode::kInvalidArgument,
+          .message = "no scratch memory was given for cuda:" + std::to_string(lane.device)};
+    }
+    WL_ASSIGN_OR_RETURN(state.device, DeviceLane::open(plan_, lane, needs, settings_));
+    state.slot_limit = lane.slots;
+  }
+  const unsigned wanted = wanted_threads();
+  if (wanted == 0) {
+    inline_ = true;
+    return {};
+  }
+  const unsigned limit = std::max(wanted, 2 * settings_.threads);
+  const unsigned busy = busy_threads.load();
+  const unsigned workers = std::min(wanted, limit > busy ? limit - busy : 1);
+
+  const std::lock_guard lock(mutex_);
+  const auto spawn = [this](auto body) {
+    ++running_;
+    ++busy_threads;
+    try {
+      threads_.emplace_back(std::move(body));
+    } catch (const std::system_error&) {  // EAGAIN: the system's or the cgroup's thread limit
+      --running_;
+      --busy_threads;
+      return false;
+    }
+    return true;
+  };
+  for (std::uint32_t i = 0; i < lanes_.size(); ++i) {
+    if (lanes_[i].device == nullptr) continue;
+    if (!spawn([this, i] { drain(i); })) {
+      stop_ = true;
+      error_ = Error{.code = ErrorCode::kOutOfMemory,
+                     .message =
+                         "cannot start a thread: the limit of threads is reached "
+                         "(`ulimit -u`, pids.max)"};
+      return *error_;
+    }
+  }
+  for (unsigned i = 0; i < workers; ++i) {
+    if (!spawn([this] { worker(); })) break;
+    ++workers_;
+  }
+  if (workers_ == 0) inline_ = true;  // the caller does the work itself, in wait()
+  return {};
+}
+
+// --- Threads -----------------------------------------------------------------------------------
+
+void Load::State::worker() {
+  work();
+  thread_ended();
+}
+
+void Load::State::thread_ended() {
+  const std::lock_guard lock(mutex_);
+  --busy_threads;
+  if (--running_ == 0) ended_.notify_all();
+}
+
+void Load::State::work() {
+  Scratch scratch;
+  std::unique_lock lock(mutex_);
+  while (!stop_) {
+    const auto task = pick();
+    if (task) {
+      lock.unlock();
+      Status status = run(*task, scratch);
+      lock.lock();
+      unit_filled(*task, std::move(status), lock);
+      continue;
+    }
+    if (everything_issued()) break;
+    const bool ask_again = std::any_of(lanes_.begin(), lanes_.end(),
+                                       [](const LaneState& lane) { return lane.pool_empty; });
+    if (ask_again) {
+      work_.wait_for(lock, kPoolRetry);
+      for (LaneState& lane : lanes_) lane.pool_empty = false;
+    } else {
+      work_.wait(lock);
+    }
+  }
+}
+
+bool Load::State::everything_issued() const {
+  if (next_populate_ < populate_.size()) return false;
+  for (std::size_t i = 0; i < lanes_.size(); ++i) {
+    if (lanes_[i].next_unit < schedule_.lanes[i].units.size()) return false;
+  }
+  return true;
+}
+
+// The next task for a thread: of the lanes that can take work, the one that is furthest behind, so
+// that all links stay busy to the end.
+std::optional<Task> Load::State::pick() {
+  if (next_populate_ < populate_.size() && !populating_) {
+    // One at a time: a second caller breaks the sequential read-ahead of the first.
+    populating_ = true;
+    return Task{.kind = Task::Kind::kPopulate, .unit = next_populate_++};
+  }
+  std::optional<Task> best;
+  double best_share = 2;
+  for (std::uint32_t i = 0; i < lanes_.size(); ++i) {
+    LaneState& state = lanes_[i];
+    const Lane& lane = schedule_.lanes[i];
+    if (state.next_unit == lane.units.size()) continue;
+    const double share = static_cast<double>(state.issued) / static_cast<double>(lane.payload);
+    if (share >= best_share) continue;
+    Task task{.kind = Task::Kind::kUnit, .lane = i};
+    if (state.device != nullptr && !state.open_slot && state.free_slots.empty()) {
+      if (state.adding || state.pool_empty || state.slot_count == state.slot_limit) {
+        continue;
+      }
+      task.kind = Task::Kind::kAddSlot;
+      task.slot = state.slot_count;
+    }
+    best = task;
+    best_share = share;
+  }
+  if (!best) return best;
+  LaneState& state = lanes_[best->lane];
+  const Lane& lane = schedule_.lanes[best->lane];
+  ++state.active;
+  if (best->kind == Task::Kind::kAddSlot) {
+    state.adding = true;
+    return best;
+  }
+  if (state.device != nullptr) {
+    if (!state.open_slot) {
+      const std::uint32_t slot = state.free_slots.front();
+      state.free_slots.pop_front();
+      const Chunk& chunk = lane.chunks[state.next_chunk];
+      state.chunk_of_slot[slot] = state.next_chunk++;
+      state.units_left[slot] = chunk.unit_count;
+      state.open_slot = slot;
+      state.open_chunk_end = chunk.first_unit + chunk.unit_count;
+    }
+    best->slot = *state.open_slot;
+    if (state.next_unit + 1 == state.open_chunk_end) state.open_slot.reset();
+  }
+  best->unit = state.next_unit++;
+  state.issued += lane.units[best->unit].payload;
+  return best;
+}
+
+Status Load::State::run(const Task& task, Scratch& scratch) try {
+  switch (task.kind) {
+    case Task::Kind::kPopulate: {
+      const PopulateStep& step = populate_[task.unit];
+      Status status = plan_.mappings[step.file]->populate(step.offset, step.bytes);
+      if (!status.ok() && step.name < plan_.names.size()) {
+        status.error().tensor = plan_.names[step.name];
+      }
+      return status;
+    }
+    case Task::Kind::kAddSlot: {
+      auto added = lanes_[task.lane].device->add_slot(task.slot);
+      if (!added.ok()) return added.error();
+      if (!*added) return Error{.code = ErrorCode::kCancelled, .message = "no budget"};
+      return {};
+    }
+    case Task::Kind::kUnit:
+      return run_unit(task, scratch);
+  }
+  return {};
+} catch (const std::bad_alloc&) {
+  return out_of_memory();
+}
+
+Status Load::State::run_unit(const Task& task, Scratch& scratch) {
+  const Lane& lane = schedule_.lanes[task.lane];
+  const Unit& unit = lane.units[task.unit];
+  LaneState& state = lanes_[task.lane];
+  Status status = fill(unit, lane, state.device ? state.device->slot(task.slot) : nullptr, scratch);
+  if (!status.ok()) {
+    const Copy& copy = plan_.copies[lane.pieces[unit.first_piece].copy];
+    if (copy.name < plan_.names.size()) status.error().tensor = plan_.names[copy.name];
+    return status;
+  }
+  if (unit.file != kFromMemory) read_bytes_ += unit.end - unit.begin;
+  if (state.device == nullptr) done_bytes_ += unit.payload;
+  return {};
+}
+
+// Brings a unit's bytes to the host target, or into the staging slot.
+Status Load::State::fill(const Unit& unit, const Lane& lane, std::byte* slot, Scratch& scratch) {
+  if (unit.raw_target != 0) {
+    const auto read_result = read(unit, at_address(unit.raw_target), scratch);
+    return read_result.ok() ? Status() : Status(read_result.error());
+  }
+  if (slot != nullptr && unit.raw) {
+    const auto read_result = read(unit, slot + unit.slot_offset, scratch);
+    return read_result.ok() ? Status() : Status(read_result.error());
+  }
+  const std::byte* bytes = nullptr;
+  if (unit.file != kFromMemory) {
+    WL_ASSIGN_OR_RETURN(bytes, read(unit, nullptr, scratch));
+  }
+  const bool streaming = slot == nullptr && lane.payload >= kStreamingBytes;
+  const auto stores = streaming ? convert::Stores::kStreaming : convert::Stores::kCached;
+  for (std::uint32_t i = 0; i < unit.piece_count; ++i) {
+    const Piece& piece = lane.pieces[unit.first_piece + i];
+    std::byte* const packed = slot != nullptr ? slot + piece.slot_offset : nullptr;
+    if (unit.file == kFromMemory) {
+      const std::uint64_t source = plan_.copies[piece.copy].source;
+      deliver(plan_, piece, at_address(source), source, packed, stores, settings_.fp8);
+    } else {
+      deliver(plan_, piece, bytes, unit.begin, packed, stores, settings_.fp8);
+    }
+  }
+  return {};
+}
+
+// Reads a unit to `target`, or into the thread's own buffer where that is null; returns where.
+Result<const std::byte*> Load::State::read(const Unit& unit, std::byte* target, Scratch& scratch) {
+  const io::File& file = *plan_.files[unit.file];
+  Source& source = sources_[unit.file];
+  const std::uint64_t bytes = unit.end - unit.begin;
+  if (source.direct != nullptr && !source.direct_refused.load()) {
+    const std::uint64_t alignment = source.direct->alignment();
+    const std::uint64_t begin = unit.begin / alignment * alignment;
+    const std::uint64_t end = (unit.end + alignment - 1) / alignment * alignment;
+    const std::uint64_t lead = unit.begin - begin;
+    // A staging slot has room up to the end of the page; memory that is somebody's has not.
+    const bool in_place = target != nullptr && unit.raw && alignment <= io::kPageBytes;
+    std::byte* window = target != nullptr ? target - (in_place ? lead : 0) : nullptr;
+    if (!in_place) {
+      WL_ASSIGN_OR_RETURN(window, scratch.get(end - begin + io::kPageBytes));
+    }
+    Status status = source.direct->read(begin, {window, end - begin}, unit.end - begin);
+    if (status.ok()) {
+      if (target != nullptr && !in_place) std::copy_n(window + lead, bytes, target);
+      return target != nullptr ? target : window + lead;
+    }
+    if (status.error().system_errno != EINVAL && status.error().system_errno != EOPNOTSUPP) {
+      return status.error();
+    }
+    if (!source.direct_refused.exchange(true)) {
+      const std::lock_guard lock(mutex_);
+      fallbacks_.push_back(file.path() + ": " + status.error().message +
+                           "; read through the page cache");
+    }
+  }
+  if (target == nullptr) {
+    WL_ASSIGN_OR_RETURN(target, scratch.get(bytes));
+  }
+  WL_RETURN_IF_ERROR(file.read_exact(unit.begin, {target, bytes}));
+  return target;
+}
+
+// After a task, with the lock held: books it, and submits the slot that it filled up.
+void Load::State::unit_filled(const Task& task, Status status, std::unique_lock<std::mutex>& lock) {
+  if (task.kind == Task::Kind::kPopulate) {
+    populating_ = false;
+    if (status.ok()) {
+      done_bytes_ += populate_[task.unit].bytes;
+    } else {
+      fail(std::move(status).error());
+    }
+    work_.notify_all();
+    return;
+  }
+  LaneState& state = lanes_[task.lane];
+  if (task.kind == Task::Kind::kAddSlot) {
+    state.adding = false;
+    if (status.ok()) {
+      ++state.slot_count;
+      state.free_slots.push_back(task.slot);
+      state.chunk_of_slot.push_back(0);
+      state.units_left.push_back(0);
+      staging_bytes_ += settings_.chunk_bytes;
+    } else if (state.slot_count != 0) {
+      // Fewer slots are slower, not wrong.
+      state.slot_limit = state.slot_count;
+      if (status.error().code != ErrorCode::kCancelled) {
+        fallbacks_.push_back("fewer staging slots: " + status.error().message);
+      }
+    } else if (status.error().code == ErrorCode::kCancelled) {
+      state.pool_empty = true;
+    } else {
+      fail(std::move(status).error());
+    }
+  } else if (!status.ok()) {
+    fail(std::move(status).error());
+  } else if (state.device != nullptr && --state.units_left[task.slot] == 0 && !stop_) {
+    const Chunk& chunk = schedule_.lanes[task.lane].chunks[state.chunk_of_slot[task.slot]];
+    lock.unlock();
+    Status submitted = submit(state, task.slot, chunk);
+    if (!submitted.ok()) state.device->settle();
+    lock.lock();
+    if (submitted.ok()) {
+      state.in_flight.push_back(task.slot);
+    } else {
+      fail(std::move(submitted).error());
+    }
+  }
+  --state.active;
+  state.drained.notify_all();
+  work_.notify_all();
+}
+
+Status Load::State::submit(LaneState& state, std::uint32_t slot, const Chunk& chunk) try {
+  return state.device->submit(slot, chunk);
+} catch (const std::bad_alloc&) {
+  return out_of_memory();
+}
+
+// A device lane's own thread: waits for the oldest copies and frees their slots.
+void Load::State::drain(std::uint32_t lane_index) {
+  LaneState& state = lanes_[lane_index];
+  const Lane& lane = schedule_.lanes[lane_index];
+  {
+    std::unique_lock lock(mutex_);
+    while (true) {
+      const auto over = [&] {
+        return state.chunks_done == lane.chunks.size() || (stop_ && state.active == 0);
+      };
+      state.drained.wait(lock, [&] { return !state.in_flight.empty() || over(); });
+      if (state.in_flight.empty()) break;
+      const std::uint32_t slot = state.in_flight.front();
+      lock.unlock();
+      Status status = state.device->wait(slot);
+      if (!status.ok()) state.device->settle();
+      lock.lock();
+      state.in_flight.pop_front();
+      if (!status.ok()) {
+        fail(std::move(status).error());
+        continue;
+      }
+      const Chunk& chunk = lane.chunks[state.chunk_of_slot[slot]];
+      for (std::uint32_t i = 0; i < chunk.unit_count; ++i) {
+        done_bytes_ += lane.units[chunk.first_unit + i].payload;
+      }
+      ++state.chunks_done;
+      state.free_slots.push_back(slot);
+      work_.notify_all();
+    }
+  }
+  thread_ended();
+}
+
+void Load::State::fail(Error error) {
+  if (!error_) error_ = std::move(error);
+  stop_ = true;
+  work_.notify_all();
+  for (LaneState& state : lanes_) state.drained.notify_all();
+}
+
+// --- The caller --------------------------------------------------------------------------------
+
+bool Load::State::wait(std::chrono::milliseconds limit) {
+  if (inline_) {
+    inline_ = false;
+    work();
+  }
+  std::unique_lock lock(mutex_);
+  return ended_.wait_for(lock, limit, [this] { return running_ == 0; });
+}
+
+void Load::State::cancel() noexcept {
+  const std::lock_guard lock(mutex_);
+  if (running_ == 0 && !inline_) return;
+  inline_ = false;
+  fail({.code = ErrorCode::kCancelled, .message = "the load was cancelled"});
+}
+
+void Load::State::join() noexcept {
+  for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+}
+
+Result<Report> Load::State::finish() {
+  join();
+  seconds_ = std::chrono::duration<double>(Clock::now() - started_).count();
+  lanes_.clear();  // the slots go back
+  if (error_) return *error_;
+  for (const auto& file : plan_.files) WL_RETURN_IF_ERROR(file->check_unchanged());
+
+  Report report;
+  report.bytes = total_bytes_;
+  report.mapped_bytes = mapped_bytes_;
+  report.read_bytes = read_bytes_.load();
+  report.seconds = seconds_;
+  report.threads = workers_;
+  report.peak_staging_bytes = staging_bytes_;
+  if (staging_bytes_ != 0) report.pinned_bytes = device::StagingPool::instance().pinned_bytes();
+  report.fallbacks = fallbacks_;
+  for (std::size_t i = 0; i < plan_.files.size(); ++i) {
+    report.files.push_back(
+        {.path = plan_.files[i]->path(),
+         .route = io_route_name(sources_[i].direct_refused.load() ? IoRoute::kBuffered
+                                                                  : sources_[i].choice.route),
+         .reason = sources_[i].choice.reason});
+  }
+  std::uint64_t host = mapped_bytes_;
+  for (const Mapped& part : plan_.mapped) report.files[part.file].bytes += part.bytes;
+  for (const Copy& copy : plan_.copies) {
+    if (copy.file != kFromMemory) report.files[copy.file].bytes += plan_.source_bytes(copy);
+  }
+  for (const Lane& lane : schedule_.lanes) {
+    if (lane.device == kHostDevice) {
+      host += lane.payload;
+    } else {
+      report.devices.push_back({.device = lane.device, .bytes = lane.payload});
+    }
+  }
+  if (host != 0) report.devices.insert(report.devices.begin(), {.bytes = host});
+  return report;
+}
+
+Result<std::unique_ptr<Load>> Load::prepare(LoadPlan plan, const Settings& settings) {
+  auto state = std::make_unique<State>(std::move(plan), settings);
+  WL_RETURN_IF_ERROR(state->prepare());
+  return std::unique_ptr<Load>(new Load(std::move(state)));
+}
+
+Load::Load(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Load::~Load() = default;
+LoadPlan& Load::plan() noexcept {
+  return state_->plan();
+}
+Status Load::start() {
+  return state_->start();
+}
+bool Load::wait(std::chrono::milliseconds limit) {
+  return state_->wait(limit);
+}
+void Load::cancel() noexcept {
+  state_->cancel();
+}
+Progress Load::progress() const noexcept {
+  return state_->progress();
+}
+Result<Report> Load::finish() {
+  return state_->finish();
+}
+
+}  // namespace weightlift::engine

@@ -1,1 +1,91 @@
+#include "engine/plan.h"
 
+#include <algorithm>
+
+namespace weightlift::engine {
+
+std::uint32_t LoadPlan::add_file(std::shared_ptr<io::File> file) {
+  for (std::size_t i = 0; i < files.size(); ++i) {
+    if (files[i] == file) return static_cast<std::uint32_t>(i);
+  }
+  files.push_back(std::move(file));
+  mappings.emplace_back();
+  return static_cast<std::uint32_t>(files.size() - 1);
+}
+
+std::uint32_t LoadPlan::add_name(std::string_view name) {
+  names.push_back(name);
+  return static_cast<std::uint32_t>(names.size() - 1);
+}
+
+DeviceNeeds& LoadPlan::device(int ordinal) {
+  for (DeviceNeeds& needs : devices) {
+    if (needs.device == ordinal) return needs;
+  }
+  return devices.emplace_back(DeviceNeeds{.device = ordinal});
+}
+
+void LoadPlan::add_copy(Copy copy) {
+  if (copy.elements == 0) return;
+  if (!copy.casts()) {  // bytes are bytes: pieces may then end anywhere
+    copy.elements *= copy.source_item();
+    copy.source_dtype = copy.target_dtype = Dtype::kU8;
+  }
+  copy.dimension_count = 0;
+  if (copy.device != kHostDevice) (void)device(copy.device);
+  copies.push_back(copy);
+}
+
+void LoadPlan::add_strided(Copy copy, std::span<const Dimension> given) {
+  std::vector<Dimension> order;
+  copy.elements = 1;
+  for (const Dimension& dimension : given) {
+    copy.elements *= dimension.extent;
+    if (dimension.extent != 1) order.push_back(dimension);
+  }
+  if (copy.elements == 0) return;
+  std::stable_sort(order.begin(), order.end(), [](const Dimension& a, const Dimension& b) {
+    return a.source_stride > b.source_stride;
+  });
+  std::vector<Dimension> merged;
+  for (const Dimension& inner : order) {
+    const auto extent = static_cast<std::int64_t>(inner.extent);
+    if (!merged.empty() && merged.back().source_stride == inner.source_stride * extent &&
+        merged.back().target_stride == inner.target_stride * extent) {
+      merged.back() = {.extent = merged.back().extent * inner.extent,
+                       .source_stride = inner.source_stride,
+                       .target_stride = inner.target_stride};
+    } else {
+      merged.push_back(inner);
+    }
+  }
+  const bool contiguous =
+      merged.empty() || (merged.size() == 1 &&
+                         merged[0].source_stride == static_cast<std::int64_t>(copy.source_item()) &&
+                         merged[0].target_stride == static_cast<std::int64_t>(copy.target_item()));
+  if (contiguous) {
+    add_copy(copy);
+    return;
+  }
+  copy.dimensions = static_cast<std::uint32_t>(dimensions.size());
+  copy.dimension_count = static_cast<std::uint32_t>(merged.size());
+  dimensions.insert(dimensions.end(), merged.begin(), merged.end());
+  if (copy.device != kHostDevice) (void)device(copy.device);
+  copies.push_back(copy);
+}
+
+std::uint64_t LoadPlan::source_bytes(const Copy& copy) const noexcept {
+  return copy.elements * copy.source_item();
+}
+
+std::pair<std::uint64_t, std::uint64_t> LoadPlan::source_range(const Copy& copy) const noexcept {
+  if (copy.dimension_count == 0) return {copy.source, copy.source + source_bytes(copy)};
+  std::uint64_t span = copy.source_item();
+  for (std::uint32_t i = 0; i < copy.dimension_count; ++i) {
+    const Dimension& dimension = dimensions[copy.dimensions + i];
+    span += (dimension.extent - 1) * static_cast<std::uint64_t>(dimension.source_stride);
+  }
+  return {copy.source, copy.source + span};
+}
+
+}  // namespace weightlift::engine

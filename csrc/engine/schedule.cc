@@ -1,1 +1,376 @@
+#include "engine/schedule.h"
 
+#include <algorithm>
+#include <map>
+#include <numeric>
+
+#include "device/context.h"
+#include "io/anonymous_memory.h"
+
+namespace weightlift::engine {
+namespace {
+
+// A hole up to this size is read along rather than jumped over: the page cache hands out pages,
+// and a read of 4 KiB from it costs less than a system call.
+constexpr std::uint64_t kHoleBytes = io::kPageBytes;
+// Copies of their own are cheaper than a kernel with its table up to about this many.
+constexpr std::size_t kDirectRuns = 4;
+constexpr std::uint32_t kPieceAlignment = 16;
+constexpr std::uint32_t kUnitPieces = 1024;  // keeps the tiles of a unit within a slot
+
+template <class T>
+constexpr T round_up(T value, T unit) {
+  return (value + unit - 1) / unit * unit;
+}
+
+// Bytes of a piece in a staging slot.
+std::uint64_t staged_bytes(const Copy& copy, const Piece& piece) {
+  return piece.count * (piece.host_cast ? copy.target_item() : copy.source_item());
+}
+
+bool casts_on_host(const Copy& copy, const Lane& lane, const Settings& settings) {
+  if (lane.device == kHostDevice || !lane.kernel) return true;
+  if (settings.cast_place != CastPlace::kAuto) return settings.cast_place == CastPlace::kHost;
+  return copy.target_item() < copy.source_item();
+}
+
+std::uint32_t tile_bound(std::uint64_t staged_bytes) {
+  // Widening to eight times the size makes eight times the tiles.
+  return static_cast<std::uint32_t>(8 * staged_bytes / convert::kTileBytes + 1);
+}
+
+// Builds one lane from copies in the order of their source.
+class LaneBuilder {
+ public:
+  LaneBuilder(const LoadPlan& plan, const Settings& settings, Lane& lane)
+      : plan_(plan), settings_(settings), lane_(lane) {}
+
+  void add(std::uint32_t index) {
+    const Copy& copy = plan_.copies[index];
+    if (copy.dimension_count == 0) {
+      add_contiguous(index, copy);
+    } else {
+      add_strided(index, copy);
+    }
+  }
+
+  void finish() {
+    close_unit();
+    close_chunk();
+  }
+
+ private:
+  void add_contiguous(std::uint32_t index, const Copy& copy) {
+    const std::uint64_t item = copy.source_item();
+    const std::uint64_t limit = unit_limit(copy);
+    std::uint64_t first = 0;
+    while (first < copy.elements) {
+      const std::uint64_t begin = copy.source + first * item;
+      // Cut where the file's pages end, so that reads past the page cache need no overlap.
+      std::uint64_t end = begin + limit;
+      if (end / io::kPageBytes * io::kPageBytes > begin)
+        end = end / io::kPageBytes * io::kPageBytes;
+      const std::uint64_t count =
+          std::min(copy.elements - first, std::max<std::uint64_t>(1, (end - begin) / item));
+      add_piece(index, copy, first, count, begin, begin + count * item);
+      first += count;
+    }
+  }
+
+  void add_strided(std::uint32_t index, const Copy& copy) {
+    const Dimension* const dims = &plan_.dimensions[copy.dimensions];
+    const std::uint32_t rank = copy.dimension_count;
+    const std::uint64_t limit = unit_limit(copy);
+    // The outermost level whose rows hold no large hole and fit into one read.
+    std::uint32_t level = rank;  // rows are made of dims[level..]
+    std::uint64_t row_span = copy.source_item();
+    std::uint64_t row_elements = 1;
+    std::uint64_t rows = 1;  // of that level that are read together
+    while (level > 0) {
+      const Dimension& outer = dims[level - 1];
+      const auto stride = static_cast<std::uint64_t>(outer.source_stride);
+      if (stride > row_span + kHoleBytes) break;
+      const std::uint64_t span = (outer.extent - 1) * stride + row_span;
+      if (span > limit) {
+        rows = std::max<std::uint64_t>(1, (limit - std::min(limit, row_span)) / stride + 1);
+        break;
+      }
+      --level;
+      row_span = span;
+      row_elements *= outer.extent;
+    }
+    const std::uint64_t level_extent = level > 0 ? dims[level - 1].extent : 1;
+    std::uint64_t first = 0;
+    while (first < copy.elements) {
+      // Rows of one level only: the next outer step is a jump.
+      const std::uint64_t row = first / row_elements;
+      const std::uint64_t count = std::min(rows, level_extent - row % level_extent);
+      std::uint64_t begin = copy.source;
+      std::uint64_t rest = row;
+      for (std::uint32_t i = level; i > 0; --i) {
+        begin +=
+            (rest % dims[i - 1].extent) * static_cast<std::uint64_t>(dims[i - 1].source_stride);
+        rest /= dims[i - 1].extent;
+      }
+      const std::uint64_t stride =
+          level > 0 ? static_cast<std::uint64_t>(dims[level - 1].source_stride) : 0;
+      add_piece(index, copy, first, count * row_elements, begin,
+                begin + (count - 1) * stride + row_span);
+      first += count * row_elements;
+    }
+  }
+
+  // Source bytes of one unit: neither the read nor what it becomes may pass read_bytes.
+  std::uint64_t unit_limit(const Copy& copy) const {
+    const std::uint64_t widest = std::max(copy.source_item(), copy.target_item());
+    return std::max<std::uint64_t>(settings_.read_bytes * copy.source_item() / widest, 64);
+  }
+
+  void add_piece(std::uint32_t index, const Copy& copy, std::uint64_t first, std::uint64_t count,
+                 std::uint64_t begin, std::uint64_t end) {
+    Piece piece{.copy = index, .first = first, .count = count};
+    if (copy.casts()) {
+      piece.host_cast = casts_on_host(copy, lane_, settings_);
+      if (!piece.host_cast) {
+        piece.device_cast = convert::tile_cast(*convert::float_format(copy.source_dtype),
+                                               *convert::float_format(copy.target_dtype));
+      }
+    }
+    const std::uint64_t staged =
+        round_up<std::uint64_t>(staged_bytes(copy, piece), kPieceAlignment);
+    if (open_ && !fits(copy, begin, end, staged)) close_unit();
+    const bool from_memory = copy.file == kFromMemory;
+    if (!open_) {
+      open_ = true;
+      unit_ = {.file = copy.file, .first_piece = static_cast<std::uint32_t>(lane_.pieces.size())};
+      if (!from_memory) unit_.begin = unit_.end = begin;
+      unit_staged_ = 0;
+      as_it_is_ = !from_memory;
+    }
+    if (!from_memory) unit_.end = std::max(unit_.end, end);
+    unit_staged_ += staged;
+    unit_.payload += count * copy.source_item();
+    ++unit_.piece_count;
+    as_it_is_ = as_it_is_ && !piece.host_cast && copy.dimension_count == 0;
+    lane_.pieces.push_back(piece);
+  }
+
+  bool fits(const Copy& copy, std::uint64_t begin, std::uint64_t end, std::uint64_t staged) const {
+    if (unit_.file != copy.file || unit_.piece_count == kUnitPieces) return false;
+    if (unit_staged_ + staged > settings_.read_bytes) return false;
+    return copy.file == kFromMemory ||
+           (begin >= unit_.begin && begin <= unit_.end + kHoleBytes &&
+            std::max(end, unit_.end) - unit_.begin <= settings_.read_bytes);
+  }
+
+  void close_unit() {
+    if (!open_) return;
+    open_ = false;
+    lane_.payload += unit_.payload;
+    if (lane_.device == kHostDevice) {
+      unit_.raw_target = raw_target();
+      lane_.units.push_back(unit_);
+      return;
+    }
+    // As it lies in the file, unless much of it is holes.
+    unit_.raw = as_it_is_ && unit_.payload * 4 >= (unit_.end - unit_.begin) * 3;
+    std::uint32_t tiles = 0;
+    for (const Piece& piece : pieces_of_unit()) {
+      tiles += tile_bound(staged_bytes(plan_.copies[piece.copy], piece));
+    }
+    if (chunk_.unit_count != 0 && slot_bytes(tiles) > settings_.chunk_bytes) close_chunk();
+    const std::uint32_t begin = unit_begin();
+    unit_.slot_offset = begin;
+    std::uint32_t packed = begin;
+    for (Piece& piece : pieces_of_unit()) {
+      const Copy& copy = plan_.copies[piece.copy];
+      if (unit_.raw) {
+        piece.slot_offset = begin + static_cast<std::uint32_t>(copy.source - unit_.begin +
+                                                               piece.first * copy.source_item());
+      } else {
+        piece.slot_offset = packed;
+        packed += round_up(static_cast<std::uint32_t>(staged_bytes(copy, piece)), kPieceAlignment);
+      }
+    }
+    cursor_ = begin + unit_length();
+    tiles_ += tiles;
+    chunk_.staged_bytes = cursor_;
+    ++chunk_.unit_count;
+    lane_.units.push_back(unit_);
+  }
+
+  std::span<Piece> pieces_of_unit() {
+    return {&lane_.pieces[unit_.first_piece], unit_.piece_count};
+  }
+
+  std::uint32_t unit_length() const {
+    return static_cast<std::uint32_t>(unit_.raw ? unit_.end - unit_.begin : unit_staged_);
+  }
+
+  // Raw units keep their place within a page: a read past the page cache needs an aligned address
+  // for an aligned offset. Units that follow one another in the file then do so in the slot.
+  std::uint32_t unit_begin() const {
+    if (!unit_.raw) return round_up(cursor_, kPieceAlignment);
+    return round_up(cursor_, static_cast<std::uint32_t>(io::kPageBytes)) +
+           static_cast<std::uint32_t>(unit_.begin % io::kPageBytes);
+  }
+
+  // The slot with this unit in it: up to the end of a page, for the last page may be read whole,
+  // and the tiles behind it.
+  std::uint64_t slot_bytes(std::uint32_t tiles) const {
+    return round_up<std::uint64_t>(unit_begin() + unit_length(), io::kPageBytes) +
+           (std::uint64_t{tiles_} + tiles) * sizeof(convert::Tile);
+  }
+
+  void close_chunk() {
+    if (chunk_.unit_count == 0) return;
+    const std::vector<Run> runs = lane_.runs(plan_, chunk_);
+    const bool casts = std::any_of(runs.begin(), runs.end(),
+                                   [](const Run& run) { return run.cast != convert::kTileCopy; });
+    chunk_.scatter = lane_.kernel && (casts || runs.size() > kDirectRuns);
+    lane_.chunks.push_back(chunk_);
+    chunk_ = {.first_unit = static_cast<std::uint32_t>(lane_.units.size())};
+    cursor_ = 0;
+    tiles_ = 0;
+  }
+
+  // Where the whole range may be read to, if all of it is one run of plain bytes.
+  std::uint64_t raw_target() const {
+    if (!as_it_is_ || unit_.payload != unit_.end - unit_.begin) return 0;
+    std::uint64_t target = 0;
+    std::uint64_t at = unit_.begin;
+    for (std::uint32_t i = 0; i < unit_.piece_count; ++i) {
+      const Piece& piece = lane_.pieces[unit_.first_piece + i];
+      const Copy& copy = plan_.copies[piece.copy];
+      const std::uint64_t address = copy.target + piece.first;  // plain copies count bytes
+      if (copy.source + piece.first != at) return 0;
+      if (i == 0) target = address;
+      if (address - target != at - unit_.begin) return 0;
+      at += piece.count;
+    }
+    return target;
+  }
+
+  const LoadPlan& plan_;
+  const Settings& settings_;
+  Lane& lane_;
+  Unit unit_;
+  bool open_ = false;
+  bool as_it_is_ = false;
+  std::uint64_t unit_staged_ = 0;
+  Chunk chunk_;
+  std::uint32_t cursor_ = 0;
+  std::uint32_t tiles_ = 0;
+};
+
+}  // namespace
+
+std::vector<Run> Lane::runs(const LoadPlan& plan, const Chunk& chunk) const {
+  std::vector<Run> result;
+  for (std::uint32_t u = chunk.first_unit; u < chunk.first_unit + chunk.unit_count; ++u) {
+    for (std::uint32_t i = 0; i < units[u].piece_count; ++i) {
+      const Piece& piece = pieces[units[u].first_piece + i];
+      const Copy& copy = plan.copies[piece.copy];
+      Run run{.slot_offset = piece.slot_offset,
+              .cast = piece.device_cast,
+              .target = copy.target + piece.first * copy.target_item(),
+              .count = piece.count};
+      if (run.cast == convert::kTileCopy) {
+        run.count = staged_bytes(copy, piece);
+        if (!result.empty() && result.back().cast == convert::kTileCopy &&
+            result.back().slot_offset + result.back().count == run.slot_offset &&
+            result.back().target + result.back().count == run.target) {
+          result.back().count += run.count;
+          continue;
+        }
+      }
+      result.push_back(run);
+    }
+  }
+  return result;
+}
+
+namespace {
+
+// Copies to a device go to contiguous targets: their pieces are then runs, whatever the source.
+bool target_is_contiguous(const LoadPlan& plan, const Copy& copy) {
+  auto stride = static_cast<std::int64_t>(copy.target_item());
+  for (std::uint32_t i = copy.dimension_count; i > 0; --i) {
+    const Dimension& dimension = plan.dimensions[copy.dimensions + i - 1];
+    if (dimension.target_stride != stride) return false;
+    stride *= static_cast<std::int64_t>(dimension.extent);
+  }
+  return true;
+}
+
+Error invalid_copy(const LoadPlan& plan, const Copy& copy, std::string message) {
+  Error error{.code = ErrorCode::kInvalidArgument, .message = std::move(message)};
+  if (copy.file != kFromMemory) error.path = plan.files[copy.file]->path();
+  if (copy.name < plan.names.size()) error.tensor = plan.names[copy.name];
+  return error;
+}
+
+Status check_copy(const LoadPlan& plan, const Copy& copy) {
+  if (copy.casts() &&
+      (!convert::float_format(copy.source_dtype) || !convert::float_format(copy.target_dtype))) {
+    Error error = invalid_copy(plan, copy,
+                               "cannot cast " + std::string(dtype_name(copy.source_dtype)) +
+                                   " to " + std::string(dtype_name(copy.target_dtype)));
+    error.code = ErrorCode::kUnsupportedDtype;
+    return error;
+  }
+  if (copy.file != kFromMemory && plan.source_range(copy).second > plan.files[copy.file]->size()) {
+    return invalid_copy(plan, copy, "the copy reaches past the end of the file");
+  }
+  if (copy.device != kHostDevice && !target_is_contiguous(plan, copy)) {
+    return invalid_copy(plan, copy, "the target on a device must be contiguous");
+  }
+  return {};
+}
+
+}  // namespace
+
+Result<Schedule> Schedule::make(LoadPlan& plan, const Settings& settings) {
+  std::map<int, std::vector<std::uint32_t>> by_device;
+  for (std::uint32_t i = 0; i < plan.copies.size(); ++i) {
+    WL_RETURN_IF_ERROR(check_copy(plan, plan.copies[i]));
+    by_device[plan.copies[i].device].push_back(i);
+  }
+  Schedule schedule;
+  for (auto& [ordinal, order] : by_device) {
+    const auto before = [&plan](std::uint32_t a, std::uint32_t b) {
+      const Copy& x = plan.copies[a];
+      const Copy& y = plan.copies[b];
+      return x.file != y.file ? x.file < y.file : x.source < y.source;
+    };
+    if (!std::is_sorted(order.begin(), order.end(), before)) {
+      std::stable_sort(order.begin(), order.end(), before);
+    }
+    Lane& lane = schedule.lanes.emplace_back();
+    lane.device = ordinal;
+    if (ordinal != kHostDevice) {
+      WL_ASSIGN_OR_RETURN(device::Device * device, device::Device::get(ordinal));
+      if (settings.kernels) {
+        const auto kernel = device->scatter_kernel();
+        lane.kernel = kernel.ok();
+        if (!kernel.ok()) {
+          lane.fallbacks.push_back(
+              "cuda:" + std::to_string(ordinal) +
+              ": no kernels, casts run on the host: " + kernel.error().message);
+        }
+      }
+    }
+    LaneBuilder builder(plan, settings, lane);
+    for (const std::uint32_t index : order) builder.add(index);
+    builder.finish();
+    if (ordinal == kHostDevice) continue;
+    lane.slots = static_cast<std::uint32_t>(
+        std::min<std::uint64_t>(settings.pinned_bytes / settings.chunk_bytes, lane.chunks.size()));
+    const bool scatters = std::any_of(lane.chunks.begin(), lane.chunks.end(),
+                                      [](const Chunk& chunk) { return chunk.scatter; });
+    plan.device(ordinal).scratch_bytes = scatters ? lane.slots * settings.chunk_bytes : 0;
+  }
+  return schedule;
+}
+
+}  // namespace weightlift::engine

@@ -61,13 +61,15 @@ AnonymousMemory::~AnonymousMemory() {
   if (data_ != nullptr) ::munmap(data_, bytes_);
 }
 
-Status AnonymousMemory::populate() {
-  if (bytes_ == 0) return {};
-  while (::madvise(data_, bytes_, MADV_POPULATE_WRITE) != 0) {
+Status AnonymousMemory::populate(std::size_t offset, std::size_t bytes) const {
+  std::byte* const begin = data_ + offset / kPageBytes * kPageBytes;
+  std::byte* const end = data_ + offset + bytes;
+  while (begin != end &&
+         ::madvise(begin, static_cast<std::size_t>(end - begin), MADV_POPULATE_WRITE) != 0) {
     if (errno == EINTR || errno == EAGAIN) continue;
-    if (errno != EINVAL) return out_of_memory(bytes_, errno);
-    for (std::size_t at = 0; at < bytes_; at += kPageBytes) {  // Linux before 5.14
-      static_cast<volatile std::byte*>(data_)[at] = std::byte{0};
+    if (errno != EINVAL) return out_of_memory(bytes, errno);
+    for (std::byte* at = begin; at < end; at += kPageBytes) {  // Linux before 5.14
+      static_cast<volatile std::byte*>(at)[0] = std::byte{0};
     }
     break;
   }

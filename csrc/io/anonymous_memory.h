@@ -27,9 +27,8 @@ class AnonymousMemory {
   [[nodiscard]] std::byte* data() const noexcept { return data_; }
   [[nodiscard]] std::size_t size() const noexcept { return bytes_; }
 
-  // Backs the pages now, by this thread. kOutOfMemory rather than a later SIGBUS or OOM kill where
-  // the kernel can tell.
-  [[nodiscard]] Status populate();
+  // Backs the pages of [offset, offset + bytes) now, by this thread.
+  [[nodiscard]] Status populate(std::size_t offset, std::size_t bytes) const;
 
   // Keeps the pages out of children (madvise(2) MADV_DONTFORK): a copy-on-write fault in the parent
   // after fork() would move pages away under a device that reads them.

@@ -1,0 +1,156 @@
+#include "engine/device_lane.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "convert/scatter.h"
+#include "device/staging.h"
+
+namespace weightlift::engine {
+namespace {
+
+// Of all devices together, per device: what concurrent loads share.
+constexpr std::size_t kPinnedBudget = std::size_t{64} << 20;
+
+constexpr std::uint64_t kTileAlignment = 32;
+
+}  // namespace
+
+Result<std::unique_ptr<DeviceLane>> DeviceLane::open(const LoadPlan& plan, const Lane& lane,
+                                                     const DeviceNeeds& needs,
+                                                     const Settings& settings) {
+  WL_ASSIGN_OR_RETURN(device::Device * device, device::Device::get(lane.device));
+  WL_ASSIGN_OR_RETURN(device::Stream stream, device::Stream::create(*device));
+  WL_ASSIGN_OR_RETURN(device::Event allocated, device::Event::create(*device));
+  auto* const allocating = reinterpret_cast<CUstream>(static_cast<std::uintptr_t>(needs.stream));
+  WL_RETURN_IF_ERROR(allocated.record(allocating));
+  const device::CurrentContext current(*device);
+  WL_RETURN_IF_ERROR(current.status());
+  WL_RETURN_IF_ERROR(device::check(
+      device->driver(), device->driver().cuStreamWaitEvent(stream.get(), allocated.get(), 0),
+      "cuStreamWaitEvent"));
+  return std::unique_ptr<DeviceLane>(
+      new DeviceLane(plan, lane, needs, settings, *device, std::move(stream)));
+}
+
+DeviceLane::~DeviceLane() {
+  for (std::optional<Slot>& slot : slots_) {
+    if (!slot) continue;
+    if (lost_) {
+      // Left pinned and mapped for ever: the device may still be reading it.
+      static_cast<void>(new device::PinnedMemory(std::move(slot->memory)));
+    } else {
+      device::StagingPool::instance().give_back(std::move(slot->memory));
+    }
+  }
+}
+
+Result<bool> DeviceLane::add_slot(std::uint32_t index) {
+  WL_ASSIGN_OR_RETURN(const int devices, device::Device::count());
+  const std::size_t budget = std::max(kPinnedBudget, settings_.pinned_bytes) *
+                             static_cast<std::size_t>(std::max(devices, 1));
+  WL_ASSIGN_OR_RETURN(auto memory,
+                      device::StagingPool::instance().take(device_, settings_.chunk_bytes, budget));
+  if (!memory) return false;
+  auto event = device::Event::create(device_);
+  if (!event.ok()) {
+    device::StagingPool::instance().give_back(*std::move(memory));
+    return event.error();
+  }
+  slots_[index].emplace(Slot{.memory = *std::move(memory), .copied = *std::move(event)});
+  return true;
+}
+
+Status DeviceLane::submit(std::uint32_t slot, const Chunk& chunk) {
+  const device::CurrentContext current(device_);
+  WL_RETURN_IF_ERROR(current.status());
+  const std::vector<Run> runs = lane_.runs(plan_, chunk);
+  WL_RETURN_IF_ERROR(chunk.scatter ? scatter(slot, chunk, runs) : copy_runs(slot, runs));
+  return slots_[slot]->copied.record(stream_.get());
+}
+
+Status DeviceLane::wait(std::uint32_t slot) const {
+  return slots_[slot]->copied.wait();
+}
+
+void DeviceLane::settle() noexcept {
+  const device::CurrentContext current(device_);
+  lost_ = lost_ || !current.status().ok() ||
+          device_.driver().cuStreamSynchronize(stream_.get()) != CUDA_SUCCESS;
+}
+
+Status DeviceLane::scatter(std::uint32_t slot, const Chunk& chunk, const std::vector<Run>& runs) {
+  std::vector<convert::Tile> tiles;
+  for (const Run& run : runs) {
+    std::uint64_t source_item = 1;
+    std::uint64_t target_item = 1;
+    if (run.cast != convert::kTileCopy) {
+      source_item = convert::float_bytes(static_cast<convert::FloatFormat>(
+          run.cast / static_cast<std::uint32_t>(convert::kFloatFormatCount)));
+      target_item = convert::float_bytes(static_cast<convert::FloatFormat>(
+          run.cast % static_cast<std::uint32_t>(convert::kFloatFormatCount)));
+    }
+    const std::uint64_t step = convert::kTileBytes / std::max(source_item, target_item);
+    for (std::uint64_t done = 0; done < run.count; done += step) {
+      tiles.push_back({.source = run.slot_offset + done * source_item,
+                       .target = run.target + done * target_item,
+                       .count = static_cast<std::uint32_t>(std::min(step, run.count - done)),
+                       .cast = run.cast});
+    }
+  }
+  // The table rides behind the data: one copy brings both.
+  std::uint64_t tiles_offset =
+      (chunk.staged_bytes + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
+  const std::uint64_t table_bytes = tiles.size() * sizeof(convert::Tile);
+  if (tiles_offset + table_bytes > settings_.chunk_bytes) {
+    return Error{.code = ErrorCode::kInvalidArgument,
+                 .message =
+                     "a chunk and its tiles do not fit into a staging slot: raise "
+                     "Settings.chunk_bytes"};
+  }
+  std::memcpy(slots_[slot]->memory.data() + tiles_offset, tiles.data(), table_bytes);
+
+  WL_ASSIGN_OR_RETURN(CUfunction kernel, device_.scatter_kernel());
+  CUdeviceptr scratch = needs_.scratch + std::uint64_t{slot} * settings_.chunk_bytes;
+  const device::Driver& driver = device_.driver();
+  WL_RETURN_IF_ERROR(check(driver.cuMemcpyHtoDAsync(scratch, slots_[slot]->memory.data(),
+                                                    tiles_offset + table_bytes, stream_.get()),
+                           "cuMemcpyHtoDAsync"));
+  auto tile_count = static_cast<std::uint32_t>(tiles.size());
+  convert::Fp8Rules rules = settings_.fp8;
+  void* arguments[] = {&scratch, &tiles_offset, &tile_count, &rules};
+  return check(driver.cuLaunchKernel(kernel, tile_count, 1, 1, convert::kScatterThreads, 1, 1, 0,
+                                     stream_.get(), arguments, nullptr),
+               "cuLaunchKernel");
+}
+
+Status DeviceLane::copy_runs(std::uint32_t slot, const std::vector<Run>& runs) {
+  const device::Driver& driver = device_.driver();
+  std::byte* const base = slots_[slot]->memory.data();
+  if (runs.size() > 1 && settings_.batch_copies && driver.cuMemcpyBatchAsync != nullptr) {
+    std::vector<CUdeviceptr> targets;
+    std::vector<CUdeviceptr> sources;
+    std::vector<std::size_t> sizes;
+    for (const Run& run : runs) {
+      targets.push_back(run.target);
+      sources.push_back(reinterpret_cast<CUdeviceptr>(base + run.slot_offset));
+      sizes.push_back(run.count);
+    }
+    CUmemcpyAttributes attributes{};
+    attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
+    std::size_t first = 0;
+    return check(driver.cuMemcpyBatchAsync(targets.data(), sources.data(), sizes.data(),
+                                           runs.size(), &attributes, &first, 1, stream_.get()),
+                 "cuMemcpyBatchAsync");
+  }
+  for (const Run& run : runs) {
+    WL_RETURN_IF_ERROR(check(
+        driver.cuMemcpyHtoDAsync(run.target, base + run.slot_offset, run.count, stream_.get()),
+        "cuMemcpyHtoDAsync"));
+  }
+  return {};
+}
+
+}  // namespace weightlift::engine

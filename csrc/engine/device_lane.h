@@ -1,0 +1,82 @@
+// One device's link during one load: its copy stream, its staging slots, and what a filled slot
+// becomes on the stream.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "device/context.h"
+#include "device/pinned.h"
+#include "engine/plan.h"
+#include "engine/schedule.h"
+#include "engine/settings.h"
+#include "result.h"
+
+namespace weightlift::engine {
+
+class DeviceLane {
+ public:
+  // Makes the copy stream, ordered after what the allocating stream has been given so far: the
+  // allocator may have handed out memory that a kernel there still uses.
+  [[nodiscard]] static Result<std::unique_ptr<DeviceLane>> open(const LoadPlan& plan,
+                                                                const Lane& lane,
+                                                                const DeviceNeeds& needs,
+                                                                const Settings& settings);
+  DeviceLane(const DeviceLane&) = delete;
+  DeviceLane& operator=(const DeviceLane&) = delete;
+  // Gives the slots back to the pool; nothing may be in flight.
+  ~DeviceLane();
+
+  // Takes slot `index`, below Lane::slots, from the pool; false where others hold the budget.
+  [[nodiscard]] Result<bool> add_slot(std::uint32_t index);
+  [[nodiscard]] std::byte* slot(std::uint32_t index) noexcept {
+    return slots_[index]->memory.data();
+  }
+
+  // Queues the copies of a filled slot, and an event behind them.
+  [[nodiscard]] Status submit(std::uint32_t slot, const Chunk& chunk);
+  // Until the copies of a submitted slot have ended.
+  [[nodiscard]] Status wait(std::uint32_t slot) const;
+  // After a failed call: waits for everything on the stream, so that the slots can be used again.
+  // Where even that fails, the slots are never used again: the device may still read them.
+  void settle() noexcept;
+
+ private:
+  struct Slot {
+    device::PinnedMemory memory;
+    device::Event copied;
+  };
+
+  DeviceLane(const LoadPlan& plan, const Lane& lane, const DeviceNeeds& needs,
+             const Settings& settings, device::Device& device, device::Stream stream)
+      : plan_(plan),
+        lane_(lane),
+        needs_(needs),
+        settings_(settings),
+        device_(device),
+        stream_(std::move(stream)),
+        slots_(lane.slots) {}
+
+  [[nodiscard]] Status scatter(std::uint32_t slot, const Chunk& chunk,
+                               const std::vector<Run>& runs);
+  [[nodiscard]] Status copy_runs(std::uint32_t slot, const std::vector<Run>& runs);
+  [[nodiscard]] Status check(CUresult result, const char* call) const {
+    return device::check(device_.driver(), result, call);
+  }
+
+  const LoadPlan& plan_;
+  const Lane& lane_;
+  const DeviceNeeds& needs_;
+  const Settings& settings_;
+  device::Device& device_;
+  device::Stream stream_;
+  std::vector<std::optional<Slot>> slots_;  // never resized: threads fill some while one is added
+  bool lost_ = false;
+};
+
+}  // namespace weightlift::engine

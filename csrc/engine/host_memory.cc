@@ -1,0 +1,87 @@
+#include "engine/host_memory.h"
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "device/pinned.h"
+#include "io/anonymous_memory.h"
+#include "io/machine.h"
+
+namespace weightlift::engine {
+namespace {
+
+// Smaller requests are not worth reading the limits for.
+constexpr std::size_t kCheckedBytes = std::size_t{64} << 20;
+
+class PageableMemory final : public HostMemory {
+ public:
+  explicit PageableMemory(io::AnonymousMemory memory)
+      : HostMemory(memory.data(), false), memory_(std::move(memory)) {}
+
+ private:
+  io::AnonymousMemory memory_;
+};
+
+class PageLockedMemory final : public HostMemory {
+ public:
+  explicit PageLockedMemory(device::PinnedMemory memory)
+      : HostMemory(memory.data(), true), memory_(std::move(memory)) {}
+  ~PageLockedMemory() override { device::wait_for_devices(); }
+
+ private:
+  device::PinnedMemory memory_;
+};
+
+Status populate(const io::AnonymousMemory& memory, unsigned threads) {
+  const std::size_t share =
+      (memory.size() / std::max(threads, 1U) / io::kHugePageBytes + 1) * io::kHugePageBytes;
+  const std::size_t parts = (memory.size() + share - 1) / share;
+  std::vector<Status> results(parts);
+  std::vector<std::thread> helpers;
+  const auto part = [&](std::size_t i) {
+    results[i] = memory.populate(i * share, std::min(share, memory.size() - i * share));
+  };
+  for (std::size_t i = 1; i < parts; ++i) {
+    try {
+      helpers.emplace_back(part, i);
+    } catch (const std::system_error&) {  // no more threads to be had
+      part(i);
+    }
+  }
+  if (parts != 0) part(0);
+  for (std::thread& helper : helpers) helper.join();
+  for (Status& result : results) WL_RETURN_IF_ERROR(std::move(result));
+  return {};
+}
+
+}  // namespace
+
+Result<std::shared_ptr<HostMemory>> HostMemory::allocate(std::size_t bytes,
+                                                         std::optional<int> pin_for,
+                                                         unsigned threads) {
+  if (bytes >= kCheckedBytes) {
+    const std::uint64_t headroom = io::memory_headroom();
+    if (bytes > headroom) {
+      return Error{.code = ErrorCode::kOutOfMemory,
+                   .message = "the tensors need " + std::to_string(bytes) +
+                              " bytes of memory and " + std::to_string(headroom) +
+                              " can be had (the machine's and the cgroup's limits): load fewer, "
+                              "use a smaller dtype, or mode=\"map\""};
+    }
+  }
+  WL_ASSIGN_OR_RETURN(io::AnonymousMemory memory, io::AnonymousMemory::allocate(bytes));
+  if (!pin_for) return std::shared_ptr<HostMemory>(new PageableMemory(std::move(memory)));
+  WL_ASSIGN_OR_RETURN(device::Device * device, device::Device::get(*pin_for));
+  memory.keep_from_children();
+  WL_RETURN_IF_ERROR(populate(memory, threads));
+  WL_ASSIGN_OR_RETURN(device::PinnedMemory pinned,
+                      device::PinnedMemory::adopt(*device, std::move(memory)));
+  return std::shared_ptr<HostMemory>(new PageLockedMemory(std::move(pinned)));
+}
+
+}  // namespace weightlift::engine

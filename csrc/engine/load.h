@@ -1,0 +1,78 @@
+// Runs a LoadPlan: reader threads, staging slots, copy streams; progress, cancelling, the report.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/plan.h"
+#include "engine/settings.h"
+#include "result.h"
+
+namespace weightlift::engine {
+
+struct FileReport {
+  std::string path;
+  std::uint64_t bytes = 0;  // of tensors
+  std::string route;        // "mapped", "page cache", "buffered", "direct"
+  std::string reason;
+};
+
+struct DeviceReport {
+  int device = kHostDevice;
+  std::uint64_t bytes = 0;  // of tensors, as they lie in the checkpoint
+};
+
+struct Report {
+  std::uint64_t bytes = 0;         // of tensors, as they lie in the checkpoint
+  std::uint64_t mapped_bytes = 0;  // of these, handed out without a copy
+  std::uint64_t read_bytes = 0;    // moved out of files
+  double seconds = 0;
+  std::vector<FileReport> files;
+  std::vector<DeviceReport> devices;
+  std::uint64_t pinned_bytes = 0;        // of the staging pool, when the load ended
+  std::uint64_t peak_staging_bytes = 0;  // slots this load held at once
+  unsigned threads = 0;
+  std::vector<std::string> fallbacks;
+};
+
+struct Progress {
+  std::uint64_t done = 0;  // bytes of tensors
+  std::uint64_t total = 0;
+};
+
+// One run of one plan. The destructor cancels and waits, so that no thread and no copy outlives the
+// memory it works on.
+class Load {
+ public:
+  // Checks and schedules; `plan().devices` then says what scratch memory is wanted.
+  [[nodiscard]] static Result<std::unique_ptr<Load>> prepare(LoadPlan plan,
+                                                             const Settings& settings);
+  Load(const Load&) = delete;
+  Load& operator=(const Load&) = delete;
+  ~Load();
+
+  [[nodiscard]] LoadPlan& plan() noexcept;
+
+  // Starts the threads. A small load on the host has none: it runs in the first wait().
+  [[nodiscard]] Status start();
+
+  // Until the load has ended, one way or the other, or the time is up: whether it has ended.
+  [[nodiscard]] bool wait(std::chrono::milliseconds limit);
+  void cancel() noexcept;
+  [[nodiscard]] Progress progress() const noexcept;
+
+  // After wait() said true: what happened. Everything has arrived, on every device, when it is no
+  // error; nothing is in flight when it is one.
+  [[nodiscard]] Result<Report> finish();
+
+ private:
+  class State;
+  explicit Load(std::unique_ptr<State> state);
+
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace weightlift::engine

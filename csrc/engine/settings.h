@@ -1,0 +1,35 @@
+// What a user may set about how bytes move. Zero means "decide for this machine".
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+#include "convert/cast.h"
+
+namespace weightlift::engine {
+
+// How the bytes of a file are read. kAuto looks at each file: see io_path.h.
+enum class IoPath : std::uint8_t { kAuto, kBuffered, kDirect };
+
+// Where casts run. kAuto: narrowing on the host, where it halves the bytes on the bus; everything
+// else on the device.
+enum class CastPlace : std::uint8_t { kAuto, kHost, kDevice };
+
+struct Settings {
+  unsigned threads = 0;          // that read and cast; 0: the processors this process may use
+  unsigned io_depth = 0;         // reads in flight on a cold or direct file; 0: 8
+  std::size_t read_bytes = 0;    // of one read; 0: 512 KiB
+  std::size_t chunk_bytes = 0;   // of one staging slot, one copy to a device; 0: 4 MiB
+  std::size_t pinned_bytes = 0;  // staging slots of one device at the most; 0: 32 MiB
+  IoPath io_path = IoPath::kAuto;
+  CastPlace cast_place = CastPlace::kAuto;
+  bool kernels = true;       // false: as on a device without the CUDA kernels
+  bool batch_copies = true;  // false: as with a driver without cuMemcpyBatchAsync
+  convert::Fp8Rules fp8;
+
+  // The same with every zero replaced and every size brought within bounds.
+  [[nodiscard]] Settings resolved() const;
+};
+
+}  // namespace weightlift::engine
