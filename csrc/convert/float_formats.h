@@ -158,7 +158,7 @@ WL_HOST_DEVICE static inline std::uint32_t decode(Bits<format> bits) {
     const auto exponent = static_cast<std::int64_t>(capped >> 52);
     const std::uint64_t significand = (capped & 0xfffffffffffffULL) | 0x10000000000000ULL;
     const auto shift = static_cast<std::uint64_t>(
-        smaller(std::int64_t{54}, 28 + larger(std::int64_t{0}, kSmallestNormal - exponent)));
+        smaller(std::int64_t{53}, 28 + larger(std::int64_t{0}, kSmallestNormal - exponent)));
     // One bit more than needed. (gcc does not vectorise a constant shifted by a variable here.)
     const std::uint64_t kept = significand >> shift;
     const auto lost = static_cast<std::uint64_t>((kept << shift) != significand);

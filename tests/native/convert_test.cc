@@ -599,12 +599,15 @@ class Chunk {
 
     scatter_on_host(data_.data(), placed(results.by_host), rules);
 
-    const std::vector<Tile> table = placed(results.by_kernel);
+    std::vector<Tile> table = placed(results.by_kernel);
+    const auto tile_count = static_cast<std::uint32_t>(table.size());
+    // What lies behind the table is not a tile, though it may look like one.
+    table.push_back({0, table.back().target, table.back().count + 1, kTileCopy});
     std::vector<std::byte> chunk(data_.size() + table.size() * sizeof(Tile) + 64);
     std::byte* base = start(chunk);
     std::memcpy(base, data_.data(), data_.size());
     std::memcpy(base + data_.size(), table.data(), table.size() * sizeof(Tile));
-    run_kernel(base, data_.size(), static_cast<std::uint32_t>(table.size()), rules);
+    run_kernel(base, data_.size(), tile_count, rules);
 
     for (const Tile& tile : tiles_) {
       const std::byte* source = data_.data() + tile.source;
