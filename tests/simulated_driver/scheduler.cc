@@ -253,10 +253,12 @@ void Simulator::finish(const OperationPointer& operation) {
   operation->snapshots = {};
   operation->tiles = {};
   operation->stream->queue.pop_front();
+  std::erase(moving_, operation);
   changed_.notify_all();
 }
 
 void Simulator::run_piece(Operation& operation, Piece& piece) {
+  if (piece.bytes == 0 && operation.kind != Kind::kFree) return;  // cancelled
   const auto report = [&](std::string what) {
     if (!std::exchange(operation.reported, true)) violation(std::move(what));
   };
@@ -489,7 +491,6 @@ void Simulator::advance(double to) {
       if (operation->left < 0.5) finished.push_back(operation);  // half a byte: rounding
     }
     for (const OperationPointer& operation : finished) {
-      std::erase(moving_, operation);
       device(operation->stream->device)->traffic.last_finish = time_;
       step(operation, kAll);
     }

@@ -943,6 +943,7 @@ TEST_F(Streams, ALostContextStaysLost) {
     const SimLedger left = d.ledger();
     EXPECT_EQ(left.streams + left.events + left.allocations + left.pinned_ranges, 0u);
     EXPECT_EQ(left.pending, 0u);
+    EXPECT_EQ(d.sim_violations(), 0u) << d.violations();
     current.reset();
   }
 }
@@ -1047,14 +1048,33 @@ TEST(Time, UnequalLinksShareWhatTheHostHas) {
 
 TEST(Time, IsRealWhenAsked) {
   const Sim& d = sim();
-  d.sim_reset(4, 0, SIM_EAGER);
+  d.sim_reset(8, 0, SIM_EAGER);
   d.sim_set_time(SIM_TIME_REAL);
-  for (int i = 0; i < 4; ++i) d.sim_set_link(i, 1e7);
+  for (int i = 0; i < 8; ++i) d.sim_set_link(i, 5e6);
   const auto start = std::chrono::steady_clock::now();
-  seconds_for(4, 1000 * 1000, true);
+  seconds_for(8, 1000 * 1000, true);
   const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-  EXPECT_GE(taken.count(), 0.0999);
-  EXPECT_LT(taken.count(), 0.35) << "four links of 0.1 s each, one after another, take 0.4 s";
+  EXPECT_GE(taken.count(), 0.1999);
+  EXPECT_LT(taken.count(), 1.2) << "eight links of 0.2 s each, one after another, take 1.6 s";
+}
+
+TEST_F(Streams, DrainingATimedRunFinishesWhatIsMoving) {
+  start(SIM_LAZY);
+  d.sim_set_time(SIM_TIME_VIRTUAL);
+  d.sim_set_link(0, 1);
+  host[0] = 4;
+  EXPECT_EQ(d.cuMemcpyHtoDAsync(buffer, host, 4, one), CUDA_SUCCESS);
+  EXPECT_EQ(d.cuMemcpyHtoDAsync(buffer + 4, host, 4, two), CUDA_SUCCESS);
+  d.sim_drain();
+  EXPECT_EQ(d.ledger().pending, 0u);
+  EXPECT_EQ(d.cuMemcpyHtoDAsync(buffer, host, 4, one), CUDA_SUCCESS);
+  EXPECT_EQ(d.cuStreamSynchronize(one), CUDA_SUCCESS);
+  EXPECT_EQ(d.cuStreamSynchronize(two), CUDA_SUCCESS);
+  EXPECT_NEAR(d.sim_now(), 4.0, 1e-6);
+  EXPECT_EQ(read(buffer), 4);
+  EXPECT_EQ(read(buffer + 4), 4);
+  stop();
+  EXPECT_EQ(d.sim_violations(), 0u) << d.violations();
 }
 
 }  // namespace

@@ -128,7 +128,7 @@ void Simulator::reset(int devices, std::uint64_t seed, int policy) {
   violations_.clear();
   violation_count_ = 0;
   host_rate_ = 0;
-  time_mode_ = SIM_TIME_NONE;
+  set_time(SIM_TIME_NONE);
   set_policy(seed, policy);
 }
 
@@ -376,6 +376,8 @@ void Simulator::lose_context(int index, CUresult code) {
       std::erase(moving_, operation);
     }
     stream->queue.clear();
+    // Nothing of it runs any more, and the error tells the host so.
+    host_clock_.join(stream->clock);
   }
   changed_.notify_all();
 }
