@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""Proves that the engine's tests bite: each patch in mutants/ breaks the engine, and the engine's
+native test, which knows nothing of the patches, must fail on every one of them.
+
+README.md, "Mutants", says how to add one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TREE = ("csrc", "cmake", "tests", "CMakeLists.txt")
+TEST = "engine_test"
+
+
+@dataclass
+class Outcome:
+    name: str
+    result: str  # killed, hung, survived, does not apply, does not build
+    seconds: float
+    evidence: str = ""
+
+    @property
+    def good(self) -> bool:
+        return self.result in ("killed", "hung")
+
+
+class Workshop:
+    """A copy of the tree, built once; mutants are applied to it one after another."""
+
+    def __init__(self, root: Path, folder: Path, jobs: int, seeds: int) -> None:
+        self.source = folder / "tree"
+        self.build = folder / "build"
+        self.jobs = jobs
+        self.seeds = seeds
+        self.source.mkdir()
+        for name in TREE:
+            origin = root / name
+            if origin.is_dir():
+                ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+                shutil.copytree(origin, self.source / name, ignore=ignore)
+            else:
+                shutil.copy2(origin, self.source / name)
+
+    def configure(self) -> None:
+        command = [
+            "cmake", "-S", str(self.source), "-B", str(self.build), "-G", "Ninja",
+            "-DWEIGHTLIFT_TESTING=ON", "-DWEIGHTLIFT_PYTHON=OFF", "-DWEIGHTLIFT_CUDA=OFF",
+            "-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]  # fmt: skip
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    def compile(self) -> subprocess.CompletedProcess[str]:
+        command = ["cmake", "--build", str(self.build), "--target", TEST, "-j", str(self.jobs)]
+        return subprocess.run(command, text=True, capture_output=True, check=False)
+
+    def patch(self, patch: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        # Without fuzz: a mutant whose surroundings have changed is to be looked at.
+        command = ["patch", "-p1", "--no-backup-if-mismatch", "--fuzz=0", "--reject-file=-"]
+        command += ["--batch", *options, "-i", str(patch)]
+        return subprocess.run(command, cwd=self.source, text=True, capture_output=True, check=False)
+
+    def why_not(self, patch: Path) -> str:
+        """Why the patch does not apply; empty when it does."""
+        tried = self.patch(patch, "-N", "--dry-run")
+        return "" if tried.returncode == 0 else " ".join(tried.stdout.split())[-100:]
+
+    def test(self, limit: float | None) -> tuple[int | None, float, str]:
+        """Exit status (None: ran past the limit), seconds, and the end of the output."""
+        binary = next(path for path in self.build.rglob(TEST) if os.access(path, os.X_OK))
+        environment = os.environ | {"WEIGHTLIFT_SEEDS": str(self.seeds)}
+        # The first failure is proof enough.
+        command = [str(binary), "--gtest_fail_fast", "--gtest_brief=1"]
+        start = time.monotonic()
+        with tempfile.TemporaryFile(mode="w+", errors="replace") as output:
+            process = subprocess.Popen(
+                command, cwd=self.build, env=environment, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            try:
+                status: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                status = None
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            output.seek(0, os.SEEK_END)
+            output.seek(max(0, output.tell() - 4000))
+            return status, time.monotonic() - start, output.read()
+
+
+def first_report(output: str) -> str:
+    """The line of the output that says most about why the test failed."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    marks = ("race:", "host write in flight", "use after free", "freed in use", "unpinned in use",
+             "out of bounds", "unregistered", "wrong device", "launch:", "context:", "leak",
+             "differ", "Failure", "FAILED")  # fmt: skip
+    for mark in marks:
+        for line in lines:
+            if mark in line:
+                return line[:100]
+    return lines[-1][:100] if lines else ""
+
+
+def chosen(only: list[str] | None, quick: bool) -> list[Path]:
+    patches = {path.stem: path for path in sorted((HERE / "mutants").glob("*.patch"))}
+    names = list(patches)
+    if quick:
+        lines = (HERE / "mutants" / "QUICK").read_text().splitlines()
+        names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if only:
+        names = [name.removesuffix(".patch") for name in only]
+    if missing := [name for name in names if name not in patches]:
+        sys.exit(f"no such mutant: {', '.join(missing)}")
+    return [patches[name] for name in names]
+
+
+def judge(workshop: Workshop, patch: Path, limit: float) -> Outcome:
+    start = time.monotonic()
+
+    def outcome(result: str, evidence: str = "") -> Outcome:
+        return Outcome(patch.stem, result, time.monotonic() - start, evidence)
+
+    if reason := workshop.why_not(patch):
+        return outcome("does not apply", reason)
+    workshop.patch(patch, "-N")
+    try:
+        built = workshop.compile()
+        if built.returncode != 0:
+            errors = [line for line in built.stdout.splitlines() if "error" in line]
+            return outcome("does not build", errors[0][-100:] if errors else "")
+        status, _, output = workshop.test(limit)
+        if status is None:
+            return outcome("hung", f"killed after {limit:.0f} s")
+        if status == 0:
+            return outcome("survived")
+        if status < 0:
+            return outcome("killed", f"{signal.Signals(-status).name}; {first_report(output)}")
+        return outcome("killed", first_report(output))
+    finally:
+        undone = workshop.patch(patch, "-R")
+        if undone.returncode != 0:
+            sys.exit(f"{patch.stem} cannot be undone:\n{undone.stdout}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants")
+    parser.add_argument("--quick", action="store_true", help="those listed in mutants/QUICK")
+    parser.add_argument("--seeds", type=int, default=1000)
+    parser.add_argument("--jobs", type=int, default=2, help="of the compiler")
+    parser.add_argument("--root", type=Path, default=HERE.parents[1], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    patches = chosen(arguments.only, arguments.quick)
+    if not patches:
+        print("no mutants")
+        return 0
+
+    with tempfile.TemporaryDirectory(prefix="weightlift-mutants-") as folder:
+        workshop = Workshop(arguments.root, Path(folder), arguments.jobs, arguments.seeds)
+        workshop.configure()
+        built = workshop.compile()
+        if built.returncode != 0:
+            print(built.stdout[-4000:])
+            sys.exit(f"the unmutated {TEST} does not build")
+        status, seconds, output = workshop.test(None)
+        if status != 0:
+            print(output)
+            sys.exit(f"the unmutated {TEST} fails with {arguments.seeds} seeds")
+        limit = max(60.0, 5 * seconds)
+        print(f"unmutated: passes {arguments.seeds} seeds in {seconds:.1f} s", flush=True)
+        outcomes: list[Outcome] = []
+        for patch in patches:
+            outcomes.append(judge(workshop, patch, limit))
+            last = outcomes[-1]
+            print(f"  {last.name}: {last.result}", flush=True)
+
+    width = max(len(outcome.name) for outcome in outcomes)
+    print()
+    for outcome in outcomes:
+        row = f"{outcome.name:{width}}  {outcome.result:14}  {outcome.seconds:6.1f} s"
+        print(f"{row}  {outcome.evidence}".rstrip())
+    killed = sum(outcome.good for outcome in outcomes)
+    print(f"\nkilled {killed} of {len(outcomes)}")
+    return 0 if killed == len(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
