@@ -1,1 +1,302 @@
+// The Python module weightlift._native: names and conversions, no work of its own.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "bind/errors.h"
+#include "bind/plan_builder.h"
+#include "convert/cast.h"
+#include "convert/scatter.h"
+#include "device/context.h"
+#include "device/staging.h"
+#include "engine/io_path.h"
+#include "io/machine.h"
+#include "io/residency.h"
+
+namespace py = pybind11;
+
+namespace weightlift::bind {
+namespace {
+
+Dtype dtype_of(const std::string& name) {
+  const auto dtype = dtype_from_name(name);
+  if (!dtype) throw py::value_error("unknown dtype " + name);
+  return *dtype;
+}
+
+std::optional<Dtype> optional_dtype(const std::optional<std::string>& name) {
+  if (!name) return std::nullopt;
+  return dtype_of(*name);
+}
+
+py::str text(std::string_view value) {
+  return {value.data(), value.size()};
+}
+
+py::tuple shape_tuple(std::span<const std::uint64_t> shape) {
+  py::tuple result(shape.size());
+  for (std::size_t i = 0; i < shape.size(); ++i) result[i] = py::int_(shape[i]);
+  return result;
+}
+
+const format::TensorInfo& tensor_at(const IndexedFile& self, std::size_t position) {
+  const auto tensors = self.index->tensors();
+  if (position >= tensors.size()) throw py::index_error("no such tensor in the index");
+  return tensors[position];
+}
+
+template <class Enum>
+Enum parse_choice(const std::string& value, const char* option,
+                  std::initializer_list<std::pair<const char*, Enum>> choices) {
+  std::string known;
+  for (const auto& [name, choice] : choices) {
+    if (value == name) return choice;
+    known += (known.empty() ? "'" : ", '") + std::string(name) + "'";
+  }
+  throw py::value_error(std::string(option) + " is '" + value + "'; it can be " + known);
+}
+
+engine::Settings settings_from(unsigned threads, unsigned io_depth, std::size_t read_bytes,
+                               std::size_t chunk_bytes, std::size_t pinned_bytes,
+                               const std::string& io_path, const std::string& cast_place,
+                               bool kernels, bool batch_copies,
+                               const std::tuple<bool, bool, bool>& fp8) {
+  engine::Settings settings;
+  settings.threads = threads;
+  settings.io_depth = io_depth;
+  settings.read_bytes = read_bytes;
+  settings.chunk_bytes = chunk_bytes;
+  settings.pinned_bytes = pinned_bytes;
+  settings.io_path = parse_choice<engine::IoPath>(io_path, "io_path",
+                                                  {{"auto", engine::IoPath::kAuto},
+                                                   {"buffered", engine::IoPath::kBuffered},
+                                                   {"direct", engine::IoPath::kDirect}});
+  settings.cast_place = parse_choice<engine::CastPlace>(cast_place, "cast_place",
+                                                        {{"auto", engine::CastPlace::kAuto},
+                                                         {"host", engine::CastPlace::kHost},
+                                                         {"device", engine::CastPlace::kDevice}});
+  settings.kernels = kernels;
+  settings.batch_copies = batch_copies;
+  settings.fp8 = {.e4m3_saturates = std::get<0>(fp8),
+                  .e4m3_infinity_saturates = std::get<1>(fp8),
+                  .e5m2_saturates = std::get<2>(fp8)};
+  return settings;
+}
+
+py::dict report_dict(const engine::Report& report) {
+  py::list files;
+  for (const engine::FileReport& file : report.files) {
+    files.append(py::make_tuple(file.path, file.bytes, file.route, file.reason));
+  }
+  py::list devices;
+  for (const engine::DeviceReport& device : report.devices) {
+    devices.append(py::make_tuple(device.device, device.bytes));
+  }
+  py::dict result;
+  result["bytes"] = report.bytes;
+  result["mapped_bytes"] = report.mapped_bytes;
+  result["read_bytes"] = report.read_bytes;
+  result["seconds"] = report.seconds;
+  result["files"] = files;
+  result["devices"] = devices;
+  result["pinned_bytes"] = report.pinned_bytes;
+  result["peak_staging_bytes"] = report.peak_staging_bytes;
+  result["threads"] = report.threads;
+  result["fallbacks"] = py::cast(report.fallbacks);
+  return result;
+}
+
+// Everything `weightlift doctor` asks of the machine, without starting CUDA.
+py::dict machine() {
+  py::dict result;
+  result["cpus"] = io::usable_cpus();
+  result["memory_headroom"] = io::memory_headroom();
+  result["isa"] = text(convert::isa_name(convert::best_isa()));
+  result["kernel_image_bytes"] = convert::scatter_image().size();
+  return result;
+}
+
+// (CUDA version, library) of the driver, and its devices; starts CUDA.
+py::dict driver_report() {
+  const device::Driver* const table = value_or_raise(device::driver());
+  py::dict result;
+  result["version"] = table->version;
+  result["library"] = table->library;
+  result["batch_copies"] = table->cuMemcpyBatchAsync != nullptr;
+  py::list devices;
+  const int count = value_or_raise(device::Device::count());
+  for (int ordinal = 0; ordinal < count; ++ordinal) {
+    device::Device* const device = value_or_raise(device::Device::get(ordinal));
+    const auto kernel = device->scatter_kernel();
+    devices.append(
+        py::make_tuple(device->name(), kernel.ok() ? py::object(py::none())
+                                                   : py::object(py::str(kernel.error().message))));
+  }
+  result["devices"] = devices;
+  return result;
+}
+
+void cast_bytes(std::uint64_t source, std::uint64_t target, std::size_t count,
+                const std::string& from, const std::string& to,
+                const std::tuple<bool, bool, bool>& fp8, const std::string& isa) {
+  const auto source_format = convert::float_format(dtype_of(from));
+  const auto target_format = convert::float_format(dtype_of(to));
+  if (!source_format || !target_format) throw py::value_error("no cast from " + from + " to " + to);
+  const convert::Fp8Rules rules{.e4m3_saturates = std::get<0>(fp8),
+                                .e4m3_infinity_saturates = std::get<1>(fp8),
+                                .e5m2_saturates = std::get<2>(fp8)};
+  const auto chosen = parse_choice<convert::Isa>(isa, "isa",
+                                                 {{"baseline", convert::Isa::kBaseline},
+                                                  {"avx2", convert::Isa::kAvx2},
+                                                  {"avx512", convert::Isa::kAvx512}});
+  if (chosen > convert::best_isa()) throw py::value_error("this CPU does not run " + isa);
+  const auto cast =
+      convert::host_cast_for(chosen, *source_format, *target_format, convert::Stores::kCached);
+  cast(reinterpret_cast<const std::byte*>(static_cast<std::uintptr_t>(source)),
+       reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(target)), count, rules);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "The native engine of weightlift; see csrc/DESIGN.md.";
+  module.def("set_error_factory", &set_error_factory, py::arg("factory"));
+
+  py::class_<engine::Settings>(module, "Settings")
+      .def(py::init(&settings_from), py::kw_only(), py::arg("threads") = 0, py::arg("io_depth") = 0,
+           py::arg("read_bytes") = 0, py::arg("chunk_bytes") = 0, py::arg("pinned_bytes") = 0,
+           py::arg("io_path") = "auto", py::arg("cast_place") = "auto", py::arg("kernels") = true,
+           py::arg("batch_copies") = true, py::arg("fp8") = std::make_tuple(false, false, false));
+
+  py::class_<IndexedFile, std::shared_ptr<IndexedFile>>(module, "IndexedFile")
+      .def_static(
+          "open",
+          [](const std::string& path) {
+            auto opened = [&path] {
+              const py::gil_scoped_release unlocked;
+              return IndexedFile::open(path);
+            }();
+            return value_or_raise(std::move(opened));
+          },
+          py::arg("path"))
+      .def_property_readonly("path", [](const IndexedFile& self) { return self.file->path(); })
+      .def_property_readonly("size", [](const IndexedFile& self) { return self.file->size(); })
+      .def("__len__", [](const IndexedFile& self) { return self.index->tensors().size(); })
+      .def("names",
+           [](const IndexedFile& self) {
+             py::list names;
+             for (const auto& tensor : self.index->tensors()) names.append(text(tensor.name));
+             return names;
+           })
+      .def("dtypes",
+           [](const IndexedFile& self) {
+             py::list dtypes;
+             for (const auto& tensor : self.index->tensors()) {
+               dtypes.append(text(dtype_name(tensor.dtype)));
+             }
+             return dtypes;
+           })
+      .def("shapes",
+           [](const IndexedFile& self) {
+             py::list shapes;
+             for (const auto& tensor : self.index->tensors()) {
+               shapes.append(shape_tuple(tensor.shape));
+             }
+             return shapes;
+           })
+      .def(
+          "find",
+          [](const IndexedFile& self, std::string_view name) -> std::optional<std::uint32_t> {
+            return self.index->find(name);
+          },
+          py::arg("name"))
+      .def(
+          "dtype",
+          [](const IndexedFile& self, std::size_t i) {
+            return text(dtype_name(tensor_at(self, i).dtype));
+          },
+          py::arg("position"))
+      .def(
+          "shape",
+          [](const IndexedFile& self, std::size_t i) {
+            return shape_tuple(tensor_at(self, i).shape);
+          },
+          py::arg("position"))
+      .def(
+          "range",
+          [](const IndexedFile& self, std::size_t i) {
+            const auto& tensor = tensor_at(self, i);
+            return py::make_tuple(tensor.begin, tensor.begin + tensor.bytes);
+          },
+          py::arg("position"))
+      .def("metadata",
+           [](const IndexedFile& self) -> py::object {
+             const auto* const metadata = self.index->metadata();
+             if (metadata == nullptr) return py::none();
+             py::dict result;
+             for (const auto& [key, value] : *metadata) result[text(key)] = text(value);
+             return result;
+           })
+      .def("resident_bytes",
+           [](const IndexedFile& self) {
+             return io::resident_bytes(*self.file, 0, self.file->size());
+           })
+      .def("drop_from_page_cache",
+           [](const IndexedFile& self) { io::drop_from_page_cache(*self.file); });
+
+  py::class_<PlanBuilder>(module, "Plan")
+      .def(py::init<engine::Settings>(), py::arg("settings"))
+      .def("map", &PlanBuilder::map, py::arg("source"), py::arg("which"), py::arg("shared"))
+      .def(
+          "read",
+          [](PlanBuilder& self, const std::shared_ptr<IndexedFile>& source,
+             const PlanBuilder::Which& which, const std::optional<std::string>& dtype,
+             std::optional<int> pin_for) {
+            self.read(source, which, optional_dtype(dtype), pin_for);
+          },
+          py::arg("source"), py::arg("which"), py::arg("dtype"), py::arg("pin_for"))
+      .def(
+          "copy_to",
+          [](PlanBuilder& self, const std::shared_ptr<IndexedFile>& source,
+             const PlanBuilder::Which& which, int device,
+             const std::vector<std::uint64_t>& addresses, const std::vector<std::string>& dtypes) {
+            std::vector<Dtype> parsed;
+            parsed.reserve(dtypes.size());
+            for (const std::string& name : dtypes) parsed.push_back(dtype_of(name));
+            self.copy_to(source, which, device, addresses, parsed);
+          },
+          py::arg("source"), py::arg("which"), py::arg("device"), py::arg("addresses"),
+          py::arg("dtypes"))
+      .def(
+          "slice",
+          [](PlanBuilder& self, const std::shared_ptr<IndexedFile>& source, std::uint32_t which,
+             const std::vector<std::tuple<std::uint64_t, std::int64_t, std::uint64_t>>& parts,
+             const std::optional<std::string>& dtype, int device, std::uint64_t address) {
+            self.slice(source, which, parts, optional_dtype(dtype), device, address);
+          },
+          py::arg("source"), py::arg("which"), py::arg("parts"), py::arg("dtype"),
+          py::arg("device"), py::arg("address"))
+      .def("use_stream", &PlanBuilder::use_stream, py::arg("device"), py::arg("stream"))
+      .def("populate", &PlanBuilder::populate, py::arg("now"))
+      .def("prepare", &PlanBuilder::prepare)
+      .def("start", &PlanBuilder::start, py::arg("scratch"))
+      .def("wait", &PlanBuilder::wait, py::arg("seconds"))
+      .def("cancel", &PlanBuilder::cancel)
+      .def("progress", &PlanBuilder::progress)
+      .def("finish", [](PlanBuilder& self) { return report_dict(self.finish()); })
+      .def("tensors", &PlanBuilder::tensors, py::arg("from_dlpack"));
+
+  module.def("machine", &machine);
+  module.def("driver_report", &driver_report);
+  module.def("pinned_bytes", [] { return device::StagingPool::instance().pinned_bytes(); });
+  module.def("cast_bytes", &cast_bytes, py::arg("source"), py::arg("target"), py::arg("count"),
+             py::arg("source_dtype"), py::arg("target_dtype"), py::arg("fp8"), py::arg("isa"));
+#ifdef WEIGHTLIFT_TESTING
+  module.def("use_driver_for_testing", &device::use_driver_for_testing, py::arg("path"));
+#endif
+}
+
+}  // namespace weightlift::bind

@@ -1,0 +1,89 @@
+# `make demo` and `make test` are the two commands; each does all its own set-up.
+#
+# The virtual environment in .venv holds either the release build (demo, bench) or the development
+# build with the test hooks (test): a stamp says which, and switching reinstalls incrementally.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+JOBS   ?= $(shell nproc)
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+
+BUILD_NEEDS := pybind11 scikit-build-core cmake ninja nlohmann-json nvidia-cuda-runtime
+RUN_NEEDS   := torch numpy safetensors rich typer matplotlib
+TEST_NEEDS  := pytest pytest-timeout hypothesis ruff mypy clang-format
+
+SOURCES := $(shell git ls-files csrc cmake python tests/native tests/simulated_driver \
+             CMakeLists.txt pyproject.toml 2>/dev/null)
+
+.PHONY: demo test test-deep lint native-tests python-tests wheel gpu-check bench clean dev release
+
+$(VENV)/.tools: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(BUILD_NEEDS) $(RUN_NEEDS)
+	@touch $@
+
+$(VENV)/.test-tools: $(VENV)/.tools
+	$(PIP) install -c constraints.txt $(TEST_NEEDS)
+	@touch $@
+
+# The C++ tests' framework is the distribution's.
+$(VENV)/.gtest: $(VENV)/.tools
+	@if [ ! -e /usr/include/gtest/gtest.h ]; then \
+	  echo "installing libgtest-dev"; \
+	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq libgtest-dev; \
+	fi
+	@touch $@
+
+$(VENV)/.release: $(VENV)/.tools $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall .
+	@rm -f $(VENV)/.dev && touch $@
+
+$(VENV)/.dev: $(VENV)/.test-tools $(VENV)/.gtest $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall \
+	  -C build-dir=build/dev -C cmake.define.WEIGHTLIFT_TESTING=ON \
+	  -C cmake.define.WEIGHTLIFT_WERROR=ON --editable .
+	@rm -f $(VENV)/.release && touch $@
+
+release: $(VENV)/.release
+dev: $(VENV)/.dev
+
+demo: release
+	$(BIN)/python benchmarks/demo.py
+
+test: dev lint native-tests python-tests
+	$(BIN)/python tests/simulated_driver/run_mutants.py --quick
+
+native-tests: dev
+	$(BIN)/ctest --test-dir build/dev --output-on-failure -j $(JOBS)
+
+python-tests: dev
+	$(BIN)/python -m pytest -m "not gpu and not deep"
+
+lint: $(VENV)/.test-tools
+	$(BIN)/ruff check python tests benchmarks
+	$(BIN)/ruff format --check python tests benchmarks
+	$(BIN)/mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.inl' 'csrc/*.cu' 'tests/*.h' 'tests/*.cc' | \
+	  xargs $(BIN)/clang-format --dry-run --Werror
+
+test-deep: dev
+	$(BIN)/python -m pytest -m "not gpu"
+	WEIGHTLIFT_SEEDS=1000 $(BIN)/ctest --test-dir build/dev --output-on-failure -j $(JOBS)
+	$(BIN)/python tests/simulated_driver/run_mutants.py
+	tests/pythons.sh
+
+wheel: $(VENV)/.tools
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w dist \
+	  -C cmake.define.WEIGHTLIFT_CUDA=ON .
+	@ls -l dist/*.whl
+
+# One machine with a GPU, offline, with the Python at hand: builds, runs every GPU test (a skip
+# fails), then the GPU benchmark.
+gpu-check:
+	tests/gpu_check.sh
+
+clean:
+	rm -rf $(VENV) build dist .demo

@@ -1,0 +1,55 @@
+#include "bind/errors.h"
+
+namespace py = pybind11;
+
+namespace weightlift::bind {
+namespace {
+
+py::object& factory_slot() {
+  // Never destroyed: the interpreter may be gone before static destructors run.
+  static auto* const slot = new py::object;
+  return *slot;
+}
+
+const char* kind_name(ErrorKind kind) {
+  switch (kind) {
+    case ErrorKind::kFormat:
+      return "format";
+    case ErrorKind::kRead:
+      return "read";
+    case ErrorKind::kDevice:
+      return "device";
+    case ErrorKind::kMemory:
+      return "memory";
+    case ErrorKind::kArgument:
+      return "argument";
+    case ErrorKind::kCancelled:
+      return "cancelled";
+  }
+  return "argument";
+}
+
+}  // namespace
+
+void set_error_factory(py::object factory) {
+  factory_slot() = std::move(factory);
+}
+
+void raise(const Error& error) {
+  const py::object& factory = factory_slot();
+  if (!factory) throw std::runtime_error(error.describe());
+  const auto code = error_name(error.code);
+  // surrogateescape, so that a path or a name that is no UTF-8 still shows.
+  const auto text = [](const std::string& value) {
+    return py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
+        value.data(), static_cast<Py_ssize_t>(value.size()), "surrogateescape"));
+  };
+  const py::object exception = factory(
+      kind_name(error_kind(error.code)), py::str(code.data(), code.size()), text(error.message),
+      text(error.path), error.offset ? py::object(py::int_(*error.offset)) : py::object(py::none()),
+      text(error.tensor), error.system_errno);
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(exception.ptr())), exception.ptr());
+  throw py::error_already_set();
+}
+
+}  // namespace weightlift::bind

@@ -1,0 +1,28 @@
+// The one place where an Error becomes a Python exception.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <utility>
+
+#include "result.h"
+
+namespace weightlift::bind {
+
+// `factory(kind, code, message, path, offset, tensor, errno)` returns the exception to raise;
+// weightlift.errors registers it.
+void set_error_factory(pybind11::object factory);
+
+[[noreturn]] void raise(const Error& error);
+
+inline void raise_if_error(Status status) {
+  if (!status.ok()) raise(status.error());
+}
+
+template <class T>
+T value_or_raise(Result<T> result) {
+  if (!result.ok()) raise(result.error());
+  return *std::move(result);
+}
+
+}  // namespace weightlift::bind

@@ -1,0 +1,88 @@
+// A LoadPlan under construction from Python, then its Load, then the tensors it made.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "engine/host_memory.h"
+#include "engine/load.h"
+#include "engine/plan.h"
+#include "format/index.h"
+#include "io/file.h"
+#include "io/mapping.h"
+
+namespace weightlift::bind {
+
+// A checkpoint file: its descriptor, its index and, while anyone uses it, its mapping.
+struct IndexedFile {
+  std::shared_ptr<io::File> file;
+  std::shared_ptr<const format::Index> index;
+  std::weak_ptr<io::Mapping> mapping;
+
+  [[nodiscard]] static Result<std::shared_ptr<IndexedFile>> open(const std::string& path);
+  // The one mapping that the tensors of this object share.
+  [[nodiscard]] Result<std::shared_ptr<io::Mapping>> map();
+};
+
+class PlanBuilder {
+ public:
+  explicit PlanBuilder(engine::Settings settings) : settings_(settings) {}
+
+  using Which = std::optional<std::vector<std::uint32_t>>;  // positions in the index; all if none
+
+  // Zero copy. `shared`: others may get the same bytes from this IndexedFile.
+  void map(const std::shared_ptr<IndexedFile>& source, const Which& which, bool shared);
+  // Into memory of our own, cast where `dtype` is given and the tensor is of a floating type.
+  void read(const std::shared_ptr<IndexedFile>& source, const Which& which,
+            std::optional<Dtype> dtype, std::optional<int> pin_for);
+  // To addresses that the caller owns, contiguous, in the order of `which`.
+  void copy_to(const std::shared_ptr<IndexedFile>& source, const Which& which, int device,
+               const std::vector<std::uint64_t>& addresses, const std::vector<Dtype>& dtypes);
+  // A part of one tensor: for each of its dimensions (start, step, count), step != 0. To memory of
+  // our own (address 0) in the shape of the counts, or to a contiguous target.
+  void slice(const std::shared_ptr<IndexedFile>& source, std::uint32_t which,
+             const std::vector<std::tuple<std::uint64_t, std::int64_t, std::uint64_t>>& parts,
+             std::optional<Dtype> dtype, int device, std::uint64_t address);
+
+  void use_stream(int device, std::uint64_t stream) { plan_.device(device).stream = stream; }
+  void populate(bool now) { plan_.populate = now; }
+
+  // (device, bytes) of the scratch memory that start() wants.
+  std::vector<std::pair<int, std::uint64_t>> prepare();
+  void start(const std::vector<std::pair<int, std::uint64_t>>& scratch);
+  bool wait(double seconds);
+  void cancel();
+  std::pair<std::uint64_t, std::uint64_t> progress() const;
+  engine::Report finish();
+
+  // What map(), read() and slice() made, in the order of the calls, each through `from_dlpack`.
+  pybind11::list tensors(const pybind11::object& from_dlpack);
+
+ private:
+  struct Output {
+    std::uint32_t name = 0;
+    Dtype dtype = Dtype::kU8;
+    std::span<const std::uint64_t> shape;
+    std::byte* data = nullptr;
+    std::size_t bytes = 0;
+    std::shared_ptr<const void> owner;
+    bool release_pages = false;
+  };
+
+  engine::LoadPlan& plan() { return load_ ? load_->plan() : plan_; }
+  std::shared_ptr<engine::HostMemory> allocate(std::size_t bytes, std::optional<int> pin_for);
+
+  engine::Settings settings_;
+  engine::LoadPlan plan_;
+  std::vector<Output> outputs_;
+  std::vector<std::shared_ptr<std::vector<std::uint64_t>>> shapes_;
+  std::unique_ptr<engine::Load> load_;
+};
+
+}  // namespace weightlift::bind

@@ -1,0 +1,131 @@
+"""The exceptions of weightlift, and how the engine's errors become them."""
+
+from __future__ import annotations
+
+import errno as _errno
+
+from safetensors import SafetensorError
+
+from weightlift import _native
+
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "DeviceError",
+    "FormatError",
+    "OutOfMemoryError",
+    "ReadError",
+    "WeightliftError",
+]
+
+
+class WeightliftError(Exception):
+    """The base of all errors that weightlift raises on purpose."""
+
+
+class FormatError(WeightliftError, SafetensorError):
+    """A checkpoint file breaks its format, or holds what was asked for in no usable form.
+
+    Attributes:
+        code: the kind of fault, such as ``"header_too_large"``, ``"git_lfs_pointer"`` or
+            ``"no_such_tensor"``; a closed list, see ``csrc/result.h``.
+        path: the file.
+        offset: the byte in the file at which the fault was found, where there is one.
+        tensor: the tensor that is at fault, or ``""``.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        path: str = "",
+        offset: int | None = None,
+        tensor: str = "",
+    ) -> None:
+        super().__init__(_describe(message, path, tensor, offset))
+        self.code = code
+        self.path = path
+        self.offset = offset
+        self.tensor = tensor
+
+
+class ReadError(WeightliftError, OSError):
+    """The operating system would not give the bytes: ``errno``, ``strerror`` and ``filename``.
+
+    A missing file is also a ``FileNotFoundError``, a denied one a ``PermissionError``, a directory
+    an ``IsADirectoryError``.
+    """
+
+
+class DeviceError(WeightliftError, RuntimeError, SafetensorError):
+    """A device that is not there, or a call of its driver that failed."""
+
+
+class CheckpointError(WeightliftError, ValueError):
+    """A checkpoint, taken as a whole, is not what was asked for."""
+
+
+class ArgumentError(WeightliftError, ValueError, SafetensorError):
+    """An argument that has no meaning here, or not together with the others."""
+
+
+class OutOfMemoryError(WeightliftError, MemoryError):
+    """The memory of the host or of a device does not suffice."""
+
+
+class _MissingError(ReadError, FileNotFoundError):
+    pass
+
+
+class _DeniedError(ReadError, PermissionError):
+    pass
+
+
+class _DirectoryError(ReadError, IsADirectoryError):
+    pass
+
+
+_READ_ERRORS: dict[str, tuple[type[ReadError], int]] = {
+    "not_found": (_MissingError, _errno.ENOENT),
+    "permission_denied": (_DeniedError, _errno.EACCES),
+    "is_directory": (_DirectoryError, _errno.EISDIR),
+}
+# The names that tracebacks show.
+for _error, _ in _READ_ERRORS.values():
+    _error.__name__ = _error.__qualname__ = "ReadError"
+
+
+def _describe(message: str, path: str, tensor: str, offset: int | None) -> str:
+    parts = [path] if path else []
+    if tensor:
+        parts.append(f"tensor {tensor!r}")
+    text = ": ".join([*parts, message])
+    return text if offset is None else f"{text} (at byte {offset})"
+
+
+def _from_native(
+    kind: str,
+    code: str,
+    message: str,
+    path: str,
+    offset: int | None,
+    tensor: str,
+    number: int,
+) -> BaseException:
+    if kind == "format" or code == "unsupported_dtype":
+        return FormatError(code, message, path, offset, tensor)
+    if kind == "read":
+        error, default = _READ_ERRORS.get(code, (ReadError, _errno.EIO))
+        text = _describe(message, "", tensor, offset)
+        return error(number or default, text, path) if path else error(number or default, text)
+    text = _describe(message, path, tensor, offset)
+    if kind == "device":
+        return DeviceError(text)
+    if kind == "memory":
+        return OutOfMemoryError(text)
+    if kind == "cancelled":
+        return KeyboardInterrupt(text)
+    return ArgumentError(text)
+
+
+_native.set_error_factory(_from_native)

@@ -1,0 +1,139 @@
+"""What a load did: the report of the last one, and the sums since import."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+__all__ = ["FileReport", "LoadReport", "Stats", "last_report", "stats"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileReport:
+    """One file of a load.
+
+    Attributes:
+        path: as it was given.
+        bytes: of tensors that came from it.
+        io: ``"mapped"``, ``"page cache"``, ``"buffered"`` or ``"direct"``.
+        reason: why that path was taken.
+    """
+
+    path: str
+    bytes: int
+    io: str
+    reason: str
+
+
+@dataclasses.dataclass
+class LoadReport:
+    """What a load did; prints as a short table.
+
+    Attributes:
+        bytes: tensor bytes of the checkpoint that were delivered, mapped or copied.
+        mapped_bytes: of these, handed out as a mapping, without a copy.
+        read_bytes: moved out of files.
+        seconds: from the plan to the last byte.
+        files: by file, the bytes, the I/O path and why.
+        devices: by device, such as ``"cuda:0"``, the bytes.
+        pinned_bytes: pinned by the process's staging pool when the load ended.
+        peak_staging_bytes: staging slots that this load held at once.
+        threads: that read and cast; 0 where the calling thread did it all.
+        fallbacks: what was done another way than the fastest, and why.
+    """
+
+    bytes: int = 0
+    mapped_bytes: int = 0
+    read_bytes: int = 0
+    seconds: float = 0.0
+    files: list[FileReport] = dataclasses.field(default_factory=list)
+    devices: dict[str, int] = dataclasses.field(default_factory=dict)
+    pinned_bytes: int = 0
+    peak_staging_bytes: int = 0
+    threads: int = 0
+    missing_keys: list[str] = dataclasses.field(default_factory=list)
+    unexpected_keys: list[str] = dataclasses.field(default_factory=list)
+    mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = dataclasses.field(
+        default_factory=list
+    )
+    error_msgs: list[str] = dataclasses.field(default_factory=list)
+    fallbacks: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def from_native(cls, native: dict[str, Any]) -> LoadReport:
+        report = cls(**{**native, "files": [FileReport(*file) for file in native["files"]]})
+        report.devices = {
+            "cpu" if device < 0 else f"cuda:{device}": count for device, count in native["devices"]
+        }
+        return report
+
+    def __str__(self) -> str:
+        rate = f", {self.bytes / self.seconds / 1e9:.1f} GB/s" if self.seconds > 0 else ""
+        lines = [
+            f"{format_bytes(self.bytes)} in {self.seconds:.3f} s{rate}: "
+            f"{format_bytes(self.mapped_bytes)} mapped, {format_bytes(self.read_bytes)} read"
+        ]
+        if len(self.devices) > 1 or "cpu" not in self.devices:
+            lines += [f"  {name:<8} {format_bytes(n):>10}" for name, n in self.devices.items()]
+        for file in self.files:
+            lines.append(f"  {format_bytes(file.bytes):>10}  {file.path}: {file.io} ({file.reason})")
+        if self.peak_staging_bytes:
+            lines.append(f"  staged through {format_bytes(self.peak_staging_bytes)} of pinned memory")
+        lines += [f"  fallback: {text}" for text in self.fallbacks]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass
+class Stats:
+    """Sums over all loads of this process since import; ``by_caller`` splits them by library."""
+
+    loads: int = 0
+    bytes: int = 0
+    mapped_bytes: int = 0
+    read_bytes: int = 0
+    seconds: float = 0.0
+    fallbacks: int = 0
+    by_caller: dict[str, Stats] = dataclasses.field(default_factory=dict)
+
+    def _add(self, report: LoadReport) -> None:
+        self.loads += 1
+        self.bytes += report.bytes
+        self.mapped_bytes += report.mapped_bytes
+        self.read_bytes += report.read_bytes
+        self.seconds += report.seconds
+        self.fallbacks += len(report.fallbacks)
+
+
+_thread = threading.local()
+_lock = threading.Lock()
+_stats = Stats()
+
+
+def record(report: LoadReport, caller: str = "weightlift") -> None:
+    """Makes ``report`` this thread's last one and adds it to the sums."""
+    _thread.report = report
+    with _lock:
+        _stats._add(report)
+        _stats.by_caller.setdefault(caller, Stats())._add(report)
+
+
+def last_report() -> LoadReport | None:
+    """The report of this thread's last load, or ``None`` before the first."""
+    return getattr(_thread, "report", None)
+
+
+def stats() -> Stats:
+    """A copy of the sums since import."""
+    with _lock:
+        callers = {name: dataclasses.replace(sums) for name, sums in _stats.by_caller.items()}
+        return dataclasses.replace(_stats, by_caller=callers)
+
+
+def format_bytes(count: float) -> str:
+    """``1536`` as ``"1.5 kB"``: decimal units, as disks and links are sold."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
