@@ -185,28 +185,45 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("path", [](const IndexedFile& self) { return self.file->path(); })
       .def_property_readonly("size", [](const IndexedFile& self) { return self.file->size(); })
       .def("__len__", [](const IndexedFile& self) { return self.index->tensors().size(); })
-      .def("names",
-           [](const IndexedFile& self) {
-             py::list names;
-             for (const auto& tensor : self.index->tensors()) names.append(text(tensor.name));
-             return names;
-           })
-      .def("dtypes",
-           [](const IndexedFile& self) {
-             py::list dtypes;
-             for (const auto& tensor : self.index->tensors()) {
-               dtypes.append(text(dtype_name(tensor.dtype)));
-             }
-             return dtypes;
-           })
-      .def("shapes",
-           [](const IndexedFile& self) {
-             py::list shapes;
-             for (const auto& tensor : self.index->tensors()) {
-               shapes.append(shape_tuple(tensor.shape));
-             }
-             return shapes;
-           })
+      .def(
+          "names",
+          [](const IndexedFile& self, const PlanBuilder::Which& which) {
+            py::list names;
+            for_each_tensor(self, which, [&](const format::TensorInfo& tensor) {
+              names.append(text(tensor.name));
+            });
+            return names;
+          },
+          py::arg("which") = py::none())
+      .def(
+          "dtypes",
+          [](const IndexedFile& self, const PlanBuilder::Which& which) {
+            py::list dtypes;
+            for_each_tensor(self, which, [&](const format::TensorInfo& tensor) {
+              dtypes.append(text(dtype_name(tensor.dtype)));
+            });
+            return dtypes;
+          },
+          py::arg("which") = py::none())
+      .def(
+          "shapes",
+          [](const IndexedFile& self, const PlanBuilder::Which& which) {
+            py::list shapes;
+            for_each_tensor(self, which, [&](const format::TensorInfo& tensor) {
+              shapes.append(shape_tuple(tensor.shape));
+            });
+            return shapes;
+          },
+          py::arg("which") = py::none())
+      .def(
+          "sizes",
+          [](const IndexedFile& self, const PlanBuilder::Which& which) {
+            py::list sizes;
+            for_each_tensor(self, which,
+                            [&](const format::TensorInfo& tensor) { sizes.append(tensor.bytes); });
+            return sizes;
+          },
+          py::arg("which") = py::none())
       .def(
           "find",
           [](const IndexedFile& self, std::string_view name) -> std::optional<std::uint32_t> {

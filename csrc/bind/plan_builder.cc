@@ -27,19 +27,6 @@ std::uint64_t elements(const format::TensorInfo& tensor) {
   return count;
 }
 
-template <class Visit>
-void for_each(const IndexedFile& source, const PlanBuilder::Which& which, const Visit& visit) {
-  const auto tensors = source.index->tensors();
-  if (!which) {
-    for (const format::TensorInfo& tensor : tensors) visit(tensor);
-    return;
-  }
-  for (const std::uint32_t position : *which) {
-    if (position >= tensors.size()) throw py::index_error("no such tensor in the index");
-    visit(tensors[position]);
-  }
-}
-
 // Before anything is read: a tensor that torch cannot hold is an error of its own.
 void require_exportable(const IndexedFile& source, const format::TensorInfo& tensor) {
   Status status = check_exportable(tensor.dtype, tensor.shape);
@@ -98,7 +85,7 @@ void PlanBuilder::map(const std::shared_ptr<IndexedFile>& source, const Which& w
   plan_.keep_alive.push_back(source->index);
   const std::shared_ptr<io::Mapping> mapping = value_or_raise(source->map());
   plan_.mappings[file] = mapping;
-  for_each(*source, which, [&](const format::TensorInfo& tensor) {
+  for_each_tensor(*source, which, [&](const format::TensorInfo& tensor) {
     require_exportable(*source, tensor);
     const std::uint32_t name = plan_.add_name(tensor.name);
     plan_.mapped.push_back(
@@ -130,7 +117,7 @@ void PlanBuilder::read(const std::shared_ptr<IndexedFile>& source, const Which& 
   std::vector<std::uint64_t> places;
   std::uint64_t cursor = 0;
   std::uint64_t file_end = ~std::uint64_t{0};
-  for_each(*source, which, [&](const format::TensorInfo& tensor) {
+  for_each_tensor(*source, which, [&](const format::TensorInfo& tensor) {
     require_exportable(*source, tensor);
     const Dtype target = target_dtype(tensor, dtype);
     const bool casts = target != tensor.dtype;
@@ -173,7 +160,7 @@ void PlanBuilder::copy_to(const std::shared_ptr<IndexedFile>& source, const Whic
   if (addresses.size() != count || dtypes.size() != count) {
     throw py::value_error("one address and one dtype are needed for each tensor");
   }
-  for_each(*source, which, [&](const format::TensorInfo& tensor) {
+  for_each_tensor(*source, which, [&](const format::TensorInfo& tensor) {
     engine::Copy copy = whole(tensor, file, plan_.add_name(tensor.name), dtypes[i]);
     copy.device = device;
     copy.target = addresses[i++];

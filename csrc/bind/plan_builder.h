@@ -85,4 +85,19 @@ class PlanBuilder {
   std::unique_ptr<engine::Load> load_;
 };
 
+// Visits the tensors at the given positions, or all.
+template <class Visit>
+void for_each_tensor(const IndexedFile& source, const PlanBuilder::Which& which,
+                     const Visit& visit) {
+  const auto tensors = source.index->tensors();
+  if (!which) {
+    for (const format::TensorInfo& tensor : tensors) visit(tensor);
+    return;
+  }
+  for (const std::uint32_t position : *which) {
+    if (position >= tensors.size()) throw pybind11::index_error("no such tensor in the index");
+    visit(tensors[position]);
+  }
+}
+
 }  // namespace weightlift::bind

@@ -1,9 +1,9 @@
 """weightlift loads model weights as fast as the hardware allows.
 
-    import weightlift as wl
+import weightlift as wl
 
-    tensors = wl.load_file("model.safetensors", device="cuda")
-    print(wl.last_report())
+tensors = wl.load_file("model.safetensors", device="cuda")
+print(wl.last_report())
 """
 
 from weightlift.checkpoint import Checkpoint

@@ -76,9 +76,12 @@ def parse_dtype(dtype: torch.dtype | str | None) -> str | None:
 
 
 @functools.cache
-def fp8_rules() -> tuple[bool, bool, bool]:
-    """What the installed torch makes of values beyond the largest fp8 number, probed once:
-    (e4m3fn saturates, e4m3fn saturates infinity, e5m2 saturates). Versions of torch differ."""
+def fp8_rules(dtype: str | None) -> tuple[bool, bool, bool]:
+    """What the installed torch makes of values beyond the largest fp8 number, when casting to
+    ``dtype``: (e4m3fn saturates, e4m3fn saturates infinity, e5m2 saturates). Versions of torch
+    differ, so it is asked, once."""
+    if dtype not in ("F8_E4M3", "F8_E5M2"):
+        return False, False, False
     import torch
 
     probe = torch.tensor([1e6, float("inf")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno as _errno
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -32,6 +33,7 @@ class FormatError(WeightliftError, SafetensorError):
         path: the file.
         offset: the byte in the file at which the fault was found, where there is one.
         tensor: the tensor that is at fault, or ``""``.
+        message: what is wrong, without the place.
     """
 
     def __init__(
@@ -43,10 +45,15 @@ class FormatError(WeightliftError, SafetensorError):
         tensor: str = "",
     ) -> None:
         super().__init__(_describe(message, path, tensor, offset))
+        self.message = message
         self.code = code
         self.path = path
         self.offset = offset
         self.tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default calls the class with `args`, which is the finished text alone.
+        return type(self), (self.code, self.message, self.path, self.offset, self.tensor)
 
 
 class ReadError(WeightliftError, OSError):
@@ -55,6 +62,11 @@ class ReadError(WeightliftError, OSError):
     A missing file is also a ``FileNotFoundError``, a denied one a ``PermissionError``, a directory
     an ``IsADirectoryError``.
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By what they are caught as: the classes below go by ReadError's name.
+        place = () if self.filename is None else (self.filename,)
+        return _read_error, (_caught_as(self), self.errno, self.strerror, *place)
 
 
 class DeviceError(WeightliftError, RuntimeError, SafetensorError):
@@ -95,6 +107,14 @@ for _error, _ in _READ_ERRORS.values():
     _error.__name__ = _error.__qualname__ = "ReadError"
 
 
+def _caught_as(error: ReadError) -> str:
+    return next((code for code, (kind, _) in _READ_ERRORS.items() if isinstance(error, kind)), "")
+
+
+def _read_error(code: str, *arguments: Any) -> ReadError:
+    return _READ_ERRORS.get(code, (ReadError, 0))[0](*arguments)
+
+
 def _describe(message: str, path: str, tensor: str, offset: int | None) -> str:
     parts = [path] if path else []
     if tensor:
@@ -115,9 +135,9 @@ def _from_native(
     if kind == "format" or code == "unsupported_dtype":
         return FormatError(code, message, path, offset, tensor)
     if kind == "read":
-        error, default = _READ_ERRORS.get(code, (ReadError, _errno.EIO))
+        default = _READ_ERRORS.get(code, (ReadError, _errno.EIO))[1]
         text = _describe(message, "", tensor, offset)
-        return error(number or default, text, path) if path else error(number or default, text)
+        return _read_error(code, number or default, text, *([path] if path else []))
     text = _describe(message, path, tensor, offset)
     if kind == "device":
         return DeviceError(text)

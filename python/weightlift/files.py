@@ -49,7 +49,7 @@ def load_file(
             numbers; a NaN becomes the quiet NaN with the same sign.
         mode: ``"map"`` hands out a private, writable mapping of the file; ``"read"`` reads into
             memory of its own (take it for files that others may truncate: a mapping then raises
-            SIGBUS when touched); ``"auto"`` maps where nothing is cast, pinned or moved to a device.
+            SIGBUS when touched); ``"auto"`` maps where nothing is cast, pinned or moved.
         pin_memory: page-locked host memory, for later asynchronous copies.
         verify: compare the file's SHA-256 with what the Hub cache or a ``SHA256SUMS`` file beside
             it says; without either that is an error.
@@ -124,7 +124,7 @@ def _flush(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-class safe_open:  # noqa: N801 - the reference's name
+class safe_open:
     """Opens a ``.safetensors`` file and loads tensors as they are asked for.
 
     A context manager; outside ``with`` the file stays open as long as the object. Tensors outlive
@@ -255,12 +255,10 @@ class TensorSlice:
             return tensor
         return self._read(parts, device)
 
-    def _read(
-        self, parts: list[tuple[int, int, int, bool]], device: torch.device
-    ) -> torch.Tensor:
+    def _read(self, parts: list[tuple[int, int, int, bool]], device: torch.device) -> torch.Tensor:
         from weightlift.materialize import _from_dlpack
 
-        plan = _native.Plan(Settings.current().native(dtypes.fp8_rules()))
+        plan = _native.Plan(Settings.current().native(dtypes.fp8_rules(None)))
         if device.type == "cpu":
             ranges = [(start, step, count) for start, step, count, _ in parts]
             plan.slice(self._part, self._position, ranges, None, -1, 0)
@@ -293,9 +291,7 @@ def _flat(index: Any) -> Any:
     return tuple(index) if isinstance(index, tuple) else index
 
 
-def _parse_index(
-    index: Any, shape: tuple[int, ...]
-) -> list[tuple[int, int, int, bool]] | None:
+def _parse_index(index: Any, shape: tuple[int, ...]) -> list[tuple[int, int, int, bool]] | None:
     """(start, step, count, dropped) for each dimension; ``None`` for indices that are torch's."""
     items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
     plain: list[int | slice | EllipsisType] = []

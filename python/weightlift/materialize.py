@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from weightlift import _native, dtypes
-from weightlift.errors import ArgumentError, DeviceError, OutOfMemoryError, ReadError
+from weightlift.errors import (
+    ArgumentError,
+    DeviceError,
+    FormatError,
+    OutOfMemoryError,
+    ReadError,
+)
 from weightlift.report import LoadReport, record
 from weightlift.settings import Settings
 
@@ -52,7 +59,7 @@ class TorchAllocator:
             )
             raise DeviceError(f"cannot load to CUDA: {reason}; `weightlift doctor` tells more")
         # Before the engine's own first call, or torch would not notice a fork (torch.cuda docs).
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
 
     def empty(self, device: int, shape: Sequence[int], dtype: str) -> tuple[int, Any]:
         import torch
@@ -122,7 +129,7 @@ def load_tensors(
     """
     _check_mode(mode, device, dtype, pin_memory)
     settings = Settings.current()
-    plan = _native.Plan(settings.native(dtypes.fp8_rules()))
+    plan = _native.Plan(settings.native(dtypes.fp8_rules(dtype)))
     if settings.populate is not None:
         plan.populate(settings.populate)
     target = _Target(plan, device, dtype, mode, pin_memory, shared, allocator)
@@ -180,8 +187,6 @@ class _Target:
         shared: bool,
         allocator: Allocator | None,
     ) -> None:
-        import torch
-
         self.plan = plan
         self.device = device
         self.dtype = dtype
@@ -190,21 +195,17 @@ class _Target:
         self.fallbacks: list[str] = []
         self.on_host = device.type != "cuda" and allocator is None
         self.allocator = None if self.on_host else allocator or TorchAllocator()
-        self.pin_for: int | None = None
-        if pin_memory:
-            if not torch.cuda.is_available() and allocator is None:
-                raise DeviceError("pin_memory=True needs a CUDA driver and a GPU: there is none")
-            self.pin_for = torch.cuda.current_device() if allocator is None else 0
-        self.names: list[str] = []
-        self.owners: list[Any] = []
+        self.pin_for = _pinning_device() if pin_memory else None
+        self.order: list[str] = []  # of the files
+        self.names: list[str] = []  # of what the plan makes
+        self.owners: list[Any] = []  # of what the allocator made
         self.by_torch: list[str] = []  # casts that the engine does not have
         if device.type not in ("cpu", "cuda"):
             self.fallbacks.append(f"{device}: loaded to the CPU, then moved by torch")
 
     def add(self, part: _native.IndexedFile, which: Sequence[int] | None) -> None:
-        casts: list[int] = []
-        if self.dtype is not None:
-            casts = self._casts(part, which)
+        casts = self._casts(part, which) if self.dtype is not None else []
+        self.order += part.names(which)
         if self.on_host:
             self._add_host(part, which, casts)
         else:
@@ -212,97 +213,87 @@ class _Target:
 
     def _casts(self, part: _native.IndexedFile, which: Sequence[int] | None) -> list[int]:
         """The positions that the engine casts; what only torch can cast is noted."""
-        found = part.dtypes()
-        positions = range(len(part)) if which is None else which
-        casts = [p for p in positions if found[p] != self.dtype and found[p] in dtypes.CASTABLE]
-        others = [
-            p
-            for p in positions
-            if found[p] in dtypes.FLOATING and found[p] not in dtypes.CASTABLE
-        ]
+        found = list(zip(_positions(part, which), part.dtypes(which), strict=True))
+        others = [p for p, own in found if own in dtypes.FLOATING - dtypes.CASTABLE]
+        for name, own in zip(part.names(others), part.dtypes(others), strict=True):
+            if own == "F4":
+                raise ArgumentError(
+                    f"{part.path}: tensor {name!r}: F4 packs two numbers into a byte and cannot be "
+                    "cast to one dtype; load it without dtype="
+                )
+            self.by_torch.append(name)
         if others:
-            names = part.names()
-            for p in others:
-                if found[p] == "F4":
-                    raise ArgumentError(
-                        f"{part.path}: tensor {names[p]!r}: F4 packs two numbers into a byte and "
-                        "cannot be cast to one dtype; load it without dtype="
-                    )
-                self.by_torch.append(names[p])
             self.fallbacks.append(f"{part.path}: {len(others)} tensors cast by torch")
-        return casts
+        return [p for p, own in found if own != self.dtype and own in dtypes.CASTABLE]
 
     def _add_host(
         self, part: _native.IndexedFile, which: Sequence[int] | None, casts: list[int]
     ) -> None:
-        names = part.names()
-        everything = range(len(part)) if which is None else which
-        if self.mode == "read" or self.pin_for is not None or len(casts) == len(everything):
-            self._read(part, which, [names[p] for p in everything])
+        rest = which
+        if casts:
+            cast = set(casts)
+            rest = [p for p in _positions(part, which) if p not in cast]
+            self._read(part, casts, self.dtype)
+        if rest is not None and not rest:
             return
-        cast = set(casts)
-        rest = [p for p in everything if p not in cast] if casts else which
-        kept = names if rest is None else [names[p] for p in rest]
+        if self.mode == "read" or self.pin_for is not None:
+            self._read(part, rest, None)
+            return
         try:
             self.plan.map(part, rest, self.shared)
-            self.names += kept
         except ReadError as error:
             # A file system that cannot map (ENODEV), or no address space left.
             if self.mode == "map":
                 raise
             self.fallbacks.append(f"read, because mapping was refused: {error}")
-            self._read(part, rest, kept)
-        if casts:
-            self._read(part, casts, [names[p] for p in casts])
+            self._read(part, rest, None)
+        else:
+            self.names += part.names(rest)
 
     def _read(
-        self, part: _native.IndexedFile, which: Sequence[int] | None, names: list[str]
+        self, part: _native.IndexedFile, which: Sequence[int] | None, dtype: str | None
     ) -> None:
-        dtype = self.dtype if self.dtype in dtypes.CASTABLE else None
-        if self.by_torch and dtype is not None:
-            # Those keep the file's dtype until torch casts them.
-            own = set(self.by_torch)
-            positions = range(len(part)) if which is None else which
-            plain = [p for p, name in zip(positions, names, strict=True) if name in own]
-            rest = [p for p, name in zip(positions, names, strict=True) if name not in own]
-            if plain:
-                self.plan.read(part, plain, None, self.pin_for)
-                self.names += [name for name in names if name in own]
-                which, names = rest, [name for name in names if name not in own]
         self.plan.read(part, which, dtype, self.pin_for)
-        self.names += names
+        self.names += part.names(which)
 
     def _add_device(
         self, part: _native.IndexedFile, which: Sequence[int] | None, casts: set[int]
     ) -> None:
         assert self.allocator is not None
         index = self.device.index
-        names, found, shapes = part.names(), part.dtypes(), part.shapes()
-        positions = range(len(part)) if which is None else which
-        targets = [self.dtype if p in casts and self.dtype else found[p] for p in positions]
-        for p, target in zip(positions, targets, strict=True):
-            if target not in dtypes.TORCH_NAMES:
-                # The engine's words for it, and its exception.
-                self.plan.read(part, [p], None, None)
-        if casts or which is not None:
+        found, shapes = part.dtypes(which), part.shapes(which)
+        targets, sizes = found, part.sizes(which)
+        if casts and self.dtype is not None:
+            wide = dtypes.to_torch(self.dtype).itemsize
+            chosen = [p in casts for p in _positions(part, which)]
+            targets = [self.dtype if c else own for c, own in zip(chosen, found, strict=True)]
             sizes = [
-                _bytes_of(shapes[p], target) for p, target in zip(positions, targets, strict=True)
+                math.prod(shape) * wide if c else size
+                for c, shape, size in zip(chosen, shapes, sizes, strict=True)
             ]
-        else:
-            sizes = [end - begin for begin, end in map(part.range, positions)]
+        unknown = set(targets) - dtypes.TORCH_NAMES.keys()
+        if unknown:
+            position = targets.index(unknown.pop())
+            raise FormatError(
+                "unsupported_dtype",
+                f"torch has no dtype for {targets[position]}",
+                part.path,
+                tensor=part.names(which)[position],
+            )
         self.allocator.reserve(index, sizes)
         empty = self.allocator.empty
-        pairs = [empty(index, shapes[p], t) for p, t in zip(positions, targets, strict=True)]
-        self.plan.copy_to(part, which, index, [address for address, _ in pairs], targets)
+        made = [empty(index, shape, own) for shape, own in zip(shapes, targets, strict=True)]
+        self.plan.copy_to(part, which, index, [address for address, _ in made], targets)
         self.plan.use_stream(index, self.allocator.stream(index))
-        self.owners += [owner for _, owner in pairs]
-        self.names += [names[p] for p in positions] if which is not None else names
+        self.owners += [owner for _, owner in made]
 
     def tensors(self) -> dict[str, Any]:
         if not self.on_host:
-            tensors = dict(zip(self.names, self.owners, strict=True))
+            tensors = dict(zip(self.order, self.owners, strict=True))
         else:
             tensors = dict(zip(self.names, self.plan.tensors(_from_dlpack()), strict=True))
+            if self.names != self.order:
+                tensors = {name: tensors[name] for name in self.order}
             if self.device.type != "cpu":
                 tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         if self.by_torch and self.dtype is not None:
@@ -312,11 +303,17 @@ class _Target:
         return tensors
 
 
-def _bytes_of(shape: Sequence[int], dtype: str) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count // 2 if dtype == "F4" else count * dtypes.to_torch(dtype).itemsize
+def _positions(part: _native.IndexedFile, which: Sequence[int] | None) -> Sequence[int]:
+    return range(len(part)) if which is None else which
+
+
+def _pinning_device() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DeviceError("pin_memory=True needs a CUDA driver and a GPU: there is none")
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    return torch.cuda.current_device()
 
 
 def _check_mode(mode: str, device: torch.device, dtype: str | None, pin_memory: bool) -> None:
@@ -343,9 +340,11 @@ def _check_mode(mode: str, device: torch.device, dtype: str | None, pin_memory: 
 
 def _from_dlpack() -> Callable[[object], Any]:
     import torch
+    from torch.utils.dlpack import from_dlpack
 
-    # The C function takes a capsule; torch.from_dlpack is a Python layer around it.
-    return getattr(torch._C, "_from_dlpack", torch.from_dlpack)  # type: ignore[no-any-return]
+    # The C function takes a capsule; the public one is a Python layer around it.
+    found: Callable[[object], Any] = getattr(torch._C, "_from_dlpack", from_dlpack)
+    return found
 
 
 def _bar() -> Progress:

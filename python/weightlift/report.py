@@ -77,9 +77,13 @@ class LoadReport:
         if len(self.devices) > 1 or "cpu" not in self.devices:
             lines += [f"  {name:<8} {format_bytes(n):>10}" for name, n in self.devices.items()]
         for file in self.files:
-            lines.append(f"  {format_bytes(file.bytes):>10}  {file.path}: {file.io} ({file.reason})")
+            lines.append(
+                f"  {format_bytes(file.bytes):>10}  {file.path}: {file.io} ({file.reason})"
+            )
         if self.peak_staging_bytes:
-            lines.append(f"  staged through {format_bytes(self.peak_staging_bytes)} of pinned memory")
+            lines.append(
+                f"  staged through {format_bytes(self.peak_staging_bytes)} of pinned memory"
+            )
         lines += [f"  fallback: {text}" for text in self.fallbacks]
         return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from weightlift import _native
@@ -25,7 +25,7 @@ class Settings:
     Each field is also an environment variable, ``WEIGHTLIFT_`` and its name in capitals, read when
     a load begins; sizes may then be written ``"64MiB"``. An instance is a context manager: inside
     ``with Settings(io_path="direct"):`` loads of this thread (or asyncio task) use it, and fields
-    that it leaves at ``None`` are those outside. ``Settings.set_default`` changes the whole process.
+    that it leaves at ``None`` are those outside. ``Settings.set_default`` is for the whole process.
 
     Attributes:
         threads: threads that read and cast; the processors this process may use (affinity and
@@ -57,12 +57,20 @@ class Settings:
     _default: ClassVar[Settings | None] = None
 
     def __post_init__(self) -> None:
-        for name in ("threads", "io_depth", "read_bytes", "chunk_bytes", "pinned_bytes"):
+        for name, largest in (
+            ("threads", 2**31),
+            ("io_depth", 2**31),
+            ("read_bytes", 2**62),
+            ("chunk_bytes", 2**62),
+            ("pinned_bytes", 2**62),
+        ):
             value = getattr(self, name)
             if value is not None and (
-                not isinstance(value, int) or isinstance(value, bool) or value < 1
+                not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest
             ):
-                raise ArgumentError(f"Settings.{name} is {value!r}; it must be a positive integer")
+                raise ArgumentError(
+                    f"Settings.{name} is {value!r}; it must be an integer from 1 to {largest}"
+                )
         for name, known in (
             ("io_path", ("auto", "buffered", "direct")),
             ("cast_place", ("auto", "host", "device")),
@@ -70,13 +78,17 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ArgumentError(f"Settings.{name} is {value!r}; it can be one of {known}")
+        for name in ("populate", "kernels", "batch_copies"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise ArgumentError(f"Settings.{name} is {value!r}; it must be True or False")
 
     @classmethod
     def current(cls) -> Settings:
         """The settings of a load that begins now: those of the innermost ``with``, then the
         process's default, then the environment."""
         chosen: dict[str, Any] = {}
-        for layer in (_context.get(), cls._default):
+        for layer in (*_entered.get()[-1:], cls._default):
             if layer is not None:
                 chosen = {**_given(layer), **chosen}
         for field in dataclasses.fields(cls):
@@ -91,13 +103,14 @@ class Settings:
         Settings._default = settings
 
     def __enter__(self) -> Settings:
-        outer = _context.get()
-        merged = Settings(**{**(_given(outer) if outer else {}), **_given(self)})
-        _tokens.append(_context.set(merged))
+        entered = _entered.get()
+        outer = _given(entered[-1]) if entered else {}
+        merged = Settings(**{**outer, **_given(self)})
+        _entered.set((*entered, merged))
         return merged
 
     def __exit__(self, *_: object) -> None:
-        _context.reset(_tokens.pop())
+        _entered.set(_entered.get()[:-1])
 
     def native(self, fp8: tuple[bool, bool, bool]) -> _native.Settings:
         """For the engine; ``fp8`` are the rules of ``weightlift.dtypes.fp8_rules``."""
@@ -106,8 +119,8 @@ class Settings:
         return _native.Settings(fp8=fp8, **given)
 
 
-_context: ContextVar[Settings | None] = ContextVar("weightlift_settings", default=None)
-_tokens: list[Token[Settings | None]] = []
+# The `with` blocks that this thread or task is in, the innermost last.
+_entered: ContextVar[tuple[Settings, ...]] = ContextVar("weightlift_settings", default=())
 
 
 def _given(settings: Settings) -> dict[str, Any]:
