@@ -164,9 +164,7 @@ class Handler {
  public:
   explicit Handler(std::string_view header) : header_(header), at_(header.data()) {}
 
-  // Flattened because nlohmann's lexer calls a function for each character that GCC leaves alone
-  // otherwise: 62 ms in place of 98 for 100,000 tensors (12 MB).
-  [[nodiscard, gnu::flatten]] bool parse() {
+  [[nodiscard]] bool parse() {
     const char* const end = header_.data() + header_.size();
     return nlohmann::json::sax_parse(Cursor(header_.data(), &at_), Cursor(end, &at_), this);
   }
@@ -490,8 +488,7 @@ class Handler {
                                                                "a boolean",
                                                                "a negative number",
                                                                "a number",
-                                                               "a number that is not a "
-                                                               "64-bit whole number",
+                                                               "a fraction or too large a number",
                                                                "a string",
                                                                "an object",
                                                                "a list"};
