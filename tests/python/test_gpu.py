@@ -129,11 +129,10 @@ def test_bytes_arrive(settings: wl.Settings, file: str, request: pytest.FixtureR
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.parametrize("target", FLOATS)
 def test_casts(settings: wl.Settings, target: str, tmp_path: Path) -> None:
-    special = torch.tensor(
-        [0.0, -0.0, 1.0, float("inf"), -float("inf"), float("nan"), 65504.0, 65519.9, 65520.0]
-        + [448.0, 464.0, 465.0, 57344.0, 61440.0, 1e-8, 5.96e-8, 1e-40, 3.4e38, 1e300, -1e-300],
-        dtype=torch.float64,
-    )
+    halfway = [65504.0, 65519.9, 65520.0, 448.0, 464.0, 465.0, 57344.0, 61440.0]
+    edges = [1e-8, 5.96e-8, 1e-40, 3.4e38, 1e300, -1e-300]
+    plain = [0.0, -0.0, 1.0, float("inf"), -float("inf"), float("nan")]
+    special = torch.tensor([*plain, *halfway, *edges], dtype=torch.float64)
     generator = torch.Generator().manual_seed(7)
     wide = torch.randn(300_001, generator=generator, dtype=torch.float64)
     values = torch.cat([special, wide * torch.exp(wide * 9), wide])
