@@ -1,0 +1,219 @@
+"""``weightlift bench``: one checkpoint, loaded by several libraries."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weightlift.report import format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from weightlift.cli.measure import Comparison
+
+__all__ = ["bench", "comparison_table", "describe_run", "notes"]
+
+
+class Device(enum.Enum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def bench(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            help="The files of one checkpoint; they are loaded together.",
+        ),
+    ],
+    device: Annotated[Device, typer.Option(help="Where the tensors go.")] = Device.CPU,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Load floating-point tensors as this, such as bfloat16."),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="Whom to compare with, separated by commas.")
+    ] = "safetensors,torch",
+    cold: Annotated[
+        bool,
+        typer.Option("--cold/--warm", help="Drop the files from the page cache before each load."),
+    ] = False,
+    repeat: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 5,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Write all figures here.")
+    ] = None,
+    plot_out: Annotated[
+        Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw the medians here.")
+    ] = None,
+) -> None:
+    """Measure how fast a checkpoint loads, against other libraries.
+
+    Each measurement is a process of its own that has imported what it needs before the clock
+    starts; it loads all tensors and touches all pages (on CUDA: synchronises).
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from weightlift.cli import measure
+
+    contenders = ["weightlift"]
+    for name in filter(None, (part.strip() for part in against.split(","))):
+        if name not in measure.CONTENDERS:
+            known = ", ".join(key for key in measure.CONTENDERS if key != "weightlift")
+            raise typer.BadParameter(f"{name!r} is not one of {known}", param_hint="--against")
+        if name not in contenders:
+            contenders.append(name)
+    if dtype is not None:
+        _check_dtype(dtype)
+        dtype = dtype.removeprefix("torch.")
+    if device is Device.CUDA:
+        from weightlift.materialize import TorchAllocator
+
+        TorchAllocator()  # says why there is none
+    for out in (json_out, plot_out):
+        if out is not None and not out.absolute().parent.is_dir():
+            raise FileNotFoundError(2, "its folder does not exist; make it first", str(out))
+    names = [str(file) for file in files]
+    job = measure.Job("weightlift", tuple(names), device.value, dtype)
+    title = _title(files, job)
+
+    console = Console(highlight=False)
+    with Progress(
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        task = progress.add_task("measuring", total=len(contenders) * repeat)
+        found = measure.compare(
+            title,
+            job,
+            contenders,
+            cold=cold,
+            repeat=repeat,
+            step=lambda name: progress.update(task, advance=1, description=f"measured {name}"),
+        )
+    console.print(f"[bold]{title}[/bold]", highlight=False)
+    console.print(describe_run(found), style="dim")
+    if found.samples:
+        console.print()
+        console.print(comparison_table(found))
+    for line in notes(found):
+        console.print(line, markup=False, soft_wrap=True)
+    if json_out is not None:
+        json_out.write_text(json.dumps(_json(found, measure.machine()), indent=2) + "\n")
+    if plot_out is not None and found.samples:
+        from weightlift.cli.plot import plot
+
+        plot([found], plot_out, f"Time to load, median of {repeat}")
+    if "weightlift" not in found.samples:
+        raise typer.Exit(1)
+
+
+def _check_dtype(dtype: str) -> None:
+    from weightlift.dtypes import parse_dtype
+
+    try:
+        named = parse_dtype(dtype)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--dtype") from None
+    if named is None:
+        raise typer.BadParameter("leave it out to keep the file's dtypes", param_hint="--dtype")
+
+
+def _title(files: list[Path], job: Any) -> str:
+    size = sum(file.stat().st_size for file in files)
+    name = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
+    cast = f" as {job.dtype}" if job.dtype else ""
+    return f"{name}, {format_bytes(size)}, to {job.device}{cast}"
+
+
+def describe_run(found: Comparison) -> str:
+    """How it was measured: what the page cache held, what memory was backed."""
+    every = [sample for samples in found.samples.values() for sample in samples]
+    if not every:
+        return "nothing could be measured"
+    residents = {sample.resident_bytes for sample in every}
+    if None in residents:
+        cache = "nobody knows what: only for .safetensors files, and by Linux 6.5, is it told"
+    else:
+        low, high = (
+            bound(known for known in residents if known is not None) for bound in (min, max)
+        )
+        span = f"{low / max(found.file_bytes, 1):.0%}"
+        if low != high:
+            span += f" to {high / max(found.file_bytes, 1):.0%}"
+        cache = f"{span} of the files"
+    rounds = max(len(samples) for samples in found.samples.values())
+    backed = min(sample.backed_bytes for sample in every)
+    return (
+        f"{'cold' if found.cold else 'warm'}: before each load the page cache held {cache}; "
+        f"{rounds} rounds in random order, a new process each; {format_bytes(backed)} of memory "
+        f"on huge pages touched and freed before each"
+    )
+
+
+def comparison_table(comparison: Comparison, reference: str = "weightlift") -> Table:
+    """A row for each contender; the times' ratio is to ``reference``'s."""
+    from rich import box
+    from rich.table import Table
+
+    from weightlift.cli.plot import format_seconds
+
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold"
+    )
+    for title in ("", "time", "load", "touch", "GB/s", "CPU", "memory", "ratio"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for name, samples in comparison.samples.items():
+        ratio = comparison.time_ratio(name, reference)
+        table.add_row(
+            name,
+            format_seconds(comparison.median(name)),
+            format_seconds(statistics.median(sample.load_seconds for sample in samples)),
+            format_seconds(statistics.median(sample.touch_seconds for sample in samples)),
+            f"{comparison.rate(name) / 1e9:.2f}",
+            format_seconds(statistics.median(sample.cpu_seconds for sample in samples)),
+            format_bytes(comparison.peak(name)),
+            "" if ratio is None else f"{ratio:.2f}",
+            style="bold" if name == reference else "",
+        )
+    table.caption = (
+        "Medians; GB/s of the files' bytes; memory: the peak of what the load took for itself, "
+        f"beside the page cache; ratio: time over {reference}'s, median of the rounds."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """The I/O path that weightlift took, and who could not be measured."""
+    lines = []
+    if "weightlift" in comparison.samples:
+        lines += [f"weightlift's way: {text}" for text in comparison.route("weightlift")]
+    lines += [f"{name}: not measured: {why}" for name, why in comparison.refused.items()]
+    return lines
+
+
+def _json(found: Comparison, machine: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["weightlift", *sys.argv[1:]]),
+        "machine": machine,
+        "comparisons": [found.to_json()],
+    }
