@@ -103,6 +103,7 @@ struct Task {
   Kind kind = Kind::kUnit;
   std::uint32_t lane = 0;
   std::uint32_t unit = 0;  // or the populate step
+  std::uint32_t unit_count = 1;
   std::uint32_t slot = 0;
 };
 
@@ -135,7 +136,7 @@ class Load::State {
   std::optional<Task> pick();
   bool everything_issued() const;
   Status run(const Task& task, Scratch& scratch);
-  Status run_unit(const Task& task, Scratch& scratch);
+  Status run_unit(const Task& task, std::uint32_t index, Scratch& scratch);
   Status fill(const Unit& unit, const Lane& lane, std::byte* slot, Scratch& scratch);
   Result<const std::byte*> read(const Unit& unit, std::byte* target, Scratch& scratch);
   void unit_filled(const Task& task, Status status, std::unique_lock<std::mutex>& lock);
@@ -447,6 +448,13 @@ std::optional<Task> Load::State::pick() {
   }
   best->unit = state.next_unit++;
   state.issued += lane.units[best->unit].payload;
+  // Fresh huge pages are faulted in by one thread each: two that touch the same one at the same
+  // time both clear two megabytes, and one of them for nothing (mm/huge_memory.c).
+  while (state.device == nullptr && state.next_unit < lane.units.size() &&
+         lane.units[state.next_unit].target_page == lane.units[best->unit].target_page) {
+    state.issued += lane.units[state.next_unit++].payload;
+    ++best->unit_count;
+  }
   return best;
 }
 
@@ -467,16 +475,18 @@ Status Load::State::run(const Task& task, Scratch& scratch) try {
       return {};
     }
     case Task::Kind::kUnit:
-      return run_unit(task, scratch);
+      for (std::uint32_t i = 0; i < task.unit_count; ++i) {
+        WL_RETURN_IF_ERROR(run_unit(task, task.unit + i, scratch));
+      }
   }
   return {};
 } catch (const std::bad_alloc&) {
   return out_of_memory();
 }
 
-Status Load::State::run_unit(const Task& task, Scratch& scratch) {
+Status Load::State::run_unit(const Task& task, std::uint32_t index, Scratch& scratch) {
   const Lane& lane = schedule_.lanes[task.lane];
-  const Unit& unit = lane.units[task.unit];
+  const Unit& unit = lane.units[index];
   LaneState& state = lanes_[task.lane];
   Status status = fill(unit, lane, state.device ? state.device->slot(task.slot) : nullptr, scratch);
   if (!status.ok()) {

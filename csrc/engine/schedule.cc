@@ -169,6 +169,9 @@ class LaneBuilder {
     lane_.payload += unit_.payload;
     if (lane_.device == kHostDevice) {
       unit_.raw_target = raw_target();
+      const Piece& piece = lane_.pieces[unit_.first_piece];
+      const Copy& copy = plan_.copies[piece.copy];
+      unit_.target_page = (copy.target + piece.first * copy.target_item()) / io::kHugePageBytes;
       lane_.units.push_back(unit_);
       return;
     }

@@ -31,9 +31,10 @@ struct Unit {
   std::uint32_t slot_offset = 0;  // device lanes, raw: where `begin` lies in the staging slot
   std::uint64_t begin = 0;        // of the file; both 0 for memory
   std::uint64_t end = 0;
-  std::uint64_t payload = 0;     // bytes of tensors in it
-  std::uint64_t raw_target = 0;  // host lane: where the range goes as it is, 0 where it does not
-  bool raw = false;              // device lanes: the range is staged as it is in the file
+  std::uint64_t payload = 0;      // bytes of tensors in it
+  std::uint64_t raw_target = 0;   // host lane: where the range goes as it is, 0 where it does not
+  std::uint64_t target_page = 0;  // host lane: the huge page that its first target lies in
+  bool raw = false;               // device lanes: the range is staged as it is in the file
 };
 
 // What goes to a device in one copy.
