@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <map>
 #include <memory>
 
@@ -12,7 +13,7 @@ namespace {
 
 struct Registry {
   std::mutex mutex;
-  pid_t process = 0;
+  std::atomic<pid_t> process = 0;  // that has used the driver
   std::map<int, std::unique_ptr<Device>> devices;
 };
 
@@ -28,8 +29,14 @@ Error forked() {
               "does not survive a fork: start it with the 'spawn' method"};
 }
 
+// Asked before any lock is taken: a lock that another thread held at the fork stays locked.
+Status check_not_forked(const Registry& state) {
+  const pid_t process = state.process.load();
+  if (process != 0 && process != ::getpid()) return forked();
+  return {};
+}
+
 Result<const Driver*> initialized_driver(Registry& state) {
-  if (state.process != 0 && state.process != ::getpid()) return forked();
   WL_ASSIGN_OR_RETURN(const Driver* table, driver());
   WL_RETURN_IF_ERROR(check(*table, table->cuInit(0), "cuInit"));
   state.process = ::getpid();
@@ -46,6 +53,7 @@ Result<int> count_devices(const Driver& table) {
 
 Result<int> Device::count() {
   Registry& state = registry();
+  WL_RETURN_IF_ERROR(check_not_forked(state));
   const std::lock_guard lock(state.mutex);
   WL_ASSIGN_OR_RETURN(const Driver* table, initialized_driver(state));
   return count_devices(*table);
@@ -53,6 +61,7 @@ Result<int> Device::count() {
 
 Result<Device*> Device::get(int ordinal) {
   Registry& state = registry();
+  WL_RETURN_IF_ERROR(check_not_forked(state));
   const std::lock_guard lock(state.mutex);
   WL_ASSIGN_OR_RETURN(const Driver* table, initialized_driver(state));
   const auto found = state.devices.find(ordinal);

@@ -2,6 +2,7 @@
 
 #include <cstdio>
 
+#include "io/machine.h"
 #include "io/residency.h"
 
 namespace weightlift::engine {
@@ -33,7 +34,7 @@ const char* io_route_name(IoRoute route) noexcept {
 }
 
 IoChoice choose_io(const io::File& file, std::uint64_t begin, std::uint64_t end,
-                   std::uint64_t bytes, const Settings& settings, std::uint64_t headroom) {
+                   std::uint64_t bytes, const Settings& settings) {
   if (settings.io_path == IoPath::kDirect) {
     return {.route = IoRoute::kDirect, .reason = "forced by Settings.io_path", .cold = true};
   }
@@ -50,6 +51,7 @@ IoChoice choose_io(const io::File& file, std::uint64_t begin, std::uint64_t end,
   if (share >= kResidentShare) {
     return {.route = IoRoute::kPageCache, .reason = percent, .cold = false};
   }
+  const std::uint64_t headroom = io::memory_headroom();
   if (settings.io_path == IoPath::kAuto && bytes > headroom / 2) {
     return {.route = IoRoute::kDirect,
             .reason = std::string(percent) + ", and larger than half of the " +

@@ -23,9 +23,8 @@ struct IoChoice {
   bool cold = false;  // more reads in flight pay off
 };
 
-// For `bytes` of `file` between `begin` and `end`; `headroom` is the memory that can still be had.
+// For `bytes` of `file` between `begin` and `end`.
 [[nodiscard]] IoChoice choose_io(const io::File& file, std::uint64_t begin, std::uint64_t end,
-                                 std::uint64_t bytes, const Settings& settings,
-                                 std::uint64_t headroom);
+                                 std::uint64_t bytes, const Settings& settings);
 
 }  // namespace weightlift::engine

@@ -207,16 +207,14 @@ void Load::State::choose_routes() {
     extent.end = std::max(extent.end, end);
     extent.bytes += plan_.source_bytes(copy);
   }
-  std::uint64_t headroom = 0;
   for (std::size_t i = 0; i < plan_.files.size(); ++i) {
     Source& source = sources_.emplace_back();
     if (extents[i].bytes == 0) {
       source.choice = {.route = IoRoute::kMapped, .reason = "same dtype on the CPU"};
       continue;
     }
-    if (headroom == 0) headroom = io::memory_headroom();
-    source.choice = choose_io(*plan_.files[i], extents[i].begin, extents[i].end, extents[i].bytes,
-                              settings_, headroom);
+    source.choice =
+        choose_io(*plan_.files[i], extents[i].begin, extents[i].end, extents[i].bytes, settings_);
     if (source.choice.route == IoRoute::kDirect) {
       auto direct = io::DirectFile::open(plan_.files[i]);
       if (direct.ok()) {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from weightlift import _native, dtypes
@@ -158,19 +159,20 @@ def run_plan(
         address, owner = allocator.empty(device, (count,), "U8")
         scratch.append((device, address))
         keep.append(owner)
-    show = _bar() if progress is True else progress or None
-    try:
-        plan.start(scratch)
-        while not plan.wait(_POLL_SECONDS):
+    with contextlib.ExitStack() as stack:
+        show = stack.enter_context(_bar()) if progress is True else progress or None
+        try:
+            plan.start(scratch)
+            while not plan.wait(_POLL_SECONDS):
+                if show is not None:
+                    show(*plan.progress())
             if show is not None:
                 show(*plan.progress())
-        if show is not None:
-            show(*plan.progress())
-    except BaseException:
-        plan.cancel()
-        while not plan.wait(_POLL_SECONDS):
-            pass
-        raise
+        except BaseException:
+            plan.cancel()
+            while not plan.wait(_POLL_SECONDS):
+                pass
+            raise
     return plan.finish()
 
 
@@ -347,19 +349,12 @@ def _from_dlpack() -> Callable[[object], Any]:
     return found
 
 
-def _bar() -> Progress:
-    """A progress bar on the terminal, for as long as it is called."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+@contextlib.contextmanager
+def _bar() -> Iterator[Progress]:
+    """A progress bar on the terminal."""
+    from rich import progress
 
-    bar = Progress(
-        "[bold]loading", BarColumn(), DownloadColumn(), TransferSpeedColumn(), transient=True
-    )
-    task = bar.add_task("loading", total=None)
-    bar.start()
-
-    def show(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total)
-        if done >= total:
-            bar.stop()
-
-    return show
+    columns = (progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn())
+    with progress.Progress("[bold]loading", *columns, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
