@@ -52,6 +52,9 @@ _SLACK_BYTES = 512 * 10**6
 _LIMIT_SECONDS = 600.0
 # Asking for the peak costs some 30 microseconds.
 _POLL_SECONDS = 0.02
+# Bytes of an element, by torch's names and by the file's.
+_WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_FLOAT_WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 class _FailedError(Exception):
@@ -255,7 +258,7 @@ def _measure(child: _Child, cold: bool) -> Sample | str:
 def _measured(child: _Child, cold: bool) -> Sample:
     job = child.job
     child.check_ready()
-    backed = _back_memory(target_bytes(job) + _SLACK_BYTES) if job.what == "load" else 0
+    backed = _back_memory(target_bytes(job, cold) + _SLACK_BYTES) if job.what == "load" else 0
     resident = prepare_files(job.files, cold)
     figures, peak = child.go()
     before, after = figures.pop("anon_before"), figures.pop("anon_after")
@@ -381,22 +384,29 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
     return pipe
 
 
-def target_bytes(job: Job) -> int:
-    """About what the tensors of a load take: the files' size, grown where a cast widens."""
+def target_bytes(job: Job, cold: bool = False) -> int:
+    """About what a load takes of the machine's free memory.
+
+    A mapping takes none for itself, but a cold file's pages come out of it; on CUDA it is the
+    device's that is taken. A cast takes what its results take.
+    """
     size = sum(Path(file).stat().st_size for file in job.files)
-    width = {"float64": 8, "float32": 4}.get(job.dtype or "", 2)
-    if job.tensor is not None or job.dtype is None:
-        return size
+    page_cache_bytes = size if cold else 0
+    if job.on_cuda or job.tensor is not None:
+        return page_cache_bytes
+    if job.dtype is None:
+        return page_cache_bytes + (size if job.mode == "read" else 0)
+    width = _WIDTHS.get(job.dtype, 1)
     total = 0
     for file in job.files:
         if not file.endswith(".safetensors"):
-            return size * width
+            return page_cache_bytes + size * width
         part = _native.IndexedFile.open(file)
         for position, dtype in enumerate(part.dtypes()):
             begin, end = part.range(position)
-            own = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}.get(dtype)
+            own = _FLOAT_WIDTHS.get(dtype)
             total += end - begin if own is None else (end - begin) // own * width
-    return total
+    return page_cache_bytes + total
 
 
 def _back_memory(count: int) -> int:

@@ -1,0 +1,212 @@
+"""The command line, run as users run it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from weightlift.cli.inspect import _plain
+from weightlift.cli.measure import Job, target_bytes
+from weightlift.cli.measure_child import page_runs, touch
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "weightlift", *map(str, arguments)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "100", **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"layers.{n}.weight": torch.randn(64, 33, generator=generator).to(torch.bfloat16)
+        for n in range(50)
+    }
+    tensors["steps"] = torch.arange(3)
+    tensors["scale"] = torch.tensor(2.0)
+    tensors["none"] = torch.zeros(0, 7)
+    save_file(tensors, path, metadata={"format": "pt", "about": "weightlift's test"})
+    return path
+
+
+def test_inspect_tells_what_the_reference_reads(checkpoint: Path) -> None:
+    done = run("inspect", checkpoint, "--json", "--sort", "name")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    with safe_open(checkpoint, framework="pt") as reference:
+        assert [entry["name"] for entry in found["tensors"]] == sorted(reference.keys())
+        for entry in found["tensors"]:
+            piece = reference.get_slice(entry["name"])
+            assert entry["shape"] == piece.get_shape()
+            assert entry["dtype"] == piece.get_dtype()
+            tensor = reference.get_tensor(entry["name"])
+            assert entry["bytes"] == tensor.nbytes
+            data = checkpoint.read_bytes()[entry["offset"] : entry["offset"] + entry["bytes"]]
+            assert data == bytes(tensor.reshape(-1).view(torch.uint8).tolist())
+        assert found["metadata"] == reference.metadata()
+    assert found["file_bytes"] == checkpoint.stat().st_size
+    assert found["data_offset"] + found["tensor_bytes"] == found["file_bytes"]
+    assert found["totals"]["BF16"] == {
+        "tensors": 50,
+        "parameters": 50 * 64 * 33,
+        "bytes": 50 * 64 * 33 * 2,
+    }
+    assert sum(total["tensors"] for total in found["totals"].values()) == len(found["tensors"])
+    filled = [entry["offset"] for entry in found["tensors"] if entry["bytes"]]
+    assert found["alignment"] == math.gcd(4096, *filled)
+    assert found["misaligned_tensors"] == 0
+
+
+def test_inspect_sorts_by_size_and_by_place(checkpoint: Path) -> None:
+    by_size = json.loads(run("inspect", checkpoint, "--json", "--sort", "size").stdout)["tensors"]
+    assert by_size == sorted(by_size, key=lambda entry: (-entry["bytes"], entry["offset"]))
+    by_place = json.loads(run("inspect", checkpoint, "--json").stdout)["tensors"]
+    assert [e["offset"] for e in by_place] == sorted(e["offset"] for e in by_place)
+
+
+def test_inspect_truncates_long_listings_and_says_so(checkpoint: Path) -> None:
+    short = run("inspect", checkpoint, "--limit", "10", "--sort", "name").stdout
+    assert "and 43 more" in short
+    assert "layers.9.weight" not in short
+    whole = run("inspect", checkpoint, "--limit", "0").stdout
+    assert "more," not in whole
+    assert whole.count("layers.") == 50
+
+
+def test_inspect_starts_without_torch(checkpoint: Path) -> None:
+    code = (
+        "import sys; from weightlift.cli import app; "
+        f"app(['inspect', {str(checkpoint)!r}], standalone_mode=False); "
+        "assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_reach_the_terminal_without_escape_sequences() -> None:
+    assert _plain("a\x1b[31m\n\u202e") == "a\\x1b[31m\\n\\u202e"
+
+
+def test_errors_are_one_line_that_names_the_file(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.safetensors"
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
+    for path in (missing, broken, tmp_path):
+        done = run("inspect", path)
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert len(done.stderr.splitlines()) == 1
+        assert str(path) in done.stderr
+        assert "Traceback" not in done.stderr
+    debug = run("inspect", missing, WEIGHTLIFT_DEBUG="1")
+    assert debug.returncode != 0
+    assert "Traceback" in debug.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect"],
+        ["inspect", "x", "--sort", "colour"],
+        ["inspect", "x", "--limit", "-1"],
+        ["bench"],
+        ["bench", "MODEL", "--against", "nobody"],
+        ["bench", "MODEL", "--dtype", "int8"],
+        ["bench", "MODEL", "--device", "abacus"],
+        ["doctor", "--disk", "/there/is/no/such/folder"],
+        ["levitate"],
+    ],
+)
+def test_a_wrong_use_ends_with_2(arguments: list[str], checkpoint: Path) -> None:
+    given = [str(checkpoint) if argument == "MODEL" else argument for argument in arguments]
+    done = run(*given)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_measures_and_cleans_up(tmp_path: Path) -> None:
+    done = run("doctor", "--json", "--disk", tmp_path, "--disk-mb", "16")
+    assert done.returncode == 0, done.stderr
+    findings = json.loads(done.stdout)
+    assert {finding["topic"] for finding in findings} == {"cpu", "memory", "disk", "gpu"}
+    assert all(finding["state"] in ("ok", "missing", "info") for finding in findings)
+    for finding in findings:
+        if finding["state"] == "missing":
+            assert finding["costs"]
+            assert finding["remedy"]
+    rates = {(f["topic"], f["name"]): f["value"] for f in findings}
+    assert rates["memory", "copy"] > 1e8
+    assert rates["disk", "page cache"] > 1e7
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_compares_and_lists_who_could_not(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    done = run(
+        *("bench", checkpoint, "--repeat", "1", "--cold", "--json", out),
+        *("--dtype", "float32", "--against", "safetensors,torch,fastsafetensors"),
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads(out.read_text())
+    assert written["machine"]["cpus"] >= 1
+    (comparison,) = written["comparisons"]
+    assert set(comparison["contenders"]) == {"weightlift", "safetensors"}
+    assert set(comparison["refused"]) == {"torch", "fastsafetensors"}
+    for name in ("torch", "fastsafetensors"):
+        assert f"{name}: not measured: {comparison['refused'][name]}" in done.stdout
+    for contender in comparison["contenders"].values():
+        assert len(contender["samples"]) == 1
+        for sample in contender["samples"]:
+            assert sample["tensors"] == 53
+            assert sample["bytes"] == 50 * 64 * 33 * 4 + 3 * 8 + 4
+            assert sample["load_seconds"] > 0
+    ours = comparison["contenders"]["weightlift"]
+    assert ours["io"]
+    assert ours["time_ratio"]["safetensors"] > 0
+
+
+def test_bench_measures_what_torch_saved(tmp_path: Path) -> None:
+    path, out = tmp_path / "model.bin", tmp_path / "bench.json"
+    torch.save({"w": torch.ones(100, 100)}, path)
+    run("bench", path, "--repeat", "1", "--against", "torch", "--json", out)
+    (comparison,) = json.loads(out.read_text())["comparisons"]
+    assert comparison["contenders"]["torch"]["samples"][0]["bytes"] == 40_000
+
+
+def test_pages_are_listed_once_and_touched() -> None:
+    whole = torch.zeros(64 * 4096, dtype=torch.uint8)
+    tensors = {"a": whole[:5000], "b": whole[5000:6000], "c": whole[40 * 4096 :], "d": whole[:0]}
+    runs = page_runs(tensors)
+    assert len(runs) == 2
+    for name in ("a", "b", "c"):
+        first, last = tensors[name].data_ptr(), tensors[name].data_ptr() + tensors[name].nbytes
+        assert any(begin <= first and last <= begin + count for begin, count in runs)
+    assert all(begin % 4096 == 0 and count % 4096 == 0 for begin, count in runs)
+    touch(runs)
+
+
+def test_memory_is_backed_for_what_a_load_takes(checkpoint: Path) -> None:
+    files = (str(checkpoint),)
+    size = checkpoint.stat().st_size
+    assert target_bytes(Job("weightlift", files)) == 0
+    assert target_bytes(Job("weightlift", files), cold=True) == size
+    assert target_bytes(Job("weightlift", files, mode="read")) == size
+    assert target_bytes(Job("weightlift", files, dtype="float32")) == 50 * 64 * 33 * 4 + 3 * 8 + 4
