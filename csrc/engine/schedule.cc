@@ -211,11 +211,13 @@ class LaneBuilder {
   }
 
   // Raw units keep their place within a page: a read past the page cache needs an aligned address
-  // for an aligned offset. Units that follow one another in the file then do so in the slot.
+  // for an aligned offset. Units that follow one another in the file then do so in the slot. Their
+  // last page may be read whole, so nothing else begins on it.
   std::uint32_t unit_begin() const {
-    if (!unit_.raw) return round_up(cursor_, kPieceAlignment);
-    return round_up(cursor_, static_cast<std::uint32_t>(io::kPageBytes)) +
-           static_cast<std::uint32_t>(unit_.begin % io::kPageBytes);
+    const bool behind_raw = chunk_.unit_count != 0 && lane_.units.back().raw;
+    if (!unit_.raw && !behind_raw) return round_up(cursor_, kPieceAlignment);
+    const std::uint32_t page = round_up(cursor_, static_cast<std::uint32_t>(io::kPageBytes));
+    return unit_.raw ? page + static_cast<std::uint32_t>(unit_.begin % io::kPageBytes) : page;
   }
 
   // The slot with this unit in it: up to the end of a page, for the last page may be read whole,
