@@ -1,6 +1,6 @@
 #include "device/staging.h"
 
-#include <iterator>
+#include <algorithm>
 #include <utility>
 
 namespace weightlift::device {
@@ -12,24 +12,28 @@ StagingPool& StagingPool::instance() {
 
 Result<std::optional<PinnedMemory>> StagingPool::take(Device& device, std::size_t bytes,
                                                       std::size_t budget) {
-  std::vector<PinnedMemory> unfit;  // unpinned after the lock is gone
   {
-    const std::lock_guard lock(mutex_);
-    std::vector<PinnedMemory> kept;
-    std::optional<PinnedMemory> found;
-    for (PinnedMemory& slot : free_) {
-      if (slot.size() == bytes && !found) {
-        found.emplace(std::move(slot));
-      } else if (slot.size() != bytes && pinned_bytes_ + bytes > budget) {
-        pinned_bytes_ -= slot.size();
-        unfit.push_back(std::move(slot));
-      } else {
-        kept.push_back(std::move(slot));
+    std::unique_lock lock(mutex_);
+    while (true) {
+      const auto found =
+          std::find_if(free_.begin(), free_.end(),
+                       [bytes](const PinnedMemory& slot) { return slot.size() == bytes; });
+      if (found != free_.end()) {
+        std::optional<PinnedMemory> slot(std::move(*found));
+        free_.erase(found);
+        return slot;
       }
+      if (pinned_bytes_ + bytes <= budget) break;
+      // Those of other sizes make room, and count until they are unpinned.
+      if (free_.empty()) return std::optional<PinnedMemory>();
+      std::optional<PinnedMemory> unfit(std::move(free_.front()));
+      free_.pop_front();
+      const std::size_t room = unfit->size();
+      lock.unlock();
+      unfit.reset();
+      lock.lock();
+      pinned_bytes_ -= room;
     }
-    free_.swap(kept);
-    if (found) return found;
-    if (pinned_bytes_ + bytes > budget) return std::optional<PinnedMemory>();
     pinned_bytes_ += bytes;
   }
   auto slot = PinnedMemory::allocate(device, bytes);
@@ -52,13 +56,16 @@ std::size_t StagingPool::pinned_bytes() const {
 }
 
 void StagingPool::clear() {
-  std::vector<PinnedMemory> gone;
-  const std::lock_guard lock(mutex_);
-  for (PinnedMemory& slot : free_) {
-    pinned_bytes_ -= slot.size();
-    gone.push_back(std::move(slot));
+  std::list<PinnedMemory> gone;
+  {
+    const std::lock_guard lock(mutex_);
+    gone.swap(free_);
   }
-  free_.clear();
+  std::size_t bytes = 0;
+  for (const PinnedMemory& slot : gone) bytes += slot.size();
+  gone.clear();
+  const std::lock_guard lock(mutex_);
+  pinned_bytes_ -= bytes;
 }
 
 }  // namespace weightlift::device

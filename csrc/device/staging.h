@@ -4,9 +4,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <list>
 #include <mutex>
 #include <optional>
-#include <vector>
 
 #include "device/pinned.h"
 #include "result.h"
@@ -32,7 +32,7 @@ class StagingPool {
   StagingPool() = default;
 
   mutable std::mutex mutex_;
-  std::vector<PinnedMemory> free_;
+  std::list<PinnedMemory> free_;
   std::size_t pinned_bytes_ = 0;
 };
 
