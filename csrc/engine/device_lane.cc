@@ -38,7 +38,7 @@ Result<std::unique_ptr<DeviceLane>> DeviceLane::open(const LoadPlan& plan, const
 DeviceLane::~DeviceLane() {
   for (std::optional<Slot>& slot : slots_) {
     if (!slot) continue;
-    if (lost_) {
+    if (lost_.load()) {
       // Left pinned and mapped for ever: the device may still be reading it.
       static_cast<void>(new device::PinnedMemory(std::move(slot->memory)));
     } else {
@@ -77,8 +77,10 @@ Status DeviceLane::wait(std::uint32_t slot) const {
 
 void DeviceLane::settle() noexcept {
   const device::CurrentContext current(device_);
-  lost_ = lost_ || !current.status().ok() ||
-          device_.driver().cuStreamSynchronize(stream_.get()) != CUDA_SUCCESS;
+  if (!current.status().ok() ||
+      device_.driver().cuStreamSynchronize(stream_.get()) != CUDA_SUCCESS) {
+    lost_ = true;
+  }
 }
 
 Status DeviceLane::scatter(std::uint32_t slot, const Chunk& chunk, const std::vector<Run>& runs) {

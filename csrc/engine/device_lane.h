@@ -4,6 +4,7 @@
 
 #include <cuda.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -76,7 +77,7 @@ class DeviceLane {
   device::Device& device_;
   device::Stream stream_;
   std::vector<std::optional<Slot>> slots_;  // never resized: threads fill some while one is added
-  bool lost_ = false;
+  std::atomic<bool> lost_ = false;          // set by whichever thread a call failed on
 };
 
 }  // namespace weightlift::engine

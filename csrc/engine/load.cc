@@ -650,7 +650,10 @@ void Load::State::drain(std::uint32_t lane_index) {
       state.free_slots.push_back(slot);
       work_.notify_all();
     }
+    state.drained.wait(lock, [&] { return state.active == 0; });
   }
+  // The slots go back now: another lane may have none, and this load's end waits for that lane.
+  state.device.reset();
   thread_ended();
 }
 
