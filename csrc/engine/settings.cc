@@ -11,7 +11,9 @@ Settings Settings::resolved() const {
   constexpr std::size_t kKiB = 1024;
   constexpr std::size_t kMiB = 1024 * kKiB;
   Settings result = *this;
-  if (threads == 0) result.threads = io::usable_cpus();
+  // Asked once: the quota takes several files to read, and a load of one small tensor takes less.
+  static const unsigned cpus = io::usable_cpus();
+  if (threads == 0) result.threads = cpus;
   result.threads = std::clamp(result.threads, 1U, 256U);
   if (io_depth == 0) result.io_depth = 8;
   result.io_depth = std::clamp(result.io_depth, 1U, 256U);

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import operator
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,9 +15,15 @@ from weightlift import _native, dtypes
 from weightlift.checkpoint import Checkpoint
 from weightlift.errors import ArgumentError, FormatError
 from weightlift.integrity import verify_file
-from weightlift.materialize import TorchAllocator, load_tensors, run_plan
+from weightlift.materialize import (
+    TorchAllocator,
+    from_dlpack,
+    load_tensors,
+    new_plan,
+    run_plan,
+)
 from weightlift.placement import parse_device
-from weightlift.report import LoadReport, record
+from weightlift.report import record
 from weightlift.settings import Settings
 
 if TYPE_CHECKING:
@@ -153,6 +161,11 @@ class safe_open:
             )
         self._mode = _mode("auto", backend)
         self._device = parse_device(device)
+        self._settings = Settings.current()
+        # A part of a mapping: the pages of the whole tensor are not read in for it, unless asked.
+        self._slice_settings = dataclasses.replace(
+            self._settings, populate=bool(self._settings.populate)
+        )
         self._checkpoint: Checkpoint | None = Checkpoint.of_file(filename)
 
     def __enter__(self) -> safe_open:
@@ -173,6 +186,8 @@ class safe_open:
 
     def _find(self, name: str) -> tuple[_native.IndexedFile, int]:
         checkpoint = self._open()
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a tensor is text, not {name!r}")
         place = checkpoint.find(name)
         if place is None:
             raise FormatError(
@@ -202,15 +217,22 @@ class safe_open:
             FormatError: there is none of that name, or torch has no dtype for it.
         """
         self._find(name)
-        loaded = load_tensors(
-            self._open(), self._device, mode=self._mode, names=[name], shared=True
-        )
-        tensor: torch.Tensor = loaded[name]
+        tensor: torch.Tensor = self._load([name])[name]
         return tensor
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
         """Loads all tensors, in the order of the file."""
-        return load_tensors(self._open(), self._device, mode=self._mode, shared=True)
+        return self._load(None)
+
+    def _load(self, names: list[str] | None) -> dict[str, Any]:
+        return load_tensors(
+            self._open(),
+            self._device,
+            mode=self._mode,
+            names=names,
+            shared=True,
+            settings=self._settings,
+        )
 
     def get_slice(self, name: str) -> TensorSlice:
         """A view of a tensor that loads what it is indexed with."""
@@ -249,21 +271,24 @@ class TensorSlice:
         in_place = device.type == "cpu" and mode != "read" and not backwards
         if parts is None or in_place or device.type not in ("cpu", "cuda"):
             whole = load_tensors(
-                self._checkpoint, device, mode=mode, names=[self._name], shared=True
+                self._checkpoint,
+                device,
+                mode=mode,
+                names=[self._name],
+                shared=True,
+                settings=self._opened._slice_settings,
             )
             tensor: torch.Tensor = whole[self._name][_flat(index)]
             return tensor
         return self._read(parts, device)
 
     def _read(self, parts: list[tuple[int, int, int, bool]], device: torch.device) -> torch.Tensor:
-        from weightlift.materialize import _from_dlpack
-
-        plan = _native.Plan(Settings.current().native(dtypes.fp8_rules(None)))
+        plan = new_plan(self._opened._settings)
         if device.type == "cpu":
             ranges = [(start, step, count) for start, step, count, _ in parts]
             plan.slice(self._part, self._position, ranges, None, -1, 0)
             native = run_plan(plan, None)
-            (tensor,) = plan.tensors(_from_dlpack())
+            (tensor,) = plan.tensors(from_dlpack())
             turned: list[int] = []
         else:
             # Forwards on the device, turned around there.
@@ -278,7 +303,7 @@ class TensorSlice:
             plan.use_stream(device.index, allocator.stream(device.index))
             plan.slice(self._part, self._position, ranges, None, device.index, address)
             native = run_plan(plan, allocator)
-        record(LoadReport.from_native(native))
+        record(native)
         if turned:
             tensor = tensor.flip(turned)
         kept = [count for _, _, count, dropped in parts if not dropped]
@@ -298,10 +323,13 @@ def _parse_index(index: Any, shape: tuple[int, ...]) -> list[tuple[int, int, int
     for item in items:
         if isinstance(item, slice) or item is Ellipsis:
             plain.append(item)
-        elif isinstance(item, bool) or not hasattr(item, "__index__") or hasattr(item, "dim"):
+        elif isinstance(item, bool) or hasattr(item, "dim"):
             return None
         else:
-            plain.append(item.__index__())
+            try:
+                plain.append(operator.index(item))
+            except TypeError:  # an array of numpy has the method too
+                return None
     given = sum(item is not Ellipsis for item in plain)
     if given > len(shape):
         raise IndexError(f"too many indices for tensor of dimension {len(shape)}")
@@ -316,7 +344,9 @@ def _parse_index(index: Any, shape: tuple[int, ...]) -> list[tuple[int, int, int
     for dimension, (item, extent) in enumerate(zip(plain, shape, strict=True)):
         if isinstance(item, slice):
             start, stop, step = item.indices(extent)
-            parts.append((start, step, len(range(start, stop, step)), False))
+            count = len(range(start, stop, step))
+            # Backwards over nothing, Python's start is -1.
+            parts.append((start, step, count, False) if count else (0, 1, 0, False))
             continue
         assert isinstance(item, int)
         if not -extent <= item < extent:

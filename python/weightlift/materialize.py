@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from weightlift.errors import (
     OutOfMemoryError,
     ReadError,
 )
-from weightlift.report import LoadReport, record
+from weightlift.report import record
 from weightlift.settings import Settings
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from weightlift.checkpoint import Checkpoint
 
-__all__ = ["Allocator", "TorchAllocator", "load_tensors", "run_plan"]
+__all__ = ["Allocator", "TorchAllocator", "from_dlpack", "load_tensors", "new_plan", "run_plan"]
 
 Progress = Callable[[int, int], None]
 
@@ -111,6 +112,7 @@ def load_tensors(
     names: Sequence[str] | None = None,
     shared: bool = False,
     progress: bool | Progress = False,
+    settings: Settings | None = None,
     allocator: Allocator | None = None,
     caller: str = "weightlift",
 ) -> dict[str, Any]:
@@ -125,14 +127,12 @@ def load_tensors(
         names: which tensors; all by default.
         shared: others may get the same tensors from ``checkpoint`` while these live.
         progress: ``True`` for a bar, or a function of bytes done and in all.
+        settings: instead of those that hold now.
         allocator: where memory on ``device`` comes from; torch, by default.
         caller: whom ``stats()`` books it on.
     """
     _check_mode(mode, device, dtype, pin_memory)
-    settings = Settings.current()
-    plan = _native.Plan(settings.native(dtypes.fp8_rules(dtype)))
-    if settings.populate is not None:
-        plan.populate(settings.populate)
+    plan = new_plan(settings or Settings.current(), dtype)
     target = _Target(plan, device, dtype, mode, pin_memory, shared, allocator)
     for part in checkpoint.parts:
         which = None
@@ -142,10 +142,16 @@ def load_tensors(
         target.add(part, which)
     native = run_plan(plan, target.allocator, progress)
     tensors = target.tensors()
-    report = LoadReport.from_native(native)
-    report.fallbacks += target.fallbacks
-    record(report, caller)
+    record(native, target.fallbacks, caller)
     return tensors
+
+
+def new_plan(settings: Settings, dtype: str | None = None) -> _native.Plan:
+    """An empty plan under these settings, for casts to ``dtype``."""
+    plan = _native.Plan(settings.native(dtypes.fp8_rules(dtype)))
+    if settings.populate is not None:
+        plan.populate(settings.populate)
+    return plan
 
 
 def run_plan(
@@ -293,7 +299,7 @@ class _Target:
         if not self.on_host:
             tensors = dict(zip(self.order, self.owners, strict=True))
         else:
-            tensors = dict(zip(self.names, self.plan.tensors(_from_dlpack()), strict=True))
+            tensors = dict(zip(self.names, self.plan.tensors(from_dlpack()), strict=True))
             if self.names != self.order:
                 tensors = {name: tensors[name] for name in self.order}
             if self.device.type != "cpu":
@@ -340,13 +346,16 @@ def _check_mode(mode: str, device: torch.device, dtype: str | None, pin_memory: 
         raise ArgumentError(f"pin_memory=True is for the CPU, not for {device}")
 
 
-def _from_dlpack() -> Callable[[object], Any]:
+@functools.cache
+def from_dlpack() -> Callable[[object], Any]:
     import torch
-    from torch.utils.dlpack import from_dlpack
 
     # The C function takes a capsule; the public one is a Python layer around it.
-    found: Callable[[object], Any] = getattr(torch._C, "_from_dlpack", from_dlpack)
-    return found
+    if hasattr(torch._C, "_from_dlpack"):
+        return torch._C._from_dlpack
+    from torch.utils.dlpack import from_dlpack as public
+
+    return public
 
 
 @contextlib.contextmanager

@@ -100,13 +100,13 @@ class Stats:
     fallbacks: int = 0
     by_caller: dict[str, Stats] = dataclasses.field(default_factory=dict)
 
-    def _add(self, report: LoadReport) -> None:
+    def _add(self, native: dict[str, Any], fallbacks: int) -> None:
         self.loads += 1
-        self.bytes += report.bytes
-        self.mapped_bytes += report.mapped_bytes
-        self.read_bytes += report.read_bytes
-        self.seconds += report.seconds
-        self.fallbacks += len(report.fallbacks)
+        self.bytes += native["bytes"]
+        self.mapped_bytes += native["mapped_bytes"]
+        self.read_bytes += native["read_bytes"]
+        self.seconds += native["seconds"]
+        self.fallbacks += fallbacks
 
 
 _thread = threading.local()
@@ -114,17 +114,28 @@ _lock = threading.Lock()
 _stats = Stats()
 
 
-def record(report: LoadReport, caller: str = "weightlift") -> None:
-    """Makes ``report`` this thread's last one and adds it to the sums."""
-    _thread.report = report
+def record(
+    native: dict[str, Any], fallbacks: list[str] | None = None, caller: str = "weightlift"
+) -> None:
+    """Makes the engine's report this thread's last one and adds it to the sums.
+
+    ``fallbacks`` are those that were decided before the engine ran.
+    """
+    if fallbacks:
+        native["fallbacks"] = [*native["fallbacks"], *fallbacks]
+    _thread.last = native
     with _lock:
-        _stats._add(report)
-        _stats.by_caller.setdefault(caller, Stats())._add(report)
+        count = len(native["fallbacks"])
+        _stats._add(native, count)
+        _stats.by_caller.setdefault(caller, Stats())._add(native, count)
 
 
 def last_report() -> LoadReport | None:
     """The report of this thread's last load, or ``None`` before the first."""
-    return getattr(_thread, "report", None)
+    last = getattr(_thread, "last", None)
+    if isinstance(last, dict):  # made when asked for: loads of one tensor are short
+        last = _thread.last = LoadReport.from_native(last)
+    return last
 
 
 def stats() -> Stats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from contextvars import ContextVar
@@ -91,10 +92,10 @@ class Settings:
         for layer in (*_entered.get()[-1:], cls._default):
             if layer is not None:
                 chosen = {**_given(layer), **chosen}
-        for field in dataclasses.fields(cls):
-            text = os.environ.get("WEIGHTLIFT_" + field.name.upper())
-            if text and field.name not in chosen:
-                chosen[field.name] = _parse(field.name, text)
+        for field, variable in _VARIABLES.items():
+            text = os.environ.get(variable)
+            if text and field not in chosen:
+                chosen[field] = _parse(field, text)
         return cls(**chosen)
 
     @staticmethod
@@ -112,6 +113,7 @@ class Settings:
     def __exit__(self, *_: object) -> None:
         _entered.set(_entered.get()[:-1])
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - of a frozen value, and few of them
     def native(self, fp8: tuple[bool, bool, bool]) -> _native.Settings:
         """For the engine; ``fp8`` are the rules of ``weightlift.dtypes.fp8_rules``."""
         given = _given(self)
@@ -119,6 +121,9 @@ class Settings:
         return _native.Settings(fp8=fp8, **given)
 
 
+_VARIABLES = {
+    field.name: "WEIGHTLIFT_" + field.name.upper() for field in dataclasses.fields(Settings)
+}
 # The `with` blocks that this thread or task is in, the innermost last.
 _entered: ContextVar[tuple[Settings, ...]] = ContextVar("weightlift_settings", default=())
 
