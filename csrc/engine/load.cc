@@ -53,6 +53,7 @@ struct PopulateStep {
   std::uint32_t name = 0;
   std::uint64_t offset = 0;
   std::uint64_t bytes = 0;
+  std::uint64_t payload = 0;  // of these, tensors
 };
 
 // A file with its route and, where that is direct, its second descriptor.
@@ -241,8 +242,9 @@ void Load::State::plan_populate() {
         part.offset <= ranges.back().offset + ranges.back().bytes + kPopulateGap) {
       ranges.back().bytes =
           std::max(ranges.back().bytes, part.offset + part.bytes - ranges.back().offset);
+      ranges.back().payload += part.bytes;
     } else {
-      ranges.push_back({part.file, part.name, part.offset, part.bytes});
+      ranges.push_back({part.file, part.name, part.offset, part.bytes, part.bytes});
     }
   }
   if (!plan_.populate) {
@@ -271,9 +273,14 @@ void Load::State::plan_populate() {
              : ", larger than half of the memory that can be had: read at the first touch";
     if (!fits) continue;
     plan_.files[range.file]->advise_sequential();
+    // Gaps are read and not counted; what several tensors share is read once and was counted at the
+    // start.
+    std::uint64_t payload = std::min(range.payload, range.bytes);
     for (std::uint64_t at = 0; at < range.bytes; at += kPopulateStep) {
-      populate_.push_back(
-          {range.file, range.name, range.offset + at, std::min(kPopulateStep, range.bytes - at)});
+      const std::uint64_t bytes = std::min(kPopulateStep, range.bytes - at);
+      const std::uint64_t counted = std::min(bytes, payload);
+      payload -= counted;
+      populate_.push_back({range.file, range.name, range.offset + at, bytes, counted});
     }
   }
 }
@@ -295,8 +302,8 @@ unsigned Load::State::wanted_threads() const {
 
 Status Load::State::start() {
   std::uint64_t to_populate = 0;
-  for (const PopulateStep& step : populate_) to_populate += step.bytes;
-  done_bytes_ = mapped_bytes_ - std::min(mapped_bytes_, to_populate);
+  for (const PopulateStep& step : populate_) to_populate += step.payload;
+  done_bytes_ = mapped_bytes_ - to_populate;
   for (std::size_t i = 0; i < schedule_.lanes.size(); ++i) {
     const Lane& lane = schedule_.lanes[i];
     LaneState& state = lanes_.emplace_back();
@@ -568,7 +575,7 @@ void Load::State::unit_filled(const Task& task, Status status, std::unique_lock<
   if (task.kind == Task::Kind::kPopulate) {
     populating_ = false;
     if (status.ok()) {
-      done_bytes_ += populate_[task.unit].bytes;
+      done_bytes_ += populate_[task.unit].payload;
     } else {
       fail(std::move(status).error());
     }
