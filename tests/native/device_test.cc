@@ -1,0 +1,490 @@
+// The device room against the simulated driver: what it finds, refuses, pins, keeps and lets go.
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "device/context.h"
+#include "device/driver.h"
+#include "device/pinned.h"
+#include "device/staging.h"
+#include "simulated.h"
+
+namespace weightlift {
+namespace {
+
+using device::CurrentContext;
+using device::Device;
+using device::Event;
+using device::PinnedMemory;
+using device::StagingPool;
+using device::Stream;
+using simulation::kLibrary;
+using simulation::Machine;
+using simulation::sim;
+
+constexpr std::size_t kSlot = 256 * 1024;
+constexpr int kUnknownError = 999;
+
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+// Ends a run and looks at what it left.
+void expect_clean(Machine& machine) {
+  machine.close();
+  EXPECT_EQ(simulation::leaks(sim().ledger()), "");
+  EXPECT_EQ(sim().sim_violations(), 0U) << sim().violations();
+}
+
+Device* first_device() {
+  auto found = Device::get(0);
+  EXPECT_TRUE(found.ok()) << (found.ok() ? "" : found.error().message);
+  return found.ok() ? *found : nullptr;
+}
+
+// --- The driver --------------------------------------------------------------------------------
+
+TEST(Driver, AMissingLibraryIsNamed) {
+  device::use_driver_for_testing("/nowhere/libcuda.so.1");
+  const auto table = device::driver();
+  ASSERT_FALSE(table.ok());
+  EXPECT_EQ(table.error().code, ErrorCode::kNoDriver);
+  EXPECT_TRUE(contains(table.error().message, "/nowhere/libcuda.so.1"));
+  EXPECT_EQ(Device::get(0).error().code, ErrorCode::kNoDriver);
+  device::use_driver_for_testing("");
+}
+
+TEST(Driver, AnOldDriverIsRefusedAndItsVersionNamed) {
+  Machine machine(1);
+  sim().sim_set_version(11080);
+  const auto table = device::load_driver(kLibrary);
+  ASSERT_FALSE(table.ok());
+  EXPECT_EQ(table.error().code, ErrorCode::kDriverTooOld);
+  EXPECT_EQ(Device::count().error().code, ErrorCode::kDriverTooOld);
+  expect_clean(machine);
+}
+
+TEST(Driver, AMissingRequiredSymbolIsNamed) {
+#define WL_NAME(name, version) #name,
+  constexpr std::array kRequired = {WL_DRIVER_REQUIRED(WL_NAME)};
+#undef WL_NAME
+  for (const char* const name : kRequired) {
+    for (const int how : {SIM_HIDE_NOT_FOUND, SIM_HIDE_NULL}) {
+      sim().sim_reset(1, 0, SIM_RANDOM);
+      sim().sim_hide_symbol(name, how);
+      const auto table = device::load_driver(kLibrary);
+      ASSERT_FALSE(table.ok()) << name;
+      EXPECT_EQ(table.error().code, ErrorCode::kDriverTooOld) << name;
+      EXPECT_TRUE(contains(table.error().message, name)) << table.error().message;
+    }
+  }
+}
+
+TEST(Driver, OptionalSymbolsMayBeMissing) {
+  for (const int how : {SIM_HIDE_NOT_FOUND, SIM_HIDE_NULL}) {
+    sim().sim_reset(1, 0, SIM_RANDOM);
+    sim().sim_hide_symbol("cuMemcpyBatchAsync", how);
+    const auto table = device::load_driver(kLibrary);
+    ASSERT_TRUE(table.ok()) << table.error().message;
+    EXPECT_EQ((*table)->cuMemcpyBatchAsync, nullptr);
+  }
+  sim().sim_reset(1, 0, SIM_RANDOM);
+  const auto table = device::load_driver(kLibrary);
+  ASSERT_TRUE(table.ok()) << table.error().message;
+  EXPECT_NE((*table)->cuMemcpyBatchAsync, nullptr);
+  EXPECT_GE((*table)->version, 12000);
+  EXPECT_EQ((*table)->library, kLibrary);
+}
+
+TEST(Driver, LoadingStartsNothing) {
+  Machine machine(1);
+  ASSERT_TRUE(device::driver().ok());
+  EXPECT_EQ(sim().sim_calls("cuInit"), 0U);
+  EXPECT_EQ(sim().ledger().contexts, 0U);
+  expect_clean(machine);
+}
+
+TEST(Driver, ErrorsNameTheCallAndTheReason) {
+  Machine machine(1);
+  const auto table = device::driver();
+  ASSERT_TRUE(table.ok());
+  EXPECT_TRUE(device::check(**table, CUDA_SUCCESS, "cuInit").ok());
+  const Status full = device::check(**table, CUDA_ERROR_OUT_OF_MEMORY, "cuMemAlloc");
+  ASSERT_FALSE(full.ok());
+  EXPECT_EQ(full.error().code, ErrorCode::kOutOfMemory);
+  EXPECT_TRUE(contains(full.error().message, "cuMemAlloc")) << full.error().message;
+  const Status gone = device::check(**table, CUDA_ERROR_DEINITIALIZED, "cuEventRecord");
+  EXPECT_EQ(gone.error().code, ErrorCode::kDriverCallFailed);
+  EXPECT_TRUE(contains(gone.error().message, "CUDA_ERROR_DEINITIALIZED")) << gone.error().message;
+  const Status odd = device::check(**table, CUDA_ERROR_UNKNOWN, "cuEventRecord");
+  EXPECT_TRUE(contains(odd.error().message, "cuEventRecord failed")) << odd.error().message;
+}
+
+// --- Devices -----------------------------------------------------------------------------------
+
+TEST(Devices, AreCountedAndKept) {
+  Machine machine(3);
+  const auto count = Device::count();
+  ASSERT_TRUE(count.ok());
+  EXPECT_EQ(*count, 3);
+  for (int i = 0; i < 3; ++i) {
+    const auto device = Device::get(i);
+    ASSERT_TRUE(device.ok());
+    EXPECT_EQ((*device)->ordinal(), i);
+    EXPECT_EQ(*device, *Device::get(i));
+  }
+  EXPECT_EQ(sim().ledger().contexts, 3U);
+  expect_clean(machine);
+}
+
+TEST(Devices, OrdinalsOutsideAreRefusedWithTheirNumber) {
+  for (const int devices : {0, 2}) {
+    Machine machine(devices);
+    for (const int ordinal : {-1, 2, 100}) {
+      const auto device = Device::get(ordinal);
+      ASSERT_FALSE(device.ok());
+      if (devices == 0) continue;  // cuInit may say so already
+      EXPECT_EQ(device.error().code, ErrorCode::kNoSuchDevice);
+      EXPECT_TRUE(contains(device.error().message, "cuda:" + std::to_string(ordinal)));
+      EXPECT_TRUE(contains(device.error().message, "sees 2"));
+    }
+    expect_clean(machine);
+  }
+}
+
+TEST(Devices, OnlyThoseInUseAreActive) {
+  Machine machine(4);
+  ASSERT_TRUE(Device::get(2).ok());
+  const std::uint64_t of_torch = sim().sim_alloc(3, 100);
+  const auto active = Device::active();
+  ASSERT_EQ(active.size(), 2U);
+  EXPECT_EQ(active[0]->ordinal(), 2);
+  EXPECT_EQ(active[1]->ordinal(), 3);
+  sim().sim_free(of_torch);
+  expect_clean(machine);
+}
+
+TEST(Devices, AFailedStartIsNoMemory) {
+  for (const char* const call :
+       {"cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDevicePrimaryCtxRetain"}) {
+    Machine machine(1);
+    sim().sim_fail_call(call, 1, kUnknownError, 0);
+    const auto failed = Device::get(0);
+    ASSERT_FALSE(failed.ok()) << call;
+    EXPECT_EQ(failed.error().code, ErrorCode::kDriverCallFailed);
+    EXPECT_TRUE(contains(failed.error().message, call)) << failed.error().message;
+    EXPECT_TRUE(Device::get(0).ok()) << call;
+    expect_clean(machine);
+  }
+}
+
+TEST(Devices, ChildrenOfAProcessWithCudaAreToldSo) {
+  Machine machine(1);
+  ASSERT_NE(first_device(), nullptr);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    const bool told = Device::get(0).ok() == false &&
+                      Device::get(0).error().code == ErrorCode::kForkedProcess &&
+                      Device::count().error().code == ErrorCode::kForkedProcess;
+    ::_exit(told ? 0 : 1);
+  }
+  int status = -1;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  EXPECT_TRUE(Device::get(0).ok());
+  expect_clean(machine);
+}
+
+TEST(Devices, KernelsAreLoadedOnceFromAnyThread) {
+  Machine machine(1);
+  Device* const device = first_device();
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([device] { EXPECT_TRUE(device->scatter_kernel().ok()); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(sim().sim_calls("cuModuleLoadData"), 1U);
+  EXPECT_EQ(sim().ledger().modules, 1U);
+  EXPECT_EQ(sim().ledger().pushed, 0U);
+  expect_clean(machine);
+}
+
+TEST(Devices, ARefusedKernelIsRemembered) {
+  for (const char* const call : {"cuModuleLoadData", "cuModuleGetFunction"}) {
+    Machine machine(1);
+    sim().sim_fail_call(call, 1, CUDA_ERROR_NO_BINARY_FOR_GPU, 0);
+    Device* const device = first_device();
+    for (int i = 0; i < 2; ++i) {
+      const auto kernel = device->scatter_kernel();
+      ASSERT_FALSE(kernel.ok());
+      EXPECT_TRUE(contains(kernel.error().message, call)) << kernel.error().message;
+    }
+    EXPECT_EQ(sim().sim_calls("cuModuleLoadData"), 1U);
+    expect_clean(machine);
+  }
+}
+
+// --- Contexts, streams, events -----------------------------------------------------------------
+
+TEST(Contexts, AreOfTheThreadAndNest) {
+  Machine machine(2);
+  Device& first = **Device::get(0);
+  Device& second = **Device::get(1);
+  {
+    const CurrentContext outer(first);
+    ASSERT_TRUE(outer.status().ok());
+    const CurrentContext inner(second);
+    ASSERT_TRUE(inner.status().ok());
+    EXPECT_EQ(sim().ledger().pushed, 2U);
+    std::thread([&] {
+      const CurrentContext other(first);
+      EXPECT_TRUE(other.status().ok());
+      EXPECT_EQ(sim().ledger().pushed, 3U);
+    }).join();
+    EXPECT_EQ(sim().ledger().pushed, 2U);
+  }
+  expect_clean(machine);
+}
+
+TEST(Contexts, AFailedPushPopsNothing) {
+  Machine machine(1);
+  Device* const device = first_device();
+  {
+    const CurrentContext outer(*device);
+    sim().sim_fail_call("cuCtxPushCurrent", 1, kUnknownError, 0);
+    {
+      EXPECT_FALSE(CurrentContext(*device).status().ok());
+    }
+    EXPECT_EQ(sim().ledger().pushed, 1U);
+  }
+  expect_clean(machine);
+}
+
+TEST(Streams, AndEventsGoWithTheirOwners) {
+  Machine machine(1);
+  Device* const device = first_device();
+  {
+    auto stream = Stream::create(*device);
+    ASSERT_TRUE(stream.ok());
+    auto event = Event::create(*device);
+    ASSERT_TRUE(event.ok());
+    EXPECT_TRUE(event->record(stream->get()).ok());
+    EXPECT_TRUE(event->wait().ok());
+    const Stream moved = *std::move(stream);
+    EXPECT_NE(moved.get(), nullptr);
+    EXPECT_EQ(sim().ledger().streams, 1U);
+    EXPECT_EQ(sim().ledger().events, 1U);
+  }
+  EXPECT_EQ(sim().ledger().streams, 0U);
+  EXPECT_EQ(sim().ledger().events, 0U);
+  expect_clean(machine);
+}
+
+TEST(Streams, FailuresAreReported) {
+  Machine machine(1);
+  Device* const device = first_device();
+  sim().sim_fail_call("cuStreamCreate", 1, kUnknownError, 0);
+  EXPECT_TRUE(contains(Stream::create(*device).error().message, "cuStreamCreate"));
+  sim().sim_fail_call("cuEventCreate", 1, kUnknownError, 0);
+  EXPECT_TRUE(contains(Event::create(*device).error().message, "cuEventCreate"));
+  {
+    auto stream = Stream::create(*device);
+    auto event = Event::create(*device);
+    sim().sim_fail_call("cuEventRecord", 1, kUnknownError, 0);
+    EXPECT_FALSE(event->record(stream->get()).ok());
+    EXPECT_TRUE(event->record(stream->get()).ok());
+    sim().sim_fail_call("cuEventSynchronize", 1, kUnknownError, 0);
+    EXPECT_FALSE(event->wait().ok());
+    EXPECT_TRUE(event->wait().ok());
+  }
+  expect_clean(machine);
+}
+
+// --- Pinned memory -----------------------------------------------------------------------------
+
+TEST(Pinned, IsOfEveryDeviceAndLetGo) {
+  Machine machine(2);
+  Device* const device = first_device();
+  {
+    auto memory = PinnedMemory::allocate(*device, kSlot);
+    ASSERT_TRUE(memory.ok());
+    EXPECT_EQ(memory->size(), kSlot);
+    EXPECT_EQ(sim().ledger().pinned_bytes, kSlot);
+    std::memset(memory->data(), 7, kSlot);
+    // From the other device: registered for its own alone, the copy is a violation.
+    Device& other = **Device::get(1);
+    const std::uint64_t target = sim().sim_alloc(1, kSlot);
+    auto stream = Stream::create(other);
+    ASSERT_TRUE(stream.ok());
+    const CurrentContext current(other);
+    EXPECT_EQ(other.driver().cuMemcpyHtoDAsync(target, memory->data(), kSlot, stream->get()),
+              CUDA_SUCCESS);
+    EXPECT_EQ(other.driver().cuStreamSynchronize(stream->get()), CUDA_SUCCESS);
+    sim().sim_free(target);
+  }
+  EXPECT_EQ(sim().ledger().pinned_bytes, 0U);
+  EXPECT_EQ(sim().sim_calls("cuMemHostRegister"), 1U);
+  EXPECT_EQ(sim().sim_calls("cuMemHostUnregister"), 1U);
+  expect_clean(machine);
+}
+
+TEST(Pinned, ComesFromTheDriverWhereRegisteringIsRefused) {
+  Machine machine(1);
+  Device* const device = first_device();
+  sim().sim_fail_call("cuMemHostRegister", 1, CUDA_ERROR_NOT_SUPPORTED, 0);
+  {
+    auto memory = PinnedMemory::allocate(*device, kSlot);
+    ASSERT_TRUE(memory.ok()) << memory.error().message;
+    EXPECT_EQ(sim().sim_calls("cuMemHostAlloc"), 1U);
+    std::memset(memory->data(), 7, memory->size());
+    const PinnedMemory moved = *std::move(memory);
+    EXPECT_EQ(sim().ledger().pinned_ranges, 1U);
+  }
+  EXPECT_EQ(sim().sim_calls("cuMemFreeHost"), 1U);
+  expect_clean(machine);
+}
+
+TEST(Pinned, BothRefusedSaysBothAndWhatToLookAt) {
+  Machine machine(1);
+  Device* const device = first_device();
+  sim().sim_fail_call("cuMemHostRegister", 1, CUDA_ERROR_NOT_SUPPORTED, 0);
+  sim().sim_fail_call("cuMemHostAlloc", 1, CUDA_ERROR_OUT_OF_MEMORY, 0);
+  const auto memory = PinnedMemory::allocate(*device, kSlot);
+  ASSERT_FALSE(memory.ok());
+  for (const char* const part : {"cuMemHostRegister", "cuMemHostAlloc", "ulimit -l"}) {
+    EXPECT_TRUE(contains(memory.error().message, part)) << memory.error().message;
+  }
+  expect_clean(machine);
+}
+
+TEST(Pinned, OutlivesADriverThatIsGone) {
+  Machine machine(1);
+  Device* const device = first_device();
+  auto memory = PinnedMemory::allocate(*device, kSlot);
+  ASSERT_TRUE(memory.ok());
+  sim().sim_exit();
+  {
+    const PinnedMemory gone = *std::move(memory);
+    device::wait_for_devices();
+    device->synchronize();
+  }
+  EXPECT_EQ(sim().sim_violations(), 0U) << sim().violations();
+}
+
+// What torch does with a tensor in pinned memory: a copy, and no record of it.
+TEST(Pinned, WaitingForDevicesMakesUnpinningSafe) {
+  for (std::uint64_t seed = 0; seed < 12; ++seed) {
+    Machine machine(2, seed, static_cast<int>(seed % SIM_POLICIES));
+    Device* const device = first_device();
+    Device& other = **Device::get(1);
+    const std::uint64_t target = sim().sim_alloc(1, kSlot);
+    {
+      auto memory = PinnedMemory::allocate(*device, kSlot);
+      ASSERT_TRUE(memory.ok());
+      const CurrentContext current(other);
+      EXPECT_EQ(other.driver().cuMemcpyHtoDAsync(target, memory->data(), kSlot, nullptr),
+                CUDA_SUCCESS);
+      device::wait_for_devices();
+    }
+    sim().sim_free(target);
+    expect_clean(machine);
+  }
+}
+
+// --- The staging pool --------------------------------------------------------------------------
+
+TEST(Staging, SlotsAreReusedAndTheBudgetHolds) {
+  Machine machine(1);
+  Device* const device = first_device();
+  StagingPool& pool = StagingPool::instance();
+  const std::size_t before = pool.pinned_bytes();
+  const std::size_t budget = before + 2 * kSlot;
+  auto first = pool.take(*device, kSlot, budget);
+  ASSERT_TRUE(first.ok() && first->has_value());
+  auto second = pool.take(*device, kSlot, budget);
+  ASSERT_TRUE(second.ok() && second->has_value());
+  auto third = pool.take(*device, kSlot, budget);
+  ASSERT_TRUE(third.ok());
+  EXPECT_FALSE(third->has_value());
+  EXPECT_EQ(pool.pinned_bytes(), budget);
+
+  std::byte* const address = (*first)->data();
+  pool.give_back(**std::move(first));
+  auto again = pool.take(*device, kSlot, budget);
+  ASSERT_TRUE(again.ok() && again->has_value());
+  EXPECT_EQ((*again)->data(), address);
+  EXPECT_EQ(sim().sim_calls("cuMemHostRegister"), 2U);
+
+  pool.give_back(**std::move(again));
+  pool.give_back(**std::move(second));
+  EXPECT_EQ(pool.pinned_bytes(), budget);
+  pool.clear();
+  EXPECT_EQ(pool.pinned_bytes(), before);
+  EXPECT_EQ(sim().ledger().pinned_bytes, 0U);
+  expect_clean(machine);
+}
+
+TEST(Staging, FreeSlotsOfAnotherSizeMakeRoom) {
+  Machine machine(1);
+  Device* const device = first_device();
+  StagingPool& pool = StagingPool::instance();
+  const std::size_t budget = pool.pinned_bytes() + 4 * kSlot;
+  std::vector<PinnedMemory> taken;
+  for (int i = 0; i < 4; ++i) taken.push_back(**pool.take(*device, kSlot, budget));
+  for (PinnedMemory& slot : taken) pool.give_back(std::move(slot));
+  taken.clear();
+  auto large = pool.take(*device, 4 * kSlot, budget);
+  ASSERT_TRUE(large.ok() && large->has_value());
+  EXPECT_EQ((*large)->size(), 4 * kSlot);
+  EXPECT_LE(sim().ledger().peak_pinned_bytes, 4 * kSlot) << "more than the budget was pinned";
+  pool.give_back(**std::move(large));
+  expect_clean(machine);
+}
+
+TEST(Staging, AFailedSlotCostsNoBudget) {
+  Machine machine(1);
+  Device* const device = first_device();
+  StagingPool& pool = StagingPool::instance();
+  const std::size_t before = pool.pinned_bytes();
+  sim().sim_fail_call("cuMemHostRegister", 1, kUnknownError, 0);
+  sim().sim_fail_call("cuMemHostAlloc", 1, kUnknownError, 0);
+  EXPECT_FALSE(pool.take(*device, kSlot, before + kSlot).ok());
+  EXPECT_EQ(pool.pinned_bytes(), before);
+  auto slot = pool.take(*device, kSlot, before + kSlot);
+  ASSERT_TRUE(slot.ok() && slot->has_value());
+  pool.give_back(**std::move(slot));
+  expect_clean(machine);
+}
+
+TEST(Staging, SeveralThreadsStayWithinTheBudget) {
+  Machine machine(2);
+  std::array<Device*, 2> devices = {*Device::get(0), *Device::get(1)};
+  StagingPool& pool = StagingPool::instance();
+  const std::size_t budget = pool.pinned_bytes() + 6 * kSlot;
+  std::vector<std::thread> threads;
+  for (std::size_t t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 50; ++i) {
+        auto slot = pool.take(*devices[t % 2], kSlot << (t / 2), budget);
+        ASSERT_TRUE(slot.ok());
+        if (!slot->has_value()) continue;
+        (**slot).data()[0] = std::byte{1};
+        pool.give_back(**std::move(slot));
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_LE(pool.pinned_bytes(), budget);
+  EXPECT_EQ(sim().ledger().pinned_bytes, pool.pinned_bytes());
+  expect_clean(machine);
+}
+
+}  // namespace
+}  // namespace weightlift

@@ -1,0 +1,963 @@
+// The engine against the simulated driver, judged by general oracles: random plans under random
+// schedules, and afterwards bytes, bounds, violations, the ledger, reports, threads and descriptors
+// must be right, whatever the plan was and whatever failed.
+//
+// WEIGHTLIFT_SEEDS says how many seeds to try, WEIGHTLIFT_SEED runs one. With one reader thread the
+// schedule of a seed replays but for the lanes' own threads.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "convert/cast.h"
+#include "device/context.h"
+#include "device/staging.h"
+#include "engine/host_memory.h"
+#include "engine/load.h"
+#include "io/mapping.h"
+#include "io/residency.h"
+#include "simulated.h"
+
+namespace weightlift::engine {
+namespace {
+
+using simulation::Machine;
+using simulation::sim;
+using std::chrono::milliseconds;
+
+constexpr std::size_t kKiB = 1024;
+constexpr std::size_t kMiB = 1024 * kKiB;
+// Nothing here takes so long: beyond it, a load hangs.
+constexpr std::chrono::seconds kHung{60};
+constexpr int kUnknownError = 999;
+
+// --- Chance ------------------------------------------------------------------------------------
+
+// splitmix64: the standard's distributions differ from library to library, seeds must not.
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15U + 1) {}
+
+  std::uint64_t next() {
+    std::uint64_t z = (state_ += 0x9E3779B97F4A7C15U);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBU;
+    return z ^ (z >> 31);
+  }
+  std::uint64_t below(std::uint64_t bound) { return bound == 0 ? 0 : next() % bound; }
+  std::uint64_t between(std::uint64_t low, std::uint64_t high) {
+    return low + below(high - low + 1);
+  }
+  bool chance(unsigned percent) { return below(100) < percent; }
+  template <class T>
+  T pick(std::initializer_list<T> choices) {
+    return choices.begin()[below(choices.size())];
+  }
+  // As often tiny as huge.
+  std::uint64_t spread(std::uint64_t high) {
+    std::uint64_t bits = 0;
+    while ((high >> bits) > 1) ++bits;
+    return std::min(high, below(std::uint64_t{2} << below(bits + 1)));
+  }
+
+ private:
+  std::uint64_t state_;
+};
+
+// Bytes that differ everywhere, so that a shifted copy is a wrong one.
+const std::vector<std::byte>& noise() {
+  static const std::vector<std::byte> bytes = [] {
+    std::vector<std::byte> made(8 * kMiB);
+    Random random(0xB0B);
+    for (std::size_t i = 0; i + 8 <= made.size(); i += 8) {
+      const std::uint64_t word = random.next();
+      std::memcpy(&made[i], &word, sizeof word);
+    }
+    return made;
+  }();
+  return bytes;
+}
+
+std::vector<std::byte> some_noise(Random& random, std::uint64_t bytes) {
+  const auto from =
+      noise().begin() + static_cast<std::ptrdiff_t>(random.below(noise().size() - bytes + 1));
+  return {from, from + static_cast<std::ptrdiff_t>(bytes)};
+}
+
+// --- Files -------------------------------------------------------------------------------------
+
+// Gone when the process ends; each test removes what it writes before that.
+const std::string& folder() {
+  struct Folder {
+    std::string path = ::testing::TempDir() + "weightlift_engine_XXXXXX";
+    Folder() {
+      if (::mkdtemp(path.data()) == nullptr) std::abort();
+    }
+    Folder(const Folder&) = delete;
+    Folder& operator=(const Folder&) = delete;
+    ~Folder() { ::rmdir(path.c_str()); }
+  };
+  static const Folder instance;
+  return instance.path;
+}
+
+class TestFile {
+ public:
+  explicit TestFile(std::vector<std::byte> bytes) : bytes_(std::move(bytes)) {
+    static int number = 0;
+    path_ = folder() + "/" + std::to_string(++number);
+    const int fd = ::open(path_.c_str(), O_CREAT | O_TRUNC | O_WRONLY | O_CLOEXEC, 0600);
+    std::size_t done = 0;
+    while (fd >= 0 && done < bytes_.size()) {
+      const ssize_t wrote = ::write(fd, bytes_.data() + done, bytes_.size() - done);
+      if (wrote <= 0) break;
+      done += static_cast<std::size_t>(wrote);
+    }
+    if (fd < 0 || done != bytes_.size()) {
+      std::perror(path_.c_str());
+      std::abort();
+    }
+    ::close(fd);
+  }
+  TestFile(TestFile&& other) noexcept
+      : path_(std::exchange(other.path_, {})), bytes_(std::move(other.bytes_)) {}
+  TestFile& operator=(TestFile&&) = delete;
+  ~TestFile() {
+    if (!path_.empty()) ::unlink(path_.c_str());
+  }
+
+  [[nodiscard]] const std::string& path() const { return path_; }
+  [[nodiscard]] const std::vector<std::byte>& bytes() const { return bytes_; }
+  [[nodiscard]] std::shared_ptr<io::File> open() const {
+    auto file = io::File::open(path_);
+    if (!file.ok()) std::abort();
+    return *std::move(file);
+  }
+
+ private:
+  std::string path_;
+  std::vector<std::byte> bytes_;
+};
+
+// --- What must come out ------------------------------------------------------------------------
+
+std::uint64_t address_of(const std::byte* data) {
+  return reinterpret_cast<std::uintptr_t>(data);
+}
+
+// Elements one by one, from the plain meaning of a copy: rows where both sides are contiguous.
+void expect_copy(const std::byte* source, std::byte* target, std::uint8_t* written, Dtype from,
+                 Dtype to, std::span<const Dimension> dimensions, const convert::Fp8Rules& fp8) {
+  const std::uint64_t source_item = dtype_bytes(from);
+  const std::uint64_t target_item = dtype_bytes(to);
+  const auto row = [&](const std::byte* in, std::byte* out, std::uint64_t count) {
+    if (from == to) {
+      std::memcpy(out, in, count * source_item);
+    } else {
+      convert::host_cast_for(convert::Isa::kBaseline, *convert::float_format(from),
+                             *convert::float_format(to),
+                             convert::Stores::kCached)(in, out, count, fp8);
+    }
+    std::memset(written + (out - target), 1, count * target_item);
+  };
+  if (dimensions.empty()) {
+    row(source, target, 1);
+    return;
+  }
+  std::vector<std::uint64_t> index(dimensions.size(), 0);
+  const Dimension& inner = dimensions.back();
+  const bool rows = inner.source_stride == static_cast<std::int64_t>(source_item) &&
+                    inner.target_stride == static_cast<std::int64_t>(target_item);
+  while (true) {
+    std::int64_t in = 0;
+    std::int64_t out = 0;
+    for (std::size_t i = 0; i < dimensions.size(); ++i) {
+      in += static_cast<std::int64_t>(index[i]) * dimensions[i].source_stride;
+      out += static_cast<std::int64_t>(index[i]) * dimensions[i].target_stride;
+    }
+    row(source + in, target + out, rows ? inner.extent : 1);
+    std::size_t level = dimensions.size() - (rows ? 1 : 0);
+    while (level > 0 && ++index[level - 1] == dimensions[level - 1].extent) index[--level] = 0;
+    if (level == 0) return;
+  }
+}
+
+// Memory that targets are cut out of, with what it must hold in the end: between the targets, what
+// it held before.
+struct Block {
+  int device = kHostDevice;
+  std::uint64_t address = 0;
+  std::vector<std::byte> memory;  // the host's
+  std::vector<std::byte> expected;
+  std::vector<std::uint8_t> written;  // 1 where a target lies
+  std::uint64_t used = 0;
+};
+
+// Where the bytes of copies come from.
+struct Origin {
+  std::uint32_t file = kFromMemory;
+  const std::vector<std::byte>* bytes = nullptr;
+};
+
+// A plan, what it must do, and the devices that it is for. One Machine must be on.
+class Scenario {
+ public:
+  Scenario(std::uint64_t seed, int devices) : random(seed), devices_(devices) {
+    for (int i = 0; i < devices; ++i) {
+      streams_.push_back(random.chance(60) ? sim().sim_stream_create(i) : 0);
+    }
+  }
+  Scenario(const Scenario&) = delete;
+  Scenario& operator=(const Scenario&) = delete;
+  ~Scenario() {
+    free_blocks();
+    for (const std::uint64_t stream : streams_) {
+      if (stream != 0) sim().sim_stream_destroy(stream);
+    }
+  }
+
+  Random random;
+  Settings settings;
+  LoadPlan plan;
+  std::deque<TestFile> files;
+
+  Origin add_file(std::uint64_t bytes) {
+    files.emplace_back(some_noise(random, bytes));
+    const std::uint32_t index = plan.add_file(files.back().open());
+    return {.file = index, .bytes = &files.back().bytes()};
+  }
+  Origin add_memory(std::uint64_t bytes) {
+    memories_.push_back(some_noise(random, bytes));
+    return {.bytes = &memories_.back()};
+  }
+
+  // A contiguous copy; the target lies `gap` bytes behind the one before.
+  void add(const Origin& origin, std::uint64_t offset, std::uint64_t elements, Dtype from, Dtype to,
+           int device, std::uint64_t gap) {
+    const std::uint64_t bytes = elements * dtype_bytes(to);
+    auto [block, at] = place(device, bytes, gap);
+    Copy copy = start(origin, offset, from, to, device);
+    copy.target = block->address + at;
+    copy.elements = elements;
+    plan.add_copy(copy);
+    const std::array<Dimension, 1> row = {Dimension{elements,
+                                                    static_cast<std::int64_t>(dtype_bytes(from)),
+                                                    static_cast<std::int64_t>(dtype_bytes(to))}};
+    finish(*block, at, origin, offset, from, to, row, elements);
+  }
+
+  // A strided copy; for devices with contiguous targets in the source's order.
+  void add_strided(const Origin& origin, std::uint64_t offset, Dtype from, Dtype to,
+                   std::vector<Dimension> dimensions, int device, std::uint64_t gap) {
+    std::int64_t low = 0;
+    std::int64_t high = static_cast<std::int64_t>(dtype_bytes(to));
+    std::uint64_t elements = 1;
+    for (const Dimension& dimension : dimensions) {
+      elements *= dimension.extent;
+      const std::int64_t reach =
+          (static_cast<std::int64_t>(dimension.extent) - 1) * dimension.target_stride;
+      low += std::min<std::int64_t>(reach, 0);
+      high += std::max<std::int64_t>(reach, 0);
+    }
+    if (elements == 0) low = high = 0;
+    auto [block, start_at] = place(device, static_cast<std::uint64_t>(high - low), gap);
+    const std::uint64_t at = start_at + static_cast<std::uint64_t>(-low);
+    Copy copy = start(origin, offset, from, to, device);
+    copy.target = block->address + at;
+    finish(*block, at, origin, offset, from, to, dimensions, elements);
+    if (random.chance(30)) {  // the order in which they are named must not matter
+      for (std::size_t i = dimensions.size(); i > 1; --i) {
+        std::swap(dimensions[i - 1], dimensions[random.below(i)]);
+      }
+    }
+    plan.add_strided(copy, dimensions);
+  }
+
+  void add_mapped(const Origin& origin, std::uint64_t offset, std::uint64_t bytes) {
+    if (plan.mappings[origin.file] == nullptr) {
+      auto mapping = io::Mapping::map(plan.files[origin.file]);
+      if (!mapping.ok()) std::abort();
+      plan.mappings[origin.file] = *std::move(mapping);
+    }
+    plan.mapped.push_back({.file = origin.file, .offset = offset, .bytes = bytes, .name = name()});
+    mapped_bytes_ += bytes;
+    file_bytes_[origin.file] += bytes;
+  }
+
+  // A run of the plan. Hands the devices' memory to the engine as torch's allocator would, perhaps
+  // with the previous owner's kernel still queued on the allocating stream.
+  [[nodiscard]] std::unique_ptr<Load> prepare(std::string* why = nullptr) {
+    for (int device = 0; device < devices_; ++device) {
+      if (!uses(device)) continue;
+      plan.device(device).stream = streams_[static_cast<std::size_t>(device)];
+    }
+    auto load = Load::prepare(plan, settings);
+    if (!load.ok()) {
+      if (why != nullptr) *why = load.error().describe();
+      return nullptr;
+    }
+    free_scratch();
+    for (DeviceNeeds& needs : (*load)->plan().devices) {
+      EXPECT_LE(needs.scratch_bytes, settings.resolved().pinned_bytes);
+      if (needs.scratch_bytes == 0) continue;
+      needs.scratch = sim().sim_alloc(needs.device, needs.scratch_bytes);
+      scratch_.emplace_back(needs.device, needs.scratch);
+      if (random.chance(50)) {
+        sim().sim_pending_write(needs.device, needs.stream, needs.scratch, needs.scratch_bytes);
+      }
+    }
+    return *std::move(load);
+  }
+
+  // Queued writes of whoever had the targets before: only what the engine orders itself after is
+  // safe from them.
+  void queue_pending_writes() {
+    for (Block& block : blocks_) {
+      if (block.device == kHostDevice || !random.chance(70)) continue;
+      std::fill(block.expected.begin(), block.expected.end(), std::byte{0xEE});
+      sim().sim_pending_write(block.device, streams_[static_cast<std::size_t>(block.device)],
+                              block.address, block.expected.size());
+    }
+    for (const Expectation& each : expectations_) fulfil(each);
+  }
+
+  // After a load that succeeded.
+  void expect_everything(const Load& load, const Report& report, const std::string& what) {
+    for (const Block& block : blocks_) check_targets(block, what);
+    check_rest(what);
+    for (const Mapped& part : plan.mapped) {
+      const std::byte* const given = plan.mappings[part.file]->data() + part.offset;
+      EXPECT_EQ(0, std::memcmp(given, &files[part.file].bytes()[part.offset], part.bytes)) << what;
+    }
+    const Progress progress = load.progress();
+    EXPECT_EQ(progress.done, progress.total) << what;
+    EXPECT_EQ(progress.total, report.bytes) << what;
+    std::uint64_t total = mapped_bytes_;
+    std::vector<std::uint64_t> by_device(static_cast<std::size_t>(devices_) + 1);
+    by_device[0] = mapped_bytes_;
+    for (const auto& [device, bytes] : device_bytes_) {
+      by_device[static_cast<std::size_t>(device + 1)] += bytes;
+      total += bytes;
+    }
+    EXPECT_EQ(report.bytes, total) << what;
+    EXPECT_EQ(report.mapped_bytes, mapped_bytes_) << what;
+    for (const DeviceReport& device : report.devices) {
+      EXPECT_EQ(device.bytes, by_device[static_cast<std::size_t>(device.device + 1)]) << what;
+      by_device[static_cast<std::size_t>(device.device + 1)] = 0;
+    }
+    for (const std::uint64_t left : by_device) EXPECT_EQ(left, 0U) << what << ": unreported device";
+    ASSERT_EQ(report.files.size(), plan.files.size()) << what;
+    for (std::size_t i = 0; i < plan.files.size(); ++i) {
+      EXPECT_EQ(report.files[i].bytes, file_bytes_[i]) << what;
+      EXPECT_FALSE(report.files[i].route.empty()) << what;
+    }
+    EXPECT_LE(read_at_least(), report.read_bytes) << what;
+  }
+
+  // After any load: what is outside the targets is as before, nothing is on its way to them.
+  void expect_no_traces(const std::string& what) { check_rest(what); }
+
+  // Frees in the allocating stream's order, which is a violation if anything still uses the memory.
+  void free_blocks() {
+    free_scratch();
+    for (Block& block : blocks_) {
+      if (block.device == kHostDevice || block.address == 0) continue;
+      if (random.chance(50)) {
+        sim().sim_free_on(block.device, streams_[static_cast<std::size_t>(block.device)],
+                          block.address);
+      } else {
+        sim().sim_synchronize(block.device);
+        sim().sim_free(block.address);
+      }
+      block.address = 0;
+    }
+  }
+  void free_scratch() {
+    for (const auto& [device, address] : scratch_) {
+      sim().sim_free_on(device, streams_[static_cast<std::size_t>(device)], address);
+    }
+    scratch_.clear();
+  }
+
+  [[nodiscard]] bool uses(int device) const {
+    return std::any_of(plan.copies.begin(), plan.copies.end(),
+                       [&](const Copy& copy) { return copy.device == device; });
+  }
+  [[nodiscard]] std::uint64_t pinned_bound() const {
+    std::uint64_t lanes = 0;
+    for (int device = 0; device < devices_; ++device) lanes += uses(device) ? 1 : 0;
+    return lanes * settings.resolved().pinned_bytes;
+  }
+
+ private:
+  struct Expectation {
+    std::size_t block = 0;
+    std::uint64_t at = 0;
+    const std::byte* source = nullptr;
+    Dtype from = Dtype::kU8;
+    Dtype to = Dtype::kU8;
+    std::vector<Dimension> dimensions;
+  };
+
+  std::uint32_t name() {
+    names_.push_back("tensor " + std::to_string(names_.size()));
+    return plan.add_name(names_.back());
+  }
+
+  Copy start(const Origin& origin, std::uint64_t offset, Dtype from, Dtype to, int device) {
+    return {
+        .file = origin.file,
+        .device = device,
+        .source = origin.file == kFromMemory ? address_of(origin.bytes->data()) + offset : offset,
+        .source_dtype = from,
+        .target_dtype = to,
+        .name = name()};
+  }
+
+  std::pair<Block*, std::uint64_t> place(int device, std::uint64_t bytes, std::uint64_t gap) {
+    for (Block& block : blocks_) {
+      if (block.device == device && block.used + gap + bytes <= block.expected.size()) {
+        const std::uint64_t at = block.used + gap;
+        block.used = at + bytes;
+        return {&block, at};
+      }
+    }
+    Block& block = blocks_.emplace_back();
+    const std::uint64_t size = gap + bytes + random.spread(512 * kKiB) + 64;
+    block.device = device;
+    block.written.resize(size);
+    if (device == kHostDevice) {
+      block.memory.resize(size, std::byte{0xA5});
+      block.address = address_of(block.memory.data());
+      block.expected = block.memory;
+    } else {
+      block.address = sim().sim_alloc(device, size);
+      block.expected.resize(size, std::byte{0xCD});
+    }
+    block.used = gap + bytes;
+    return {&block, gap};
+  }
+
+  void finish(const Block& block, std::uint64_t at, const Origin& origin, std::uint64_t offset,
+              Dtype from, Dtype to, std::span<const Dimension> dimensions, std::uint64_t elements) {
+    if (elements == 0) return;
+    std::size_t index = 0;
+    while (&blocks_[index] != &block) ++index;
+    expectations_.push_back({.block = index,
+                             .at = at,
+                             .source = origin.bytes->data() + offset,
+                             .from = from,
+                             .to = to,
+                             .dimensions = {dimensions.begin(), dimensions.end()}});
+    fulfil(expectations_.back());
+    const std::uint64_t bytes = elements * dtype_bytes(from);
+    device_bytes_.emplace_back(block.device, bytes);
+    if (origin.file == kFromMemory) return;
+    file_bytes_[origin.file] += bytes;
+    if (dimensions.size() == 1 &&
+        dimensions[0].source_stride == static_cast<std::int64_t>(dtype_bytes(from))) {
+      read_.push_back({origin.file, offset, offset + bytes});
+    }
+  }
+
+  void fulfil(const Expectation& each) {
+    Block& block = blocks_[each.block];
+    expect_copy(each.source, &block.expected[each.at], &block.written[each.at], each.from, each.to,
+                each.dimensions, settings.fp8);
+  }
+
+  // Bytes of files that must have been read once at least.
+  [[nodiscard]] std::uint64_t read_at_least() {
+    std::sort(read_.begin(), read_.end());
+    std::uint64_t total = 0;
+    std::uint32_t file = kFromMemory;
+    std::uint64_t end = 0;
+    for (const auto& [of, from, to] : read_) {
+      if (of != file) end = 0;
+      file = of;
+      if (to > end) total += to - std::max(from, end);
+      end = std::max(end, to);
+    }
+    return total;
+  }
+
+  // The host reads targets without further waiting: that the copies have arrived must be known.
+  static void check_targets(const Block& block, const std::string& what) {
+    std::vector<std::byte> got(block.device == kHostDevice ? 0 : block.expected.size());
+    std::size_t at = 0;
+    while (at < block.written.size()) {
+      if (block.written[at] == 0) {
+        const void* const next = std::memchr(&block.written[at], 1, block.written.size() - at);
+        if (next == nullptr) break;
+        at =
+            static_cast<std::size_t>(static_cast<const std::uint8_t*>(next) - block.written.data());
+      }
+      const void* const stop = std::memchr(&block.written[at], 0, block.written.size() - at);
+      const std::size_t end =
+          stop == nullptr ? block.written.size()
+                          : static_cast<std::size_t>(static_cast<const std::uint8_t*>(stop) -
+                                                     block.written.data());
+      const std::byte* bytes = block.memory.data() + at;
+      if (block.device != kHostDevice) {
+        sim().sim_read_device(block.address + at, &got[at], end - at);
+        bytes = &got[at];
+      }
+      if (std::memcmp(bytes, &block.expected[at], end - at) != 0) {
+        std::size_t first = 0;
+        while (bytes[first] == block.expected[at + first]) ++first;
+        ADD_FAILURE() << what << ": bytes differ on device " << block.device << " at byte "
+                      << at + first << " of a block of " << block.expected.size() << ": "
+                      << std::to_integer<int>(bytes[first]) << " instead of "
+                      << std::to_integer<int>(block.expected[at + first]);
+        return;
+      }
+      at = end;
+    }
+  }
+
+  // Bytes outside of targets, after all that is queued has run.
+  void check_rest(const std::string& what) {
+    for (int device = 0; device < devices_; ++device) sim().sim_synchronize(device);
+    sim().sim_drain();
+    for (const Block& block : blocks_) {
+      std::vector<std::byte> got;
+      const std::byte* bytes = block.memory.data();
+      if (block.device != kHostDevice) {
+        got.resize(block.expected.size());
+        sim().sim_read_device(block.address, got.data(), got.size());
+        bytes = got.data();
+      }
+      for (std::size_t i = 0; i < block.expected.size(); ++i) {
+        if (block.written[i] != 0 || bytes[i] == block.expected[i]) continue;
+        ADD_FAILURE() << what << ": bytes outside of targets differ on device " << block.device
+                      << " at byte " << i << " of a block of " << block.expected.size();
+        return;
+      }
+    }
+  }
+
+  int devices_;
+  std::vector<std::uint64_t> streams_;
+  std::deque<std::vector<std::byte>> memories_;
+  std::deque<std::string> names_;
+  std::deque<Block> blocks_;
+  std::vector<Expectation> expectations_;
+  std::vector<std::pair<int, std::uint64_t>> scratch_;
+  std::vector<std::pair<int, std::uint64_t>> device_bytes_;
+  std::array<std::uint64_t, 8> file_bytes_{};
+  std::vector<std::tuple<std::uint32_t, std::uint64_t, std::uint64_t>> read_;
+  std::uint64_t mapped_bytes_ = 0;
+};
+
+// --- Random plans ------------------------------------------------------------------------------
+
+constexpr std::array kFloats = {Dtype::kF64, Dtype::kF32,    Dtype::kBf16,
+                                Dtype::kF16, Dtype::kF8E4M3, Dtype::kF8E5M2};
+
+Dtype random_float(Random& random) {
+  return kFloats[random.below(kFloats.size())];
+}
+
+Settings random_settings(Random& random) {
+  Settings settings;
+  settings.threads = static_cast<unsigned>(random.between(1, 4));
+  settings.io_depth = static_cast<unsigned>(random.between(1, 4));
+  settings.read_bytes = random.pick<std::size_t>({64 * kKiB, 64 * kKiB, 128 * kKiB});
+  settings.chunk_bytes = random.pick<std::size_t>({256 * kKiB, 256 * kKiB, 512 * kKiB, kMiB});
+  settings.pinned_bytes = settings.chunk_bytes * random.between(1, 4);
+  settings.io_path =
+      random.chance(12) ? IoPath::kDirect : random.pick({IoPath::kAuto, IoPath::kBuffered});
+  settings.cast_place = random.pick({CastPlace::kAuto, CastPlace::kHost, CastPlace::kDevice});
+  settings.kernels = random.chance(75);
+  settings.batch_copies = random.chance(70);
+  settings.fp8 = {.e4m3_saturates = random.chance(50),
+                  .e4m3_infinity_saturates = random.chance(50),
+                  .e5m2_saturates = random.chance(50)};
+  return settings;
+}
+
+class PlanMaker {
+ public:
+  PlanMaker(Scenario& scenario, int devices)
+      : scenario_(scenario), random_(scenario.random), devices_(devices) {
+    // All to one place, or spread.
+    only_ = random_.chance(30) ? std::optional(any_device()) : std::nullopt;
+    cast_percent_ = random_.pick({0U, 20U, 60U});
+  }
+
+  void make() {
+    const std::uint64_t files = random_.between(1, 4);
+    for (std::uint64_t i = 0; i < files; ++i) {
+      // Large enough that slots are used again, small enough for many seeds.
+      std::uint64_t bytes = random_.spread(512 * kKiB);
+      if (random_.chance(40)) bytes = random_.between(256 * kKiB, 3 * kMiB);
+      if (random_.chance(8)) bytes = 0;
+      origins_.push_back(scenario_.add_file(bytes));
+    }
+    if (random_.chance(25)) origins_.push_back(scenario_.add_memory(random_.spread(512 * kKiB)));
+    for (const Origin& origin : origins_) {
+      switch (random_.below(3)) {
+        case 0:
+          checkpoint(origin);
+          break;
+        case 1:
+          scattered(origin, random_.between(1, 20));
+          break;
+        default:
+          checkpoint(origin);
+          scattered(origin, random_.between(0, 5));
+      }
+      if (origin.file != kFromMemory && random_.chance(15)) map(origin);
+    }
+    scenario_.plan.populate = random_.chance(80);
+  }
+
+ private:
+  int any_device() {
+    return static_cast<int>(random_.below(static_cast<std::uint64_t>(devices_) + 1)) - 1;
+  }
+  int device() { return only_ ? *only_ : any_device(); }
+
+  std::pair<Dtype, Dtype> dtypes() {
+    if (random_.chance(cast_percent_)) {
+      const Dtype from = random_float(random_);
+      const Dtype to = random_float(random_);
+      return {from, to};
+    }
+    const Dtype same = random_.pick(
+        {Dtype::kU8, Dtype::kBf16, Dtype::kF16, Dtype::kF32, Dtype::kI64, Dtype::kC128});
+    return {same, same};
+  }
+
+  std::uint64_t gap() { return random_.chance(50) ? 0 : random_.spread(600); }
+
+  // Tensors one behind the other from an odd offset on, as files have them.
+  void checkpoint(const Origin& origin) {
+    const std::uint64_t size = origin.bytes->size();
+    std::uint64_t at = std::min(size, random_.below(300));
+    const std::uint64_t most = random_.pick<std::uint64_t>({40, 3000, 40'000, 2 * kMiB});
+    const std::uint64_t limit = random_.chance(10) ? 2500 : 60;
+    const int home = device();
+    const bool scattered_targets = random_.chance(50);
+    for (std::uint64_t i = 0; i < limit && at < size; ++i) {
+      const auto [from, to] = dtypes();
+      const std::uint64_t item = dtype_bytes(from);
+      const std::uint64_t elements =
+          std::min((size - at) / item, random_.chance(3) ? 0 : random_.below(most / item + 2));
+      const int where = random_.chance(85) ? home : device();
+      scenario_.add(origin, at, elements, from, to, where, scattered_targets ? gap() : 0);
+      at += elements * item;
+      if (random_.chance(8)) at += random_.spread(20'000);  // a tensor that nobody wants
+    }
+  }
+
+  // Any ranges in any order: overlapping, twice the same, strided.
+  void scattered(const Origin& origin, std::uint64_t count) {
+    const std::uint64_t size = origin.bytes->size();
+    std::uint64_t again = 0;
+    for (std::uint64_t i = 0; i < count; ++i) {
+      if (random_.chance(40)) {
+        strided(origin);
+        continue;
+      }
+      const auto [from, to] = dtypes();
+      const std::uint64_t item = dtype_bytes(from);
+      const std::uint64_t offset = random_.chance(15) ? again : random_.below(size + 1);
+      if (offset > size) continue;
+      again = offset;
+      const std::uint64_t elements = std::min((size - offset) / item, random_.spread(256 * kKiB));
+      scenario_.add(origin, offset, elements, from, to, device(), gap());
+    }
+  }
+
+  // A slice of a tensor of up to three dimensions.
+  void strided(const Origin& origin) {
+    const auto [from, to] = dtypes();
+    const std::uint64_t item = dtype_bytes(from);
+    const std::uint64_t size = origin.bytes->size();
+    const int where = device();
+    const std::uint64_t rank = random_.between(1, 3);
+    std::vector<Dimension> dimensions(rank);
+    auto stride = static_cast<std::int64_t>(item);
+    std::uint64_t span = item;
+    std::uint64_t elements = 1;
+    for (std::uint64_t i = rank; i > 0; --i) {
+      Dimension& dimension = dimensions[i - 1];
+      const std::uint64_t step = random_.chance(60) ? 1 : random_.between(2, 5);
+      const std::uint64_t most =
+          std::max<std::uint64_t>(1, 60'000 / std::max<std::uint64_t>(elements, 1));
+      dimension.extent =
+          random_.chance(2) ? 0 : random_.between(1, random_.pick({most, 70UL, 9UL}));
+      dimension.extent = std::min(dimension.extent, most);
+      dimension.source_stride = stride * static_cast<std::int64_t>(step);
+      if (dimension.extent == 0) {
+        elements = 0;
+        continue;
+      }
+      const std::uint64_t reach =
+          (dimension.extent - 1) * static_cast<std::uint64_t>(dimension.source_stride);
+      if (span + reach > size) dimension.extent = 1;
+      span += dimension.extent == 1 ? 0 : reach;
+      elements *= dimension.extent;
+      // What of this dimension is not wanted lies between the rows of the next outer one.
+      stride = static_cast<std::int64_t>(
+          (random_.chance(50) ? span + item - 1 : span + random_.spread(9000)) / item * item);
+    }
+    if (span > size) return;
+    targets(dimensions, dtype_bytes(to), where);
+    scenario_.add_strided(origin, random_.below(size - span + 1), from, to, dimensions, where,
+                          gap());
+  }
+
+  // Contiguous in order; on the host also in other orders, backwards, and with room between rows.
+  void targets(std::vector<Dimension>& dimensions, std::uint64_t item, int where) {
+    std::vector<std::size_t> order(dimensions.size());
+    for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+    const bool host = where == kHostDevice;
+    if (host && random_.chance(40)) {
+      for (std::size_t i = order.size(); i > 1; --i) {
+        std::swap(order[i - 1], order[random_.below(i)]);
+      }
+    }
+    auto stride = static_cast<std::int64_t>(item);
+    for (std::size_t i = order.size(); i > 0; --i) {
+      Dimension& dimension = dimensions[order[i - 1]];
+      dimension.target_stride = host && random_.chance(30) ? -stride : stride;
+      stride *= static_cast<std::int64_t>(std::max<std::uint64_t>(dimension.extent, 1));
+      if (host && random_.chance(20)) stride += static_cast<std::int64_t>(random_.below(40));
+    }
+  }
+
+  void map(const Origin& origin) {
+    const std::uint64_t size = origin.bytes->size();
+    if (size == 0) return;
+    for (std::uint64_t i = random_.between(1, 4); i > 0; --i) {
+      const std::uint64_t begin = random_.below(size);
+      scenario_.add_mapped(origin, begin, random_.below(size - begin + 1));
+    }
+    if (random_.chance(40)) {  // cold: populating has something to do
+      const int fd = ::open(scenario_.files[origin.file].path().c_str(), O_WRONLY | O_CLOEXEC);
+      ::fdatasync(fd);
+      ::close(fd);
+      io::drop_from_page_cache(*scenario_.plan.files[origin.file]);
+    }
+  }
+
+  Scenario& scenario_;
+  Random& random_;
+  int devices_;
+  std::optional<int> only_;
+  unsigned cast_percent_ = 0;
+  std::deque<Origin> origins_;
+};
+
+// --- Runs --------------------------------------------------------------------------------------
+
+// Waits for the end of a load; one that hangs ends the process, for its threads cannot be.
+void wait_for(Load& load, const std::string& what) {
+  const auto end = std::chrono::steady_clock::now() + kHung;
+  std::uint64_t before = 0;
+  while (!load.wait(milliseconds(20))) {
+    const Progress progress = load.progress();
+    EXPECT_GE(progress.done, before) << what;
+    EXPECT_LE(progress.done, progress.total) << what;
+    before = progress.done;
+    if (std::chrono::steady_clock::now() < end) continue;
+    std::fprintf(stderr, "%s: FAILED: the load hangs after %llu of %llu bytes\n", what.c_str(),
+                 static_cast<unsigned long long>(progress.done),
+                 static_cast<unsigned long long>(progress.total));
+    std::abort();
+  }
+}
+
+// What the process held before a load.
+struct Baseline {
+  std::size_t files = simulation::open_files();
+  std::size_t threads = simulation::threads();
+
+  void expect_same(const std::string& what) const {
+    EXPECT_EQ(simulation::open_files(), files) << what << ": descriptors leak";
+    EXPECT_EQ(simulation::threads(threads), threads) << what << ": threads leak";
+  }
+};
+
+// After any load, with its devices still open: what it made is gone or in the pool.
+void expect_released(const Scenario& scenario, std::size_t lost_before, const std::string& what) {
+  const SimLedger now = sim().ledger();
+  EXPECT_EQ(now.streams, 0U) << what << ": streams leak";
+  EXPECT_EQ(now.events, 0U) << what << ": events leak";
+  EXPECT_EQ(now.allocations, 0U) << what << ": device memory leaks";
+  EXPECT_EQ(now.pushed, 0U) << what << ": contexts left current: leak";
+  EXPECT_EQ(now.pinned_bytes, device::StagingPool::instance().pinned_bytes() - lost_before) << what;
+  EXPECT_LE(now.peak_pinned_bytes, scenario.pinned_bound()) << what << ": pinned budget";
+}
+
+void expect_machine_clean(Machine& machine, std::size_t lost_before, const std::string& what) {
+  machine.close();
+  EXPECT_EQ(simulation::leaks(sim().ledger()), "") << what;
+  EXPECT_EQ(device::StagingPool::instance().pinned_bytes(), lost_before) << what;
+  EXPECT_EQ(sim().sim_violations(), 0U) << what << "\n" << sim().violations();
+}
+
+// Pinned for good after a device was lost: no later run may count it.
+std::size_t lost_pinned_bytes() {
+  device::StagingPool::instance().clear();
+  return device::StagingPool::instance().pinned_bytes();
+}
+
+// A load that nothing disturbs.
+void run_plainly(Scenario& scenario, const std::string& what) {
+  std::string why;
+  auto load = scenario.prepare(&why);
+  ASSERT_NE(load, nullptr) << what << ": " << why;
+  const Status started = load->start();
+  ASSERT_TRUE(started.ok()) << what << ": " << started.error().describe();
+  wait_for(*load, what);
+  const auto report = load->finish();
+  ASSERT_TRUE(report.ok()) << what << ": " << report.error().describe();
+  EXPECT_LE(report->peak_staging_bytes, scenario.pinned_bound()) << what;
+  scenario.expect_everything(*load, *report, what);
+}
+
+enum class Disturbance : std::uint8_t { kNone, kCancel, kFault, kAbandoned };
+
+// A load that ends in an error, or not: either way nothing is left of it.
+void run_disturbed(Scenario& scenario, Disturbance how, const std::string& what) {
+  Random& random = scenario.random;
+  if (how == Disturbance::kFault) {
+    const int code = random.pick<int>({CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_LAUNCH_FAILED,
+                                       kUnknownError, CUDA_ERROR_INVALID_VALUE});
+    sim().sim_fail_call(nullptr, random.between(1, 70), code, 0);
+  }
+  auto load = scenario.prepare();
+  if (load == nullptr) {
+    EXPECT_EQ(how, Disturbance::kFault) << what;
+    return;
+  }
+  if (!load->start().ok()) {
+    EXPECT_EQ(how, Disturbance::kFault) << what;
+    load.reset();
+    scenario.expect_no_traces(what);
+    return;
+  }
+  if (how == Disturbance::kAbandoned) {
+    if (random.chance(50)) std::ignore = load->wait(milliseconds(random.below(2)));
+    load.reset();
+    scenario.expect_no_traces(what);
+    return;
+  }
+  if (how == Disturbance::kCancel) {
+    std::this_thread::sleep_for(std::chrono::microseconds(random.spread(3000)));
+    load->cancel();
+  }
+  wait_for(*load, what);
+  const auto report = load->finish();
+  if (report.ok()) {
+    scenario.expect_everything(*load, *report, what);
+    return;
+  }
+  if (how == Disturbance::kCancel) {
+    EXPECT_EQ(report.error().code, ErrorCode::kCancelled) << what;
+  } else {
+    EXPECT_EQ(error_kind(report.error().code), report.error().code == ErrorCode::kOutOfMemory
+                                                   ? ErrorKind::kMemory
+                                                   : ErrorKind::kDevice)
+        << what << ": " << report.error().describe();
+    EXPECT_NE(report.error().message.find("cu"), std::string::npos) << report.error().message;
+  }
+  load.reset();
+  scenario.free_scratch();
+  scenario.expect_no_traces(what);
+}
+
+void one_seed(std::uint64_t seed) {
+  Random random(seed ^ 0x5EED);
+  const int devices = random.pick({1, 1, 2, 2, 8});
+  const int policy = static_cast<int>(random.below(SIM_POLICIES));
+  const std::string what = "seed " + std::to_string(seed) + ", " +
+                           simulation::kPolicyNames[policy] + ", " + std::to_string(devices) +
+                           " devices";
+  SCOPED_TRACE(what);
+  const std::size_t lost_before = lost_pinned_bytes();
+  Machine machine(devices, seed, policy);
+  if (random.chance(15)) {
+    sim().sim_hide_symbol("cuMemcpyBatchAsync",
+                          random.chance(50) ? SIM_HIDE_NULL : SIM_HIDE_NOT_FOUND);
+  }
+  if (random.chance(5)) sim().sim_fail_call("cuModuleLoadData", 1, CUDA_ERROR_NO_BINARY_FOR_GPU, 0);
+  if (random.chance(10)) {
+    const std::uint64_t refused = random.between(1, 3);
+    for (std::uint64_t i = 1; i <= refused; ++i) {
+      sim().sim_fail_call("cuMemHostRegister", i, CUDA_ERROR_NOT_SUPPORTED, 0);
+    }
+  }
+  {
+    Scenario scenario(seed, devices);
+    scenario.settings = random_settings(scenario.random);
+    PlanMaker(scenario, devices).make();
+    ASSERT_TRUE(device::Device::count().ok());
+    const Baseline baseline;
+    scenario.queue_pending_writes();
+    auto how = Disturbance::kNone;
+    if (random.chance(25)) {
+      how = random.pick({Disturbance::kCancel, Disturbance::kFault, Disturbance::kFault,
+                         Disturbance::kAbandoned});
+    }
+    if (how != Disturbance::kNone) {
+      run_disturbed(scenario, how, what + ", disturbed");
+      expect_released(scenario, lost_before, what + ", disturbed");
+      // What has not struck must not strike the next load.
+      for (std::uint64_t i = 0; sim().sim_faults_left() != 0 && i < 50; ++i) {
+        std::ignore = device::Device::count();
+      }
+    }
+    run_plainly(scenario, what);
+    scenario.free_scratch();
+    expect_released(scenario, lost_before, what);
+    baseline.expect_same(what);
+  }
+  expect_machine_clean(machine, lost_before, what);
+}
+
+std::uint64_t number_from_environment(const char* name, std::uint64_t otherwise) {
+  const char* const text = std::getenv(name);
+  return text != nullptr && *text != '\0' ? std::strtoull(text, nullptr, 10) : otherwise;
+}
+
+TEST(Engine, RandomPlansArriveWhole) {
+  std::uint64_t first = 0;
+  std::uint64_t last = number_from_environment("WEIGHTLIFT_SEEDS", 60);
+  if (std::getenv("WEIGHTLIFT_SEED") != nullptr) {
+    first = number_from_environment("WEIGHTLIFT_SEED", 0);
+    last = first + 1;
+  }
+  for (std::uint64_t seed = first; seed < last; ++seed) {
+    one_seed(seed);
+    if (HasFailure()) {
+      std::printf("WEIGHTLIFT_SEED=%llu runs this one alone\n",
+                  static_cast<unsigned long long>(seed));
+      return;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace weightlift::engine
