@@ -38,17 +38,15 @@ IoChoice choose_io(const io::File& file, std::uint64_t begin, std::uint64_t end,
   if (settings.io_path == IoPath::kDirect) {
     return {.route = IoRoute::kDirect, .reason = "forced by Settings.io_path", .cold = true};
   }
-  const auto resident = io::resident_bytes(file, begin, end - begin);
-  if (!resident) {
+  const auto share = io::resident_share(file, begin, end - begin);
+  if (!share) {
     return {.route = IoRoute::kBuffered,
             .reason = "the kernel cannot tell what is resident (no cachestat)",
             .cold = true};
   }
-  const double share =
-      end == begin ? 1.0 : static_cast<double>(*resident) / static_cast<double>(end - begin);
   char percent[32];
-  std::snprintf(percent, sizeof percent, "%.0f %% resident", share * 100);
-  if (share >= kResidentShare) {
+  std::snprintf(percent, sizeof percent, "%.0f %% resident", *share * 100);
+  if (*share >= kResidentShare) {
     return {.route = IoRoute::kPageCache, .reason = percent, .cold = false};
   }
   const std::uint64_t headroom = io::memory_headroom();

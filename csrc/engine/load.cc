@@ -257,8 +257,8 @@ void Load::State::plan_populate() {
   std::vector<PopulateStep> missing;
   std::uint64_t missing_bytes = 0;
   for (const PopulateStep& range : ranges) {
-    const auto resident = io::resident_bytes(*plan_.files[range.file], range.offset, range.bytes);
-    if (resident && *resident >= range.bytes) continue;
+    const auto share = io::resident_share(*plan_.files[range.file], range.offset, range.bytes);
+    if (share && *share >= 1) continue;
     missing.push_back(range);
     missing_bytes += range.bytes;
   }

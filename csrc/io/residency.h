@@ -8,9 +8,14 @@
 
 namespace weightlift::io {
 
-// Bytes of [offset, offset + bytes) in the page cache, by cachestat(2) (Linux 6.5); nothing where
-// the kernel cannot tell. mincore(2) is no substitute: since Linux 5.2 it reports pages of files
-// that the caller may not write as resident, and under cgroups none at all.
+// How much of [offset, offset + bytes) is in the page cache, 0 to 1, by cachestat(2) (Linux 6.5);
+// nothing where the kernel cannot tell. Large ranges are sampled: the call walks every page, which
+// takes as long as mapping them. mincore(2) is no substitute: since Linux 5.2 it reports pages of
+// files that the caller may not write as resident, and under cgroups none at all.
+[[nodiscard]] std::optional<double> resident_share(const File& file, std::uint64_t offset,
+                                                   std::uint64_t bytes) noexcept;
+
+// The same, counted in bytes and never sampled.
 [[nodiscard]] std::optional<std::uint64_t> resident_bytes(const File& file, std::uint64_t offset,
                                                           std::uint64_t bytes) noexcept;
 
