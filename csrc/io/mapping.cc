@@ -13,7 +13,7 @@
 
 namespace weightlift::io {
 
-Result<std::shared_ptr<Mapping>> Mapping::map(std::shared_ptr<const File> file) {
+Result<std::shared_ptr<Mapping>> Mapping::map(const std::shared_ptr<const File>& file) {
   std::byte* data = nullptr;
   if (file->size() != 0) {
     void* mapped = ::mmap(nullptr, file->size(), PROT_READ | PROT_WRITE,
@@ -21,28 +21,29 @@ Result<std::shared_ptr<Mapping>> Mapping::map(std::shared_ptr<const File> file) 
     if (mapped == MAP_FAILED) return system_error(errno, file->path(), "cannot map the file");
     data = static_cast<std::byte*>(mapped);
   }
-  return std::shared_ptr<Mapping>(new Mapping(std::move(file), data));
+  return std::shared_ptr<Mapping>(new Mapping(file, data));
 }
 
 Mapping::~Mapping() {
-  if (data_ != nullptr) ::munmap(data_, file_->size());
+  if (data_ != nullptr) ::munmap(data_, bytes_);
 }
 
 Status Mapping::populate(std::uint64_t offset, std::uint64_t bytes) const {
-  if (bytes == 0) return {};
+  const auto file = file_.lock();
+  if (bytes == 0 || !file) return {};
   const std::uint64_t begin = offset / kPageBytes * kPageBytes;
-  const std::uint64_t end = std::min(offset + bytes, file_->size());
+  const std::uint64_t end = std::min(offset + bytes, file->size());
   while (::madvise(data_ + begin, end - begin, MADV_POPULATE_READ) != 0) {
     if (errno == EINTR || errno == EAGAIN) continue;
     if (errno == EINVAL) break;
     if (errno == EFAULT || errno == EHWPOISON) {
       // What a touch would have answered with SIGBUS: the page is past the end, or unreadable.
-      if (Status changed = file_->check_unchanged(); !changed.ok()) return changed;
-      Error error = system_error(EIO, file_->path(), "cannot read the mapped file");
+      if (Status changed = file->check_unchanged(); !changed.ok()) return changed;
+      Error error = system_error(EIO, file->path(), "cannot read the mapped file");
       error.offset = begin;
       return error;
     }
-    Error error = system_error(errno, file_->path(), "cannot populate the mapping");
+    Error error = system_error(errno, file->path(), "cannot populate the mapping");
     error.offset = begin;
     return error;
   }

@@ -13,25 +13,28 @@ namespace weightlift::io {
 class Mapping {
  public:
   // MAP_NORESERVE: a file larger than the memory is no reason to refuse, its pages come and go.
-  [[nodiscard]] static Result<std::shared_ptr<Mapping>> map(std::shared_ptr<const File> file);
+  [[nodiscard]] static Result<std::shared_ptr<Mapping>> map(
+      const std::shared_ptr<const File>& file);
 
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
   ~Mapping();
 
   [[nodiscard]] std::byte* data() const noexcept { return data_; }  // null for an empty file
-  [[nodiscard]] const File& file() const noexcept { return *file_; }
 
   // Reads the pages of [offset, offset + bytes) in and maps them (madvise(2) MADV_POPULATE_READ):
   // a truncated file or a bad disk is an error here, where a touch would be a SIGBUS. Does nothing
-  // where the kernel is older than 5.14.
+  // where the kernel is older than 5.14. The file must still be open.
   [[nodiscard]] Status populate(std::uint64_t offset, std::uint64_t bytes) const;
 
  private:
-  Mapping(std::shared_ptr<const File> file, std::byte* data)
-      : file_(std::move(file)), data_(data) {}
+  Mapping(const std::shared_ptr<const File>& file, std::byte* data)
+      : file_(file), bytes_(file->size()), data_(data) {}
 
-  std::shared_ptr<const File> file_;
+  // Does not keep it open: a model of a thousand mapped shards would hold a thousand descriptors
+  // for as long as it lives, and mmap(2) needs none.
+  std::weak_ptr<const File> file_;
+  std::size_t bytes_;
   std::byte* data_;
 };
 
