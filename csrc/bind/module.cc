@@ -36,6 +36,20 @@ py::str text(std::string_view value) {
   return {value.data(), value.size()};
 }
 
+// Paths, and texts that name them: bytes to the system, which need not be UTF-8 (PEP 383).
+py::object path_text(const std::string& value) {
+  PyObject* const decoded =
+      PyUnicode_DecodeFSDefaultAndSize(value.data(), static_cast<Py_ssize_t>(value.size()));
+  if (decoded == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(decoded);
+}
+
+std::string path_bytes(const py::str& path) {
+  const auto encoded = py::reinterpret_steal<py::object>(PyUnicode_EncodeFSDefault(path.ptr()));
+  if (!encoded) throw py::error_already_set();
+  return encoded.cast<py::bytes>();
+}
+
 py::tuple shape_tuple(std::span<const std::uint64_t> shape) {
   py::tuple result(shape.size());
   for (std::size_t i = 0; i < shape.size(); ++i) result[i] = py::int_(shape[i]);
@@ -89,7 +103,7 @@ engine::Settings settings_from(unsigned threads, unsigned io_depth, std::size_t 
 py::dict report_dict(const engine::Report& report) {
   py::list files;
   for (const engine::FileReport& file : report.files) {
-    files.append(py::make_tuple(file.path, file.bytes, file.route, file.reason));
+    files.append(py::make_tuple(path_text(file.path), file.bytes, file.route, file.reason));
   }
   py::list devices;
   for (const engine::DeviceReport& device : report.devices) {
@@ -105,7 +119,9 @@ py::dict report_dict(const engine::Report& report) {
   result["pinned_bytes"] = report.pinned_bytes;
   result["peak_staging_bytes"] = report.peak_staging_bytes;
   result["threads"] = report.threads;
-  result["fallbacks"] = py::cast(report.fallbacks);
+  py::list fallbacks;
+  for (const std::string& fallback : report.fallbacks) fallbacks.append(path_text(fallback));
+  result["fallbacks"] = fallbacks;
   return result;
 }
 
@@ -174,15 +190,16 @@ PYBIND11_MODULE(_native, module) {
   py::class_<IndexedFile, std::shared_ptr<IndexedFile>>(module, "IndexedFile")
       .def_static(
           "open",
-          [](const std::string& path) {
-            auto opened = [&path] {
+          [](const py::str& path) {
+            auto opened = [name = path_bytes(path)] {
               const py::gil_scoped_release unlocked;
-              return IndexedFile::open(path);
+              return IndexedFile::open(name);
             }();
             return value_or_raise(std::move(opened));
           },
           py::arg("path"))
-      .def_property_readonly("path", [](const IndexedFile& self) { return self.file->path(); })
+      .def_property_readonly("path",
+                             [](const IndexedFile& self) { return path_text(self.file->path()); })
       .def_property_readonly("size", [](const IndexedFile& self) { return self.file->size(); })
       .def("__len__", [](const IndexedFile& self) { return self.index->tensors().size(); })
       .def(

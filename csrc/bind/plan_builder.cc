@@ -263,6 +263,7 @@ void PlanBuilder::start(const std::vector<std::pair<int, std::uint64_t>>& scratc
 }
 
 bool PlanBuilder::wait(double seconds) {
+  if (!load_) throw py::value_error("prepare() comes first");
   const py::gil_scoped_release unlocked;
   return load_->wait(std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1000)));
 }
@@ -278,6 +279,7 @@ std::pair<std::uint64_t, std::uint64_t> PlanBuilder::progress() const {
 }
 
 engine::Report PlanBuilder::finish() {
+  if (!load_) throw py::value_error("prepare() comes first");
   auto report = [this] {
     const py::gil_scoped_release unlocked;
     return load_->finish();
