@@ -109,24 +109,33 @@ def save_file(
     path = Path(filename)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory: name a file in it")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    # Not made of the file's name, which may be as long as a name can be.
+    temporary = path.with_name(f".weightlift-{os.urandom(8).hex()}.tmp")
     try:
         reference_save_file(dict(tensors), temporary, metadata=metadata)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        _flush(temporary, os.O_RDWR)
+        _flush(temporary, os.O_RDWR, 0o666 & ~_umask())
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _flush(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.suppress(PermissionError):  # one may write to a folder that one may not read
+        _flush(path.parent, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def _flush(path: Path, flags: int) -> None:
+def _umask() -> int:
+    # os.umask() can only tell it by changing it, for all threads of the process.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    return 0o077  # Linux before 4.7
+
+
+def _flush(path: Path, flags: int, mode: int | None = None) -> None:
     descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
+        if mode is not None:
+            os.fchmod(descriptor, mode)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -345,8 +354,8 @@ def _parse_index(index: Any, shape: tuple[int, ...]) -> list[tuple[int, int, int
         if isinstance(item, slice):
             start, stop, step = item.indices(extent)
             count = len(range(start, stop, step))
-            # Backwards over nothing, Python's start is -1.
-            parts.append((start, step, count, False) if count else (0, 1, 0, False))
+            # Over nothing, backwards, Python's start may be -1.
+            parts.append((start if count else 0, step, count, False))
             continue
         assert isinstance(item, int)
         if not -extent <= item < extent:
