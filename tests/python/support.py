@@ -1,0 +1,130 @@
+"""What the tests share: files made by hand, comparisons by bits, and what the process holds."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# The format's name of each dtype that torch has, as the format's documentation lists them.
+DTYPES = {
+    "BOOL": torch.bool,
+    "F4": torch.float4_e2m1fn_x2,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+
+Entry = tuple[str, list[int], bytes]
+
+
+def random_bytes(count: int, seed: int, dtype: str = "U8") -> bytes:
+    data = torch.randint(
+        0, 2 if dtype == "BOOL" else 256, (count,), generator=torch.Generator().manual_seed(seed)
+    )
+    return data.to(torch.uint8).numpy().tobytes()
+
+
+def entry(dtype: str, shape: list[int], seed: int = 0) -> Entry:
+    """A tensor of random bits."""
+    bits = _BITS[dtype] if dtype in _BITS else 8 * DTYPES[dtype].itemsize
+    count = 1
+    for extent in shape:
+        count *= extent
+    assert count * bits % 8 == 0
+    return dtype, shape, random_bytes(count * bits // 8, seed, dtype)
+
+
+def file_bytes(
+    entries: dict[str, Entry], metadata: dict[str, str] | None = None, pad: int = 0
+) -> bytes:
+    """A file of these tensors, in this order; ``pad`` spaces behind the header shift the data."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    data = b""
+    for name, (dtype, shape, tensor) in entries.items():
+        offsets = [len(data), len(data) + len(tensor)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        data += tensor
+    text = json.dumps(header).encode() + b" " * pad
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def sparse_file(path: Path, header: dict[str, Any], size: int) -> int:
+    """A file of ``size`` data bytes, all zero and none on the disk; returns where they begin."""
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + size)
+    return 8 + len(text)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor's elements in order."""
+    if tensor.numel() == 0:
+        return b""  # whatever its strides: a view of another size may not be had
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Same dtype, shape and bits."""
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape
+    assert bits(ours) == bits(theirs)
+
+
+def assert_same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """The same, for all of a file's, in the same order."""
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        assert_same(tensor, theirs[name])
+
+
+def anonymous_bytes() -> int:
+    """What this process holds of memory that is no file's, modified private pages included."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("/proc/self/status has no RssAnon")
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def tasks() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def run_python(
+    code: str, *arguments: object, timeout: float = 60, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that runs ``code``."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        **options,
+    )
