@@ -23,7 +23,9 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -944,7 +946,7 @@ std::uint64_t number_from_environment(const char* name, std::uint64_t otherwise)
 
 TEST(Engine, RandomPlansArriveWhole) {
   std::uint64_t first = 0;
-  std::uint64_t last = number_from_environment("WEIGHTLIFT_SEEDS", 60);
+  std::uint64_t last = number_from_environment("WEIGHTLIFT_SEEDS", 200);
   if (std::getenv("WEIGHTLIFT_SEED") != nullptr) {
     first = number_from_environment("WEIGHTLIFT_SEED", 0);
     last = first + 1;
@@ -957,6 +959,683 @@ TEST(Engine, RandomPlansArriveWhole) {
       return;
     }
   }
+}
+
+// --- Every call fails once ---------------------------------------------------------------------
+
+// One of everything: casts on both sides, a kernel's chunk, plain copies, strided and remembered
+// sources, the host, and more chunks than slots.
+void fill_with_one_of_everything(Scenario& scenario) {
+  scenario.settings.threads = 1;
+  scenario.settings.io_depth = 1;
+  scenario.settings.read_bytes = 64 * kKiB;
+  scenario.settings.chunk_bytes = 256 * kKiB;
+  scenario.settings.pinned_bytes = 512 * kKiB;
+  const Origin file = scenario.add_file(900 * kKiB);
+  scenario.add(file, 131, 600 * kKiB, Dtype::kU8, Dtype::kU8, 0, 3);
+  const std::uint64_t small = 131 + 600 * kKiB;
+  for (std::uint64_t i = 0; i < 20; ++i) {
+    scenario.add(file, small + 1000 * i, 250, Dtype::kF32, i % 2 == 0 ? Dtype::kBf16 : Dtype::kF64,
+                 0, i % 3);
+  }
+  const std::uint64_t rest = small + 20'000;
+  const auto rows = [](std::int64_t item) {
+    return std::vector<Dimension>{{30, 600, 50 * item}, {50, 4, item}};
+  };
+  scenario.add_strided(file, rest, Dtype::kF32, Dtype::kF16, rows(2), 0, 1);
+  scenario.add_strided(file, rest, Dtype::kF32, Dtype::kF32, rows(4), kHostDevice, 1);
+  scenario.add(file, rest, 30'000, Dtype::kBf16, Dtype::kF32, kHostDevice, 1);
+  const Origin memory = scenario.add_memory(40'000);
+  scenario.add(memory, 7, 9000, Dtype::kF32, Dtype::kF32, 0, 0);
+}
+
+// The n-th call of `name` (any where null) fails in the n-th round, until there are no more calls.
+// Whatever fails: an error that says so or a right result, nothing left, a right load after it.
+void sweep(const char* name, int code, bool sticky) {
+  for (std::uint64_t n = 1; n < 1000; ++n) {
+    const std::string what = std::string(name == nullptr ? "any call" : name) + ", number " +
+                             std::to_string(n) + (sticky ? ", sticky" : "");
+    SCOPED_TRACE(what);
+    const std::string_view call = name == nullptr ? "" : name;
+    // A context that cannot be entered keeps what is in it.
+    const bool shut = call == "cuCtxPushCurrent";
+    const bool lost = sticky || shut || call == "(operation)";
+    bool struck = false;
+    {
+      const std::size_t lost_before = lost_pinned_bytes();
+      Machine machine(1, n, static_cast<int>(n % SIM_POLICIES));
+      Scenario scenario(n, 1);
+      fill_with_one_of_everything(scenario);
+      scenario.queue_pending_writes();
+      const Baseline baseline;
+      sim().sim_fail_call(name, n, code, sticky ? 1 : 0);
+      {
+        std::optional<Error> error;
+        auto load = scenario.prepare();
+        if (load != nullptr) {
+          if (Status started = load->start(); !started.ok()) {
+            error = started.error();
+          } else {
+            wait_for(*load, what);
+            const auto report = load->finish();
+            if (report.ok()) {
+              scenario.expect_everything(*load, *report, what);
+            } else {
+              error = report.error();
+            }
+          }
+        }
+        struck = sim().sim_faults_left() == 0;
+        if (error) {
+          EXPECT_TRUE(struck) << error->describe();
+          EXPECT_NE(error->message.find("cu"), std::string::npos) << error->message;
+        }
+      }
+      if (!lost) {
+        scenario.expect_no_traces(what);
+        expect_released(scenario, lost_before, what);
+        baseline.expect_same(what);
+        // That the library could not be loaded is remembered; everything else is tried again.
+        if (!device::driver().ok()) device::use_driver_for_testing(simulation::kLibrary);
+        if (struck) run_plainly(scenario, what + ", the load after it");
+      }
+      machine.close();
+      struck = struck || sim().sim_faults_left() == 0;
+      SimLedger left = sim().ledger();
+      if (lost) left.pinned_ranges = 0;  // slots that a lost device may still read
+      if (shut) left.streams = left.events = left.modules = 0;
+      EXPECT_EQ(simulation::leaks(left), "");
+      EXPECT_EQ(sim().sim_violations(), 0U) << sim().violations();
+    }
+    if (!struck || ::testing::Test::HasFailure()) return;
+  }
+}
+
+TEST(Faults, EveryCallMayFailOnce) {
+  sweep(nullptr, kUnknownError, false);
+  sweep(nullptr, CUDA_ERROR_OUT_OF_MEMORY, false);
+}
+
+TEST(Faults, EveryFunctionMayFailAtAnyTime) {
+#define WL_NAME(name, version) #name,
+  constexpr std::array kFunctions = {WL_DRIVER_REQUIRED(WL_NAME) WL_DRIVER_OPTIONAL(WL_NAME)};
+#undef WL_NAME
+  for (const char* const name : kFunctions) sweep(name, CUDA_ERROR_LAUNCH_FAILED, false);
+}
+
+TEST(Faults, RefusedPinningIsNamed) {
+  Machine machine(1);
+  {
+    Scenario scenario(1, 1);
+    fill_with_one_of_everything(scenario);
+    for (std::uint64_t i = 1; i <= 4; ++i) {
+      sim().sim_fail_call("cuMemHostRegister", i, CUDA_ERROR_NOT_SUPPORTED, 0);
+      sim().sim_fail_call("cuMemHostAlloc", i, CUDA_ERROR_OUT_OF_MEMORY, 0);
+    }
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    ASSERT_TRUE(load->start().ok());
+    wait_for(*load, "refused");
+    const auto report = load->finish();
+    ASSERT_FALSE(report.ok());
+    for (const char* const part : {"cuMemHostRegister", "cuMemHostAlloc", "ulimit -l"}) {
+      EXPECT_NE(report.error().message.find(part), std::string::npos) << report.error().message;
+    }
+    load.reset();
+    scenario.expect_no_traces("refused");
+  }
+  expect_machine_clean(machine, lost_pinned_bytes(), "refused");
+}
+
+TEST(Faults, OneSlotIsEnough) {
+  Machine machine(1);
+  {
+    Scenario scenario(1, 1);
+    fill_with_one_of_everything(scenario);
+    for (std::uint64_t i = 1; i <= 3; ++i) {
+      sim().sim_fail_call("cuMemHostAlloc", i, CUDA_ERROR_OUT_OF_MEMORY, 0);
+      sim().sim_fail_call("cuMemHostRegister", i + 1, CUDA_ERROR_OUT_OF_MEMORY, 0);
+    }
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    ASSERT_TRUE(load->start().ok());
+    wait_for(*load, "one slot");
+    const auto report = load->finish();
+    ASSERT_TRUE(report.ok()) << report.error().describe();
+    EXPECT_EQ(report->peak_staging_bytes, scenario.settings.chunk_bytes);
+    ASSERT_EQ(report->fallbacks.size(), 1U);
+    EXPECT_NE(report->fallbacks[0].find("fewer staging slots"), std::string::npos);
+    scenario.expect_everything(*load, *report, "one slot");
+  }
+  expect_machine_clean(machine, lost_pinned_bytes(), "one slot");
+}
+
+// --- Without this or that ----------------------------------------------------------------------
+
+TEST(Fallbacks, WithoutKernelsTheHostCastsTheSame) {
+  for (const char* const call : {"cuModuleLoadData", "cuModuleGetFunction"}) {
+    Machine machine(1);
+    {
+      Scenario scenario(2, 1);
+      fill_with_one_of_everything(scenario);
+      sim().sim_fail_call(call, 1, CUDA_ERROR_NO_BINARY_FOR_GPU, 0);
+      auto load = scenario.prepare();
+      ASSERT_NE(load, nullptr);
+      ASSERT_TRUE(load->start().ok());
+      wait_for(*load, call);
+      const auto report = load->finish();
+      ASSERT_TRUE(report.ok()) << report.error().describe();
+      scenario.expect_everything(*load, *report, call);
+      ASSERT_EQ(report->fallbacks.size(), 1U);
+      EXPECT_NE(report->fallbacks[0].find("casts run on the host"), std::string::npos);
+      EXPECT_EQ(sim().sim_calls("cuLaunchKernel"), 0U);
+    }
+    expect_machine_clean(machine, lost_pinned_bytes(), call);
+  }
+}
+
+std::optional<ErrorCode> refusal(int device) {
+  LoadPlan plan;
+  static const std::vector<std::byte> source(64);
+  Copy copy{.device = device, .source = address_of(source.data()), .target = 1, .elements = 64};
+  plan.add_copy(copy);
+  const auto load = Load::prepare(std::move(plan), Settings());
+  return load.ok() ? std::nullopt : std::optional(load.error().code);
+}
+
+TEST(Fallbacks, WithoutADeviceTheReasonIsTold) {
+  {
+    Machine machine(2);
+    EXPECT_EQ(refusal(2), ErrorCode::kNoSuchDevice);
+    EXPECT_EQ(refusal(-5), ErrorCode::kNoSuchDevice);
+    EXPECT_EQ(refusal(1), std::nullopt);
+  }
+  {
+    Machine machine(0);
+    EXPECT_TRUE(refusal(0).has_value());
+  }
+  {
+    Machine machine(1);
+    sim().sim_set_version(11080);
+    EXPECT_EQ(refusal(0), ErrorCode::kDriverTooOld);
+  }
+  {
+    Machine machine(1);
+    sim().sim_hide_symbol("cuEventRecord", SIM_HIDE_NOT_FOUND);
+    EXPECT_EQ(refusal(0), ErrorCode::kDriverTooOld);
+  }
+  device::use_driver_for_testing("/nowhere/libcuda.so.1");
+  EXPECT_EQ(refusal(0), ErrorCode::kNoDriver);
+  device::use_driver_for_testing("");
+}
+
+TEST(Fallbacks, AForkedChildLoadsToTheHostAlone) {
+  Machine machine(1);
+  {
+    Scenario before(1, 1);
+    fill_with_one_of_everything(before);
+    run_plainly(before, "the parent");
+    const pid_t child = ::fork();
+    if (child == 0) {
+      if (refusal(0) != ErrorCode::kForkedProcess) ::_exit(1);
+      Scenario scenario(2, 0);
+      scenario.settings.threads = 2;
+      const Origin file = scenario.add_file(kMiB);
+      scenario.add(file, 5, 200'000, Dtype::kF32, Dtype::kBf16, kHostDevice, 0);
+      run_plainly(scenario, "the child");
+      ::_exit(::testing::Test::HasFailure() ? 2 : 0);
+    }
+    int status = -1;
+    ASSERT_EQ(::waitpid(child, &status, 0), child);
+    EXPECT_EQ(status, 0);
+  }
+  {
+    Scenario after(3, 1);
+    fill_with_one_of_everything(after);
+    run_plainly(after, "the parent again");
+  }
+  expect_machine_clean(machine, lost_pinned_bytes(), "forked");
+}
+
+TEST(Fallbacks, PlansThatCannotBeAreRefused) {
+  Machine machine(1);
+  {
+    Scenario scenario(1, 1);
+    const Origin file = scenario.add_file(1000);
+    const auto code = [&](Copy copy,
+                          std::vector<Dimension> dimensions) -> std::optional<ErrorCode> {
+      LoadPlan plan;
+      copy.file = plan.add_file(scenario.plan.files[file.file]);
+      copy.name = plan.add_name("w");
+      if (dimensions.empty()) {
+        plan.add_copy(copy);
+      } else {
+        plan.add_strided(copy, dimensions);
+      }
+      const auto load = Load::prepare(std::move(plan), Settings());
+      if (load.ok()) return std::nullopt;
+      EXPECT_EQ(load.error().tensor, "w");
+      EXPECT_EQ(load.error().path, scenario.files[0].path());
+      return load.error().code;
+    };
+    EXPECT_EQ(code({.source = 900, .target = 1, .elements = 101}, {}), ErrorCode::kInvalidArgument);
+    EXPECT_EQ(code({.source = 900, .target = 1, .elements = 100}, {}), std::nullopt);
+    EXPECT_EQ(
+        code({.target = 1, .elements = 8, .source_dtype = Dtype::kI32, .target_dtype = Dtype::kF32},
+             {}),
+        ErrorCode::kUnsupportedDtype);
+    EXPECT_EQ(code({.device = 0, .target = 1}, {{4, 2, 2}, {2, 100, 8}}),
+              ErrorCode::kInvalidArgument);
+    EXPECT_EQ(code({.target = 1}, {{10, 100, 10}, {11, 10, 1}}), ErrorCode::kInvalidArgument);
+  }
+  expect_machine_clean(machine, lost_pinned_bytes(), "refused plans");
+}
+
+TEST(Fallbacks, ScratchMemoryIsAskedFor) {
+  Machine machine(1);
+  {
+    Scenario scenario(1, 1);
+    fill_with_one_of_everything(scenario);
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    ASSERT_GT(load->plan().device(0).scratch_bytes, 0U);
+    load->plan().device(0).scratch = 0;
+    const Status started = load->start();
+    ASSERT_FALSE(started.ok());
+    EXPECT_NE(started.error().message.find("scratch"), std::string::npos);
+  }
+  expect_machine_clean(machine, lost_pinned_bytes(), "no scratch");
+}
+
+TEST(Fallbacks, ADriverThatIsGoneEndsTheLoad) {
+  for (std::uint64_t seed = 0; seed < 6; ++seed) {
+    Machine machine(1, seed, static_cast<int>(seed));
+    Scenario scenario(seed, 1);
+    fill_with_one_of_everything(scenario);
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    ASSERT_TRUE(load->start().ok());
+    std::this_thread::sleep_for(std::chrono::microseconds(100 * seed));
+    sim().sim_exit();
+    wait_for(*load, "gone");
+    const auto report = load->finish();
+    if (!report.ok()) {
+      EXPECT_EQ(report.error().code, ErrorCode::kDriverCallFailed);
+    }
+  }
+}
+
+// --- Files that change -------------------------------------------------------------------------
+
+TEST(Files, TruncatedOnesAreAnError) {
+  for (std::uint64_t seed = 0; seed < 20; ++seed) {
+    SCOPED_TRACE(seed);
+    Machine machine(1, seed, static_cast<int>(seed % SIM_POLICIES));
+    {
+      Scenario scenario(seed, 1);
+      Random& random = scenario.random;
+      scenario.settings = random_settings(random);
+      const Origin file = scenario.add_file(3 * kMiB);
+      for (std::uint64_t i = 0; i < 12; ++i) {
+        scenario.add(file, 100 + i * 256 * kKiB, 60'000, Dtype::kF32,
+                     random.chance(30) ? Dtype::kBf16 : Dtype::kF32, random.chance(50) ? 0 : -1, 0);
+      }
+      auto load = scenario.prepare();
+      ASSERT_NE(load, nullptr);
+      const auto truncate = [&] {
+        ASSERT_EQ(::truncate(scenario.files[0].path().c_str(),
+                             static_cast<off_t>(random.below(3 * kMiB - 300'000))),
+                  0);
+      };
+      const bool before = random.chance(50);
+      if (before) truncate();
+      ASSERT_TRUE(load->start().ok());
+      if (!before) {
+        std::this_thread::sleep_for(std::chrono::microseconds(random.below(1500)));
+        truncate();
+      }
+      wait_for(*load, "truncated");
+      const auto report = load->finish();
+      ASSERT_FALSE(report.ok());
+      EXPECT_EQ(report.error().code, ErrorCode::kFileShrank) << report.error().describe();
+      EXPECT_EQ(report.error().path, scenario.files[0].path());
+      load.reset();
+      scenario.expect_no_traces("truncated");
+    }
+    expect_machine_clean(machine, lost_pinned_bytes(), "truncated");
+  }
+}
+
+TEST(Files, TruncatedMappingsAreAnErrorAndNoSignal) {
+  Machine machine(0);
+  Scenario scenario(1, 0);
+  const Origin file = scenario.add_file(2 * kMiB);
+  scenario.add_mapped(file, 1000, 2 * kMiB - 1000);
+  const int fd = ::open(scenario.files[0].path().c_str(), O_WRONLY | O_CLOEXEC);
+  ASSERT_EQ(::fdatasync(fd), 0);
+  io::drop_from_page_cache(*scenario.plan.files[0]);
+  auto load = scenario.prepare();
+  ASSERT_NE(load, nullptr);
+  ASSERT_EQ(::ftruncate(fd, kMiB), 0);
+  ::close(fd);
+  ASSERT_TRUE(load->start().ok());
+  wait_for(*load, "truncated mapping");
+  const auto report = load->finish();
+  ASSERT_FALSE(report.ok());
+  EXPECT_EQ(report.error().code, ErrorCode::kFileShrank) << report.error().describe();
+}
+
+TEST(Files, RewrittenOnesAreAnError) {
+  Machine machine(1);
+  {
+    Scenario scenario(1, 1);
+    fill_with_one_of_everything(scenario);
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    const int fd = ::open(scenario.files[0].path().c_str(), O_WRONLY | O_CLOEXEC);
+    std::this_thread::sleep_for(milliseconds(10));  // past the clock tick of its creation
+    ASSERT_EQ(::pwrite(fd, "x", 1, 500), 1);
+    ::close(fd);
+    ASSERT_TRUE(load->start().ok());
+    wait_for(*load, "rewritten");
+    const auto report = load->finish();
+    ASSERT_FALSE(report.ok());
+    EXPECT_EQ(report.error().code, ErrorCode::kFileChanged) << report.error().describe();
+  }
+  expect_machine_clean(machine, lost_pinned_bytes(), "rewritten");
+}
+
+TEST(Files, LargeTargetsOnTheHostAreWhole) {
+  Machine machine(0);
+  Scenario scenario(1, 0);
+  scenario.settings.threads = 4;
+  const Origin file = scenario.add_file(8 * kMiB);
+  for (std::uint64_t i = 0; i < 3; ++i) {  // together beyond what is kept in the caches
+    scenario.add(file, 3 + i, 2 * kMiB - 2, Dtype::kF32, Dtype::kF16, kHostDevice, i);
+    scenario.add(file, i, 8 * kMiB - i, Dtype::kU8, Dtype::kU8, kHostDevice, 2 * i);
+  }
+  run_plainly(scenario, "large");
+}
+
+// --- Several loads -----------------------------------------------------------------------------
+
+TEST(Together, LoadsOnTheSameDevices) {
+  const std::uint64_t rounds = number_from_environment("WEIGHTLIFT_SEEDS", 200) / 6 + 1;
+  for (std::uint64_t seed = 0; seed < rounds; ++seed) {
+    SCOPED_TRACE(seed);
+    const int devices = seed % 3 == 0 ? 1 : 2;
+    Machine machine(devices, seed, static_cast<int>(seed % SIM_POLICIES));
+    {
+      const std::uint64_t count = 2 + seed % 3;
+      std::vector<std::unique_ptr<Scenario>> scenarios;
+      std::vector<std::unique_ptr<Load>> loads;
+      for (std::uint64_t i = 0; i < count; ++i) {
+        auto& scenario =
+            *scenarios.emplace_back(std::make_unique<Scenario>(10 * seed + i, devices));
+        scenario.settings = random_settings(scenario.random);
+        PlanMaker(scenario, devices).make();
+        scenario.queue_pending_writes();
+        loads.push_back(scenario.prepare());
+        ASSERT_NE(loads.back(), nullptr);
+        ASSERT_TRUE(loads.back()->start().ok());
+      }
+      std::vector<std::thread> callers;
+      for (std::uint64_t i = 0; i < count; ++i) {
+        callers.emplace_back([&, i] { wait_for(*loads[i], "together"); });
+      }
+      for (std::thread& caller : callers) caller.join();
+      for (std::uint64_t i = 0; i < count; ++i) {
+        const auto report = loads[i]->finish();
+        ASSERT_TRUE(report.ok()) << report.error().describe();
+        scenarios[i]->expect_everything(*loads[i], *report, "load " + std::to_string(i));
+      }
+    }
+    expect_machine_clean(machine, lost_pinned_bytes(), "together");
+    if (HasFailure()) return;
+  }
+}
+
+// What other loads hold of the pinned budget.
+class Hoard {
+ public:
+  Hoard(int devices, std::size_t left) {
+    constexpr std::size_t kSlot = 32 * kMiB;
+    auto& pool = device::StagingPool::instance();
+    const std::size_t budget = 64 * kMiB * static_cast<std::size_t>(devices);
+    std::size_t bytes = budget - left - pool.pinned_bytes();
+    while (bytes > 0) {
+      const std::size_t slot = std::min(kSlot, bytes);
+      auto taken = pool.take(**device::Device::get(0), slot, budget);
+      if (!taken.ok() || !taken->has_value()) std::abort();
+      held_.push_back(**std::move(taken));
+      bytes -= slot;
+    }
+  }
+  Hoard(const Hoard&) = delete;
+  Hoard& operator=(const Hoard&) = delete;
+  ~Hoard() { give_back(); }
+  void give_back() {
+    for (auto& slot : held_) device::StagingPool::instance().give_back(std::move(slot));
+    held_.clear();
+  }
+
+ private:
+  std::vector<device::PinnedMemory> held_;
+};
+
+void fill_for_two_devices(Scenario& scenario) {
+  fill_with_one_of_everything(scenario);
+  const Origin file = scenario.add_file(kMiB);
+  scenario.add(file, 0, 600'000, Dtype::kU8, Dtype::kU8, 1, 0);
+  scenario.add(file, 600'000, 50'000, Dtype::kF32, Dtype::kF16, 1, 0);
+}
+
+TEST(Together, ALoadWaitsForPinnedMemoryThatOthersHold) {
+  Machine machine(1);
+  {
+    Scenario scenario(1, 1);
+    fill_with_one_of_everything(scenario);
+    Hoard hoard(1, 100 * kKiB);
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    ASSERT_TRUE(load->start().ok());
+    EXPECT_FALSE(load->wait(milliseconds(50)));
+    hoard.give_back();
+    wait_for(*load, "waiting for the pool");
+    const auto report = load->finish();
+    ASSERT_TRUE(report.ok()) << report.error().describe();
+    scenario.expect_everything(*load, *report, "after the wait");
+  }
+  expect_machine_clean(machine, lost_pinned_bytes(), "waiting for the pool");
+}
+
+TEST(Together, AWaitForPinnedMemoryCanBeCancelled) {
+  Machine machine(1);
+  {
+    Scenario scenario(1, 1);
+    fill_with_one_of_everything(scenario);
+    const Hoard hoard(1, 100 * kKiB);
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    ASSERT_TRUE(load->start().ok());
+    EXPECT_FALSE(load->wait(milliseconds(10)));
+    load->cancel();
+    wait_for(*load, "cancelled");
+    EXPECT_EQ(load->finish().error().code, ErrorCode::kCancelled);
+  }
+  expect_machine_clean(machine, lost_pinned_bytes(), "cancelled");
+}
+
+TEST(Together, LanesShareTheLastSlot) {
+  Machine machine(2);
+  {
+    Scenario scenario(1, 2);
+    fill_for_two_devices(scenario);
+    const Hoard hoard(2, scenario.settings.chunk_bytes);
+    run_plainly(scenario, "the last slot");
+  }
+  expect_machine_clean(machine, lost_pinned_bytes(), "the last slot");
+}
+
+TEST(Together, LoadsThatEachHoldASlotDoNotWaitForEachOther) {
+  for (std::uint64_t seed = 0; seed < 6; ++seed) {
+    Machine machine(2, seed, static_cast<int>(seed % SIM_POLICIES));
+    {
+      std::array<Scenario, 3> scenarios = {Scenario(seed, 2), Scenario(seed + 100, 2),
+                                           Scenario(seed + 200, 2)};
+      std::vector<std::unique_ptr<Load>> loads;
+      const Hoard hoard(2, 2 * 256 * kKiB);
+      for (Scenario& scenario : scenarios) {
+        fill_for_two_devices(scenario);
+        loads.push_back(scenario.prepare());
+        ASSERT_NE(loads.back(), nullptr);
+        ASSERT_TRUE(loads.back()->start().ok());
+      }
+      // In the order of their start, whichever ends first: nobody asks for another's report.
+      for (std::size_t i = 0; i < loads.size(); ++i) {
+        wait_for(*loads[i], "crossed slots");
+        const auto report = loads[i]->finish();
+        ASSERT_TRUE(report.ok()) << report.error().describe();
+        scenarios[i].expect_everything(*loads[i], *report, "crossed slots");
+      }
+    }
+    expect_machine_clean(machine, lost_pinned_bytes(), "crossed slots");
+  }
+}
+
+// --- Links -------------------------------------------------------------------------------------
+
+// Bytes a second over all links, from the first copy's start to the last one's end.
+double link_rate(int devices) {
+  double first = 1e30;
+  double last = 0;
+  std::uint64_t bytes = 0;
+  for (int i = 0; i < devices; ++i) {
+    SimLink link;
+    sim().sim_link(i, &link);
+    if (link.bytes_to_device == 0) continue;
+    first = std::min(first, link.first_start);
+    last = std::max(last, link.last_finish);
+    bytes += link.bytes_to_device;
+  }
+  return static_cast<double>(bytes) / (last - first);
+}
+
+// A model cut into one part a device, as device maps do; the first part `first_share` times as
+// large as the others. Share of the best possible rate.
+double link_share(int devices, double link, double host_memory, std::uint64_t first_share) {
+  Machine machine(devices);
+  double rate = 0;
+  {
+    Scenario scenario(1, devices);
+    scenario.settings.threads = 2;
+    scenario.settings.chunk_bytes = 512 * kKiB;
+    scenario.settings.pinned_bytes = 4 * kMiB;
+    const Origin file = scenario.add_file(8 * kMiB);
+    constexpr std::uint64_t kTensor = 1'000'003;
+    for (int device = 0; device < devices; ++device) {
+      for (std::uint64_t i = 0; i < 6 * (device == 0 ? first_share : 1); ++i) {
+        scenario.add(file, i % 7 * kTensor, kTensor, Dtype::kU8, Dtype::kU8, device, 0);
+      }
+    }
+    sim().sim_set_hashing(0);
+    sim().sim_set_time(SIM_TIME_REAL);
+    for (int device = 0; device < devices; ++device) sim().sim_set_link(device, link);
+    sim().sim_set_host_memory(host_memory);
+    run_plainly(scenario, "links");
+    rate = link_rate(devices);
+  }
+  expect_machine_clean(machine, lost_pinned_bytes(), "links");
+  const double parts = static_cast<double>(devices) - 1 + static_cast<double>(first_share);
+  double best = link * parts / static_cast<double>(first_share);
+  if (host_memory > 0) best = std::min(best, host_memory);
+  return rate / best;
+}
+
+// Other processes may hold the processors for a moment: the best of three.
+void expect_full_links(int devices, double link, double host_memory, std::uint64_t first_share) {
+  double best = 0;
+  for (int i = 0; i < 3 && best < 0.9; ++i) {
+    best = std::max(best, link_share(devices, link, host_memory, first_share));
+  }
+  EXPECT_GE(best, 0.9) << devices << " links of " << link << " bytes/s, host " << host_memory;
+}
+
+TEST(Links, AllAreDrivenAtOnce) {
+  expect_full_links(8, 30e6, 0, 1);
+}
+TEST(Links, TheHostsMemoryIsSharedWell) {
+  expect_full_links(8, 100e6, 200e6, 1);
+}
+TEST(Links, TheLargestPartIsNeverBehind) {
+  expect_full_links(4, 40e6, 0, 3);
+}
+TEST(Links, OneIsDrivenWithoutPauses) {
+  expect_full_links(1, 60e6, 0, 1);
+}
+
+TEST(Links, ACancelWaitsForWhatIsInFlight) {
+  Machine machine(2);
+  {
+    Scenario scenario(1, 2);
+    fill_for_two_devices(scenario);
+    scenario.settings.threads = 2;
+    sim().sim_set_time(SIM_TIME_REAL);
+    for (int device = 0; device < 2; ++device) sim().sim_set_link(device, 4e6);
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    ASSERT_TRUE(load->start().ok());
+    EXPECT_FALSE(load->wait(milliseconds(30)));
+    load->cancel();
+    wait_for(*load, "cancelled");
+    EXPECT_EQ(load->finish().error().code, ErrorCode::kCancelled);
+    load.reset();
+    scenario.free_blocks();
+  }
+  expect_machine_clean(machine, lost_pinned_bytes(), "cancelled");
+}
+
+// --- Pinned tensors ----------------------------------------------------------------------------
+
+// torch copies from a pinned tensor and drops it: nothing tells the owner of the memory.
+TEST(PinnedTensors, AreUnpinnedAfterTheDevicesAreDone) {
+  for (std::uint64_t seed = 0; seed < 12; ++seed) {
+    Machine machine(2, seed, static_cast<int>(seed % SIM_POLICIES));
+    const std::uint64_t target = sim().sim_alloc(1, kMiB);
+    {
+      auto memory = HostMemory::allocate(kMiB, 0, 2);
+      ASSERT_TRUE(memory.ok()) << memory.error().describe();
+      EXPECT_TRUE((*memory)->pinned());
+      EXPECT_EQ(sim().ledger().pinned_bytes, kMiB);
+      auto device = device::Device::get(1);
+      ASSERT_TRUE(device.ok());
+      const device::CurrentContext current(**device);
+      EXPECT_EQ((*device)->driver().cuMemcpyHtoDAsync(target, (*memory)->data(), kMiB, nullptr),
+                CUDA_SUCCESS);
+    }
+    EXPECT_EQ(sim().ledger().pinned_bytes, 0U);
+    sim().sim_free(target);
+    expect_machine_clean(machine, lost_pinned_bytes(), "pinned");
+  }
+}
+
+TEST(PinnedTensors, RefusalIsAnErrorAndLeaksNothing) {
+  Machine machine(1);
+  sim().sim_fail_call("cuMemHostRegister", 1, CUDA_ERROR_OUT_OF_MEMORY, 0);
+  const auto memory = HostMemory::allocate(kMiB, 0, 2);
+  ASSERT_FALSE(memory.ok());
+  EXPECT_NE(memory.error().message.find("cuMemHostRegister"), std::string::npos);
+  expect_machine_clean(machine, lost_pinned_bytes(), "pinned");
+}
+
+// --- Lost devices, last: what they may still read stays pinned for good ------------------------
+
+TEST(LostDevices, EveryCallMayLoseOne) {
+  sweep(nullptr, CUDA_ERROR_ILLEGAL_ADDRESS, true);
+}
+
+TEST(LostDevices, EveryOperationMayLoseOne) {
+  sweep("(operation)", CUDA_ERROR_ILLEGAL_ADDRESS, false);
 }
 
 }  // namespace
