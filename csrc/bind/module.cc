@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "bind/errors.h"
+#include "bind/gil.h"
 #include "bind/plan_builder.h"
 #include "convert/cast.h"
 #include "convert/scatter.h"
@@ -192,7 +193,7 @@ PYBIND11_MODULE(_native, module) {
           "open",
           [](const py::str& path) {
             auto opened = [name = path_bytes(path)] {
-              const py::gil_scoped_release unlocked;
+              const UnlockedGil unlocked;
               return IndexedFile::open(name);
             }();
             return value_or_raise(std::move(opened));

@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "bind/errors.h"
+#include "bind/gil.h"
 #include "bind/tensor_export.h"
 #include "format/safetensors.h"
 
@@ -241,7 +242,7 @@ void PlanBuilder::slice(
 
 std::vector<std::pair<int, std::uint64_t>> PlanBuilder::prepare() {
   auto prepared = [this] {
-    const py::gil_scoped_release unlocked;
+    const UnlockedGil unlocked;
     return engine::Load::prepare(std::move(plan_), settings_);
   }();
   load_ = value_or_raise(std::move(prepared));
@@ -256,7 +257,7 @@ void PlanBuilder::start(const std::vector<std::pair<int, std::uint64_t>>& scratc
   if (!load_) throw py::value_error("prepare() comes first");
   for (const auto& [device, address] : scratch) load_->plan().device(device).scratch = address;
   auto started = [this] {
-    const py::gil_scoped_release unlocked;
+    const UnlockedGil unlocked;
     return load_->start();
   }();
   raise_if_error(std::move(started));
@@ -264,7 +265,7 @@ void PlanBuilder::start(const std::vector<std::pair<int, std::uint64_t>>& scratc
 
 bool PlanBuilder::wait(double seconds) {
   if (!load_) throw py::value_error("prepare() comes first");
-  const py::gil_scoped_release unlocked;
+  const UnlockedGil unlocked;
   return load_->wait(std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1000)));
 }
 
@@ -281,7 +282,7 @@ std::pair<std::uint64_t, std::uint64_t> PlanBuilder::progress() const {
 engine::Report PlanBuilder::finish() {
   if (!load_) throw py::value_error("prepare() comes first");
   auto report = [this] {
-    const py::gil_scoped_release unlocked;
+    const UnlockedGil unlocked;
     return load_->finish();
   }();
   return value_or_raise(std::move(report));
