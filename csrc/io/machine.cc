@@ -8,6 +8,7 @@
 #include <optional>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace weightlift::io {
@@ -31,16 +32,16 @@ std::optional<std::uint64_t> parse_number(const std::string& text) {
 }
 
 // "name value" lines, as in memory.stat and /proc/meminfo ("name: value kB").
-std::uint64_t field(const std::string& text, const std::string& name) {
+std::optional<std::uint64_t> field(const std::string& text, const std::string& name) {
   std::istringstream stream(text);
   std::string line;
   while (std::getline(stream, line)) {
     if (line.rfind(name, 0) == 0 && line.size() > name.size() &&
         (line[name.size()] == ' ' || line[name.size()] == ':')) {
-      return parse_number(line.substr(name.size() + 1)).value_or(0);
+      return parse_number(line.substr(name.size() + 1));
     }
   }
-  return 0;
+  return std::nullopt;
 }
 
 // The folders of this process's cgroup and its parents for one controller; limits anywhere above
@@ -69,7 +70,7 @@ std::vector<std::string> group_folders(const std::string& root, const std::strin
     std::string path = line.substr(second + 1);
     while (true) {
       folders.push_back(base + (path == "/" ? "" : path));
-      if (path.empty() || path == "/") break;
+      if (path.empty() || path == "/" || path[0] != '/') break;
       path.resize(path.rfind('/'));
     }
   }
@@ -79,7 +80,8 @@ std::vector<std::string> group_folders(const std::string& root, const std::strin
 }  // namespace
 
 unsigned usable_cpus(const std::string& root) {
-  unsigned count = 1;
+  // Where there are more than a cpu_set_t holds (1024) the call below fails.
+  unsigned count = std::max(1U, std::thread::hardware_concurrency());
   cpu_set_t set;
   CPU_ZERO(&set);
   if (::sched_getaffinity(0, sizeof set, &set) == 0) {
@@ -106,7 +108,7 @@ unsigned usable_cpus(const std::string& root) {
 std::uint64_t memory_headroom(const std::string& root) {
   std::uint64_t headroom = kUnlimited;
   if (const auto text = read_text(root + "/proc/meminfo")) {
-    if (const std::uint64_t available = field(*text, "MemAvailable")) headroom = available * 1024;
+    if (const auto available = field(*text, "MemAvailable")) headroom = *available * 1024;
   }
   for (const std::string& folder : group_folders(root, "memory")) {
     std::optional<std::uint64_t> limit;
@@ -120,7 +122,11 @@ std::uint64_t memory_headroom(const std::string& root) {
     }
     if (!limit || !used) continue;
     const std::string stat = read_text(folder + "/memory.stat").value_or("");
-    const std::uint64_t cache = field(stat, "inactive_file") + field(stat, "active_file");
+    // Version 1 counts the groups below, which the usage holds too, in fields of their own.
+    const auto pages = [&stat](const std::string& name) {
+      return field(stat, "total_" + name).value_or(field(stat, name).value_or(0));
+    };
+    const std::uint64_t cache = pages("inactive_file") + pages("active_file");
     const std::uint64_t taken = *used > cache ? *used - cache : 0;
     headroom = std::min(headroom, *limit > taken ? *limit - taken : 0);
   }
