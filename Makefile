@@ -14,8 +14,9 @@ BUILD_NEEDS := pybind11 scikit-build-core cmake ninja nlohmann-json nvidia-cuda-
 RUN_NEEDS   := torch numpy safetensors rich typer matplotlib
 TEST_NEEDS  := pytest pytest-timeout hypothesis ruff mypy clang-format
 
-SOURCES := $(shell git ls-files csrc cmake python tests/native tests/simulated_driver \
-             CMakeLists.txt pyproject.toml 2>/dev/null)
+SOURCES := $(wildcard $(shell git ls-files csrc cmake python tests/native \
+             "tests/simulated_driver/*.h" "tests/simulated_driver/*.cc" \
+             "*CMakeLists.txt" pyproject.toml 2>/dev/null))
 
 .PHONY: demo test test-deep lint native-tests python-tests wheel gpu-check bench clean dev release
 

@@ -75,7 +75,8 @@ Result<std::shared_ptr<HostMemory>> HostMemory::allocate(std::size_t bytes,
     }
   }
   WL_ASSIGN_OR_RETURN(io::AnonymousMemory memory, io::AnonymousMemory::allocate(bytes));
-  if (!pin_for || bytes == 0) return std::shared_ptr<HostMemory>(new PageableMemory(std::move(memory)));
+  if (!pin_for || bytes == 0)
+    return std::shared_ptr<HostMemory>(new PageableMemory(std::move(memory)));
   WL_ASSIGN_OR_RETURN(device::Device * device, device::Device::get(*pin_for));
   memory.keep_from_children();
   WL_RETURN_IF_ERROR(populate(memory, threads));

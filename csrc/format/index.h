@@ -17,7 +17,7 @@
 namespace weightlift::format {
 
 struct TensorInfo {
-  std::string_view name;                 // UTF-8, may be empty, may hold any character
+  std::string_view name;  // UTF-8, may be empty, may hold any character
   Dtype dtype = Dtype::kU8;
   std::span<const std::uint64_t> shape;  // in elements; empty for a scalar
   std::uint64_t begin = 0;               // bytes from the start of the file

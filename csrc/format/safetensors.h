@@ -19,8 +19,7 @@ inline constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;
 // of its JSON header, which then lies in [8, 8 + length). `path` is for the error only. Recognises
 // an empty file, a git-lfs pointer and an HTML page by their first bytes, so give it up to 512.
 [[nodiscard]] Result<std::uint64_t> header_length(std::span<const std::byte> first,
-                                                  std::uint64_t file_size,
-                                                  const std::string& path);
+                                                  std::uint64_t file_size, const std::string& path);
 
 // Parses `header` (the JSON alone) of a file of `file_size` bytes.
 [[nodiscard]] Result<std::shared_ptr<const Index>> parse_header(std::span<const std::byte> header,
