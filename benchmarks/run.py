@@ -262,9 +262,6 @@ def main() -> int:
         name: workload.judge(comparisons[name], ceilings) for name, workload in chosen.items()
     }
 
-    show(console, chosen, comparisons, figures)
-    for name, rate in ceilings.items():
-        console.print(f"{name}: {rate / 1e9:.1f} GB/s")
     now = datetime.datetime.now(datetime.timezone.utc)
     out = arguments.out or RESULTS / f"{now:%Y-%m-%d}-{short_name(arguments.device)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -282,6 +279,9 @@ def main() -> int:
     out.write_text(text + "\n")
     if arguments.plot is not None:
         plot(list(comparisons.values()), arguments.plot, "Time to load, medians")
+    show(console, chosen, comparisons, figures)
+    for name, rate in ceilings.items():
+        console.print(f"{name}: {rate / 1e9:.1f} GB/s")
     console.print(f"\n{out} written; {time.monotonic() - start:.0f} s in all")
     return 0
 
