@@ -152,13 +152,9 @@ def describe_run(found: Comparison) -> str:
     if None in residents:
         cache = "nobody knows what: only for .safetensors files, and by Linux 6.5, is it told"
     else:
-        low, high = (
-            bound(known for known in residents if known is not None) for bound in (min, max)
-        )
-        span = f"{low / max(found.file_bytes, 1):.0%}"
-        if low != high:
-            span += f" to {high / max(found.file_bytes, 1):.0%}"
-        cache = f"{span} of the files"
+        told = [known for known in residents if known is not None]
+        shares = [f"{bound(told) / max(found.file_bytes, 1):.1%}" for bound in (min, max)]
+        cache = f"{' to '.join(dict.fromkeys(shares))} of the files"
     rounds = max(len(samples) for samples in found.samples.values())
     backed = min(sample.backed_bytes for sample in every)
     return (
