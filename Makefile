@@ -14,9 +14,9 @@ BUILD_NEEDS := pybind11 scikit-build-core cmake ninja nlohmann-json nvidia-cuda-
 RUN_NEEDS   := torch numpy safetensors rich typer matplotlib
 TEST_NEEDS  := pytest pytest-timeout hypothesis ruff mypy clang-format
 
-SOURCES := $(wildcard $(shell git ls-files csrc cmake python tests/native \
-             "tests/simulated_driver/*.h" "tests/simulated_driver/*.cc" \
-             "*CMakeLists.txt" pyproject.toml 2>/dev/null))
+NATIVE := $(wildcard $(shell git ls-files csrc cmake tests/native "*CMakeLists.txt" \
+            "tests/simulated_driver/*.h" "tests/simulated_driver/*.cc" pyproject.toml 2>/dev/null))
+LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 .PHONY: demo test test-deep lint native-tests python-tests wheel gpu-check bench clean dev release
 
@@ -38,11 +38,12 @@ $(VENV)/.gtest: $(VENV)/.tools
 	fi
 	@touch $@
 
-$(VENV)/.release: $(VENV)/.tools $(SOURCES)
+$(VENV)/.release: $(VENV)/.tools $(NATIVE) $(LAYER)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall .
 	@rm -f $(VENV)/.dev && touch $@
 
-$(VENV)/.dev: $(VENV)/.test-tools $(VENV)/.gtest $(SOURCES)
+# Editable: Python files are used where they are.
+$(VENV)/.dev: $(VENV)/.test-tools $(VENV)/.gtest $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall \
 	  -C build-dir=build/dev -C cmake.define.WEIGHTLIFT_TESTING=ON \
 	  -C cmake.define.WEIGHTLIFT_WERROR=ON --editable .
