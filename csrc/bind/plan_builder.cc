@@ -84,8 +84,10 @@ Result<std::shared_ptr<io::Mapping>> IndexedFile::map() {
 void PlanBuilder::map(const std::shared_ptr<IndexedFile>& source, const Which& which, bool shared) {
   const std::uint32_t file = plan_.add_file(source->file);
   plan_.keep_alive.push_back(source->index);
-  const std::shared_ptr<io::Mapping> mapping = value_or_raise(source->map());
-  plan_.mappings[file] = mapping;
+  // Tensors that nobody shares are writable, and their pages go when they die: another load of the
+  // same index gets another mapping.
+  std::shared_ptr<io::Mapping>& mapping = plan_.mappings[file];
+  if (!mapping) mapping = value_or_raise(shared ? source->map() : io::Mapping::map(source->file));
   for_each_tensor(*source, which, [&](const format::TensorInfo& tensor) {
     require_exportable(*source, tensor);
     const std::uint32_t name = plan_.add_name(tensor.name);

@@ -26,6 +26,7 @@ from support import (
     run_python,
     sparse_file,
 )
+from weightlift.materialize import load_tensors
 
 MODES = ["auto", "map", "read"]
 MIB = 1 << 20
@@ -452,6 +453,18 @@ def test_small_neighbours_keep_what_was_written(tmp_path: Path, mode: str) -> No
         del loaded[f"t{number}"]
     for number in range(1, 60, 2):
         assert bits(loaded[f"t{number}"]) == bytes([number]) * (3000 + 7 * number)
+
+
+def test_loads_of_one_checkpoint_share_nothing(tmp_path: Path) -> None:
+    data = entry("U8", [MIB], 1)
+    checkpoint = wl.Checkpoint.of_file(write(tmp_path / "f", {"w": data}))
+    first, second = (load_tensors(checkpoint, torch.device("cpu"))["w"] for _ in range(2))
+    first.fill_(7)
+    assert bits(second) == data[2]
+    second.fill_(9)
+    del first
+    assert second.min() == second.max() == 9
+    assert bits(load_tensors(checkpoint, torch.device("cpu"))["w"]) == data[2]
 
 
 def test_mapped_tensors_are_the_page_caches(tmp_path: Path) -> None:
