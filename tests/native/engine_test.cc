@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -48,7 +49,7 @@ using std::chrono::milliseconds;
 constexpr std::size_t kKiB = 1024;
 constexpr std::size_t kMiB = 1024 * kKiB;
 // Nothing here takes so long: beyond it, a load hangs.
-constexpr std::chrono::seconds kHung{60};
+constexpr std::chrono::seconds kHung{30};
 constexpr int kUnknownError = 999;
 
 // --- Chance ------------------------------------------------------------------------------------
@@ -802,27 +803,23 @@ struct Baseline {
 };
 
 // After any load, with its devices still open: what it made is gone or in the pool.
-void expect_released(const Scenario& scenario, std::size_t lost_before, const std::string& what) {
+void expect_released(const Scenario& scenario, const Machine& machine, const std::string& what) {
   const SimLedger now = sim().ledger();
   EXPECT_EQ(now.streams, 0U) << what << ": streams leak";
   EXPECT_EQ(now.events, 0U) << what << ": events leak";
   EXPECT_EQ(now.allocations, 0U) << what << ": device memory leaks";
   EXPECT_EQ(now.pushed, 0U) << what << ": contexts left current: leak";
-  EXPECT_EQ(now.pinned_bytes, device::StagingPool::instance().pinned_bytes() - lost_before) << what;
+  EXPECT_EQ(now.pinned_bytes,
+            device::StagingPool::instance().pinned_bytes() - machine.lost_before())
+      << what;
   EXPECT_LE(now.peak_pinned_bytes, scenario.pinned_bound()) << what << ": pinned budget";
 }
 
-void expect_machine_clean(Machine& machine, std::size_t lost_before, const std::string& what) {
+void expect_machine_clean(Machine& machine, const std::string& what) {
   machine.close();
   EXPECT_EQ(simulation::leaks(sim().ledger()), "") << what;
-  EXPECT_EQ(device::StagingPool::instance().pinned_bytes(), lost_before) << what;
+  EXPECT_EQ(device::StagingPool::instance().pinned_bytes(), machine.lost_before()) << what;
   EXPECT_EQ(sim().sim_violations(), 0U) << what << "\n" << sim().violations();
-}
-
-// Pinned for good after a device was lost: no later run may count it.
-std::size_t lost_pinned_bytes() {
-  device::StagingPool::instance().clear();
-  return device::StagingPool::instance().pinned_bytes();
 }
 
 // A load that nothing disturbs.
@@ -898,7 +895,6 @@ void one_seed(std::uint64_t seed) {
                            simulation::kPolicyNames[policy] + ", " + std::to_string(devices) +
                            " devices";
   SCOPED_TRACE(what);
-  const std::size_t lost_before = lost_pinned_bytes();
   Machine machine(devices, seed, policy);
   if (random.chance(15)) {
     sim().sim_hide_symbol("cuMemcpyBatchAsync",
@@ -925,7 +921,7 @@ void one_seed(std::uint64_t seed) {
     }
     if (how != Disturbance::kNone) {
       run_disturbed(scenario, how, what + ", disturbed");
-      expect_released(scenario, lost_before, what + ", disturbed");
+      expect_released(scenario, machine, what + ", disturbed");
       // What has not struck must not strike the next load.
       for (std::uint64_t i = 0; sim().sim_faults_left() != 0 && i < 50; ++i) {
         std::ignore = device::Device::count();
@@ -933,10 +929,10 @@ void one_seed(std::uint64_t seed) {
     }
     run_plainly(scenario, what);
     scenario.free_scratch();
-    expect_released(scenario, lost_before, what);
+    expect_released(scenario, machine, what);
     baseline.expect_same(what);
   }
-  expect_machine_clean(machine, lost_before, what);
+  expect_machine_clean(machine, what);
 }
 
 std::uint64_t number_from_environment(const char* name, std::uint64_t otherwise) {
@@ -1002,7 +998,6 @@ void sweep(const char* name, int code, bool sticky) {
     const bool lost = sticky || shut || call == "(operation)";
     bool struck = false;
     {
-      const std::size_t lost_before = lost_pinned_bytes();
       Machine machine(1, n, static_cast<int>(n % SIM_POLICIES));
       Scenario scenario(n, 1);
       fill_with_one_of_everything(scenario);
@@ -1033,7 +1028,7 @@ void sweep(const char* name, int code, bool sticky) {
       }
       if (!lost) {
         scenario.expect_no_traces(what);
-        expect_released(scenario, lost_before, what);
+        expect_released(scenario, machine, what);
         baseline.expect_same(what);
         // That the library could not be loaded is remembered; everything else is tried again.
         if (!device::driver().ok()) device::use_driver_for_testing(simulation::kLibrary);
@@ -1084,7 +1079,7 @@ TEST(Faults, RefusedPinningIsNamed) {
     load.reset();
     scenario.expect_no_traces("refused");
   }
-  expect_machine_clean(machine, lost_pinned_bytes(), "refused");
+  expect_machine_clean(machine, "refused");
 }
 
 TEST(Faults, OneSlotIsEnough) {
@@ -1107,7 +1102,7 @@ TEST(Faults, OneSlotIsEnough) {
     EXPECT_NE(report->fallbacks[0].find("fewer staging slots"), std::string::npos);
     scenario.expect_everything(*load, *report, "one slot");
   }
-  expect_machine_clean(machine, lost_pinned_bytes(), "one slot");
+  expect_machine_clean(machine, "one slot");
 }
 
 // --- Without this or that ----------------------------------------------------------------------
@@ -1130,7 +1125,7 @@ TEST(Fallbacks, WithoutKernelsTheHostCastsTheSame) {
       EXPECT_NE(report->fallbacks[0].find("casts run on the host"), std::string::npos);
       EXPECT_EQ(sim().sim_calls("cuLaunchKernel"), 0U);
     }
-    expect_machine_clean(machine, lost_pinned_bytes(), call);
+    expect_machine_clean(machine, call);
   }
 }
 
@@ -1194,7 +1189,7 @@ TEST(Fallbacks, AForkedChildLoadsToTheHostAlone) {
     fill_with_one_of_everything(after);
     run_plainly(after, "the parent again");
   }
-  expect_machine_clean(machine, lost_pinned_bytes(), "forked");
+  expect_machine_clean(machine, "forked");
 }
 
 TEST(Fallbacks, PlansThatCannotBeAreRefused) {
@@ -1228,7 +1223,7 @@ TEST(Fallbacks, PlansThatCannotBeAreRefused) {
               ErrorCode::kInvalidArgument);
     EXPECT_EQ(code({.target = 1}, {{10, 100, 10}, {11, 10, 1}}), ErrorCode::kInvalidArgument);
   }
-  expect_machine_clean(machine, lost_pinned_bytes(), "refused plans");
+  expect_machine_clean(machine, "refused plans");
 }
 
 TEST(Fallbacks, ScratchMemoryIsAskedFor) {
@@ -1244,7 +1239,7 @@ TEST(Fallbacks, ScratchMemoryIsAskedFor) {
     ASSERT_FALSE(started.ok());
     EXPECT_NE(started.error().message.find("scratch"), std::string::npos);
   }
-  expect_machine_clean(machine, lost_pinned_bytes(), "no scratch");
+  expect_machine_clean(machine, "no scratch");
 }
 
 TEST(Fallbacks, ADriverThatIsGoneEndsTheLoad) {
@@ -1302,7 +1297,7 @@ TEST(Files, TruncatedOnesAreAnError) {
       load.reset();
       scenario.expect_no_traces("truncated");
     }
-    expect_machine_clean(machine, lost_pinned_bytes(), "truncated");
+    expect_machine_clean(machine, "truncated");
   }
 }
 
@@ -1342,7 +1337,39 @@ TEST(Files, RewrittenOnesAreAnError) {
     ASSERT_FALSE(report.ok());
     EXPECT_EQ(report.error().code, ErrorCode::kFileChanged) << report.error().describe();
   }
-  expect_machine_clean(machine, lost_pinned_bytes(), "rewritten");
+  expect_machine_clean(machine, "rewritten");
+}
+
+// What a disk does that has gone bad, or a network that has gone away.
+TEST(Files, UnreadableOnesAreAnError) {
+  for (const int target : {kHostDevice, 0}) {
+    Machine machine(1);
+    {
+      Scenario scenario(1, 1);
+      scenario.settings.io_path = IoPath::kBuffered;
+      const Origin file = scenario.add_file(2 * kMiB);
+      for (std::uint64_t i = 0; i < 4; ++i) {
+        scenario.add(file, i * 400'000, 100'000, Dtype::kF32,
+                     i % 2 == 0 ? Dtype::kF32 : Dtype::kF16, target, 0);
+      }
+      auto load = scenario.prepare();
+      ASSERT_NE(load, nullptr);
+      const int fd = ::open(scenario.files[0].path().c_str(), O_WRONLY | O_CLOEXEC);
+      ASSERT_GE(::dup2(fd, scenario.plan.files[0]->descriptor()), 0);
+      ::close(fd);
+      ASSERT_TRUE(load->start().ok());
+      wait_for(*load, "unreadable");
+      const auto report = load->finish();
+      ASSERT_FALSE(report.ok());
+      EXPECT_EQ(report.error().code, ErrorCode::kReadFailed) << report.error().describe();
+      EXPECT_EQ(report.error().path, scenario.files[0].path());
+      EXPECT_NE(report.error().tensor, "");
+      EXPECT_EQ(report.error().system_errno, EBADF);
+      load.reset();
+      scenario.expect_no_traces("unreadable");
+    }
+    expect_machine_clean(machine, "unreadable");
+  }
 }
 
 TEST(Files, LargeTargetsOnTheHostAreWhole) {
@@ -1390,7 +1417,7 @@ TEST(Together, LoadsOnTheSameDevices) {
         scenarios[i]->expect_everything(*loads[i], *report, "load " + std::to_string(i));
       }
     }
-    expect_machine_clean(machine, lost_pinned_bytes(), "together");
+    expect_machine_clean(machine, "together");
     if (HasFailure()) return;
   }
 }
@@ -1446,7 +1473,7 @@ TEST(Together, ALoadWaitsForPinnedMemoryThatOthersHold) {
     ASSERT_TRUE(report.ok()) << report.error().describe();
     scenario.expect_everything(*load, *report, "after the wait");
   }
-  expect_machine_clean(machine, lost_pinned_bytes(), "waiting for the pool");
+  expect_machine_clean(machine, "waiting for the pool");
 }
 
 TEST(Together, AWaitForPinnedMemoryCanBeCancelled) {
@@ -1463,7 +1490,7 @@ TEST(Together, AWaitForPinnedMemoryCanBeCancelled) {
     wait_for(*load, "cancelled");
     EXPECT_EQ(load->finish().error().code, ErrorCode::kCancelled);
   }
-  expect_machine_clean(machine, lost_pinned_bytes(), "cancelled");
+  expect_machine_clean(machine, "cancelled");
 }
 
 TEST(Together, LanesShareTheLastSlot) {
@@ -1474,7 +1501,7 @@ TEST(Together, LanesShareTheLastSlot) {
     const Hoard hoard(2, scenario.settings.chunk_bytes);
     run_plainly(scenario, "the last slot");
   }
-  expect_machine_clean(machine, lost_pinned_bytes(), "the last slot");
+  expect_machine_clean(machine, "the last slot");
 }
 
 TEST(Together, LoadsThatEachHoldASlotDoNotWaitForEachOther) {
@@ -1499,7 +1526,7 @@ TEST(Together, LoadsThatEachHoldASlotDoNotWaitForEachOther) {
         scenarios[i].expect_everything(*loads[i], *report, "crossed slots");
       }
     }
-    expect_machine_clean(machine, lost_pinned_bytes(), "crossed slots");
+    expect_machine_clean(machine, "crossed slots");
   }
 }
 
@@ -1545,7 +1572,7 @@ double link_share(int devices, double link, double host_memory, std::uint64_t fi
     run_plainly(scenario, "links");
     rate = link_rate(devices);
   }
-  expect_machine_clean(machine, lost_pinned_bytes(), "links");
+  expect_machine_clean(machine, "links");
   const double parts = static_cast<double>(devices) - 1 + static_cast<double>(first_share);
   double best = link * parts / static_cast<double>(first_share);
   if (host_memory > 0) best = std::min(best, host_memory);
@@ -1592,7 +1619,7 @@ TEST(Links, ACancelWaitsForWhatIsInFlight) {
     load.reset();
     scenario.free_blocks();
   }
-  expect_machine_clean(machine, lost_pinned_bytes(), "cancelled");
+  expect_machine_clean(machine, "cancelled");
 }
 
 // --- Pinned tensors ----------------------------------------------------------------------------
@@ -1615,7 +1642,7 @@ TEST(PinnedTensors, AreUnpinnedAfterTheDevicesAreDone) {
     }
     EXPECT_EQ(sim().ledger().pinned_bytes, 0U);
     sim().sim_free(target);
-    expect_machine_clean(machine, lost_pinned_bytes(), "pinned");
+    expect_machine_clean(machine, "pinned");
   }
 }
 
@@ -1625,7 +1652,7 @@ TEST(PinnedTensors, RefusalIsAnErrorAndLeaksNothing) {
   const auto memory = HostMemory::allocate(kMiB, 0, 2);
   ASSERT_FALSE(memory.ok());
   EXPECT_NE(memory.error().message.find("cuMemHostRegister"), std::string::npos);
-  expect_machine_clean(machine, lost_pinned_bytes(), "pinned");
+  expect_machine_clean(machine, "pinned");
 }
 
 // --- Lost devices, last: what they may still read stays pinned for good ------------------------

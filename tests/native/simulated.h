@@ -14,6 +14,7 @@
 
 #include "../simulated_driver/simulated_driver.h"
 #include "device/driver.h"
+#include "device/staging.h"
 
 namespace weightlift::simulation {
 
@@ -75,6 +76,7 @@ class Machine {
   explicit Machine(int devices, std::uint64_t seed = 0, int policy = SIM_RANDOM) {
     sim().sim_reset(devices, seed, policy);
     device::use_driver_for_testing(kLibrary);
+    lost_before_ = device::StagingPool::instance().pinned_bytes();
   }
   Machine(const Machine&) = delete;
   Machine& operator=(const Machine&) = delete;
@@ -86,8 +88,12 @@ class Machine {
     open_ = false;
   }
 
+  // Of earlier machines, pinned for good because a device was lost: the pool counts it for ever.
+  [[nodiscard]] std::size_t lost_before() const { return lost_before_; }
+
  private:
   bool open_ = true;
+  std::size_t lost_before_ = 0;
 };
 
 // Of the client: what torch's side of the simulator made does not count. Empty when nothing is.
