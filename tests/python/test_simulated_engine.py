@@ -1,0 +1,467 @@
+"""Whole loads to simulated CUDA devices: checkpoint, plan and engine as they are, torch's allocator
+replaced. The native tests look closer; these show that Python hands the right things over."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch.utils.dlpack import from_dlpack
+
+import support
+import weightlift
+from weightlift import Settings, _native, dtypes, materialize
+from weightlift.checkpoint import Checkpoint
+
+_TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(_TESTS / "simulated_driver"))
+simulated_driver = importlib.import_module("simulated_driver")
+Policy, Time, CudaError = (
+    simulated_driver.Policy,
+    simulated_driver.Time,
+    simulated_driver.CudaError,
+)
+
+
+def _find_library() -> str | None:
+    given = os.environ.get("WEIGHTLIFT_SIMULATED_DRIVER")
+    if given:
+        return given
+    built = (_TESTS.parent / "build" / "dev").glob("**/libsimulated_cuda.so")
+    return next((str(path) for path in built), None)
+
+
+_LIBRARY = _find_library()
+pytestmark = [
+    pytest.mark.skipif(
+        not hasattr(_native, "use_driver_for_testing"),
+        reason="this build has no test hooks (WEIGHTLIFT_TESTING=ON)",
+    ),
+    pytest.mark.skipif(
+        _LIBRARY is None, reason="no libsimulated_cuda.so; WEIGHTLIFT_SIMULATED_DRIVER may name one"
+    ),
+]
+
+
+class SimulatedTensor:
+    """What the allocator hands out in the place of a CUDA tensor."""
+
+    def __init__(
+        self, driver: Any, device: int, stream: int, shape: Sequence[int], dtype: str
+    ) -> None:
+        self.driver, self.device, self.stream = driver, device, stream
+        self.shape, self.dtype = tuple(shape), dtype
+        count = 1
+        for extent in shape:
+            count *= extent
+        self.size = count // 2 if dtype == "F4" else count * support.DTYPES[dtype].itemsize
+        self.address = 0
+        self.address = driver.alloc(device, max(self.size, 1))
+        driver.tensors.add(self)
+
+    def bits(self) -> bytes:
+        """Read by the host without a further wait: a load that has returned has arrived."""
+        return bytes(self.driver.read(self.address, self.size)) if self.size else b""
+
+    def free(self) -> None:
+        """In the stream's order, as torch's caching allocator does."""
+        if self.address:
+            self.driver.free(self.address, device=self.device, stream=self.stream)
+        self.address = 0
+
+    def __del__(self) -> None:
+        self.free()
+
+
+class SimulatedAllocator:
+    """``materialize.Allocator``: each block comes with its previous owner's kernel still queued."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+        self.streams: dict[int, int] = {}
+        self.reserved: dict[int, int] = {}
+
+    def empty(self, device: int, shape: Sequence[int], dtype: str) -> tuple[int, SimulatedTensor]:
+        try:
+            tensor = SimulatedTensor(self.driver, device, self.stream(device), shape, dtype)
+        except MemoryError as error:
+            raise weightlift.OutOfMemoryError(str(error)) from error
+        if tensor.size:
+            self.driver.pending_write(device, tensor.address, tensor.size, stream=tensor.stream)
+        return tensor.address, tensor
+
+    def stream(self, device: int) -> int:
+        if device not in self.streams:
+            self.streams[device] = self.driver.create_stream(device)
+        return self.streams[device]
+
+    def reserve(self, device: int, sizes: Sequence[int]) -> None:
+        self.reserved[device] = self.reserved.get(device, 0) + sum(sizes)
+
+
+Switch = Callable[..., contextlib.AbstractContextManager[Any]]
+
+
+@pytest.fixture
+def machine() -> Switch:
+    """``with machine(devices, seed, policy) as driver:``, and at its end nothing is left."""
+
+    @contextlib.contextmanager
+    def switch(
+        devices: int = 1, seed: int = 0, policy: Any = Policy.RANDOM, *, lost: bool = False
+    ) -> Iterator[Any]:
+        assert _LIBRARY is not None
+        driver = simulated_driver.SimulatedDriver(_LIBRARY)
+        driver.tensors = weakref.WeakSet()
+        driver.reset(devices, seed, policy)
+        _native.use_driver_for_testing(_LIBRARY)
+        try:
+            yield driver
+        finally:
+            gc.collect()
+            for tensor in list(driver.tensors):  # addresses mean nothing to the next machine
+                tensor.free()
+            _native.use_driver_for_testing("")
+        if not lost:
+            driver.check()
+
+    return switch
+
+
+def _tensors(seed: int = 0, scale: int = 1) -> dict[str, torch.Tensor]:
+    """Of many dtypes and sizes; floating ones hold numbers, so that casts are comparable."""
+    random = torch.Generator().manual_seed(seed)
+
+    def floats(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float32)
+
+    return {
+        "layer.0.weight": floats(300 * scale, 257).to(torch.bfloat16),
+        "layer.0.bias": floats(257).to(torch.float16),
+        "layer.1.weight": floats(70, 513 * scale),
+        "layer.1.scale": floats(64, 3).to(torch.float8_e4m3fn),
+        "layer.1.zero": floats(64, 3).to(torch.float8_e5m2),
+        "layer.2.weight": floats(33, 100).to(torch.float64),
+        "ids": torch.randint(-(2**60), 2**60, (101,), generator=random),
+        "mask": torch.randint(0, 2, (7, 11), generator=random).to(torch.bool),
+        "empty": torch.empty(0, 5),
+        "scalar": floats(1)[0],
+        **{f"small.{i}": floats(i % 7 + 1) for i in range(300)},
+    }
+
+
+@pytest.fixture
+def checkpoint_path(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(_tensors(), path, metadata={"odd": "x" * 13})
+    return path
+
+
+def _assert_loaded(ours: dict[str, SimulatedTensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        assert support.DTYPES[tensor.dtype] == theirs[name].dtype, name
+        assert tensor.shape == tuple(theirs[name].shape), name
+        assert tensor.bits() == support.bits(theirs[name]), name
+
+
+def _load(path: Path, device: int, driver: Any, **options: Any) -> dict[str, SimulatedTensor]:
+    options.setdefault("allocator", SimulatedAllocator(driver))
+    return materialize.load_tensors(
+        Checkpoint.of_file(path), torch.device("cuda", device), **options
+    )
+
+
+# --- One device --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", range(8))
+def test_a_file_arrives_on_each_of_eight_devices(
+    machine: Switch, checkpoint_path: Path, device: int
+) -> None:
+    expected = safetensors.torch.load_file(checkpoint_path)
+    policy = list(Policy)[device % len(Policy)]
+    with machine(8, device, policy) as driver:
+        used = SimulatedAllocator(driver)
+        loaded = _load(checkpoint_path, device, driver, allocator=used)
+        _assert_loaded(loaded, expected)
+        assert used.reserved == {device: sum(t.nbytes for t in expected.values())}
+        assert driver.ledger().peak_device_bytes[(device + 1) % 8] == 0
+        report = weightlift.last_report()
+        assert report is not None
+        assert report.bytes == sum(t.nbytes for t in expected.values())
+        assert report.fallbacks == []
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", ["F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"])
+def test_casts_are_those_of_torch(
+    machine: Switch, checkpoint_path: Path, dtype: str, kernels: bool
+) -> None:
+    wanted = dtypes.to_torch(dtype)
+    expected = {
+        name: tensor.to(wanted) if tensor.is_floating_point() else tensor
+        for name, tensor in safetensors.torch.load_file(checkpoint_path).items()
+    }
+    for seed, place in enumerate(("auto", "host", "device")):
+        settings = Settings(kernels=kernels, cast_place=place, chunk_bytes=256 * 1024, threads=2)
+        with machine(1, seed, list(Policy)[seed]) as driver, settings:
+            loaded = _load(checkpoint_path, 0, driver, dtype=dtype)
+            _assert_loaded(loaded, expected)
+            launched = driver.calls("cuLaunchKernel")
+            assert (launched > 0) == kernels
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_every_schedule_gives_the_same(machine: Switch, tmp_path: Path, policy: Any) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(_tensors(1, scale=12), path)
+    expected = safetensors.torch.load_file(path)
+    for seed in range(4):
+        settings = Settings(
+            threads=seed + 1, chunk_bytes=256 * 1024, read_bytes=64 * 1024, pinned_bytes=512 * 1024
+        )
+        with machine(2, seed, policy) as driver, settings:
+            _assert_loaded(_load(path, seed % 2, driver), expected)
+
+
+def test_some_names(machine: Switch, checkpoint_path: Path) -> None:
+    expected = safetensors.torch.load_file(checkpoint_path)
+    names = ["layer.1.weight", "small.3", "ids", "empty"]
+    with machine() as driver:
+        loaded = _load(checkpoint_path, 0, driver, names=names)
+        _assert_loaded(loaded, {name: expected[name] for name in names})
+
+
+def test_an_older_driver_and_refused_kernels_are_no_obstacle(
+    machine: Switch, checkpoint_path: Path
+) -> None:
+    expected = safetensors.torch.load_file(checkpoint_path)
+    with machine() as driver:
+        driver.hide_symbol("cuMemcpyBatchAsync")
+        driver.fail_call("cuModuleLoadData", code=CudaError.NO_BINARY_FOR_GPU)
+        _assert_loaded(_load(checkpoint_path, 0, driver), expected)
+        report = weightlift.last_report()
+        assert report is not None
+        assert any("casts run on the host" in text for text in report.fallbacks)
+
+
+# --- Several devices ---------------------------------------------------------------------------
+
+
+def _to_devices(
+    path: Path, driver: Any, allocator: SimulatedAllocator, place: Callable[[int], int]
+) -> dict[str, SimulatedTensor]:
+    """All tensors in one plan, tensor ``i`` to device ``place(i)``."""
+    part = Checkpoint.of_file(path).parts[0]
+    plan = _native.Plan(_native.Settings(threads=2, chunk_bytes=512 * 1024))
+    positions: dict[int, list[int]] = {}
+    for i in range(len(part)):
+        positions.setdefault(place(i), []).append(i)
+    loaded: dict[str, SimulatedTensor] = {}
+    for device, which in positions.items():
+        names, found, shapes = part.names(which), part.dtypes(which), part.shapes(which)
+        pairs = [allocator.empty(device, s, d) for s, d in zip(shapes, found, strict=True)]
+        plan.copy_to(part, which, device, [address for address, _ in pairs], found)
+        plan.use_stream(device, allocator.stream(device))
+        loaded |= {name: owner for name, (_, owner) in zip(names, pairs, strict=True)}
+    materialize.run_plan(plan, allocator)
+    return loaded
+
+
+def test_one_plan_for_eight_devices(machine: Switch, checkpoint_path: Path) -> None:
+    expected = safetensors.torch.load_file(checkpoint_path)
+    for seed, policy in enumerate(Policy):
+        with machine(8, seed, policy) as driver:
+            used = SimulatedAllocator(driver)
+            loaded = _to_devices(checkpoint_path, driver, used, lambda i: i * 7 % 8)
+            _assert_loaded(loaded, expected)
+
+
+@pytest.mark.parametrize(
+    ("link", "host"), [(40e6, 0.0), (100e6, 240e6)], ids=["links", "host memory"]
+)
+def test_eight_links_are_driven_at_once(
+    machine: Switch, tmp_path: Path, link: float, host: float
+) -> None:
+    path = tmp_path / "model.safetensors"
+    data = torch.arange(2_000_000, dtype=torch.float32)
+    safetensors.torch.save_file({f"{i:02}": data[i:].clone() for i in range(8)}, path)
+    best = min(8 * link, host) if host else 8 * link
+    rates = []
+    for _ in range(3):  # other processes may hold the processors for a moment
+        with machine(8) as driver:
+            driver.set_hashing(False)
+            used = SimulatedAllocator(driver)
+            driver.set_time(Time.REAL)
+            for device in range(8):
+                driver.set_link(device, link)
+            driver.set_host_memory(host)
+            loaded = _to_devices(path, driver, used, lambda i: i)
+            links = [driver.link(device) for device in range(8)]
+            seconds = max(x.last_finish for x in links) - min(x.first_start for x in links)
+            rates.append(sum(x.bytes_to_device for x in links) / seconds)
+            del loaded
+        if rates[-1] >= 0.9 * best:
+            break
+    assert max(rates) >= 0.9 * best
+
+
+# --- What goes wrong ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "error"),
+    [
+        ("cuMemcpyHtoDAsync", CudaError.UNKNOWN, weightlift.DeviceError),
+        ("cuLaunchKernel", CudaError.LAUNCH_FAILED, weightlift.DeviceError),
+        ("cuEventSynchronize", CudaError.ILLEGAL_ADDRESS, weightlift.DeviceError),
+        ("cuStreamCreate", CudaError.OUT_OF_MEMORY, weightlift.OutOfMemoryError),
+        ("cuInit", CudaError.NO_DEVICE, weightlift.DeviceError),
+    ],
+)
+def test_failures_name_the_call(
+    machine: Switch, checkpoint_path: Path, call: str, code: int, error: type[Exception]
+) -> None:
+    expected = safetensors.torch.load_file(checkpoint_path)
+    with machine() as driver:
+        driver.fail_call(call, code=code)
+        with pytest.raises(error, match=call):
+            _load(checkpoint_path, 0, driver)
+        _assert_loaded(_load(checkpoint_path, 0, driver), expected)
+
+
+def test_a_full_device_is_an_error_and_leaves_it_empty(
+    machine: Switch, checkpoint_path: Path
+) -> None:
+    with machine() as driver:
+        driver.set_memory(0, 200_000)
+        with pytest.raises(weightlift.OutOfMemoryError):
+            _load(checkpoint_path, 0, driver)
+        gc.collect()
+        driver.drain()  # freed in their stream's order: once that has come so far
+        assert driver.ledger().external_allocations == 0
+
+
+def test_a_missing_device_is_named(machine: Switch, checkpoint_path: Path) -> None:
+    part = Checkpoint.of_file(checkpoint_path).parts[0]
+    with machine(2):
+        plan = _native.Plan(_native.Settings())
+        plan.copy_to(part, [0], 5, [4096], part.dtypes([0]))
+        with pytest.raises(weightlift.DeviceError, match=r"cuda:5.* sees 2"):
+            plan.prepare()
+
+
+@pytest.mark.parametrize("settings", [Settings(threads=1), Settings(threads=4, pinned_bytes=2**20)])
+def test_ctrl_c_drains_and_the_next_load_is_right(
+    machine: Switch, tmp_path: Path, settings: Settings
+) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(_tensors(2, scale=40), path)
+    expected = safetensors.torch.load_file(path)
+
+    def interrupt(done: int, total: int) -> None:
+        assert done < total
+        raise KeyboardInterrupt
+
+    with machine() as driver, settings:
+        driver.set_time(Time.REAL)
+        driver.set_link(0, 40e6)
+        with pytest.raises(KeyboardInterrupt):
+            _load(path, 0, driver, progress=interrupt)
+        gc.collect()  # tensors go back in their stream's order: a copy in flight would be found
+        driver.drain()
+        assert driver.ledger().external_allocations == 0
+        assert driver.violations() == []
+        driver.set_time(Time.NONE)
+        seen: list[tuple[int, int]] = []
+        loaded = _load(path, 0, driver, progress=lambda *now: seen.append(now))
+        _assert_loaded(loaded, expected)
+        assert seen[-1][0] == seen[-1][1]
+
+
+# --- Pinned host memory ------------------------------------------------------------------------
+
+
+def test_pinned_tensors_are_registered_while_they_live(
+    machine: Switch, checkpoint_path: Path
+) -> None:
+    expected = safetensors.torch.load_file(checkpoint_path)
+    with machine(2) as driver:
+        part = Checkpoint.of_file(checkpoint_path).parts[0]
+        plan = _native.Plan(_native.Settings())
+        plan.read(part, None, None, 0)
+        assert materialize.run_plan(plan, None)["bytes"] == sum(t.nbytes for t in expected.values())
+        names = part.names()
+        tensors = dict(zip(names, plan.tensors(from_dlpack), strict=True))
+        del plan
+        support.assert_same_tensors(tensors, {name: expected[name] for name in names})
+        ledger = driver.ledger()
+        assert ledger.pinned_ranges == 1
+        assert ledger.pinned_bytes >= sum(t.nbytes for t in expected.values())
+        last = tensors.popitem()[1]
+        tensors.clear()
+        gc.collect()
+        assert driver.ledger().pinned_ranges == 1
+        # torch notes no event for memory that is not its own: a copy may still be reading it.
+        waited = driver.calls("cuCtxSynchronize")
+        del last
+        gc.collect()
+        assert driver.ledger().pinned_ranges == 0
+        assert driver.calls("cuCtxSynchronize") > waited
+
+
+def test_pinned_tensors_outlive_the_driver(machine: Switch, checkpoint_path: Path) -> None:
+    with machine(lost=True) as driver:
+        part = Checkpoint.of_file(checkpoint_path).parts[0]
+        plan = _native.Plan(_native.Settings())
+        plan.read(part, None, None, 0)
+        materialize.run_plan(plan, None)
+        tensors = plan.tensors(from_dlpack)
+        driver.exit()
+        del plan, tensors
+        gc.collect()
+        assert driver.violations() == []
+
+
+def test_refused_pinning_is_named(machine: Switch, checkpoint_path: Path) -> None:
+    with machine() as driver:
+        part = Checkpoint.of_file(checkpoint_path).parts[0]
+        driver.fail_call("cuMemHostRegister", code=CudaError.NOT_PERMITTED)
+        plan = _native.Plan(_native.Settings())
+        with pytest.raises(weightlift.DeviceError, match="cuMemHostRegister"):
+            plan.read(part, None, None, 0)
+
+
+# --- Slices ------------------------------------------------------------------------------------
+
+
+def test_slices_arrive_on_a_device(machine: Switch, checkpoint_path: Path) -> None:
+    whole = safetensors.torch.load_file(checkpoint_path)["layer.1.weight"]
+    cases = [
+        ([(0, 1, 70), (0, 1, 513)], whole),
+        ([(3, 2, 20), (5, 1, 400)], whole[3:43:2, 5:405]),
+        ([(69, 1, 1), (1, 7, 73)], whole[69:70, 1:512:7]),
+    ]
+    for seed, (parts, expected) in enumerate(cases):
+        with machine(1, seed, list(Policy)[seed]) as driver:
+            used = SimulatedAllocator(driver)
+            part = Checkpoint.of_file(checkpoint_path).parts[0]
+            address, owner = used.empty(0, tuple(expected.shape), "F32")
+            plan = _native.Plan(_native.Settings())
+            which = part.find("layer.1.weight")
+            assert which is not None
+            plan.slice(part, which, parts, None, 0, address)
+            plan.use_stream(0, used.stream(0))
+            materialize.run_plan(plan, used)
+            assert owner.bits() == support.bits(expected)
