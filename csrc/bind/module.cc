@@ -201,6 +201,8 @@ PYBIND11_MODULE(_native, module) {
           py::arg("path"))
       .def_property_readonly("path",
                              [](const IndexedFile& self) { return path_text(self.file->path()); })
+      .def_property_readonly("identity",
+                             [](const IndexedFile& self) { return self.file->identity(); })
       .def_property_readonly("size", [](const IndexedFile& self) { return self.file->size(); })
       .def("__len__", [](const IndexedFile& self) { return self.index->tensors().size(); })
       .def(

@@ -41,6 +41,8 @@ class File {
   [[nodiscard]] const std::string& path() const noexcept { return path_; }
   [[nodiscard]] std::uint64_t size() const noexcept { return size_; }
   [[nodiscard]] int descriptor() const noexcept { return fd_.get(); }
+  // (device, inode): which file this is, whatever its name leads to by now.
+  [[nodiscard]] std::pair<dev_t, ino_t> identity() const noexcept { return {device_, inode_}; }
 
   // Fills `target` from `offset` on; interrupted and short reads are continued. kFileShrank where
   // the file has ended meanwhile.

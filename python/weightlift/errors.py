@@ -61,12 +61,17 @@ class ReadError(WeightliftError, OSError):
 
     A missing file is also a ``FileNotFoundError``, a denied one a ``PermissionError``, a directory
     an ``IsADirectoryError``.
+
+    Attributes:
+        code: the kind of fault, such as ``"not_found"``, ``"file_shrank"`` or ``"file_changed"``.
     """
+
+    code = "read_failed"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By what they are caught as: the classes below go by ReadError's name.
         place = () if self.filename is None else (self.filename,)
-        return _read_error, (_caught_as(self), self.errno, self.strerror, *place)
+        return _read_error, (self.code, self.errno, self.strerror, *place)
 
 
 class DeviceError(WeightliftError, RuntimeError, SafetensorError):
@@ -107,12 +112,10 @@ for _error, _ in _READ_ERRORS.values():
     _error.__name__ = _error.__qualname__ = "ReadError"
 
 
-def _caught_as(error: ReadError) -> str:
-    return next((code for code, (kind, _) in _READ_ERRORS.items() if isinstance(error, kind)), "")
-
-
 def _read_error(code: str, *arguments: Any) -> ReadError:
-    return _READ_ERRORS.get(code, (ReadError, 0))[0](*arguments)
+    error = _READ_ERRORS.get(code, (ReadError, 0))[0](*arguments)
+    error.code = code
+    return error
 
 
 def _describe(message: str, path: str, tensor: str, offset: int | None) -> str:

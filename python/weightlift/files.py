@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from weightlift import _native, dtypes
 from weightlift.checkpoint import Checkpoint
 from weightlift.errors import ArgumentError, FormatError
-from weightlift.integrity import verify_file
 from weightlift.materialize import (
     TorchAllocator,
     from_dlpack,
@@ -75,14 +74,13 @@ def load_file(
         OutOfMemoryError: also a ``MemoryError``.
     """
     checkpoint = Checkpoint.of_file(filename)
-    if verify:
-        verify_file(checkpoint.paths[0])
     return load_tensors(
         checkpoint,
         parse_device(device),
         dtype=dtypes.parse_dtype(dtype),
         mode=_mode(mode, backend),
         pin_memory=pin_memory,
+        verify=verify,
         progress=progress,
     )
 

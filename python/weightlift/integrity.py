@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -35,8 +36,11 @@ def known_sha256(path: str | Path) -> tuple[str, str] | None:
     return None
 
 
-def verify_file(path: str | Path) -> None:
+def verify_file(path: str | Path, identity: tuple[int, int]) -> None:
     """Compares a file's SHA-256 with the known one.
+
+    ``identity`` is the (device, inode) of the file that is going to be loaded: were the name given
+    to another file meanwhile, the hash would speak of that one.
 
     Raises:
         CheckpointError: nobody says what it should be.
@@ -50,6 +54,13 @@ def verify_file(path: str | Path) -> None:
         )
     digest = hashlib.sha256()
     with Path(path).open("rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if (status.st_dev, status.st_ino) != identity:
+            raise FormatError(
+                "hash_mismatch",
+                "the name was given to another file while it was being loaded; load it again",
+                str(path),
+            )
         buffer = bytearray(1 << 20)
         view = memoryview(buffer)
         while count := file.readinto(buffer):

@@ -17,6 +17,7 @@ from weightlift.errors import (
     OutOfMemoryError,
     ReadError,
 )
+from weightlift.integrity import verify_file
 from weightlift.report import record
 from weightlift.settings import Settings
 
@@ -111,6 +112,7 @@ def load_tensors(
     pin_memory: bool = False,
     names: Sequence[str] | None = None,
     shared: bool = False,
+    verify: bool = False,
     progress: bool | Progress = False,
     settings: Settings | None = None,
     allocator: Allocator | None = None,
@@ -126,6 +128,7 @@ def load_tensors(
         pin_memory: page-locked host memory.
         names: which tensors; all by default.
         shared: others may get the same tensors from ``checkpoint`` while these live.
+        verify: compare the SHA-256 of the files with the known ones first.
         progress: ``True`` for a bar, or a function of bytes done and in all.
         settings: instead of those that hold now.
         allocator: where memory on ``device`` comes from; torch, by default.
@@ -135,6 +138,8 @@ def load_tensors(
     plan = new_plan(settings or Settings.current(), dtype)
     target = _Target(plan, device, dtype, mode, pin_memory, shared, allocator)
     for part in checkpoint.parts:
+        if verify:
+            verify_file(part.path, part.identity)
         which = None
         if names is not None:
             found = (part.find(name) for name in names)
