@@ -3,12 +3,11 @@
 # CUDA, pybind11, scikit-build-core, nlohmann-json, cmake, ninja, nvcc), runs every GPU test (a skip
 # fails), then the GPU benchmark. Under eight minutes.
 #   PYTHON   the interpreter (python3)
-#   RESULTS  where the benchmark's JSON goes (benchmarks/results)
+#   RESULTS  the JSON file of the benchmark (benchmarks/results/DATE-MACHINE.json)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 site=build/gpu-site
-results=${RESULTS:-benchmarks/results}
 
 "$python" - <<'EOF'
 import sys, torch
@@ -25,5 +24,4 @@ export PYTHONPATH="$PWD/$site${PYTHONPATH:+:$PYTHONPATH}"
 "$python" -m weightlift doctor
 
 WEIGHTLIFT_REQUIRE_GPU=1 "$python" -m pytest -p no:cacheprovider -m gpu tests/python/test_gpu.py
-mkdir -p "$results"
-"$python" benchmarks/run.py --device cuda --results "$results"
+"$python" benchmarks/run.py --device cuda ${RESULTS:+--out "$RESULTS"}
