@@ -50,6 +50,11 @@ void StagingPool::give_back(PinnedMemory slot) {
   free_.push_back(std::move(slot));
 }
 
+void StagingPool::abandon(PinnedMemory slot) {
+  const std::lock_guard lock(mutex_);
+  abandoned_.push_back(std::move(slot));
+}
+
 std::size_t StagingPool::pinned_bytes() const {
   const std::lock_guard lock(mutex_);
   return pinned_bytes_;

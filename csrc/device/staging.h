@@ -23,6 +23,8 @@ class StagingPool {
   [[nodiscard]] Result<std::optional<PinnedMemory>> take(Device& device, std::size_t bytes,
                                                          std::size_t budget);
   void give_back(PinnedMemory slot);
+  // Leaves a slot pinned and mapped for ever: a lost device may still be reading it.
+  void abandon(PinnedMemory slot);
 
   [[nodiscard]] std::size_t pinned_bytes() const;
 
@@ -33,6 +35,7 @@ class StagingPool {
 
   mutable std::mutex mutex_;
   std::list<PinnedMemory> free_;
+  std::list<PinnedMemory> abandoned_;
   std::size_t pinned_bytes_ = 0;
 };
 

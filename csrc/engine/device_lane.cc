@@ -39,8 +39,7 @@ DeviceLane::~DeviceLane() {
   for (std::optional<Slot>& slot : slots_) {
     if (!slot) continue;
     if (lost_.load()) {
-      // Left pinned and mapped for ever: the device may still be reading it.
-      static_cast<void>(new device::PinnedMemory(std::move(slot->memory)));
+      device::StagingPool::instance().abandon(std::move(slot->memory));
     } else {
       device::StagingPool::instance().give_back(std::move(slot->memory));
     }
