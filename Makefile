@@ -18,7 +18,8 @@ NATIVE := $(wildcard $(shell git ls-files csrc cmake tests/native "*CMakeLists.t
             "tests/simulated_driver/*.h" "tests/simulated_driver/*.cc" pyproject.toml 2>/dev/null))
 LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
-.PHONY: demo test test-deep lint native-tests python-tests wheel gpu-check bench clean dev release
+
+.PHONY: demo readme test test-deep lint native-tests python-tests wheel gpu-check bench clean dev release
 
 $(VENV)/.tools: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +55,13 @@ dev: $(VENV)/.dev
 
 demo: release
 	$(BIN)/python benchmarks/demo.py
+
+# Writes the README's figures: the demo's output and the newest recorded benchmark.
+readme: demo
+	$(BIN)/python benchmarks/readme.py
+
+bench: release
+	$(BIN)/python benchmarks/run.py
 
 test: dev lint native-tests python-tests
 	$(BIN)/python tests/simulated_driver/run_mutants.py --quick

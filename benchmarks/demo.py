@@ -53,7 +53,7 @@ def main() -> int:
             print(json.dumps(compare_bytes(Job(**given))), flush=True)
         return 0
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, record=True)
     start = time.monotonic()
     FOLDER.mkdir(exist_ok=True)
     console.print("[bold]weightlift against safetensors[/bold]: the same files, a new process each")
@@ -95,6 +95,7 @@ def main() -> int:
     )
     if failures:
         console.print(Text(f"{failures} comparisons failed", style="bold red"))
+    (FOLDER / "demo.txt").write_text(console.export_text())
     return 1 if failures else 0
 
 

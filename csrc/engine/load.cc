@@ -247,9 +247,16 @@ void Load::State::plan_populate() {
       ranges.push_back({part.file, part.name, part.offset, part.bytes, part.bytes});
     }
   }
+  // Once a file, and for files that are mapped alone: of others the reads are what is explained.
+  const auto note = [this](std::uint32_t file, const char* text) {
+    IoChoice& choice = sources_[file].choice;
+    if (choice.route == IoRoute::kMapped && choice.reason.find(text) == std::string::npos) {
+      choice.reason += text;
+    }
+  };
   if (!plan_.populate) {
     for (const PopulateStep& range : ranges) {
-      sources_[range.file].choice.reason += "; read at the first touch, as asked";
+      note(range.file, "; read at the first touch, as asked");
     }
     return;
   }
@@ -263,14 +270,14 @@ void Load::State::plan_populate() {
     missing_bytes += range.bytes;
   }
   if (missing.empty()) {
-    for (const PopulateStep& range : ranges) sources_[range.file].choice.reason += ", resident";
+    for (const PopulateStep& range : ranges) note(range.file, ", resident");
     return;
   }
   const bool fits = missing_bytes <= io::memory_headroom() / 2;
   for (const PopulateStep& range : missing) {
-    sources_[range.file].choice.reason +=
-        fits ? ", populated in order"
-             : ", larger than half of the memory that can be had: read at the first touch";
+    note(range.file,
+         fits ? ", populated in order"
+              : ", larger than half of the memory that can be had: read at the first touch");
     if (!fits) continue;
     plan_.files[range.file]->advise_sequential();
     // Gaps are read and not counted; what several tensors share is read once and was counted at the
