@@ -7,12 +7,14 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
 for version in 3.10 3.11 3.12 3.13 3.14; do
-  python=$(command -v "python$version" || true)
-  if [ -z "$python" ]; then
-    for candidate in "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
-      [ -x "$candidate" ] && python=$candidate
-    done
-  fi
+  python=
+  # A pyenv shim is on the path for every version and runs only the chosen ones.
+  for candidate in "$(command -v "python$version" || true)" \
+                   "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
+    if [ -z "$python" ] && [ -x "$candidate" ] && "$candidate" -c "" 2>/dev/null; then
+      python=$candidate
+    fi
+  done
   if [ -z "$python" ]; then
     echo "python $version: not on this machine"
     continue
