@@ -101,7 +101,8 @@ class Workshop:
 
 def first_report(output: str) -> str:
     """The line of the output that says most about why the test failed."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    stripped = (line.strip() for line in output.splitlines())
+    lines = [line for line in stripped if line and not line.startswith("Google Test trace:")]
     marks = ("race:", "host write in flight", "use after free", "freed in use", "unpinned in use",
              "out of bounds", "unregistered", "wrong device", "launch:", "context:", "leak",
              "differ", "Failure", "FAILED")  # fmt: skip
