@@ -106,6 +106,7 @@ void PlanBuilder::map(const std::shared_ptr<IndexedFile>& source, const Which& w
 std::shared_ptr<engine::HostMemory> PlanBuilder::allocate(std::size_t bytes,
                                                           std::optional<int> pin_for) {
   auto memory = engine::HostMemory::allocate(bytes, pin_for, settings_.resolved().threads);
+  if (!memory.ok() && !plan_.files.empty()) memory.error().path = plan_.files.back()->path();
   auto block = value_or_raise(std::move(memory));
   plan_.keep_alive.push_back(block);
   return block;
