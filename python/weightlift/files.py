@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import operator
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from weightlift import _native, dtypes
+from weightlift.atomic import atomic_file
 from weightlift.checkpoint import Checkpoint
 from weightlift.errors import ArgumentError, FormatError
 from weightlift.materialize import (
@@ -104,39 +103,8 @@ def save_file(
     """
     from safetensors.torch import save_file as reference_save_file
 
-    path = Path(filename)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory: name a file in it")
-    # Not made of the file's name, which may be as long as a name can be.
-    temporary = path.with_name(f".weightlift-{os.urandom(8).hex()}.tmp")
-    try:
+    with atomic_file(filename) as temporary:
         reference_save_file(dict(tensors), temporary, metadata=metadata)
-        _flush(temporary, os.O_RDWR, 0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(PermissionError):  # one may write to a folder that one may not read
-        _flush(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _umask() -> int:
-    # os.umask() can only tell it by changing it, for all threads of the process.
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("Umask:"):
-            return int(line.split()[1], 8)
-    return 0o077  # Linux before 4.7
-
-
-def _flush(path: Path, flags: int, mode: int | None = None) -> None:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        if mode is not None:
-            os.fchmod(descriptor, mode)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class safe_open:
