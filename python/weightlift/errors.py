@@ -17,6 +17,7 @@ __all__ = [
     "OutOfMemoryError",
     "ReadError",
     "WeightliftError",
+    "read_error",
 ]
 
 
@@ -106,10 +107,20 @@ _READ_ERRORS: dict[str, tuple[type[ReadError], int]] = {
     "not_found": (_MissingError, _errno.ENOENT),
     "permission_denied": (_DeniedError, _errno.EACCES),
     "is_directory": (_DirectoryError, _errno.EISDIR),
+    # Of the Hub.
+    "repository_not_found": (_MissingError, _errno.ENOENT),
+    "revision_not_found": (_MissingError, _errno.ENOENT),
+    "not_cached": (_MissingError, _errno.ENOENT),
 }
 # The names that tracebacks show.
 for _error, _ in _READ_ERRORS.values():
     _error.__name__ = _error.__qualname__ = "ReadError"
+
+
+def read_error(code: str, message: str, path: str = "", number: int | None = None) -> ReadError:
+    """The ``ReadError`` of a kind, with the ``errno`` that goes with it."""
+    default = _READ_ERRORS.get(code, (ReadError, _errno.EIO))[1]
+    return _read_error(code, number or default, message, *([path] if path else []))
 
 
 def _read_error(code: str, *arguments: Any) -> ReadError:
@@ -138,9 +149,7 @@ def _from_native(
     if kind == "format" or code == "unsupported_dtype":
         return FormatError(code, message, path, offset, tensor)
     if kind == "read":
-        default = _READ_ERRORS.get(code, (ReadError, _errno.EIO))[1]
-        text = _describe(message, "", tensor, offset)
-        return _read_error(code, number or default, text, *([path] if path else []))
+        return read_error(code, _describe(message, "", tensor, offset), path, number)
     text = _describe(message, path, tensor, offset)
     if kind == "device":
         return DeviceError(text)
