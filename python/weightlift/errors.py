@@ -17,7 +17,6 @@ __all__ = [
     "OutOfMemoryError",
     "ReadError",
     "WeightliftError",
-    "read_error",
 ]
 
 
