@@ -54,6 +54,11 @@ def _file_names() -> dict[torch.dtype, str]:
     return {to_torch(name): name for name in TORCH_NAMES}
 
 
+def file_name(dtype: torch.dtype) -> str | None:
+    """The file's name of a torch dtype; ``None`` where the format has none."""
+    return _file_names().get(dtype)
+
+
 def parse_dtype(dtype: torch.dtype | str | None) -> str | None:
     """The file's name of a requested dtype; ``None`` (keep each tensor's own) for ``None`` and
     ``"auto"``.

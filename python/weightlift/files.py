@@ -1,4 +1,4 @@
-"""One file in, tensors out: ``load_file``, ``save_file``, ``safe_open``."""
+"""Files in, tensors out: ``load_file``, ``safe_open``, ``load_checkpoint``; and ``save_file``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 from weightlift import _native, dtypes
 from weightlift.atomic import atomic_file
-from weightlift.checkpoint import Checkpoint
+from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.errors import ArgumentError, FormatError
 from weightlift.materialize import (
+    Loading,
+    Progress,
     TorchAllocator,
     from_dlpack,
     load_tensors,
     new_plan,
     run_plan,
 )
-from weightlift.placement import parse_device
+from weightlift.placement import DeviceMap, assign, parse_device, parse_device_map
 from weightlift.report import record
 from weightlift.settings import Settings
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TensorSlice", "load_file", "safe_open", "save_file"]
+__all__ = [
+    "TensorSlice",
+    "load_checkpoint",
+    "load_file",
+    "load_state_dict",
+    "safe_open",
+    "save_file",
+]
 
 # What the reference calls its two ways to the bytes.
 _BACKENDS = {"mmap": "map", "pread": "read"}
@@ -81,6 +90,88 @@ def load_file(
         pin_memory=pin_memory,
         verify=verify,
         progress=progress,
+    )
+
+
+def load_checkpoint(
+    path_or_repo_or_checkpoint: str | os.PathLike[str] | Checkpoint,
+    device_map: DeviceMap = "cpu",
+    *,
+    dtype: torch.dtype | str | None = None,
+    mode: str = "auto",
+    pin_memory: bool = False,
+    verify: bool = False,
+    progress: bool | Progress = False,
+    **open_arguments: Any,
+) -> dict[str, torch.Tensor]:
+    """Loads all tensors of a checkpoint of any form.
+
+    Args:
+        path_or_repo_or_checkpoint: a ``Checkpoint``, or what ``open_checkpoint`` takes.
+        device_map: a device, or a dict from the beginnings of names (whole components, ``""`` for
+            all) to devices. Maps that need a model (``"auto"``, ``"disk"``) are for ``load_into``.
+        dtype, mode, pin_memory, verify, progress: as in ``load_file``. ``mode="auto"`` reads torch
+            files into memory of their own: people save back onto the file they loaded.
+        open_arguments: of ``open_checkpoint``.
+
+    Returns:
+        Name -> tensor. Tensors that share memory in a torch file share it here too.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or its index contradicts its files.
+        FormatError, ReadError, DeviceError, ArgumentError, OutOfMemoryError: as ``load_file``.
+    """
+    if isinstance(path_or_repo_or_checkpoint, Checkpoint):
+        checkpoint = path_or_repo_or_checkpoint
+        if open_arguments:
+            raise ArgumentError(f"{sorted(open_arguments)}: this checkpoint is open already")
+    else:
+        checkpoint = open_checkpoint(path_or_repo_or_checkpoint, **open_arguments)
+    loading = Loading(
+        checkpoint, mode=mode, pin_memory=pin_memory, verify=verify, progress=progress
+    )
+    name = dtypes.parse_dtype(dtype)
+    devices = parse_device_map(device_map)
+    if len(set(devices.values())) == 1 and "" in devices:
+        loading.add(devices[""], name)
+    else:
+        for device, names in assign(checkpoint, devices).items():
+            loading.add(device, name, names)
+    loading.start()
+    return loading.result()
+
+
+def load_state_dict(
+    checkpoint_file: str | os.PathLike[str] | dict[str, torch.Tensor],
+    variant: str | None = None,
+    *,
+    map_location: torch.device | str | int = "cpu",
+    disable_mmap: bool = False,
+) -> dict[str, torch.Tensor]:
+    """The tensors of one weights file, under the name and with the arguments that diffusers has.
+
+    Args:
+        checkpoint_file: a ``.safetensors`` or torch file; a state dict is handed back.
+        variant: taken, and not used: the file is named.
+        map_location: where the tensors go; ``"meta"`` reads none.
+        disable_mmap: read into memory of its own.
+    """
+    import torch
+
+    if isinstance(checkpoint_file, dict):
+        return checkpoint_file
+    if str(map_location) == "meta":
+        headers = open_checkpoint(checkpoint_file).headers()
+        return {
+            name: torch.empty(
+                (*shape[:-1], shape[-1] // 2) if dtype == "F4" else shape,
+                dtype=dtypes.to_torch(dtype),
+                device="meta",
+            )
+            for name, (dtype, shape) in headers.items()
+        }
+    return load_checkpoint(
+        checkpoint_file, parse_device(map_location), mode="read" if disable_mmap else "auto"
     )
 
 

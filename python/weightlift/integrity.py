@@ -5,11 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from weightlift import _native
 from weightlift.errors import CheckpointError, FormatError
 
-__all__ = ["known_sha256", "verify_file"]
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+__all__ = ["HashCheck", "known_sha256", "verify_file"]
 
 _SUMS = ("SHA256SUMS", "sha256sums.txt")
 
@@ -36,22 +43,62 @@ def known_sha256(path: str | Path) -> tuple[str, str] | None:
     return None
 
 
-def verify_file(path: str | Path, identity: tuple[int, int]) -> None:
-    """Compares a file's SHA-256 with the known one.
+class HashCheck:
+    """Compares the SHA-256 of files with the known ones while they are being loaded, several at
+    once: both read the same pages of the page cache."""
 
-    ``identity`` is the (device, inode) of the file that is going to be loaded: were the name given
-    to another file meanwhile, the hash would speak of that one.
+    def __init__(self, files: Sequence[_native.IndexedFile]) -> None:
+        self._files = {file.path: file.identity for file in files}
+        for path in self._files:  # before anything is read
+            _required_sha256(path)
+        self._stopped = threading.Event()
+        self._checks: list[Future[None]] = []
 
-    Raises:
-        CheckpointError: nobody says what it should be.
-        FormatError: it is another (code ``"hash_mismatch"``).
-    """
+    def start(self) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        pool = ThreadPoolExecutor(max(min(len(self._files), int(_native.machine()["cpus"])), 1))
+        self._checks = [
+            pool.submit(verify_file, path, identity, self._stopped)
+            for path, identity in self._files.items()
+        ]
+        pool.shutdown(wait=False)
+
+    def result(self) -> None:
+        """Waits for the hashes, and raises for the first file that is another."""
+        try:
+            for check in self._checks:
+                check.result()
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
+def _required_sha256(path: str | Path) -> tuple[str, str]:
     known = known_sha256(path)
     if known is None:
         raise CheckpointError(
             f"{path}: nothing says which SHA-256 it should have: it is in no Hub cache, and there "
             "is no SHA256SUMS file beside it; make one with sha256sum, or load without verify=True"
         )
+    return known
+
+
+def verify_file(
+    path: str | Path, identity: tuple[int, int], stopped: threading.Event | None = None
+) -> None:
+    """Compares a file's SHA-256 with the known one.
+
+    ``identity`` is the (device, inode) of the file that is being loaded: were the name given to
+    another file meanwhile, the hash would speak of that one. ``stopped`` ends it early.
+
+    Raises:
+        CheckpointError: nobody says what it should be.
+        FormatError: it is another (code ``"hash_mismatch"``).
+    """
+    known = _required_sha256(path)
     digest = hashlib.sha256()
     with Path(path).open("rb", buffering=0) as file:
         status = os.fstat(file.fileno())
@@ -65,6 +112,8 @@ def verify_file(path: str | Path, identity: tuple[int, int]) -> None:
         view = memoryview(buffer)
         while count := file.readinto(buffer):
             digest.update(view[:count])
+            if stopped is not None and stopped.is_set():
+                return
     if digest.hexdigest() != known[0]:
         raise FormatError(
             "hash_mismatch",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from weightlift import _native, dtypes
 from weightlift.errors import (
@@ -17,18 +18,29 @@ from weightlift.errors import (
     OutOfMemoryError,
     ReadError,
 )
-from weightlift.integrity import verify_file
-from weightlift.report import record
+from weightlift.integrity import HashCheck
+from weightlift.report import LoadReport, record
 from weightlift.settings import Settings
 
 if TYPE_CHECKING:
     import torch
 
-    from weightlift.checkpoint import Checkpoint
+    from weightlift.checkpoint import Checkpoint, View
 
-__all__ = ["Allocator", "TorchAllocator", "from_dlpack", "load_tensors", "new_plan", "run_plan"]
+__all__ = [
+    "Allocator",
+    "Loading",
+    "Progress",
+    "TorchAllocator",
+    "from_dlpack",
+    "load_tensors",
+    "new_plan",
+    "run_plan",
+]
 
 Progress = Callable[[int, int], None]
+# What a load makes: (group, name), or (group, part, position) for what views look at.
+_Key: TypeAlias = "tuple[int, str] | tuple[int, int, int]"
 
 # How often a waiting caller looks up: for Ctrl-C, and for progress.
 _POLL_SECONDS = 0.05
@@ -118,37 +130,28 @@ def load_tensors(
     allocator: Allocator | None = None,
     caller: str = "weightlift",
 ) -> dict[str, Any]:
-    """Loads tensors of a checkpoint to one device, in the order of the files.
+    """Loads tensors of a checkpoint to one device, in the order of the files; see ``Loading``.
 
     Args:
         checkpoint: what there is.
         device: where to; its index is filled in.
         dtype: the file's name of a floating-point dtype to cast floating-point tensors to.
-        mode: ``"map"``, ``"read"`` or ``"auto"``.
-        pin_memory: page-locked host memory.
         names: which tensors; all by default.
-        shared: others may get the same tensors from ``checkpoint`` while these live.
-        verify: compare the SHA-256 of the files with the known ones first.
-        progress: ``True`` for a bar, or a function of bytes done and in all.
-        settings: instead of those that hold now.
-        allocator: where memory on ``device`` comes from; torch, by default.
-        caller: whom ``stats()`` books it on.
     """
-    _check_mode(mode, device, dtype, pin_memory)
-    plan = new_plan(settings or Settings.current(), dtype)
-    target = _Target(plan, device, dtype, mode, pin_memory, shared, allocator)
-    for part in checkpoint.parts:
-        if verify:
-            verify_file(part.path, part.identity)
-        which = None
-        if names is not None:
-            found = (part.find(name) for name in names)
-            which = sorted(position for position in found if position is not None)
-        target.add(part, which)
-    native = run_plan(plan, target.allocator, progress)
-    tensors = target.tensors()
-    record(native, target.fallbacks, caller)
-    return tensors
+    loading = Loading(
+        checkpoint,
+        mode=mode,
+        pin_memory=pin_memory,
+        shared=shared,
+        verify=verify,
+        progress=progress,
+        settings=settings,
+        allocator=allocator,
+        caller=caller,
+    )
+    loading.add(device, dtype, names)
+    loading.start()
+    return loading.result()
 
 
 def new_plan(settings: Settings, dtype: str | None = None) -> _native.Plan:
@@ -159,127 +162,379 @@ def new_plan(settings: Settings, dtype: str | None = None) -> _native.Plan:
     return plan
 
 
-def run_plan(
-    plan: _native.Plan, allocator: Allocator | None, progress: bool | Progress = False
-) -> dict[str, Any]:
-    """Runs a plan to its end; Ctrl-C stops it, drains what is in flight and goes on up."""
+def start_plan(plan: _native.Plan, allocator: Allocator | None) -> list[Any]:
+    """Schedules a plan and starts it; what it returns must live until the plan has ended."""
     scratch = []
-    keep = []
+    owners = []
     for device, count in plan.prepare():
         assert allocator is not None
         address, owner = allocator.empty(device, (count,), "U8")
         scratch.append((device, address))
-        keep.append(owner)
+        owners.append(owner)
+    plan.start(scratch)
+    return owners
+
+
+def finish_plan(plan: _native.Plan, progress: bool | Progress = False) -> dict[str, Any]:
+    """Waits for a started plan; Ctrl-C stops it, drains what is in flight and goes on up."""
     with contextlib.ExitStack() as stack:
         show = stack.enter_context(_bar()) if progress is True else progress or None
         try:
-            plan.start(scratch)
             while not plan.wait(_POLL_SECONDS):
                 if show is not None:
                     show(*plan.progress())
             if show is not None:
                 show(*plan.progress())
         except BaseException:
-            plan.cancel()
-            while not plan.wait(_POLL_SECONDS):
-                pass
+            cancel_plan(plan)
             raise
     return plan.finish()
 
 
-class _Target:
-    """One device, as the destination of parts of a checkpoint."""
+def cancel_plan(plan: _native.Plan) -> None:
+    """Stops a started plan and waits until nothing is in flight."""
+    plan.cancel()
+    while not plan.wait(_POLL_SECONDS):
+        pass
+
+
+def run_plan(
+    plan: _native.Plan, allocator: Allocator | None, progress: bool | Progress = False
+) -> dict[str, Any]:
+    """Runs a plan to its end."""
+    scratch = start_plan(plan, allocator)
+    native = finish_plan(plan, progress)
+    del scratch
+    return native
+
+
+@dataclasses.dataclass(slots=True)
+class _Group:
+    """Tensors with one destination."""
+
+    device: torch.device
+    dtype: str | None
+    names: Sequence[str] | None
+    targets: Sequence[torch.Tensor] | None
+
+    @property
+    def on_host(self) -> bool:
+        return self.device.type != "cuda"
+
+
+class Loading:
+    """A load from its plan to its tensors: ``add`` what goes where, ``start``, ``result``.
+
+    All files and all devices are one plan, so that every link is busy to the end.
+
+    Args:
+        checkpoint: what there is.
+        mode: ``"map"``, ``"read"`` or ``"auto"``.
+        pin_memory: page-locked host memory.
+        shared: others may get the same tensors from ``checkpoint`` while these live.
+        verify: compare the SHA-256 of the files with the known ones while they are read.
+        progress: ``True`` for a bar, or a function of bytes done and in all.
+        settings: instead of those that hold now.
+        allocator: where memory on CUDA devices comes from; torch, by default.
+        caller: whom ``stats()`` books it on.
+    """
 
     def __init__(
         self,
-        plan: _native.Plan,
-        device: torch.device,
-        dtype: str | None,
-        mode: str,
-        pin_memory: bool,
-        shared: bool,
-        allocator: Allocator | None,
+        checkpoint: Checkpoint,
+        *,
+        mode: str = "auto",
+        pin_memory: bool = False,
+        shared: bool = False,
+        verify: bool = False,
+        progress: bool | Progress = False,
+        settings: Settings | None = None,
+        allocator: Allocator | None = None,
+        caller: str = "weightlift",
     ) -> None:
-        self.plan = plan
-        self.device = device
-        self.dtype = dtype
-        self.mode = mode
-        self.shared = shared
-        self.fallbacks: list[str] = []
-        self.on_host = device.type != "cuda" and allocator is None
-        self.allocator = None if self.on_host else allocator or TorchAllocator()
-        self.pin_for = _pinning_device() if pin_memory else None
-        self.order: list[str] = []  # of the files
-        self.names: list[str] = []  # of what the plan makes
-        self.owners: list[Any] = []  # of what the allocator made
-        self.by_torch: list[str] = []  # casts that the engine does not have
-        if device.type not in ("cpu", "cuda"):
-            self.fallbacks.append(f"{device}: loaded to the CPU, then moved by torch")
+        self._checkpoint = checkpoint
+        self._mode = mode
+        self._pin_memory = pin_memory
+        self._shared = shared
+        self._progress = progress
+        self._settings = settings or Settings.current()
+        self._allocator = allocator
+        self._caller = caller
+        self._groups: list[_Group] = []
+        self._fallbacks: list[str] = list(checkpoint.fallbacks)
+        self._hashes = HashCheck(checkpoint.parts) if verify else None
+        self._pin_for = _pinning_device() if pin_memory else None
+        self._plan: _native.Plan | None = None
+        self._scratch: list[Any] = []
+        # Of what the plan makes on the host, and of what was allocated: the key of each tensor.
+        # A key is (group, name), or (group, part, position) for the base of views.
+        self._made: list[_Key] = []
+        self._tensors: dict[_Key, Any] = {}
+        self._order: list[tuple[str, _Key, View | None]] = []
+        # What the engine does not do: casts between rare dtypes, and copies into targets that are
+        # not contiguous or of a dtype it has no cast to.
+        self._by_torch: list[tuple[_Key, str]] = []
+        self._copies: list[tuple[str, torch.Tensor]] = []
+        self._native: dict[str, Any] = {}
 
-    def add(self, part: _native.IndexedFile, which: Sequence[int] | None) -> None:
-        casts = self._casts(part, which) if self.dtype is not None else []
-        self.order += part.names(which)
-        if self.on_host:
-            self._add_host(part, which, casts)
+    def add(
+        self,
+        device: torch.device,
+        dtype: str | None = None,
+        names: Sequence[str] | None = None,
+        targets: Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        """Adds tensors with one destination.
+
+        Args:
+            device: where to; its index is filled in.
+            dtype: the file's name of a floating-point dtype to cast floating-point tensors to.
+            names: which tensors; all by default. A name is added once for a device.
+            targets: tensors of the names' shapes on ``device`` to write to; they give the dtypes.
+        """
+        _check_mode(self._mode, device, dtype, self._pin_memory)
+        self._groups.append(_Group(device, dtype, names, targets))
+
+    def start(self) -> None:
+        """Plans, and starts the engine's threads; small loads run in ``result``."""
+        wanted = {group.dtype for group in self._groups}
+        fp8 = next((dtype for dtype in wanted if dtype and dtype.startswith("F8")), None)
+        self._plan = new_plan(self._settings, fp8)
+        for number, group in enumerate(self._groups):
+            if not group.on_host and self._allocator is None:
+                self._allocator = TorchAllocator()
+            if group.device.type not in ("cpu", "cuda"):
+                self._fallbacks.append(f"{group.device}: loaded to the CPU, then moved by torch")
+            self._add_group(number, group)
+        if self._hashes is not None:
+            self._hashes.start()
+        self._scratch = start_plan(self._plan, self._allocator)
+
+    def result(self) -> dict[str, Any]:
+        """Waits for the end: name -> tensor, in the order of the files where one destination takes
+        them all, else group by group."""
+        assert self._plan is not None
+        try:
+            native = finish_plan(self._plan, self._progress)
+            self._scratch = []
+            if self._hashes is not None:
+                self._hashes.result()
+        finally:
+            if self._hashes is not None:
+                self._hashes.stop()
+        made = self._plan.tensors(from_dlpack())
+        self._tensors.update(zip(self._made, made, strict=True))
+        tensors = self._collect()
+        self._native = record(native, self._fallbacks, self._caller)
+        return tensors
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._groups)
+
+    @property
+    def report(self) -> LoadReport:
+        """Of a load that has ended."""
+        return LoadReport.from_native(self._native)
+
+    def cancel(self) -> None:
+        """Stops a load that was started, and waits until nothing is in flight."""
+        if self._hashes is not None:
+            self._hashes.stop()
+        if self._plan is not None:
+            cancel_plan(self._plan)
+
+    def _add_group(self, number: int, group: _Group) -> None:
+        checkpoint = self._checkpoint
+        if group.names is None and checkpoint.is_plain and group.targets is None:
+            for part, file in enumerate(checkpoint.parts):
+                names = file.names()
+                keys: list[_Key] = [(number, name) for name in names]
+                self._order += [(name, (number, name), None) for name in names]
+                self._add_part(part, group, None, keys, None)
+            return
+        wanted: dict[int, dict[int, tuple[_Key, torch.Tensor | None]]] = {}
+        for i, name in enumerate(checkpoint if group.names is None else group.names):
+            target = None if group.targets is None else group.targets[i]
+            place = checkpoint.place(name)
+            if place is None:  # read by torch when the checkpoint was opened
+                self._tensors[(number, name)] = checkpoint.in_memory[name].to(group.device)
+                self._order.append((name, (number, name), None))
+                if target is not None:
+                    self._copies.append((name, target))
+                elif group.dtype is not None:
+                    self._by_torch.append(((number, name), group.dtype))
+                continue
+            part, position, view = place
+            key: _Key = (number, name)
+            if view is not None:
+                key = (number, part, position)
+                if target is not None:
+                    self._copies.append((name, target))
+                    target = None
+            self._order.append((name, key, view))
+            wanted.setdefault(part, {})[position] = (key, target)
+        for part in sorted(wanted):
+            chosen = sorted(wanted[part].items())
+            keys = [key for _, (key, _) in chosen]
+            which = [position for position, _ in chosen]
+            targets = [target for _, (_, target) in chosen]
+            given = targets if group.targets is not None else None
+            self._add_part(part, group, which, keys, given)
+
+    def _add_part(
+        self,
+        part: int,
+        group: _Group,
+        which: Sequence[int] | None,
+        keys: Sequence[_Key],
+        targets: Sequence[torch.Tensor | None] | None,
+    ) -> None:
+        file = self._checkpoint.parts[part]
+        if targets is not None:
+            assert which is not None
+            which, keys = self._fill(file, group, which, keys, targets)
+        casts = self._casts(file, group, which, keys) if group.dtype is not None else []
+        if group.on_host:
+            self._add_host(part, group, which, keys, casts)
         else:
-            self._add_device(part, which, set(casts))
+            self._add_device(file, group, which, keys, set(casts))
 
-    def _casts(self, part: _native.IndexedFile, which: Sequence[int] | None) -> list[int]:
+    def _fill(
+        self,
+        file: _native.IndexedFile,
+        group: _Group,
+        which: Sequence[int],
+        keys: Sequence[_Key],
+        targets: Sequence[torch.Tensor | None],
+    ) -> tuple[Sequence[int], Sequence[_Key]]:
+        """Plans what goes straight into targets; returns the rest, which torch copies there."""
+        direct: list[int] = []
+        addresses: list[int] = []
+        wanted: list[str] = []
+        rest: list[int] = []
+        rest_keys: list[_Key] = []
+        for position, own, key, target in zip(
+            which, file.dtypes(which), keys, targets, strict=True
+        ):
+            into = None if target is None else dtypes.file_name(target.dtype)
+            castable = own in dtypes.CASTABLE and into in dtypes.CASTABLE
+            if (
+                target is not None
+                and into is not None
+                and (own == into or castable)
+                and target.is_contiguous()
+                and group.device.type in ("cpu", "cuda")
+            ):
+                direct.append(position)
+                addresses.append(target.data_ptr())
+                wanted.append(into)
+                self._tensors[key] = target
+            else:
+                rest.append(position)
+                rest_keys.append(key)
+                if target is not None:
+                    self._copies.append((str(key[1]), target))
+        if direct:
+            assert self._plan is not None
+            index = -1 if group.on_host else group.device.index
+            self._plan.copy_to(file, direct, index, addresses, wanted)
+            if index >= 0:
+                assert self._allocator is not None
+                self._plan.use_stream(index, self._allocator.stream(index))
+        return rest, rest_keys
+
+    def _casts(
+        self,
+        file: _native.IndexedFile,
+        group: _Group,
+        which: Sequence[int] | None,
+        keys: Sequence[_Key],
+    ) -> list[int]:
         """The positions that the engine casts; what only torch can cast is noted."""
-        found = list(zip(_positions(part, which), part.dtypes(which), strict=True))
-        others = [p for p, own in found if own in dtypes.FLOATING - dtypes.CASTABLE]
-        for name, own in zip(part.names(others), part.dtypes(others), strict=True):
-            if own == "F4":
+        casts = []
+        others = 0
+        positions = _positions(file, which)
+        for position, own, key in zip(positions, file.dtypes(which), keys, strict=True):
+            if own == group.dtype:
+                continue
+            if own in dtypes.CASTABLE:
+                casts.append(position)
+            elif own == "F4":
                 raise ArgumentError(
-                    f"{part.path}: tensor {name!r}: F4 packs two numbers into a byte and cannot be "
-                    "cast to one dtype; load it without dtype="
+                    f"{file.path}: tensor {file.names([position])[0]!r}: F4 packs two numbers into "
+                    "a byte and cannot be cast to one dtype; load it without dtype="
                 )
-            self.by_torch.append(name)
+            elif own in dtypes.FLOATING:
+                assert group.dtype is not None
+                self._by_torch.append((key, group.dtype))
+                others += 1
         if others:
-            self.fallbacks.append(f"{part.path}: {len(others)} tensors cast by torch")
-        return [p for p, own in found if own != self.dtype and own in dtypes.CASTABLE]
+            self._fallbacks.append(f"{file.path}: {others} tensors cast by torch")
+        return casts
 
     def _add_host(
-        self, part: _native.IndexedFile, which: Sequence[int] | None, casts: list[int]
+        self,
+        part: int,
+        group: _Group,
+        which: Sequence[int] | None,
+        keys: Sequence[_Key],
+        casts: list[int],
     ) -> None:
-        rest = which
+        assert self._plan is not None
+        file = self._checkpoint.parts[part]
         if casts:
+            by_position = dict(zip(_positions(file, which), keys, strict=True))
             cast = set(casts)
-            rest = [p for p in _positions(part, which) if p not in cast]
-            self._read(part, casts, self.dtype)
-        if rest is not None and not rest:
+            which = [position for position in by_position if position not in cast]
+            keys = [by_position[position] for position in which]
+            self._read(file, casts, [by_position[position] for position in casts], group.dtype)
+        if which is not None and not which:
             return
-        if self.mode == "read" or self.pin_for is not None:
-            self._read(part, rest, None)
+        # People torch.save back onto the very file they loaded, which truncates it.
+        rewritten = self._mode == "auto" and self._checkpoint.formats[part] == "torch"
+        if self._mode == "read" or rewritten or self._pin_for is not None:
+            self._read(file, which, keys, None)
             return
         try:
-            self.plan.map(part, rest, self.shared)
+            self._plan.map(file, which, self._shared)
         except ReadError as error:
             # A file system that cannot map (ENODEV), or no address space left.
-            if self.mode == "map":
+            if self._mode == "map":
                 raise
-            self.fallbacks.append(f"read, because mapping was refused: {error}")
-            self._read(part, rest, None)
+            self._fallbacks.append(f"read, because mapping was refused: {error}")
+            self._read(file, which, keys, None)
         else:
-            self.names += part.names(rest)
+            self._made += keys
 
     def _read(
-        self, part: _native.IndexedFile, which: Sequence[int] | None, dtype: str | None
+        self,
+        file: _native.IndexedFile,
+        which: Sequence[int] | None,
+        keys: Sequence[_Key],
+        dtype: str | None,
     ) -> None:
-        self.plan.read(part, which, dtype, self.pin_for)
-        self.names += part.names(which)
+        assert self._plan is not None
+        self._plan.read(file, which, dtype, self._pin_for)
+        self._made += keys
 
     def _add_device(
-        self, part: _native.IndexedFile, which: Sequence[int] | None, casts: set[int]
+        self,
+        file: _native.IndexedFile,
+        group: _Group,
+        which: Sequence[int] | None,
+        keys: Sequence[_Key],
+        casts: set[int],
     ) -> None:
-        assert self.allocator is not None
-        index = self.device.index
-        found, shapes = part.dtypes(which), part.shapes(which)
-        targets, sizes = found, part.sizes(which)
-        if casts and self.dtype is not None:
-            wide = dtypes.to_torch(self.dtype).itemsize
-            chosen = [p in casts for p in _positions(part, which)]
-            targets = [self.dtype if c else own for c, own in zip(chosen, found, strict=True)]
+        assert self._allocator is not None
+        assert self._plan is not None
+        index = group.device.index
+        found, shapes = file.dtypes(which), file.shapes(which)
+        targets, sizes = found, file.sizes(which)
+        if casts and group.dtype is not None:
+            wide = dtypes.to_torch(group.dtype).itemsize
+            chosen = [p in casts for p in _positions(file, which)]
+            targets = [group.dtype if c else own for c, own in zip(chosen, found, strict=True)]
             sizes = [
                 math.prod(shape) * wide if c else size
                 for c, shape, size in zip(chosen, shapes, sizes, strict=True)
@@ -290,30 +545,40 @@ class _Target:
             raise FormatError(
                 "unsupported_dtype",
                 f"torch has no dtype for {targets[position]}",
-                part.path,
-                tensor=part.names(which)[position],
+                file.path,
+                tensor=file.names(which)[position],
             )
-        self.allocator.reserve(index, sizes)
-        empty = self.allocator.empty
+        self._allocator.reserve(index, sizes)
+        empty = self._allocator.empty
         made = [empty(index, shape, own) for shape, own in zip(shapes, targets, strict=True)]
-        self.plan.copy_to(part, which, index, [address for address, _ in made], targets)
-        self.plan.use_stream(index, self.allocator.stream(index))
-        self.owners += [owner for _, owner in made]
+        self._plan.copy_to(file, which, index, [address for address, _ in made], targets)
+        self._plan.use_stream(index, self._allocator.stream(index))
+        self._tensors.update(zip(keys, (owner for _, owner in made), strict=True))
 
-    def tensors(self) -> dict[str, Any]:
-        if not self.on_host:
-            tensors = dict(zip(self.order, self.owners, strict=True))
-        else:
-            tensors = dict(zip(self.names, self.plan.tensors(from_dlpack()), strict=True))
-            if self.names != self.order:
-                tensors = {name: tensors[name] for name in self.order}
-            if self.device.type != "cpu":
-                tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        if self.by_torch and self.dtype is not None:
-            wanted = dtypes.to_torch(self.dtype)
-            for name in self.by_torch:
-                tensors[name] = tensors[name].to(wanted)
-        return tensors
+    def _collect(self) -> dict[str, Any]:
+        moved = [
+            None if group.device.type == "cuda" or group.device.type == "cpu" else group.device
+            for group in self._groups
+        ]
+        for key, tensor in self._tensors.items():
+            device = moved[key[0]]
+            if device is not None:
+                self._tensors[key] = tensor.to(device)
+        # Casts first: a base is cast before it is viewed.
+        for key, dtype in self._by_torch:
+            tensor = self._tensors[key]
+            if tensor.is_floating_point():
+                self._tensors[key] = tensor.to(dtypes.to_torch(dtype))
+        result: dict[str, Any] = {}
+        for name, key, view in self._order:
+            tensor = self._tensors[key]
+            if view is not None:
+                tensor = tensor.as_strided(view.shape, view.stride, view.offset)
+            result[name] = tensor
+        for name, target in self._copies:
+            target.copy_(result[name])
+            result[name] = target
+        return result
 
 
 def _positions(part: _native.IndexedFile, which: Sequence[int] | None) -> Sequence[int]:

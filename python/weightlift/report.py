@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections import Counter
 from typing import Any
 
 __all__ = ["FileReport", "LoadReport", "Stats", "last_report", "stats"]
@@ -68,6 +69,24 @@ class LoadReport:
         }
         return report
 
+    def plus(self, other: LoadReport) -> LoadReport:
+        """What two loads did, one after the other."""
+        devices = dict(self.devices)
+        for name, count in other.devices.items():
+            devices[name] = devices.get(name, 0) + count
+        return LoadReport(
+            bytes=self.bytes + other.bytes,
+            mapped_bytes=self.mapped_bytes + other.mapped_bytes,
+            read_bytes=self.read_bytes + other.read_bytes,
+            seconds=self.seconds + other.seconds,
+            files=[*self.files, *other.files],
+            devices=devices,
+            pinned_bytes=max(self.pinned_bytes, other.pinned_bytes),
+            peak_staging_bytes=max(self.peak_staging_bytes, other.peak_staging_bytes),
+            threads=max(self.threads, other.threads),
+            fallbacks=[*self.fallbacks, *other.fallbacks],
+        )
+
     def __str__(self) -> str:
         rate = f", {self.bytes / self.seconds / 1e9:.1f} GB/s" if self.seconds > 0 else ""
         lines = [
@@ -112,14 +131,15 @@ class Stats:
 _thread = threading.local()
 _lock = threading.Lock()
 _stats = Stats()
+_reasons: Counter[tuple[str, str]] = Counter()
 
 
 def record(
     native: dict[str, Any], fallbacks: list[str] | None = None, caller: str = "weightlift"
-) -> None:
+) -> dict[str, Any]:
     """Makes the engine's report this thread's last one and adds it to the sums.
 
-    ``fallbacks`` are those that were decided before the engine ran.
+    ``fallbacks`` are those that were decided before the engine ran. Returns the whole report.
     """
     if fallbacks:
         native["fallbacks"] = [*native["fallbacks"], *fallbacks]
@@ -128,6 +148,27 @@ def record(
         count = len(native["fallbacks"])
         _stats._add(native, count)
         _stats.by_caller.setdefault(caller, Stats())._add(native, count)
+    return native
+
+
+def set_last_report(report: LoadReport) -> None:
+    """Makes a report that says more than the engine's this thread's last one."""
+    _thread.last = report
+
+
+def record_fallback(caller: str, reason: str) -> int:
+    """Counts a load that the engine did not do; returns how often there was this reason."""
+    with _lock:
+        _stats.fallbacks += 1
+        _stats.by_caller.setdefault(caller, Stats()).fallbacks += 1
+        _reasons[caller, reason] += 1
+        return _reasons[caller, reason]
+
+
+def fallback_reasons() -> dict[tuple[str, str], int]:
+    """(caller, reason) of what ``record_fallback`` counted -> how often."""
+    with _lock:
+        return dict(_reasons)
 
 
 def last_report() -> LoadReport | None:

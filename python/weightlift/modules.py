@@ -1,0 +1,543 @@
+"""Tensors into a module: ``load_into``."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from weightlift import dtypes, placement
+from weightlift.checkpoint import Checkpoint, open_checkpoint
+from weightlift.errors import ArgumentError, CheckpointError
+from weightlift.materialize import Loading, Progress, load_tensors
+from weightlift.report import LoadReport, set_last_report
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DiskWeights", "Early", "fill", "load_into"]
+
+# How many names an error lists before it only counts.
+_LISTED = 20
+
+
+def load_into(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    *,
+    device_map: placement.DeviceMap | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    strict: bool = True,
+    ignore_mismatched_sizes: bool = False,
+    key_map: Callable[[str], str | None] | Mapping[str, str | None] | None = None,
+    mode: str = "auto",
+    pin_memory: bool = False,
+    memory_format: torch.memory_format | None = None,
+    verify: bool = False,
+    progress: bool | Progress = False,
+) -> LoadReport:
+    """Fills a model with the tensors of a checkpoint, each read straight to its device.
+
+    Parameters and buffers on ``meta`` are replaced. Real ones are filled in place (same
+    ``data_ptr``, same ``requires_grad``) unless ``device_map``, ``dtype`` or ``pin_memory`` asks
+    for other memory; then their ``.data`` is replaced. Tied parameters stay tied, and one name of
+    them in the checkpoint is enough.
+
+    Args:
+        model: on ``meta`` (``accelerate.init_empty_weights``, ``torch.device("meta")``) or real.
+        checkpoint: a ``Checkpoint``, or what ``open_checkpoint`` takes.
+        device_map: ``None`` leaves each tensor where it is (``meta``: the CPU); a device,
+            ``"auto"``, ``"balanced"``, ``"balanced_low_0"``, ``"sequential"``, or module prefix ->
+            device, where ``"disk"`` leaves tensors in their file, to be read at each use. With more
+            than one device the model gets accelerate's hooks.
+        max_memory: device -> bytes (``8_000_000_000``, ``"8GB"``, ``"500MiB"``) for automatic maps.
+        offload_folder: allows automatic maps to use ``"disk"``; nothing is written to it.
+        dtype: of the floating-point tensors; ``None``: each parameter's own; ``"auto"``: the
+            checkpoint's. ``_keep_in_fp32_modules`` of the model stay in float32.
+        strict: missing or unexpected keys are an error, before anything is read.
+        ignore_mismatched_sizes: leave out tensors of another shape than the parameter's.
+        key_map: the checkpoint's name of a tensor -> the model's, ``None`` to leave it out.
+        mode: as in ``load_file``.
+        pin_memory: page-locked host memory.
+        memory_format: of 4-D weights, such as ``torch.channels_last``.
+        verify: as in ``load_file``.
+        progress: as in ``load_file``.
+
+    Returns:
+        What was loaded, with ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``.
+
+    Raises:
+        CheckpointError: keys or shapes do not match, or the model does not fit the devices.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    if key_map is not None:
+        rename = key_map if callable(key_map) else _lookup(key_map)
+        checkpoint = checkpoint.renamed(rename)
+    return fill(
+        model,
+        checkpoint,
+        device_map=device_map,
+        max_memory=max_memory,
+        offload=offload_folder is not None,
+        dtype=dtype,
+        strict=strict,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+        mode=mode,
+        pin_memory=pin_memory,
+        memory_format=memory_format,
+        verify=verify,
+        progress=progress,
+    )
+
+
+def _lookup(names: Mapping[str, str | None]) -> Callable[[str], str | None]:
+    return lambda name: names.get(name, name)
+
+
+@dataclasses.dataclass(slots=True)
+class _Tensor:
+    """A parameter or buffer of the model, and all the places where it hangs."""
+
+    tensor: torch.Tensor
+    is_parameter: bool
+    names: list[str]
+    places: list[tuple[torch.nn.Module, str]]
+    persistent: bool
+
+
+def _tensors_of(model: torch.nn.Module) -> list[_Tensor]:
+    found: dict[int, _Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for held, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            for key, tensor in held.items():
+                if tensor is None:
+                    continue
+                persistent = is_parameter or key not in module._non_persistent_buffers_set
+                known = found.get(id(tensor))
+                if known is None:
+                    found[id(tensor)] = _Tensor(
+                        tensor, is_parameter, [dot + key], [(module, key)], persistent
+                    )
+                else:
+                    known.names.append(dot + key)
+                    known.places.append((module, key))
+                    known.persistent |= persistent
+    return list(found.values())
+
+
+class Early:
+    """A load that began before its model was there, in the belief that everything goes to one
+    device in one dtype; ``fill`` takes from it what turns out to be as believed."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: str | None,
+        names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.names = frozenset(checkpoint if names is None else names)
+        self.loading = Loading(checkpoint, **options)
+        self.loading.add(device, dtype, names)
+        self.loading.start()
+
+
+def fill(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    device_map: placement.DeviceMap | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload: bool = False,
+    dtype: torch.dtype | str | None = None,
+    keep_in_fp32: Sequence[str] | None = None,
+    strict: bool = True,
+    ignore_mismatched_sizes: bool = False,
+    ignore_missing: Callable[[str], bool] | None = None,
+    ignore_unexpected: Callable[[str], bool] | None = None,
+    mode: str = "auto",
+    pin_memory: bool = False,
+    memory_format: torch.memory_format | None = None,
+    verify: bool = False,
+    progress: bool | Progress = False,
+    early: Early | None = None,
+    caller: str = "weightlift",
+) -> LoadReport:
+    """``load_into`` for callers that have more to say.
+
+    Args:
+        keep_in_fp32: path components whose tensors stay in float32; the model's
+            ``_keep_in_fp32_modules`` by default.
+        ignore_missing: names that may be missing.
+        ignore_unexpected: names that may be there.
+        early: a load of ``checkpoint`` that has begun.
+        caller: whom ``stats()`` books it on.
+    """
+    if keep_in_fp32 is None:
+        keep_in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+    tensors = _tensors_of(model)
+    headers = checkpoint.headers()
+    matched, missing, mismatched = _match(tensors, headers)
+    known = {name for t in tensors if t.persistent for name in t.names}
+    empty = [t.names[0] for t in tensors if not t.persistent and t.tensor.device.type == "meta"]
+    unexpected = [name for name in headers if name not in known]
+    if ignore_missing is not None:
+        missing = [name for name in missing if not ignore_missing(name)]
+    if ignore_unexpected is not None:
+        unexpected = [name for name in unexpected if not ignore_unexpected(name)]
+    _check_keys(
+        checkpoint, model, missing, unexpected, mismatched, empty, strict, ignore_mismatched_sizes
+    )
+
+    devices: dict[str, torch.device | str] | None = None
+    if device_map is not None:
+        devices = placement.resolve_device_map(
+            model,
+            device_map,
+            max_memory=max_memory,
+            dtype=_planned_dtype(dtype),
+            keep_in_fp32=keep_in_fp32,
+            offload=offload,
+        )
+    where = _devices_of(tensors, devices)
+    on_disk: dict[str, tuple[str, str | None]] = {}
+    groups: dict[tuple[Any, str | None, bool], list[tuple[str, _Tensor]]] = {}
+    wanted = dtypes.parse_dtype(dtype)
+    own = dtype is None
+    keep = frozenset(keep_in_fp32)
+    reuse = not pin_memory and memory_format is None
+    for (name, slot), device in zip(matched, where(slot for _, slot in matched), strict=True):
+        file_dtype = headers[name][0]
+        target = None
+        tensor = slot.tensor
+        if file_dtype in dtypes.FLOATING:
+            target = wanted
+            if own and tensor.is_floating_point():
+                target = dtypes.file_name(tensor.dtype)
+            elif keep and not keep.isdisjoint(name.split(".")):
+                target = "F32"
+            if target == file_dtype:
+                target = None
+        if device == "disk":
+            on_disk.update(dict.fromkeys(slot.names, (name, target)))
+            continue
+        if tensor.device.type == "meta":
+            device = device or _cpu()
+            in_place = False
+        else:
+            device = device or tensor.device
+            arrives = target or file_dtype
+            in_place = (
+                reuse
+                and device == tensor.device
+                and (own or tensor.dtype == dtypes.to_torch(arrives))
+            )
+        groups.setdefault((device, target, in_place), []).append((name, slot))
+
+    loading = Loading(
+        checkpoint,
+        mode=mode,
+        pin_memory=pin_memory,
+        verify=verify,
+        progress=progress,
+        caller=caller,
+    )
+    believed: list[str] = []
+    for (device, target, in_place), group in groups.items():
+        names = [name for name, _ in group]
+        if in_place:
+            targets = [slot.tensor.detach() for _, slot in group]
+            loading.add(device, None, names, targets)
+        elif (
+            early is not None
+            and device == early.device
+            and all(
+                name in early.names and _as_believed(headers[name][0], target, early.dtype)
+                for name in names
+            )
+        ):
+            believed += names
+        else:
+            loading.add(device, target, names)
+    arrived, report = _run(loading, early, believed)
+    views: set[int] = set()
+    for (_, _, in_place), group in groups.items():
+        if not in_place:
+            for name, slot in group:
+                value = arrived.pop(name)
+                if checkpoint.is_view(name):
+                    value = _apart(value, views)
+                _set(slot, value, memory_format)
+    if devices is not None:
+        _move_rest(tensors, where)
+        _dispatch(model, devices, checkpoint, on_disk)
+    report.error_msgs = [f"{name}: a buffer on meta that no checkpoint holds" for name in empty]
+    report.missing_keys = missing
+    report.unexpected_keys = unexpected
+    report.mismatched_keys = mismatched
+    set_last_report(report)
+    return report
+
+
+def _run(
+    loading: Loading, early: Early | None, believed: Sequence[str]
+) -> tuple[dict[str, torch.Tensor], LoadReport]:
+    """Runs what was not begun early, and brings in what was."""
+    if early is not None and not believed:
+        early.loading.cancel()
+    if early is None or not believed:
+        loading.start()
+        tensors = loading.result()
+        return tensors, loading.report
+    tensors = early.loading.result()
+    report = early.loading.report
+    if loading.has_work:
+        loading.start()
+        tensors.update(loading.result())
+        report = report.plus(loading.report)
+    return tensors, report
+
+
+def _apart(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
+    """Tensors that share memory in the file are separate parameters where the model has them so."""
+    place = value.untyped_storage().data_ptr()
+    if place in storages:
+        return value.clone()
+    storages.add(place)
+    return value
+
+
+def _as_believed(file_dtype: str, target: str | None, believed: str | None) -> bool:
+    if file_dtype not in dtypes.FLOATING:
+        return True
+    return (target or file_dtype) == (believed or file_dtype)
+
+
+def _match(
+    tensors: Sequence[_Tensor], headers: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> tuple[
+    list[tuple[str, _Tensor]],
+    list[str],
+    list[tuple[str, tuple[int, ...], tuple[int, ...]]],
+]:
+    """(name in the checkpoint, tensor of the model) for all that match; missing; mismatched."""
+    matched = []
+    missing = []
+    mismatched = []
+    for slot in tensors:
+        if not slot.persistent:
+            continue
+        shape = tuple(slot.tensor.shape)
+        found = None
+        wrong = False
+        for name in slot.names:
+            header = headers.get(name)
+            if header is None:
+                continue
+            theirs = header[1]
+            if header[0] == "F4":  # two numbers are one element of torch's dtype
+                theirs = (*theirs[:-1], theirs[-1] // 2)
+            if theirs != shape:
+                mismatched.append((name, theirs, shape))
+                wrong = True
+            elif found is None:
+                found = name
+        if found is not None:
+            matched.append((found, slot))
+        elif not wrong:
+            missing += slot.names
+    return matched, missing, mismatched
+
+
+def _check_keys(
+    checkpoint: Checkpoint,
+    model: torch.nn.Module,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    mismatched: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
+    empty: Sequence[str],
+    strict: bool,
+    ignore_mismatched_sizes: bool,
+) -> None:
+    problems: list[str] = []
+    if mismatched and not ignore_mismatched_sizes:
+        problems += _listed(
+            "of another shape than the model's (ignore_mismatched_sizes=True leaves them out)",
+            [f"{name}: {theirs} in the checkpoint, {ours} in the model"
+             for name, theirs, ours in mismatched],
+        )  # fmt: skip
+    if strict:
+        problems += _listed("missing in the checkpoint", missing)
+        problems += _listed("unexpected: the model has no place for them", unexpected)
+        problems += _listed(
+            "buffers on meta that no checkpoint holds (non-persistent); build the model with "
+            "accelerate.init_empty_weights(include_buffers=False)",
+            empty,
+        )
+    if problems:
+        hint = "; strict=False loads what matches" if strict and (missing or unexpected) else ""
+        raise CheckpointError(
+            f"{_place_of(checkpoint)} does not fit {type(model).__name__}{hint}:\n"
+            + "\n".join(problems)
+        )
+
+
+def _listed(title: str, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    shown = [f"    {name}" for name in names[:_LISTED]]
+    if len(names) > _LISTED:
+        shown.append(f"    and {len(names) - _LISTED} more")
+    return [f"  {len(names)} {title}:", *shown]
+
+
+def _place_of(checkpoint: Checkpoint) -> str:
+    if len(checkpoint.paths) == 1:
+        return checkpoint.paths[0]
+    return f"the checkpoint in {len(checkpoint.paths)} files"
+
+
+def _planned_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    name = dtypes.parse_dtype(dtype)
+    return None if name is None else dtypes.to_torch(name)
+
+
+def _devices_of(
+    tensors: Sequence[_Tensor], devices: Mapping[str, torch.device | str] | None
+) -> Callable[[Iterable[_Tensor]], Iterator[torch.device | str | None]]:
+    """The device of each tensor; ``None`` for where it is."""
+    if devices is None:
+        return lambda slots: (None for _ in slots)
+    by_name: dict[str, torch.device | str] = {}
+    for device, names in placement.assign((t.names[0] for t in tensors), devices).items():
+        by_name.update(dict.fromkeys(names, device))
+    return lambda slots: (by_name[slot.names[0]] for slot in slots)
+
+
+def _cpu() -> torch.device:
+    import torch
+
+    return torch.device("cpu")
+
+
+def _set(slot: _Tensor, value: torch.Tensor, memory_format: torch.memory_format | None) -> None:
+    import torch
+
+    if memory_format is not None and value.dim() == 4:
+        value = value.contiguous(memory_format=memory_format)
+    elif not value.is_contiguous():
+        value = value.contiguous()
+    old = slot.tensor
+    new: torch.Tensor = value
+    if slot.is_parameter:
+        if old.device.type != "meta":
+            old.data = value
+            return
+        requires_grad = old.requires_grad and (value.is_floating_point() or value.is_complex())
+        if type(old) is torch.nn.Parameter:
+            new = torch.nn.Parameter(value, requires_grad=requires_grad)
+            if old.__dict__:
+                new.__dict__.update(old.__dict__)
+        else:
+            new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
+    for module, key in slot.places:
+        if type(module).__setattr__ is torch.nn.Module.__setattr__:
+            (module._parameters if slot.is_parameter else module._buffers)[key] = new  # type: ignore[assignment]
+        else:  # such as RNNs, which keep a list of their weights
+            setattr(module, key, new)
+    slot.tensor = new
+
+
+def _move_rest(
+    tensors: Sequence[_Tensor],
+    where: Callable[[Iterable[_Tensor]], Iterator[torch.device | str | None]],
+) -> None:
+    """What the checkpoint does not hold goes where its module goes."""
+    for slot, device in zip(tensors, where(tensors), strict=True):
+        tensor = slot.tensor
+        if device is None or device == "disk" or tensor.device.type == "meta":
+            continue
+        if tensor.device != device:
+            if slot.is_parameter:
+                tensor.data = tensor.data.to(device)
+            else:
+                _set(slot, tensor.to(device), None)
+
+
+class DiskWeights(Mapping[str, "torch.Tensor"]):
+    """Tensors that stay in their file and are read when they are asked for; their files are held
+    open, so that a save over them does not change what is read.
+
+    Args:
+        checkpoint: where they are.
+        names: the model's name -> (the checkpoint's name, the file's name of a dtype to cast to).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, tuple[str, str | None]]) -> None:
+        self._checkpoint = checkpoint
+        self._names = dict(names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored, dtype = self._names[name]
+        tensor: torch.Tensor = load_tensors(
+            self._checkpoint, _cpu(), dtype=dtype, names=[stored], shared=True
+        )[stored]
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+
+def _dispatch(
+    model: torch.nn.Module,
+    devices: Mapping[str, torch.device | str],
+    checkpoint: Checkpoint,
+    on_disk: Mapping[str, tuple[str, str | None]],
+) -> None:
+    """accelerate's hooks, where a forward pass has to cross devices."""
+    if len(set(devices.values())) < 2 and not on_disk:
+        return
+    from accelerate import dispatch_model
+    from accelerate.utils import extract_submodules_state_dict
+
+    named: dict[str, int | str] = {
+        name: str(device) if str(device) in ("cpu", "disk") else _ordinal(device)
+        for name, device in devices.items()
+    }
+    weights: collections.ChainMap[str, torch.Tensor] | None = None
+    on_cpu = [name for name, device in named.items() if device == "cpu"]
+    offloads_cpu = any(device not in ("cpu", "disk") for device in named.values())
+    if on_disk or (on_cpu and offloads_cpu):
+        host = extract_submodules_state_dict(model.state_dict(), on_cpu) if offloads_cpu else {}
+        weights = collections.ChainMap(dict(host), DiskWeights(checkpoint, on_disk))  # type: ignore[arg-type]
+    dispatch_model(
+        model,
+        device_map=named,
+        state_dict=weights,
+        offload_index={} if on_disk else None,
+        skip_keys=getattr(model, "_skip_keys", None),
+    )
+
+
+def _ordinal(device: torch.device | str) -> int | str:
+    index = getattr(device, "index", None)
+    if index is None:
+        return str(device)
+    if getattr(device, "type", "") != "cuda":
+        raise ArgumentError(f"{device}: accelerate's hooks know CUDA devices by their number")
+    return int(index)
