@@ -6,6 +6,7 @@ tensors = wl.load_file("model.safetensors", device="cuda")
 print(wl.last_report())
 """
 
+from weightlift.backends import disable, enable, enable_from_environment, enabled
 from weightlift.checkpoint import Checkpoint
 from weightlift.errors import (
     ArgumentError,
@@ -35,9 +36,14 @@ __all__ = [
     "Stats",
     "WeightliftError",
     "__version__",
+    "disable",
+    "enable",
+    "enabled",
     "last_report",
     "load_file",
     "safe_open",
     "save_file",
     "stats",
 ]
+
+enable_from_environment()

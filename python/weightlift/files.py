@@ -212,6 +212,9 @@ class safe_open:
         backend: ``"mmap"`` (the default) or ``"pread"``, which reads into memory of its own.
     """
 
+    # Whom `stats()` books the loads on.
+    _caller = "weightlift"
+
     def __init__(
         self,
         filename: str | os.PathLike[str],
@@ -298,6 +301,7 @@ class safe_open:
             names=names,
             shared=True,
             settings=self._settings,
+            caller=self._caller,
         )
 
     def get_slice(self, name: str) -> TensorSlice:
@@ -343,6 +347,7 @@ class TensorSlice:
                 names=[self._name],
                 shared=True,
                 settings=self._opened._slice_settings,
+                caller=self._opened._caller,
             )
             tensor: torch.Tensor = whole[self._name][_flat(index)]
             return tensor
@@ -369,7 +374,7 @@ class TensorSlice:
             plan.use_stream(device.index, allocator.stream(device.index))
             plan.slice(self._part, self._position, ranges, None, device.index, address)
             native = run_plan(plan, allocator)
-        record(native)
+        record(native, caller=self._opened._caller)
         if turned:
             tensor = tensor.flip(turned)
         kept = [count for _, _, count, dropped in parts if not dropped]
