@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import glob
 import itertools
 import os
 import re
@@ -168,7 +169,7 @@ def snapshot(repo_id: str, patterns: Sequence[str], arguments: HubArguments) -> 
     Raises:
         ReadError: as ``download``; files that match nothing are no error.
     """
-    prefix = f"{arguments.subfolder}/" if arguments.subfolder else ""
+    prefix = glob.escape(f"{arguments.subfolder}/") if arguments.subfolder else ""
     with _hub_errors(repo_id, arguments, ", ".join(patterns)):
         folder = arguments._api().snapshot_download(
             repo_id,
