@@ -288,8 +288,6 @@ def open_checkpoint(
 
 
 def _open_files(files: CheckpointFiles, state_dict_key: str | None) -> Checkpoint:
-    from weightlift.torch_file import open_torch_file
-
     parts: list[_native.IndexedFile] = []
     formats: list[str] = []
     views: list[Mapping[str, View]] = []
@@ -300,12 +298,16 @@ def _open_files(files: CheckpointFiles, state_dict_key: str | None) -> Checkpoin
     holder: dict[str, str] = {}
     for shard in files.files:
         if shard.format == "safetensors":
-            part = _native.IndexedFile.open(shard.path, shard.begin, shard.bytes)
+            part = _native.IndexedFile.open(
+                shard.path, *((shard.begin, shard.bytes) if shard.bytes else ())
+            )
             names = part.names()
             parts.append(part)
             views.append({})
             metadata.update(part.metadata() or {})
         else:
+            from weightlift.torch_file import open_torch_file
+
             opened = open_torch_file(shard.path, state_dict_key=state_dict_key)
             names = opened.names()
             not_tensors.update(opened.not_tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -169,6 +168,7 @@ def fill(
     memory_format: torch.memory_format | None = None,
     verify: bool = False,
     progress: bool | Progress = False,
+    initialize: Callable[[], Mapping[str, torch.Tensor]] | None = None,
     early: Early | None = None,
     caller: str = "weightlift",
 ) -> LoadReport:
@@ -179,6 +179,8 @@ def fill(
             ``_keep_in_fp32_modules`` by default.
         ignore_missing: names that may be missing.
         ignore_unexpected: names that may be there.
+        initialize: gives values to tensors on ``meta`` that the checkpoint does not hold; called
+            only if there are any.
         early: a load of ``checkpoint`` that has begun.
         caller: whom ``stats()`` books it on.
     """
@@ -277,9 +279,26 @@ def fill(
                 if checkpoint.is_view(name):
                     value = _apart(value, views)
                 _set(slot, value, memory_format)
+    extra: dict[str, torch.Tensor] = {}
+    if initialize is not None:
+        loaded = {id(slot) for _, slot in matched}
+        bare = [
+            t for t in tensors
+            if t.persistent and id(t) not in loaded and t.tensor.device.type == "meta"
+        ]  # fmt: skip
+        if bare:
+            fresh = initialize()
+            for slot, device in zip(bare, where(bare), strict=True):
+                value = fresh[slot.names[0]].detach()
+                if not keep.isdisjoint(slot.names[0].split(".")) and value.is_floating_point():
+                    value = value.float()
+                if device == "disk":
+                    extra.update(dict.fromkeys(slot.names, value))
+                else:
+                    _set(slot, value if device is None else value.to(device), memory_format)
     if devices is not None:
         _move_rest(tensors, where)
-        _dispatch(model, devices, checkpoint, on_disk)
+        _dispatch(model, devices, DiskWeights(checkpoint, on_disk), extra)
     report.error_msgs = [f"{name}: a buffer on meta that no checkpoint holds" for name in empty]
     report.missing_keys = missing
     report.unexpected_keys = unexpected
@@ -506,11 +525,12 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
 def _dispatch(
     model: torch.nn.Module,
     devices: Mapping[str, torch.device | str],
-    checkpoint: Checkpoint,
-    on_disk: Mapping[str, tuple[str, str | None]],
+    on_disk: DiskWeights,
+    initialized: Mapping[str, torch.Tensor],
 ) -> None:
     """accelerate's hooks, where a forward pass has to cross devices."""
-    if len(set(devices.values())) < 2 and not on_disk:
+    spread = set(devices.values())
+    if len(spread) < 2 and "disk" not in spread:
         return
     from accelerate import dispatch_model
     from accelerate.utils import extract_submodules_state_dict
@@ -519,19 +539,37 @@ def _dispatch(
         name: str(device) if str(device) in ("cpu", "disk") else _ordinal(device)
         for name, device in devices.items()
     }
-    weights: collections.ChainMap[str, torch.Tensor] | None = None
     on_cpu = [name for name, device in named.items() if device == "cpu"]
-    offloads_cpu = any(device not in ("cpu", "disk") for device in named.values())
-    if on_disk or (on_cpu and offloads_cpu):
-        host = extract_submodules_state_dict(model.state_dict(), on_cpu) if offloads_cpu else {}
-        weights = collections.ChainMap(dict(host), DiskWeights(checkpoint, on_disk))  # type: ignore[arg-type]
+    host: dict[str, torch.Tensor] = dict(initialized)
+    if on_cpu and any(device not in ("cpu", "disk") for device in named.values()):
+        host.update(extract_submodules_state_dict(model.state_dict(), on_cpu))
     dispatch_model(
         model,
         device_map=named,
-        state_dict=weights,
-        offload_index={} if on_disk else None,
+        state_dict=_Chained(host, on_disk) if host or on_disk else None,
+        offload_index={} if "disk" in spread else None,
         skip_keys=getattr(model, "_skip_keys", None),
     )
+
+
+class _Chained(Mapping[str, "torch.Tensor"]):
+    """Weights in memory before those on the disk."""
+
+    def __init__(self, host: Mapping[str, torch.Tensor], on_disk: DiskWeights) -> None:
+        self._host, self._on_disk = host, on_disk
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._host[name] if name in self._host else self._on_disk[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._host
+        yield from (name for name in self._on_disk if name not in self._host)
+
+    def __len__(self) -> int:
+        return len(set(self._host) | set(self._on_disk))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._host or name in self._on_disk
 
 
 def _ordinal(device: torch.device | str) -> int | str:
