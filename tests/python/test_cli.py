@@ -91,7 +91,7 @@ def test_inspect_truncates_long_listings_and_says_so(checkpoint: Path) -> None:
 
 def test_inspect_starts_without_torch(checkpoint: Path) -> None:
     code = (
-        "import sys; from weightlift.cli import app; "
+        "import sys; from weightlift.cli.app import app; "
         f"app(['inspect', {str(checkpoint)!r}], standalone_mode=False); "
         "assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules)"
     )

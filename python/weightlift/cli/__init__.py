@@ -1,6 +1,7 @@
 """The command line: ``weightlift COMMAND``, the same as ``python -m weightlift COMMAND``.
 
-Commands import torch and matplotlib when they need them, so that ``inspect`` starts at once.
+Commands import torch and matplotlib when they need them, so that ``inspect`` starts at once; and
+nothing of the command line is in the way of a script that it runs.
 """
 
 from __future__ import annotations
@@ -8,45 +9,28 @@ from __future__ import annotations
 import os
 import sys
 
-import typer
-
-from weightlift.cli.bench import bench
-from weightlift.cli.doctor import doctor
-from weightlift.cli.inspect import inspect
+from weightlift.cli.run import parse, start
 from weightlift.errors import WeightliftError
 
-__all__ = ["app", "main"]
+__all__ = ["COMMANDS", "main"]
 
-app = typer.Typer(
-    name="weightlift",
-    help="Loads model weights as fast as the hardware allows.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command()(inspect)
-app.command()(doctor)
-app.command()(bench)
-
-
-@app.callback(invoke_without_command=True)
-def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
-) -> None:
-    if version:
-        from weightlift import __version__
-
-        print(__version__)
-        raise typer.Exit
+# Each is the function of its name in the module of its name.
+COMMANDS = ("inspect", "doctor", "bench", "run")
 
 
 def main() -> None:
     """Runs the command line.
 
     An error that weightlift or the operating system names ends as one line on stderr and exit
-    status 1; a wrong use as 2. ``WEIGHTLIFT_DEBUG=1`` shows the traceback.
+    status 1; a wrong use as 2. ``WEIGHTLIFT_DEBUG=1`` shows the traceback. What a script raises is
+    its own affair.
     """
+    job = parse(sys.argv[1:], COMMANDS)
+    if job is not None:
+        start(job)
+        return
+    from weightlift.cli.app import app
+
     try:
         app()
     except (WeightliftError, OSError) as error:

@@ -1,0 +1,112 @@
+"""``weightlift run``: a script or module as Python runs it, with all backends on."""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import os
+import pkgutil
+import runpy
+import sys
+from collections.abc import Sequence
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+__all__ = ["Job", "parse", "run", "start"]
+
+
+class Job(NamedTuple):
+    """What to run: a script, a folder or archive with a ``__main__.py``, or a module."""
+
+    target: str
+    is_module: bool
+    arguments: list[str]
+    report: bool
+
+
+def parse(arguments: Sequence[str], commands: Sequence[str]) -> Job | None:
+    """``[run] [--report] [-m MODULE | SCRIPT] ARGS...`` as a job; ``None``: it is another command.
+
+    ``commands`` are those that go before scripts of their name.
+    """
+    rest = list(arguments)
+    explicit = rest[:1] == ["run"]
+    if explicit:
+        del rest[0]
+    report = os.environ.get("WEIGHTLIFT_REPORT") == "1"
+    while rest[:1] == ["--report"]:
+        report = True
+        del rest[0]
+    if rest[:1] == ["-m"] and len(rest) > 1:
+        return Job(rest[1], True, rest[2:], report)
+    if not rest or rest[0].startswith("-") or (not explicit and rest[0] in commands):
+        return None
+    if not Path(rest[0]).exists():
+        known = "" if explicit else f"neither a command ({', '.join(commands)}) nor "
+        print(f"weightlift: {rest[0]!r} is {known or 'not '}a file", file=sys.stderr)
+        sys.exit(2)
+    return Job(rest[0], False, rest[1:], report)
+
+
+def start(job: Job) -> None:
+    """Runs a job in this process, as its ``__main__``."""
+    from weightlift import enable
+
+    if job.report:
+        atexit.register(_print_report)
+    enable()
+    sys.argv[:] = [job.target, *job.arguments]
+    # Python's own first entry is the place of weightlift's command; with -P or -I there is none.
+    own_entry = not getattr(sys.flags, "safe_path", sys.flags.isolated)
+    if job.is_module:
+        if own_entry:
+            sys.path[0] = str(Path.cwd())
+        runpy.run_module(job.target, run_name="__main__", alter_sys=True)
+        return
+    path = str(Path(job.target).absolute())
+    if pkgutil.get_importer(path) is not None:  # a folder or an archive: runpy puts it there
+        if own_entry:
+            del sys.path[0]
+        runpy.run_path(path, run_name="__main__")
+        return
+    if own_entry:
+        sys.path[0] = str(Path(path).resolve().parent)
+    # Not by runpy, which takes the module away when it ends: threads, atexit and pickle need it.
+    loader = SourceFileLoader("__main__", path)
+    module = ModuleType("__main__")
+    vars(module).update(__file__=path, __cached__=None, __loader__=loader, __builtins__=builtins)
+    sys.modules["__main__"] = module
+    exec(loader.source_to_code(loader.get_data(path), path), vars(module))
+
+
+def run() -> None:
+    """Run a script or module as `python` does, with all backends on.
+
+    weightlift run [--report] SCRIPT.py ARGS...
+
+    weightlift run [--report] -m MODULE ARGS...
+
+    The word `run` may be left out; with it, a script may have a command's name. --report, or
+    WEIGHTLIFT_REPORT=1, prints at exit what was loaded and what went the stock way. Launchers that
+    start processes of their own take weightlift as the module: torchrun -m weightlift SCRIPT.py.
+    """
+    print("weightlift run: name a script, or -m and a module; see -h", file=sys.stderr)
+    sys.exit(2)
+
+
+def _print_report() -> None:
+    from weightlift.report import fallback_reasons, format_bytes, stats
+
+    sums = stats()
+    lines = []
+    for name, own in [("weightlift", sums), *sorted(sums.by_caller.items())]:
+        lines.append(
+            f"{name:<14}{own.loads:>7} loads {format_bytes(own.bytes):>10} "
+            f"{format_bytes(own.mapped_bytes):>10} mapped {format_bytes(own.read_bytes):>10} read "
+            f"{own.seconds:>9.3f} s {own.fallbacks:>5} fallbacks"
+        )
+    for (caller, reason), count in sorted(fallback_reasons().items()):
+        lines.append(f"  {caller}, {count} x the stock way: {reason}")
+    print("\n".join(lines), file=sys.stderr)
