@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -216,6 +217,7 @@ def fill(
     wanted = dtypes.parse_dtype(dtype)
     own = dtype is None
     keep = frozenset(keep_in_fp32)
+    cpu = _cpu()
     reuse = not pin_memory and memory_format is None
     for (name, slot), device in zip(matched, where(slot for _, slot in matched), strict=True):
         file_dtype = headers[name][0]
@@ -231,9 +233,13 @@ def fill(
                 target = None
         if device == "disk":
             on_disk.update(dict.fromkeys(slot.names, (name, target)))
+            # accelerate's hooks cast what they read to the dtype of what they replace.
+            kind = dtypes.to_torch(target or file_dtype)
+            if tensor.dtype != kind or tensor.device.type != "meta":
+                _set(slot, tensor.to("meta", kind), None)
             continue
         if tensor.device.type == "meta":
-            device = device or _cpu()
+            device = device or cpu
             in_place = False
         else:
             device = device or tensor.device
@@ -458,7 +464,7 @@ def _set(slot: _Tensor, value: torch.Tensor, memory_format: torch.memory_format 
     old = slot.tensor
     new: torch.Tensor = value
     if slot.is_parameter:
-        if old.device.type != "meta":
+        if "meta" not in (old.device.type, value.device.type):
             old.data = value
             return
         requires_grad = old.requires_grad and (value.is_floating_point() or value.is_complex())
@@ -537,19 +543,50 @@ def _dispatch(
 
     named: dict[str, int | str] = {
         name: str(device) if str(device) in ("cpu", "disk") else _ordinal(device)
-        for name, device in devices.items()
+        for name, device in _disjoint(model, devices).items()
     }
     on_cpu = [name for name, device in named.items() if device == "cpu"]
     host: dict[str, torch.Tensor] = dict(initialized)
     if on_cpu and any(device not in ("cpu", "disk") for device in named.values()):
         host.update(extract_submodules_state_dict(model.state_dict(), on_cpu))
-    dispatch_model(
-        model,
-        device_map=named,
-        state_dict=_Chained(host, on_disk) if host or on_disk else None,
-        offload_index={} if "disk" in spread else None,
-        skip_keys=getattr(model, "_skip_keys", None),
-    )
+    with warnings.catch_warnings():
+        # A tensor of a module whose children are elsewhere stands in the map by its own name.
+        warnings.filterwarnings("ignore", "The following device_map keys do not match")
+        dispatch_model(
+            model,
+            device_map=named,
+            state_dict=_Chained(host, on_disk) if host or on_disk else None,
+            offload_index={} if "disk" in spread else None,
+            skip_keys=getattr(model, "_skip_keys", None),
+        )
+
+
+def _disjoint(
+    model: torch.nn.Module, devices: Mapping[str, torch.device | str]
+) -> dict[str, torch.device | str]:
+    """The same map without a prefix of another: accelerate's hook on a module takes all below."""
+    of_name: dict[str, torch.device | str] = {}
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    for device, assigned in placement.assign(names, devices).items():
+        of_name.update(dict.fromkeys(assigned, device))
+    found: dict[str, torch.device | str] = {}
+
+    def walk(prefix: str, below: Sequence[str]) -> None:
+        held = {of_name[name] for name in below}
+        if len(held) == 1:
+            found[prefix] = held.pop()
+            return
+        children: dict[str, list[str]] = {}
+        depth = len(prefix) + 1 if prefix else 0
+        for name in below:
+            end = name.find(".", depth)
+            children.setdefault(name if end < 0 else name[:end], []).append(name)
+        for child, inside in children.items():
+            walk(child, inside)
+
+    walk("", names)
+    return found
 
 
 class _Chained(Mapping[str, "torch.Tensor"]):
