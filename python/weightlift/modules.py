@@ -231,6 +231,8 @@ def fill(
                 target = "F32"
             if target == file_dtype:
                 target = None
+        if device == "disk" and not slot.is_parameter:
+            device = cpu  # buffers are not offloaded (accelerate's offload_buffers=False)
         if device == "disk":
             on_disk.update(dict.fromkeys(slot.names, (name, target)))
             # accelerate's hooks cast what they read to the dtype of what they replace.
