@@ -98,7 +98,7 @@ class HubArguments:
         if self.revision is not None and _COMMIT.fullmatch(self.revision):
             return self
         resolve = functools.partial(
-            self._api().resolve_revision,
+            self.api().resolve_revision,
             repo_id,
             revision=self.revision,
             cache_dir=self._cache,
@@ -123,7 +123,8 @@ class HubArguments:
 
         return os.fspath(self.cache_dir or constants.HF_HUB_CACHE)
 
-    def _api(self) -> HfApi:
+    def api(self) -> HfApi:
+        """huggingface_hub's client, for the endpoint and with the token of these arguments."""
         from huggingface_hub import HfApi
 
         from weightlift import __version__
@@ -148,7 +149,7 @@ def download(repo_id: str, filename: str, arguments: HubArguments) -> Path:
             download broke off (``"read_failed"``).
     """
     with _hub_errors(repo_id, arguments, filename):
-        path = arguments._api().hf_hub_download(
+        path = arguments.api().hf_hub_download(
             repo_id,
             filename,
             subfolder=arguments.subfolder,
@@ -171,7 +172,7 @@ def snapshot(repo_id: str, patterns: Sequence[str], arguments: HubArguments) -> 
     """
     prefix = glob.escape(f"{arguments.subfolder}/") if arguments.subfolder else ""
     with _hub_errors(repo_id, arguments, ", ".join(patterns)):
-        folder = arguments._api().snapshot_download(
+        folder = arguments.api().snapshot_download(
             repo_id,
             revision=arguments.revision,
             cache_dir=arguments._cache,
@@ -193,7 +194,7 @@ def list_files(repo_id: str, arguments: HubArguments) -> list[str]:
     from huggingface_hub import errors
 
     arguments = arguments.pinned(repo_id)
-    api = arguments._api()
+    api = arguments.api()
     with _hub_errors(repo_id, arguments):
         names: Sequence[str] | None = None
         unreachable: Exception | None = None

@@ -245,19 +245,24 @@ class ConfigMixin:
         if not isinstance(class_name, (str, list, tuple)):
             raise CheckpointError(f"the config's _class_name is {class_name!r}; it must be a name")
 
+        public = {
+            name: value
+            for name, value in config.items()
+            if not name.startswith("_") and name != "quantization_config"
+        }
         arguments = {
-            name: kwargs.pop(name) if name in kwargs else config[name]
+            name: kwargs.pop(name) if name in kwargs else public[name]
             for name in sorted(expected)
-            if name in kwargs or name in config
+            if name in kwargs or name in public
         }
         hidden = {name: value for name, value in config.items() if name not in arguments}
         others: set[str] = set()
         if cls.has_compatibles:
-            others = others.union(*(_argument_names(c) for c in cls._get_compatibles())) - own
+            others = others.union(*map(_argument_names, cls._get_compatibles())) - own
         unexpected = {
             name: value
-            for name, value in hidden.items()
-            if name not in others and not name.startswith("_") and name != "quantization_config"
+            for name, value in public.items()
+            if name not in arguments and name not in others
         }
         if unexpected:
             _log.warning(

@@ -121,7 +121,6 @@ def create_repository(
     repo_id: str | os.PathLike[str], private: bool | None = None, token: str | bool | None = None
 ) -> str:
     """Makes a repository if there is none; returns its whole name, ``user/name``."""
-    from huggingface_hub import create_repo
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -134,7 +133,7 @@ def create_repository(
         if isinstance(repo_id, os.PathLike) or not Path(name).is_dir():
             raise ArgumentError(f"repo_id is {os.fspath(repo_id)!r}: {error}") from None
         name = Path(name).absolute().name
-    return create_repo(name, private=private, token=token, exist_ok=True).repo_id
+    return HubArguments(token=token).api().create_repo(name, private=private, exist_ok=True).repo_id
 
 
 def write_model_card(
@@ -155,7 +154,11 @@ def write_model_card(
     except ReadError as error:
         if error.code != "not_found":
             raise
-        text = _CARD.format(class_name=type(saved).__name__, repo_id=repo_id)
+        name = type(saved).__name__
+        load = f'{name}.from_pretrained("{repo_id}")'
+        if not hasattr(saved, "from_pretrained"):
+            load = f'{name}.from_config({name}.load_config("{repo_id}"))'
+        text = _CARD.format(class_name=name, repo_id=repo_id, load=load)
     card = ModelCard(text, ignore_metadata_errors=True)
     data: Any = card.data
     data.library_name = data.library_name or "weightlift"
@@ -174,7 +177,7 @@ library_name: weightlift
 A `{class_name}`, saved with weightlift. The class that it was saved from loads it:
 
 ```python
-model = {class_name}.from_pretrained("{repo_id}")
+{load}
 ```
 """
 
@@ -188,16 +191,14 @@ def _upload(
     create_pr: bool = False,
     subfolder: str | None = None,
 ) -> CommitInfo:
-    from huggingface_hub import upload_folder
-
     if commit_message is None:
         name = type(saved).__name__
         kinds = [kind.lower() for kind in ("Model", "Scheduler") if kind in name]
         commit_message = f"Upload {kinds[0] if kinds else name}"
-    return upload_folder(
+    api = HubArguments(token=token).api()
+    return api.upload_folder(
         repo_id=repo_id,
         folder_path=os.fspath(folder),
-        token=token,
         commit_message=commit_message,
         create_pr=create_pr,
         path_in_repo=subfolder,
