@@ -364,6 +364,9 @@ def _not_known(library: str, what: str) -> None:
 def _route(
     library: str, original: Callable[..., Any], replacement: Callable[..., Any]
 ) -> Callable[..., Any]:
+    # Python names a function that is called wrongly by this.
+    replacement.__qualname__ = original.__qualname__
+
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         if library in _active:

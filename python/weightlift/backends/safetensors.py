@@ -86,17 +86,15 @@ def _safe_open(reference: Any) -> type:
     signature = inspect.signature(reference)
 
     def opened(*args: Any, **kwargs: Any) -> Any:
+        cause: Exception | None
         try:
             given = signature.bind(*args, **kwargs).arguments
-        except TypeError:
-            return reference(*args, **kwargs)
-        if given["framework"] not in ("pt", "torch", "pytorch"):
-            return reference(*args, **kwargs)
-        try:
+            if given["framework"] not in ("pt", "torch", "pytorch"):
+                return reference(*args, **kwargs)
             return _Opened(reference, **given)
         except StandAside as aside:
             reason, warn, cause = aside.reason, aside.warn, None
-        except WeightliftError as error:
+        except (WeightliftError, TypeError) as error:
             reason, warn, cause = str(error), True, error
         try:
             handle = reference(*args, **kwargs)
@@ -126,7 +124,7 @@ def _load_file(reference: Callable[..., Any]) -> Callable[..., Any]:
             target = _device(device)
             mode = files._mode("auto", backend)
             checkpoint = Checkpoint.of_file(filename)
-        except (StandAside, WeightliftError):
+        except (StandAside, WeightliftError, TypeError):
             # Its own safe_open meets the same, and says so.
             options = {} if backend == "mmap" else {"backend": backend}
             return reference(filename, device, **options)

@@ -65,7 +65,8 @@ def start(job: Job) -> None:
             sys.path[0] = str(Path.cwd())
         runpy.run_module(job.target, run_name="__main__", alter_sys=True)
         return
-    path = str(Path(job.target).absolute())
+    # Python does not tidy "./" away either.
+    path = job.target if Path(job.target).is_absolute() else f"{Path.cwd()}/{job.target}"
     if pkgutil.get_importer(path) is not None:  # a folder or an archive: runpy puts it there
         if own_entry:
             del sys.path[0]
