@@ -3,7 +3,7 @@
 namespace weightlift {
 
 ErrorKind error_kind(ErrorCode code) noexcept {
-  if (code <= ErrorCode::kTrailingBytes) return ErrorKind::kFormat;
+  if (code <= ErrorCode::kArchiveTooLarge) return ErrorKind::kFormat;
   if (code <= ErrorCode::kReadFailed) return ErrorKind::kRead;
   if (code <= ErrorCode::kForkedProcess) return ErrorKind::kDevice;
   if (code == ErrorCode::kOutOfMemory) return ErrorKind::kMemory;
@@ -53,6 +53,18 @@ std::string_view error_name(ErrorCode code) noexcept {
       return "data_incomplete";
     case ErrorCode::kTrailingBytes:
       return "trailing_bytes";
+    case ErrorCode::kNotArchive:
+      return "not_archive";
+    case ErrorCode::kArchiveIncomplete:
+      return "archive_incomplete";
+    case ErrorCode::kArchiveMalformed:
+      return "archive_malformed";
+    case ErrorCode::kArchiveMismatch:
+      return "archive_mismatch";
+    case ErrorCode::kArchiveUnsupported:
+      return "archive_unsupported";
+    case ErrorCode::kArchiveTooLarge:
+      return "archive_too_large";
     case ErrorCode::kNotFound:
       return "not_found";
     case ErrorCode::kPermissionDenied:

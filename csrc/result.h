@@ -35,6 +35,13 @@ enum class ErrorCode : std::uint8_t {
   kOffsetsInvalid,
   kDataIncomplete,
   kTrailingBytes,
+  // Those of archives; besides kDuplicateName, kOffsetsInvalid, kSizeMismatch and kTrailingBytes.
+  kNotArchive,
+  kArchiveIncomplete,
+  kArchiveMalformed,
+  kArchiveMismatch,
+  kArchiveUnsupported,
+  kArchiveTooLarge,
   // The operating system would not give the bytes: ReadError.
   kNotFound,
   kPermissionDenied,

@@ -3,11 +3,13 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 
 #include "bind/errors.h"
 #include "bind/gil.h"
+#include "bind/indexed_file.h"
 #include "bind/plan_builder.h"
 #include "convert/cast.h"
 #include "convert/scatter.h"
@@ -176,6 +178,38 @@ void cast_bytes(std::uint64_t source, std::uint64_t target, std::size_t count,
        reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(target)), count, rules);
 }
 
+py::bytes read_bytes(const Archive& self, std::uint64_t begin, std::uint64_t bytes) {
+  if (begin > self.file->size() || bytes > self.file->size() - begin) {
+    throw py::index_error("these bytes leave the file");
+  }
+  auto result = py::reinterpret_steal<py::bytes>(
+      PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(bytes)));
+  if (!result) throw py::error_already_set();
+  char* const data = PyBytes_AS_STRING(result.ptr());
+  auto done = [&] {
+    const UnlockedGil unlocked;
+    return self.file->read_exact(begin, std::as_writable_bytes(std::span(data, bytes)));
+  }();
+  raise_if_error(std::move(done));
+  return result;
+}
+
+std::shared_ptr<IndexedFile> index_of_entries(const Archive& self, std::vector<std::string> names,
+                                              const std::vector<std::string>& dtypes,
+                                              std::vector<std::vector<std::uint64_t>> shapes,
+                                              const std::vector<std::uint64_t>& begins) {
+  if (dtypes.size() != names.size() || shapes.size() != names.size() ||
+      begins.size() != names.size()) {
+    throw py::value_error("names, dtypes, shapes and begins differ in length");
+  }
+  std::vector<format::TensorEntry> entries;
+  entries.reserve(names.size());
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    entries.push_back({std::move(names[i]), dtype_of(dtypes[i]), std::move(shapes[i]), begins[i]});
+  }
+  return value_or_raise(IndexedFile::of_entries(self.file, std::move(entries)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -191,14 +225,15 @@ PYBIND11_MODULE(_native, module) {
   py::class_<IndexedFile, std::shared_ptr<IndexedFile>>(module, "IndexedFile")
       .def_static(
           "open",
-          [](const py::str& path) {
-            auto opened = [name = path_bytes(path)] {
+          [](const py::str& path, std::uint64_t begin, std::optional<std::uint64_t> bytes) {
+            auto opened = [&, name = path_bytes(path)]() -> Result<std::shared_ptr<IndexedFile>> {
               const UnlockedGil unlocked;
-              return IndexedFile::open(name);
+              WL_ASSIGN_OR_RETURN(auto file, io::File::open(name));
+              return IndexedFile::open(std::move(file), begin, bytes);
             }();
             return value_or_raise(std::move(opened));
           },
-          py::arg("path"))
+          py::arg("path"), py::arg("begin") = 0, py::arg("bytes") = py::none())
       .def_property_readonly("path",
                              [](const IndexedFile& self) { return path_text(self.file->path()); })
       .def_property_readonly("identity",
@@ -283,6 +318,44 @@ PYBIND11_MODULE(_native, module) {
            })
       .def("drop_from_page_cache",
            [](const IndexedFile& self) { io::drop_from_page_cache(*self.file); });
+
+  py::class_<Archive, std::shared_ptr<Archive>>(module, "Archive")
+      .def_static(
+          "open",
+          [](const py::str& path) {
+            auto opened = [name = path_bytes(path)] {
+              const UnlockedGil unlocked;
+              return Archive::open(name);
+            }();
+            return value_or_raise(std::move(opened));
+          },
+          py::arg("path"))
+      .def_property_readonly("path",
+                             [](const Archive& self) { return path_text(self.file->path()); })
+      .def_property_readonly("identity", [](const Archive& self) { return self.file->identity(); })
+      .def_property_readonly("size", [](const Archive& self) { return self.file->size(); })
+      .def("records",
+           [](const Archive& self) {
+             py::list records;
+             for (const format::ZipRecord& record : self.records) {
+               records.append(py::make_tuple(text(record.name), record.begin, record.bytes,
+                                             record.crc32, record.zip64));
+             }
+             return records;
+           })
+      .def("read", &read_bytes, py::arg("begin"), py::arg("bytes"))
+      .def(
+          "safetensors",
+          [](const Archive& self, std::uint64_t begin, std::uint64_t bytes) {
+            auto opened = [&] {
+              const UnlockedGil unlocked;
+              return IndexedFile::open(self.file, begin, bytes);
+            }();
+            return value_or_raise(std::move(opened));
+          },
+          py::arg("begin"), py::arg("bytes"))
+      .def("index", &index_of_entries, py::arg("names"), py::arg("dtypes"), py::arg("shapes"),
+           py::arg("begins"));
 
   py::class_<PlanBuilder>(module, "Plan")
       .def(py::init<engine::Settings>(), py::arg("settings"))

@@ -6,7 +6,6 @@
 #include "bind/errors.h"
 #include "bind/gil.h"
 #include "bind/tensor_export.h"
-#include "format/safetensors.h"
 
 namespace py = pybind11;
 
@@ -15,8 +14,6 @@ namespace {
 
 // What torch and the vector units like; torch's own CPU allocator aligns to it too.
 constexpr std::uint64_t kTensorAlignment = 64;
-// The first bytes of a file tell a header from a web page or a git-lfs pointer.
-constexpr std::uint64_t kFirstBytes = 512;
 
 std::uint64_t round_up(std::uint64_t value, std::uint64_t unit) {
   return (value + unit - 1) / unit * unit;
@@ -58,28 +55,6 @@ engine::Copy whole(const format::TensorInfo& tensor, std::uint32_t file, std::ui
 }
 
 }  // namespace
-
-Result<std::shared_ptr<IndexedFile>> IndexedFile::open(const std::string& path) {
-  WL_ASSIGN_OR_RETURN(std::shared_ptr<io::File> file, io::File::open(path));
-  std::vector<std::byte> first(std::min(kFirstBytes, file->size()));
-  WL_RETURN_IF_ERROR(file->read_exact(0, first));
-  WL_ASSIGN_OR_RETURN(const std::uint64_t length, format::header_length(first, file->size(), path));
-  std::vector<std::byte> header(length);
-  const std::size_t known = std::min<std::size_t>(length, first.size() - format::kLengthBytes);
-  std::copy_n(first.begin() + format::kLengthBytes, known, header.begin());
-  WL_RETURN_IF_ERROR(
-      file->read_exact(format::kLengthBytes + known, std::span(header).subspan(known)));
-  WL_ASSIGN_OR_RETURN(auto index, format::parse_header(header, file->size(), path));
-  return std::make_shared<IndexedFile>(
-      IndexedFile{.file = std::move(file), .index = std::move(index), .mapping = {}});
-}
-
-Result<std::shared_ptr<io::Mapping>> IndexedFile::map() {
-  if (auto mapped = mapping.lock()) return mapped;
-  WL_ASSIGN_OR_RETURN(auto mapped, io::Mapping::map(file));
-  mapping = mapped;
-  return mapped;
-}
 
 void PlanBuilder::map(const std::shared_ptr<IndexedFile>& source, const Which& which, bool shared) {
   const std::uint32_t file = plan_.add_file(source->file);

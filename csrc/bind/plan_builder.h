@@ -10,25 +10,12 @@
 #include <utility>
 #include <vector>
 
+#include "bind/indexed_file.h"
 #include "engine/host_memory.h"
 #include "engine/load.h"
 #include "engine/plan.h"
-#include "format/index.h"
-#include "io/file.h"
-#include "io/mapping.h"
 
 namespace weightlift::bind {
-
-// A checkpoint file: its descriptor, its index and, while anyone uses it, its mapping.
-struct IndexedFile {
-  std::shared_ptr<io::File> file;
-  std::shared_ptr<const format::Index> index;
-  std::weak_ptr<io::Mapping> mapping;
-
-  [[nodiscard]] static Result<std::shared_ptr<IndexedFile>> open(const std::string& path);
-  // The one mapping that the tensors of this object share.
-  [[nodiscard]] Result<std::shared_ptr<io::Mapping>> map();
-};
 
 class PlanBuilder {
  public:

@@ -2,10 +2,14 @@
 
 #include <sys/random.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
+#include <tuple>
+#include <utility>
 
 #include "format/by_name.h"
+#include "format/common.h"
 
 namespace weightlift::format {
 namespace {
@@ -123,6 +127,74 @@ std::optional<std::uint32_t> Index::ByName::find(std::span<const TensorInfo> ten
   const Slot& slot = slots_[locate(tensors, name, hash_of(name))];
   if (slot.position == kFree) return std::nullopt;
   return slot.position;
+}
+
+class EntriesIndexer {
+ public:
+  static Result<std::shared_ptr<const Index>> index(std::vector<TensorEntry>& entries,
+                                                    std::uint64_t file_size) {
+    std::size_t names = 0;
+    std::size_t extents = 0;
+    std::vector<Placed> placed;
+    placed.reserve(entries.size());
+    for (const TensorEntry& entry : entries) {
+      auto bytes = bytes_of(entry.shape, entry.dtype);
+      if (!bytes.ok()) {
+        bytes.error().tensor = entry.name;
+        return std::move(bytes).error();
+      }
+      if (entry.begin > file_size || *bytes > file_size - entry.begin) {
+        return make_error(ErrorCode::kOffsetsInvalid,
+                          "it is stated to take " + std::to_string(*bytes) + " bytes from byte " +
+                              std::to_string(entry.begin) + " on, and the file ends at " +
+                              std::to_string(file_size) + "; " + std::string(kDamaged),
+                          std::nullopt, entry.name);
+      }
+      names += entry.name.size();
+      extents += entry.shape.size();
+      placed.push_back({&entry, *bytes});
+    }
+    std::sort(placed.begin(), placed.end());
+
+    const std::shared_ptr<Index> index(new Index());
+    // Reserved, so that the views into them stay.
+    index->names_.reserve(names);
+    index->extents_.reserve(extents);
+    index->tensors_.reserve(placed.size());
+    for (const Placed& one : placed) {
+      index->names_ += one.entry->name;
+      index->extents_.insert(index->extents_.end(), one.entry->shape.begin(),
+                             one.entry->shape.end());
+      index->tensors_.push_back(
+          {std::string_view(index->names_).substr(index->names_.size() - one.entry->name.size()),
+           one.entry->dtype, std::span(index->extents_).last(one.entry->shape.size()),
+           one.entry->begin, one.bytes});
+    }
+    index->by_name_ = std::make_unique<Index::ByName>(placed.size());
+    for (std::uint32_t i = 0; i < placed.size(); ++i) {
+      if (index->by_name_->insert(index->tensors_, i)) {
+        return make_error(ErrorCode::kDuplicateName, "two tensors have this name", std::nullopt,
+                          index->tensors_[i].name);
+      }
+    }
+    return std::shared_ptr<const Index>(index);
+  }
+
+ private:
+  struct Placed {
+    const TensorEntry* entry;
+    std::uint64_t bytes;
+
+    bool operator<(const Placed& other) const noexcept {
+      return std::tie(entry->begin, bytes, entry->name) <
+             std::tie(other.entry->begin, other.bytes, other.entry->name);
+    }
+  };
+};
+
+Result<std::shared_ptr<const Index>> make_index(std::vector<TensorEntry> entries,
+                                                std::uint64_t file_size, const std::string& path) {
+  return guarded(path, [&] { return EntriesIndexer::index(entries, file_size); });
 }
 
 }  // namespace weightlift::format

@@ -1,5 +1,5 @@
 // What a checkpoint file holds: names, element types, shapes and where the bytes lie. Only a parser
-// can make one, so an Index that exists has been checked.
+// or make_index() can make one, so an Index that exists has been checked.
 #pragma once
 
 #include <cstdint>
@@ -41,6 +41,7 @@ class Index {
 
  private:
   friend class SafetensorsParser;
+  friend class EntriesIndexer;
   Index();
 
   std::vector<TensorInfo> tensors_;  // views into the two below
@@ -51,5 +52,18 @@ class Index {
   struct ByName;  // built by the parser: it has to find duplicate names anyway
   std::unique_ptr<ByName> by_name_;
 };
+
+// A tensor whose place in a file is known from elsewhere, such as torch's own unpickler.
+struct TensorEntry {
+  std::string name;
+  Dtype dtype = Dtype::kU8;
+  std::vector<std::uint64_t> shape;
+  std::uint64_t begin = 0;  // bytes from the start of the file
+};
+
+// The Index of such tensors. They may share bytes; none may leave the file or have another's name.
+[[nodiscard]] Result<std::shared_ptr<const Index>> make_index(std::vector<TensorEntry> entries,
+                                                              std::uint64_t file_size,
+                                                              const std::string& path);
 
 }  // namespace weightlift::format

@@ -2,14 +2,13 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <iterator>
 #include <map>
-#include <new>
 #include <nlohmann/json.hpp>
 #include <string_view>
 
 #include "format/by_name.h"
+#include "format/common.h"
 
 // What is accepted here is what safetensors 0.8.0 accepts, found by running it; the one exception
 // are duplicate tensor names, which the format forbids and of which the reference silently drops
@@ -22,92 +21,6 @@ namespace {
 // the outermost included.
 constexpr std::uint32_t kMaxDepth = 127;
 constexpr std::string_view kMetadataKey = "__metadata__";
-constexpr std::string_view kDamaged = "the file is damaged: download it or save it again";
-
-Error make_error(ErrorCode code, std::string message, std::optional<std::uint64_t> offset = {},
-                 std::string_view tensor = {}) {
-  Error error;
-  error.code = code;
-  error.message = std::move(message);
-  error.offset = offset;
-  error.tensor = tensor;
-  return error;
-}
-
-// Text from the file, made short for a message; never cut inside a character.
-std::string excerpt(std::string_view text, std::size_t limit = 80) {
-  if (text.size() <= limit) return std::string(text);
-  std::size_t end = limit;
-  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) --end;
-  return std::string(text.substr(0, end)) + "...";
-}
-
-std::string shape_text(std::span<const std::uint64_t> shape) {
-  constexpr std::size_t kShown = 8;
-  std::string text = "[";
-  for (std::size_t i = 0; i < std::min(shape.size(), kShown); ++i) {
-    if (i > 0) text += ", ";
-    text += std::to_string(shape[i]);
-  }
-  if (shape.size() > kShown) text += ", ... " + std::to_string(shape.size()) + " in all";
-  return text + "]";
-}
-
-// The position of the first byte that is not UTF-8 (Unicode 16, table 3-7), or the size.
-std::size_t utf8_prefix(std::string_view text) noexcept {
-  const auto byte = [&](std::size_t i) {
-    return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u;
-  };
-  const auto continues = [&](std::size_t i) { return (byte(i) & 0xc0) == 0x80; };
-  std::size_t i = 0;
-  while (i < text.size()) {
-    // Headers are nearly all ASCII: eight bytes at a time.
-    while (text.size() - i >= 8) {
-      std::uint64_t word = 0;
-      std::memcpy(&word, text.data() + i, 8);
-      if ((word & 0x8080'8080'8080'8080) != 0) break;
-      i += 8;
-    }
-    if (i == text.size()) break;
-    const unsigned first = byte(i);
-    if (first < 0x80) {
-      ++i;
-    } else if (first >= 0xc2 && first <= 0xdf) {
-      if (!continues(i + 1)) return i;
-      i += 2;
-    } else if (first >= 0xe0 && first <= 0xef) {
-      const unsigned low = first == 0xe0 ? 0xa0 : 0x80;   // below: longer than needed
-      const unsigned high = first == 0xed ? 0x9f : 0xbf;  // above: a surrogate
-      if (byte(i + 1) < low || byte(i + 1) > high || !continues(i + 2)) return i;
-      i += 3;
-    } else if (first >= 0xf0 && first <= 0xf4) {
-      const unsigned low = first == 0xf0 ? 0x90 : 0x80;
-      const unsigned high = first == 0xf4 ? 0x8f : 0xbf;  // above: past U+10FFFF
-      if (byte(i + 1) < low || byte(i + 1) > high || !continues(i + 2) || !continues(i + 3)) {
-        return i;
-      }
-      i += 4;
-    } else {
-      return i;
-    }
-  }
-  return i;
-}
-
-// The one place where a shape becomes a number of bits. As in the reference a product that leaves
-// 64 bits on the way is an error even where a later extent is 0. Nothing is allocated by the
-// result before it has been held against the bytes that the file has.
-std::optional<std::uint64_t> bits_of(std::span<const std::uint64_t> shape, Dtype dtype) noexcept {
-  constexpr unsigned __int128 kMax = ~std::uint64_t{0};
-  unsigned __int128 product = 1;
-  for (const std::uint64_t extent : shape) {
-    product *= extent;
-    if (product > kMax) return std::nullopt;
-  }
-  product *= dtype_bits(dtype);
-  if (product > kMax) return std::nullopt;
-  return static_cast<std::uint64_t>(product);
-}
 
 // A tensor as the header states it, not yet held against the others.
 struct Entry {
@@ -543,44 +456,15 @@ class Handler {
   Dtype last_dtype_ = Dtype::kF32;
 };
 
-// What people have under a name that ends in .safetensors, told by its first bytes. Asked only
-// where those bytes cannot be the length of a header.
-std::optional<Error> foreign_file(std::string_view first) {
-  if (first.starts_with("version https://git-lfs.github.com/spec/")) {
-    return make_error(ErrorCode::kGitLfsPointer,
-                      "this is a git-lfs pointer, not the weights: run `git lfs pull` in its "
-                      "repository, or download the file itself",
-                      0);
-  }
-  const auto not_weights = [](std::string message) {
-    return make_error(ErrorCode::kNotWeights, std::move(message), 0);
-  };
-  if (first.starts_with("PK\x03\x04")) {
-    return not_weights(
-        "this is a zip file, perhaps a checkpoint of torch.save: rename it to .bin or .pt");
-  }
-  std::string_view text = first;
-  if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);
-  text.remove_prefix(std::min(text.find_first_not_of(" \t\r\n"), text.size()));
-  const auto starts_with = [text](std::string_view prefix) {
-    return text.size() >= prefix.size() &&
-           std::equal(prefix.begin(), prefix.end(), text.begin(), [](char wanted, char found) {
-             return wanted == (found >= 'A' && found <= 'Z' ? found - 'A' + 'a' : found);
-           });
-  };
-  if (starts_with("<!doctype") || starts_with("<html") || starts_with("<?xml")) {
-    return not_weights(
-        "a web page was saved instead of the weights: download again, and look whether the link "
-        "asks for a login");
-  }
-  return std::nullopt;
-}
-
 Result<std::uint64_t> length_of(std::string_view first, std::uint64_t file_size) {
-  if (file_size == 0) {
-    return make_error(ErrorCode::kEmptyFile, "the file is empty: download it or save it again", 0);
-  }
+  if (auto empty = empty_file(file_size)) return *std::move(empty);
+  // Asked only where the first bytes cannot be the length of a header.
   const auto refuse = [first](ErrorCode code, std::string message) {
+    if (first.starts_with("PK\x03\x04")) {
+      return make_error(
+          ErrorCode::kNotWeights,
+          "this is a zip file, perhaps a checkpoint of torch.save: rename it to .bin or .pt", 0);
+    }
     auto foreign = foreign_file(first);
     return foreign ? *std::move(foreign) : make_error(code, std::move(message), 0);
   };
@@ -637,16 +521,12 @@ std::span<const std::byte> known(std::span<const std::byte> first, std::uint64_t
   return first.first(static_cast<std::size_t>(std::min<std::uint64_t>(first.size(), file_size)));
 }
 
-std::string_view as_text(std::span<const std::byte> bytes) noexcept {
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-}
-
 }  // namespace
 
 class SafetensorsParser {
  public:
   static Result<std::shared_ptr<const Index>> parse(std::string_view header,
-                                                    std::uint64_t file_size) {
+                                                    std::uint64_t file_size, std::uint64_t origin) {
     if (header.size() > kMaxHeaderBytes || file_size < kLengthBytes ||
         header.size() > file_size - kLengthBytes) {
       return make_error(ErrorCode::kHeaderPastEnd,
@@ -661,10 +541,11 @@ class SafetensorsParser {
 
     sort(parsed);
     const std::shared_ptr<Index> index(new Index());
-    fill(*index, parsed, kLengthBytes + header.size());
+    const std::uint64_t data_begin = kLengthBytes + header.size();
+    fill(*index, parsed, origin + data_begin);
     // Two tensors of one name nearly always overlap as well: the name says more.
     WL_RETURN_IF_ERROR(name(*index, parsed.entries));
-    WL_RETURN_IF_ERROR(check_places(*index, parsed.entries, file_size));
+    WL_RETURN_IF_ERROR(check_places(*index, parsed.entries, data_begin, file_size));
     return std::shared_ptr<const Index>(index);
   }
 
@@ -716,7 +597,7 @@ class SafetensorsParser {
   // The data must be covered from its first byte to its last, without a hole and without overlap,
   // each tensor as large as its dtype and shape say.
   static Status check_places(const Index& index, std::span<const Entry> entries,
-                             std::uint64_t file_size) {
+                             std::uint64_t data_begin, std::uint64_t file_size) {
     std::uint64_t covered = 0;
     for (std::size_t i = 0; i < entries.size(); ++i) {
       const Entry& entry = entries[i];
@@ -738,26 +619,18 @@ class SafetensorsParser {
                                                  : " leave a hole: what comes before ends at ") +
                           std::to_string(covered));
       }
-      const auto stated = [&tensor] {
-        return std::string(dtype_name(tensor.dtype)) + " of shape " + shape_text(tensor.shape);
-      };
-      const auto bits = bits_of(tensor.shape, tensor.dtype);
-      if (!bits) {
-        return refuse(ErrorCode::kShapeOverflow, stated() + " is more than 64 bits can count");
-      }
-      if (*bits % 8 != 0) {
-        return refuse(ErrorCode::kSubByteMisaligned,
-                      stated() + " is " + std::to_string(*bits) + " bits, not whole bytes");
-      }
-      if (*bits / 8 != tensor.bytes) {
-        return refuse(ErrorCode::kSizeMismatch, stated() + " takes " + std::to_string(*bits / 8) +
-                                                    " bytes, but " + offsets() + " are " +
-                                                    std::to_string(tensor.bytes));
+      const auto bytes = bytes_of(tensor.shape, tensor.dtype);
+      if (!bytes.ok()) return refuse(bytes.error().code, bytes.error().message);
+      if (*bytes != tensor.bytes) {
+        return refuse(ErrorCode::kSizeMismatch,
+                      std::string(dtype_name(tensor.dtype)) + " of shape " +
+                          shape_text(tensor.shape) + " takes " + std::to_string(*bytes) +
+                          " bytes, but " + offsets() + " are " + std::to_string(tensor.bytes));
       }
       covered = entry.end;
     }
     // Every size was held against 64 bits of bits, so this is less than 2^61 past the header.
-    const std::uint64_t expected = index.data_begin_ + covered;
+    const std::uint64_t expected = data_begin + covered;
     const auto sizes = [&] {
       return "the header describes a file of " + std::to_string(expected) +
              " bytes, and this one has " + std::to_string(file_size);
@@ -780,32 +653,28 @@ class SafetensorsParser {
 
 namespace {
 
-// The only place where format/ turns exceptions into values: allocations throw, nothing else does.
-// By then everything the function held has been freed, so that the little an Error takes is there.
-template <class Function>
-auto guarded(const std::string& path, Function function) noexcept -> decltype(function()) {
-  try {
-    auto result = function();
-    if (!result.ok()) result.error().path = path;
-    return result;
-  } catch (const std::bad_alloc&) {
-    Error error = make_error(ErrorCode::kOutOfMemory, "no memory for the index of the file");
-    error.path = path;
-    return error;
-  }
+// The parser counts from the start of its part of the file.
+template <class T>
+Result<T> from_origin(Result<T> result, std::uint64_t origin) {
+  if (!result.ok() && result.error().offset) *result.error().offset += origin;
+  return result;
 }
 
 }  // namespace
 
 Result<std::uint64_t> header_length(std::span<const std::byte> first, std::uint64_t file_size,
-                                    const std::string& path) {
-  return guarded(path, [&] { return length_of(as_text(known(first, file_size)), file_size); });
+                                    const std::string& path, std::uint64_t origin) {
+  return guarded(path, [&] {
+    return from_origin(length_of(as_text(known(first, file_size)), file_size), origin);
+  });
 }
 
 Result<std::shared_ptr<const Index>> parse_header(std::span<const std::byte> header,
-                                                  std::uint64_t file_size,
-                                                  const std::string& path) {
-  return guarded(path, [&] { return SafetensorsParser::parse(as_text(header), file_size); });
+                                                  std::uint64_t file_size, const std::string& path,
+                                                  std::uint64_t origin) {
+  return guarded(path, [&] {
+    return from_origin(SafetensorsParser::parse(as_text(header), file_size, origin), origin);
+  });
 }
 
 }  // namespace weightlift::format

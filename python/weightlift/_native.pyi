@@ -21,7 +21,9 @@ class Settings:
 
 class IndexedFile:
     @staticmethod
-    def open(path: str) -> IndexedFile: ...
+    def open(path: str, begin: int = 0, bytes: int | None = None) -> IndexedFile:
+        """A safetensors file, or the one that lies in ``[begin, begin + bytes)`` of a file."""
+
     @property
     def path(self) -> str: ...
     @property
@@ -40,6 +42,34 @@ class IndexedFile:
     def metadata(self) -> dict[str, str] | None: ...
     def resident_bytes(self) -> int | None: ...
     def drop_from_page_cache(self) -> None: ...
+
+class Archive:
+    """A zip file of stored records, open."""
+
+    @staticmethod
+    def open(path: str) -> Archive: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def identity(self) -> tuple[int, int]: ...
+    @property
+    def size(self) -> int: ...
+    def records(self) -> list[tuple[str, int, int, int, bool]]:
+        """(name, begin, bytes, CRC-32 as stated, whether its header is a ZIP64 one), in the order
+        of their bytes."""
+
+    def read(self, begin: int, bytes: int) -> bytes: ...
+    def safetensors(self, begin: int, bytes: int) -> IndexedFile:
+        """The safetensors file that lies there."""
+
+    def index(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        begins: Sequence[int],
+    ) -> IndexedFile:
+        """Tensors whose places in the file are known. They may share bytes."""
 
 class Plan:
     def __init__(self, settings: Settings) -> None: ...

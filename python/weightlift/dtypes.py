@@ -32,6 +32,9 @@ TORCH_NAMES = {
     "F64": "float64",
     "I64": "int64",
     "U64": "uint64",
+    # Not in the safetensors format.
+    "C32": "complex32",
+    "C128": "complex128",
 }
 # As torch.Tensor.is_floating_point.
 FLOATING = frozenset(name for name in TORCH_NAMES if name[0] in "FB" and name != "BOOL")

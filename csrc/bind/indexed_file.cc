@@ -1,0 +1,76 @@
+#include "bind/indexed_file.h"
+
+#include <algorithm>
+#include <span>
+#include <utility>
+
+#include "format/safetensors.h"
+
+namespace weightlift::bind {
+namespace {
+
+// The first bytes of a file tell a header from a web page or a git-lfs pointer.
+constexpr std::uint64_t kFirstBytes = 512;
+
+}  // namespace
+
+Result<std::shared_ptr<IndexedFile>> IndexedFile::open(std::shared_ptr<io::File> file,
+                                                       std::uint64_t begin,
+                                                       std::optional<std::uint64_t> bytes) {
+  const std::string& path = file->path();
+  if (begin > file->size() || bytes.value_or(0) > file->size() - begin) {
+    return Error{.code = ErrorCode::kInvalidArgument,
+                 .message = "the part that was asked for leaves the file, which has " +
+                            std::to_string(file->size()) + " bytes",
+                 .path = path,
+                 .offset = begin};
+  }
+  const std::uint64_t size = bytes.value_or(file->size() - begin);
+  std::vector<std::byte> first(std::min(kFirstBytes, size));
+  WL_RETURN_IF_ERROR(file->read_exact(begin, first));
+  WL_ASSIGN_OR_RETURN(const std::uint64_t length, format::header_length(first, size, path, begin));
+  std::vector<std::byte> header(length);
+  const std::size_t known = std::min<std::size_t>(length, first.size() - format::kLengthBytes);
+  std::copy_n(first.begin() + format::kLengthBytes, known, header.begin());
+  WL_RETURN_IF_ERROR(
+      file->read_exact(begin + format::kLengthBytes + known, std::span(header).subspan(known)));
+  WL_ASSIGN_OR_RETURN(auto index, format::parse_header(header, size, path, begin));
+  return std::make_shared<IndexedFile>(
+      IndexedFile{.file = std::move(file), .index = std::move(index), .mapping = {}});
+}
+
+Result<std::shared_ptr<IndexedFile>> IndexedFile::of_entries(
+    std::shared_ptr<io::File> file, std::vector<format::TensorEntry> entries) {
+  WL_ASSIGN_OR_RETURN(auto index,
+                      format::make_index(std::move(entries), file->size(), file->path()));
+  return std::make_shared<IndexedFile>(
+      IndexedFile{.file = std::move(file), .index = std::move(index), .mapping = {}});
+}
+
+Result<std::shared_ptr<io::Mapping>> IndexedFile::map() {
+  if (auto mapped = mapping.lock()) return mapped;
+  WL_ASSIGN_OR_RETURN(auto mapped, io::Mapping::map(file));
+  mapping = mapped;
+  return mapped;
+}
+
+Result<std::shared_ptr<Archive>> Archive::open(const std::string& path) {
+  WL_ASSIGN_OR_RETURN(std::shared_ptr<io::File> file, io::File::open(path));
+  std::vector<std::byte> first(std::min(kFirstBytes, file->size()));
+  WL_RETURN_IF_ERROR(file->read_exact(0, first));
+  WL_ASSIGN_OR_RETURN(const bool zip, format::is_zip(first, file->size(), path));
+  if (!zip) {
+    return Error{.code = ErrorCode::kNotArchive,
+                 .message = "this is not a zip file: download it again, or see what it is",
+                 .path = path,
+                 .offset = 0};
+  }
+  WL_ASSIGN_OR_RETURN(auto records, format::parse_zip(
+                                        [&file](std::uint64_t offset, std::span<std::byte> target) {
+                                          return file->read_exact(offset, target);
+                                        },
+                                        file->size(), path));
+  return std::make_shared<Archive>(Archive{.file = std::move(file), .records = std::move(records)});
+}
+
+}  // namespace weightlift::bind

@@ -1,0 +1,43 @@
+// A checkpoint file, or a part of one, with its index; and an archive of them.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "format/index.h"
+#include "format/zip.h"
+#include "io/file.h"
+#include "io/mapping.h"
+
+namespace weightlift::bind {
+
+// The descriptor, the index and, while anyone uses it, the mapping.
+struct IndexedFile {
+  std::shared_ptr<io::File> file;
+  std::shared_ptr<const format::Index> index;
+  std::weak_ptr<io::Mapping> mapping;
+
+  // The safetensors file that lies in [begin, begin + bytes) of `file`; to its end without `bytes`.
+  [[nodiscard]] static Result<std::shared_ptr<IndexedFile>> open(
+      std::shared_ptr<io::File> file, std::uint64_t begin = 0,
+      std::optional<std::uint64_t> bytes = std::nullopt);
+  // Tensors whose places are known.
+  [[nodiscard]] static Result<std::shared_ptr<IndexedFile>> of_entries(
+      std::shared_ptr<io::File> file, std::vector<format::TensorEntry> entries);
+
+  // The one mapping that the tensors of this object share.
+  [[nodiscard]] Result<std::shared_ptr<io::Mapping>> map();
+};
+
+// A zip file of stored records.
+struct Archive {
+  std::shared_ptr<io::File> file;
+  std::vector<format::ZipRecord> records;  // in the order of their bytes
+
+  [[nodiscard]] static Result<std::shared_ptr<Archive>> open(const std::string& path);
+};
+
+}  // namespace weightlift::bind

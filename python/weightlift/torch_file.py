@@ -1,0 +1,502 @@
+"""torch's own checkpoint files: where each tensor's bytes lie, and nothing run that torch's
+weights-only unpickler does not run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import itertools
+import os
+import pickle
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightlift import _native, dtypes
+from weightlift.errors import CheckpointError, FormatError, OutOfMemoryError, WeightliftError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LoadedTorchFile", "TorchFile", "View", "open_torch_file"]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor whose elements are not one run of bytes of its own.
+
+    Attributes:
+        base: the tensor of the index that holds its elements: flat, and of the same dtype.
+        dtype: the file's name, such as ``"BF16"``.
+        shape: in elements of the torch dtype (of ``float4_e2m1fn_x2``, pairs).
+        stride: in the same elements.
+        offset: into the base, in the same elements; ``base.as_strided(shape, stride, offset)``.
+    """
+
+    base: str
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """A state dict in a file of ``torch.save``, none of its tensors read.
+
+    Attributes:
+        index: what is to be read: each tensor that is one run of bytes of its own, under its name;
+            for those that overlap in memory, or have strides, what they cover together, flat, under
+            the name of the first.
+        views: the latter tensors.
+        names: of all tensors, in the order of the state dict.
+        not_tensors: key -> name of its type, for everything else in the state dict.
+    """
+
+    index: _native.IndexedFile
+    views: dict[str, View]
+    names: list[str]
+    not_tensors: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTorchFile:
+    """A state dict that torch had to load.
+
+    Attributes:
+        tensors: on the CPU, in the order of the state dict.
+        not_tensors: as in ``TorchFile``.
+        reason: why, to be shown in a report.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    not_tensors: dict[str, str]
+    reason: str
+
+
+def open_torch_file(
+    path: str | os.PathLike[str], *, state_dict_key: str | None = None
+) -> TorchFile | LoadedTorchFile:
+    """Opens a ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file that ``torch.save`` wrote.
+
+    Args:
+        path: the file.
+        state_dict_key: where in the file the state dict is, such as ``"state_dict"`` or
+            ``"model.ema"``. By default the whole file where it has tensors at the top, otherwise
+            the one mapping in it that has.
+
+    Raises:
+        FormatError: the file is damaged, not of torch, or has what the weights-only unpickler
+            refuses. It is never loaded in a weaker way. Codes besides those of ``csrc/result.h``:
+            ``"unsafe_pickle"`` (refused by the unpickler), ``"malformed_pickle"``,
+            ``"torchscript"``, ``"big_endian"`` and ``"unsupported_tensor"`` (sparse, quantized,
+            conjugated, of a subclass, without data).
+        CheckpointError: no state dict, or several, or none under ``state_dict_key``.
+        ReadError: the file cannot be read; a missing file is a ``FileNotFoundError`` too.
+    """
+    path = os.fspath(path)
+    try:
+        archive = _native.Archive.open(path)
+    except FormatError as error:
+        if error.code != "not_archive":
+            raise
+        _refuse_safetensors(path)
+        return _loaded(path, state_dict_key, "torch's format from before 1.6", mmap=False)
+    places = _places(archive)
+    if not _offsets_known():
+        reason = "this torch does not tell where storages lie"
+        return _loaded(path, state_dict_key, reason, mmap=True)
+    with _errors_of_torch(path):
+        loaded = _unpickle(_Records(places, archive.read))
+    state_dict = _state_dict(loaded, state_dict_key, path)
+    return _Indexer(archive, places).index(state_dict)
+
+
+# --- The file ------------------------------------------------------------------------------------
+
+# Where a record lies: its begin and its bytes.
+_Places = dict[str, tuple[int, int]]
+
+
+def _places(archive: _native.Archive) -> _Places:
+    """The records without the folder that all are in."""
+    records = archive.records()
+    folder = records[0][0].partition("/")[0] + "/" if records else ""
+    places = {
+        name[len(folder) :]: (begin, count)
+        for name, begin, count, _, _ in records
+        if name.startswith(folder)
+    }
+    if len(places) != len(records) or "data.pkl" not in places:
+        raise FormatError(
+            "not_weights",
+            "this is a zip file, but not a checkpoint of torch.save",
+            archive.path,
+        )
+    if "constants.pkl" in places:
+        raise FormatError(
+            "torchscript",
+            "this is a TorchScript archive, which holds code: load it with torch.jit.load where it "
+            "is trusted, and save its state_dict()",
+            archive.path,
+        )
+    order = archive.read(*places["byteorder"]) if "byteorder" in places else b"little"
+    if order != b"little":
+        raise FormatError(
+            "big_endian",
+            f"its numbers are in the byte order {order[:16]!r}; save it again on a little-endian "
+            "machine",
+            archive.path,
+        )
+    return places
+
+
+class _Records:
+    """What torch's loader asks of a zip file, answered from the records that were checked.
+
+    torch's own reader searches the archive by other rules, and where ``.format_version`` stands it
+    computes the places of the storages from their order in the pickle: in an archive that was
+    packed again, or made to deceive, that is not where they are.
+    """
+
+    def __init__(self, places: _Places, read: Callable[[int, int], bytes]) -> None:
+        self._places = places
+        self._read = read
+
+    def has_record(self, name: str) -> bool:
+        return name != ".format_version" and name in self._places
+
+    def get_record(self, name: str) -> bytes:
+        return self._read(*self._places[name])
+
+    def get_record_offset(self, name: str) -> int:
+        return self._places[name][0]
+
+    def serialization_id(self) -> str:
+        return ""
+
+
+def _unpickle(records: _Records) -> Any:
+    """What ``torch.load(map_location="meta", weights_only=True)`` returns: tensors without data,
+    whose storages have their place in the file as ``_checkpoint_offset``."""
+    from torch import _weights_only_unpickler, serialization
+
+    load: Any = serialization._load
+    return load(records, "meta", _weights_only_unpickler, encoding="utf-8")
+
+
+@functools.cache
+def _offsets_known() -> bool:
+    """Whether the installed torch loads so; all of this is private to it."""
+    import zipfile
+
+    import torch
+
+    written = io.BytesIO()
+    torch.save({"probe": torch.zeros(3)}, written)
+    with zipfile.ZipFile(written) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        pickled = archive.read(name)
+    places = {"data.pkl": (0, len(pickled)), "data/0": (4096, 12)}
+    try:
+        probe = _unpickle(_Records(places, lambda begin, count: pickled))["probe"]
+        storage = probe.untyped_storage()
+        return bool(probe.is_meta and storage._checkpoint_offset == 4096 and storage.nbytes() == 12)
+    except Exception:
+        return False
+
+
+def _loaded(path: str, state_dict_key: str | None, reason: str, mmap: bool) -> LoadedTorchFile:
+    import torch
+
+    with _errors_of_torch(path):
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    tensors = {}
+    not_tensors = {}
+    for name, value in _state_dict(loaded, state_dict_key, path).items():
+        if isinstance(value, torch.Tensor):
+            tensors[_name(name, path)] = value.detach()
+        else:
+            not_tensors[_text(name)] = type(value).__name__
+    return LoadedTorchFile(tensors, not_tensors, reason)
+
+
+def _refuse_safetensors(path: str) -> None:
+    with Path(path).open("rb") as file:
+        first = file.read(9)
+    if first[8:] == b"{" and int.from_bytes(first[:8], "little") < Path(path).stat().st_size:
+        raise FormatError(
+            "not_weights", "this is a safetensors file: rename it to .safetensors", path
+        )
+
+
+@contextlib.contextmanager
+def _errors_of_torch(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (WeightliftError, OSError):
+        raise
+    except pickle.UnpicklingError as error:
+        # torch.load wraps it into advice to load with weights_only=False.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        reason = reason.partition(" Please use `torch.serialization")[0]
+        raise FormatError(
+            "unsafe_pickle",
+            f"torch's weights-only unpickler refuses it: {reason[:300]} Save the plain state dict, "
+            "or, where the file is trusted, allow the name by torch.serialization.add_safe_globals",
+            path,
+        ) from error
+    except NotImplementedError as error:
+        raise FormatError(
+            "unsupported_tensor",
+            f"it holds tensors that cannot be indexed (quantized or nested, perhaps): "
+            f"{str(error)[:200]}",
+            path,
+        ) from error
+    except MemoryError as error:
+        raise OutOfMemoryError(f"{path}: no memory for what its pickle asks for") from error
+    except Exception as error:
+        # Whatever a pickle may do to torch's functions: IndexError, KeyError, TypeError, ...
+        raise FormatError(
+            "malformed_pickle",
+            f"torch cannot unpickle it ({type(error).__name__}: {str(error)[:200]}): the file is "
+            "damaged, so download it or save it again",
+            path,
+        ) from error
+
+
+# --- The state dict ------------------------------------------------------------------------------
+
+
+def _has_tensors(value: object) -> bool:
+    import torch
+
+    return isinstance(value, dict) and any(isinstance(one, torch.Tensor) for one in value.values())
+
+
+def _state_dict(loaded: Any, key: str | None, path: str) -> dict[Any, Any]:
+    if key is not None:
+        loaded = _at(loaded, key, path)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(
+            f"{path}: {'it' if key is None else repr(key)} is a {type(loaded).__name__}, not a "
+            "mapping of names to tensors"
+        )
+    if key is not None or not loaded or _has_tensors(loaded):
+        return loaded
+    inner = [name for name, value in loaded.items() if _has_tensors(value)]
+    if len(inner) == 1:
+        found: dict[Any, Any] = loaded[inner[0]]
+        return found
+    raise CheckpointError(
+        f"{path}: it holds several state dicts: {_keys(inner)}; choose one by state_dict_key"
+        if inner
+        else f"{path}: it holds no tensors, but {_keys(loaded)}; state_dict_key may lead further in"
+    )
+
+
+def _at(loaded: Any, key: str, path: str) -> Any:
+    """The value at a dotted key; of keys that have dots themselves the longest goes first."""
+    value, rest = loaded, key
+    while rest:
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path}: {key!r} leads through a {type(value).__name__}")
+        head = rest
+        while head not in value:
+            head, dot, _ = head.rpartition(".")
+            if not dot:
+                raise CheckpointError(f"{path}: there is no {key!r} in it, but {_keys(value)}")
+        value, rest = value[head], rest[len(head) + 1 :]
+    return value
+
+
+def _keys(keys: Collection[Any]) -> str:
+    shown = [repr(_text(key)[:60]) for key in itertools.islice(keys, 10)]
+    return ", ".join(shown) + (", ..." if len(keys) > len(shown) else "")
+
+
+def _text(key: object) -> str:
+    # Not repr: a tuple may be nested as deep as the pickle is long.
+    if isinstance(key, str):
+        return key
+    return str(key) if isinstance(key, int) else f"a {type(key).__name__}"
+
+
+def _name(name: object, path: str) -> str:
+    if not isinstance(name, str):
+        raise FormatError("tensor_invalid", f"a tensor's key is {_text(name)}, not text", path)
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            message = f"a tensor's name is not UTF-8: {name[:60]!r}"
+            raise FormatError("tensor_invalid", message, path) from None
+    return name
+
+
+# --- The tensors ---------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Span:
+    """A tensor in its storage: what it covers, in bytes from the storage's begin."""
+
+    name: str
+    dtype: str
+    itemsize: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    begin: int
+    end: int
+    contiguous: bool
+    order: int  # in the state dict
+
+
+class _Indexer:
+    def __init__(self, archive: _native.Archive, places: _Places) -> None:
+        import torch
+
+        self._archive = archive
+        self._path = archive.path
+        self._storages = {
+            begin: count for name, (begin, count) in places.items() if name.startswith("data/")
+        }
+        self._dtypes = {dtypes.to_torch(name): name for name in dtypes.TORCH_NAMES}
+        self._plain = (torch.Tensor, torch.nn.Parameter)
+        self._strided = torch.strided
+        # The index's columns.
+        self._names: list[str] = []
+        self._file_dtypes: list[str] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._begins: list[int] = []
+        self._views: dict[str, View] = {}
+
+    def index(self, state_dict: dict[Any, Any]) -> TorchFile:
+        import torch
+
+        names: list[str] = []
+        not_tensors: dict[str, str] = {}
+        spans: dict[int, list[_Span]] = {}
+        for key, value in state_dict.items():
+            if isinstance(value, torch.Tensor):
+                name = _name(key, self._path)
+                begin, span = self._span(name, value, len(names))
+                spans.setdefault(begin, []).append(span)
+                names.append(name)
+            else:
+                not_tensors[_text(key)] = type(value).__name__
+        for begin, sharing in spans.items():
+            self._add(begin, sharing)
+        index = self._archive.index(self._names, self._file_dtypes, self._shapes, self._begins)
+        return TorchFile(index, self._views, names, not_tensors)
+
+    def _span(self, name: str, tensor: torch.Tensor, order: int) -> tuple[int, _Span]:
+        """A tensor's storage, by its begin in the file, and its place in it."""
+        dtype = self._dtypes.get(tensor.dtype)
+        if (
+            dtype is None
+            or type(tensor) not in self._plain
+            or tensor.layout is not self._strided
+            or tensor.is_quantized
+            or tensor.is_conj()
+            or tensor.is_neg()
+        ):
+            raise self._unsupported(name, _kind(tensor))
+        storage = tensor.untyped_storage()
+        begin = getattr(storage, "_checkpoint_offset", None)
+        if begin is None:
+            raise self._unsupported(name, "has no data in the file")
+        stored = self._storages.get(begin)
+        if stored != storage.nbytes():
+            raise FormatError(
+                "size_mismatch",
+                f"its storage is stated to have {storage.nbytes()} bytes, and the record in the "
+                f"archive has {stored}; the file is damaged: download it or save it again",
+                self._path,
+                begin,
+                name,
+            )
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        itemsize = tensor.dtype.itemsize
+        first = last = int(tensor.storage_offset())
+        for extent, step in zip(shape, stride, strict=True):
+            last += (extent - 1) * step
+        empty = 0 in shape
+        if empty:
+            first, last = 0, -1
+        elif first < 0 or min(stride, default=0) < 0 or (last + 1) * itemsize > stored:
+            raise FormatError(
+                "offsets_invalid",
+                f"it reaches to byte {(last + 1) * itemsize} of its storage, which has {stored}; "
+                "the file is damaged: download it or save it again",
+                self._path,
+                begin,
+                name,
+            )
+        return begin, _Span(
+            name, dtype, itemsize, shape, stride, first * itemsize, (last + 1) * itemsize,
+            tensor.is_contiguous(), order,
+        )  # fmt: skip
+
+    def _unsupported(self, name: str, what: str) -> FormatError:
+        return FormatError(
+            "unsupported_tensor",
+            f"it {what}: load the file with torch.load(weights_only=True) and save plain tensors",
+            self._path,
+            tensor=name,
+        )
+
+    def _add(self, storage: int, spans: list[_Span]) -> None:
+        """The tensors of one storage: alone where they can be, otherwise what they cover."""
+        if len(spans) > 1:
+            spans = sorted(spans, key=lambda span: (span.begin, span.end))
+        first, end = 0, -1
+        for i, span in enumerate(spans):
+            if i > first and span.begin >= end:
+                self._add_overlapping(storage, spans[first:i])
+                first = i
+            end = max(end, span.end)
+        self._add_overlapping(storage, spans[first:])
+
+    def _add_overlapping(self, storage: int, spans: list[_Span]) -> None:
+        packed = 2 if spans[0].dtype == "F4" else 1  # elements of the file in one of torch
+        if len(spans) == 1 and spans[0].contiguous and (packed == 1 or spans[0].shape):
+            (span,) = spans
+            shape = span.shape
+            if packed != 1:
+                shape = (*shape[:-1], shape[-1] * packed)
+            self._add_base(span, shape, storage + span.begin)
+            return
+        base = min(spans, key=lambda span: span.order)
+        begin = spans[0].begin
+        count = (max(span.end for span in spans) - begin) // base.itemsize
+        for span in spans:
+            if span.dtype != base.dtype:
+                raise self._unsupported(
+                    span.name, f"shares bytes with tensor {base.name!r} of another dtype"
+                )
+            offset = (span.begin - begin) // span.itemsize
+            self._views[span.name] = View(base.name, span.dtype, span.shape, span.stride, offset)
+        self._add_base(base, (count * packed,), storage + begin)
+
+    def _add_base(self, span: _Span, shape: tuple[int, ...], begin: int) -> None:
+        self._names.append(span.name)
+        self._file_dtypes.append(span.dtype)
+        self._shapes.append(shape)
+        self._begins.append(begin)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    import torch
+
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"is a {type(tensor).__name__}"
+    if tensor.layout is not torch.strided:
+        return f"is sparse ({tensor.layout})"
+    if tensor.is_quantized:
+        return "is quantized"
+    if tensor.is_conj() or tensor.is_neg():
+        return "is a conjugated or negated view"
+    return f"is of {tensor.dtype}, which no file of weights has"
