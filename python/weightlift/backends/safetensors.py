@@ -133,6 +133,11 @@ def _load_file(reference: Callable[..., Any]) -> Callable[..., Any]:
     return load_file
 
 
+def _load_file_0_7(reference: Callable[..., Any]) -> Callable[..., Any]:
+    newer = _load_file(reference)
+    return lambda filename, device="cpu": newer(filename, device)
+
+
 _OPEN = {
     "(filename, framework, device=...)": _safe_open,  # 0.7
     "(filename, framework, device=..., *, backend=...)": _safe_open,
@@ -144,7 +149,7 @@ HOOKS = (
         "safetensors.torch",
         "load_file",
         {
-            "(filename, device='cpu')": _load_file,  # 0.7
+            "(filename, device='cpu')": _load_file_0_7,
             "(filename, device='cpu', *, backend='mmap')": _load_file,
         },
     ),
