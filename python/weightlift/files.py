@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 import os
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weightlift import _native, dtypes
 from weightlift.atomic import atomic_file
 from weightlift.checkpoint import Checkpoint, open_checkpoint
-from weightlift.errors import ArgumentError, FormatError
+from weightlift.errors import ArgumentError, FormatError, ReadError
 from weightlift.materialize import (
     Loading,
     Progress,
@@ -285,24 +286,44 @@ class safe_open:
         Raises:
             FormatError: there is none of that name, or torch has no dtype for it.
         """
-        self._find(name)
-        tensor: torch.Tensor = self._load([name])[name]
-        return tensor
+        return self._get(self._open(), name, self._find(name), self._settings)
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
         """Loads all tensors, in the order of the file."""
-        return self._load(None)
+        return self._load(self._open(), None, self._settings)
 
-    def _load(self, names: list[str] | None) -> dict[str, Any]:
+    def _load(
+        self, checkpoint: Checkpoint, names: list[str] | None, settings: Settings
+    ) -> dict[str, Any]:
         return load_tensors(
-            self._open(),
+            checkpoint,
             self._device,
             mode=self._mode,
             names=names,
             shared=True,
-            settings=self._settings,
+            settings=settings,
             caller=self._caller,
         )
+
+    def _get(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        place: tuple[_native.IndexedFile, int],
+        settings: Settings,
+    ) -> torch.Tensor:
+        tensor: torch.Tensor
+        if self._device.type == "cpu" and self._mode == "auto":
+            # As load_tensors does it, whose generality takes as long as the rest of a small tensor.
+            plan = new_plan(settings)
+            with contextlib.suppress(ReadError):  # mapping refused: load_tensors reads
+                plan.map(place[0], [place[1]], True)
+                native = run_plan(plan, None)
+                (tensor,) = plan.tensors(from_dlpack())
+                record(native, caller=self._caller)
+                return tensor
+        tensor = self._load(checkpoint, [name], settings)[name]
+        return tensor
 
     def get_slice(self, name: str) -> TensorSlice:
         """A view of a tensor that loads what it is indexed with."""
@@ -340,17 +361,9 @@ class TensorSlice:
         backwards = parts is not None and any(step < 0 for _, step, _, _ in parts)
         in_place = device.type == "cpu" and mode != "read" and not backwards
         if parts is None or in_place or device.type not in ("cpu", "cuda"):
-            whole = load_tensors(
-                self._checkpoint,
-                device,
-                mode=mode,
-                names=[self._name],
-                shared=True,
-                settings=self._opened._slice_settings,
-                caller=self._opened._caller,
-            )
-            tensor: torch.Tensor = whole[self._name][_flat(index)]
-            return tensor
+            place, settings = (self._part, self._position), self._opened._slice_settings
+            whole = self._opened._get(self._checkpoint, self._name, place, settings)
+            return whole[_flat(index)]
         return self._read(parts, device)
 
     def _read(self, parts: list[tuple[int, int, int, bool]], device: torch.device) -> torch.Tensor:

@@ -74,9 +74,9 @@ class _Opened(files.safe_open):
     def _handle(self) -> Any:
         return self._reference()
 
-    def _load(self, names: list[str] | None) -> dict[str, Any]:
+    def _load(self, *args: Any) -> dict[str, Any]:
         with torch_errors():
-            return super()._load(names)
+            return super()._load(*args)
 
 
 @functools.cache  # `safetensors.torch.safe_open is safetensors.safe_open`
