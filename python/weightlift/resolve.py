@@ -245,12 +245,13 @@ class _Repository(_Listed):
         return f"{self.repo_id}/{folder}" if folder else self.repo_id
 
     def find(self, folder: str, names: Sequence[str], format: Format) -> list[ShardFile]:
-        hub = dataclasses.replace(self.hub, subfolder=folder or None)
-        if len(names) == 1:
-            here = _hub.download(self.repo_id, names[0], hub).parent
-        else:
-            here = _hub.snapshot(self.repo_id, [glob.escape(name) for name in names], hub)
-        return [ShardFile(name, str(here / name), format) for name in names]
+        paths = [posixpath.join(folder, name) for name in names]
+        hub = self.hub
+        if len(paths) > 1:  # several at a time; it is silent where the Hub does not answer
+            _hub.snapshot(self.repo_id, [glob.escape(path) for path in paths], hub)
+            hub = dataclasses.replace(hub, force_download=False)
+        here = [_hub.download(self.repo_id, path, hub) for path in paths]
+        return [ShardFile(name, str(path), format) for name, path in zip(names, here, strict=True)]
 
 
 class _Dduf(_Listed):
