@@ -267,16 +267,16 @@ def fill(
         if in_place:
             targets = [slot.tensor.detach() for _, slot in group]
             loading.add(device, None, names, targets)
-        elif (
-            early is not None
-            and device == early.device
-            and all(
-                name in early.names and _as_believed(headers[name][0], target, early.dtype)
+            continue
+        if early is not None and device == early.device:
+            as_believed = {
+                name
                 for name in names
-            )
-        ):
-            believed += names
-        else:
+                if name in early.names and _as_believed(headers[name][0], target, early.dtype)
+            }
+            believed += as_believed
+            names = [name for name in names if name not in as_believed]
+        if names:
             loading.add(device, target, names)
     arrived, report = _run(loading, early, believed)
     views: set[int] = set()
@@ -306,7 +306,7 @@ def fill(
                     _set(slot, value if device is None else value.to(device), memory_format)
     if devices is not None:
         _move_rest(tensors, where)
-        _dispatch(model, devices, DiskWeights(checkpoint, on_disk), extra)
+        _dispatch(model, devices, DiskWeights(checkpoint, on_disk, caller), extra)
     report.error_msgs = [f"{name}: a buffer on meta that no checkpoint holds" for name in empty]
     report.missing_keys = missing
     report.unexpected_keys = unexpected
@@ -507,16 +507,23 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
     Args:
         checkpoint: where they are.
         names: the model's name -> (the checkpoint's name, the file's name of a dtype to cast to).
+        caller: whom ``stats()`` books the reading on.
     """
 
-    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, tuple[str, str | None]]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        names: Mapping[str, tuple[str, str | None]],
+        caller: str = "weightlift",
+    ) -> None:
         self._checkpoint = checkpoint
         self._names = dict(names)
+        self._caller = caller
 
     def __getitem__(self, name: str) -> torch.Tensor:
         stored, dtype = self._names[name]
         tensor: torch.Tensor = load_tensors(
-            self._checkpoint, _cpu(), dtype=dtype, names=[stored], shared=True
+            self._checkpoint, _cpu(), dtype=dtype, names=[stored], shared=True, caller=self._caller
         )[stored]
         return tensor
 
