@@ -1,0 +1,472 @@
+"""Weights into a folder, named as diffusers names them; killed anywhere, old or new ones load.
+
+New files are written under temporary names and flushed. Then, each step flushed before the next:
+
+1. Where there is an index, one takes its place that lists the old shards by other hard links. Now
+   no name that an index lists is written to, so nothing can load a mixture. Where the file system
+   has no hard links, or the configuration changes with the weights, this index lists a file that is
+   not there: all loaders refuse it, and none falls back on ``.bin`` files that lie beside it.
+2. The new files get their names.
+3. The new index gets its name; beside a single file, the index goes.
+4. What is stale goes: beside an index the single file, old shards, the links.
+
+Loaders that look for an index first (weightlift, diffusers) change over at 3; those that look for a
+single file first (transformers) at 2 or 4.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import pkgutil
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightlift import dtypes
+from weightlift.atomic import flush_file, flush_folder, temporary_beside
+from weightlift.checkpoint import Checkpoint
+from weightlift.errors import ArgumentError, FormatError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["save_weights"]
+
+# Each writes at the page cache's speed; more than a few only compete for it.
+_WRITERS = 4
+
+
+def save_weights(
+    state_dict: Mapping[str, Any],
+    save_directory: str | os.PathLike[str],
+    *,
+    stem: str = "diffusion_pytorch_model",
+    variant: str | None = None,
+    safe_serialization: bool = True,
+    max_shard_size: int | str = "10GB",
+    save_function: Callable[..., object] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    companions: Mapping[str, bytes] | None = None,
+) -> list[str]:
+    """Saves tensors as ``diffusion_pytorch_model.safetensors``, or as shards with an index.
+
+    The files are those that diffusers' ``save_pretrained`` writes. They take the place of weights
+    of the same stem, variant and format, sharded or not; other files stay. On an error nothing is
+    left behind and the old weights are as they were; a kill may leave ``.weightlift-*`` files,
+    which may be deleted. See the module for what a kill leaves otherwise.
+
+    Names that are one tensor (tied weights) are saved once in safetensors, under the first of them;
+    the header's metadata, or the index's, says ``{dropped name: kept name}``.
+
+    Args:
+        state_dict: name -> tensor, on any device, contiguous or not. Strings, which bitsandbytes
+            puts there, are left out, as in diffusers.
+        save_directory: the folder; made if it is missing.
+        stem: what the names begin with.
+        variant: ``"fp16"`` saves ``diffusion_pytorch_model.fp16.safetensors``.
+        safe_serialization: ``False`` saves with ``torch.save``, as ``.bin``.
+        max_shard_size: largest number of tensor bytes in one file, if no tensor alone has more; a
+            number or text such as ``"5GB"`` (10^9 bytes).
+        save_function: called with ``(tensors, path)``, and with ``safe_serialization`` if it has
+            an argument of that name (as ``accelerator.save`` has), to write a file; one after the
+            other, in the calling thread. By default what the environment variable
+            ``DIFFUSERS_SAVE_MODE`` names, such as ``"my_module:save"``.
+        metadata: text for the header of each safetensors file, and for the index.
+        companions: file name -> content, for files that make no sense with other weights, such as
+            ``config.json``; they change in the same step.
+
+    Returns:
+        The names of the files in the folder, companions aside; the index last.
+
+    Raises:
+        ArgumentError: a tensor that cannot be saved, or a ``save_function`` that did not.
+        OSError: with ``errno``, such as that of a full disk, and the file's name in ``filename``.
+            ``NotADirectoryError``: the folder is a file; ``IsADirectoryError``: the file a folder.
+    """
+    names = _Names.of(stem, variant, ".safetensors" if safe_serialization else ".bin")
+    save_function = save_function or _configured_save_function()
+    tensors = {name: value for name, value in state_dict.items() if not isinstance(value, str)}
+    for name, tensor in tensors.items():
+        _check(name, tensor, safe_serialization)
+    tied = _tied(tensors) if safe_serialization else {}
+    described = {**tied, **(metadata or {})}
+    shards, total = _split(tensors.keys() - tied.keys(), tensors, names, max_shard_size)
+    sharded = len(shards) > 1
+    header = {"format": "pt", **(described if not sharded else metadata or {})}
+
+    contents = dict(companions or {})
+    if sharded:
+        weight_map = {tensor: file for file, inside in shards.items() for tensor in inside}
+        described.pop("format", None)
+        index = {"metadata": {"total_size": total, **described}, "weight_map": weight_map}
+        contents[names.index] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+    folder = _make(Path(save_directory))
+    for name in (*shards, *contents, names.single, names.index):
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"{folder / name} is a directory: remove it, or save elsewhere")
+    present = [path.name for path in folder.iterdir() if not path.is_dir()]
+    # The extension is for save_function, which may go by it.
+    staged = {
+        name: temporary_beside(folder / name).with_suffix(Path(name).suffix)
+        for name in (*shards, *contents)
+    }
+    # Of host copies there are those of one shard at a time.
+    copying = threading.Lock()
+
+    def write(file: str) -> None:
+        shard = {name: tensors[name] for name in shards[file]}
+        copied = any(t.device.type != "cpu" or not t.is_contiguous() for t in shard.values())
+        with copying if copied else contextlib.nullcontext(), _naming(folder / file):
+            shard = _to_host(shard)
+            if save_function is not None:
+                _call(save_function, shard, staged[file], safe_serialization)
+            elif safe_serialization:
+                _write_safetensors(shard, staged[file], header)
+            else:
+                _write_torch(shard, staged[file])
+            flush_file(staged[file])
+
+    try:
+        for name, content in contents.items():
+            with _naming(folder / name):
+                staged[name].write_bytes(content)
+                flush_file(staged[name])
+        _run(write, list(shards), 1 if save_function else _WRITERS)
+        _switch(folder, names, staged, present, sharded, companions or {})
+    finally:
+        for temporary in staged.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    preferred = _Names.of(stem, variant, ".safetensors")
+    if not safe_serialization and {preferred.single, preferred.index} & set(present):
+        warnings.warn(
+            f"{folder} holds {preferred.single} of an earlier save as well: loaders take that, "
+            "unless use_safetensors=False",
+            stacklevel=2,
+        )
+    return [*shards, *([names.index] if sharded else [])]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """The file names of one checkpoint.
+
+    Attributes:
+        base: such as ``"diffusion_pytorch_model.fp16"``.
+        extension: ``".safetensors"`` or ``".bin"``.
+        index: as it is written.
+        old_indexes: as huggingface_hub and diffusers before 0.29 spell it for a variant; loaders
+            find them where there is no ``index``.
+        shard: matches shards, in both spellings, and the links of an interrupted save.
+    """
+
+    base: str
+    extension: str
+    index: str
+    old_indexes: tuple[str, ...]
+    shard: re.Pattern[str]
+
+    @classmethod
+    def of(cls, stem: str, variant: str | None, extension: str) -> _Names:
+        for what, part in (("stem", stem), ("variant", variant)):
+            if part is not None and (part in ("", ".", "..") or "/" in part or "\0" in part):
+                raise ArgumentError(f"{what} is {part!r}; it must be a part of a file name")
+        of_variant = "" if variant is None else f".{variant}"
+        base = stem + of_variant
+        spellings = rf"{re.escape(base)}-\d{{5,}}-of-\d{{5,}}"
+        old_indexes: tuple[str, ...] = ()
+        if variant is not None:
+            spellings += rf"|{re.escape(stem)}-\d{{5,}}-of-\d{{5,}}{re.escape(of_variant)}"
+            old_indexes = (
+                f"{base}{extension}.index.json",
+                f"{stem}{extension}{of_variant}.index.json",
+            )
+        return cls(
+            base,
+            extension,
+            f"{stem}{extension}.index{of_variant}.json",
+            old_indexes,
+            re.compile(
+                rf"(?:{spellings}|{re.escape(base)}-previous-[0-9a-f]{{8}}-\d{{5,}})"
+                rf"{re.escape(extension)}"
+            ),
+        )
+
+    @property
+    def single(self) -> str:
+        return self.base + self.extension
+
+
+def _configured_save_function() -> Callable[..., object] | None:
+    # diffusers documents the variable as the way to name a function, and reads it nowhere.
+    named = os.environ.get("DIFFUSERS_SAVE_MODE")
+    if not named:
+        return None
+    try:
+        found = pkgutil.resolve_name(named)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ArgumentError(
+            f"DIFFUSERS_SAVE_MODE is {named!r}; it must name a function, such as "
+            f"'my_module:save': {error}"
+        ) from error
+    if not callable(found):
+        raise ArgumentError(f"DIFFUSERS_SAVE_MODE is {named!r}, which is no function: {found!r}")
+    function: Callable[..., object] = found
+    return function
+
+
+def _check(name: str, tensor: Any, safe_serialization: bool) -> None:
+    import torch
+
+    def refuse(why: str) -> ArgumentError:
+        return ArgumentError(f"tensor {name!r} cannot be saved: {why}")
+
+    if not isinstance(tensor, torch.Tensor):
+        raise refuse(f"it is no tensor but {type(tensor).__name__}")
+    if tensor.device.type == "meta":
+        raise refuse("it is on 'meta' and has no values; load the model before saving it")
+    if tensor.layout != torch.strided:
+        raise refuse(f"its layout is {tensor.layout}; save tensor.to_dense()")
+    if safe_serialization and dtypes.file_name(tensor.dtype) in (None, "C32", "C128"):
+        raise refuse(
+            f"safetensors has no {tensor.dtype}; cast it, or pass safe_serialization=False"
+        )
+
+
+def _tied(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Dropped name -> kept name, of names that are the same elements of the same memory.
+
+    Tensors that merely overlap are not: a loader could not make one from the other.
+    """
+    kept: dict[Any, str] = {}
+    dropped = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue
+        view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        first = kept.setdefault((tensor.device, tensor.is_conj(), tensor.is_neg(), *view), name)
+        if first != name:
+            dropped[name] = first
+    return dropped
+
+
+def _split(
+    kept: set[str],
+    tensors: Mapping[str, torch.Tensor],
+    names: _Names,
+    max_shard_size: int | str,
+) -> tuple[dict[str, list[str]], int]:
+    """File -> its tensors, and the bytes of all."""
+    from huggingface_hub import get_torch_storage_id, split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        {name: tensor for name, tensor in tensors.items() if name in kept},
+        get_storage_size=lambda tensor: int(tensor.nbytes),
+        # torch.save keeps what shares memory in one file together; in safetensors nothing shares.
+        get_storage_id=get_torch_storage_id if names.extension == ".bin" else lambda tensor: None,
+        filename_pattern="{suffix}",
+        max_shard_size=max_shard_size,
+    )
+    shards = {
+        f"{names.base}{number}{names.extension}": inside
+        for number, inside in split.filename_to_tensors.items()
+    }
+    return shards or {names.single: []}, split.metadata["total_size"]
+
+
+def _make(folder: Path) -> Path:
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file: give a folder to save to")
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        flush_folder(path.parent)
+    return folder
+
+
+def _to_host(shard: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors in the host's memory, contiguous and without what is only noted beside them."""
+    return {
+        name: tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+        for name, tensor in shard.items()
+    }
+
+
+def _write_safetensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]
+) -> None:
+    from safetensors.torch import save_file
+
+    # It refuses tensors that overlap.
+    users = collections.Counter(t.untyped_storage().data_ptr() for t in tensors.values())
+    alone = {
+        name: t if users[t.untyped_storage().data_ptr()] == 1 else t.clone()
+        for name, t in tensors.items()
+    }
+    save_file(alone, path, metadata=dict(metadata))
+
+
+def _write_torch(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    import torch
+
+    # An open file: of a path, the temporary name would be written into the archive, and errors of
+    # the system would come without their number.
+    with path.open("wb") as file:
+        torch.save(dict(tensors), file)
+
+
+def _call(
+    save_function: Callable[..., object],
+    tensors: dict[str, torch.Tensor],
+    path: Path,
+    safe_serialization: bool,
+) -> None:
+    more = {}
+    with contextlib.suppress(ValueError, TypeError):  # some builtins do not tell
+        if "safe_serialization" in inspect.signature(save_function).parameters:
+            more["safe_serialization"] = safe_serialization
+    save_function(tensors, str(path), **more)
+    if not path.exists():
+        raise ArgumentError("save_function wrote no file at the path that it was given")
+    if safe_serialization:
+        try:
+            complete = set(Checkpoint.of_file(path)) == tensors.keys()
+        except FormatError:
+            complete = False
+        if not complete:
+            raise ArgumentError(
+                "save_function did not write these tensors as safetensors: pass "
+                "safe_serialization=False for a function that pickles, such as torch.save"
+            )
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Makes OSErrors that name the file of what the writers raise."""
+    outside = sys.exc_info()[1]
+    try:
+        yield
+    except ArgumentError as error:
+        raise ArgumentError(f"{file}: {error}") from error
+    except Exception as error:
+        number = _errno(error, outside)
+        if number is None:
+            raise
+        text = f"{os.strerror(number)}; nothing was saved, what was there is unchanged"
+        raise OSError(number, text, str(file)) from error
+
+
+def _errno(error: BaseException | None, outside: BaseException | None) -> int | None:
+    while error is not None and error is not outside:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        # safetensors, which is Rust, has it in its text alone.
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found:
+            return int(found[1])
+        error = error.__context__
+    return None
+
+
+def _run(write: Callable[[str], None], files: list[str], writers: int) -> None:
+    if writers == 1 or len(files) == 1:
+        for file in files:
+            write(file)
+        return
+    pool = concurrent.futures.ThreadPoolExecutor(min(writers, len(files)), "weightlift-save")
+    try:
+        for _ in pool.map(write, files):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _switch(
+    folder: Path,
+    names: _Names,
+    staged: Mapping[str, Path],
+    present: list[str],
+    sharded: bool,
+    companions: Mapping[str, bytes],
+) -> None:
+    """Steps 1 to 4 of the module."""
+    refused = any(
+        name in present and (folder / name).read_bytes() != content
+        for name, content in companions.items()
+    )
+    old_index = next((name for name in (names.index, *names.old_indexes) if name in present), None)
+    links: dict[str, str] = {}
+    if refused or old_index:
+        index = None if refused or old_index is None else _read_index(folder / old_index)
+        links = _replace_index(folder, names, index)
+
+    for name, temporary in staged.items():
+        if name != names.index:
+            temporary.replace(folder / name)
+    for name in names.old_indexes:
+        (folder / name).unlink(missing_ok=True)
+    flush_folder(folder)
+
+    if sharded:
+        staged[names.index].replace(folder / names.index)
+    else:
+        (folder / names.index).unlink(missing_ok=True)
+    flush_folder(folder)
+
+    stale = {name for name in present if names.shard.fullmatch(name)} - staged.keys()
+    stale.update(links.values(), {names.single} & set(present) if sharded else ())
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    flush_folder(folder)
+
+
+def _read_index(path: Path) -> dict[str, Any] | None:
+    """``None`` for what no loader can take for an index either."""
+    try:
+        index = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    usable = isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
+    return index if usable else None
+
+
+def _replace_index(folder: Path, names: _Names, index: dict[str, Any] | None) -> dict[str, str]:
+    """Step 1: old shard -> link. Without an index, or links, loaders will refuse the new one."""
+    if index is None:
+        absent = f"{names.base}-of-an-interrupted-save{names.extension}"
+        index = {"metadata": {"total_size": 0}, "weight_map": {"interrupted": absent}}
+    token = os.urandom(4).hex()
+    links = {
+        shard: f"{names.base}-previous-{token}-{number:05d}{names.extension}"
+        for number, shard in enumerate(sorted(set(index["weight_map"].values())))
+    }
+    weight_map = {tensor: links[shard] for tensor, shard in index["weight_map"].items()}
+    temporary = temporary_beside(folder / names.index)
+    try:
+        temporary.write_text(json.dumps({**index, "weight_map": weight_map}))
+        flush_file(temporary)
+        for shard, link in links.items():
+            if Path(shard).name == shard:
+                with contextlib.suppress(OSError, ValueError):
+                    os.link(folder / shard, folder / link)
+        flush_folder(folder)
+        temporary.replace(folder / names.index)
+    except BaseException:
+        if temporary.exists():  # else the links are in use
+            for made in (temporary, *(folder / link for link in links.values())):
+                made.unlink(missing_ok=True)
+        raise
+    flush_folder(folder)
+    return links
