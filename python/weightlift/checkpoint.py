@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import functools
 import json
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from weightlift import _native
 from weightlift.errors import ArgumentError, CheckpointError
+from weightlift.torch_file import LoadedTorchFile, View, open_torch_file
 
 if TYPE_CHECKING:
     import torch
@@ -21,29 +21,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("weightlift")
 
-__all__ = ["Checkpoint", "View", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
 # (part, position in it, how the tensor looks at what lies there)
 Place = tuple[int, int, "View | None"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class View:
-    """A tensor of a torch file that shares its bytes with others, or does not lie in their order.
-
-    Attributes:
-        base: the entry of the index that holds the bytes, in one dimension.
-        dtype: the file's name.
-        shape: in elements.
-        stride: in elements.
-        offset: of the first element from the start of ``base``, in elements.
-    """
-
-    base: str
-    dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
 
 
 class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
@@ -205,6 +186,16 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
             names[new], origin[new] = place, name
             if place is None:
                 in_memory[new] = self.in_memory[name]
+        return self._with_names(names, in_memory)
+
+    def ordered(self, names: Sequence[str]) -> Checkpoint:
+        """The same tensors in this order."""
+        places = self._places
+        return self._with_names({name: places[name] for name in names}, self.in_memory)
+
+    def _with_names(
+        self, names: Mapping[str, Place | None], in_memory: Mapping[str, torch.Tensor]
+    ) -> Checkpoint:
         return Checkpoint(
             self.parts,
             formats=self.formats,
@@ -296,28 +287,28 @@ def _open_files(files: CheckpointFiles, state_dict_key: str | None) -> Checkpoin
     not_tensors: dict[str, str] = {}
     fallbacks: list[str] = []
     holder: dict[str, str] = {}
+    order: list[str] = []
     for shard in files.files:
         if shard.format == "safetensors":
-            part = _native.IndexedFile.open(
-                shard.path, *((shard.begin, shard.bytes) if shard.bytes else ())
-            )
+            part = _native.IndexedFile.open(shard.path, shard.begin, shard.bytes)
             names = part.names()
             parts.append(part)
             views.append({})
             metadata.update(part.metadata() or {})
         else:
-            from weightlift.torch_file import open_torch_file
-
             opened = open_torch_file(shard.path, state_dict_key=state_dict_key)
-            names = opened.names()
             not_tensors.update(opened.not_tensors)
-            fallbacks += opened.fallbacks
-            in_memory.update(opened.tensors)
-            if opened.index is not None:
+            if isinstance(opened, LoadedTorchFile):
+                names = list(opened.tensors)
+                in_memory.update(opened.tensors)
+                fallbacks.append(f"{shard.path}: loaded by torch: {opened.reason}")
+            else:
+                names = opened.names
                 parts.append(opened.index)
                 views.append(opened.views)
         if len(formats) < len(parts):
             formats.append(shard.format)
+        order += names
         for name in names:
             if holder.setdefault(name, shard.name) != shard.name:
                 raise CheckpointError(
@@ -332,7 +323,7 @@ def _open_files(files: CheckpointFiles, state_dict_key: str | None) -> Checkpoin
             f"{files.folder}: state_dict_key={state_dict_key!r} is for torch files, and this "
             "checkpoint is safetensors"
         )
-    return Checkpoint(
+    checkpoint = Checkpoint(
         parts,
         formats=formats,
         views=views,
@@ -340,6 +331,8 @@ def _open_files(files: CheckpointFiles, state_dict_key: str | None) -> Checkpoin
         metadata=metadata,
         fallbacks=fallbacks,
     )
+    # A state dict has an order of its own, which its storages need not be in.
+    return checkpoint if list(checkpoint) == order else checkpoint.ordered(order)
 
 
 def _check_index(files: CheckpointFiles, holder: Mapping[str, str]) -> None:

@@ -25,7 +25,8 @@ from weightlift.settings import Settings
 if TYPE_CHECKING:
     import torch
 
-    from weightlift.checkpoint import Checkpoint, View
+    from weightlift.checkpoint import Checkpoint
+    from weightlift.torch_file import View
 
 __all__ = [
     "Allocator",
@@ -263,7 +264,7 @@ class Loading:
         self._groups: list[_Group] = []
         self._fallbacks: list[str] = list(checkpoint.fallbacks)
         self._hashes = HashCheck(checkpoint.parts) if verify else None
-        self._pin_for = _pinning_device() if pin_memory else None
+        self._pin_for: int | None = None
         self._plan: _native.Plan | None = None
         self._scratch: list[Any] = []
         # Of what the plan makes on the host, and of what was allocated: the key of each tensor.
@@ -297,6 +298,8 @@ class Loading:
 
     def start(self) -> None:
         """Plans, and starts the engine's threads; small loads run in ``result``."""
+        if self._pin_memory:
+            self._pin_for = _pinning_device()
         wanted = {group.dtype for group in self._groups}
         fp8 = next((dtype for dtype in wanted if dtype and dtype.startswith("F8")), None)
         self._plan = new_plan(self._settings, fp8)
