@@ -287,6 +287,13 @@ def test_the_root_serves_where_the_subfolder_has_none(tmp_path: Path) -> None:
         assert cls.load_config(tmp_path, subfolder="sub")["a"] == 1
 
 
+def test_the_config_of_an_object_is_one_for_either() -> None:
+    for writing, reading in ((OURS, THEIRS), (THEIRS, OURS)):
+        config = writing.Plain(a=3, d="x").config
+        made = reading.Plain.from_config(config)
+        assert (made.config["a"], made.config["d"], made.config["b"]) == (3, "x", 5)
+
+
 def test_a_config_that_was_read_already() -> None:
     config = {"a": 3}
     assert OURS.Plain.load_config(config, return_commit_hash=True) == ({"a": 3}, None)
