@@ -30,6 +30,13 @@ Dtype dtype_of(const std::string& name) {
   return *dtype;
 }
 
+std::vector<Dtype> parse_dtypes(const std::vector<std::string>& names) {
+  std::vector<Dtype> parsed;
+  parsed.reserve(names.size());
+  for (const std::string& name : names) parsed.push_back(dtype_of(name));
+  return parsed;
+}
+
 std::optional<Dtype> optional_dtype(const std::optional<std::string>& name) {
   if (!name) return std::nullopt;
   return dtype_of(*name);
@@ -373,13 +380,21 @@ PYBIND11_MODULE(_native, module) {
           [](PlanBuilder& self, const std::shared_ptr<IndexedFile>& source,
              const PlanBuilder::Which& which, int device,
              const std::vector<std::uint64_t>& addresses, const std::vector<std::string>& dtypes) {
-            std::vector<Dtype> parsed;
-            parsed.reserve(dtypes.size());
-            for (const std::string& name : dtypes) parsed.push_back(dtype_of(name));
-            self.copy_to(source, which, device, addresses, parsed);
+            self.copy_to(source, which, device, addresses, parse_dtypes(dtypes));
           },
           py::arg("source"), py::arg("which"), py::arg("device"), py::arg("addresses"),
           py::arg("dtypes"))
+      .def(
+          "copy_memory",
+          [](PlanBuilder& self, const std::vector<std::string>& names,
+             const std::vector<std::uint64_t>& sources, const std::vector<std::uint64_t>& elements,
+             const std::vector<std::string>& source_dtypes, int device,
+             const std::vector<std::uint64_t>& addresses, const std::vector<std::string>& dtypes) {
+            self.copy_memory(names, sources, elements, parse_dtypes(source_dtypes), device,
+                             addresses, parse_dtypes(dtypes));
+          },
+          py::arg("names"), py::arg("sources"), py::arg("elements"), py::arg("source_dtypes"),
+          py::arg("device"), py::arg("addresses"), py::arg("dtypes"))
       .def(
           "slice",
           [](PlanBuilder& self, const std::shared_ptr<IndexedFile>& source, std::uint32_t which,

@@ -147,6 +147,35 @@ void PlanBuilder::copy_to(const std::shared_ptr<IndexedFile>& source, const Whic
   });
 }
 
+void PlanBuilder::copy_memory(const std::vector<std::string>& names,
+                              const std::vector<std::uint64_t>& sources,
+                              const std::vector<std::uint64_t>& elements,
+                              const std::vector<Dtype>& source_dtypes, int device,
+                              const std::vector<std::uint64_t>& addresses,
+                              const std::vector<Dtype>& dtypes) {
+  const std::size_t count = names.size();
+  for (const std::size_t size :
+       {sources.size(), elements.size(), source_dtypes.size(), addresses.size(), dtypes.size()}) {
+    if (size != count) throw py::value_error("one of each is needed for each tensor");
+  }
+  const auto kept = std::make_shared<const std::vector<std::string>>(names);
+  plan_.keep_alive.push_back(kept);
+  for (std::size_t i = 0; i < count; ++i) {
+    engine::Copy copy{.device = device,
+                      .source = sources[i],
+                      .target = addresses[i],
+                      .elements = elements[i],
+                      .source_dtype = source_dtypes[i],
+                      .target_dtype = dtypes[i],
+                      .name = plan_.add_name((*kept)[i])};
+    if (dtypes[i] == source_dtypes[i]) {  // bytes, for dtypes of fractions of a byte
+      copy.elements = elements[i] * dtype_bits(dtypes[i]) / 8;
+      copy.source_dtype = copy.target_dtype = Dtype::kU8;
+    }
+    plan_.add_copy(copy);
+  }
+}
+
 void PlanBuilder::slice(
     const std::shared_ptr<IndexedFile>& source, std::uint32_t which,
     const std::vector<std::tuple<std::uint64_t, std::int64_t, std::uint64_t>>& parts,

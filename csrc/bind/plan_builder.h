@@ -31,6 +31,12 @@ class PlanBuilder {
   // To addresses that the caller owns, contiguous, in the order of `which`.
   void copy_to(const std::shared_ptr<IndexedFile>& source, const Which& which, int device,
                const std::vector<std::uint64_t>& addresses, const std::vector<Dtype>& dtypes);
+  // Contiguous tensors from this process's memory, which must stay as they are until the load has
+  // ended, to contiguous targets. `elements`: of each tensor.
+  void copy_memory(const std::vector<std::string>& names, const std::vector<std::uint64_t>& sources,
+                   const std::vector<std::uint64_t>& elements,
+                   const std::vector<Dtype>& source_dtypes, int device,
+                   const std::vector<std::uint64_t>& addresses, const std::vector<Dtype>& dtypes);
   // A part of one tensor: for each of its dimensions (start, step, count), step != 0. To memory of
   // our own (address 0) in the shape of the counts, or to a contiguous target.
   void slice(const std::shared_ptr<IndexedFile>& source, std::uint32_t which,

@@ -89,6 +89,16 @@ class Plan:
         addresses: Sequence[int],
         dtypes: Sequence[str],
     ) -> None: ...
+    def copy_memory(
+        self,
+        names: Sequence[str],
+        sources: Sequence[int],
+        elements: Sequence[int],
+        source_dtypes: Sequence[str],
+        device: int,
+        addresses: Sequence[int],
+        dtypes: Sequence[str],
+    ) -> None: ...
     def slice(
         self,
         source: IndexedFile,

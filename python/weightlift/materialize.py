@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from weightlift import _native, dtypes
@@ -33,6 +33,7 @@ __all__ = [
     "Loading",
     "Progress",
     "TorchAllocator",
+    "copy_to_device",
     "from_dlpack",
     "load_tensors",
     "new_plan",
@@ -153,6 +154,56 @@ def load_tensors(
     loading.add(device, dtype, names)
     loading.start()
     return loading.result()
+
+
+def copy_to_device(
+    tensors: Mapping[str, torch.Tensor],
+    device: torch.device,
+    dtype: str | None = None,
+    *,
+    settings: Settings | None = None,
+    allocator: Allocator | None = None,
+    caller: str = "weightlift",
+) -> dict[str, Any]:
+    """Copies contiguous CPU tensors to a CUDA device, through the staging ring.
+
+    Args:
+        tensors: of dtypes that the format has; they must not change meanwhile.
+        device: its index is filled in.
+        dtype: the file's name of a dtype to cast to what the engine casts.
+    """
+    plan = new_plan(settings or Settings.current(), dtype)
+    allocator = allocator or TorchAllocator()
+    sources = [dtypes.file_name(tensor.dtype) for tensor in tensors.values()]
+    found = [source for source in sources if source is not None]
+    targets = [dtype if dtype and own in dtypes.CASTABLE else own for own in found]
+    # Of F4, an element of torch's is two of the format's.
+    doubled = [2 if own == "F4" else 1 for own in found]
+    shapes = [
+        (*t.shape[:-1], t.shape[-1] * n) if n != 1 else tuple(t.shape)
+        for t, n in zip(tensors.values(), doubled, strict=True)
+    ]
+    sizes = [
+        t.numel() * dtypes.to_torch(target).itemsize
+        for t, target in zip(tensors.values(), targets, strict=True)
+    ]
+    allocator.reserve(device.index, sizes)
+    made = [
+        allocator.empty(device.index, shape, target)
+        for shape, target in zip(shapes, targets, strict=True)
+    ]
+    plan.copy_memory(
+        list(tensors),
+        [tensor.data_ptr() for tensor in tensors.values()],
+        [tensor.numel() * n for tensor, n in zip(tensors.values(), doubled, strict=True)],
+        found,
+        device.index,
+        [address for address, _ in made],
+        targets,
+    )
+    plan.use_stream(device.index, allocator.stream(device.index))
+    record(run_plan(plan, allocator), caller=caller)
+    return {name: owner for name, (_, owner) in zip(tensors, made, strict=True)}
 
 
 def new_plan(settings: Settings, dtype: str | None = None) -> _native.Plan:

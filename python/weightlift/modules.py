@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from weightlift import dtypes, placement
 from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.errors import ArgumentError, CheckpointError
-from weightlift.materialize import Loading, Progress, load_tensors
+from weightlift.materialize import Loading, Progress, copy_to_device, load_tensors
 from weightlift.report import LoadReport, set_last_report
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DiskWeights", "Early", "fill", "load_into"]
+__all__ = ["DiskWeights", "Early", "fill", "load_into", "move"]
 
 # How many names an error lists before it only counts.
 _LISTED = 20
@@ -97,6 +97,41 @@ def load_into(
 
 def _lookup(names: Mapping[str, str | None]) -> Callable[[str], str | None]:
     return lambda name: names.get(name, name)
+
+
+def move(
+    model: torch.nn.Module,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    caller: str = "weightlift",
+) -> None:
+    """Brings a model's CPU tensors to a CUDA device through the staging ring, as they are now.
+
+    What the engine does not copy (strided tensors, gradients, dtypes that no file has) stays, for
+    ``torch.nn.Module.to`` to move. Tied tensors stay tied.
+
+    Args:
+        model: parameters keep their identity.
+        device: its index is filled in.
+        dtype: of the floating-point tensors.
+    """
+    import torch
+
+    name = dtypes.parse_dtype(dtype)
+    slots = {
+        slot.names[0]: slot
+        for slot in _tensors_of(model)
+        if slot.tensor.device.type == "cpu"
+        and slot.tensor.is_contiguous()
+        and dtypes.file_name(slot.tensor.dtype) is not None
+        and type(slot.tensor) in (torch.Tensor, torch.nn.Parameter)
+    }
+    if not slots:
+        return
+    tensors = {key: slot.tensor.detach() for key, slot in slots.items()}
+    for key, value in copy_to_device(tensors, device, name, caller=caller).items():
+        _set(slots[key], value, None)
 
 
 @dataclasses.dataclass(slots=True)

@@ -260,23 +260,19 @@ def test_an_older_driver_and_refused_kernels_are_no_obstacle(
 
 
 def _to_devices(
-    path: Path, driver: Any, allocator: SimulatedAllocator, place: Callable[[int], int]
+    path: Path, allocator: SimulatedAllocator, place: Callable[[int], int], dtype: str | None = None
 ) -> dict[str, SimulatedTensor]:
     """All tensors in one plan, tensor ``i`` to device ``place(i)``."""
-    part = Checkpoint.of_file(path).parts[0]
-    plan = _native.Plan(_native.Settings(threads=2, chunk_bytes=512 * 1024))
-    positions: dict[int, list[int]] = {}
-    for i in range(len(part)):
-        positions.setdefault(place(i), []).append(i)
-    loaded: dict[str, SimulatedTensor] = {}
-    for device, which in positions.items():
-        names, found, shapes = part.names(which), part.dtypes(which), part.shapes(which)
-        pairs = [allocator.empty(device, s, d) for s, d in zip(shapes, found, strict=True)]
-        plan.copy_to(part, which, device, [address for address, _ in pairs], found)
-        plan.use_stream(device, allocator.stream(device))
-        loaded |= {name: owner for name, (_, owner) in zip(names, pairs, strict=True)}
-    materialize.run_plan(plan, allocator)
-    return loaded
+    checkpoint = Checkpoint.of_file(path)
+    with Settings(threads=2, chunk_bytes=512 * 1024):
+        loading = materialize.Loading(checkpoint, allocator=allocator)
+    names: dict[int, list[str]] = {}
+    for i, name in enumerate(checkpoint):
+        names.setdefault(place(i), []).append(name)
+    for device, chosen in names.items():
+        loading.add(torch.device("cuda", device), dtype, chosen)
+    loading.start()
+    return loading.result()
 
 
 def test_one_plan_for_eight_devices(machine: Switch, checkpoint_path: Path) -> None:
@@ -284,7 +280,7 @@ def test_one_plan_for_eight_devices(machine: Switch, checkpoint_path: Path) -> N
     for seed, policy in enumerate(Policy):
         with machine(8, seed, policy) as driver:
             used = SimulatedAllocator(driver)
-            loaded = _to_devices(checkpoint_path, driver, used, lambda i: i * 7 % 8)
+            loaded = _to_devices(checkpoint_path, used, lambda i: i * 7 % 8)
             _assert_loaded(loaded, expected)
 
 
@@ -307,7 +303,7 @@ def test_eight_links_are_driven_at_once(
             for device in range(8):
                 driver.set_link(device, link)
             driver.set_host_memory(host)
-            loaded = _to_devices(path, driver, used, lambda i: i)
+            loaded = _to_devices(path, used, lambda i: i)
             links = [driver.link(device) for device in range(8)]
             seconds = max(x.last_finish for x in links) - min(x.first_start for x in links)
             rates.append(sum(x.bytes_to_device for x in links) / seconds)
@@ -315,6 +311,36 @@ def test_eight_links_are_driven_at_once(
         if rates[-1] >= 0.9 * best:
             break
     assert max(rates) >= 0.9 * best
+
+
+# --- From memory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, "BF16", "F32"])
+def test_tensors_in_memory_go_through_the_ring(machine: Switch, dtype: str | None) -> None:
+    tensors = {**_tensors(3, scale=4), "pairs": torch.zeros(3, 2, dtype=torch.float4_e2m1fn_x2)}
+    expected = dict(tensors)
+    if dtype is not None:
+        wanted = dtypes.to_torch(dtype)
+        expected = {
+            name: t.to(wanted) if t.is_floating_point() and name != "pairs" else t
+            for name, t in tensors.items()
+        }
+    for seed, policy in enumerate(Policy):
+        settings = Settings(threads=2, chunk_bytes=256 * 1024, pinned_bytes=512 * 1024)
+        with machine(2, seed, policy) as driver, settings:
+            used = SimulatedAllocator(driver)
+            target = torch.device("cuda", 1)
+            loaded = materialize.copy_to_device(tensors, target, dtype, allocator=used)
+            for name, tensor in loaded.items():
+                assert tensor.bits() == support.bits(expected[name]), name
+            assert used.reserved == {1: sum(t.nbytes for t in expected.values())}
+            report = weightlift.last_report()
+            assert report is not None
+            assert report.devices == {"cuda:1": sum(t.nbytes for t in tensors.values())}
+            assert report.read_bytes == 0
+            assert 0 < report.peak_staging_bytes <= 512 * 1024
+            del loaded
 
 
 # --- What goes wrong ---------------------------------------------------------------------------

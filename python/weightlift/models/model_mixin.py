@@ -8,7 +8,7 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +21,7 @@ from weightlift.hub import HubArguments
 from weightlift.models.building import building
 from weightlift.models.config_mixin import ConfigMixin
 from weightlift.models.hub_mixin import PushToHubMixin
-from weightlift.modules import Early, fill
+from weightlift.modules import Early, fill, move
 from weightlift.placement import parse_device
 from weightlift.report import LoadReport
 
@@ -71,7 +71,8 @@ def get_parameter_device(module: torch.nn.Module) -> torch.device:
     tensors = (*module.parameters(), *module.buffers())
     if tensors:
         return tensors[0].device
-    return next(_tensor_attributes(module)).device
+    found: torch.Tensor = next(_tensor_attributes(module))
+    return found.device
 
 
 def get_parameter_dtype(module: torch.nn.Module) -> torch.dtype | None:
@@ -98,7 +99,7 @@ def get_parameter_dtype(module: torch.nn.Module) -> torch.dtype | None:
     return last
 
 
-def _tensor_attributes(module: torch.nn.Module) -> Any:
+def _tensor_attributes(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     for child in module.modules():
         yield from (value for value in vars(child).values() if isinstance(value, torch.Tensor))
 
@@ -213,10 +214,10 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         early = None
         if checkpoint is not None and quantizer is None and given["low_cpu_mem_usage"]:
             early = _begin(cls, checkpoint, device_map, dtype, options)
-        build = functools.partial(cls.from_config, config, **unused)
+        build = functools.partial(cls.from_config, config, **unused)  # type: ignore[attr-defined]
         try:
             with building(_built_dtype(dtype, checkpoint), given["low_cpu_mem_usage"]):
-                model = build()
+                model: _Self = build()
             if checkpoint is None:
                 checkpoint = _open_flax(path, hub, model)
             rename = _former_attention_names(model, checkpoint)
@@ -288,7 +289,7 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             raise ArgumentError(f"{folder} is a file: name a folder to save the model in")
         folder.mkdir(parents=True, exist_ok=True)
         if is_main_process:
-            config = self.to_json_string().encode()  # type: ignore[operator]
+            config = self.to_json_string().encode()
             save_weights(
                 self.state_dict(),
                 folder,
@@ -407,9 +408,10 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         """Attention without xFormers."""
         self.set_use_memory_efficient_attention_xformers(False)
 
-    @functools.wraps(torch.nn.Module.to)
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        _, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        """As ``torch.nn.Module.to``; to a GPU through the staging ring. Not a quantized model's
+        dtype."""
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None:
             self._refuse_cast("to()")
             if self._keep_in_fp32_modules:
@@ -420,7 +422,13 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
                     ", ".join(self._keep_in_fp32_modules),
                     dtype,
                 )
+        if device is not None and device.type == "cuda" and memory_format is None:
+            move(self, parse_device(device), dtype)
         return super().to(*args, **kwargs)
+
+    def cuda(self, device: Any = None) -> Any:
+        """Moves to a GPU."""
+        return self.to(parse_device("cuda" if device is None else device))
 
     def half(self) -> Any:
         """Casts to float16; not a quantized model."""
