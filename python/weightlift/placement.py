@@ -158,10 +158,9 @@ def resolve_device_map(
         )
     if isinstance(device_map, str) and device_map in _NEED_A_MODEL:
         return _automatic(
-            model,
+            _outline(model, dtype, keep_in_fp32),
             device_map,
             None if max_memory is None else parse_max_memory(max_memory),
-            _planned_dtypes(model, dtype, keep_in_fp32),
             _no_split(model) if no_split_module_classes is None else no_split_module_classes,
             offload,
         )
@@ -244,34 +243,62 @@ def _no_split(model: torch.nn.Module) -> set[str]:
     }
 
 
-def _planned_dtypes(
+def _outline(
     model: torch.nn.Module,
     dtype: torch.dtype | Mapping[str, torch.dtype] | None,
     keep_in_fp32: Collection[str],
-) -> dict[str, torch.dtype]:
-    """Of each floating-point tensor that will not have the dtype that it has now."""
+) -> torch.nn.Module:
+    """The same modules with tensors on ``meta`` that have the dtypes to come.
+
+    accelerate can be told other dtypes, but counts a wider one as the tensor's own, or takes time
+    that is quadratic in their number.
+    """
     import torch
 
     keep = frozenset(keep_in_fp32)
-    planned = {}
-    for named in (model.named_parameters, model.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            if not tensor.is_floating_point():
-                continue
-            wanted = dtype.get(name) if isinstance(dtype, Mapping) else dtype
-            wanted = wanted or tensor.dtype
-            if wanted in (torch.float16, torch.bfloat16) and not keep.isdisjoint(name.split(".")):
-                wanted = torch.float32
-            if wanted != tensor.dtype:
-                planned[name] = wanted
-    return planned
+
+    def planned(name: str, tensor: torch.Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        wanted = (dtype.get(name) if isinstance(dtype, Mapping) else dtype) or tensor.dtype
+        narrow = wanted in (torch.float16, torch.bfloat16)
+        return torch.float32 if narrow and not keep.isdisjoint(name.split(".")) else wanted
+
+    modules = list(model.named_modules())
+    names = {type(module).__name__ for _, module in modules}
+    kinds = {name: type(name, (torch.nn.Module,), {}) for name in names}
+    made: dict[int, torch.nn.Module] = {
+        id(module): kinds[type(module).__name__]() for _, module in modules
+    }
+    tensors: dict[int, torch.Tensor] = {}  # by what they stand for, so that tied ones are tied
+    for prefix, module in modules:
+        outline = made[id(module)]
+        for key, child in module._modules.items():
+            if child is not None:
+                outline._modules[key] = made[id(child)]
+        for held, copies in (
+            (module._parameters, outline._parameters),
+            (module._buffers, outline._buffers),
+        ):
+            for key, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in tensors:
+                    wanted = planned(f"{prefix}.{key}" if prefix else key, tensor)
+                    empty = torch.empty(tensor.shape, dtype=wanted, device="meta")
+                    tensors[id(tensor)] = (
+                        torch.nn.Parameter(empty, requires_grad=False)
+                        if held is module._parameters
+                        else empty
+                    )
+                copies[key] = tensors[id(tensor)]  # type: ignore[assignment]
+    return made[id(model)]
 
 
 def _automatic(
     model: torch.nn.Module,
     strategy: str,
     max_memory: Mapping[int | str, int] | None,
-    planned: Mapping[str, torch.dtype],
     no_split: Collection[str],
     offload: bool,
 ) -> dict[str, torch.device | str]:
@@ -282,10 +309,7 @@ def _automatic(
             f"device_map={strategy!r} needs accelerate: pip install 'weightlift[accelerate]'"
         ) from error
 
-    options: dict[str, Any] = {
-        "no_split_module_classes": list(no_split),
-        "special_dtypes": dict(planned),
-    }
+    options: dict[str, Any] = {"no_split_module_classes": list(no_split)}
 
     def infer(
         places: Sequence[int | str], limits: Mapping[int | str, int]
@@ -319,7 +343,7 @@ def _automatic(
     if "disk" in devices.values():
         devices = infer(gpus, whole)  # without equal shares
     if "disk" in devices.values():
-        sizes = modeling.compute_module_sizes(model, special_dtypes=options["special_dtypes"])
+        sizes = modeling.compute_module_sizes(model)
         limits_of = {_device_or_disk(device): size for device, size in room.items()}
         raise CheckpointError(_shortage(model, devices, limits_of, sizes))
     return devices
