@@ -28,6 +28,7 @@ import huggingface_hub.file_download
 import huggingface_hub.hf_api
 import huggingface_hub.utils._http as client
 import pytest
+import tqdm
 import yaml
 
 # What a new repository's .gitattributes puts under LFS.
@@ -162,6 +163,8 @@ class HubServer:
         # Its protocol is a binary one, of another server.
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        # The threads of its progress bars would stay.
+        monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)
         # The client waits seconds before it tries again.
         impatient = _Time()
         monkeypatch.setattr(client, "time", impatient)
@@ -197,6 +200,7 @@ def _git_hash(data: bytes) -> str:
 
 def _serve(handler: type[_Handler], hub: HubServer) -> ThreadingHTTPServer:
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"hub": hub}))
+    server.daemon_threads = False  # so that server_close() waits for them
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     return server
 

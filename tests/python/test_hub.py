@@ -565,9 +565,12 @@ def test_where_a_push_goes(hub: HubServer, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_hub_of_the_tests_fails_what_it_does_not_know() -> None:
-    with pytest.raises(pytest.fail.Exception, match="GET /api/whoami-v2"), HubServer() as server:
-        with pytest.raises(huggingface_hub.errors.HfHubHTTPError):
-            huggingface_hub.HfApi(endpoint=server.url, token="hf_stored").whoami()
+    with (
+        pytest.raises(pytest.fail.Exception, match="GET /api/whoami-v2"),
+        HubServer() as server,
+        pytest.raises(huggingface_hub.errors.HfHubHTTPError),
+    ):
+        huggingface_hub.HfApi(endpoint=server.url, token="hf_stored").whoami()
 
 
 def test_who_may_not_push(hub: HubServer, repository: Repository) -> None:
