@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
@@ -19,9 +21,14 @@ from safetensors.torch import save_file as reference_save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+import weightlift.hub
+from hub_server import HubServer, Repository, hub, mirror
 from support import assert_same
 from weightlift import ArgumentError, CheckpointError, ReadError
+from weightlift.hub import HubArguments, commit_of
 from weightlift.resolve import CheckpointFiles, ShardFile, resolve
+
+__all__ = ["hub", "mirror"]  # fixtures
 
 SPELLINGS_OF_AN_INDEX = {
     "diffusers": "{stem}.{end}.index.fp16.json",
@@ -691,3 +698,227 @@ def test_a_snapshot_whose_blob_is_gone(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "models--o--n" / "blobs")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: is a link to \.\./\.\./blobs"):
         resolve(snapshot)
+
+
+def test_offline_the_cache_is_enough(tmp_path: Path) -> None:
+    tensors = {f"t{n}": torch.rand(3) for n in range(2)}
+    shards = {name: f"model-0000{n + 1}-of-00002.safetensors" for n, name in enumerate(tensors)}
+    files = {shards[name]: reference_save({name: tensor}) for name, tensor in tensors.items()}
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": shards}).encode()
+    files |= {f"unet/{name}": data for name, data in files.items()}
+    snapshot = cached(tmp_path, "o/n", files, ref="other")
+    for revision in ("other", COMMIT):
+        hub = HubArguments(cache_dir=tmp_path, local_files_only=True, revision=revision)
+        found = resolve("o/n", hub=hub)
+        assert found.folder == str(snapshot)
+        assert_holds(found, tensors)
+        for inside in (
+            resolve("o/n", subfolder="unet", hub=hub),
+            resolve("o/n", hub=dataclasses.replace(hub, subfolder="unet")),
+        ):
+            assert inside.folder == str(snapshot / "unet")
+            assert_holds(inside, tensors)
+    with pytest.raises(FileNotFoundError, match="revision 'main' is not in the cache") as raised:
+        resolve("o/n", hub=HubArguments(cache_dir=tmp_path, local_files_only=True))
+    assert isinstance(raised.value, ReadError)
+
+    (snapshot / shards["t1"]).unlink()
+    with pytest.raises(CheckpointError) as missing:
+        resolve("o/n", hub=hub)
+    assert str(missing.value) == (
+        "o/n/model.safetensors.index.json: 1 of the 2 files that it lists are missing: "
+        f"{shards['t1']}; neither the Hub, if it may be asked, nor the cache has them"
+    )
+
+
+# The Hub.
+
+NAME = "user/model"
+SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+TENSORS = {f"t{n}": torch.full((3,), float(n)) for n in range(3)}
+INDEX = {"weight_map": dict(zip(TENSORS, SHARDS, strict=True))}
+
+
+def sharded_on_the_hub(folder: str = "") -> dict[str, bytes]:
+    return {
+        f"{folder}model.safetensors.index.json": json.dumps(INDEX).encode(),
+        **{
+            f"{folder}{shard}": reference_save({name: tensor})
+            for shard, (name, tensor) in zip(SHARDS, TENSORS.items(), strict=True)
+        },
+    }
+
+
+@pytest.fixture
+def repository(hub: HubServer) -> Repository:
+    one = {"w": torch.ones(3)}
+    return hub.add(
+        NAME,
+        {
+            "config.json": b"{}",
+            "model.onnx": b"onnx",
+            "pytorch_model.bin": b"PK",
+            "model.fp16.safetensors": reference_save(one),
+            **sharded_on_the_hub(),
+            **sharded_on_the_hub("te [2]/"),
+            "unet/config.json": b"{}",
+            "unet/diffusion_pytorch_model.safetensors": reference_save(one),
+            "unet/diffusion_pytorch_model.bin": b"PK",
+        },
+    )
+
+
+def fetched(hub: HubServer) -> list[str]:
+    """The names of the files that were asked for, and forgets them."""
+    names = {
+        unquote(urlsplit(request.path).path.split("/", 5)[5])
+        for request in hub.requests
+        if "/resolve/" in request.path
+    }
+    hub.requests.clear()
+    return sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ({}, ["model.safetensors.index.json", *SHARDS]),
+        ({"variant": "fp16"}, ["model.fp16.safetensors"]),
+        ({"use_safetensors": False}, ["pytorch_model.bin"]),
+        ({"subfolder": "unet"}, ["unet/diffusion_pytorch_model.safetensors"]),
+        (
+            {"subfolder": "te [2]"},
+            ["te [2]/model.safetensors.index.json", *(f"te [2]/{shard}" for shard in SHARDS)],
+        ),
+    ],
+)
+def test_only_what_is_needed_is_downloaded(
+    hub: HubServer, repository: Repository, arguments: dict[str, Any], wanted: list[str]
+) -> None:
+    files = resolve(NAME, **arguments)
+    assert fetched(hub) == sorted(wanted)
+    assert commit_of(files.files[0].path) == repository.refs["main"]
+    for file in files.files:
+        assert Path(file.path).is_file()
+    if files.weight_map is not None:
+        assert_holds(files, TENSORS)
+
+    assert resolve(NAME, **arguments) == files
+    assert fetched(hub) == []
+    assert resolve(NAME, **arguments, hub=HubArguments(local_files_only=True)) == files
+    assert hub.requests == []
+    hub.down = True
+    assert resolve(NAME, **arguments) == files
+
+
+def test_files_are_of_one_commit(
+    hub: HubServer, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = repository.refs["main"]
+
+    def listing_then_a_push(*arguments: Any) -> list[str]:
+        found = original(*arguments)
+        repository.commit(dict.fromkeys(SHARDS, b"another"))
+        return found
+
+    original = weightlift.hub.list_files
+    monkeypatch.setattr(weightlift.hub, "list_files", listing_then_a_push)
+    files = resolve(NAME)
+    assert commit_of(files.files[0].path) == first != repository.refs["main"]
+    assert_holds(files, TENSORS)
+
+
+def test_revisions(hub: HubServer, repository: Repository) -> None:
+    first = repository.refs["main"]
+    second = repository.commit({"model.fp16.safetensors": b"new"}, ref="branch")
+    for revision, oid in ((None, first), ("branch", second), (second, second), (first, first)):
+        files = resolve(NAME, variant="fp16", hub=HubArguments(revision=revision))
+        assert commit_of(files.files[0].path) == oid
+    with pytest.raises(FileNotFoundError, match="has no revision 'nope' of it") as raised:
+        resolve(NAME, hub=HubArguments(revision="nope"))
+    assert isinstance(raised.value, ReadError)
+
+
+def test_a_connection_that_breaks_off(
+    hub: HubServer, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listing_then_nothing(*arguments: Any) -> list[str]:
+        found = original(*arguments)
+        hub.down = True
+        return found
+
+    original = weightlift.hub.list_files
+    monkeypatch.setattr(weightlift.hub, "list_files", listing_then_nothing)
+    with pytest.raises(ReadError, match=r"model\.safetensors\.index\.json"):
+        resolve(NAME)
+
+
+def test_a_shard_that_is_not_on_the_hub(hub: HubServer) -> None:
+    files = sharded_on_the_hub()
+    del files[SHARDS[1]]
+    hub.add(NAME, files)
+    with pytest.raises(CheckpointError, match=f"1 of the 3 files .* missing: {SHARDS[1]}; neither"):
+        resolve(NAME)
+    assert fetched(hub) == ["model.safetensors.index.json"]
+
+
+def test_what_the_hub_has_is_said(hub: HubServer, repository: Repository) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        resolve(NAME, variant="bf16")
+    assert str(raised.value) == (
+        f"{NAME}: there are no weights of variant 'bf16'; there is: variant='fp16', variant=None"
+    )
+    with pytest.raises(CheckpointError, match=f"{NAME}: there is no subfolder 'vae'; there is"):
+        resolve(NAME, subfolder="vae")
+    hub.add("user/pipe", {"model_index.json": b"{}", "vae/model.safetensors": b"", "s/x": b""})
+    with pytest.raises(CheckpointError, match=r"user/pipe: is a whole pipeline.*subfolder='vae'$"):
+        resolve("user/pipe")
+    hub.add("user/empty", {})
+    with pytest.raises(CheckpointError, match=r"user/empty: there are no weights: .*\.gitattrib"):
+        resolve("user/empty")
+    assert fetched(hub) == []
+
+
+def test_the_hubs_refusals(hub: HubServer, repository: Repository) -> None:
+    with pytest.raises(FileNotFoundError, match="has no such repository, or hides it"):
+        resolve("user/nope")
+    hub.add("other/gated", sharded_on_the_hub(), gated=True)
+    with pytest.raises(PermissionError, match=r"gated: ask for access .*other/gated.*restricted"):
+        resolve("other/gated")
+    hub.repositories["other/gated"].readers.add("user")
+    assert_holds(resolve("other/gated"), TENSORS)
+    hub.add("other/private", sharded_on_the_hub(), private=True)
+    with pytest.raises(FileNotFoundError, match="for a private one give token="):
+        resolve("other/private")
+    hub.tokens["hf_other"] = "other"
+    assert_holds(resolve("other/private", hub=HubArguments(token="hf_other")), TENSORS)
+    with pytest.raises(FileNotFoundError, match="local_files_only=True keeps from asking the Hub"):
+        resolve("user/other", hub=HubArguments(local_files_only=True))
+    hub.down = True
+    with pytest.raises(FileNotFoundError, match=r"is not in the cache .* gave no answer"):
+        resolve("user/other")
+
+
+def test_a_mirror(hub: HubServer, mirror: HubServer, repository: Repository) -> None:
+    files = resolve(NAME, subfolder="unet", hub=HubArguments(mirror=mirror.url))
+    assert names(files) == ["diffusion_pytorch_model.safetensors"]
+    assert hub.requests == []
+    assert mirror.requests
+    assert all(request.token is None for request in mirror.requests)
+
+
+def test_a_folder_goes_before_a_repository(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, f"{NAME}/model.safetensors")
+    assert resolve(NAME).files[0].path == f"{NAME}/model.safetensors"
+    assert hub.requests == []
+
+
+def test_force_download(hub: HubServer, repository: Repository) -> None:
+    files = resolve(NAME)
+    hub.cdn_requests.clear()
+    assert resolve(NAME, hub=HubArguments(force_download=True)) == files
+    again = sorted(urlsplit(request.path).path.rpartition("/")[2] for request in hub.cdn_requests)
+    assert again == SHARDS  # each once
