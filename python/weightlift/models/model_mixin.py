@@ -118,7 +118,7 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
     """
 
     config_name = "config.json"
-    _automatically_saved_args = ["_diffusers_version", "_class_name", "_name_or_path"]  # noqa: RUF012
+    _automatically_saved_args = ["_weightlift_version", "_class_name", "_name_or_path"]  # noqa: RUF012
     _supports_gradient_checkpointing = False
     _keys_to_ignore_on_load_unexpected: list[str] | None = None
     _no_split_modules: list[str] | None = None
@@ -189,7 +189,7 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
 
         config, unused = _load_config(cls, path, hub, kwargs)
         _refuse_unknown(cls, unused)
-        quantizer = _quantizer(given, config, device_map)
+        quantizer = _quantizer(given, config)
         if given["from_flax"]:
             checkpoint = None
         else:
@@ -224,7 +224,9 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             if rename is not None:
                 checkpoint = checkpoint.renamed(rename)
             if quantizer is not None:
-                report = quantizer.load(model, checkpoint, given, dtype)
+                report = quantizer.load(
+                    model, checkpoint, dtype, device_map, given["max_memory"], **options
+                )
             else:
                 report = fill(
                     model,
@@ -517,9 +519,7 @@ def _refuse_unknown(cls: type[ModelMixin], arguments: Mapping[str, Any]) -> None
     )
 
 
-def _quantizer(
-    given: Mapping[str, Any], config: Mapping[str, Any], device_map: Any
-) -> Quantizer | None:
+def _quantizer(given: Mapping[str, Any], config: Mapping[str, Any]) -> Quantizer | None:
     wanted = given["quantization_config"] or config.get("quantization_config")
     if not (wanted or given["load_in_8bit"] or given["load_in_4bit"]):
         return None
@@ -530,7 +530,6 @@ def _quantizer(
         pre_quantized=config.get("quantization_config") is not None,
         load_in_8bit=given["load_in_8bit"],
         load_in_4bit=given["load_in_4bit"],
-        device_map=device_map,
     )
 
 
