@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include "dtype.h"
 #include "format/index.h"
 #include "format/safetensors.h"
+#include "format/zip.h"
 #include "result.h"
 
 // What is accepted and refused is held against the reference itself by
@@ -586,6 +588,597 @@ TEST(FormatMutation, EveryByteReplacedLeftOutOrPutIn) {
       }
     }
     if (at < header.size()) expect_sound(file_of(before + std::string(header.substr(at + 1)), 11));
+  }
+}
+
+// --- A part of a file ---------------------------------------------------------------------------
+
+TEST(FormatPart, OffsetsAreThoseOfTheWholeFile) {
+  constexpr std::uint64_t kOrigin = 1'000'000;
+  const std::string header = with_field("", "");
+  const auto bytes = std::as_bytes(std::span(header));
+  const std::uint64_t size = 8 + header.size() + 4;
+  const IndexResult result = parse_header(bytes, size, std::string(kPath), kOrigin);
+  ASSERT_TRUE(result.ok()) << result.error().describe();
+  EXPECT_EQ((*result)->data_begin(), kOrigin + 8 + header.size());
+  EXPECT_EQ((*result)->tensors()[0].begin, kOrigin + 8 + header.size());
+  EXPECT_EQ(error_of(parse_header(bytes, size - 1, std::string(kPath), kOrigin)).offset,
+            kOrigin + size - 1);
+  const std::string prefix = length_prefix(header.size());
+  const auto first = std::as_bytes(std::span(prefix));
+  EXPECT_EQ(*header_length(first, size, std::string(kPath), kOrigin), header.size());
+  const auto past = header_length(first, 20, std::string(kPath), kOrigin);
+  ASSERT_FALSE(past.ok());
+  EXPECT_EQ(past.error().code, ErrorCode::kHeaderPastEnd);
+  EXPECT_EQ(past.error().offset, kOrigin);
+}
+
+// --- Tensors whose places are known -------------------------------------------------------------
+
+TEST(FormatEntries, InTheOrderOfTheBytesThenOfTheNames) {
+  const IndexResult result = make_index({{"b", Dtype::kF32, {2, 3}, 100},
+                                         {"view of b", Dtype::kF32, {3}, 104},
+                                         {"z", Dtype::kU8, {0, 7}, 100},
+                                         {"y", Dtype::kU8, {0}, 100},
+                                         {"scalar", Dtype::kC128, {}, 0},
+                                         {"packed", Dtype::kF4, {4}, 998}},
+                                        1000, std::string(kPath));
+  ASSERT_TRUE(result.ok()) << result.error().describe();
+  const Index& index = **result;
+  std::vector<std::string_view> names;
+  std::vector<std::uint64_t> sizes;
+  for (const TensorInfo& tensor : index.tensors()) {
+    EXPECT_EQ(index.find(tensor.name), names.size());
+    names.push_back(tensor.name);
+    sizes.push_back(tensor.bytes);
+  }
+  EXPECT_EQ(names, (std::vector<std::string_view>{"scalar", "y", "z", "b", "view of b", "packed"}));
+  EXPECT_EQ(sizes, (std::vector<std::uint64_t>{16, 0, 0, 24, 12, 2}));
+  EXPECT_EQ(index.tensors()[3].shape[1], 3u);
+  EXPECT_EQ(index.tensors()[3].begin, 100u);
+  EXPECT_EQ(index.metadata(), nullptr);
+  EXPECT_TRUE((*make_index({}, 0, "p"))->tensors().empty());
+}
+
+TEST(FormatEntries, Refused) {
+  const auto expect = [](std::vector<TensorEntry> entries, ErrorCode code) {
+    const IndexResult result = make_index(std::move(entries), 1000, std::string(kPath));
+    expect_code(result, code);
+    EXPECT_EQ(error_of(result).tensor, "a");
+  };
+  expect({{"a", Dtype::kF32, {1}, 997}}, ErrorCode::kOffsetsInvalid);
+  expect({{"a", Dtype::kF32, {0}, 1001}}, ErrorCode::kOffsetsInvalid);
+  expect({{"a", Dtype::kU8, {1}, ~std::uint64_t{0}}}, ErrorCode::kOffsetsInvalid);
+  expect({{"a", Dtype::kU8, {std::uint64_t{1} << 60}, 0}}, ErrorCode::kOffsetsInvalid);
+  expect({{"a", Dtype::kF32, {1u << 31, 1u << 31, 4}, 0}}, ErrorCode::kShapeOverflow);
+  expect({{"a", Dtype::kF4, {3}, 0}}, ErrorCode::kSubByteMisaligned);
+  expect({{"a", Dtype::kU8, {1}, 0}, {"b", Dtype::kU8, {1}, 1}, {"a", Dtype::kU8, {1}, 2}},
+         ErrorCode::kDuplicateName);
+}
+
+// --- Archives -----------------------------------------------------------------------------------
+
+struct Record {
+  std::string name;
+  std::string data;
+  std::uint16_t flags = 0;
+  std::string extra = {};  // of its own header
+  std::string central_extra = {};
+  std::string descriptor = {};
+  bool wide = false;  // sizes in a ZIP64 field
+};
+
+template <class Number>
+std::string little(Number value) {
+  std::string text;
+  for (std::size_t i = 0; i < sizeof value; ++i) text += static_cast<char>(value >> (8 * i) & 0xff);
+  return text;
+}
+std::string le16(std::size_t value) {
+  return little(static_cast<std::uint16_t>(value));
+}
+std::string le32(std::size_t value) {
+  return little(static_cast<std::uint32_t>(value));
+}
+std::string le64(std::uint64_t value) {
+  return little(value);
+}
+
+// An archive, and where its parts begin, so that a test can change them.
+struct Zip {
+  std::string bytes;
+  std::vector<std::size_t> local;
+  std::vector<std::size_t> data;
+  std::vector<std::size_t> central;
+  std::size_t directory = 0;
+  std::size_t end64 = 0;
+  std::size_t locator = 0;
+  std::size_t end = 0;
+
+  Zip& put(std::size_t at, std::string_view text) {
+    bytes.replace(at, text.size(), text);
+    return *this;
+  }
+};
+
+constexpr std::size_t kCrc = 0x12345678;
+
+Zip make_zip(const std::vector<Record>& records, bool zip64 = false) {
+  Zip zip;
+  for (const Record& record : records) {
+    zip.local.push_back(zip.bytes.size());
+    const bool later = !record.descriptor.empty();
+    const std::size_t size = record.wide ? 0xffff'ffff : later ? 0 : record.data.size();
+    const std::string extra =
+        (record.wide ? join(le16(1), le16(16), le64(record.data.size()), le64(record.data.size()))
+                     : ""s) +
+        record.extra;
+    zip.bytes += join("PK\x03\x04", le16(20), le16(record.flags | (later ? 8 : 0)), le16(0),
+                      le32(0), le32(later ? 0 : kCrc), le32(size), le32(size),
+                      le16(record.name.size()), le16(extra.size()), record.name, extra);
+    zip.data.push_back(zip.bytes.size());
+    zip.bytes += record.data + record.descriptor;
+  }
+  zip.directory = zip.bytes.size();
+  for (std::size_t i = 0; i < records.size(); ++i) {
+    const Record& record = records[i];
+    zip.central.push_back(zip.bytes.size());
+    zip.bytes += join("PK\x01\x02", le16(20), le16(20),
+                      le16(record.flags | (record.descriptor.empty() ? 0 : 8)), le16(0), le32(0),
+                      le32(kCrc), le32(record.data.size()), le32(record.data.size()),
+                      le16(record.name.size()), le16(record.central_extra.size()), le16(0), le16(0),
+                      le16(0), le32(0), le32(zip.local[i]), record.name, record.central_extra);
+  }
+  const std::size_t size = zip.bytes.size() - zip.directory;
+  if (zip64) {
+    zip.end64 = zip.bytes.size();
+    zip.bytes += join("PK\x06\x06", le64(44), le16(45), le16(45), le32(0), le32(0),
+                      le64(records.size()), le64(records.size()), le64(size), le64(zip.directory));
+    zip.locator = zip.bytes.size();
+    zip.bytes += join("PK\x06\x07", le32(0), le64(zip.end64), le32(1));
+  }
+  zip.end = zip.bytes.size();
+  zip.bytes += join("PK\x05\x06", le16(0), le16(0), le16(records.size()), le16(records.size()),
+                    le32(size), le32(zip.directory), le16(0));
+  return zip;
+}
+
+std::string descriptor(std::size_t size, bool signature = true, bool wide = false) {
+  const auto number = [wide](std::size_t value) { return wide ? le64(value) : le32(value); };
+  return join(signature ? "PK\x07\x08" : "", le32(kCrc), number(size), number(size));
+}
+
+using ZipResult = Result<std::vector<ZipRecord>>;
+
+ReadBytes reader_of(const std::string& file) {
+  return [&file](std::uint64_t offset, std::span<std::byte> target) -> Status {
+    // What the parser asks for must be in the file.
+    EXPECT_LE(offset, file.size());
+    EXPECT_LE(target.size(), file.size() - offset);
+    std::copy_n(std::as_bytes(std::span(file)).begin() + static_cast<std::ptrdiff_t>(offset),
+                target.size(), target.begin());
+    return {};
+  };
+}
+
+ZipResult parse_archive(const std::string& file) {
+  return parse_zip(reader_of(file), file.size(), std::string(kPath));
+}
+
+void expect_archive_code(const std::string& file, ErrorCode code, std::string_view in_message = "",
+                         std::optional<std::uint64_t> offset = std::nullopt) {
+  const ZipResult result = parse_archive(file);
+  ASSERT_FALSE(result.ok());
+  const Error& error = result.error();
+  EXPECT_EQ(error_name(error.code), error_name(code)) << error.describe();
+  EXPECT_NE(error.message.find(in_message), std::string::npos) << error.describe();
+  EXPECT_EQ(error.path, kPath);
+  EXPECT_EQ(error_kind(error.code), ErrorKind::kFormat);
+  EXPECT_LE(error.offset.value_or(0), file.size());
+  EXPECT_EQ(error.offset, offset ? offset : error.offset) << error.describe();
+}
+
+void expect_records(const std::string& file, const std::vector<Record>& records) {
+  const ZipResult result = parse_archive(file);
+  ASSERT_TRUE(result.ok()) << result.error().describe();
+  ASSERT_EQ(result->size(), records.size());
+  for (std::size_t i = 0; i < records.size(); ++i) {
+    const ZipRecord& found = (*result)[i];
+    EXPECT_EQ(found.name, records[i].name);
+    EXPECT_EQ(found.crc32, kCrc);
+    EXPECT_EQ(found.zip64, records[i].wide);
+    EXPECT_EQ(std::string_view(file).substr(found.begin, found.bytes), records[i].data);
+  }
+}
+
+std::vector<Record> two_records() {
+  return {{"x/data.pkl", "pickle"}, {"x/data/0", "0123456789"}};
+}
+
+TEST(FormatZipStart, WhatItIs) {
+  const auto zip = [](std::string_view first, std::uint64_t size) {
+    return is_zip(std::as_bytes(std::span(first)), size, std::string(kPath));
+  };
+  EXPECT_TRUE(*zip("PK\x03\x04 and so on", 100));
+  EXPECT_FALSE(*zip("\x80\x02\x8a\x0a", 100));
+  EXPECT_FALSE(*zip("PK", 2));
+  EXPECT_EQ(zip("", 0).error().code, ErrorCode::kEmptyFile);
+  EXPECT_EQ(zip("version https://git-lfs.github.com/spec/v1", 130).error().code,
+            ErrorCode::kGitLfsPointer);
+  EXPECT_EQ(zip("\n<!DOCTYPE html>", 130).error().code, ErrorCode::kNotWeights);
+}
+
+TEST(FormatZip, Accepted) {
+  const std::string padding = join("FB", le16(5), "ZZZZZ");
+  for (const bool zip64 : {false, true}) {
+    for (const std::vector<Record>& records : std::vector<std::vector<Record>>{
+             {},
+             two_records(),
+             {{"a", "", 0}, {"b", "b", 0, padding}, {"c", "", 0x800}, {"\xc3\xa9", "d", 0x800}},
+             {{"a", "12", 0x800, padding, "", descriptor(2)}, {"b", "3", 0, "", "", descriptor(1)}},
+             {{"a", "12", 0, "", "", descriptor(2, false)}, {"b", "1"}},
+             {{"a", "12", 0, "", "", descriptor(2, true, true)}},
+             {{"a", "12", 0, "", "", descriptor(2, false, true)}},
+             {{"a", "", 0, "", "", descriptor(0)}, {"b", "1"}},
+             {{"a", "12", 0, "", padding, "", true}, {"b", "", 0, padding, "", "", true}},
+             {{"a", "12", 0, "", "", descriptor(2), true}},
+             // Longer than what one read of a header gets.
+             {{"a", "12", 0, join("FB", le16(60'000), std::string(60'000, 'Z'))}, {"b", "1"}}}) {
+      expect_records(make_zip(records, zip64).bytes, records);
+    }
+  }
+}
+
+TEST(FormatZip, AsTorchWritesBehindFourGibibytes) {
+  // An empty record there: no descriptor, sizes that fit, and a ZIP64 field with the place alone.
+  const std::string field = join(le16(1), le16(8), le64(std::uint64_t{5} << 30));
+  Zip zip = make_zip({{"a", "", 0x800, field}});
+  const ZipResult result = parse_archive(zip.bytes);
+  ASSERT_TRUE(result.ok()) << result.error().describe();
+  EXPECT_EQ((*result)[0].bytes, 0u);
+}
+
+TEST(FormatZip, InTheOrderOfTheFile) {
+  // The directory lists them backwards.
+  Zip zip = make_zip(two_records());
+  const std::string first = zip.bytes.substr(zip.central[0], zip.central[1] - zip.central[0]);
+  const std::string second = zip.bytes.substr(zip.central[1], zip.end - zip.central[1]);
+  expect_records(zip.put(zip.directory, second + first).bytes, two_records());
+}
+
+// A file of more than 4 GiB, of which only the ends exist.
+TEST(FormatZip, Zip64) {
+  const std::uint64_t size = (std::uint64_t{5} << 30) + 3;
+  const std::string field = join(le16(1), le16(16), le64(size), le64(size));
+  const std::string start =
+      join("PK\x03\x04", le16(45), le16(0), le16(0), le32(0), le32(kCrc), le32(0xffff'ffff),
+           le32(0xffff'ffff), le16(1), le16(20), "a", field);
+  const std::uint64_t second = start.size() + size;
+  const std::string header = join("PK\x03\x04", le16(45), le16(0), le16(0), le32(0), le32(kCrc),
+                                  le32(2), le32(2), le16(1), le16(0), "b", "bb");
+  const std::uint64_t directory = second + header.size();
+  const auto entry = [](std::string_view name, std::size_t narrow, std::size_t place,
+                        const std::string& extra) {
+    return join("PK\x01\x02", le16(45), le16(45), le16(0), le16(0), le32(0), le32(kCrc),
+                le32(narrow), le32(narrow), le16(1), le16(extra.size()), le16(0), le16(0), le16(0),
+                le32(0), le32(place), name, extra);
+  };
+  const std::string entries = entry("a", 0xffff'ffff, 0, field) +
+                              entry("b", 2, 0xffff'ffff, join(le16(1), le16(8), le64(second)));
+  const std::string end =
+      join("PK\x06\x06", le64(44), le16(45), le16(45), le32(0), le32(0), le64(2), le64(2),
+           le64(entries.size()), le64(directory), "PK\x06\x07", le32(0),
+           le64(directory + entries.size()), le32(1), "PK\x05\x06", le16(0), le16(0), le16(2),
+           le16(2), le32(entries.size()), le32(0xffff'ffff), le16(0));
+  const std::string tail = header + entries + end;
+  const ReadBytes read = [&](std::uint64_t offset, std::span<std::byte> target) -> Status {
+    for (std::size_t i = 0; i < target.size(); ++i) {
+      const std::uint64_t at = offset + i;
+      const char byte = at < start.size() ? start[at] : at < second ? '\0' : tail.at(at - second);
+      target[i] = static_cast<std::byte>(byte);
+    }
+    return {};
+  };
+  const ZipResult result = parse_zip(read, second + tail.size(), "p");
+  ASSERT_TRUE(result.ok()) << result.error().describe();
+  EXPECT_EQ((*result)[0].bytes, size);
+  EXPECT_TRUE((*result)[0].zip64);
+  EXPECT_EQ((*result)[1].begin, directory - 2);
+}
+
+TEST(FormatZipEnd, Refused) {
+  const Zip zip = make_zip(two_records());
+  const auto changed = [&zip](std::size_t at, std::string_view text) {
+    return Zip(zip).put(at, text).bytes;
+  };
+  expect_archive_code("", ErrorCode::kArchiveIncomplete);
+  expect_archive_code("PK\x03\x04", ErrorCode::kArchiveIncomplete, "not complete", 4);
+  expect_archive_code(zip.bytes.substr(0, zip.end), ErrorCode::kArchiveIncomplete);
+  expect_archive_code(zip.bytes + "x", ErrorCode::kTrailingBytes, "appended", zip.bytes.size());
+  expect_archive_code(zip.bytes + std::string(1000, '\0'), ErrorCode::kTrailingBytes);
+  expect_archive_code(changed(zip.end + 20, le16(4)) + "note", ErrorCode::kTrailingBytes);
+  expect_archive_code(changed(zip.end + 20, le16(4)), ErrorCode::kArchiveMalformed, "comment");
+  // Two end records: the same bytes again, and those of another archive in front.
+  expect_archive_code(zip.bytes + zip.bytes.substr(zip.end), ErrorCode::kArchiveMalformed);
+  expect_archive_code(zip.bytes + zip.bytes, ErrorCode::kArchiveMalformed);
+  expect_archive_code("#!/bin/sh\n" + zip.bytes, ErrorCode::kArchiveMalformed);
+  for (const std::size_t at : {4, 6, 8}) {
+    expect_archive_code(changed(zip.end + at, le16(1)), ErrorCode::kArchiveUnsupported, "split");
+  }
+  for (const std::size_t count : {0, 1, 3, 0xffff}) {
+    expect_archive_code(changed(zip.end + 8, le16(count) + le16(count)),
+                        ErrorCode::kArchiveMalformed, "entries");
+  }
+  for (const std::size_t at : {12, 16}) {
+    for (const std::size_t value : {zip.directory + 1, std::size_t{0xffff'ffff}, std::size_t{0}}) {
+      expect_archive_code(changed(zip.end + at, le32(value)), ErrorCode::kArchiveMalformed, "",
+                          zip.end);
+    }
+  }
+}
+
+TEST(FormatZipEnd, Zip64Refused) {
+  const Zip zip = make_zip(two_records(), true);
+  const auto changed = [&zip](std::size_t at, std::string_view text) {
+    return Zip(zip).put(at, text).bytes;
+  };
+  for (const std::uint64_t place :
+       {zip.end64 - 1, zip.end64 + 1, std::size_t{0}, zip.locator, ~std::size_t{0}}) {
+    expect_archive_code(changed(zip.locator + 8, le64(place)), ErrorCode::kArchiveMalformed,
+                        "locator", zip.locator);
+  }
+  expect_archive_code(changed(zip.locator, "PK\x06\x08"), ErrorCode::kArchiveMalformed);
+  expect_archive_code(changed(zip.end64, "PK\x06\x07"), ErrorCode::kArchiveMalformed);
+  expect_archive_code(changed(zip.end64 + 4, le64(45)), ErrorCode::kArchiveMalformed);
+  for (const std::size_t at : {zip.locator + 4, zip.locator + 16, zip.end64 + 16, zip.end64 + 20}) {
+    expect_archive_code(changed(at, le32(2)), ErrorCode::kArchiveUnsupported, "split");
+  }
+  expect_archive_code(changed(zip.end64 + 24, le64(1)), ErrorCode::kArchiveUnsupported);
+  expect_archive_code(changed(zip.end64 + 24, le64(3) + le64(3)), ErrorCode::kArchiveMalformed,
+                      "contradict");
+  for (const std::size_t at : {40, 48}) {
+    expect_archive_code(changed(zip.end64 + at, le64(1)), ErrorCode::kArchiveMalformed,
+                        "contradict");
+  }
+  // Both say so.
+  expect_archive_code(Zip(zip)
+                          .put(zip.end64 + 40, le64(~std::uint64_t{0}))
+                          .put(zip.end + 12, le32(0xffff'ffff))
+                          .bytes,
+                      ErrorCode::kArchiveMalformed);
+  expect_archive_code(
+      Zip(zip)
+          .put(zip.end64 + 24, le64(std::uint64_t{1} << 60) + le64(std::uint64_t{1} << 60))
+          .put(zip.end + 8, le16(0xffff) + le16(0xffff))
+          .bytes,
+      ErrorCode::kArchiveMalformed, "entries");
+}
+
+TEST(FormatZipEnd, TooLargeADirectoryIsNotRead) {
+  const std::uint64_t size = kMaxDirectoryBytes + 1;
+  const std::string end =
+      join("PK\x05\x06", le16(0), le16(0), le16(1), le16(1), le32(size), le32(0), le16(0));
+  const ReadBytes read = [&](std::uint64_t offset, std::span<std::byte> target) -> Status {
+    EXPECT_LT(target.size(), 100u);
+    std::fill(target.begin(), target.end(), std::byte{0});
+    EXPECT_EQ(offset + target.size(), size + end.size());
+    std::copy_n(std::as_bytes(std::span(end)).begin(), end.size(), target.end() - 22);
+    return {};
+  };
+  const ZipResult result = parse_zip(read, size + end.size(), "p");
+  ASSERT_FALSE(result.ok());
+  EXPECT_EQ(result.error().code, ErrorCode::kArchiveTooLarge);
+}
+
+TEST(FormatZipDirectory, Refused) {
+  const Zip zip = make_zip(two_records());
+  const auto changed = [&zip](std::size_t at, std::string_view text) {
+    return Zip(zip).put(at, text).bytes;
+  };
+  const std::size_t entry = zip.central[1];
+  expect_archive_code(changed(entry, "PK\x01\x03"), ErrorCode::kArchiveMalformed, "", entry);
+  for (const std::size_t at : {28, 30, 32}) {
+    expect_archive_code(changed(entry + at, le16(0xffff)), ErrorCode::kArchiveMalformed, "leaves");
+  }
+  for (const std::size_t flags : {0x1, 0x40, 0x2000, 0x2041}) {
+    expect_archive_code(changed(entry + 8, le16(flags)), ErrorCode::kArchiveUnsupported,
+                        "encrypted", entry);
+  }
+  expect_archive_code(changed(entry + 8, le16(0x20)), ErrorCode::kArchiveUnsupported, "patch");
+  for (const std::size_t flags : {0x2, 0x10, 0x80, 0x4000, 0x8000}) {
+    expect_archive_code(changed(entry + 8, le16(flags)), ErrorCode::kArchiveUnsupported, "unknown");
+  }
+  for (const std::size_t method : {8, 9, 12, 14, 93, 99}) {
+    expect_archive_code(changed(entry + 10, le16(method)), ErrorCode::kArchiveUnsupported,
+                        "compressed");
+  }
+  for (const std::size_t at : {20, 24}) {
+    expect_archive_code(changed(entry + at, le32(9)), ErrorCode::kSizeMismatch, "x/data/0", entry);
+  }
+  for (const std::size_t at : {20, 24, 42}) {
+    expect_archive_code(changed(entry + at, le32(0xffff'ffff)), ErrorCode::kArchiveMalformed,
+                        "ZIP64");
+  }
+  expect_archive_code(changed(entry + 34, le16(1)), ErrorCode::kArchiveUnsupported, "split");
+}
+
+TEST(FormatZipDirectory, Names) {
+  for (const std::string& name : {""s, "a\0b"s, "\xff"s, "\xc3"s, "\xed\xa0\x80"s}) {
+    expect_archive_code(make_zip({{name, "x", 0x800}}).bytes, ErrorCode::kArchiveMalformed, "name");
+  }
+  expect_archive_code(make_zip({{"\xc3\xa9", "x", 0}}).bytes, ErrorCode::kArchiveMalformed, "name");
+  expect_archive_code(make_zip({{"a", "1"}, {"b", "2"}, {"a", "3"}}).bytes,
+                      ErrorCode::kDuplicateName, "'a'");
+}
+
+TEST(FormatZipDirectory, ExtraFields) {
+  const auto expect = [](const std::string& extra) {
+    expect_archive_code(make_zip({{"a", "x", 0, "", extra}}).bytes, ErrorCode::kArchiveMalformed);
+    expect_archive_code(make_zip({{"a", "x", 0, extra}}).bytes, ErrorCode::kArchiveMalformed);
+  };
+  const std::string field = join(le16(1), le16(0));
+  expect("F");
+  expect("FB\1");
+  expect(join("FB", le16(1)));
+  expect(join("FB", le16(0), "FBB"));
+  expect(join("FB", le16(0xffff), "Z"));
+  expect(field + field);
+  // A ZIP64 field of more than what is asked of it.
+  expect_archive_code(make_zip({{"a", "x", 0, "", join(le16(1), le16(8), le64(1))}}).bytes,
+                      ErrorCode::kArchiveMalformed, "wrong size");
+}
+
+TEST(FormatZipRecord, ContradictsTheDirectory) {
+  const Zip zip = make_zip(two_records());
+  const std::size_t header = zip.local[1];
+  const auto expect = [&](std::size_t at, std::string_view text, std::string_view in_message) {
+    expect_archive_code(Zip(zip).put(header + at, text).bytes, ErrorCode::kArchiveMismatch,
+                        in_message, header);
+  };
+  expect(0, "PK\x01\x02", "no header");
+  expect(6, le16(0x800), "flag");
+  expect(6, le16(8), "flag");
+  expect(8, le16(8), "method");
+  expect(14, le32(0), "checksum");
+  for (const std::size_t at : {18, 22}) {
+    for (const std::size_t size : {0u, 9u, 11u, 0xffff'ffffu}) expect(at, le32(size), "size");
+  }
+  expect(18, le32(0xffff'ffff) + le32(0xffff'ffff), "size");
+  expect(26, le16(7), "name");
+  expect(30, "y", "name");
+  Zip wide = make_zip({{"a", "12", 0, "", "", "", true}});
+  expect_archive_code(wide.put(wide.data[0] - 8, le64(3)).bytes, ErrorCode::kArchiveMismatch,
+                      "size");
+}
+
+TEST(FormatZipRecord, Descriptors) {
+  const auto expect = [](const std::string& text, ErrorCode code) {
+    expect_archive_code(make_zip({{"a", "12", 0, "", "", text}, {"b", "1"}}).bytes, code);
+    expect_archive_code(make_zip({{"a", "12", 0, "", "", text}}).bytes, code);
+  };
+  expect(descriptor(3), ErrorCode::kArchiveMismatch);
+  expect(descriptor(2).substr(1), ErrorCode::kArchiveMismatch);
+  expect("PK\x07\x09" + descriptor(2, false), ErrorCode::kArchiveMismatch);
+  expect(join("PK\x07\x08", le32(0), le32(2), le32(2)), ErrorCode::kArchiveMismatch);
+  expect(join("PK\x07\x08", le32(kCrc), le32(2), le32(0)), ErrorCode::kArchiveMismatch);
+  expect(descriptor(2) + std::string(9, '\0'), ErrorCode::kOffsetsInvalid);
+  // Stated, and not there; there, and not stated.
+  Zip none = make_zip(two_records());
+  none.put(none.local[0] + 6, le16(8)).put(none.central[0] + 8, le16(8));
+  expect_archive_code(none.bytes, ErrorCode::kArchiveMismatch);
+  Zip some = make_zip({{"a", "12", 0, "", "", descriptor(2)}, {"b", "1"}});
+  some.put(some.local[0] + 6, le16(0)).put(some.central[0] + 8, le16(0));
+  some.put(some.local[0] + 14, le32(kCrc) + le32(2) + le32(2));
+  expect_archive_code(some.bytes, ErrorCode::kOffsetsInvalid, "belong to no record");
+  // In the header before the bytes: nothing, or the truth.
+  Zip early = make_zip({{"a", "12", 0, "", "", descriptor(2)}});
+  EXPECT_TRUE(parse_archive(Zip(early).put(18, le32(2) + le32(2)).bytes).ok());
+  expect_archive_code(Zip(early).put(18, le32(2) + le32(3)).bytes, ErrorCode::kArchiveMismatch);
+  expect_archive_code(Zip(early).put(14, le32(1)).bytes, ErrorCode::kArchiveMismatch);
+}
+
+TEST(FormatZipRecord, Places) {
+  const Zip zip = make_zip(two_records());
+  const auto resized = [&zip](std::size_t i, std::size_t size) {
+    const std::string sizes = le32(size) + le32(size);
+    return Zip(zip).put(zip.local[i] + 18, sizes).put(zip.central[i] + 20, sizes).bytes;
+  };
+  expect_archive_code(resized(0, 7), ErrorCode::kOffsetsInvalid, "overlaps");
+  expect_archive_code(resized(0, 5), ErrorCode::kOffsetsInvalid, "no record", zip.local[1] - 1);
+  expect_archive_code(resized(1, 9), ErrorCode::kOffsetsInvalid, "no record");
+  expect_archive_code(resized(1, 11), ErrorCode::kOffsetsInvalid, "directory");
+  expect_archive_code(resized(1, 1 << 20), ErrorCode::kOffsetsInvalid, "directory");
+  expect_archive_code(resized(0, 1 << 20), ErrorCode::kOffsetsInvalid);
+  const auto moved = [&zip](std::size_t i, std::size_t place) {
+    return Zip(zip).put(zip.central[i] + 42, le32(place)).bytes;
+  };
+  expect_archive_code(moved(1, 0), ErrorCode::kOffsetsInvalid, "overlaps");  // two on one record
+  expect_archive_code(moved(1, zip.local[1] - 1), ErrorCode::kOffsetsInvalid);
+  expect_archive_code(moved(1, zip.local[1] + 1), ErrorCode::kOffsetsInvalid);
+  expect_archive_code(moved(1, zip.directory), ErrorCode::kOffsetsInvalid);
+  expect_archive_code(moved(1, zip.directory - 10), ErrorCode::kOffsetsInvalid);
+  expect_archive_code(moved(1, 0xffff'fffe), ErrorCode::kOffsetsInvalid);
+  expect_archive_code(moved(0, 4), ErrorCode::kOffsetsInvalid, "no record", 0);
+  // A name or extra fields that reach into the directory.
+  for (const std::size_t at : {26, 28}) {
+    expect_archive_code(Zip(zip).put(zip.local[1] + at, le16(0xffff)).bytes,
+                        ErrorCode::kOffsetsInvalid, "directory");
+  }
+  // One record inside another's bytes, each of them well-formed.
+  const Zip inner = make_zip({{"b", "1"}});
+  Zip outer = make_zip({{"a", inner.bytes.substr(0, inner.directory)}, {"b", "1"}});
+  outer.put(outer.central[1] + 42, le32(outer.data[0]));
+  expect_archive_code(outer.bytes, ErrorCode::kOffsetsInvalid, "overlaps");
+}
+
+TEST(FormatZip, ErrorsOfTheReaderComeThrough) {
+  const std::string file = make_zip(two_records()).bytes;
+  for (int failing = 0; failing < 4; ++failing) {
+    int call = 0;
+    const ReadBytes read = [&](std::uint64_t offset, std::span<std::byte> target) -> Status {
+      if (call++ == failing) return Error{.code = ErrorCode::kReadFailed, .message = "no"};
+      return reader_of(file)(offset, target);
+    };
+    const ZipResult result = parse_zip(read, file.size(), "p");
+    ASSERT_FALSE(result.ok()) << failing;
+    EXPECT_EQ(result.error().code, ErrorCode::kReadFailed);
+  }
+}
+
+std::string small_archive() {
+  return make_zip({{"x/data.pkl", "pickle", 0x800, join("FB", le16(2), "ZZ"), "", descriptor(6)},
+                   {"x/version", "", 0x800},
+                   {"x/data/0", "01234", 0, "", "", "", true},
+                   {"x/data/1", "7", 0, "", "", descriptor(1, true, true)}},
+                  true)
+      .bytes;
+}
+
+// Whatever becomes of a changed file, it is an error or records that lie within it, apart.
+void expect_sound_archive(const std::string& file) {
+  const ZipResult result = parse_archive(file);
+  if (!result.ok()) {
+    EXPECT_EQ(error_kind(result.error().code), ErrorKind::kFormat);
+    EXPECT_LE(result.error().offset.value_or(0), file.size());
+    return;
+  }
+  std::uint64_t covered = 0;
+  for (const ZipRecord& record : *result) {
+    ASSERT_GE(record.begin, covered + 30);
+    ASSERT_LE(record.begin, file.size());
+    ASSERT_LE(record.bytes, file.size() - record.begin);
+    covered = record.begin + record.bytes;
+  }
+}
+
+TEST(FormatZipMutation, CutAtEveryByte) {
+  const std::string file = small_archive();
+  EXPECT_TRUE(parse_archive(file).ok());
+  for (std::size_t size = 0; size < file.size(); ++size) {
+    EXPECT_FALSE(parse_archive(file.substr(0, size)).ok()) << size;
+    EXPECT_FALSE(parse_archive(file.substr(size + 1)).ok()) << size;
+  }
+}
+
+TEST(FormatZipMutation, EveryBitFlipped) {
+  const std::string file = small_archive();
+  for (std::size_t bit = 0; bit < 8 * file.size(); ++bit) {
+    std::string changed = file;
+    changed[bit / 8] = static_cast<char>(changed[bit / 8] ^ 1 << bit % 8);
+    expect_sound_archive(changed);
+  }
+}
+
+TEST(FormatZipMutation, EveryByteReplacedLeftOutOrPutIn) {
+  const std::string file = small_archive();
+  for (std::size_t at = 0; at < file.size(); ++at) {
+    for (const char byte : "\x01\x7f\x80\xfe\xffPK"s + '\0') {
+      std::string changed = file;
+      changed[at] = byte;
+      expect_sound_archive(changed);
+      EXPECT_FALSE(parse_archive(file.substr(0, at) + byte + file.substr(at)).ok()) << at;
+    }
+    EXPECT_FALSE(parse_archive(file.substr(0, at) + file.substr(at + 1)).ok()) << at;
   }
 }
 
