@@ -10,7 +10,6 @@ import json
 import os
 import posixpath
 import re
-import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, Protocol
@@ -123,6 +122,7 @@ def resolve(
         CheckpointError: there are no such weights, and what there is; or an index is broken.
         ReadError: the path does not exist, nor does the repository, or it cannot be had (a
             ``FileNotFoundError`` or ``PermissionError`` too); the Hub's own reason is in it.
+        FormatError: a ``.dduf`` file that is none.
         ArgumentError: arguments that do not go together.
     """
     text = os.fspath(path_or_repo)
@@ -176,6 +176,14 @@ class _Source(Protocol):
 
     def find(self, folder: str, names: Sequence[str], format: Format) -> list[ShardFile]:
         """Files of a folder, downloaded if need be."""
+
+    def read(self, folder: str, file: ShardFile) -> bytes:
+        """The beginning of a file, or all that an index can have of it."""
+        try:
+            with Path(file.path).open("rb") as opened:
+                return opened.read(_LARGEST_INDEX + 1)
+        except OSError as error:
+            raise _os_error(error, file.path) from None
 
     def no_folder(self, folder: str) -> CheckpointError:
         there = _listed(map(repr, sorted(self.entries("")[1]))) or "none"
@@ -259,27 +267,27 @@ class _Dduf(_Listed):
     incomplete = "the archive is incomplete"
 
     def __init__(self, path: Path) -> None:
-        from huggingface_hub import read_dduf_file
-        from huggingface_hub.errors import DDUFError
+        from weightlift.dduf import open_dduf
 
-        try:
-            self.archive = read_dduf_file(path)
-        except OSError as error:
-            raise _os_error(error, str(path)) from None
-        except (DDUFError, zipfile.BadZipFile, ValueError) as error:
-            raise CheckpointError(f"{path}: is no DDUF file: {error}") from error
-        self.paths = self.archive.keys()
-        self.path = str(path)
+        self.archive = open_dduf(path)
+        self.paths = self.archive.entries.keys()
 
     def place(self, folder: str) -> str:
-        return f"{self.path}/{folder}" if folder else self.path
+        return f"{self.archive.path}/{folder}" if folder else self.archive.path
 
     def find(self, folder: str, names: Sequence[str], format: Format) -> list[ShardFile]:
-        entries = (self.archive[f"{folder}/{name}" if folder else name] for name in names)
         return [
-            ShardFile(name, self.path, format, entry.offset, entry.length)
-            for name, entry in zip(names, entries, strict=True)
+            ShardFile(
+                name,
+                self.archive.path,
+                format,
+                *self.archive.entries[posixpath.join(folder, name)],
+            )
+            for name in names
         ]
+
+    def read(self, folder: str, file: ShardFile) -> bytes:
+        return self.archive.read(posixpath.join(folder, file.name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,7 +365,7 @@ def _of_index(
 ) -> CheckpointFiles:
     place = f"{source.place(folder)}/{index_name}"
     index = source.find(folder, [index_name], format)
-    weight_map, metadata = _read_index(index[0], place, format)
+    weight_map, metadata = _parse_index(source.read(folder, index[0]), place, format)
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if name not in names]
     if missing:
@@ -388,17 +396,8 @@ def _series(weights: _Weights | None) -> tuple[str, str | None, int] | None:
     return weights.stem, weights.variant, weights.shards
 
 
-def _read_index(
-    index: ShardFile, place: str, format: Format
-) -> tuple[dict[str, str], dict[str, Any]]:
-    most = _LARGEST_INDEX + 1
-    try:
-        with Path(index.path).open("rb") as file:
-            file.seek(index.begin)
-            text = file.read(most if index.bytes is None else min(most, index.bytes))
-    except OSError as error:
-        raise _os_error(error, index.path) from None
-    if len(text) == most:
+def _parse_index(text: bytes, place: str, format: Format) -> tuple[dict[str, str], dict[str, Any]]:
+    if len(text) > _LARGEST_INDEX:
         raise CheckpointError(f"{place}: has more than {_LARGEST_INDEX} bytes, as no index has")
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{place}: is a git-lfs pointer: fetch the file with `git lfs pull`")

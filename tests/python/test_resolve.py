@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 import weightlift.hub
 from hub_server import HubServer, Repository, hub, mirror
 from support import assert_same
-from weightlift import ArgumentError, CheckpointError, ReadError
+from weightlift import ArgumentError, CheckpointError, FormatError, ReadError
 from weightlift.hub import HubArguments, commit_of
 from weightlift.resolve import CheckpointFiles, ShardFile, resolve
 
@@ -317,9 +317,17 @@ def test_a_component_of_a_dduf_file(tmp_path: Path) -> None:
 
 
 def test_what_is_no_dduf_file(tmp_path: Path) -> None:
-    (tmp_path / "x.dduf").write_bytes(b"no zip")
-    with pytest.raises(CheckpointError, match=r"x\.dduf: is no DDUF file: "):
-        resolve(tmp_path / "x.dduf", subfolder="unet")
+    path = dduf(tmp_path / "x.dduf", {"vae/model.safetensors.index.json": b'{"weight_map": 1}'})
+    with pytest.raises(
+        CheckpointError, match=r"x\.dduf/vae/model\.safetensors\.index\.json: is"
+    ):
+        resolve(path, subfolder="vae")
+    path.write_bytes(path.read_bytes().replace(b"weight_map", b"weight map"))
+    with pytest.raises(FormatError, match=r"x\.dduf: .*does not have its checksum"):
+        resolve(path, subfolder="vae")
+    path.write_bytes(b"no zip")
+    with pytest.raises(FormatError, match=r"x\.dduf: "):
+        resolve(path, subfolder="unet")
 
 
 # Which of several.
