@@ -318,9 +318,7 @@ def test_a_component_of_a_dduf_file(tmp_path: Path) -> None:
 
 def test_what_is_no_dduf_file(tmp_path: Path) -> None:
     path = dduf(tmp_path / "x.dduf", {"vae/model.safetensors.index.json": b'{"weight_map": 1}'})
-    with pytest.raises(
-        CheckpointError, match=r"x\.dduf/vae/model\.safetensors\.index\.json: is"
-    ):
+    with pytest.raises(CheckpointError, match=r"x\.dduf/vae/model\.safetensors\.index\.json: is"):
         resolve(path, subfolder="vae")
     path.write_bytes(path.read_bytes().replace(b"weight_map", b"weight map"))
     with pytest.raises(FormatError, match=r"x\.dduf: .*does not have its checksum"):
