@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightlift import dtypes, placement
@@ -254,6 +254,7 @@ def fill(
     keep = frozenset(keep_in_fp32)
     cpu = _cpu()
     reuse = not pin_memory and memory_format is None
+    believed: set[str] = set()
     for (name, slot), device in zip(matched, where(slot for _, slot in matched), strict=True):
         file_dtype = headers[name][0]
         target = None
@@ -275,17 +276,20 @@ def fill(
             if tensor.dtype != kind or tensor.device.type != "meta":
                 _set(slot, tensor.to("meta", kind), None)
             continue
-        if tensor.device.type == "meta":
-            device = device or cpu
-            in_place = False
-        else:
-            device = device or tensor.device
-            arrives = target or file_dtype
-            in_place = (
-                reuse
-                and device == tensor.device
-                and (own or tensor.dtype == dtypes.to_torch(arrives))
-            )
+        device = device or (cpu if tensor.device.type == "meta" else tensor.device)
+        if (
+            early is not None
+            and device == early.device
+            and name in early.names
+            and _as_believed(file_dtype, target, early.dtype)
+        ):
+            believed.add(name)
+        in_place = (
+            reuse
+            and name not in believed
+            and device == tensor.device
+            and (own or tensor.dtype == dtypes.to_torch(target or file_dtype))
+        )
         groups.setdefault((device, target, in_place), []).append((name, slot))
 
     loading = Loading(
@@ -296,22 +300,12 @@ def fill(
         progress=progress,
         caller=caller,
     )
-    believed: list[str] = []
     for (device, target, in_place), group in groups.items():
-        names = [name for name, _ in group]
+        names = [name for name, _ in group if name not in believed]
         if in_place:
             targets = [slot.tensor.detach() for _, slot in group]
             loading.add(device, None, names, targets)
-            continue
-        if early is not None and device == early.device:
-            as_believed = {
-                name
-                for name in names
-                if name in early.names and _as_believed(headers[name][0], target, early.dtype)
-            }
-            believed += as_believed
-            names = [name for name in names if name not in as_believed]
-        if names:
+        elif names:
             loading.add(device, target, names)
     arrived, report = _run(loading, early, believed)
     views: set[int] = set()
@@ -351,7 +345,7 @@ def fill(
 
 
 def _run(
-    loading: Loading, early: Early | None, believed: Sequence[str]
+    loading: Loading, early: Early | None, believed: Collection[str]
 ) -> tuple[dict[str, torch.Tensor], LoadReport]:
     """Runs what was not begun early, and brings in what was."""
     if early is not None and not believed:

@@ -1,9 +1,632 @@
-"""diffusers: nothing is hooked yet."""
+"""diffusers: the weights of models, pipelines, single files and adapters.
+
+``ModelMixin.from_pretrained`` keeps all that it does around the bytes. ``load_state_dict`` hands it
+the names in a file in the place of tensors; ``_load_pretrained_model`` has the engine read all of
+them to where they belong at once, and asks diffusers for its keys, warnings and loading info with
+nothing left to place. Reading begins when the files are known, before the module is built.
+"""
 
 from __future__ import annotations
 
-from weightlift.backends import Hook
+import contextlib
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightlift import _native, checkpoint, dtypes
+from weightlift.backends import Hook, StandAside, stand_aside
+from weightlift.checkpoint import Checkpoint
+from weightlift.errors import DeviceError, WeightliftError
+from weightlift.hub import HubArguments
+from weightlift.materialize import load_tensors
+from weightlift.modules import Early, fill
+from weightlift.placement import parse_device
+from weightlift.resolve import CheckpointFiles, ShardFile
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["HOOKS"]
 
-HOOKS: tuple[Hook, ...] = ()
+_NAME = "diffusers"
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+# --- A call of from_pretrained -------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Call:
+    """A ``from_pretrained`` of a model that is under way.
+
+    Attributes:
+        cls: the model's class.
+        early: arguments of a load that can begin before the model is built, if one can.
+        files: of the weights.
+        sharded: whether they have an index.
+        checkpoint: in ``files``, once they are known.
+        begun: the load that has begun.
+        by_diffusers: whether diffusers reads the tensors itself.
+        dispatched: the model, if it has accelerate's hooks already.
+    """
+
+    cls: Any
+    early: dict[str, Any] | None
+    files: Sequence[str] = ()
+    sharded: bool = False
+    checkpoint: Checkpoint | None = None
+    begun: Early | None = None
+    by_diffusers: bool = False
+    dispatched: Any = None
+
+    def found(self, files: Sequence[str], *, sharded: bool) -> None:
+        """Takes note of the files, and begins to read them."""
+        try:
+            self.checkpoint = _open(files)
+        except (StandAside, WeightliftError):
+            return  # met again when diffusers asks for the tensors
+        self.files, self.sharded = files, sharded
+        if self.early is not None and set(self.checkpoint.formats) == {"safetensors"}:
+            keep = self.early["keep"]
+            names = [n for n in self.checkpoint if keep.isdisjoint(n.split("."))] if keep else None
+            self.begun = Early(
+                self.checkpoint,
+                self.early["device"],
+                self.early["dtype"],
+                names,
+                mode=self.early["mode"],
+                progress=_shards_bar(len(files)),
+                caller=_NAME,
+            )
+
+    def gives_names(self, file: str) -> bool:
+        """Whether this is the file whose tensors ``_load_pretrained_model`` will get."""
+        if self.checkpoint is None or self.sharded or list(self.files) != [file]:
+            return False
+        from diffusers.models.modeling_utils import ModelMixin
+
+        fix = "_fix_state_dict_keys_on_load"
+        # Where it is the class's own, it may look at tensors.
+        return getattr(self.cls, fix) is getattr(ModelMixin, fix)
+
+    def cancel(self) -> None:
+        if self.begun is not None:
+            self.begun.loading.cancel()
+            self.begun = None
+
+    def take(self) -> Early | None:
+        begun, self.begun = self.begun, None
+        return begun
+
+
+_call: ContextVar[_Call | None] = ContextVar("weightlift_diffusers_call", default=None)
+
+
+def _model_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        early = _early(cls, kwargs)
+        if kwargs.get("use_flashpack"):
+            stand_aside(_NAME, "FlashPack files are read by flashpack", warn=False)
+            early = None
+        call = _Call(cls, early)
+        token = _call.set(call)
+        try:
+            with _meant(pretrained_model_name_or_path, kwargs):
+                return original(cls, pretrained_model_name_or_path, **kwargs)
+        finally:
+            _call.reset(token)
+            call.cancel()
+
+    return from_pretrained
+
+
+def _early(cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the weights will be loaded, where that can be told before the model is built."""
+    import torch
+
+    slow = (kwargs.get("quantization_config"), kwargs.get("parallel_config"))
+    if any(slow) or not kwargs.get("low_cpu_mem_usage", True):
+        return None
+    device_map = kwargs.get("device_map")
+    if isinstance(device_map, Mapping):
+        if set(device_map) != {""}:
+            return None
+        device_map = device_map[""]
+    if isinstance(device_map, str) and device_map in (*_SPREAD, "disk"):
+        return None
+    device = _engine_device("cpu" if device_map is None else device_map)
+    dtype = kwargs.get("dtype")
+    dtype = kwargs.get("torch_dtype") if dtype is None else dtype
+    if dtype is None:
+        dtype, keep = torch.get_default_dtype(), None
+    else:
+        if not isinstance(dtype, torch.dtype):
+            dtype = torch.float32  # as diffusers does, with a warning
+        keep = cls._keep_in_fp32_modules if dtype != torch.float32 else None
+    file_dtype = _castable(dtype)
+    if device is None or file_dtype is None:
+        return None
+    return {
+        "device": device,
+        "dtype": file_dtype,
+        "keep": frozenset([keep] if isinstance(keep, str) else keep or ()),
+        "mode": "read" if kwargs.get("disable_mmap") else "auto",
+    }
+
+
+def _engine_device(device: Any) -> torch.device | None:
+    """The device, if the engine loads to it."""
+    import torch
+
+    try:
+        parsed = parse_device(device)
+    except DeviceError:
+        return None
+    if parsed.type == "cuda":
+        return parsed if torch.version.cuda and torch.cuda.is_available() else None
+    return parsed if parsed.type == "cpu" else None
+
+
+def _castable(dtype: torch.dtype) -> str | None:
+    name = dtypes.file_name(dtype)
+    return name if name in dtypes.CASTABLE else None
+
+
+def _file_known(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _get_model_file(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        call = _call.get()
+        if call is not None and not kwargs.get("dduf_entries"):
+            call.found([found], sharded=False)
+        return found
+
+    return _get_model_file
+
+
+def _shards_known(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _get_checkpoint_shard_files(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        call = _call.get()
+        if call is not None and not kwargs.get("dduf_entries"):
+            call.found(found[0], sharded=True)
+        return found
+
+    return _get_checkpoint_shard_files
+
+
+def _shards_bar(count: int) -> Any:
+    """The progress bar that diffusers shows for shards, fed with bytes."""
+    if count < 2:
+        return False
+    bar: Any = None
+    shown = 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar, shown
+        from diffusers.utils import logging
+        from diffusers.utils.distributed_utils import is_torch_dist_rank_zero
+
+        if bar is None:
+            off = {} if is_torch_dist_rank_zero() else {"disable": True}
+            bar = logging.tqdm(total=count, desc="Loading checkpoint shards", **off)
+        finished = done * count // total if total else count
+        bar.update(finished - shown)
+        shown = finished
+        if done == total:
+            bar.close()
+
+    return show
+
+
+# --- Files and their tensors ---------------------------------------------------------------------
+
+
+class _Name(str):
+    """Stands for a tensor in a state dict: its name in the file."""
+
+
+class _Pending(dict[str, _Name]):
+    """A state dict whose tensors are still in their file; diffusers renames some of its keys."""
+
+    def __init__(self, opened: Checkpoint, stock: Callable[[], Mapping[str, Any]]) -> None:
+        super().__init__((name, _Name(name)) for name in opened)
+        self._opened = opened
+        self._stock = stock
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        if all(key is name or key == name for key, name in self.items()):
+            return self._opened
+        new: dict[str, str] = {name: key for key, name in self.items()}
+        return self._opened.renamed(new.get)
+
+    def by_diffusers(self) -> dict[str, Any]:
+        tensors = self._stock()
+        return {key: tensors[name] for key, name in self.items()}
+
+
+def _open(files: Sequence[Any]) -> Checkpoint:
+    """The checkpoint in these files.
+
+    Raises:
+        StandAside: diffusers reads these itself.
+        WeightliftError: a file is broken.
+    """
+    formats = {Path(file).suffix for file in files}
+    if formats == {".gguf"}:
+        raise StandAside("GGUF files are read by diffusers", warn=False)
+    if formats == {".safetensors"}:
+        parts = [_native.IndexedFile.open(str(file)) for file in files]
+        opened = Checkpoint(parts)
+        if sum(map(len, parts)) > len(opened.headers()):
+            raise StandAside(f"{Path(files[0]).parent}: several shards hold the same tensor")
+    else:
+        shards = [ShardFile(Path(file).name, str(file), "torch") for file in files]
+        opened = checkpoint._open_files(
+            # "" is the top of the file, where diffusers looks, and nowhere else.
+            CheckpointFiles(tuple(shards), "torch", str(Path(files[0]).parent)),
+            "",
+        )
+        if "not_tensors" in opened.metadata:
+            raise StandAside(f"{files[0]}: it holds more than tensors", warn=False)
+    for name, (dtype, _) in opened.headers().items():
+        if dtype not in dtypes.TORCH_NAMES:
+            raise StandAside(f"{opened.paths[0]}: torch has no dtype for {name!r}: {dtype}")
+    return opened
+
+
+def _load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The tensors of a file, read by the engine; names in their place for ``from_pretrained``."""
+    signature = inspect.signature(original)
+
+    def load_state_dict(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        file = given["checkpoint_file"]
+        device = _engine_device(given["map_location"])
+        if isinstance(file, dict) or given.get("dduf_entries") or device is None:
+            return original(*args, **kwargs)
+        call = _call.get()
+        if call is not None and call.by_diffusers:
+            return original(*args, **kwargs)
+        if call is not None and call.gives_names(file):
+            assert call.checkpoint is not None
+            return _Pending(call.checkpoint, lambda: original(*args, **kwargs))
+        try:
+            opened = _open([file])
+        except WeightliftError as error:
+            return _or_stock(error, lambda: original(*args, **kwargs))
+        return _tensors(opened, device, given["disable_mmap"])
+
+    return load_state_dict
+
+
+def _tensors(opened: Checkpoint, device: torch.device, disable_mmap: bool) -> dict[str, Any]:
+    mode = "auto"
+    if disable_mmap:
+        mode = "read"
+    elif "torch" in opened.formats and device.type == "cpu":
+        mode = "map"  # as diffusers does; "auto" reads torch files
+    return load_tensors(opened, device, mode=mode, caller=_NAME)
+
+
+def _or_stock(error: WeightliftError, stock: Callable[[], Any]) -> Any:
+    """What diffusers makes of a file that was refused here: mostly an error of its own kind."""
+    try:
+        found = stock()
+    except Exception as own:
+        raise own from error
+    stand_aside(_NAME, str(error))
+    return found
+
+
+# --- Weights into a model ------------------------------------------------------------------------
+
+
+def _load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+
+        def stock(**changes: Any) -> Any:
+            given.update(changes)
+            return original(*bound.args, **bound.kwargs)
+
+        pending = given["state_dict"]
+        call = _call.get()
+        if pending is not None and not isinstance(pending, _Pending):
+            return stock()
+        reason = _reason_for_stock(given)
+        if reason is not None:
+            stand_aside(_NAME, reason, warn=False)
+            if call is not None:
+                call.by_diffusers = True
+            return stock(state_dict=None if pending is None else pending.by_diffusers())
+        if pending is not None:
+            opened = pending.checkpoint
+        elif call is not None and call.checkpoint is not None:
+            opened = call.checkpoint
+        else:
+            return stock()  # a broken shard: diffusers meets it, or takes it
+        fit = _Fit.of(given, opened)
+        if not fit.by_engine:
+            # Tensors from the engine, placed by diffusers; of shards, `_load_shard_file` asks.
+            if pending is not None:
+                pending = _tensors(opened, _cpu(), given["disable_mmap"])
+            return stock(state_dict=pending)
+
+        # diffusers compares names and shapes: with what does not fit, and on no device.
+        only_talk = {
+            "state_dict": fit.mismatched,
+            "device_map": None,
+            "offload_state_dict": None,
+            "is_parallel_loading_enabled": False,
+        }
+        device_map = given["device_map"]
+        if fit.mismatched and not given["ignore_mismatched_sizes"]:
+            stock(**only_talk)  # raises
+        early = None if call is None else call.take()
+        fill(
+            given["model"],
+            opened,
+            device_map=device_map and _known_prefixes(given["model"], device_map),
+            dtype=given["dtype"],
+            keep_in_fp32=given["keep_in_fp32_modules"] or (),
+            strict=False,
+            ignore_mismatched_sizes=True,
+            mode=fit.mode,
+            progress=_shards_bar(len(opened.parts)) if early is None else False,
+            early=early,
+            caller=_NAME,
+        )
+        if call is not None and device_map and _has_hooks(device_map):
+            call.dispatched = given["model"]
+        return stock(**only_talk)
+
+    return load
+
+
+def _reason_for_stock(given: Mapping[str, Any]) -> str | None:
+    if given["hf_quantizer"] is not None:
+        return "quantized weights are made by diffusers' quantizers"
+    if given.get("tp_shard_specs") is not None:
+        return "tensor parallel shards are read by diffusers"
+    if given.get("dduf_entries"):
+        return "DDUF entries are read by diffusers"
+    return None
+
+
+@dataclasses.dataclass
+class _Fit:
+    """How a checkpoint goes with a model.
+
+    Attributes:
+        by_engine: whether the engine can place all of it as diffusers would.
+        mismatched: tensors of another shape than the model's, without data.
+        mode: of the load.
+    """
+
+    by_engine: bool
+    mismatched: dict[str, torch.Tensor]
+    mode: str
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], opened: Checkpoint) -> _Fit:
+        import torch
+
+        wanted = dtypes.parse_dtype(given["dtype"])
+        device_map = given["device_map"]
+        devices = set(device_map.values()) - {"disk"} if device_map else {"cpu"}
+        by_engine = bool(given["low_cpu_mem_usage"]) and all(
+            _engine_device(device) is not None for device in devices
+        )
+        keep = frozenset(given["keep_in_fp32_modules"] or ()) if wanted else frozenset()
+        casts = False
+        mismatched = {}
+        tensors = given["model"].state_dict()
+        for name, (stored, shape) in opened.headers().items():
+            tensor = tensors.get(name)
+            if tensor is None:
+                continue
+            own = dtypes.file_name(tensor.dtype)
+            if stored not in dtypes.FLOATING:
+                target = own
+                by_engine &= stored == own
+            else:
+                target = wanted or own
+                if keep and not keep.isdisjoint(name.split(".")):
+                    target = "F32"
+                by_engine &= tensor.is_floating_point() and stored != "F4" and target is not None
+            casts |= target != stored
+            if tuple(shape) != tuple(tensor.shape):
+                mismatched[name] = torch.empty(shape, dtype=dtypes.to_torch(stored), device="meta")
+        mode = "auto"
+        if given["disable_mmap"]:
+            mode = "read"
+        elif not casts and devices == {"cpu"} and "torch" in opened.formats:
+            mode = "map"
+        return cls(by_engine, mismatched, mode)
+
+
+def _cpu() -> torch.device:
+    import torch
+
+    return torch.device("cpu")
+
+
+def _known_prefixes(model: torch.nn.Module, device_map: Mapping[str, Any]) -> dict[str, Any]:
+    """The map without what the model does not have, which diffusers passes over in silence."""
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    names.update(name for name, _ in model.named_parameters(remove_duplicate=False))
+    names.update(name for name, _ in model.named_buffers(remove_duplicate=False))
+    return {prefix: device for prefix, device in device_map.items() if prefix in {"", *names}}
+
+
+def _has_hooks(device_map: Mapping[str, Any]) -> bool:
+    devices = set(device_map.values())
+    return "disk" in devices or len({_engine_device(device) for device in devices}) > 1
+
+
+def _dispatch_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Not again: tensors on the disk were given their hooks with their places in the file."""
+
+    def dispatch_model(model: Any, device_map: Any, *args: Any, **kwargs: Any) -> Any:
+        call = _call.get()
+        if call is None or call.dispatched is not model:
+            return original(model, device_map, *args, **kwargs)
+        call.dispatched = None
+        model.hf_device_map = dict(device_map)
+        return model
+
+    return dispatch_model
+
+
+# --- What was meant ------------------------------------------------------------------------------
+
+_mirror: ContextVar[str | None] = ContextVar("weightlift_diffusers_mirror", default=None)
+
+
+@contextlib.contextmanager
+def _meant(path: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Arguments that are documented and have no effect, or fail: GPUs in ``max_memory`` named by
+    text, and ``mirror``."""
+    if isinstance(kwargs.get("max_memory"), Mapping):
+        kwargs["max_memory"] = {_gpu(k): size for k, size in kwargs["max_memory"].items()}
+    mirror = kwargs.pop("mirror", None)
+    if mirror is None or Path(path).exists():
+        yield
+        return
+    hub = HubArguments(
+        cache_dir=kwargs.get("cache_dir"),
+        local_files_only=bool(kwargs.get("local_files_only")),
+        token=kwargs.get("token"),
+        revision=kwargs.get("revision"),
+        mirror=mirror,
+    )
+    # A commit: what resolves revisions in diffusers makes no request for one.
+    kwargs["revision"] = hub.pinned(str(path)).revision
+    token = _mirror.set(mirror.rstrip("/"))
+    try:
+        yield
+    finally:
+        _mirror.reset(token)
+
+
+def _gpu(key: Any) -> Any:
+    number = re.fullmatch(r"(?:cuda:)?(\d+)", key) if isinstance(key, str) else None
+    return key if number is None else int(number[1])
+
+
+def _from_mirror(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of huggingface_hub that asks the mirror, where one is named. It is not the Hub:
+    the stored token is not for it."""
+    of_api = "endpoint" not in inspect.signature(original).parameters
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        endpoint = _mirror.get()
+        if endpoint is None:
+            return original(*args, **kwargs)
+        if kwargs.get("token") is None:
+            kwargs["token"] = False
+        if not of_api:
+            return original(*args, **kwargs, endpoint=endpoint)
+        from huggingface_hub import HfApi
+
+        return getattr(HfApi(endpoint=endpoint), original.__name__)(*args, **kwargs)
+
+    return ask
+
+
+class _AnySignature(dict[str, Any]):
+    """Adapters for functions whose arguments are passed on as they are."""
+
+    def __init__(self, adapter: Callable[[Any], Any]) -> None:
+        super().__init__({"(...)": adapter})
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self["(...)"]
+
+
+# --- Hooks ---------------------------------------------------------------------------------------
+
+_MODELS = "diffusers.models.modeling_utils"
+_LOAD_STATE_DICT = (
+    "(checkpoint_file, disable_mmap=False, map_location='cpu')",
+    "(checkpoint_file, dduf_entries=None, disable_mmap=False, map_location='cpu')",  # 0.40
+)
+HOOKS = (
+    Hook(
+        _MODELS,
+        "ModelMixin.from_pretrained",
+        {"(cls, pretrained_model_name_or_path, **kwargs)": _model_from_pretrained},
+    ),
+    Hook(
+        _MODELS,
+        "ModelMixin._load_pretrained_model",
+        {
+            "(cls, model, state_dict, resolved_model_file, pretrained_model_name_or_path, "
+            "loaded_keys, ignore_mismatched_sizes=False, assign_to_params_buffers=False, "
+            "hf_quantizer=None, low_cpu_mem_usage=True, dtype=None, keep_in_fp32_modules=None, "
+            "device_map=None, offload_state_dict=None, offload_folder=None, "
+            "is_parallel_loading_enabled=False, disable_mmap=False, tp_shard_specs=None, "
+            "tp_config=None)": _load_pretrained_model,
+            # 0.40
+            "(cls, model, state_dict, resolved_model_file, pretrained_model_name_or_path, "
+            "loaded_keys, ignore_mismatched_sizes=False, assign_to_params_buffers=False, "
+            "hf_quantizer=None, low_cpu_mem_usage=True, dtype=None, keep_in_fp32_modules=None, "
+            "device_map=None, offload_state_dict=None, offload_folder=None, dduf_entries=None, "
+            "is_parallel_loading_enabled=False, disable_mmap=False)": _load_pretrained_model,
+        },
+    ),
+    *(
+        Hook(module, "load_state_dict", dict.fromkeys(_LOAD_STATE_DICT, _load_state_dict))
+        for module in ("diffusers.models.model_loading_utils", _MODELS)
+    ),
+    Hook(
+        _MODELS,
+        "_get_model_file",
+        {
+            "(pretrained_model_name_or_path, *, weights_name, subfolder=None, cache_dir=None, "
+            "force_download=False, proxies=None, local_files_only=False, token=None, "
+            "user_agent=None, revision=None, commit_hash=None)": _file_known,
+            # 0.40
+            "(pretrained_model_name_or_path, *, weights_name, subfolder=None, cache_dir=None, "
+            "force_download=False, proxies=None, local_files_only=False, token=None, "
+            "user_agent=None, revision=None, commit_hash=None, dduf_entries=None)": _file_known,
+        },
+    ),
+    Hook(
+        _MODELS,
+        "_get_checkpoint_shard_files",
+        {
+            "(pretrained_model_name_or_path, index_filename, cache_dir=None, proxies=None, "
+            "local_files_only=False, token=None, user_agent=None, revision=None, "
+            "subfolder='')": _shards_known,
+            # 0.40
+            "(pretrained_model_name_or_path, index_filename, cache_dir=None, proxies=None, "
+            "local_files_only=False, token=None, user_agent=None, revision=None, subfolder='', "
+            "dduf_entries=None)": _shards_known,
+        },
+    ),
+    Hook(_MODELS, "dispatch_model", _AnySignature(_dispatch_model)),
+    *(
+        Hook(module, name, _AnySignature(_from_mirror))
+        for module, names in (
+            ("diffusers.configuration_utils", ("hf_hub_download",)),
+            ("diffusers.utils.hub_utils", ("hf_hub_download", "model_info", "snapshot_download")),
+            (
+                "diffusers.pipelines.pipeline_utils",
+                ("hf_hub_download", "model_info", "snapshot_download"),
+            ),
+        )
+        for name in names
+    ),
+)

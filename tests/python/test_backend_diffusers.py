@@ -1,0 +1,530 @@
+"""The diffusers backend: the same models, pipelines and adapters as without it, by the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import re
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, ConfigMixin, DiTTransformer2DModel, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models import ModelMixin, model_loading_utils, modeling_utils
+from safetensors.torch import load_file, save_file
+
+import weightlift as wl
+from backend_support import engine_moves, stock_way, tensor_bytes
+from hub_server import HubServer, hub, mirror
+from support import bits
+from weightlift.backends import signature_text
+
+__all__ = ["hub", "mirror"]  # fixtures
+
+CALLER = "diffusers"
+
+
+class Odd(ModelMixin, ConfigMixin):
+    """Tied weights, modules kept in float32, buffers of all kinds."""
+
+    _keep_in_fp32_modules = ["norm", "scale"]  # noqa: RUF012
+    _no_split_modules = ["LayerNorm"]  # noqa: RUF012
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, width: int = 8, extra: bool = False) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(16, width)
+        self.body = torch.nn.Linear(width, width)
+        self.norm = torch.nn.LayerNorm(width)
+        self.head = torch.nn.Linear(width, 16, bias=False)
+        self.head.weight = self.embed.weight
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.frozen = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.register_buffer("steps", torch.arange(5))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("table", torch.linspace(0, 1, 7))
+        self.register_buffer("derived", torch.ones(2), persistent=False)
+        if extra:
+            self.extra = torch.nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.body(self.embed(x).to(self.body.weight.dtype))).float())
+
+
+UNET = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 4,
+}
+
+
+def unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(**UNET)
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
+
+
+def dit() -> DiTTransformer2DModel:
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, num_layers=2, sample_size=8, norm_num_groups=4
+    )
+
+
+def save_odd(folder: Path, dtype: torch.dtype) -> None:
+    """By hand: diffusers does not save tied weights."""
+    torch.manual_seed(1)
+    model = Odd()
+    model.save_config(folder)
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    tensors["head.weight"] = tensors["embed.weight"].clone()
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small wait for torch's threads more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of models, made by diffusers itself."""
+    root = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, model in (("unet", unet()), ("vae", vae()), ("dit", dit())):
+            model.save_pretrained(root / name)
+            if name != "unet":
+                continue
+            model.save_pretrained(root / "bin", safe_serialization=False)
+            model.save_pretrained(root / "shards", max_shard_size="100KB")
+            model.save_pretrained(root / "one shard")
+            one = root / "one shard"
+            (one / "diffusion_pytorch_model.safetensors").rename(one / "x-1.safetensors")
+            index = {
+                "metadata": {},
+                "weight_map": dict.fromkeys(model.state_dict(), "x-1.safetensors"),
+            }
+            (one / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+            half = model.to(torch.float16)
+            half.save_pretrained(root / "variant", variant="fp16")
+            half.save_pretrained(root / "variant shards", variant="fp16", max_shard_size="100KB")
+    for name, dtype in (("odd", torch.float32), ("odd half", torch.float16)):
+        (root / name).mkdir()
+        save_odd(root / name, dtype)
+    return root
+
+
+class Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.seen: list[tuple[str, str, list[str]]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Lists of names come from sets.
+        words = sorted(re.findall(r"[^\s,\[\]']+", record.getMessage()))
+        self.seen.append((record.levelname, record.name, words))
+
+
+@contextlib.contextmanager
+def records() -> Iterator[list[Any]]:
+    """What is logged from WARNING on, and warned of."""
+    handler = Records()
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "accelerate")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            # Of a file that diffusers does not close where disable_mmap=True.
+            warnings.simplefilter("ignore", ResourceWarning)
+            yield handler.seen
+        handler.seen += [(w.category.__name__, "", [str(w.message)]) for w in warned]
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+def look(model: torch.nn.Module) -> dict[str, Any]:
+    """All of a model that a load decides."""
+    named = [*model.named_parameters(remove_duplicate=False)]
+    named += model.named_buffers(remove_duplicate=False)
+    return {
+        "training": [m.training for m in model.modules()],
+        "map": getattr(model, "hf_device_map", None),
+        "config": {k: v for k, v in getattr(model, "config", {}).items() if k != "_name_or_path"},
+        "tensors": {
+            name: (
+                type(t),
+                t.dtype,
+                t.shape,
+                t.stride(),
+                t.device,
+                t.requires_grad,
+                None if t.is_meta else bits(t),
+            )
+            for name, t in named
+        },
+        "tied": [[a is b for _, b in named] for _, a in named],
+    }
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    try:
+        result = call()
+    except Exception as error:
+        # The kind as callers catch it, and the text up to what differs from call to call.
+        return type(error), str(error)
+    if isinstance(result, tuple):
+        model, info = result
+        return look(model), {key: sorted(map(str, values)) for key, values in info.items()}
+    return look(result)
+
+
+def assert_same_outcome(call: Callable[[], Any], moved: int) -> Any:
+    """The same with and without the backend, which moves so many bytes."""
+    with records() as stock_said:
+        stock = outcome(call)
+    engine = engine_moves(moved, CALLER) if moved else stock_way(CALLER, 0)
+    with wl.enabled(CALLER), records() as said, engine:
+        ours = outcome(call)
+    assert ours == stock
+    assert said == stock_said
+    return ours
+
+
+CASES: list[tuple[type, str, dict[str, Any]]] = [
+    (UNet2DConditionModel, "unet", {}),
+    (UNet2DConditionModel, "unet", {"torch_dtype": torch.bfloat16}),
+    (UNet2DConditionModel, "unet", {"dtype": torch.float8_e4m3fn}),
+    (UNet2DConditionModel, "unet", {"dtype": "float16"}),
+    (UNet2DConditionModel, "unet", {"dtype": torch.float64}),
+    (UNet2DConditionModel, "unet", {"device_map": "cpu"}),
+    (UNet2DConditionModel, "unet", {"device_map": torch.device("cpu"), "dtype": torch.float16}),
+    (UNet2DConditionModel, "unet", {"device_map": "auto"}),
+    (UNet2DConditionModel, "unet", {"device_map": {"": "cpu", "no_such": "cpu"}}),
+    (UNet2DConditionModel, "unet", {"low_cpu_mem_usage": False}),
+    (UNet2DConditionModel, "unet", {"low_cpu_mem_usage": False, "dtype": torch.float16}),
+    (UNet2DConditionModel, "unet", {"disable_mmap": True}),
+    (UNet2DConditionModel, "unet", {"use_safetensors": True}),
+    (UNet2DConditionModel, "shards", {}),
+    (UNet2DConditionModel, "shards", {"dtype": torch.float16, "disable_mmap": True}),
+    (UNet2DConditionModel, "shards", {"low_cpu_mem_usage": False}),
+    (UNet2DConditionModel, "one shard", {}),
+    (UNet2DConditionModel, "one shard", {"low_cpu_mem_usage": False}),
+    (UNet2DConditionModel, "variant", {"variant": "fp16"}),
+    (UNet2DConditionModel, "variant", {"variant": "fp16", "dtype": torch.float16}),
+    (UNet2DConditionModel, "variant shards", {"variant": "fp16", "dtype": torch.float16}),
+    (AutoencoderKL, "vae", {"dtype": torch.bfloat16}),
+    (DiTTransformer2DModel, "dit", {}),
+    (DiTTransformer2DModel, "dit", {"dtype": torch.float16}),
+    (Odd, "odd", {}),
+    (Odd, "odd", {"dtype": torch.float16}),
+    (Odd, "odd", {"dtype": torch.float32}),
+    (Odd, "odd half", {}),
+    (Odd, "odd half", {"dtype": torch.bfloat16}),
+    (Odd, "odd half", {"dtype": torch.float16}),
+    (Odd, "odd half", {"dtype": torch.float16, "device_map": "sequential"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("cls", "folder", "options"), CASES, ids=[f"{folder}-{options}" for _, folder, options in CASES]
+)
+def test_the_same_model(cls: Any, folder: str, options: dict[str, Any], saved: Path) -> None:
+    path = saved / folder
+    found = assert_same_outcome(
+        lambda: cls.from_pretrained(path, output_loading_info=True, **options), tensor_bytes(path)
+    )
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    assert found[1] == {kind: [] for kind in kinds}
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("ignore", [True, False])
+def test_keys_that_do_not_fit(
+    tmp_path: Path, shards: bool, low_cpu_mem_usage: bool, ignore: bool
+) -> None:
+    """Missing, unexpected and mismatched: the same info, warnings, or error, and then no bytes."""
+    model = vae()
+    model.save_pretrained(tmp_path, max_shard_size="20KB" if shards else "10GB")
+    torch.manual_seed(3)
+    for path in tmp_path.glob("*.safetensors"):
+        tensors = load_file(path)
+        renamed = {f"unknown.{n}" if ".conv2." in n else n: t for n, t in tensors.items()}
+        for name in renamed:
+            if name.endswith("conv1.bias"):
+                renamed[name] = torch.zeros(3)
+        save_file(renamed, path)
+    for path in tmp_path.glob("*.index.json"):
+        path.write_text(re.sub(r'"([\w.]+\.conv2\.\w+)"', r'"unknown.\1"', path.read_text()))
+
+    def call() -> Any:
+        return AutoencoderKL.from_pretrained(
+            tmp_path,
+            output_loading_info=True,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            ignore_mismatched_sizes=ignore,
+        )
+
+    torch.manual_seed(0)
+    with records() as stock_said:
+        stock = outcome(call)
+    moved = wl.stats().bytes
+    with wl.enabled(CALLER), records() as said:
+        ours = outcome(call)
+    assert said == stock_said
+    if not low_cpu_mem_usage and ignore:
+        # What is missing is memory that nobody wrote.
+        assert ours[1] == stock[1]
+    else:
+        assert ours == stock
+    if ignore:
+        assert ours[1]["missing_keys"]
+        assert ours[1]["unexpected_keys"]
+        assert ours[1]["mismatched_keys"]
+    elif low_cpu_mem_usage:
+        assert ours[0] is ValueError
+        assert wl.stats().bytes == moved
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-5],
+        lambda data: b"<!DOCTYPE html><html></html>",
+        lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        lambda data: b"",
+    ],
+    ids=["cut", "html", "lfs", "empty"],
+)
+@pytest.mark.parametrize("folder", ["vae", "shards"])
+def test_a_broken_file(saved: Path, tmp_path: Path, folder: str, damage: Any) -> None:
+    for file in (saved / folder).iterdir():
+        data = file.read_bytes()
+        if file.suffix == ".safetensors":
+            data = damage(data)
+        (tmp_path / file.name).write_bytes(data)
+    cls = AutoencoderKL if folder == "vae" else UNet2DConditionModel
+    kind, _ = assert_same_outcome(lambda: cls.from_pretrained(tmp_path), 0)
+    assert issubclass(kind, OSError)
+
+
+# --- Calls that diffusers refuses, ignores, or leaves without weights ----------------------------
+
+
+SAMPLE = (torch.ones(1, 4, 8, 8), 1, torch.ones(1, 3, 16))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device_map": {"": "disk"}},
+        {"device_map": {"": "cpu", "down_blocks": "disk", "conv_out": "disk"}},
+        {"device_map": "auto", "max_memory": {"cpu": "90KB"}},
+    ],
+    ids=["all", "some", "auto"],
+)
+@pytest.mark.parametrize("folder", ["unet", "shards"])
+def test_disk_needs_no_folder(saved: Path, folder: str, options: dict[str, Any]) -> None:
+    plain = UNet2DConditionModel.from_pretrained(saved / folder)
+    before = sorted((saved / folder).iterdir())
+    with pytest.raises(ValueError, match="offload_folder"):
+        UNet2DConditionModel.from_pretrained(saved / folder, **options)
+    with wl.enabled(CALLER):
+        model = UNet2DConditionModel.from_pretrained(saved / folder, **options)
+        assert "disk" in model.hf_device_map.values()
+        moved = wl.stats()
+        with torch.no_grad():
+            assert torch.equal(model(*SAMPLE).sample, plain(*SAMPLE).sample)
+    assert wl.stats().by_caller[CALLER].bytes > moved.by_caller[CALLER].bytes
+    assert wl.stats().bytes - moved.bytes < tensor_bytes(saved / folder) * 2
+    assert {p.device.type for p in model.parameters()} <= {"meta", "cpu"}
+    assert sorted((saved / folder).iterdir()) == before
+
+
+def test_the_same_with_hooks_as_with_a_folder(saved: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "device_map": {
+            n: "disk" if n == "up_blocks" else "cpu" for n, _ in unet().named_children()
+        },
+        "offload_folder": tmp_path,
+        "dtype": torch.bfloat16,
+    }
+    with records() as stock_said:
+        stock = UNet2DConditionModel.from_pretrained(saved / "unet", **options)
+    with wl.enabled(CALLER), records() as said:
+        ours = UNet2DConditionModel.from_pretrained(saved / "unet", **options)
+    assert said == stock_said
+    assert look(ours) == look(stock)
+    sample = [x.bfloat16() if isinstance(x, torch.Tensor) else x for x in SAMPLE]
+    with torch.no_grad():
+        assert torch.equal(ours(*sample).sample, stock(*sample).sample)
+
+
+def test_gpus_in_max_memory_by_text(saved: Path) -> None:
+    def load(gpu: Any) -> Any:
+        return lambda: UNet2DConditionModel.from_pretrained(
+            saved / "unet", device_map="auto", max_memory={gpu: 10_000_000, "cpu": "1GB"}
+        )
+
+    with records() as stock_said:
+        stock = outcome(load(0))
+    for text in ("0", "cuda:0"):
+        with wl.enabled(CALLER), records() as said:
+            assert outcome(load(text)) == stock
+        assert said == stock_said
+
+
+@pytest.mark.parametrize("folder", ["unet", "shards"])
+def test_offload_state_dict_leaves_nothing_out(saved: Path, folder: str) -> None:
+    plain = look(UNet2DConditionModel.from_pretrained(saved / folder))
+    with wl.enabled(CALLER), engine_moves(tensor_bytes(saved / folder), CALLER):
+        model = UNet2DConditionModel.from_pretrained(saved / folder, offload_state_dict=True)
+    assert look(model) == plain
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+@pytest.mark.parametrize("token", [None, "hf_stored"])
+def test_a_mirror(
+    saved: Path, hub: HubServer, mirror: HubServer, tmp_path: Path, token: str | None
+) -> None:
+    for folder in ("unet", "shards"):
+        files = {path.name: path.read_bytes() for path in (saved / folder).iterdir()}
+        mirror.add(f"user/{folder}", files)
+        with wl.enabled(CALLER), engine_moves(tensor_bytes(saved / folder), CALLER):
+            model = UNet2DConditionModel.from_pretrained(
+                f"user/{folder}", mirror=mirror.url, cache_dir=tmp_path, token=token
+            )
+        assert look(model) == look(UNet2DConditionModel.from_pretrained(saved / folder))
+        assert model.config._name_or_path == f"user/{folder}"
+    assert not hub.requests
+    assert {request.token for request in mirror.requests} == {token}
+
+
+# --- What goes the stock way ---------------------------------------------------------------------
+
+
+def test_quantizers_go_the_stock_way(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.quantizers.base import DiffusersQuantizer
+    from diffusers.quantizers.quantization_config import QuantizationMethod
+
+    class Quantizer(DiffusersQuantizer):
+        asked: list[str] = []  # noqa: RUF012
+        is_serializable = is_trainable = False
+
+        def check_if_quantized_param(
+            self, model: Any, param_value: Any, param_name: str, state_dict: Any, **_: Any
+        ) -> bool:
+            self.asked.append(param_name)
+            assert isinstance(param_value, torch.Tensor)
+            return False
+
+        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+            pass
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(
+        modeling_utils.DiffusersAutoQuantizer,
+        "from_config",
+        classmethod(lambda cls, config, **_: Quantizer(config)),
+    )
+    config = types.SimpleNamespace(quant_method=QuantizationMethod.TORCHAO, to_dict=dict)
+    plain = look(UNet2DConditionModel.from_pretrained(saved / "unet"))["tensors"]
+    for folder in ("unet", "shards"):
+        Quantizer.asked.clear()
+        with wl.enabled(CALLER), stock_way(CALLER):
+            model = UNet2DConditionModel.from_pretrained(saved / folder, quantization_config=config)
+        assert look(model)["tensors"] == plain
+        assert sorted(Quantizer.asked) == sorted(plain)
+
+
+def test_a_state_dict_of_someone_else(saved: Path) -> None:
+    """``_load_pretrained_model`` with tensors: they are not of a file."""
+    tensors = load_file(saved / "vae/diffusion_pytorch_model.safetensors")
+    with wl.enabled(CALLER), stock_way(CALLER, 0):
+        model, *_ = AutoencoderKL._load_pretrained_model(
+            vae(), dict(tensors), [], "", list(tensors), low_cpu_mem_usage=True, dtype=torch.float32
+        )
+        assert modeling_utils.load_state_dict(tensors) is tensors
+    assert all(torch.equal(model.state_dict()[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("disable_mmap", [False, True])
+def test_load_state_dict(saved: Path, disable_mmap: bool) -> None:
+    """By itself it returns tensors."""
+    path = saved / "vae/diffusion_pytorch_model.safetensors"
+    stock = modeling_utils.load_state_dict(path, disable_mmap=disable_mmap)
+    with wl.enabled(CALLER), engine_moves(tensor_bytes(path), CALLER):
+        ours = modeling_utils.load_state_dict(path, disable_mmap=disable_mmap)
+    assert {name: bits(t) for name, t in ours.items()} == {n: bits(t) for n, t in stock.items()}
+    # Which only torch's files can be loaded to.
+    assert_same_outcome(lambda: modeling_utils.load_state_dict(path, map_location="meta"), 0)
+
+
+def test_names_of_former_attention_blocks(saved: Path, tmp_path: Path) -> None:
+    """diffusers renames the tensors of VAEs of its early days."""
+    (tmp_path / "config.json").write_bytes((saved / "vae/config.json").read_bytes())
+    tensors = load_file(saved / "vae/diffusion_pytorch_model.safetensors")
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for name in list(tensors):
+        for new, old in former.items():
+            if f".{new}." in name:
+                tensors[name.replace(new, old)] = tensors.pop(name)
+    assert any(".proj_attn." in name for name in tensors)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(tensors, path)
+    plain = outcome(lambda: AutoencoderKL.from_pretrained(saved / "vae"))
+    for options in ({}, {"dtype": torch.float16}, {"low_cpu_mem_usage": False}):
+        load = functools.partial(AutoencoderKL.from_pretrained, tmp_path, **options)
+        with records() as stock_said:
+            stock = outcome(load)
+        with wl.enabled(CALLER), records() as said:
+            ours = outcome(load)
+        assert ours == stock
+        assert said == stock_said
+        assert options or ours == plain
+
+
+def test_disable_restores() -> None:
+    names = [
+        (modeling_utils.ModelMixin, "from_pretrained"),
+        (modeling_utils.ModelMixin, "_load_pretrained_model"),
+        (modeling_utils, "load_state_dict"),
+        (model_loading_utils, "load_state_dict"),
+        (modeling_utils, "_get_model_file"),
+        (modeling_utils, "_get_checkpoint_shard_files"),
+        (modeling_utils, "dispatch_model"),
+    ]
+    before = [vars(owner)[name] for owner, name in names]
+    signatures = [signature_text(getattr(owner, name)) for owner, name in names]
+    with wl.enabled(CALLER), stock_way(CALLER, 0):
+        during = [vars(owner)[name] for owner, name in names]
+        assert [signature_text(getattr(owner, name)) for owner, name in names] == signatures
+    assert all(a is not b for a, b in zip(before, during, strict=True))
+    assert all(a is vars(o)[n] for a, (o, n) in zip(before, names, strict=True))
