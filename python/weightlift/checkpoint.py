@@ -126,6 +126,8 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
             return dtypes.file_name(tensor.dtype) or str(tensor.dtype), tuple(tensor.shape)
         part, position, view = place
         if view is not None:
+            if view.dtype == "F4":  # a view counts in torch's elements, which are pairs
+                return "F4", (*view.shape[:-1], view.shape[-1] * 2)
             return view.dtype, view.shape
         return self.parts[part].dtype(position), self.parts[part].shape(position)
 

@@ -57,6 +57,11 @@ def _file_names() -> dict[torch.dtype, str]:
     return {to_torch(name): name for name in TORCH_NAMES}
 
 
+def bits(name: str) -> int:
+    """Of one element of a file's dtype."""
+    return {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}.get(name) or to_torch(name).itemsize * 8
+
+
 def file_name(dtype: torch.dtype) -> str | None:
     """The file's name of a torch dtype; ``None`` where the format has none."""
     return _file_names().get(dtype)

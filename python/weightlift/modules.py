@@ -242,7 +242,7 @@ def fill(
             model,
             device_map,
             max_memory=max_memory,
-            dtype=_planned_dtype(dtype),
+            dtype=_planned_dtypes(dtype, headers),
             keep_in_fp32=keep_in_fp32,
             offload=offload,
         )
@@ -462,9 +462,18 @@ def _place_of(checkpoint: Checkpoint) -> str:
     return f"the checkpoint in {len(checkpoint.paths)} files"
 
 
-def _planned_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def _planned_dtypes(
+    dtype: torch.dtype | str | None, headers: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> torch.dtype | dict[str, torch.dtype] | None:
+    """What a tensor will count in an automatic device map."""
+    if dtype is None:
+        return None
     name = dtypes.parse_dtype(dtype)
-    return None if name is None else dtypes.to_torch(name)
+    if name is not None:
+        return dtypes.to_torch(name)
+    return {
+        key: dtypes.to_torch(own) for key, (own, _) in headers.items() if own in dtypes.CASTABLE
+    }
 
 
 def _devices_of(

@@ -15,7 +15,7 @@ from weightlift.errors import WeightliftError
 __all__ = ["COMMANDS", "main"]
 
 # Each is the function of its name in the module of its name.
-COMMANDS = ("inspect", "doctor", "bench", "run")
+COMMANDS = ("inspect", "verify", "convert", "doctor", "bench", "run")
 
 
 def main() -> None:
