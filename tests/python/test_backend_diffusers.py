@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, DiTTransformer2DModel, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models import ModelMixin, model_loading_utils, modeling_utils
 from safetensors.torch import load_file, save_file
 
@@ -118,6 +119,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if name != "unet":
                 continue
             model.save_pretrained(root / "bin", safe_serialization=False)
+            model.save_pretrained(
+                root / "bin shards", safe_serialization=False, max_shard_size="100KB"
+            )
             model.save_pretrained(root / "shards", max_shard_size="100KB")
             model.save_pretrained(root / "one shard")
             one = root / "one shard"
@@ -202,15 +206,15 @@ def outcome(call: Callable[[], Any]) -> Any:
     return look(result)
 
 
-def assert_same_outcome(call: Callable[[], Any], moved: int) -> Any:
-    """The same with and without the backend, which moves so many bytes."""
-    with records() as stock_said:
-        stock = outcome(call)
-    engine = engine_moves(moved, CALLER) if moved else stock_way(CALLER, 0)
-    with wl.enabled(CALLER), records() as said, engine:
+def assert_same_outcome(call: Callable[[], Any], moved: int, stock: bool = False) -> Any:
+    """The same with and without the backend, which moves so many bytes, or stands aside."""
+    with records() as expected_said:
+        expected = outcome(call)
+    way = engine_moves(moved, CALLER) if moved and not stock else stock_way(CALLER, int(stock))
+    with wl.enabled(CALLER), records() as said, way:
         ours = outcome(call)
-    assert ours == stock
-    assert said == stock_said
+    assert ours == expected
+    assert said == expected_said
     return ours
 
 
@@ -233,6 +237,11 @@ CASES: list[tuple[type, str, dict[str, Any]]] = [
     (UNet2DConditionModel, "shards", {"low_cpu_mem_usage": False}),
     (UNet2DConditionModel, "one shard", {}),
     (UNet2DConditionModel, "one shard", {"low_cpu_mem_usage": False}),
+    (UNet2DConditionModel, "bin", {}),
+    (UNet2DConditionModel, "bin", {"dtype": torch.float16}),
+    (UNet2DConditionModel, "bin", {"disable_mmap": True}),
+    (UNet2DConditionModel, "bin", {"low_cpu_mem_usage": False}),
+    (UNet2DConditionModel, "bin shards", {"use_safetensors": False}),
     (UNet2DConditionModel, "variant", {"variant": "fp16"}),
     (UNet2DConditionModel, "variant", {"variant": "fp16", "dtype": torch.float16}),
     (UNet2DConditionModel, "variant shards", {"variant": "fp16", "dtype": torch.float16}),
@@ -255,7 +264,10 @@ CASES: list[tuple[type, str, dict[str, Any]]] = [
 def test_the_same_model(cls: Any, folder: str, options: dict[str, Any], saved: Path) -> None:
     path = saved / folder
     found = assert_same_outcome(
-        lambda: cls.from_pretrained(path, output_loading_info=True, **options), tensor_bytes(path)
+        lambda: cls.from_pretrained(path, output_loading_info=True, **options),
+        tensor_bytes(saved / folder.replace("bin", "unet").removesuffix(" shards"))
+        if folder.startswith("bin")
+        else tensor_bytes(path),
     )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     assert found[1] == {kind: [] for kind in kinds}
@@ -422,6 +434,97 @@ def test_a_mirror(
         assert model.config._name_or_path == f"user/{folder}"
     assert not hub.requests
     assert {request.token for request in mirror.requests} == {token}
+
+
+# --- A single file -------------------------------------------------------------------------------
+
+
+def of_ldm(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """A VAE's tensor as in checkpoints of Stable Diffusion, whose attention had convolutions."""
+    for new, old in (
+        ("conv_norm_out", "norm_out"),
+        ("down_blocks.0.resnets", "down.0.block"),
+        ("up_blocks.0.resnets", "up.0.block"),
+        ("mid_block.resnets.0", "mid.block_1"),
+        ("mid_block.resnets.1", "mid.block_2"),
+    ):
+        name = name.replace(new, old)
+    if ".attentions.0." in name:
+        for new, old in (
+            ("mid_block.attentions.0", "mid.attn_1"),
+            ("group_norm", "norm"),
+            ("to_out.0", "proj_out"),
+            ("to_", ""),
+        ):
+            name = name.replace(new, old)
+        if tensor.dim() == 2:
+            tensor = tensor[:, :, None, None]
+    return f"first_stage_model.{name}", tensor
+
+
+@pytest.fixture(scope="module")
+def single_file(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of Stable Diffusion's form: a VAE, and what is not of it."""
+    path = tmp_path_factory.mktemp("single") / "v1.safetensors"
+    tensors = load_file(saved / "vae/diffusion_pytorch_model.safetensors")
+    checkpoint = dict(of_ldm(*item) for item in tensors.items())
+    checkpoint["model.diffusion_model.out.0.weight"] = torch.ones(1000)
+    checkpoint = {name: tensor.clone() for name, tensor in checkpoint.items()}
+    save_file(checkpoint, path)
+    torch.save({"state_dict": checkpoint, "global_step": 3}, path.with_suffix(".ckpt"))
+    torch.save(checkpoint, path.with_suffix(".pt"))
+    return path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": torch.float16},
+        {"device": "cpu", "dtype": torch.bfloat16},
+        {"low_cpu_mem_usage": False},
+        {"disable_mmap": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pt"])
+def test_from_single_file(
+    saved: Path, single_file: Path, suffix: str, options: dict[str, Any]
+) -> None:
+    """What diffusers renames comes from the file; what it makes of attention weights does not."""
+    tensors = load_file(saved / "vae/diffusion_pytorch_model.safetensors")
+    made = {name for name, t in tensors.items() if ".attentions.0.to_" in name and t.dim() == 2}
+    moved = sum(t.nbytes for name, t in tensors.items() if name not in made)
+    whole = options in ({"low_cpu_mem_usage": False}, {"disable_mmap": True})
+    path = single_file.with_suffix(suffix)
+    assert_same_outcome(
+        lambda: AutoencoderKL.from_single_file(path, config=str(saved / "vae"), **options),
+        tensor_bytes(single_file) if whole else moved,
+        # The file holds more than tensors.
+        stock=whole and suffix == ".ckpt",
+    )
+
+
+def test_a_single_file_of_diffusers_names(saved: Path) -> None:
+    path = saved / "unet/diffusion_pytorch_model.safetensors"
+    assert_same_outcome(
+        lambda: UNet2DConditionModel.from_single_file(
+            path, config=str(saved / "unet"), dtype=torch.bfloat16
+        ),
+        tensor_bytes(path),
+    )
+
+
+def test_tensors_of_the_caller_are_taken_as_they_are(saved: Path, single_file: Path) -> None:
+    """Those of a file that somebody has changed since, too."""
+    load = functools.partial(AutoencoderKL.from_single_file, config=str(saved / "vae"))
+    with wl.enabled(CALLER):
+        tensors = load_single_file_checkpoint(single_file)
+        for tensor in tensors.values():
+            tensor.numpy()[...] = 3
+        with stock_way(CALLER, 0):
+            model = load(tensors)
+    assert all(bool((p == 3).all()) for p in model.parameters())
 
 
 # --- What goes the stock way ---------------------------------------------------------------------

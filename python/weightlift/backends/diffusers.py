@@ -249,8 +249,9 @@ class _Pending(dict[str, _Name]):
         return {key: tensors[name] for key, name in self.items()}
 
 
-def _open(files: Sequence[Any]) -> Checkpoint:
-    """The checkpoint in these files.
+def _open(files: Sequence[Any], key: str | None = None) -> Checkpoint:
+    """The checkpoint in these files; in a torch file at its top, or at ``key``, whatever else is
+    in it.
 
     Raises:
         StandAside: diffusers reads these itself.
@@ -269,9 +270,9 @@ def _open(files: Sequence[Any]) -> Checkpoint:
         opened = checkpoint._open_files(
             # "" is the top of the file, where diffusers looks, and nowhere else.
             CheckpointFiles(tuple(shards), "torch", str(Path(files[0]).parent)),
-            "",
+            key or "",
         )
-        if "not_tensors" in opened.metadata:
+        if key is None and "not_tensors" in opened.metadata:
             raise StandAside(f"{files[0]}: it holds more than tensors", warn=False)
     for name, (dtype, _) in opened.headers().items():
         if dtype not in dtypes.TORCH_NAMES:
@@ -294,6 +295,11 @@ def _load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
         call = _call.get()
         if call is not None and call.by_diffusers:
             return original(*args, **kwargs)
+        single = _single.get()
+        if single is not None and not given["disable_mmap"]:
+            tensors = original(*args, **kwargs)
+            single.note(file, tensors)
+            return tensors
         if call is not None and call.gives_names(file):
             assert call.checkpoint is not None
             return _Pending(call.checkpoint, lambda: original(*args, **kwargs))
@@ -404,6 +410,21 @@ def _reason_for_stock(given: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _arrives_as(
+    stored: str, name: str, tensor: torch.Tensor, wanted: str | None, keep: frozenset[str]
+) -> str | None:
+    """The file's name of the dtype in which diffusers places a tensor; ``None`` where it does
+    something that the engine does not, such as to make numbers of booleans."""
+    own = dtypes.file_name(tensor.dtype)
+    if stored not in dtypes.FLOATING:
+        return own if stored == own else None
+    if stored == "F4" or not tensor.is_floating_point():
+        return None
+    if wanted is not None and not keep.isdisjoint(name.split(".")):
+        return "F32"
+    return wanted or own
+
+
 @dataclasses.dataclass
 class _Fit:
     """How a checkpoint goes with a model.
@@ -423,12 +444,12 @@ class _Fit:
         import torch
 
         wanted = dtypes.parse_dtype(given["dtype"])
+        keep = frozenset(given["keep_in_fp32_modules"] or ())
         device_map = given["device_map"]
         devices = set(device_map.values()) - {"disk"} if device_map else {"cpu"}
         by_engine = bool(given["low_cpu_mem_usage"]) and all(
             _engine_device(device) is not None for device in devices
         )
-        keep = frozenset(given["keep_in_fp32_modules"] or ()) if wanted else frozenset()
         casts = False
         mismatched = {}
         tensors = given["model"].state_dict()
@@ -436,15 +457,8 @@ class _Fit:
             tensor = tensors.get(name)
             if tensor is None:
                 continue
-            own = dtypes.file_name(tensor.dtype)
-            if stored not in dtypes.FLOATING:
-                target = own
-                by_engine &= stored == own
-            else:
-                target = wanted or own
-                if keep and not keep.isdisjoint(name.split(".")):
-                    target = "F32"
-                by_engine &= tensor.is_floating_point() and stored != "F4" and target is not None
+            target = _arrives_as(stored, name, tensor, wanted, keep)
+            by_engine &= target is not None
             casts |= target != stored
             if tuple(shape) != tuple(tensor.shape):
                 mismatched[name] = torch.empty(shape, dtype=dtypes.to_torch(stored), device="meta")
@@ -487,6 +501,110 @@ def _dispatch_model(original: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return dispatch_model
+
+
+# --- A single file -------------------------------------------------------------------------------
+
+
+class _SingleFile:
+    """A ``from_single_file`` that is under way. Its tensors are mappings of which nothing is read.
+    diffusers renames most of them, and makes new ones out of a few; of the former it is known
+    where in the file they are."""
+
+    def __init__(self) -> None:
+        self.origins: dict[int, tuple[torch.Tensor, int, Checkpoint, str]] = {}
+
+    def note(self, file: Any, loaded: Any) -> None:
+        import torch
+
+        key = []
+        while isinstance(loaded, Mapping) and "state_dict" in loaded:  # as diffusers descends
+            key.append("state_dict")
+            loaded = loaded["state_dict"]
+        try:
+            opened = _open([file], ".".join(key))
+        except StandAside as aside:
+            stand_aside(_NAME, aside.reason, warn=aside.warn)
+            return
+        except WeightliftError as error:
+            stand_aside(_NAME, str(error))
+            return
+        for name, tensor in loaded.items():
+            if isinstance(tensor, torch.Tensor) and name in opened and not opened.is_view(name):
+                self.origins[id(tensor)] = tensor, tensor._version, opened, name
+
+    def origin(self, tensor: torch.Tensor) -> tuple[Checkpoint, str] | None:
+        """Where a tensor is that is as it was."""
+        known = self.origins.get(id(tensor))
+        if known is None or tensor._version != known[1]:
+            return None
+        return known[2:]
+
+
+_single: ContextVar[_SingleFile | None] = ContextVar("weightlift_diffusers_single", default=None)
+
+
+def _from_single_file(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if _single.get() is not None or not kwargs.get("low_cpu_mem_usage", True):
+            return original(cls, *args, **kwargs)  # a component, or filled by torch
+        token = _single.set(_SingleFile())
+        try:
+            return original(cls, *args, **kwargs)
+        finally:
+            _single.reset(token)
+
+    return from_single_file
+
+
+def _load_model_dict_into_meta(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Tensors of a single file into a model: those that are in it as they are, from there."""
+    signature = inspect.signature(original)
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        device_map = given["device_map"] or {"": "cpu"}
+        device = _engine_device(device_map.get("")) if len(device_map) == 1 else None
+        single = _single.get()
+        if single is None or not single.origins or device is None:
+            return original(*args, **kwargs)
+        if given["hf_quantizer"] is not None:
+            raise StandAside("quantized weights are made by diffusers' quantizers", warn=False)
+        wanted = dtypes.parse_dtype(given["dtype"])
+        keep = frozenset(given["keep_in_fp32_modules"] or ())
+        own = given["model"].state_dict()
+        rest = {}
+        from_files: dict[Checkpoint, dict[str, str]] = {}
+        for name, tensor in given["state_dict"].items():
+            place = single.origin(tensor)
+            slot = own.get(name)
+            if (
+                place is None
+                or slot is None
+                or slot.shape != tensor.shape
+                or place[1] in from_files.get(place[0], ())
+                or _arrives_as(place[0][place[1]][0], name, slot, wanted, keep) is None
+            ):
+                rest[name] = tensor
+            else:
+                from_files.setdefault(place[0], {})[place[1]] = name
+        given["state_dict"] = rest
+        result = original(*bound.args, **bound.kwargs)
+        for opened, names in from_files.items():
+            fill(
+                given["model"],
+                opened.renamed(names.get),
+                device_map=device,
+                dtype=given["dtype"],
+                keep_in_fp32=sorted(keep),
+                strict=False,
+                caller=_NAME,
+            )
+        return result
+
+    return load
 
 
 # --- What was meant ------------------------------------------------------------------------------
@@ -588,7 +706,15 @@ HOOKS = (
     ),
     *(
         Hook(module, "load_state_dict", dict.fromkeys(_LOAD_STATE_DICT, _load_state_dict))
-        for module in ("diffusers.models.model_loading_utils", _MODELS)
+        for module in (
+            "diffusers.models.model_loading_utils",
+            _MODELS,
+            "diffusers.loaders.ip_adapter",
+            "diffusers.loaders.lora_base",
+            "diffusers.loaders.single_file_utils",
+            "diffusers.loaders.textual_inversion",
+            "diffusers.loaders.unet",
+        )
     ),
     Hook(
         _MODELS,
@@ -617,6 +743,32 @@ HOOKS = (
         },
     ),
     Hook(_MODELS, "dispatch_model", _AnySignature(_dispatch_model)),
+    Hook(
+        "diffusers.loaders.single_file_model",
+        "FromOriginalModelMixin.from_single_file",
+        {"(cls, pretrained_model_link_or_path_or_dict=None, **kwargs)": _from_single_file},
+    ),
+    Hook(
+        "diffusers.loaders.single_file",
+        "FromSingleFileMixin.from_single_file",
+        {"(cls, pretrained_model_link_or_path, **kwargs)": _from_single_file},
+    ),
+    *(
+        Hook(
+            module,
+            "load_model_dict_into_meta",
+            {
+                "(model, state_dict, dtype=None, model_name_or_path=None, hf_quantizer=None, "
+                "keep_in_fp32_modules=None, device_map=None, unexpected_keys=None, "
+                "offload_folder=None, offload_index=None, state_dict_index=None, "
+                "state_dict_folder=None)": _load_model_dict_into_meta
+            },
+        )
+        for module in (
+            "diffusers.loaders.single_file_model",
+            "diffusers.loaders.single_file_utils",
+        )
+    ),
     *(
         Hook(module, name, _AnySignature(_from_mirror))
         for module, names in (
