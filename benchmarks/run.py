@@ -32,7 +32,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from bench_data import many_small, one_file
+from bench_data import (
+    llama_1b,
+    llama_many,
+    many_small,
+    model,
+    moe_many,
+    one_file,
+    torch_file,
+    unet_860m,
+)
 from weightlift.cli.bench import describe_run
 from weightlift.cli.measure import Comparison, Job, compare, machine
 from weightlift.cli.plot import format_seconds, plot
@@ -73,22 +82,38 @@ class Workload:
     rounds: int = 1
 
 
-def ratio_at_most(limit: float) -> Callable[[Comparison, dict[str, float]], Figure]:
+def ratio_at_most(
+    limit: float, to: str = REFERENCE, ours: str = OURS
+) -> Callable[[Comparison, dict[str, float]], Figure]:
     """Our time over the reference's."""
 
     def judge(found: Comparison, _: dict[str, float]) -> Figure:
-        ratio = found.time_ratio(OURS, REFERENCE)
-        return _figure(f"<= {limit:g}x the time", ratio, "x", lambda r: r <= limit)
+        ratio = found.time_ratio(ours, to)
+        return _figure(f"<= {limit:g}x the time of {to}", ratio, "x", lambda r: r <= limit)
 
     return judge
 
 
-def faster_at_least(limit: float) -> Callable[[Comparison, dict[str, float]], Figure]:
+def faster_at_least(
+    limit: float, than: str = REFERENCE, ours: str = OURS
+) -> Callable[[Comparison, dict[str, float]], Figure]:
     """The reference's time over ours."""
 
     def judge(found: Comparison, _: dict[str, float]) -> Figure:
-        ratio = found.time_ratio(REFERENCE, OURS)
-        return _figure(f">= {limit:g}x faster", ratio, "x", lambda r: r >= limit)
+        ratio = found.time_ratio(than, ours)
+        return _figure(f">= {limit:g}x faster than {than}", ratio, "x", lambda r: r >= limit)
+
+    return judge
+
+
+def microseconds_a_tensor(limit: float, ours: str) -> Callable[..., Figure]:
+    """What the call costs beside the bytes, which are next to none."""
+
+    def judge(found: Comparison, _: dict[str, float]) -> Figure:
+        each = None
+        if ours in found.samples:
+            each = found.median(ours) / found.samples[ours][0].tensors * 1e6
+        return _figure(f"<= {limit:g} microseconds a tensor", each, " us", lambda us: us <= limit)
 
     return judge
 
@@ -175,6 +200,118 @@ def _small(device: str) -> Callable[[Path, float], Job]:
     return make
 
 
+def _bin(count: float, stored: torch.dtype, **job: Any) -> Callable[[Path, float], Job]:
+    """A job on a file of ``torch.save``, and the same tensors as safetensors beside it."""
+
+    def make(data: Path, scale: float) -> Job:
+        size = int(count * scale)
+        name = f"twin-{size // 10**6}mb-{str(stored).removeprefix('torch.')}"
+        one_file(data / f"{name}.safetensors", size, stored)
+        return Job(OURS, (str(torch_file(data / f"{name}.bin", size, stored)),), **job)
+
+    return make
+
+
+def _model(
+    name: str,
+    build: Callable[[], torch.nn.Module],
+    where: str,
+    stored: torch.dtype,
+    shards: int = 1,
+    **job: Any,
+) -> Callable[[Path, float], Job]:
+    """A job on a model's folder; ``where`` is its class, as ``module:Class``."""
+
+    def make(data: Path, scale: float) -> Job:
+        stem = "diffusion_pytorch_model" if where.startswith("diffusers") else "model"
+        files = model(data / name, build, stem, shards, stored)
+        paths = tuple(map(str, files))
+        return Job("stock", paths, folder=str(data / name), model=where, **job)
+
+    return make
+
+
+_LLAMA = ("llama-1b", llama_1b, "transformers:LlamaForCausalLM", torch.bfloat16, 5)
+_UNET = ("unet-860m", unet_860m, "diffusers:UNet2DConditionModel", torch.float32)
+_MANY = ("llama-9000", llama_many, "transformers:LlamaForCausalLM", torch.bfloat16)
+
+
+def _moe(data: Path, scale: float) -> Job:
+    files = tuple(map(str, moe_many(data / "moe-9000")))
+    where = "transformers:Qwen3MoeForCausalLM"
+    return Job("stock", files, dtype="bfloat16", folder=str(data / "moe-9000"), model=where)
+
+
+MODELS = {
+    "bin-read": Workload(
+        ".bin, into own memory",
+        _bin(2 * GB, torch.bfloat16),
+        ratio_at_most(1.05, "twin"),
+        (OURS, "twin", "torch-plain"),
+    ),
+    "bin-map": Workload(
+        ".bin, mapped",
+        _bin(2 * GB, torch.bfloat16, mode="map"),
+        ratio_at_most(1.05, "twin"),
+        (OURS, "twin", "torch"),
+    ),
+    "bin-cast": Workload(
+        ".bin, fp32 -> bf16",
+        _bin(2 * GB, torch.float32, dtype="bfloat16"),
+        ratio_at_most(1.05, "twin"),
+        (OURS, "twin", "torch"),
+    ),
+    "into-same": Workload(
+        "load_into, 1.1 B parameters in 5 shards, against mapping the files",
+        _model(*_LLAMA, dtype="bfloat16"),
+        ratio_at_most(1.05, OURS, "load_into"),
+        ("load_into", OURS),
+    ),
+    "into-cast": Workload(
+        "load_into, 1.1 B parameters, bf16 -> fp32",
+        _model(*_LLAMA, dtype="float32"),
+        faster_at_least(2.5, "stock", "load_into"),
+        ("load_into", "stock"),
+    ),
+    "into-9000": Workload(
+        "load_into, a model of more than 9,000 tensors",
+        _model(*_MANY, dtype="bfloat16"),
+        microseconds_a_tensor(20, "load_into"),
+        ("load_into",),
+        touched=False,
+    ),
+    "transformers-same": Workload(
+        "transformers, 1.1 B parameters in 5 shards, bf16 kept",
+        _model(*_LLAMA, dtype="bfloat16"),
+        ratio_at_most(1.05, "stock", "backend"),
+        ("backend", "stock"),
+    ),
+    "transformers-cast": Workload(
+        "transformers, 1.1 B parameters, bf16 -> fp32",
+        _model(*_LLAMA, dtype="float32"),
+        faster_at_least(2.5, "stock", "backend"),
+        ("backend", "stock"),
+    ),
+    "transformers-moe": Workload(
+        "transformers, a MoE of more than 9,000 tensors, the call alone",
+        _moe,
+        ratio_at_most(0.5, "stock", "backend"),
+        ("backend", "stock"),
+        touched=False,
+    ),
+    "unet-same": Workload(
+        "diffusers, the UNet of Stable Diffusion 1.5, fp32",
+        _model(*_UNET, dtype="float32"),
+        ratio_at_most(1.05, "stock", "ModelMixin"),
+        ("ModelMixin", "backend", "stock"),
+    ),
+    "unet-cast": Workload(
+        "diffusers, the UNet of Stable Diffusion 1.5, fp32 -> bf16",
+        _model(*_UNET, dtype="bfloat16"),
+        faster_at_least(2.5, "stock", "ModelMixin"),
+        ("ModelMixin", "backend", "stock"),
+    ),
+}
 CPU = {
     "same-2gb": Workload(
         "bf16, every page touched", _file("bf16", 2 * GB, torch.bfloat16), ratio_at_most(1.05)
@@ -208,6 +345,7 @@ CPU = {
     "import": Workload(
         "import, on top of torch's", lambda *_: Job(OURS, what="import"), seconds_at_most(0.05)
     ),
+    **MODELS,
 }
 CUDA = {
     "cuda-same": Workload(

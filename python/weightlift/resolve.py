@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import glob
 import itertools
 import json
@@ -319,19 +320,23 @@ def _spellings(
     )
 
 
-_PATTERNS = [
-    (format, stem, kind, number, re.compile(pattern, re.DOTALL))
-    for format, stem in (*_MODELS, *_ADAPTERS)
-    for number, (kind, pattern) in enumerate(_spellings(stem, re.escape(_EXTENSIONS[format])))
-]
+@functools.cache
+def _patterns() -> list[tuple[Format, Literal["index", "single", "shard"], int, re.Pattern[str]]]:
+    found = []
+    for format, extension in _EXTENSIONS.items():
+        stems = "|".join(stem for own, stem in (*_MODELS, *_ADAPTERS) if own == format)
+        spellings = _spellings(f"(?P<stem>{stems})", re.escape(extension))
+        for number, (kind, pattern) in enumerate(spellings):
+            found.append((format, kind, number, re.compile(pattern, re.DOTALL)))
+    return found
 
 
 def _parse(name: str) -> _Weights | None:
-    for format, stem, kind, spelling, pattern in _PATTERNS:
+    for format, kind, spelling, pattern in _patterns():
         if found := pattern.fullmatch(name):
             said = found.groupdict()
             shards = int(said.get("shards") or 0)
-            return _Weights(name, format, stem, said["variant"], kind, spelling, shards)
+            return _Weights(name, format, said["stem"], said["variant"], kind, spelling, shards)
     return None
 
 

@@ -30,6 +30,7 @@ from weightlift import _native
 from weightlift.cli import measure_child
 from weightlift.cli.measure_child import CONTENDERS, Job, anonymous_bytes
 from weightlift.errors import WeightliftError
+from weightlift.torch_file import TorchFile, open_torch_file
 
 __all__ = [
     "CONTENDERS",
@@ -404,9 +405,14 @@ def target_bytes(job: Job, cold: bool = False) -> int:
     width = _WIDTHS.get(job.dtype, 1)
     total = 0
     for file in job.files:
-        if not file.endswith(".safetensors"):
-            return page_cache_bytes + size * width
-        part = _native.IndexedFile.open(file)
+        part: _native.IndexedFile
+        if file.endswith(".safetensors"):
+            part = _native.IndexedFile.open(file)
+        else:
+            opened = open_torch_file(file)
+            if not isinstance(opened, TorchFile):
+                return page_cache_bytes + size * width
+            part = opened.index
         for position, dtype in enumerate(part.dtypes()):
             begin, end = part.range(position)
             own = _FLOAT_WIDTHS.get(dtype)
@@ -440,9 +446,12 @@ def prepare_files(files: Sequence[str], cold: bool) -> int | None:
 def page_cache(file: str | os.PathLike[str]) -> int | None:
     """Bytes of a file that are in the page cache; ``None`` where nobody can tell."""
     try:
-        return _native.IndexedFile.open(os.fspath(file)).resident_bytes()
+        if os.fspath(file).endswith(".safetensors"):
+            return _native.IndexedFile.open(os.fspath(file)).resident_bytes()
+        opened = open_torch_file(file)
+        return opened.index.resident_bytes() if isinstance(opened, TorchFile) else None
     except WeightliftError:
-        return None  # no .safetensors file
+        return None  # no checkpoint
 
 
 def _drop(file: str) -> None:

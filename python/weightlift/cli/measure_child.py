@@ -43,6 +43,8 @@ class Job:
         mode: weightlift's ``mode``; ``"read"`` is the reference's ``backend="pread"``.
         tensor: load this tensor alone.
         what: ``"load"``, or ``"import"`` to time the import of the library on top of torch's.
+        folder: of a model, with its configuration; ``files`` are its weights.
+        model: ``"module:Class"`` of that model, for contenders that load into one.
     """
 
     contender: str
@@ -52,6 +54,8 @@ class Job:
     mode: str = "auto"
     tensor: str | None = None
     what: str = "load"
+    folder: str | None = None
+    model: str | None = None
 
     @property
     def on_cuda(self) -> bool:
@@ -102,6 +106,11 @@ def _only(suffixes: tuple[str, ...], text: str) -> Callable[[Job], str | None]:
 _safetensors_only = _only((".safetensors",), "reads .safetensors files")
 
 
+_ours_why_not = _only(
+    (".safetensors", ".bin", ".pt", ".pth", ".ckpt"), "reads .safetensors and torch's files"
+)
+
+
 def _gpu_only(job: Job) -> str | None:
     if not job.on_cuda:
         return "it is measured on CUDA only"
@@ -129,9 +138,13 @@ def _weightlift(job: Job) -> Load:
             if job.tensor is not None:
                 with weightlift.safe_open(file, device=job.device) as opened:
                     tensors[job.tensor] = opened.get_tensor(job.tensor)
-            else:
+            elif file.endswith(".safetensors"):
                 tensors.update(
                     weightlift.load_file(file, job.device, dtype=job.dtype, mode=job.mode)
+                )
+            else:
+                tensors.update(
+                    weightlift.load_checkpoint(file, job.device, dtype=job.dtype, mode=job.mode)
                 )
             _reports.append(weightlift.last_report())
         return tensors
@@ -184,14 +197,120 @@ def _safetensors_prefetch(job: Job) -> Load:
     return load
 
 
+def _twin(job: Job) -> Load:
+    """The file of the same name that ends in .safetensors, in the same way."""
+    twins = tuple(str(Path(file).with_suffix(".safetensors")) for file in job.files)
+    mode = "read" if job.mode == "auto" and job.dtype is None else job.mode
+    return _weightlift(dataclasses.replace(job, files=twins, mode=mode))
+
+
 def _torch(job: Job) -> Load:
+    return _torch_load(job, mmap=True)
+
+
+def _torch_plain(job: Job) -> Load:
+    return _torch_load(job, mmap=False)
+
+
+def _torch_load(job: Job, mmap: bool) -> Load:
     import torch
 
     def load() -> dict[str, Any]:
         tensors: dict[str, Any] = {}
         for file in job.files:
-            tensors.update(torch.load(file, mmap=True, weights_only=True, map_location=job.device))
+            tensors.update(torch.load(file, mmap=mmap, weights_only=True, map_location=job.device))
         return _cast(tensors, job)
+
+    return load
+
+
+def _model_why_not(job: Job) -> str | None:
+    return None if job.folder is not None else "it loads models, and this is no model's folder"
+
+
+def _model_class(job: Job) -> Any:
+    assert job.model is not None
+    module, _, name = job.model.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _from_pretrained(job: Job, cls: Any) -> Load:
+    import torch
+
+    options: dict[str, Any] = {}
+    if job.dtype is not None:
+        options["dtype"] = getattr(torch, job.dtype)
+    if job.device != "cpu":
+        options["device_map"] = job.device
+
+    def load() -> dict[str, Any]:
+        model = cls.from_pretrained(job.folder, **options)
+        _kept.append(model)
+        return dict(model.state_dict())
+
+    return load
+
+
+def _stock(job: Job) -> Load:
+    return _from_pretrained(job, _model_class(job))
+
+
+def _backend(job: Job) -> Load:
+    import weightlift
+
+    cls = _model_class(job)
+    weightlift.enable()
+    load = _from_pretrained(job, cls)
+
+    def booked() -> dict[str, Any]:
+        tensors = load()
+        _reports.append(weightlift.last_report())
+        return tensors
+
+    return booked
+
+
+def _mixin(job: Job) -> Load:
+    """The same model as a class of weightlift's ModelMixin."""
+    import weightlift
+
+    stock = _model_class(job)
+    load = _from_pretrained(job, type(stock.__name__, (weightlift.ModelMixin, stock), {}))
+
+    def booked() -> dict[str, Any]:
+        tensors = load()
+        _reports.append(weightlift.last_report())
+        return tensors
+
+    return booked
+
+
+def _load_into(job: Job) -> Load:
+    """``load_into`` alone: the model is on ``meta`` when the clock starts."""
+    import accelerate
+    import torch
+
+    import weightlift
+
+    cls = _model_class(job)
+    with accelerate.init_empty_weights(include_buffers=False):
+        if hasattr(cls, "load_config"):
+            model = cls.from_config(cls.load_config(job.folder))
+        else:
+            model = cls(cls.config_class.from_pretrained(job.folder))
+    dtype = "auto" if job.dtype is None else getattr(torch, job.dtype)
+
+    folder = job.folder
+    assert folder is not None
+
+    def load() -> dict[str, Any]:
+        _reports.append(
+            weightlift.load_into(
+                model, folder, device_map=job.device, dtype=dtype, strict=False, mode=job.mode
+            )
+        )
+        _kept.append(model)
+        return dict(model.state_dict())
 
     return load
 
@@ -279,9 +398,7 @@ def _empty(job: Job) -> Load:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "weightlift": Contender(
-        "weightlift", "weightlift", _safetensors_only, _weightlift, "weightlift"
-    ),
+    "weightlift": Contender("weightlift", "weightlift", _ours_why_not, _weightlift, "weightlift"),
     "safetensors": Contender(
         "safetensors", "safetensors", _safetensors_only, _safetensors, "safetensors.torch"
     ),
@@ -289,6 +406,12 @@ CONTENDERS: dict[str, Contender] = {
         "safetensors", "safetensors", _prefetch_why_not, _safetensors_prefetch, "safetensors"
     ),
     "torch": Contender("torch", "torch", _torch_why_not, _torch, "torch"),
+    "torch-plain": Contender("torch", "torch", _torch_why_not, _torch_plain, "torch"),
+    "twin": Contender("weightlift", "weightlift", _torch_why_not, _twin, "weightlift"),
+    "stock": Contender("torch", "torch", _model_why_not, _stock, "torch"),
+    "backend": Contender("weightlift", "weightlift", _model_why_not, _backend, "weightlift"),
+    "ModelMixin": Contender("weightlift", "weightlift", _model_why_not, _mixin, "weightlift"),
+    "load_into": Contender("weightlift", "weightlift", _model_why_not, _load_into, "weightlift"),
     "fastsafetensors": Contender(
         "fastsafetensors", "fastsafetensors", _gpu_only, _fastsafetensors, "fastsafetensors"
     ),
