@@ -17,7 +17,16 @@ from weightlift.report import LoadReport, set_last_report
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DiskWeights", "Early", "fill", "load_into", "move"]
+__all__ = [
+    "DiskWeights",
+    "Early",
+    "fill",
+    "listed",
+    "load_into",
+    "move",
+    "place_of",
+    "whole_state_dict",
+]
 
 # How many names an error lists before it only counts.
 _LISTED = 20
@@ -204,7 +213,7 @@ def fill(
     memory_format: torch.memory_format | None = None,
     verify: bool = False,
     progress: bool | Progress = False,
-    initialize: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+    initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]] | None = None,
     early: Early | None = None,
     caller: str = "weightlift",
 ) -> LoadReport:
@@ -215,8 +224,8 @@ def fill(
             ``_keep_in_fp32_modules`` by default.
         ignore_missing: names that may be missing.
         ignore_unexpected: names that may be there.
-        initialize: gives values to tensors on ``meta`` that the checkpoint does not hold; called
-            only if there are any.
+        initialize: gives values to tensors on ``meta`` that the checkpoint does not hold, by name;
+            called only if there are any.
         early: a load of ``checkpoint`` that has begun.
         caller: whom ``stats()`` books it on.
     """
@@ -324,15 +333,21 @@ def fill(
             if t.persistent and id(t) not in loaded and t.tensor.device.type == "meta"
         ]  # fmt: skip
         if bare:
-            fresh = initialize()
+            fresh = initialize([slot.names[0] for slot in bare])
             for slot, device in zip(bare, where(bare), strict=True):
                 value = fresh[slot.names[0]].detach()
-                if not keep.isdisjoint(slot.names[0].split(".")) and value.is_floating_point():
-                    value = value.float()
-                if device == "disk":
+                target = wanted if keep.isdisjoint(slot.names[0].split(".")) else "F32"
+                if value.is_floating_point() and not own and target is not None:
+                    value = value.to(dtypes.to_torch(target))
+                if device == "disk" and slot.is_parameter:
                     extra.update(dict.fromkeys(slot.names, value))
+                    _set(slot, slot.tensor.to("meta", value.dtype), None)
                 else:
-                    _set(slot, value if device is None else value.to(device), memory_format)
+                    _set(
+                        slot,
+                        value.to(_cpu() if device in (None, "disk") else device),
+                        memory_format,
+                    )
     if devices is not None:
         _move_rest(tensors, where)
         _dispatch(model, devices, DiskWeights(checkpoint, on_disk, caller), extra)
@@ -426,15 +441,15 @@ def _check_keys(
 ) -> None:
     problems: list[str] = []
     if mismatched and not ignore_mismatched_sizes:
-        problems += _listed(
+        problems += listed(
             "of another shape than the model's (ignore_mismatched_sizes=True leaves them out)",
             [f"{name}: {theirs} in the checkpoint, {ours} in the model"
              for name, theirs, ours in mismatched],
         )  # fmt: skip
     if strict:
-        problems += _listed("missing in the checkpoint", missing)
-        problems += _listed("unexpected: the model has no place for them", unexpected)
-        problems += _listed(
+        problems += listed("missing in the checkpoint", missing)
+        problems += listed("unexpected: the model has no place for them", unexpected)
+        problems += listed(
             "buffers on meta that no checkpoint holds (non-persistent); build the model with "
             "accelerate.init_empty_weights(include_buffers=False)",
             empty,
@@ -442,12 +457,13 @@ def _check_keys(
     if problems:
         hint = "; strict=False loads what matches" if strict and (missing or unexpected) else ""
         raise CheckpointError(
-            f"{_place_of(checkpoint)} does not fit {type(model).__name__}{hint}:\n"
+            f"{place_of(checkpoint)} does not fit {type(model).__name__}{hint}:\n"
             + "\n".join(problems)
         )
 
 
-def _listed(title: str, names: Sequence[str]) -> list[str]:
+def listed(title: str, names: Sequence[str]) -> list[str]:
+    """Lines of an error: how many, and the first of them."""
     if not names:
         return []
     shown = [f"    {name}" for name in names[:_LISTED]]
@@ -456,7 +472,8 @@ def _listed(title: str, names: Sequence[str]) -> list[str]:
     return [f"  {len(names)} {title}:", *shown]
 
 
-def _place_of(checkpoint: Checkpoint) -> str:
+def place_of(checkpoint: Checkpoint) -> str:
+    """For messages."""
     if len(checkpoint.paths) == 1:
         return checkpoint.paths[0]
     return f"the checkpoint in {len(checkpoint.paths)} files"
@@ -606,6 +623,24 @@ def _dispatch(
             offload_index={} if "disk" in spread else None,
             skip_keys=getattr(model, "_skip_keys", None),
         )
+
+
+def whole_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a model, with the tensors that accelerate's hooks keep elsewhere in it."""
+    state: dict[str, torch.Tensor] = model.state_dict()
+    read: dict[int, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.device.type != "meta" or name not in state:
+            continue
+        module, _, key = name.rpartition(".")
+        hook = getattr(model.get_submodule(module), "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            elsewhere = getattr(part, "weights_map", None)
+            if elsewhere is not None and id(parameter) not in read:
+                read[id(parameter)] = elsewhere[key]
+        if id(parameter) in read:
+            state[name] = read[id(parameter)]
+    return state
 
 
 def _disjoint(

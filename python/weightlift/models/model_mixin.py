@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import itertools
 import logging
 import os
 import re
@@ -18,10 +19,10 @@ from weightlift import dtypes
 from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.errors import ArgumentError, CheckpointError
 from weightlift.hub import HubArguments
-from weightlift.models.building import building
+from weightlift.models.building import Builder
 from weightlift.models.config_mixin import ConfigMixin
 from weightlift.models.hub_mixin import PushToHubMixin
-from weightlift.modules import Early, fill, move
+from weightlift.modules import Early, fill, listed, move, place_of, whole_state_dict
 from weightlift.placement import parse_device
 from weightlift.report import LoadReport
 
@@ -60,6 +61,8 @@ _ARGUMENTS: dict[str, Any] = {
     "verify": False,
     "progress": False,
 }
+# Of these, those that diffusers does not have: a class may have arguments of these names.
+_OURS = ("mode", "pin_memory", "memory_format", "verify", "progress")
 
 
 def get_parameter_device(module: torch.nn.Module) -> torch.device:
@@ -68,10 +71,8 @@ def get_parameter_device(module: torch.nn.Module) -> torch.device:
     Raises:
         StopIteration: the module has none.
     """
-    tensors = (*module.parameters(), *module.buffers())
-    if tensors:
-        return tensors[0].device
-    found: torch.Tensor = next(_tensor_attributes(module))
+    tensors = itertools.chain(module.parameters(), module.buffers(), _tensor_attributes(module))
+    found: torch.Tensor = next(tensors)
     return found.device
 
 
@@ -130,11 +131,14 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         self._gradient_checkpointing_func: Callable[..., Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if isinstance(self, ConfigMixin):
-            found, value = self._deprecated_attribute(name)
-            if found:
-                return value
-        return torch.nn.Module.__getattr__(self, name)
+        try:  # first, for layers that are named as an argument is
+            return torch.nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if isinstance(self, ConfigMixin):
+                found, value = self._deprecated_attribute(name)
+                if found:
+                    return value
+            raise
 
     @classmethod
     def from_pretrained(
@@ -161,7 +165,8 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             quantization_config, load_in_8bit, load_in_4bit: quantize while loading.
             disable_mmap: the same as ``mode="read"``.
             mode, pin_memory, memory_format, verify, progress: as ``load_into`` has them.
-            kwargs: arguments of the class's ``__init__``, which override the configuration's.
+            kwargs: arguments of the class's ``__init__``, which override the configuration's; also
+                those that are called as one of the line above.
 
         Returns:
             The model, in evaluation mode. Tensors that the checkpoint lacks are initialised by the
@@ -173,8 +178,13 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             ArgumentError: an argument that nobody knows, or that contradicts another.
             FormatError, ReadError, DeviceError, OutOfMemoryError: as ``load_file``.
         """
-        given = {name: kwargs.pop(name, default) for name, default in _ARGUMENTS.items()}
+        own = inspect.signature(cls.__init__).parameters
+        given = {
+            name: default if name in _OURS and name in own else kwargs.pop(name, default)
+            for name, default in _ARGUMENTS.items()
+        }
         hub = HubArguments.pop_from(kwargs)
+        _refuse_unknown(cls, kwargs)
         path = os.fspath(pretrained_model_name_or_path)
         dtype = _parse_dtype(given["dtype"], given["torch_dtype"])
         device_map = given["device_map"]
@@ -187,8 +197,7 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         if not os.path.exists(path):  # noqa: PTH110
             hub = hub.pinned(path)
 
-        config, unused = _load_config(cls, path, hub, kwargs)
-        _refuse_unknown(cls, unused)
+        config, overrides = _load_config(cls, path, hub, kwargs)
         quantizer = _quantizer(given, config)
         if given["from_flax"]:
             checkpoint = None
@@ -214,15 +223,18 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         early = None
         if checkpoint is not None and quantizer is None and given["low_cpu_mem_usage"]:
             early = _begin(cls, checkpoint, device_map, dtype, options)
-        build = functools.partial(cls.from_config, config, **unused)  # type: ignore[attr-defined]
+        builder: Builder[_Self] = Builder(
+            functools.partial(cls.from_config, config, **overrides),  # type: ignore[attr-defined]
+            _built_dtype(dtype, checkpoint),
+        )
         try:
-            with building(_built_dtype(dtype, checkpoint), given["low_cpu_mem_usage"]):
-                model: _Self = build()
+            model = builder.build(empty=given["low_cpu_mem_usage"])
             if checkpoint is None:
                 checkpoint = _open_flax(path, hub, model)
             rename = _former_attention_names(model, checkpoint)
             if rename is not None:
                 checkpoint = checkpoint.renamed(rename)
+            _refuse_another_model(model, checkpoint)
             if quantizer is not None:
                 report = quantizer.load(
                     model, checkpoint, dtype, device_map, given["max_memory"], **options
@@ -239,7 +251,7 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
                     ignore_mismatched_sizes=given["ignore_mismatched_sizes"],
                     ignore_unexpected=_matcher(cls._keys_to_ignore_on_load_unexpected),
                     memory_format=given["memory_format"],
-                    initialize=functools.partial(_fresh, build, _built_dtype(dtype, checkpoint)),
+                    initialize=functools.partial(builder.initialized, model),
                     early=early,
                     **options,
                 )
@@ -248,6 +260,10 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
                 early.loading.cancel()
             raise
         _warn_of_keys(cls, path, report)
+        if device_map is not None and "hf_device_map" not in vars(model):
+            # As accelerate's dispatch_model has it, which was not needed for one device.
+            first = next(itertools.chain(model.parameters(), model.buffers()), None)
+            vars(model)["hf_device_map"] = {} if first is None else {"": first.device}
         model.register_to_config(_name_or_path=path)
         model.eval()
         if given["output_loading_info"]:
@@ -293,7 +309,7 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         if is_main_process:
             config = self.to_json_string().encode()
             save_weights(
-                self.state_dict(),
+                whole_state_dict(self),
                 folder,
                 safe_serialization=safe_serialization,
                 variant=variant,
@@ -301,8 +317,8 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
                 save_function=save_function,
                 companions={self.config_name: config},
             )
-        if push_to_hub:
-            self._push_folder(folder, kwargs)
+            if push_to_hub:
+                self._push_folder(folder, kwargs)
 
     @property
     def device(self) -> torch.device:
@@ -503,20 +519,28 @@ def _load_config(
 
 
 def _refuse_unknown(cls: type[ModelMixin], arguments: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(cls.__init__).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return
-    known = [*parameters, *getattr(cls, "_deprecated_kwargs", ())]
-    unknown = [name for name in arguments if name not in known]
-    if not unknown:
-        return
-    hub = list(HubArguments.__dataclass_fields__)
-    near = difflib.get_close_matches(unknown[0], [*known, *_ARGUMENTS, *hub], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ArgumentError(
-        f"{cls.__name__}.from_pretrained has no argument {unknown[0]!r}, nor has "
-        f"{cls.__name__}.__init__{hint}"
-    )
+    """What is neither an argument of ``from_pretrained`` nor of the config."""
+    taken = [
+        name
+        for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    ignored = getattr(cls, "ignore_for_config", ())
+    known = {*taken, *getattr(cls, "_deprecated_kwargs", ())} - {*ignored}
+    for name in arguments:
+        if name in ignored:
+            raise ArgumentError(
+                f"{cls.__name__}.from_pretrained takes no {name!r}: the class leaves it out of its "
+                "config (ignore_for_config)"
+            )
+        if name not in known:
+            hub = HubArguments.__dataclass_fields__
+            near = difflib.get_close_matches(name, [*known, *_ARGUMENTS, *hub], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ArgumentError(
+                f"{cls.__name__}.from_pretrained has no argument {name!r}, nor has "
+                f"{cls.__name__}.__init__{hint}"
+            )
 
 
 def _quantizer(given: Mapping[str, Any], config: Mapping[str, Any]) -> Quantizer | None:
@@ -547,12 +571,19 @@ def _begin(
         device_map = device_map[""]
     if isinstance(device_map, str) and device_map in (*_SPREAD, "disk"):
         return None
+    if not isinstance(device_map, (str, int, torch.device, type(None))):
+        return None  # to be refused
     device = parse_device("cpu" if device_map is None else device_map)
     believed = torch.get_default_dtype() if dtype is None else dtype
     kept = frozenset(cls._keep_in_fp32_modules or ())
+    ignored = _matcher(cls._keys_to_ignore_on_load_unexpected)
     names = None
-    if kept:
-        names = [name for name in checkpoint if kept.isdisjoint(name.split("."))]
+    if kept or ignored:
+        names = [
+            name
+            for name in checkpoint
+            if kept.isdisjoint(name.split(".")) and not (ignored and ignored(name))
+        ]
     return Early(checkpoint, device, dtypes.parse_dtype(believed), names, **options)
 
 
@@ -593,20 +624,26 @@ def _former_attention_names(
     return (lambda name: renames.get(name, name)) if renames else None
 
 
+def _refuse_another_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Nothing in common: diffusers returns a model that is random altogether."""
+    wanted = model.state_dict().keys()
+    if not (wanted and checkpoint and wanted.isdisjoint(checkpoint)):
+        return
+    problems = [
+        *listed("the model has and the checkpoint lacks", list(wanted)),
+        *listed("the checkpoint has and the model lacks", list(checkpoint)),
+    ]
+    raise CheckpointError(
+        f"{place_of(checkpoint)} holds the weights of another model than {type(model).__name__}; "
+        "no name is in both:\n" + "\n".join(problems)
+    )
+
+
 def _matcher(patterns: list[str] | None) -> Callable[[str], bool] | None:
     if not patterns:
         return None
     compiled = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
     return lambda name: compiled.search(name) is not None
-
-
-def _fresh(
-    build: Callable[[], torch.nn.Module], dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    """The tensors of a model that was built for real, by its own initialisation."""
-    with building(dtype, empty=False):
-        model = build()
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
 def _warn_of_keys(cls: type[ModelMixin], path: str, report: LoadReport) -> None:
