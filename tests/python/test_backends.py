@@ -10,6 +10,7 @@ import os
 import sys
 import textwrap
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ import weightlift as wl
 from backend_support import stock_way
 from support import run_python
 from weightlift import backends
-from weightlift.backends import Hook, StandAside, signature_text, stand_aside
+from weightlift.backends import Hook, StandAside, or_stock, signature_text, stand_aside
 from weightlift.errors import OutOfMemoryError
 
 LIBRARY = {
@@ -206,6 +207,36 @@ def test_a_hooked_name_imported_from_a_hooked_place_is_restored(
     assert user.load("f")[0] == "stock"
 
 
+def test_a_name_that_another_backend_made(library: Callable[..., None]) -> None:
+    def theirs(original: Any) -> Any:
+        return lambda path: ("theirs", original(path))
+
+    library(diffusers=(load_hook(),), accelerate=(Hook("fakelib.user", "load", {LOAD: theirs}),))
+    wl.enable("diffusers")
+    user = importlib.import_module("fakelib.user")
+    wl.enable("accelerate")
+    assert user.load("f") == ("theirs", ("stock", "f", False, {}))
+    wl.disable("accelerate")
+    assert user.load("f")[0] == "stock"
+    wl.disable()
+    assert user.load is importlib.import_module("fakelib.io").load
+    assert user.load.__closure__ is None
+
+
+def test_what_is_no_function(library: Callable[..., None]) -> None:
+    class Proxy:
+        def __init__(self, original: Any) -> None:
+            self.original = original
+
+    library(diffusers=(Hook("fakelib.io", "helper", {"without a signature": Proxy}),))
+    module = importlib.import_module("fakelib.io")
+    module.helper = helper = types.SimpleNamespace()  # type: ignore[attr-defined]
+    with wl.enabled("diffusers"), wl.enabled():
+        assert type(module.helper) is Proxy
+        assert module.helper.original is helper
+    assert module.helper is helper
+
+
 def test_what_others_put_on_top_stays(library: Callable[..., None]) -> None:
     library(diffusers=(load_hook(),))
     module = importlib.import_module("fakelib.io")
@@ -317,6 +348,30 @@ def test_stand_aside_is_told_once_a_library() -> None:
         with pytest.warns(UserWarning, match=f"{name} loads the stock way: a test of it"):
             stand_aside(name, "a test of it")
         stand_aside(name, "a test of it")
+
+
+def test_or_stock() -> None:
+    failure = wl.FormatError("x", "what the engine says")
+
+    def broken() -> None:
+        raise OSError("what the library says")
+
+    with stock_way("accelerate", times=0), pytest.raises(OSError, match="library") as caught:
+        or_stock("accelerate", failure, broken)
+    assert caught.value.__cause__ is failure
+    with stock_way("accelerate", times=0), pytest.raises(OSError, match="library") as caught:
+        or_stock("accelerate", StandAside("not ours"), broken)
+    assert caught.value.__cause__ is None
+
+    def inner() -> int:
+        return or_stock("safetensors", failure, lambda: 3)
+
+    # Counted where it began.
+    told = pytest.warns(UserWarning, match="accelerate.*engine says")
+    with stock_way("safetensors", times=0), stock_way("accelerate"), told:
+        assert or_stock("accelerate", failure, inner) == 3
+    with stock_way("safetensors"):
+        assert or_stock("safetensors", StandAside("not ours", warn=False), lambda: 4) == 4
 
 
 def test_errors_of_a_replacement_are_not_hidden(library: Callable[..., None]) -> None:

@@ -24,9 +24,10 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from importlib.abc import MetaPathFinder
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from weightlift.errors import ArgumentError, OutOfMemoryError, WeightliftError
@@ -44,6 +45,7 @@ __all__ = [
     "enable",
     "enabled",
     "is_enabled",
+    "or_stock",
     "signature_text",
     "stand_aside",
     "torch_errors",
@@ -51,7 +53,11 @@ __all__ = [
 
 KNOWN = ("diffusers", "transformers", "accelerate", "safetensors")
 
+_Result = TypeVar("_Result")
+
 _log = logging.getLogger("weightlift")
+_FOLDER = os.path.dirname(__file__)  # noqa: PTH120 - compared with what code objects say
+_in_stock: ContextVar[bool] = ContextVar("weightlift_in_stock", default=False)
 
 
 class Hook(NamedTuple):
@@ -63,8 +69,8 @@ class Hook(NamedTuple):
         target: its name there, such as ``"ModelMixin._load_pretrained_model"``.
         adapters: known signature, as ``signature_text`` writes it, -> what makes the replacement
             from the original. Both are plain functions where the target is a classmethod or
-            staticmethod. A replacement that is a class is put in place as it is, and asks
-            ``is_enabled`` itself.
+            staticmethod. A replacement that is no function is put in place as it is, and asks
+            ``is_enabled`` itself; a target that is none is ``"without a signature"``.
     """
 
     module: str
@@ -100,7 +106,8 @@ _explicit: set[str] = set()  # by enable()
 _held: dict[str, set[object]] = {name: set() for name in KNOWN}  # by `with enabled()`
 _active: frozenset[str] = frozenset()
 _patches: list[_Patch] = []
-_ours: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # replacement -> what it replaces
+# Replacement -> (library, what it replaces).
+_ours: WeakKeyDictionary[Any, tuple[str, Any]] = WeakKeyDictionary()
 
 
 def enable(*libraries: str) -> None:
@@ -195,9 +202,37 @@ def stand_aside(library: str, reason: str, *, warn: bool = True) -> None:
     if _strict():
         raise WeightliftError(f"{text} (WEIGHTLIFT_STRICT=1 makes that an error)")
     if record_fallback(library, reason) == 1 and warn:
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=_levels_to_caller())
     else:
         _log.info("%s", text)
+
+
+def or_stock(library: str, error: Exception, stock: Callable[[], _Result]) -> _Result:
+    """After an error of the engine, before any tensor is placed: the library's own way, which
+    raises the library's own error, or works and is counted and warned of."""
+    if _in_stock.get():  # the library's own way came upon another hook, for the same reason
+        return stock()
+    token = _in_stock.set(True)
+    aside = error if isinstance(error, StandAside) else None
+    try:
+        result = stock()
+    except Exception as own:
+        raise own from (None if aside else error)
+    finally:
+        _in_stock.reset(token)
+    stand_aside(library, str(error), warn=aside is None or aside.warn)
+    return result
+
+
+def _levels_to_caller() -> int:
+    """The ``stacklevel`` of a warning, from the function that calls this, for what is beyond the
+    backends."""
+    frame = sys._getframe(1)
+    level = 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_FOLDER):
+        frame = frame.f_back
+        level += 1
+    return level
 
 
 @contextlib.contextmanager
@@ -326,11 +361,18 @@ def _patch(library: str, hook: Hook, module: ModuleType) -> None:
         return
     bound = isinstance(original, (classmethod, staticmethod))
     function = original.__func__ if bound else original
-    if function in _ours:
-        # Imported from where it is hooked, or hooked already.
-        if not any(p.owner is owner and p.name == name for p in _patches):
-            _patches.append(_Patch(library, owner, name, _ours[function], original))
-        return
+    made = None
+    with contextlib.suppress(TypeError):  # a module's value may have no hash
+        made = _ours.get(function)
+    if made is not None:
+        # Hooked already, or imported from where it is hooked, perhaps by another backend.
+        if any(p.owner is owner and p.name == name for p in _patches):
+            return
+        maker, original = made
+        if maker == library:
+            _patches.append(_Patch(library, owner, name, original, function))
+            return
+        function = original
     try:
         signature = signature_text(function)
     except (TypeError, ValueError):
@@ -340,9 +382,9 @@ def _patch(library: str, hook: Hook, module: ModuleType) -> None:
         _not_known(library, f"{place} is not as known: {signature}")
         return
     replacement = adapter(function)
-    if not isinstance(replacement, type):
+    if isinstance(replacement, FunctionType):
         replacement = _route(library, function, replacement)
-    _ours[replacement] = original
+    _ours[replacement] = library, original
     if bound:
         replacement = type(original)(replacement)
     setattr(owner, name, replacement)

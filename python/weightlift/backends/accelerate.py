@@ -1,9 +1,374 @@
-"""accelerate: nothing is hooked yet."""
+"""accelerate: ``load_checkpoint_in_model``, ``load_checkpoint_and_dispatch``, weights on the disk.
+
+accelerate's own loop over the files stays; what it calls gets faster. While one of the two runs,
+``load_state_dict`` returns each tensor on its device and in its dtype already, all by one plan a
+file; the device's cache is not emptied after every tensor; what goes to the disk is not read, for
+the index says where in the original file it is; what ``offload_state_dict`` would carry to the
+disk and back stays in memory.
+"""
 
 from __future__ import annotations
 
-from weightlift.backends import Hook
+import functools
+import gc
+import inspect
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from weightlift import dtypes
+from weightlift.backends import Hook, StandAside, or_stock
+from weightlift.backends.safetensors import load_file_adapters, open_adapters, usable_device
+from weightlift.checkpoint import Checkpoint, open_checkpoint
+from weightlift.errors import CheckpointError, OutOfMemoryError, WeightliftError
+from weightlift.materialize import Loading, load_tensors
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["HOOKS"]
 
-HOOKS: tuple[Hook, ...] = ()
+_NAME = "accelerate"
+
+
+class _Call:
+    """One call of ``load_checkpoint_in_model`` with a device map that the engine serves."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        import torch
+
+        model = given["model"]
+        dtype = given["dtype"]
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype.removeprefix("torch."))
+        self.model = model
+        self.buffers = dict(model.named_buffers(remove_duplicate=False))
+        self.tensors = {**dict(model.named_parameters(remove_duplicate=False)), **self.buffers}
+        self.device_map = given["device_map"]
+        self.devices: dict[Any, torch.device] = {
+            device: usable_device(device) for device in self.device_map.values() if device != "disk"
+        }
+        self.dtype: torch.dtype | None = dtype
+        # accelerate keeps these out of float16 alone.
+        self.in_fp32 = (given["keep_in_fp32_modules"] or ()) if dtype == torch.float16 else ()
+        self.offload_state_dict = bool(given["offload_state_dict"])
+        self.offload_buffers = bool(given["offload_buffers"])
+        self.on_disk: dict[str, dict[str, str]] = {}  # entries for accelerate's index
+        self.kept: dict[str, torch.Tensor] = {}  # by offload_state_dict
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> _Call | None:
+        """``None`` where accelerate does more than to place tensors, or elsewhere."""
+        import torch
+
+        if given["device_map"] is None or given["offload_8bit_bnb"]:
+            return None
+        if any(type(p) is not torch.nn.Parameter for p in given["model"].parameters()):
+            return None
+        try:
+            return _Call(given)
+        except (StandAside, WeightliftError, AttributeError, TypeError):
+            return None  # a device or a dtype, of which accelerate says what it thinks
+
+    def place(self, name: str) -> Any:
+        """What the map says, by the longest prefix; ``None`` where there is none."""
+        while name and name not in self.device_map:
+            name = name.rpartition(".")[0]
+        return self.device_map.get(name)
+
+    def final_dtype(self, name: str, own: torch.dtype) -> torch.dtype:
+        """That of the parameter in the end."""
+        import torch
+
+        if self.dtype is None:
+            place = self.place(name)
+            stays = place == "disk" or (place == "cpu" and self.offload_state_dict)
+            return own if stays else self.tensors[name].dtype
+        if not (own.is_floating_point or own.is_complex):
+            return own
+        if any(key == name or f"{key}." in name for key in self.in_fp32):
+            return torch.float32
+        return self.dtype
+
+    def load(self, checkpoint: Checkpoint, path: str) -> dict[str, torch.Tensor]:
+        import torch
+
+        in_its_file = set(checkpoint.formats) == {"safetensors"}
+        cpu = torch.device("cpu")
+        loaded: dict[str, torch.Tensor] = {}
+        groups: dict[tuple[torch.device, str | None], list[str]] = {}
+        buffers = []
+        for name, (own, shape) in checkpoint.headers().items():
+            place = self.place(name)
+            if place is None or name not in self.tensors:
+                # accelerate passes over it, or says what is wrong with it.
+                loaded[name] = torch.empty(shape, device="meta")
+                continue
+            kind = dtypes.to_torch(own)
+            final = self.final_dtype(name, kind)
+            if place != "disk":
+                group = self.devices[place], _cast(own, final)
+            elif name in self.buffers and not self.offload_buffers:
+                # accelerate 1.15 leaves them as they are: it offloads parameters alone.
+                group = cpu, _cast(own, final)
+                buffers.append(name)
+            elif in_its_file:
+                loaded[name] = torch.empty(shape, dtype=kind, device="meta")
+                self.on_disk[name] = {
+                    "safetensors_file": os.path.abspath(path),  # noqa: PTH100 - a link stays one
+                    "weight_name": name,
+                    "dtype": str(final).removeprefix("torch."),
+                }
+                continue
+            else:
+                group = cpu, None
+            groups.setdefault(group, []).append(name)
+        loaded.update(_load(checkpoint, groups))
+        for name in buffers:
+            value = loaded.pop(name)
+            _set(self.model, name, "cpu", value, self.final_dtype(name, value.dtype))
+        return loaded
+
+
+_current: ContextVar[_Call | None] = ContextVar("weightlift_accelerate", default=None)
+
+
+def _load(
+    checkpoint: Checkpoint, groups: Mapping[tuple[torch.device, str | None], list[str]]
+) -> dict[str, torch.Tensor]:
+    def load() -> dict[str, torch.Tensor]:
+        loading = Loading(checkpoint, caller=_NAME)
+        for (device, dtype), names in groups.items():
+            loading.add(device, dtype, names)
+        loading.start()
+        return loading.result()
+
+    try:
+        return load()
+    except OutOfMemoryError:
+        # What accelerate's own collection after every file would have freed.
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
+        return load()
+
+
+def _cast(own: str, final: torch.dtype) -> str | None:
+    """The dtype for the engine to cast to; ``None``: none, or what is left to torch."""
+    target = dtypes.file_name(final)
+    return target if target != own and {own, target} <= dtypes.CASTABLE else None
+
+
+def _set(model: torch.nn.Module, name: str, *arguments: Any) -> None:
+    from accelerate.utils import set_module_tensor_to_device
+
+    set_module_tensor_to_device(model, name, *arguments)
+
+
+def _load_checkpoint_in_model(reference: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(reference)
+
+    def load_checkpoint_in_model(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        token = _current.set(_Call.of(given.arguments))
+        try:
+            return reference(*args, **kwargs)
+        finally:
+            _current.reset(token)
+
+    return load_checkpoint_in_model
+
+
+def _load_checkpoint_and_dispatch(reference: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(reference)
+
+    def load_checkpoint_and_dispatch(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        device_map = given.get("device_map")
+        if given.get("offload_folder") is not None or not (
+            isinstance(device_map, dict) and "disk" in device_map.values()
+        ):
+            return reference(*args, **kwargs)
+        # For the index alone, where the weights are safetensors.
+        folder = tempfile.mkdtemp(prefix="weightlift-")
+        try:
+            model = reference(**{**given, "offload_folder": folder})
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+        return model
+
+    return load_checkpoint_and_dispatch
+
+
+def _load_state_dict(reference: Callable[..., Any]) -> Callable[..., Any]:
+    def load_state_dict(checkpoint_file: Any, device_map: Any = None) -> Any:
+        stock = functools.partial(reference, checkpoint_file, device_map)
+        call = _current.get()
+        is_safetensors = checkpoint_file.endswith(".safetensors")
+        try:
+            if is_safetensors:
+                checkpoint = Checkpoint.of_file(checkpoint_file)
+            else:
+                checkpoint = open_checkpoint(checkpoint_file)
+        except CheckpointError:  # something else than a state dict
+            return stock()
+        except WeightliftError as error:
+            # Its safe_open and load_file are ours: they count what they leave to the reference.
+            return stock() if is_safetensors else or_stock(_NAME, error, stock)
+        if is_safetensors and (checkpoint.parts[0].metadata() or {}).get("format") != "pt":
+            return stock()  # which has something to say about that
+        if "not_tensors" in checkpoint.metadata:
+            return stock()
+        if call is not None:
+            return call.load(checkpoint, checkpoint_file)
+        if device_map is not None:
+            return stock()
+        return load_tensors(checkpoint, usable_device("cpu"), caller=_NAME)
+
+    return load_state_dict
+
+
+def _offload_weight(reference: Callable[..., Any]) -> Callable[..., Any]:
+    def offload_weight(
+        weight: Any, weight_name: str, offload_folder: Any, index: Any = None
+    ) -> Any:
+        call = _current.get()
+        if call is None or index is None:
+            return reference(weight, weight_name, offload_folder, index)
+        if weight_name in call.on_disk:
+            index[weight_name] = call.on_disk.pop(weight_name)
+        elif call.offload_state_dict and call.place(weight_name) != "disk":
+            call.kept[weight_name] = weight
+            index[weight_name] = {}
+        else:
+            return reference(weight, weight_name, offload_folder, index)
+        return index
+
+    return offload_weight
+
+
+def _load_offloaded_weights(reference: Callable[..., Any]) -> Callable[..., Any]:
+    def load_offloaded_weights(model: Any, index: Any, offload_folder: Any) -> Any:
+        call = _current.get()
+        if call is None:
+            return reference(model, index, offload_folder)
+        for name in list(call.kept):
+            _set(model, name, "cpu", call.kept.pop(name))
+        return None
+
+    return load_offloaded_weights
+
+
+def _clear_device_cache(reference: Callable[..., Any]) -> Callable[..., Any]:
+    def clear_device_cache(garbage_collection: bool = False) -> None:
+        if _current.get() is None:
+            reference(garbage_collection)
+
+    return clear_device_cache
+
+
+@functools.lru_cache(maxsize=64)
+def _offloaded(path: str, _identity: tuple[int, ...]) -> Checkpoint:
+    return Checkpoint.of_file(path)
+
+
+def _getitem(reference: Callable[..., Any]) -> Callable[..., Any]:
+    def __getitem__(self: Any, key: str) -> Any:
+        entry = {} if key in self.state_dict else self.index[key]
+        path = entry.get("safetensors_file")
+        if path is None:
+            return reference(self, key)
+        import torch
+
+        try:
+            device = usable_device(self.device)
+            status = Path(path).stat()
+            checkpoint = _offloaded(
+                path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            )
+        except (StandAside, WeightliftError, OSError) as error:
+            return or_stock(_NAME, error, lambda: reference(self, key))
+        name = entry.get("weight_name", key)
+        own = checkpoint[name][0]
+        wanted = getattr(torch, entry["dtype"]) if "dtype" in entry else dtypes.to_torch(own)
+        cast = _cast(own, wanted)
+        loaded = load_tensors(
+            checkpoint, device, dtype=cast, names=[name], shared=True, caller=_NAME
+        )
+        return loaded[name].to(wanted)
+
+    return __getitem__
+
+
+class _Collector(ModuleType):
+    """``gc``, without the collection after every file: it takes a second where much is imported."""
+
+    def __init__(self, reference: Any) -> None:
+        super().__init__("gc")
+        self._reference = reference
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reference, name)
+
+    def collect(self, *generation: int) -> int:
+        return 0 if _current.get() is not None else gc.collect(*generation)
+
+
+_MODELING = "accelerate.utils.modeling"
+_IN_MODEL = {
+    "(model, checkpoint, device_map=None, offload_folder=None, dtype=None, "
+    "offload_state_dict=False, offload_buffers=False, keep_in_fp32_modules=None, "
+    "offload_8bit_bnb=False, strict=False, full_state_dict=True, broadcast_from_rank0=False)": (
+        _load_checkpoint_in_model
+    )
+}
+_AND_DISPATCH = {
+    "(model, checkpoint, device_map=None, max_memory=None, no_split_module_classes=None, "
+    "offload_folder=None, offload_buffers=False, dtype=None, offload_state_dict=None, "
+    "skip_keys=None, preload_module_classes=None, force_hooks=False, strict=False, "
+    "full_state_dict=True, broadcast_from_rank0=False)": _load_checkpoint_and_dispatch
+}
+HOOKS = (
+    *(
+        Hook(module, "load_checkpoint_in_model", _IN_MODEL)
+        for module in (
+            _MODELING,
+            "accelerate.utils",
+            "accelerate.utils.bnb",
+            "accelerate.big_modeling",
+            "accelerate",
+        )
+    ),
+    *(
+        Hook(module, "load_checkpoint_and_dispatch", _AND_DISPATCH)
+        for module in ("accelerate.big_modeling", "accelerate")
+    ),
+    Hook(_MODELING, "load_state_dict", {"(checkpoint_file, device_map=None)": _load_state_dict}),
+    Hook(_MODELING, "safe_open", open_adapters(_NAME)),
+    Hook(_MODELING, "safe_load_file", load_file_adapters(_NAME)),
+    Hook(
+        _MODELING,
+        "offload_weight",
+        {"(weight, weight_name, offload_folder, index=None)": _offload_weight},
+    ),
+    Hook(
+        _MODELING,
+        "load_offloaded_weights",
+        {"(model, index, offload_folder)": _load_offloaded_weights},
+    ),
+    Hook(_MODELING, "clear_device_cache", {"(garbage_collection=False)": _clear_device_cache}),
+    Hook(_MODELING, "gc", {"without a signature": _Collector}),
+    Hook(
+        "accelerate.utils.offload", "OffloadedWeightsLoader.__getitem__", {"(self, key)": _getitem}
+    ),
+)

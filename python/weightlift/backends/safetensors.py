@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from weightlift import files
-from weightlift.backends import Hook, StandAside, is_enabled, stand_aside, torch_errors
+from weightlift.backends import Hook, StandAside, is_enabled, or_stock, stand_aside, torch_errors
 from weightlift.checkpoint import Checkpoint
 from weightlift.errors import WeightliftError
 from weightlift.materialize import load_tensors
@@ -21,13 +21,33 @@ from weightlift.placement import parse_device
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HOOKS"]
-
-_NAME = "safetensors"
+__all__ = ["HOOKS", "load_file_adapters", "open_adapters", "usable_device"]
 
 
-def _device(device: Any) -> torch.device:
-    """The device, where the engine can load to it; ``None`` is the CPU to the reference."""
+def open_adapters(library: str) -> dict[str, Callable[[Any], Any]]:
+    """For a hook on a name that is ``safetensors.safe_open``, by the backend of ``library``."""
+    adapter = functools.partial(_safe_open, library)
+    return {
+        "(filename, framework, device=...)": adapter,  # 0.7
+        "(filename, framework, device=..., *, backend=...)": adapter,
+    }
+
+
+def load_file_adapters(library: str) -> dict[str, Callable[[Any], Any]]:
+    """For a hook on a name that is ``safetensors.torch.load_file``."""
+    return {
+        "(filename, device='cpu')": functools.partial(_load_file_0_7, library),
+        "(filename, device='cpu', *, backend='mmap')": functools.partial(_load_file, library),
+    }
+
+
+def usable_device(device: Any) -> torch.device:
+    """The device, where the engine can load to it; ``None`` is the CPU to the reference.
+
+    Raises:
+        DeviceError: there is no such device.
+        StandAside: it is not the engine's.
+    """
     import torch
 
     parsed = parse_device("cpu" if device is None else device)
@@ -41,18 +61,18 @@ def _device(device: Any) -> torch.device:
 class _Opened(files.safe_open):
     """What ``safe_open`` returns while the backend is on."""
 
-    _caller = _NAME
-
     def __init__(
         self,
+        library: str,
         reference: Any,
         filename: Any,
         framework: str,
         device: Any = "cpu",
         **options: Any,
     ) -> None:
+        self._caller = library
         self._reference = functools.partial(reference, filename, framework, device, **options)
-        super().__init__(filename, framework, _device(device), **options)
+        super().__init__(filename, framework, usable_device(device), **options)
 
     # For isinstance() with the reference's own class, in modules that imported that.
     @property  # type: ignore[misc]
@@ -62,12 +82,10 @@ class _Opened(files.safe_open):
     def __getattr__(self, name: str) -> Any:
         # What newer versions have on top.
         if name.startswith("_") or not hasattr(self._reference.func, name):
-            raise AttributeError(
-                f"'safe_open' object has no attribute {name!r}", name=name, obj=self
-            )
+            raise AttributeError(f"'safe_open' object has no attribute {name!r}")
         self._open()
         if name == "prefetch":
-            stand_aside(_NAME, "safe_open.prefetch", warn=False)
+            stand_aside(self._caller, "safe_open.prefetch", warn=False)
         return getattr(self._handle, name)
 
     @functools.cached_property
@@ -80,32 +98,24 @@ class _Opened(files.safe_open):
 
 
 @functools.cache  # `safetensors.torch.safe_open is safetensors.safe_open`
-def _safe_open(reference: Any) -> type:
+def _safe_open(library: str, reference: Any) -> type:
     import inspect
 
     signature = inspect.signature(reference)
 
     def opened(*args: Any, **kwargs: Any) -> Any:
-        cause: Exception | None
+        stock = functools.partial(reference, *args, **kwargs)
         try:
             given = signature.bind(*args, **kwargs).arguments
             if given["framework"] not in ("pt", "torch", "pytorch"):
-                return reference(*args, **kwargs)
-            return _Opened(reference, **given)
-        except StandAside as aside:
-            reason, warn, cause = aside.reason, aside.warn, None
-        except (WeightliftError, TypeError) as error:
-            reason, warn, cause = str(error), True, error
-        try:
-            handle = reference(*args, **kwargs)
-        except Exception as own:
-            raise own from cause
-        stand_aside(_NAME, reason, warn=warn)
-        return handle
+                return stock()
+            return _Opened(library, reference, **given)
+        except (StandAside, WeightliftError, TypeError) as error:
+            return or_stock(library, error, stock)
 
     class Either(type):
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            return (opened if is_enabled(_NAME) else reference)(*args, **kwargs)
+            return (opened if is_enabled(library) else reference)(*args, **kwargs)
 
         def __instancecheck__(cls, instance: object) -> bool:
             return isinstance(instance, reference)
@@ -118,39 +128,27 @@ def _safe_open(reference: Any) -> type:
     return safe_open
 
 
-def _load_file(reference: Callable[..., Any]) -> Callable[..., Any]:
+def _load_file(library: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     def load_file(filename: Any, device: Any = "cpu", *, backend: str = "mmap") -> Any:
         try:
-            target = _device(device)
+            target = usable_device(device)
             mode = files._mode("auto", backend)
             checkpoint = Checkpoint.of_file(filename)
-        except (StandAside, WeightliftError, TypeError):
-            # Its own safe_open meets the same, and says so.
+        except (StandAside, WeightliftError, TypeError) as error:
             options = {} if backend == "mmap" else {"backend": backend}
-            return reference(filename, device, **options)
-        return load_tensors(checkpoint, target, mode=mode, caller=_NAME)
+            return or_stock(library, error, lambda: reference(filename, device, **options))
+        return load_tensors(checkpoint, target, mode=mode, caller=library)
 
     return load_file
 
 
-def _load_file_0_7(reference: Callable[..., Any]) -> Callable[..., Any]:
-    newer = _load_file(reference)
+def _load_file_0_7(library: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    newer = _load_file(library, reference)
     return lambda filename, device="cpu": newer(filename, device)
 
 
-_OPEN = {
-    "(filename, framework, device=...)": _safe_open,  # 0.7
-    "(filename, framework, device=..., *, backend=...)": _safe_open,
-}
 HOOKS = (
-    Hook("safetensors", "safe_open", _OPEN),
-    Hook("safetensors.torch", "safe_open", _OPEN),
-    Hook(
-        "safetensors.torch",
-        "load_file",
-        {
-            "(filename, device='cpu')": _load_file_0_7,
-            "(filename, device='cpu', *, backend='mmap')": _load_file,
-        },
-    ),
+    Hook("safetensors", "safe_open", open_adapters("safetensors")),
+    Hook("safetensors.torch", "safe_open", open_adapters("safetensors")),
+    Hook("safetensors.torch", "load_file", load_file_adapters("safetensors")),
 )
