@@ -245,8 +245,10 @@ def fill(
         checkpoint, model, missing, unexpected, mismatched, empty, strict, ignore_mismatched_sizes
     )
 
-    devices: dict[str, torch.device | str] | None = None
-    if device_map is not None:
+    devices: Mapping[str, torch.device | str] | None = None
+    if device_map is not None and (alone := placement.single_device(device_map)) is not None:
+        devices = {"": alone}
+    elif device_map is not None:
         devices = placement.resolve_device_map(
             model,
             device_map,
@@ -497,8 +499,9 @@ def _devices_of(
     tensors: Sequence[_Tensor], devices: Mapping[str, torch.device | str] | None
 ) -> Callable[[Iterable[_Tensor]], Iterator[torch.device | str | None]]:
     """The device of each tensor; ``None`` for where it is."""
-    if devices is None:
-        return lambda slots: (None for _ in slots)
+    if devices is None or set(devices) == {""}:
+        everywhere = None if devices is None else devices[""]
+        return lambda slots: (everywhere for _ in slots)
     by_name: dict[str, torch.device | str] = {}
     for device, names in placement.assign((t.names[0] for t in tensors), devices).items():
         by_name.update(dict.fromkeys(names, device))

@@ -21,6 +21,7 @@ __all__ = [
     "parse_device_map",
     "parse_max_memory",
     "resolve_device_map",
+    "single_device",
 ]
 
 # A device, the name of a way to spread a model, or module prefix -> device.
@@ -64,6 +65,17 @@ def parse_device(device: torch.device | str | int) -> torch.device:
         current = torch.cuda.current_device() if torch.cuda.is_available() else 0
         return torch.device("cuda", current)
     return parsed
+
+
+def single_device(device_map: DeviceMap) -> torch.device | None:
+    """The device that takes everything; ``None`` where there are several, or a disk."""
+    if isinstance(device_map, Mapping):
+        if set(device_map) != {""}:
+            return None
+        device_map = device_map[""]
+    if isinstance(device_map, str) and (device_map in _NEED_A_MODEL or device_map == "disk"):
+        return None
+    return parse_device(device_map)
 
 
 def parse_device_map(device_map: DeviceMap) -> dict[str, torch.device]:

@@ -25,7 +25,8 @@ from typing import Any
 
 __all__ = ["CONTENDERS", "Contender", "Job"]
 
-Load = Callable[[], dict[str, Any]]
+# Tensors by name, or a model.
+Load = Callable[[], Any]
 
 _PAGE = mmap.PAGESIZE
 _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module does not name it
@@ -243,12 +244,7 @@ def _from_pretrained(job: Job, cls: Any) -> Load:
     if job.device != "cpu":
         options["device_map"] = job.device
 
-    def load() -> dict[str, Any]:
-        model = cls.from_pretrained(job.folder, **options)
-        _kept.append(model)
-        return dict(model.state_dict())
-
-    return load
+    return lambda: cls.from_pretrained(job.folder, **options)
 
 
 def _stock(job: Job) -> Load:
@@ -262,10 +258,10 @@ def _backend(job: Job) -> Load:
     weightlift.enable()
     load = _from_pretrained(job, cls)
 
-    def booked() -> dict[str, Any]:
-        tensors = load()
+    def booked() -> Any:
+        model = load()
         _reports.append(weightlift.last_report())
-        return tensors
+        return model
 
     return booked
 
@@ -277,10 +273,10 @@ def _mixin(job: Job) -> Load:
     stock = _model_class(job)
     load = _from_pretrained(job, type(stock.__name__, (weightlift.ModelMixin, stock), {}))
 
-    def booked() -> dict[str, Any]:
-        tensors = load()
+    def booked() -> Any:
+        model = load()
         _reports.append(weightlift.last_report())
-        return tensors
+        return model
 
     return booked
 
@@ -303,14 +299,13 @@ def _load_into(job: Job) -> Load:
     folder = job.folder
     assert folder is not None
 
-    def load() -> dict[str, Any]:
+    def load() -> Any:
         _reports.append(
             weightlift.load_into(
                 model, folder, device_map=job.device, dtype=dtype, strict=False, mode=job.mode
             )
         )
-        _kept.append(model)
-        return dict(model.state_dict())
+        return model
 
     return load
 
@@ -507,6 +502,9 @@ def _measure(job: Job, say: Callable[[dict[str, Any]], None]) -> None:
     loaded = time.perf_counter()
     cpu_loaded = time.process_time()
     # Listing the pages is ours, not the library's: the clock stands still.
+    if not isinstance(tensors, dict):
+        _kept.append(tensors)
+        tensors = dict(tensors.state_dict())
     runs = page_runs(tensors)
     touching = time.perf_counter()
     cpu_touching = time.process_time()
