@@ -201,20 +201,16 @@ py::bytes read_bytes(const Archive& self, std::uint64_t begin, std::uint64_t byt
   return result;
 }
 
-std::shared_ptr<IndexedFile> index_of_entries(const Archive& self, std::vector<std::string> names,
-                                              const std::vector<std::string>& dtypes,
-                                              std::vector<std::vector<std::uint64_t>> shapes,
-                                              const std::vector<std::uint64_t>& begins) {
-  if (dtypes.size() != names.size() || shapes.size() != names.size() ||
-      begins.size() != names.size()) {
-    throw py::value_error("names, dtypes, shapes and begins differ in length");
+using EntryTuple = std::tuple<std::string, std::string, std::vector<std::uint64_t>, std::uint64_t>;
+
+std::shared_ptr<IndexedFile> index_of_entries(const Archive& self,
+                                              std::vector<EntryTuple> entries) {
+  std::vector<format::TensorEntry> parsed;
+  parsed.reserve(entries.size());
+  for (auto& [name, dtype, shape, begin] : entries) {
+    parsed.push_back({std::move(name), dtype_of(dtype), std::move(shape), begin});
   }
-  std::vector<format::TensorEntry> entries;
-  entries.reserve(names.size());
-  for (std::size_t i = 0; i < names.size(); ++i) {
-    entries.push_back({std::move(names[i]), dtype_of(dtypes[i]), std::move(shapes[i]), begins[i]});
-  }
-  return value_or_raise(IndexedFile::of_entries(self.file, std::move(entries)));
+  return value_or_raise(IndexedFile::of_entries(self.file, std::move(parsed)));
 }
 
 }  // namespace
@@ -361,8 +357,7 @@ PYBIND11_MODULE(_native, module) {
             return value_or_raise(std::move(opened));
           },
           py::arg("begin"), py::arg("bytes"))
-      .def("index", &index_of_entries, py::arg("names"), py::arg("dtypes"), py::arg("shapes"),
-           py::arg("begins"));
+      .def("index", &index_of_entries, py::arg("entries"));
 
   py::class_<PlanBuilder>(module, "Plan")
       .def(py::init<engine::Settings>(), py::arg("settings"))

@@ -26,6 +26,7 @@ constexpr std::uint64_t kLocatorBytes = 20;
 constexpr std::uint64_t kEndBytes = 22;
 constexpr std::uint64_t kLongestDescriptor = 24;
 constexpr std::uint16_t kZip64Field = 0x0001;
+constexpr std::uint16_t kZip64Version = 45;   // what a reader has to know (4.4.3)
 constexpr std::uint16_t kIn64Short = 0xffff;  // the value stands in a ZIP64 field
 constexpr std::uint32_t kIn64 = 0xffff'ffff;
 
@@ -34,6 +35,8 @@ constexpr std::uint16_t kHasDescriptor = 1 << 3;
 constexpr std::uint16_t kUtf8 = 1 << 11;
 constexpr std::uint16_t kEncrypted = 1 << 0 | 1 << 6 | 1 << 13;  // also strongly, also the header
 constexpr std::uint16_t kPatch = 1 << 5;
+
+constexpr std::uint32_t kDosFolder = 1 << 4;  // of the external attributes (4.4.15)
 
 // torch pads up to 64 bytes with an extra field, so that one read gets the whole of a header.
 constexpr std::uint64_t kLikelyExtra = 160;
@@ -169,12 +172,13 @@ class ZipParser {
     auto tail = read(size_ - known, known);
     if (!tail.ok()) return std::move(tail).error();
     const std::string_view text = as_text(*tail);
-    if (const auto found = text.rfind("PK\x05\x06"); found != text.npos) {
-      const std::uint64_t end = size_ - known + found + kEndBytes;
+    const auto found = text.rfind("PK\x05\x06");
+    if (const std::uint64_t end = size_ - known + found + kEndBytes;
+        found != text.npos && end <= size_) {
       return make_error(ErrorCode::kTrailingBytes,
                         "the archive is followed by other bytes, or by a comment: something was "
                         "appended, so download it or save it again",
-                        std::min(end, size_));
+                        end);
     }
     return make_error(ErrorCode::kArchiveIncomplete,
                       "the archive has no directory at its end: the download or the copy is not "
@@ -223,7 +227,7 @@ class ZipParser {
     one.record.name = as_text(entry.subspan(kCentralBytes, u16(entry, 28)));
     one.flags = u16(entry, 8);
     one.record.crc32 = u32(entry, 16);
-    WL_RETURN_IF_ERROR(check_kind(one, u16(entry, 10), at));
+    WL_RETURN_IF_ERROR(check_kind(one, u16(entry, 10), u16(entry, 6), at));
     std::uint64_t compressed = u32(entry, 20);
     one.record.bytes = u32(entry, 24);
     one.header = u32(entry, 42);
@@ -251,11 +255,17 @@ class ZipParser {
                         std::to_string(one.record.bytes),
                     at);
     }
+    // miniz, with which torch reads, takes such a record for a folder and leaves its bytes unread.
+    const bool folder = one.record.name.ends_with('/') || (u32(entry, 38) & kDosFolder) != 0;
+    if (folder && one.record.bytes != 0) {
+      return refuse(one, ErrorCode::kArchiveMalformed, "is a folder, and has bytes", at);
+    }
     stated_.push_back(std::move(one));
     return {};
   }
 
-  static Status check_kind(const Stated& one, std::uint16_t method, std::uint64_t at) {
+  static Status check_kind(const Stated& one, std::uint16_t method, std::uint16_t version,
+                           std::uint64_t at) {
     const auto unsupported = [&](const std::string& what) {
       return make_error(ErrorCode::kArchiveUnsupported,
                         "record '" + excerpt(one.record.name) + "' is " + what +
@@ -268,6 +278,7 @@ class ZipParser {
       return unsupported("of an unknown kind (flags " + std::to_string(one.flags) + ")");
     }
     if (method != 0) return unsupported("compressed (method " + std::to_string(method) + ")");
+    if (version > kZip64Version) return unsupported("of a later version of the format");
     const std::string& name = one.record.name;
     const bool ascii =
         std::all_of(name.begin(), name.end(), [](char c) { return (c & 0x80) == 0; });

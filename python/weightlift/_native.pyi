@@ -62,14 +62,9 @@ class Archive:
     def safetensors(self, begin: int, bytes: int) -> IndexedFile:
         """The safetensors file that lies there."""
 
-    def index(
-        self,
-        names: Sequence[str],
-        dtypes: Sequence[str],
-        shapes: Sequence[Sequence[int]],
-        begins: Sequence[int],
-    ) -> IndexedFile:
-        """Tensors whose places in the file are known. They may share bytes."""
+    def index(self, entries: Sequence[tuple[str, str, Sequence[int], int]]) -> IndexedFile:
+        """Tensors whose places in the file are known: (name, dtype, shape, begin). They may share
+        bytes."""
 
 class Plan:
     def __init__(self, settings: Settings) -> None: ...

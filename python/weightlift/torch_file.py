@@ -105,16 +105,19 @@ def open_torch_file(
         _refuse_safetensors(path)
         return _loaded(path, state_dict_key, "torch's format from before 1.6", mmap=False)
     places = _places(archive)
-    if not _offsets_known():
-        reason = "this torch does not tell where storages lie"
+    if not _unpickles():
+        reason = "the unpickler of this torch is not the one that is known"
         return _loaded(path, state_dict_key, reason, mmap=True)
     with _errors_of_torch(path):
-        loaded = _unpickle(_Records(places, archive.read))
-    state_dict = _state_dict(loaded, state_dict_key, path)
-    return _Indexer(archive, places).index(state_dict)
+        unpickled = _Unpickled(places, archive.read, path)
+    state_dict = _state_dict(unpickled.value, state_dict_key, path)
+    return _Indexer(archive, unpickled).index(state_dict)
 
 
 # --- The file ------------------------------------------------------------------------------------
+
+# kMaxSupportedFileFormatVersion of torch's caffe2/serialize/versions.h.
+_LATEST_VERSION = 10
 
 # Where a record lies: its begin and its bytes.
 _Places = dict[str, tuple[int, int]]
@@ -129,17 +132,24 @@ def _places(archive: _native.Archive) -> _Places:
         for name, begin, count, _, _ in records
         if name.startswith(folder)
     }
-    if len(places) != len(records) or "data.pkl" not in places:
+    number = next((name for name in (".data/version", "version") if name in places), None)
+    if len(places) != len(records) or "data.pkl" not in places or number is None:
         raise FormatError(
-            "not_weights",
-            "this is a zip file, but not a checkpoint of torch.save",
-            archive.path,
+            "not_weights", "this is a zip file, but not a checkpoint of torch.save", archive.path
         )
     if "constants.pkl" in places:
         raise FormatError(
             "torchscript",
             "this is a TorchScript archive, which holds code: load it with torch.jit.load where it "
             "is trusted, and save its state_dict()",
+            archive.path,
+        )
+    version = archive.read(*places[number]).strip()
+    if not version.isdigit() or not 1 <= int(version[:9]) <= _LATEST_VERSION:
+        raise FormatError(
+            "archive_unsupported",
+            f"it is of version {version[:16]!r} of torch's format, and 1 to {_LATEST_VERSION} are "
+            "known: look for a newer weightlift, or save it again with an older torch",
             archive.path,
         )
     order = archive.read(*places["byteorder"]) if "byteorder" in places else b"little"
@@ -153,43 +163,72 @@ def _places(archive: _native.Archive) -> _Places:
     return places
 
 
-class _Records:
-    """What torch's loader asks of a zip file, answered from the records that were checked.
+class _Unpickled:
+    """What ``torch.load(map_location="meta", weights_only=True)`` returns, tensors without data,
+    and where the storages of these lie.
 
-    torch's own reader searches the archive by other rules, and where ``.format_version`` stands it
-    computes the places of the storages from their order in the pickle: in an archive that was
-    packed again, or made to deceive, that is not where they are.
+    torch's unpickler is used, and its loader is not: that one reads the archive by other rules than
+    those by which it was checked here, and where there is a ``.format_version`` it computes the
+    places of storages from their order in the pickle, which an archive need not have. Nor does it
+    keep the sizes that the pickle states: a tensor that leaves its storage on meta enlarges it.
+
+    Attributes:
+        value: the object.
+        begins: storage (its address) -> begin of its bytes in the file.
+        sizes: begin -> bytes.
     """
 
-    def __init__(self, places: _Places, read: Callable[[int, int], bytes]) -> None:
+    def __init__(self, places: _Places, read: Callable[[int, int], bytes], path: str = "") -> None:
+        from torch import _utils, _weights_only_unpickler, serialization
+
+        self.begins: dict[int, int] = {}
+        self.sizes: dict[int, int] = {}
         self._places = places
-        self._read = read
+        self._path = path
+        self._storages: dict[str, Any] = {}
+        unpickler: Any = _weights_only_unpickler.Unpickler(
+            io.BytesIO(read(*places["data.pkl"])), encoding="utf-8"
+        )
+        unpickler.persistent_load = self._storage
+        # Where tensors go whose rebuilding names a device.
+        serialization._serialization_tls.map_location = "meta"
+        try:
+            self.value = unpickler.load()
+        finally:
+            serialization._serialization_tls.map_location = None
+            _utils._sparse_tensors_to_validate.clear()
 
-    def has_record(self, name: str) -> bool:
-        return name != ".format_version" and name in self._places
+    def _storage(self, saved: Any) -> Any:
+        import torch
 
-    def get_record(self, name: str) -> bytes:
-        return self._read(*self._places[name])
-
-    def get_record_offset(self, name: str) -> int:
-        return self._places[name][0]
-
-    def serialization_id(self) -> str:
-        return ""
-
-
-def _unpickle(records: _Records) -> Any:
-    """What ``torch.load(map_location="meta", weights_only=True)`` returns: tensors without data,
-    whose storages have their place in the file as ``_checkpoint_offset``."""
-    from torch import _weights_only_unpickler, serialization
-
-    load: Any = serialization._load
-    return load(records, "meta", _weights_only_unpickler, encoding="utf-8")
+        _, kind, key, _, count = saved
+        name = f"data/{key}"
+        known = self._storages.get(name)
+        if known is not None:
+            return known
+        begin, stored = self._places[name]
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        if type(count) is not int or count * dtype.itemsize != stored:
+            raise FormatError(
+                "size_mismatch",
+                f"its pickle states {count!r:.30} elements of {dtype} for the record {name!r}, "
+                f"which has {stored} bytes; the file is damaged: download it or save it again",
+                self._path,
+                begin,
+            )
+        of_torch: Any = torch.storage
+        untyped = of_torch.UntypedStorage(stored, device="meta")
+        storage = of_torch.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+        self.begins[untyped._cdata] = begin
+        self.sizes[begin] = stored
+        # Kept, so that no other storage gets its address.
+        self._storages[name] = storage
+        return storage
 
 
 @functools.cache
-def _offsets_known() -> bool:
-    """Whether the installed torch loads so; all of this is private to it."""
+def _unpickles() -> bool:
+    """Whether the installed torch can be used so; most of it is private to it."""
     import zipfile
 
     import torch
@@ -201,9 +240,9 @@ def _offsets_known() -> bool:
         pickled = archive.read(name)
     places = {"data.pkl": (0, len(pickled)), "data/0": (4096, 12)}
     try:
-        probe = _unpickle(_Records(places, lambda begin, count: pickled))["probe"]
-        storage = probe.untyped_storage()
-        return bool(probe.is_meta and storage._checkpoint_offset == 4096 and storage.nbytes() == 12)
+        unpickled = _Unpickled(places, lambda begin, count: pickled)
+        tensor = unpickled.value["probe"]
+        return bool(tensor.is_meta and unpickled.begins[tensor.untyped_storage()._cdata] == 4096)
     except Exception:
         return False
 
@@ -215,9 +254,9 @@ def _loaded(path: str, state_dict_key: str | None, reason: str, mmap: bool) -> L
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     tensors = {}
     not_tensors = {}
-    for name, value in _state_dict(loaded, state_dict_key, path).items():
+    for name, value in dict.items(_state_dict(loaded, state_dict_key, path)):
         if isinstance(value, torch.Tensor):
-            tensors[_name(name, path)] = value.detach()
+            tensors[_name(name, path)] = torch.Tensor.detach(value)
         else:
             not_tensors[_text(name)] = type(value).__name__
     return LoadedTorchFile(tensors, not_tensors, reason)
@@ -269,11 +308,16 @@ def _errors_of_torch(path: str) -> Iterator[None]:
 
 # --- The state dict ------------------------------------------------------------------------------
 
+# A pickle may give dictionaries and tensors attributes of any name, so that methods are called by
+# their class.
+
 
 def _has_tensors(value: object) -> bool:
     import torch
 
-    return isinstance(value, dict) and any(isinstance(one, torch.Tensor) for one in value.values())
+    return isinstance(value, dict) and any(
+        isinstance(one, torch.Tensor) for one in dict.values(value)
+    )
 
 
 def _state_dict(loaded: Any, key: str | None, path: str) -> dict[Any, Any]:
@@ -286,7 +330,7 @@ def _state_dict(loaded: Any, key: str | None, path: str) -> dict[Any, Any]:
         )
     if key is not None or not loaded or _has_tensors(loaded):
         return loaded
-    inner = [name for name, value in loaded.items() if _has_tensors(value)]
+    inner = [name for name, value in dict.items(loaded) if _has_tensors(value)]
     if len(inner) == 1:
         found: dict[Any, Any] = loaded[inner[0]]
         return found
@@ -355,22 +399,19 @@ class _Span:
 
 
 class _Indexer:
-    def __init__(self, archive: _native.Archive, places: _Places) -> None:
+    def __init__(self, archive: _native.Archive, unpickled: _Unpickled) -> None:
         import torch
 
         self._archive = archive
         self._path = archive.path
-        self._storages = {
-            begin: count for name, (begin, count) in places.items() if name.startswith("data/")
-        }
+        self._begins = unpickled.begins
+        self._sizes = unpickled.sizes
         self._dtypes = {dtypes.to_torch(name): name for name in dtypes.TORCH_NAMES}
+        self._methods = torch.Tensor
         self._plain = (torch.Tensor, torch.nn.Parameter)
         self._strided = torch.strided
-        # The index's columns.
-        self._names: list[str] = []
-        self._file_dtypes: list[str] = []
-        self._shapes: list[tuple[int, ...]] = []
-        self._begins: list[int] = []
+        # (name, dtype, shape, begin) of what goes into the index.
+        self._bases: list[tuple[str, str, tuple[int, ...], int]] = []
         self._views: dict[str, View] = {}
 
     def index(self, state_dict: dict[Any, Any]) -> TorchFile:
@@ -379,7 +420,7 @@ class _Indexer:
         names: list[str] = []
         not_tensors: dict[str, str] = {}
         spans: dict[int, list[_Span]] = {}
-        for key, value in state_dict.items():
+        for key, value in dict.items(state_dict):
             if isinstance(value, torch.Tensor):
                 name = _name(key, self._path)
                 begin, span = self._span(name, value, len(names))
@@ -389,38 +430,29 @@ class _Indexer:
                 not_tensors[_text(key)] = type(value).__name__
         for begin, sharing in spans.items():
             self._add(begin, sharing)
-        index = self._archive.index(self._names, self._file_dtypes, self._shapes, self._begins)
+        index = self._archive.index(self._bases)
         return TorchFile(index, self._views, names, not_tensors)
 
     def _span(self, name: str, tensor: torch.Tensor, order: int) -> tuple[int, _Span]:
         """A tensor's storage, by its begin in the file, and its place in it."""
+        methods = self._methods
         dtype = self._dtypes.get(tensor.dtype)
         if (
             dtype is None
             or type(tensor) not in self._plain
             or tensor.layout is not self._strided
             or tensor.is_quantized
-            or tensor.is_conj()
-            or tensor.is_neg()
+            or methods.is_conj(tensor)
+            or methods.is_neg(tensor)
         ):
             raise self._unsupported(name, _kind(tensor))
-        storage = tensor.untyped_storage()
-        begin = getattr(storage, "_checkpoint_offset", None)
+        begin = self._begins.get(methods.untyped_storage(tensor)._cdata)
         if begin is None:
             raise self._unsupported(name, "has no data in the file")
-        stored = self._storages.get(begin)
-        if stored != storage.nbytes():
-            raise FormatError(
-                "size_mismatch",
-                f"its storage is stated to have {storage.nbytes()} bytes, and the record in the "
-                f"archive has {stored}; the file is damaged: download it or save it again",
-                self._path,
-                begin,
-                name,
-            )
-        shape, stride = tuple(tensor.shape), tensor.stride()
+        stored = self._sizes[begin]
+        shape, stride = tuple(tensor.shape), methods.stride(tensor)
         itemsize = tensor.dtype.itemsize
-        first = last = int(tensor.storage_offset())
+        first = last = int(methods.storage_offset(tensor))
         for extent, step in zip(shape, stride, strict=True):
             last += (extent - 1) * step
         empty = 0 in shape
@@ -437,7 +469,7 @@ class _Indexer:
             )
         return begin, _Span(
             name, dtype, itemsize, shape, stride, first * itemsize, (last + 1) * itemsize,
-            tensor.is_contiguous(), order,
+            methods.is_contiguous(tensor), order,
         )  # fmt: skip
 
     def _unsupported(self, name: str, what: str) -> FormatError:
@@ -482,10 +514,7 @@ class _Indexer:
         self._add_base(base, (count * packed,), storage + begin)
 
     def _add_base(self, span: _Span, shape: tuple[int, ...], begin: int) -> None:
-        self._names.append(span.name)
-        self._file_dtypes.append(span.dtype)
-        self._shapes.append(shape)
-        self._begins.append(begin)
+        self._bases.append((span.name, span.dtype, shape, begin))
 
 
 def _kind(tensor: torch.Tensor) -> str:
@@ -497,6 +526,6 @@ def _kind(tensor: torch.Tensor) -> str:
         return f"is sparse ({tensor.layout})"
     if tensor.is_quantized:
         return "is quantized"
-    if tensor.is_conj() or tensor.is_neg():
+    if torch.Tensor.is_conj(tensor) or torch.Tensor.is_neg(tensor):
         return "is a conjugated or negated view"
     return f"is of {tensor.dtype}, which no file of weights has"

@@ -893,7 +893,9 @@ TEST(FormatZipEnd, Refused) {
   };
   expect_archive_code("", ErrorCode::kArchiveIncomplete);
   expect_archive_code("PK\x03\x04", ErrorCode::kArchiveIncomplete, "not complete", 4);
-  expect_archive_code(zip.bytes.substr(0, zip.end), ErrorCode::kArchiveIncomplete);
+  for (const std::size_t cut : {1u, 10u, 18u, 22u}) {
+    expect_archive_code(zip.bytes.substr(0, zip.bytes.size() - cut), ErrorCode::kArchiveIncomplete);
+  }
   expect_archive_code(zip.bytes + "x", ErrorCode::kTrailingBytes, "appended", zip.bytes.size());
   expect_archive_code(zip.bytes + std::string(1000, '\0'), ErrorCode::kTrailingBytes);
   expect_archive_code(changed(zip.end + 20, le16(4)) + "note", ErrorCode::kTrailingBytes);
@@ -988,6 +990,7 @@ TEST(FormatZipDirectory, Refused) {
   for (const std::size_t flags : {0x2, 0x10, 0x80, 0x4000, 0x8000}) {
     expect_archive_code(changed(entry + 8, le16(flags)), ErrorCode::kArchiveUnsupported, "unknown");
   }
+  expect_archive_code(changed(entry + 6, le16(46)), ErrorCode::kArchiveUnsupported, "version");
   for (const std::size_t method : {8, 9, 12, 14, 93, 99}) {
     expect_archive_code(changed(entry + 10, le16(method)), ErrorCode::kArchiveUnsupported,
                         "compressed");
@@ -1000,6 +1003,9 @@ TEST(FormatZipDirectory, Refused) {
                         "ZIP64");
   }
   expect_archive_code(changed(entry + 34, le16(1)), ErrorCode::kArchiveUnsupported, "split");
+  expect_archive_code(changed(entry + 38, le32(0x10)), ErrorCode::kArchiveMalformed, "folder");
+  expect_archive_code(make_zip({{"a/", "1"}}).bytes, ErrorCode::kArchiveMalformed, "folder");
+  EXPECT_TRUE(parse_archive(make_zip({{"a/", ""}}).bytes).ok());
 }
 
 TEST(FormatZipDirectory, Names) {
