@@ -179,8 +179,7 @@ void cast_bytes(std::uint64_t source, std::uint64_t target, std::size_t count,
                                                   {"avx2", convert::Isa::kAvx2},
                                                   {"avx512", convert::Isa::kAvx512}});
   if (chosen > convert::best_isa()) throw py::value_error("this CPU does not run " + isa);
-  const auto cast =
-      convert::host_cast_for(chosen, *source_format, *target_format, convert::Stores::kCached);
+  const auto cast = convert::host_cast_for(chosen, *source_format, *target_format);
   cast(reinterpret_cast<const std::byte*>(static_cast<std::uintptr_t>(source)),
        reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(target)), count, rules);
 }

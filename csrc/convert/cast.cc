@@ -72,16 +72,16 @@ Isa best_isa() noexcept {
   return isa;
 }
 
-HostCast host_cast_for(Isa isa, FloatFormat from, FloatFormat to, Stores stores) noexcept {
+HostCast host_cast_for(Isa isa, FloatFormat from, FloatFormat to) noexcept {
   switch (isa) {
     case Isa::kAvx512:
-      return avx512::kernel(from, to, stores);
+      return avx512::kernel(from, to);
     case Isa::kAvx2:
-      return avx2::kernel(from, to, stores);
+      return avx2::kernel(from, to);
     case Isa::kBaseline:
       break;
   }
-  return baseline::kernel(from, to, stores);
+  return baseline::kernel(from, to);
 }
 
 #else
@@ -90,14 +90,14 @@ Isa best_isa() noexcept {
   return Isa::kBaseline;
 }
 
-HostCast host_cast_for(Isa, FloatFormat from, FloatFormat to, Stores stores) noexcept {
-  return baseline::kernel(from, to, stores);
+HostCast host_cast_for(Isa, FloatFormat from, FloatFormat to) noexcept {
+  return baseline::kernel(from, to);
 }
 
 #endif
 
-HostCast host_cast(FloatFormat from, FloatFormat to, Stores stores) noexcept {
-  return host_cast_for(best_isa(), from, to, stores);
+HostCast host_cast(FloatFormat from, FloatFormat to) noexcept {
+  return host_cast_for(best_isa(), from, to);
 }
 
 std::string_view isa_name(Isa isa) noexcept {

@@ -28,22 +28,17 @@ struct Fp8Rules {
   bool e5m2_saturates = false;           // else infinity; infinity itself stays
 };
 
-// Cached stores for targets that are read again soon (a staging slot), streaming stores for fresh
-// memory larger than the caches.
-enum class Stores : std::uint8_t { kCached, kStreaming };
-
 // Casts `count` elements. Any alignment, also of a fraction of an element; no overlap.
 using HostCast = void (*)(const std::byte* source, std::byte* target, std::size_t count,
                           const Fp8Rules& rules);
 
 // The fastest implementation that this CPU runs, chosen once. `from` may equal `to` (a copy).
-[[nodiscard]] HostCast host_cast(FloatFormat from, FloatFormat to, Stores stores) noexcept;
+[[nodiscard]] HostCast host_cast(FloatFormat from, FloatFormat to) noexcept;
 
 // For tests and `weightlift doctor`: "avx512", "avx2" or "baseline", best first.
 enum class Isa : std::uint8_t { kBaseline, kAvx2, kAvx512 };
 [[nodiscard]] Isa best_isa() noexcept;
 [[nodiscard]] std::string_view isa_name(Isa isa) noexcept;
-[[nodiscard]] HostCast host_cast_for(Isa isa, FloatFormat from, FloatFormat to,
-                                     Stores stores) noexcept;
+[[nodiscard]] HostCast host_cast_for(Isa isa, FloatFormat from, FloatFormat to) noexcept;
 
 }  // namespace weightlift::convert

@@ -6,13 +6,13 @@
 namespace weightlift::convert {
 
 namespace baseline {
-HostCast kernel(FloatFormat from, FloatFormat to, Stores stores) noexcept;
+HostCast kernel(FloatFormat from, FloatFormat to) noexcept;
 }
 namespace avx2 {
-HostCast kernel(FloatFormat from, FloatFormat to, Stores stores) noexcept;
+HostCast kernel(FloatFormat from, FloatFormat to) noexcept;
 }
 namespace avx512 {
-HostCast kernel(FloatFormat from, FloatFormat to, Stores stores) noexcept;
+HostCast kernel(FloatFormat from, FloatFormat to) noexcept;
 }
 
 }  // namespace weightlift::convert

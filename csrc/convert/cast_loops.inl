@@ -19,12 +19,9 @@
 namespace weightlift::convert::WL_CAST_ISA {
 namespace {
 
-constexpr std::size_t kLine = 64;
-
-// Elements of fp32 that pass between two loops, and bytes that wait for streaming stores: small
-// enough to stay in the first-level cache together with the source that comes in.
+// Elements of fp32 that pass between two loops: few enough to stay in the first-level cache
+// together with the source that comes in.
 constexpr std::size_t kBetween = 1024;
-constexpr std::size_t kWaiting = 4096;
 
 // Loads and stores of any alignment.
 template <class T>
@@ -138,8 +135,7 @@ template <FloatFormat to>
 // Five loops in and five out make all pairs: the trip of the fp32 bits through the first-level
 // cache is little beside the memory's own time.
 template <FloatFormat from, FloatFormat to>
-void cast_cached(const std::byte* source, std::byte* target, std::size_t count,
-                 const Fp8Rules& rules) {
+void cast(const std::byte* source, std::byte* target, std::size_t count, const Fp8Rules& rules) {
   if constexpr (from == to) {
     if (count != 0) memcpy(target, source, count * sizeof(Bits<from>));
   } else if constexpr (to == FloatFormat::kF32) {
@@ -147,7 +143,7 @@ void cast_cached(const std::byte* source, std::byte* target, std::size_t count,
   } else if constexpr (from == FloatFormat::kF32) {
     encode_all<to>(source, target, count, rules);
   } else {
-    alignas(kLine) std::byte between[kBetween * 4];
+    alignas(64) std::byte between[kBetween * 4];
     while (count != 0) {
       const std::size_t now = count < kBetween ? count : kBetween;
       decode_all<from>(source, between, now);
@@ -159,126 +155,41 @@ void cast_cached(const std::byte* source, std::byte* target, std::size_t count,
   }
 }
 
-#if defined(__x86_64__)
-
-// Whole lines, so that each leaves the write-combining buffer at once. The target is aligned to
-// one.
-inline void stream_lines(const std::byte* source, std::byte* target, std::size_t bytes) {
-  for (std::size_t i = 0; i < bytes; i += kLine) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(source + i));
-#elif defined(__AVX2__)
-    for (std::size_t j = i; j < i + kLine; j += 32) {
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + j),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + j)));
-    }
-#else
-    for (std::size_t j = i; j < i + kLine; j += 16) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(target + j),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + j)));
-    }
-#endif
-  }
-}
-
-template <FloatFormat from, FloatFormat to>
-void cast_streaming(const std::byte* source, std::byte* target, std::size_t count,
-                    const Fp8Rules& rules) {
-  // A copy has no elements to keep whole, so it can begin a line anywhere.
-  constexpr std::size_t kFrom = from == to ? 1 : sizeof(Bits<from>);
-  constexpr std::size_t kTo = from == to ? 1 : sizeof(Bits<to>);
-  if constexpr (from == to) count *= sizeof(Bits<to>);
-  const auto cast = [&rules](const std::byte* in, std::byte* out, std::size_t elements) {
-    if constexpr (from == to) {
-      if (elements != 0) memcpy(out, in, elements);
-    } else {
-      cast_cached<from, to>(in, out, elements, rules);
-    }
-  };
-
-  const std::size_t to_line = (kLine - reinterpret_cast<std::uintptr_t>(target) % kLine) % kLine;
-  const std::size_t head = to_line / kTo;
-  if (to_line % kTo != 0 || head >= count) {
-    cast(source, target, count);
-    return;
-  }
-  cast(source, target, head);
-  source += head * kFrom;
-  target += head * kTo;
-  count -= head;
-
-  constexpr std::size_t kPerLine = kLine / kTo;
-  std::size_t body = count / kPerLine * kPerLine;
-  count -= body;
-  if constexpr (from == to) {
-    stream_lines(source, target, body);
-    source += body;
-    target += body;
-  } else {
-    alignas(kLine) std::byte waiting[kWaiting];
-    while (body != 0) {
-      const std::size_t now = body < kWaiting / kTo ? body : kWaiting / kTo;
-      cast(source, waiting, now);
-      stream_lines(waiting, target, now * kTo);
-      source += now * kFrom;
-      target += now * kTo;
-      body -= now;
-    }
-  }
-  cast(source, target, count);
-  _mm_sfence();  // before anything that tells another thread or a device that the bytes are there
-}
-
-#else
-
-template <FloatFormat from, FloatFormat to>
-void cast_streaming(const std::byte* source, std::byte* target, std::size_t count,
-                    const Fp8Rules& rules) {
-  cast_cached<from, to>(source, target, count, rules);
-}
-
-#endif
-
-template <FloatFormat from, FloatFormat to>
-HostCast of_stores(Stores stores) noexcept {
-  return stores == Stores::kStreaming ? &cast_streaming<from, to> : &cast_cached<from, to>;
-}
-
 template <FloatFormat from>
-HostCast of_target(FloatFormat to, Stores stores) noexcept {
+HostCast of_target(FloatFormat to) noexcept {
   switch (to) {
     case FloatFormat::kF64:
-      return of_stores<from, FloatFormat::kF64>(stores);
+      return &cast<from, FloatFormat::kF64>;
     case FloatFormat::kF32:
-      return of_stores<from, FloatFormat::kF32>(stores);
+      return &cast<from, FloatFormat::kF32>;
     case FloatFormat::kBf16:
-      return of_stores<from, FloatFormat::kBf16>(stores);
+      return &cast<from, FloatFormat::kBf16>;
     case FloatFormat::kF16:
-      return of_stores<from, FloatFormat::kF16>(stores);
+      return &cast<from, FloatFormat::kF16>;
     case FloatFormat::kF8E4M3:
-      return of_stores<from, FloatFormat::kF8E4M3>(stores);
+      return &cast<from, FloatFormat::kF8E4M3>;
     case FloatFormat::kF8E5M2:
-      return of_stores<from, FloatFormat::kF8E5M2>(stores);
+      return &cast<from, FloatFormat::kF8E5M2>;
   }
   return nullptr;
 }
 
 }  // namespace
 
-HostCast kernel(FloatFormat from, FloatFormat to, Stores stores) noexcept {
+HostCast kernel(FloatFormat from, FloatFormat to) noexcept {
   switch (from) {
     case FloatFormat::kF64:
-      return of_target<FloatFormat::kF64>(to, stores);
+      return of_target<FloatFormat::kF64>(to);
     case FloatFormat::kF32:
-      return of_target<FloatFormat::kF32>(to, stores);
+      return of_target<FloatFormat::kF32>(to);
     case FloatFormat::kBf16:
-      return of_target<FloatFormat::kBf16>(to, stores);
+      return of_target<FloatFormat::kBf16>(to);
     case FloatFormat::kF16:
-      return of_target<FloatFormat::kF16>(to, stores);
+      return of_target<FloatFormat::kF16>(to);
     case FloatFormat::kF8E4M3:
-      return of_target<FloatFormat::kF8E4M3>(to, stores);
+      return of_target<FloatFormat::kF8E4M3>(to);
     case FloatFormat::kF8E5M2:
-      return of_target<FloatFormat::kF8E5M2>(to, stores);
+      return of_target<FloatFormat::kF8E5M2>(to);
   }
   return nullptr;
 }

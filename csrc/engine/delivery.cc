@@ -17,11 +17,11 @@ std::byte* at_address(std::uint64_t address) {
 
 class RowDelivery {
  public:
-  RowDelivery(const Copy& copy, convert::Stores stores, const convert::Fp8Rules& fp8)
+  RowDelivery(const Copy& copy, const convert::Fp8Rules& fp8)
       : source_item_(copy.source_item()), target_item_(copy.target_item()), fp8_(fp8) {
     if (copy.casts()) {
       cast_ = convert::host_cast(*convert::float_format(copy.source_dtype),
-                                 *convert::float_format(copy.target_dtype), stores);
+                                 *convert::float_format(copy.target_dtype));
     }
   }
 
@@ -119,11 +119,10 @@ void deliver_strided(const LoadPlan& plan, const Copy& copy, const Piece& piece,
 }  // namespace
 
 void deliver(const LoadPlan& plan, const Piece& piece, const std::byte* source,
-             std::uint64_t source_begin, std::byte* packed, convert::Stores stores,
-             const convert::Fp8Rules& fp8) {
+             std::uint64_t source_begin, std::byte* packed, const convert::Fp8Rules& fp8) {
   Copy copy = plan.copies[piece.copy];
   if (!piece.host_cast) copy.target_dtype = copy.source_dtype;  // the device casts, if anyone does
-  const RowDelivery rows(copy, stores, fp8);
+  const RowDelivery rows(copy, fp8);
   if (copy.dimension_count != 0) {
     deliver_strided(plan, copy, piece, source, source_begin, packed, rows);
     return;

@@ -14,7 +14,6 @@ namespace weightlift::engine {
 // `source` is where byte `source_begin` of the piece's source lies. With `packed`, the elements go
 // there one after another; without, to the copy's target.
 void deliver(const LoadPlan& plan, const Piece& piece, const std::byte* source,
-             std::uint64_t source_begin, std::byte* packed, convert::Stores stores,
-             const convert::Fp8Rules& fp8);
+             std::uint64_t source_begin, std::byte* packed, const convert::Fp8Rules& fp8);
 
 }  // namespace weightlift::engine

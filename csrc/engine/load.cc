@@ -31,8 +31,6 @@ constexpr std::uint64_t kPopulateStep = std::uint64_t{64} << 20;
 constexpr std::uint64_t kPopulateGap = 64 << 10;
 // Below this a load on the host is done before a thread would have started.
 constexpr std::uint64_t kInlineBytes = 256 << 10;
-// From this size on, what is written to the host leaves the caches before it is read again.
-constexpr std::uint64_t kStreamingBytes = 16 << 20;
 // While other loads hold all pinned memory: how often to ask for some.
 constexpr std::chrono::milliseconds kPoolRetry{2};
 
@@ -525,16 +523,14 @@ Status Load::State::fill(const Unit& unit, const Lane& lane, std::byte* slot, Sc
   if (unit.file != kFromMemory) {
     WL_ASSIGN_OR_RETURN(bytes, read(unit, nullptr, scratch));
   }
-  const bool streaming = slot == nullptr && lane.payload >= kStreamingBytes;
-  const auto stores = streaming ? convert::Stores::kStreaming : convert::Stores::kCached;
   for (std::uint32_t i = 0; i < unit.piece_count; ++i) {
     const Piece& piece = lane.pieces[unit.first_piece + i];
     std::byte* const packed = slot != nullptr ? slot + piece.slot_offset : nullptr;
     if (unit.file == kFromMemory) {
       const std::uint64_t source = plan_.copies[piece.copy].source;
-      deliver(plan_, piece, at_address(source), source, packed, stores, settings_.fp8);
+      deliver(plan_, piece, at_address(source), source, packed, settings_.fp8);
     } else {
-      deliver(plan_, piece, bytes, unit.begin, packed, stores, settings_.fp8);
+      deliver(plan_, piece, bytes, unit.begin, packed, settings_.fp8);
     }
   }
   return {};

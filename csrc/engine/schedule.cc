@@ -43,7 +43,12 @@ std::uint32_t tile_bound(std::uint64_t staged_bytes) {
 class LaneBuilder {
  public:
   LaneBuilder(const LoadPlan& plan, const Settings& settings, Lane& lane)
-      : plan_(plan), settings_(settings), lane_(lane) {}
+      : plan_(plan), settings_(settings), read_bytes_(settings.read_bytes), lane_(lane) {
+    // Several threads fill one slot, and a unit with its table of tiles must fit into it.
+    if (lane.device != kHostDevice) {
+      read_bytes_ = std::min(read_bytes_, settings.chunk_bytes / 8);
+    }
+  }
 
   void add(std::uint32_t index) {
     const Copy& copy = plan_.copies[index];
@@ -120,10 +125,10 @@ class LaneBuilder {
     }
   }
 
-  // Source bytes of one unit: neither the read nor what it becomes may pass read_bytes.
+  // Source bytes of one unit: neither the read nor what it becomes may pass read_bytes_.
   std::uint64_t unit_limit(const Copy& copy) const {
     const std::uint64_t widest = std::max(copy.source_item(), copy.target_item());
-    return std::max<std::uint64_t>(settings_.read_bytes * copy.source_item() / widest, 64);
+    return std::max<std::uint64_t>(read_bytes_ * copy.source_item() / widest, 64);
   }
 
   void add_piece(std::uint32_t index, const Copy& copy, std::uint64_t first, std::uint64_t count,
@@ -157,10 +162,9 @@ class LaneBuilder {
 
   bool fits(const Copy& copy, std::uint64_t begin, std::uint64_t end, std::uint64_t staged) const {
     if (unit_.file != copy.file || unit_.piece_count == kUnitPieces) return false;
-    if (unit_staged_ + staged > settings_.read_bytes) return false;
-    return copy.file == kFromMemory ||
-           (begin >= unit_.begin && begin <= unit_.end + kHoleBytes &&
-            std::max(end, unit_.end) - unit_.begin <= settings_.read_bytes);
+    if (unit_staged_ + staged > read_bytes_) return false;
+    return copy.file == kFromMemory || (begin >= unit_.begin && begin <= unit_.end + kHoleBytes &&
+                                        std::max(end, unit_.end) - unit_.begin <= read_bytes_);
   }
 
   void close_unit() {
@@ -258,6 +262,7 @@ class LaneBuilder {
 
   const LoadPlan& plan_;
   const Settings& settings_;
+  std::uint64_t read_bytes_;
   Lane& lane_;
   Unit unit_;
   bool open_ = false;

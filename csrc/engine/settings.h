@@ -19,7 +19,7 @@ enum class CastPlace : std::uint8_t { kAuto, kHost, kDevice };
 struct Settings {
   unsigned threads = 0;          // that read and cast; 0: the processors this process may use
   unsigned io_depth = 0;         // reads in flight on a cold or direct file; 0: 8
-  std::size_t read_bytes = 0;    // of one read; 0: 512 KiB
+  std::size_t read_bytes = 0;    // of one read; 0: 1 MiB; at most an eighth of a slot
   std::size_t chunk_bytes = 0;   // of one staging slot, one copy to a device; 0: 4 MiB
   std::size_t pinned_bytes = 0;  // staging slots of one device at the most; 0: 32 MiB
   IoPath io_path = IoPath::kAuto;

@@ -32,7 +32,7 @@ class Settings:
         threads: threads that read and cast; the processors this process may use (affinity and
             cgroup quota).
         io_depth: reads in flight on a file that is not in the page cache; 8.
-        read_bytes: bytes of one read; 512 KiB, at most a quarter of ``chunk_bytes``.
+        read_bytes: bytes of one read; 1 MiB, for a device at most an eighth of ``chunk_bytes``.
         chunk_bytes: bytes of one staging slot, and so of one copy to a device; 4 MiB.
         pinned_bytes: pinned bytes that one load uses for one device; 32 MiB.
         io_path: ``"auto"``, ``"buffered"`` (through the page cache) or ``"direct"`` (``O_DIRECT``).

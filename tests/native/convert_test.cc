@@ -44,7 +44,6 @@ namespace {
 
 constexpr std::array kFormats = {FloatFormat::kF64, FloatFormat::kF32,    FloatFormat::kBf16,
                                  FloatFormat::kF16, FloatFormat::kF8E4M3, FloatFormat::kF8E5M2};
-constexpr std::array kStores = {Stores::kCached, Stores::kStreaming};
 
 const char* name_of(FloatFormat format) {
   constexpr std::array kNames = {"F64", "F32", "Bf16", "F16", "F8E4M3", "F8E5M2"};
@@ -360,10 +359,8 @@ TEST(Isas, AreNamedAndChosen) {
   EXPECT_EQ(isa_name(Isa::kAvx512), "avx512");
   for (const FloatFormat from : kFormats) {
     for (const FloatFormat to : kFormats) {
-      for (const Stores stores : kStores) {
-        EXPECT_NE(host_cast(from, to, stores), nullptr);
-        EXPECT_EQ(host_cast(from, to, stores), host_cast_for(best_isa(), from, to, stores));
-      }
+      EXPECT_NE(host_cast(from, to), nullptr);
+      EXPECT_EQ(host_cast(from, to), host_cast_for(best_isa(), from, to));
     }
   }
 }
@@ -380,12 +377,9 @@ TEST_P(EveryPair, GivesTheNearestNumber) {
       const std::vector<std::byte> expected = expected_of(inputs, from, to, rules);
       std::vector<std::byte> target(expected.size());
       for (const Isa isa : isas()) {
-        for (const Stores stores : kStores) {
-          std::fill(target.begin(), target.end(), std::byte{0xa5});
-          host_cast_for(isa, from, to, stores)(source.data(), target.data(), inputs.size(), rules);
-          EXPECT_TRUE(same(inputs, from, to, target.data(), expected))
-              << isa_name(isa) << (stores == Stores::kCached ? " cached" : " streaming");
-        }
+        std::fill(target.begin(), target.end(), std::byte{0xa5});
+        host_cast_for(isa, from, to)(source.data(), target.data(), inputs.size(), rules);
+        EXPECT_TRUE(same(inputs, from, to, target.data(), expected)) << isa_name(isa);
       }
     }
   }
@@ -405,8 +399,7 @@ TEST_P(EveryPair, IgnoresTheFloatingPointEnvironment) {
         const unsigned before = _mm_getcsr();
         _mm_setcsr((before & ~static_cast<unsigned>(_MM_ROUND_MASK)) | rounding |
                    _MM_FLUSH_ZERO_ON | 0x40 /* denormals are zero */);
-        host_cast_for(isa, from, to, Stores::kCached)(source.data(), target.data(), inputs.size(),
-                                                      {});
+        host_cast_for(isa, from, to)(source.data(), target.data(), inputs.size(), {});
         _mm_setcsr(before);
         EXPECT_TRUE(same(inputs, from, to, target.data(), expected)) << isa_name(isa);
       }
@@ -427,8 +420,8 @@ TEST(Fp8RulesTest, DecideWhatIsBeyond) {
       const auto expected = expected_of(inputs, FloatFormat::kF32, to, rules);
       std::vector<std::byte> target(expected.size());
       for (const Isa isa : isas()) {
-        host_cast_for(isa, FloatFormat::kF32, to, Stores::kCached)(source.data(), target.data(),
-                                                                   inputs.size(), rules);
+        host_cast_for(isa, FloatFormat::kF32, to)(source.data(), target.data(), inputs.size(),
+                                                  rules);
         EXPECT_TRUE(same(inputs, FloatFormat::kF32, to, target.data(), expected));
       }
     }
@@ -441,9 +434,8 @@ TEST(Nans, BecomeTheOneQuietNanWithTheirSign) {
       const std::uint32_t input = payload | (sign < 0 ? 0x80000000U : 0);
       for (const FloatFormat to : kFormats) {
         std::uint64_t output = 0;
-        host_cast(FloatFormat::kF32, to, Stores::kCached)(
-            reinterpret_cast<const std::byte*>(&input), reinterpret_cast<std::byte*>(&output), 1,
-            {});
+        host_cast(FloatFormat::kF32, to)(reinterpret_cast<const std::byte*>(&input),
+                                         reinterpret_cast<std::byte*>(&output), 1, {});
         const std::uint64_t nan = shape_of(to).nan | (sign < 0 ? sign_bit(to) : 0);
         EXPECT_EQ(output, to == FloatFormat::kF32 ? input : nan) << name_of(to);
       }
@@ -517,22 +509,20 @@ TEST_P(EveryPlace, OfAnyLengthAndAlignment) {
   for (const FloatFormat to : kFormats) {
     const std::vector<std::byte> expected = expected_of(inputs_, from, to, {});
     for (const Isa isa : isas()) {
-      for (const Stores stores : kStores) {
-        const HostCast cast = host_cast_for(isa, from, to, stores);
-        SCOPED_TRACE(testing::Message() << name_of(from) << " -> " << name_of(to) << ", "
-                                        << isa_name(isa) << ", " << static_cast<int>(stores));
-        for (std::size_t count = 0; count <= 130; ++count) {
-          for (std::size_t i = 0; i < kOffsets.size(); ++i) {
-            check(cast, to, expected, count, (count + i) % 9, kOffsets.at(i));
-            if (HasFatalFailure()) FAIL() << count << " elements, target + " << kOffsets.at(i);
-          }
+      const HostCast cast = host_cast_for(isa, from, to);
+      SCOPED_TRACE(testing::Message()
+                   << name_of(from) << " -> " << name_of(to) << ", " << isa_name(isa));
+      for (std::size_t count = 0; count <= 130; ++count) {
+        for (std::size_t i = 0; i < kOffsets.size(); ++i) {
+          check(cast, to, expected, count, (count + i) % 9, kOffsets.at(i));
+          if (HasFatalFailure()) FAIL() << count << " elements, target + " << kOffsets.at(i);
         }
-        for (const std::size_t count : {std::size_t{1000}, std::size_t{1024}, std::size_t{1025},
-                                        std::size_t{4099}, std::size_t{8999}}) {
-          for (std::size_t offset = 0; offset < 64; offset += 3) {
-            check(cast, to, expected, count, offset % 9, offset);
-            if (HasFatalFailure()) FAIL() << count << " elements, target + " << offset;
-          }
+      }
+      for (const std::size_t count : {std::size_t{1000}, std::size_t{1024}, std::size_t{1025},
+                                      std::size_t{4099}, std::size_t{8999}}) {
+        for (std::size_t offset = 0; offset < 64; offset += 3) {
+          check(cast, to, expected, count, offset % 9, offset);
+          if (HasFatalFailure()) FAIL() << count << " elements, target + " << offset;
         }
       }
     }
@@ -616,8 +606,8 @@ class Chunk {
         std::copy_n(source, tile.count, target);
       } else {
         host_cast(static_cast<FloatFormat>(tile.cast / kFloatFormatCount),
-                  static_cast<FloatFormat>(tile.cast % kFloatFormatCount),
-                  Stores::kCached)(source, target, tile.count, rules);
+                  static_cast<FloatFormat>(tile.cast % kFloatFormatCount))(source, target,
+                                                                           tile.count, rules);
       }
     }
     for (auto* memory : {&results.by_host, &results.by_kernel, &results.by_casts}) {

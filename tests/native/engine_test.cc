@@ -176,8 +176,7 @@ void expect_copy(const std::byte* source, std::byte* target, std::uint8_t* writt
       std::memcpy(out, in, count * source_item);
     } else {
       convert::host_cast_for(convert::Isa::kBaseline, *convert::float_format(from),
-                             *convert::float_format(to),
-                             convert::Stores::kCached)(in, out, count, fp8);
+                             *convert::float_format(to))(in, out, count, fp8);
     }
     std::memset(written + (out - target), 1, count * target_item);
   };
