@@ -14,21 +14,14 @@
 #include "device/staging.h"
 #include "engine/delivery.h"
 #include "engine/device_lane.h"
-#include "engine/io_path.h"
 #include "engine/schedule.h"
-#include "io/anonymous_memory.h"
-#include "io/machine.h"
-#include "io/residency.h"
+#include "engine/sources.h"
 
 namespace weightlift::engine {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// One MADV_POPULATE_READ; between two of them a cancel is noticed.
-constexpr std::uint64_t kPopulateStep = std::uint64_t{64} << 20;
-// Mapped tensors this close together are populated in one go.
-constexpr std::uint64_t kPopulateGap = 64 << 10;
 // Below this a load on the host is done before a thread would have started.
 constexpr std::uint64_t kInlineBytes = 256 << 10;
 // While other loads hold all pinned memory: how often to ask for some.
@@ -45,21 +38,6 @@ Error out_of_memory() {
   return {.code = ErrorCode::kOutOfMemory,
           .message = "out of memory while loading: free some, or load fewer tensors at a time"};
 }
-
-struct PopulateStep {
-  std::uint32_t file = 0;
-  std::uint32_t name = 0;
-  std::uint64_t offset = 0;
-  std::uint64_t bytes = 0;
-  std::uint64_t payload = 0;  // of these, tensors
-};
-
-// A file with its route and, where that is direct, its second descriptor.
-struct Source {
-  IoChoice choice;
-  std::unique_ptr<io::DirectFile> direct;
-  std::atomic<bool> direct_refused{false};
-};
 
 // Where a lane stands. Guarded by State::mutex_ but for what `device` says.
 struct LaneState {
@@ -81,20 +59,6 @@ struct LaneState {
   std::deque<std::uint32_t> free_slots;
   std::deque<std::uint32_t> in_flight;
   std::condition_variable drained;
-};
-
-// A thread's own buffer for bytes between a file and where they go.
-class Scratch {
- public:
-  Result<std::byte*> get(std::size_t bytes) {
-    if (memory_.size() < bytes) {
-      WL_ASSIGN_OR_RETURN(memory_, io::AnonymousMemory::allocate(bytes));
-    }
-    return memory_.data();
-  }
-
- private:
-  io::AnonymousMemory memory_;
 };
 
 struct Task {
@@ -125,8 +89,6 @@ class Load::State {
   LoadPlan& plan() noexcept { return plan_; }
 
  private:
-  void plan_populate();
-  void choose_routes();
   unsigned wanted_threads() const;
   void join() noexcept;
 
@@ -137,7 +99,6 @@ class Load::State {
   Status run(const Task& task, Scratch& scratch);
   Status run_unit(const Task& task, std::uint32_t index, Scratch& scratch);
   Status fill(const Unit& unit, const Lane& lane, std::byte* slot, Scratch& scratch);
-  Result<const std::byte*> read(const Unit& unit, std::byte* target, Scratch& scratch);
   void unit_filled(const Task& task, Status status, std::unique_lock<std::mutex>& lock);
   static Status submit(LaneState& state, std::uint32_t slot, const Chunk& chunk);
   void drain(std::uint32_t lane_index);
@@ -147,8 +108,7 @@ class Load::State {
   LoadPlan plan_;
   Settings settings_;
   Schedule schedule_;
-  std::deque<Source> sources_;  // by file
-  std::vector<PopulateStep> populate_;
+  std::optional<Sources> sources_;
   std::uint64_t total_bytes_ = 0;
   std::uint64_t mapped_bytes_ = 0;
   Clock::time_point started_;
@@ -186,128 +146,27 @@ Status Load::State::prepare() {
   }
   for (const Mapped& part : plan_.mapped) mapped_bytes_ += part.bytes;
   total_bytes_ += mapped_bytes_;
-  choose_routes();
-  plan_populate();
+  sources_.emplace(plan_, settings_);
   return {};
 }
 
-void Load::State::choose_routes() {
-  struct Extent {
-    std::uint64_t begin = ~std::uint64_t{0};
-    std::uint64_t end = 0;
-    std::uint64_t bytes = 0;
-  };
-  std::vector<Extent> extents(plan_.files.size());
-  for (const Copy& copy : plan_.copies) {
-    if (copy.file == kFromMemory) continue;
-    const auto [begin, end] = plan_.source_range(copy);
-    Extent& extent = extents[copy.file];
-    extent.begin = std::min(extent.begin, begin);
-    extent.end = std::max(extent.end, end);
-    extent.bytes += plan_.source_bytes(copy);
-  }
-  for (std::size_t i = 0; i < plan_.files.size(); ++i) {
-    Source& source = sources_.emplace_back();
-    if (extents[i].bytes == 0) {
-      source.choice = {.route = IoRoute::kMapped, .reason = "same dtype on the CPU"};
-      continue;
-    }
-    source.choice =
-        choose_io(*plan_.files[i], extents[i].begin, extents[i].end, extents[i].bytes, settings_);
-    if (source.choice.route == IoRoute::kDirect) {
-      auto direct = io::DirectFile::open(plan_.files[i]);
-      if (direct.ok()) {
-        source.direct = *std::move(direct);
-      } else {
-        fallbacks_.push_back(plan_.files[i]->path() + ": " + direct.error().message +
-                             "; read through the page cache");
-        source.choice.route = IoRoute::kBuffered;
-      }
-    }
-    if (source.choice.route == IoRoute::kBuffered) plan_.files[i]->advise_sequential();
-  }
-}
-
-void Load::State::plan_populate() {
-  std::vector<Mapped> parts = plan_.mapped;
-  std::sort(parts.begin(), parts.end(), [](const Mapped& a, const Mapped& b) {
-    return a.file != b.file ? a.file < b.file : a.offset < b.offset;
-  });
-  std::vector<PopulateStep> ranges;
-  for (const Mapped& part : parts) {
-    if (part.bytes == 0) continue;
-    if (!ranges.empty() && ranges.back().file == part.file &&
-        part.offset <= ranges.back().offset + ranges.back().bytes + kPopulateGap) {
-      ranges.back().bytes =
-          std::max(ranges.back().bytes, part.offset + part.bytes - ranges.back().offset);
-      ranges.back().payload += part.bytes;
-    } else {
-      ranges.push_back({part.file, part.name, part.offset, part.bytes, part.bytes});
-    }
-  }
-  // Once a file, and for files that are mapped alone: of others the reads are what is explained.
-  const auto note = [this](std::uint32_t file, const char* text) {
-    IoChoice& choice = sources_[file].choice;
-    if (choice.route == IoRoute::kMapped && choice.reason.find(text) == std::string::npos) {
-      choice.reason += text;
-    }
-  };
-  if (!plan_.populate) {
-    for (const PopulateStep& range : ranges) {
-      note(range.file, "; read at the first touch, as asked");
-    }
-    return;
-  }
-  // Resident pages cost a minor fault each, now or later: only what must be read is read now.
-  std::vector<PopulateStep> missing;
-  std::uint64_t missing_bytes = 0;
-  for (const PopulateStep& range : ranges) {
-    const auto share = io::resident_share(*plan_.files[range.file], range.offset, range.bytes);
-    if (share && *share >= 1) continue;
-    missing.push_back(range);
-    missing_bytes += range.bytes;
-  }
-  if (missing.empty()) {
-    for (const PopulateStep& range : ranges) note(range.file, ", resident");
-    return;
-  }
-  const bool fits = missing_bytes <= io::memory_headroom() / 2;
-  for (const PopulateStep& range : missing) {
-    note(range.file,
-         fits ? ", populated in order"
-              : ", larger than half of the memory that can be had: read at the first touch");
-    if (!fits) continue;
-    plan_.files[range.file]->advise_sequential();
-    // Gaps are read and not counted; what several tensors share is read once and was counted at the
-    // start.
-    std::uint64_t payload = std::min(range.payload, range.bytes);
-    for (std::uint64_t at = 0; at < range.bytes; at += kPopulateStep) {
-      const std::uint64_t bytes = std::min(kPopulateStep, range.bytes - at);
-      const std::uint64_t counted = std::min(bytes, payload);
-      payload -= counted;
-      populate_.push_back({range.file, range.name, range.offset + at, bytes, counted});
-    }
-  }
-}
-
 unsigned Load::State::wanted_threads() const {
-  std::uint64_t units = populate_.empty() ? 0 : 1;
+  const bool populates = !sources_->populate_steps().empty();
+  std::uint64_t units = populates ? 1 : 0;
   bool devices = false;
   for (const Lane& lane : schedule_.lanes) {
     units += lane.units.size();
     devices = devices || lane.device != kHostDevice;
   }
-  if (!devices && populate_.empty() && total_bytes_ - mapped_bytes_ <= kInlineBytes) return 0;
+  if (!devices && !populates && total_bytes_ - mapped_bytes_ <= kInlineBytes) return 0;
   unsigned threads = settings_.threads;
-  for (const Source& source : sources_) {
-    if (source.choice.cold) threads = std::max(threads, settings_.io_depth);
-  }
+  if (sources_->cold()) threads = std::max(threads, settings_.io_depth);
   return static_cast<unsigned>(std::min<std::uint64_t>(threads, units));
 }
 
 Status Load::State::start() {
   std::uint64_t to_populate = 0;
-  for (const PopulateStep& step : populate_) to_populate += step.payload;
+  for (const PopulateStep& step : sources_->populate_steps()) to_populate += step.payload;
   done_bytes_ = mapped_bytes_ - to_populate;
   for (std::size_t i = 0; i < schedule_.lanes.size(); ++i) {
     const Lane& lane = schedule_.lanes[i];
@@ -323,10 +182,6 @@ Status Load::State::start() {
     state.slot_limit = lane.slots;
   }
   const unsigned wanted = wanted_threads();
-  if (wanted == 0) {
-    inline_ = true;
-    return {};
-  }
   const unsigned limit = std::max(wanted, 2 * settings_.threads);
   const unsigned busy = busy_threads.load();
   const unsigned workers = std::min(wanted, limit > busy ? limit - busy : 1);
@@ -359,7 +214,10 @@ Status Load::State::start() {
     if (!spawn([this] { worker(); })) break;
     ++workers_;
   }
-  if (workers_ == 0) inline_ = true;  // the caller does the work itself, in wait()
+  if (workers_ == 0) {  // the caller does the work itself, in wait()
+    inline_ = true;
+    ++running_;
+  }
   return {};
 }
 
@@ -401,7 +259,7 @@ void Load::State::work() {
 }
 
 bool Load::State::everything_issued() const {
-  if (next_populate_ < populate_.size()) return false;
+  if (next_populate_ < sources_->populate_steps().size()) return false;
   for (std::size_t i = 0; i < lanes_.size(); ++i) {
     if (lanes_[i].next_unit < schedule_.lanes[i].units.size()) return false;
   }
@@ -411,7 +269,7 @@ bool Load::State::everything_issued() const {
 // The next task for a thread: of the lanes that can take work, the one that is furthest behind, so
 // that all links stay busy to the end.
 std::optional<Task> Load::State::pick() {
-  if (next_populate_ < populate_.size() && !populating_) {
+  if (next_populate_ < sources_->populate_steps().size() && !populating_) {
     // One at a time: a second caller breaks the sequential read-ahead of the first.
     populating_ = true;
     return Task{.kind = Task::Kind::kPopulate, .unit = next_populate_++};
@@ -470,14 +328,8 @@ std::optional<Task> Load::State::pick() {
 
 Status Load::State::run(const Task& task, Scratch& scratch) try {
   switch (task.kind) {
-    case Task::Kind::kPopulate: {
-      const PopulateStep& step = populate_[task.unit];
-      Status status = plan_.mappings[step.file]->populate(step.offset, step.bytes);
-      if (!status.ok() && step.name < plan_.names.size()) {
-        status.error().tensor = plan_.names[step.name];
-      }
-      return status;
-    }
+    case Task::Kind::kPopulate:
+      return sources_->populate(sources_->populate_steps()[task.unit]);
     case Task::Kind::kAddSlot: {
       auto added = lanes_[task.lane].device->add_slot(task.slot);
       if (!added.ok()) return added.error();
@@ -512,16 +364,16 @@ Status Load::State::run_unit(const Task& task, std::uint32_t index, Scratch& scr
 // Brings a unit's bytes to the host target, or into the staging slot.
 Status Load::State::fill(const Unit& unit, const Lane& lane, std::byte* slot, Scratch& scratch) {
   if (unit.raw_target != 0) {
-    const auto read_result = read(unit, at_address(unit.raw_target), scratch);
+    const auto read_result = sources_->read(unit, at_address(unit.raw_target), scratch);
     return read_result.ok() ? Status() : Status(read_result.error());
   }
   if (slot != nullptr && unit.raw) {
-    const auto read_result = read(unit, slot + unit.slot_offset, scratch);
+    const auto read_result = sources_->read(unit, slot + unit.slot_offset, scratch);
     return read_result.ok() ? Status() : Status(read_result.error());
   }
   const std::byte* bytes = nullptr;
   if (unit.file != kFromMemory) {
-    WL_ASSIGN_OR_RETURN(bytes, read(unit, nullptr, scratch));
+    WL_ASSIGN_OR_RETURN(bytes, sources_->read(unit, nullptr, scratch));
   }
   for (std::uint32_t i = 0; i < unit.piece_count; ++i) {
     const Piece& piece = lane.pieces[unit.first_piece + i];
@@ -536,49 +388,12 @@ Status Load::State::fill(const Unit& unit, const Lane& lane, std::byte* slot, Sc
   return {};
 }
 
-// Reads a unit to `target`, or into the thread's own buffer where that is null; returns where.
-Result<const std::byte*> Load::State::read(const Unit& unit, std::byte* target, Scratch& scratch) {
-  const io::File& file = *plan_.files[unit.file];
-  Source& source = sources_[unit.file];
-  const std::uint64_t bytes = unit.end - unit.begin;
-  if (source.direct != nullptr && !source.direct_refused.load()) {
-    const std::uint64_t alignment = source.direct->alignment();
-    const std::uint64_t begin = unit.begin / alignment * alignment;
-    const std::uint64_t end = (unit.end + alignment - 1) / alignment * alignment;
-    const std::uint64_t lead = unit.begin - begin;
-    // A staging slot has room up to the end of the page; memory that is somebody's has not.
-    const bool in_place = target != nullptr && unit.raw && alignment <= io::kPageBytes;
-    std::byte* window = target != nullptr ? target - (in_place ? lead : 0) : nullptr;
-    if (!in_place) {
-      WL_ASSIGN_OR_RETURN(window, scratch.get(end - begin + io::kPageBytes));
-    }
-    Status status = source.direct->read(begin, {window, end - begin}, unit.end - begin);
-    if (status.ok()) {
-      if (target != nullptr && !in_place) std::copy_n(window + lead, bytes, target);
-      return target != nullptr ? target : window + lead;
-    }
-    if (status.error().system_errno != EINVAL && status.error().system_errno != EOPNOTSUPP) {
-      return status.error();
-    }
-    if (!source.direct_refused.exchange(true)) {
-      const std::lock_guard lock(mutex_);
-      fallbacks_.push_back(file.path() + ": " + status.error().message +
-                           "; read through the page cache");
-    }
-  }
-  if (target == nullptr) {
-    WL_ASSIGN_OR_RETURN(target, scratch.get(bytes));
-  }
-  WL_RETURN_IF_ERROR(file.read_exact(unit.begin, {target, bytes}));
-  return target;
-}
-
 // After a task, with the lock held: books it, and submits the slot that it filled up.
 void Load::State::unit_filled(const Task& task, Status status, std::unique_lock<std::mutex>& lock) {
   if (task.kind == Task::Kind::kPopulate) {
     populating_ = false;
     if (status.ok()) {
-      done_bytes_ += populate_[task.unit].payload;
+      done_bytes_ += sources_->populate_steps()[task.unit].payload;
     } else {
       fail(std::move(status).error());
     }
@@ -677,18 +492,19 @@ void Load::State::fail(Error error) {
 // --- The caller --------------------------------------------------------------------------------
 
 bool Load::State::wait(std::chrono::milliseconds limit) {
-  if (inline_) {
-    inline_ = false;
-    work();
-  }
   std::unique_lock lock(mutex_);
+  if (std::exchange(inline_, false)) {
+    lock.unlock();
+    work();
+    lock.lock();
+    if (--running_ == 0) ended_.notify_all();
+  }
   return ended_.wait_for(lock, limit, [this] { return running_ == 0; });
 }
 
 void Load::State::cancel() noexcept {
   const std::lock_guard lock(mutex_);
-  if (running_ == 0 && !inline_) return;
-  inline_ = false;
+  if (running_ == 0) return;
   fail({.code = ErrorCode::kCancelled, .message = "the load was cancelled"});
 }
 
@@ -713,12 +529,12 @@ Result<Report> Load::State::finish() {
   report.peak_staging_bytes = staging_bytes_;
   if (staging_bytes_ != 0) report.pinned_bytes = device::StagingPool::instance().pinned_bytes();
   report.fallbacks = fallbacks_;
+  const std::vector<std::string> refused = sources_->fallbacks();
+  report.fallbacks.insert(report.fallbacks.end(), refused.begin(), refused.end());
   for (std::size_t i = 0; i < plan_.files.size(); ++i) {
-    report.files.push_back(
-        {.path = plan_.files[i]->path(),
-         .route = io_route_name(sources_[i].direct_refused.load() ? IoRoute::kBuffered
-                                                                  : sources_[i].choice.route),
-         .reason = sources_[i].choice.reason});
+    report.files.push_back({.path = plan_.files[i]->path(),
+                            .route = io_route_name(sources_->route(i)),
+                            .reason = sources_->reason(i)});
   }
   std::uint64_t host = mapped_bytes_;
   for (const Mapped& part : plan_.mapped) report.files[part.file].bytes += part.bytes;

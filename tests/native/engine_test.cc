@@ -35,6 +35,7 @@
 #include "device/staging.h"
 #include "engine/host_memory.h"
 #include "engine/load.h"
+#include "io/anonymous_memory.h"
 #include "io/mapping.h"
 #include "io/residency.h"
 #include "simulated.h"
@@ -1376,11 +1377,50 @@ TEST(Files, LargeTargetsOnTheHostAreWhole) {
   Scenario scenario(1, 0);
   scenario.settings.threads = 4;
   const Origin file = scenario.add_file(8 * kMiB);
-  for (std::uint64_t i = 0; i < 3; ++i) {  // together beyond what is kept in the caches
+  for (std::uint64_t i = 0; i < 3; ++i) {
     scenario.add(file, 3 + i, 2 * kMiB - 2, Dtype::kF32, Dtype::kF16, kHostDevice, i);
     scenario.add(file, i, 8 * kMiB - i, Dtype::kU8, Dtype::kU8, kHostDevice, 2 * i);
   }
   run_plainly(scenario, "large");
+}
+
+// A load as small as this one has no threads: the caller of wait() is the one that works. The
+// targets lie on a huge page each, for a cancel is noticed between two of them.
+TEST(Files, ALoadOnTheCallersThreadCanBeCancelled) {
+  constexpr std::size_t kCopies = 1024;
+  constexpr std::size_t kRegion = kCopies * io::kHugePageBytes;
+  const TestFile file(std::vector<std::byte>(kCopies * 8 * kKiB));
+  void* const region = ::mmap(nullptr, kRegion, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  ASSERT_NE(region, MAP_FAILED);
+  ::madvise(region, kRegion, MADV_NOHUGEPAGE);
+  LoadPlan plan;
+  const std::uint32_t index = plan.add_file(file.open());
+  for (std::size_t i = 0; i < kCopies; ++i) {
+    plan.add_copy({.file = index,
+                   .source = i * 8 * kKiB,
+                   .target = reinterpret_cast<std::uintptr_t>(region) + i * io::kHugePageBytes,
+                   .elements = 16});
+  }
+  bool cancelled = false;
+  for (int tries = 0; tries < 100 && !cancelled; ++tries) {
+    auto load = Load::prepare(plan, {});
+    ASSERT_TRUE(load.ok()) << load.error().describe();
+    ASSERT_TRUE((*load)->start().ok());
+    std::thread other([&load] {
+      while ((*load)->progress().done == 0) std::this_thread::yield();
+      (*load)->cancel();
+    });
+    EXPECT_TRUE((*load)->wait(milliseconds(0)));
+    other.join();
+    const auto report = (*load)->finish();
+    if (report.ok()) continue;  // the other thread was late
+    EXPECT_EQ(report.error().code, ErrorCode::kCancelled);
+    EXPECT_LT((*load)->progress().done, (*load)->progress().total);
+    cancelled = true;
+  }
+  EXPECT_TRUE(cancelled);
+  ::munmap(region, kRegion);
 }
 
 // --- Several loads -----------------------------------------------------------------------------

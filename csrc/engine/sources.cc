@@ -1,0 +1,198 @@
+#include "engine/sources.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <utility>
+
+#include "io/machine.h"
+#include "io/residency.h"
+
+namespace weightlift::engine {
+namespace {
+
+// One MADV_POPULATE_READ.
+constexpr std::uint64_t kPopulateStep = std::uint64_t{64} << 20;
+// Mapped tensors this close together are populated in one go.
+constexpr std::uint64_t kPopulateGap = 64 << 10;
+
+}  // namespace
+
+Result<std::byte*> Scratch::get(std::size_t bytes) {
+  if (memory_.size() < bytes) {
+    WL_ASSIGN_OR_RETURN(memory_, io::AnonymousMemory::allocate(bytes));
+  }
+  return memory_.data();
+}
+
+Sources::Sources(const LoadPlan& plan, const Settings& settings) : plan_(plan) {
+  choose_routes(settings);
+  plan_populate();
+}
+
+void Sources::choose_routes(const Settings& settings) {
+  struct Extent {
+    std::uint64_t begin = ~std::uint64_t{0};
+    std::uint64_t end = 0;
+    std::uint64_t bytes = 0;
+  };
+  std::vector<Extent> extents(plan_.files.size());
+  for (const Copy& copy : plan_.copies) {
+    if (copy.file == kFromMemory) continue;
+    const auto [begin, end] = plan_.source_range(copy);
+    Extent& extent = extents[copy.file];
+    extent.begin = std::min(extent.begin, begin);
+    extent.end = std::max(extent.end, end);
+    extent.bytes += plan_.source_bytes(copy);
+  }
+  for (std::size_t i = 0; i < plan_.files.size(); ++i) {
+    Source& source = files_.emplace_back();
+    if (extents[i].bytes == 0) {
+      source.choice = {.route = IoRoute::kMapped, .reason = "same dtype on the CPU"};
+      continue;
+    }
+    source.choice =
+        choose_io(*plan_.files[i], extents[i].begin, extents[i].end, extents[i].bytes, settings);
+    if (source.choice.route == IoRoute::kDirect) {
+      auto direct = io::DirectFile::open(plan_.files[i]);
+      if (direct.ok()) {
+        source.direct = *std::move(direct);
+      } else {
+        source.refusal = direct.error().message;
+        source.choice.route = IoRoute::kBuffered;
+      }
+    }
+    if (source.choice.route == IoRoute::kBuffered) plan_.files[i]->advise_sequential();
+  }
+}
+
+// The mapped tensors by file and offset, those that lie close together as one range.
+std::vector<PopulateStep> Sources::mapped_ranges() const {
+  std::vector<Mapped> parts = plan_.mapped;
+  std::sort(parts.begin(), parts.end(), [](const Mapped& a, const Mapped& b) {
+    return a.file != b.file ? a.file < b.file : a.offset < b.offset;
+  });
+  std::vector<PopulateStep> ranges;
+  for (const Mapped& part : parts) {
+    if (part.bytes == 0) continue;
+    if (!ranges.empty() && ranges.back().file == part.file &&
+        part.offset <= ranges.back().offset + ranges.back().bytes + kPopulateGap) {
+      ranges.back().bytes =
+          std::max(ranges.back().bytes, part.offset + part.bytes - ranges.back().offset);
+      ranges.back().payload += part.bytes;
+    } else {
+      ranges.push_back({part.file, part.name, part.offset, part.bytes, part.bytes});
+    }
+  }
+  return ranges;
+}
+
+// Once a file, and for files that are mapped alone: of others the reads are what is explained.
+void Sources::note(const std::vector<PopulateStep>& ranges, const char* text) {
+  for (const PopulateStep& range : ranges) {
+    IoChoice& choice = files_[range.file].choice;
+    if (choice.route == IoRoute::kMapped && choice.reason.find(text) == std::string::npos) {
+      choice.reason += text;
+    }
+  }
+}
+
+void Sources::plan_populate() {
+  const std::vector<PopulateStep> ranges = mapped_ranges();
+  if (!plan_.populate) {
+    note(ranges, "; read at the first touch, as asked");
+    return;
+  }
+  // Resident pages cost a minor fault each, now or later: only what must be read is read now.
+  std::vector<PopulateStep> missing;
+  std::uint64_t missing_bytes = 0;
+  for (const PopulateStep& range : ranges) {
+    const auto share = io::resident_share(*plan_.files[range.file], range.offset, range.bytes);
+    if (share && *share >= 1) continue;
+    missing.push_back(range);
+    missing_bytes += range.bytes;
+  }
+  if (missing.empty()) {
+    note(ranges, ", resident");
+    return;
+  }
+  if (missing_bytes > io::memory_headroom() / 2) {
+    note(missing, ", larger than half of the memory that can be had: read at the first touch");
+    return;
+  }
+  note(missing, ", populated in order");
+  for (const PopulateStep& range : missing) {
+    plan_.files[range.file]->advise_sequential();
+    // Gaps are read and not counted; what several tensors share is read once and was counted at the
+    // start.
+    std::uint64_t payload = std::min(range.payload, range.bytes);
+    for (std::uint64_t at = 0; at < range.bytes; at += kPopulateStep) {
+      const std::uint64_t bytes = std::min(kPopulateStep, range.bytes - at);
+      const std::uint64_t counted = std::min(bytes, payload);
+      payload -= counted;
+      steps_.push_back({range.file, range.name, range.offset + at, bytes, counted});
+    }
+  }
+}
+
+bool Sources::cold() const noexcept {
+  return std::any_of(files_.begin(), files_.end(),
+                     [](const Source& source) { return source.choice.cold; });
+}
+
+Status Sources::populate(const PopulateStep& step) const {
+  Status status = plan_.mappings[step.file]->populate(step.offset, step.bytes);
+  if (!status.ok() && step.name < plan_.names.size()) {
+    status.error().tensor = plan_.names[step.name];
+  }
+  return status;
+}
+
+Result<const std::byte*> Sources::read(const Unit& unit, std::byte* target, Scratch& scratch) {
+  const io::File& file = *plan_.files[unit.file];
+  Source& source = files_[unit.file];
+  const std::uint64_t bytes = unit.end - unit.begin;
+  if (source.direct != nullptr && !source.direct_refused.load()) {
+    const std::uint64_t alignment = source.direct->alignment();
+    const std::uint64_t begin = unit.begin / alignment * alignment;
+    const std::uint64_t end = (unit.end + alignment - 1) / alignment * alignment;
+    const std::uint64_t lead = unit.begin - begin;
+    // A staging slot has room up to the end of the page; memory that is somebody's has not.
+    const bool in_place = target != nullptr && unit.raw && alignment <= io::kPageBytes;
+    std::byte* window = target != nullptr ? target - (in_place ? lead : 0) : nullptr;
+    if (!in_place) {
+      WL_ASSIGN_OR_RETURN(window, scratch.get(end - begin + io::kPageBytes));
+    }
+    Status status = source.direct->read(begin, {window, end - begin}, unit.end - begin);
+    if (status.ok()) {
+      if (target != nullptr && !in_place) std::copy_n(window + lead, bytes, target);
+      return target != nullptr ? target : window + lead;
+    }
+    if (status.error().system_errno != EINVAL && status.error().system_errno != EOPNOTSUPP) {
+      return status.error();
+    }
+    if (!source.direct_refused.exchange(true)) source.refusal = status.error().message;
+  }
+  if (target == nullptr) {
+    WL_ASSIGN_OR_RETURN(target, scratch.get(bytes));
+  }
+  WL_RETURN_IF_ERROR(file.read_exact(unit.begin, {target, bytes}));
+  return target;
+}
+
+IoRoute Sources::route(std::size_t file) const noexcept {
+  const Source& source = files_[file];
+  return source.direct_refused.load() ? IoRoute::kBuffered : source.choice.route;
+}
+
+std::vector<std::string> Sources::fallbacks() const {
+  std::vector<std::string> result;
+  for (std::size_t i = 0; i < files_.size(); ++i) {
+    if (!files_[i].refusal.empty()) {
+      result.push_back(plan_.files[i]->path() + ": " + files_[i].refusal +
+                       "; read through the page cache");
+    }
+  }
+  return result;
+}
+
+}  // namespace weightlift::engine
