@@ -178,7 +178,7 @@ def test_commands_go_first(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["insepct", "x"], ["insepct", "inspect, doctor", "nor a file"]),
+        (["insepct", "x"], ["insepct", ", ".join(COMMANDS), "nor a file"]),
         (["run", "missing.py"], ["missing.py", "not a file"]),
         (["run"], ["name a script"]),
         (["run", "--report"], ["--report"]),
