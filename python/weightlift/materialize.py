@@ -32,17 +32,21 @@ __all__ = [
     "Allocator",
     "Loading",
     "Progress",
+    "Ranges",
     "TorchAllocator",
     "copy_to_device",
     "from_dlpack",
     "load_tensors",
     "new_plan",
     "run_plan",
+    "shown",
 ]
 
 Progress = Callable[[int, int], None]
 # What a load makes: (group, name), or (group, part, position) for what views look at.
 _Key: TypeAlias = "tuple[int, str] | tuple[int, int, int]"
+# (start, step, count) of each dimension: a part of a tensor.
+Ranges: TypeAlias = "Sequence[tuple[int, int, int]]"
 
 # How often a waiting caller looks up: for Ctrl-C, and for progress.
 _POLL_SECONDS = 0.05
@@ -229,8 +233,7 @@ def start_plan(plan: _native.Plan, allocator: Allocator | None) -> list[Any]:
 
 def finish_plan(plan: _native.Plan, progress: bool | Progress = False) -> dict[str, Any]:
     """Waits for a started plan; Ctrl-C stops it, drains what is in flight and goes on up."""
-    with contextlib.ExitStack() as stack:
-        show = stack.enter_context(_bar()) if progress is True else progress or None
+    with shown(progress) as show:
         try:
             while not plan.wait(_POLL_SECONDS):
                 if show is not None:
@@ -268,6 +271,7 @@ class _Group:
     dtype: str | None
     names: Sequence[str] | None
     targets: Sequence[torch.Tensor] | None
+    parts: Sequence[Ranges] | None
 
     @property
     def on_host(self) -> bool:
@@ -335,6 +339,7 @@ class Loading:
         dtype: str | None = None,
         names: Sequence[str] | None = None,
         targets: Sequence[torch.Tensor] | None = None,
+        parts: Sequence[Ranges] | None = None,
     ) -> None:
         """Adds tensors with one destination.
 
@@ -343,9 +348,10 @@ class Loading:
             dtype: the file's name of a floating-point dtype to cast floating-point tensors to.
             names: which tensors; all by default. A name is added once for a device.
             targets: tensors of the names' shapes on ``device`` to write to; they give the dtypes.
+            parts: of each of the names, what is loaded, in memory of its own; steps are positive.
         """
         _check_mode(self._mode, device, dtype, self._pin_memory)
-        self._groups.append(_Group(device, dtype, names, targets))
+        self._groups.append(_Group(device, dtype, names, targets, parts))
 
     def start(self) -> None:
         """Plans, and starts the engine's threads; small loads run in ``result``."""
@@ -359,7 +365,10 @@ class Loading:
                 self._allocator = TorchAllocator()
             if group.device.type not in ("cpu", "cuda"):
                 self._fallbacks.append(f"{group.device}: loaded to the CPU, then moved by torch")
-            self._add_group(number, group)
+            if group.parts is None:
+                self._add_group(number, group)
+            else:
+                self._add_parts(number, group)
         if self._hashes is not None:
             self._hashes.start()
         self._scratch = start_plan(self._plan, self._allocator)
@@ -435,6 +444,73 @@ class Loading:
             targets = [target for _, (_, target) in chosen]
             given = targets if group.targets is not None else None
             self._add_part(part, group, which, keys, given)
+
+    def _add_parts(self, number: int, group: _Group) -> None:
+        """Plans parts of tensors: what the engine can cut goes straight to its place."""
+        assert self._plan is not None
+        assert group.names is not None
+        assert group.parts is not None
+        index = -1 if group.on_host else group.device.index
+        cut = 0
+        for i, (name, ranges) in enumerate(zip(group.names, group.parts, strict=True)):
+            key: _Key = (number, name)
+            self._order.append((name, key, None))
+            place = self._checkpoint.find(name)
+            own = self._checkpoint[name][0]
+            whole_bytes = dtypes.bits(own) % 8 == 0
+            into = None if group.targets is None else group.targets[i]
+            if into is not None:
+                wanted = dtypes.file_name(into.dtype)
+            else:
+                wanted = group.dtype if group.dtype and own in dtypes.FLOATING else own
+            direct = own == wanted or (own in dtypes.CASTABLE and wanted in dtypes.CASTABLE)
+            if into is not None and not (
+                direct and place is not None and whole_bytes and into.is_contiguous()
+            ):
+                self._copies.append((name, into))
+                into, wanted, direct = None, own, True
+            if place is None or not whole_bytes:
+                cut += 1
+                self._tensors[key] = self._cut(name, ranges).to(group.device)
+                direct = own == wanted
+            else:
+                dtype = wanted if direct and wanted != own else None
+                if into is None:
+                    counts = [count for _, _, count in ranges]
+                    into = self._empty(group.device, counts, dtype or own)
+                self._tensors[key] = into
+                if into.numel() > 0:
+                    self._plan.slice(*place, ranges, dtype, index, into.data_ptr())
+            if not direct and wanted is not None:
+                self._by_torch.append((key, wanted))
+        if index >= 0:
+            assert self._allocator is not None
+            self._plan.use_stream(index, self._allocator.stream(index))
+        if cut:
+            self._fallbacks.append(f"{cut} tensors loaded whole to cut their parts out of them")
+
+    def _cut(self, name: str, ranges: Ranges) -> torch.Tensor:
+        """A part of what only torch can cut, in memory of its own."""
+        import torch
+
+        cpu = torch.device("cpu")
+        whole: torch.Tensor = load_tensors(
+            self._checkpoint, cpu, names=[name], caller=self._caller
+        )[name]
+        for dimension, (start, step, count) in enumerate(ranges):
+            whole = whole.narrow(dimension, start, step * (count - 1) + 1 if count else 0)
+            whole = whole[(slice(None),) * dimension + (slice(None, None, step),)]
+        return whole.clone(memory_format=torch.contiguous_format)
+
+    def _empty(self, device: torch.device, shape: Sequence[int], dtype: str) -> torch.Tensor:
+        import torch
+
+        if device.type == "cuda":
+            assert self._allocator is not None
+            made: torch.Tensor = self._allocator.empty(device.index, shape, dtype)[1]
+            return made
+        pinned = self._pin_for is not None
+        return torch.empty(tuple(shape), dtype=dtypes.to_torch(dtype), pin_memory=pinned)
 
     def _add_part(
         self,
@@ -683,11 +759,15 @@ def from_dlpack() -> Callable[[object], Any]:
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Progress]:
-    """A progress bar on the terminal."""
-    from rich import progress
+def shown(progress: bool | Progress) -> Iterator[Progress | None]:
+    """What to tell how far a load is; ``True``: a bar on the terminal."""
+    if progress is not True:
+        yield progress or None
+        return
+    from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
 
-    columns = (progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn())
-    with progress.Progress("[bold]loading", *columns, transient=True) as bar:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bar("[bold]loading", *columns, transient=True) as bar:
         task = bar.add_task("loading", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from weightlift import dtypes, placement
 from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.errors import ArgumentError, CheckpointError
-from weightlift.materialize import Loading, Progress, copy_to_device, load_tensors
+from weightlift.materialize import Loading, Progress, Ranges, copy_to_device, load_tensors
 from weightlift.report import LoadReport, set_last_report
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
 
 __all__ = [
     "DiskWeights",
@@ -48,6 +55,8 @@ def load_into(
     memory_format: torch.memory_format | None = None,
     verify: bool = False,
     progress: bool | Progress = False,
+    group: ProcessGroup | DeviceMesh | None = None,
+    scope: str = "node",
 ) -> LoadReport:
     """Fills a model with the tensors of a checkpoint, each read straight to its device.
 
@@ -55,6 +64,10 @@ def load_into(
     ``data_ptr``, same ``requires_grad``) unless ``device_map``, ``dtype`` or ``pin_memory`` asks
     for other memory; then their ``.data`` is replaced. Tied parameters stay tied, and one name of
     them in the checkpoint is enough.
+
+    Of a DTensor (``fully_shard``, ``parallelize_module``) the rank's own part alone is read, into
+    the local tensor. All ranks of its mesh, or of ``group``, call this at the same time, and one
+    that fails ends it on all.
 
     Args:
         model: on ``meta`` (``accelerate.init_empty_weights``, ``torch.device("meta")``) or real.
@@ -75,33 +88,65 @@ def load_into(
         memory_format: of 4-D weights, such as ``torch.channels_last``.
         verify: as in ``load_file``.
         progress: as in ``load_file``.
+        group: the ranks that hold the same model: together they read each tensor that is not
+            sharded once, and exchange the parts.
+        scope: ``"node"`` reads once a node, and lets the ranks of a node share the mapping of
+            what needs no copy; ``"group"`` reads once altogether, for slow shared storage.
 
     Returns:
         What was loaded, with ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``.
 
     Raises:
-        CheckpointError: keys or shapes do not match, or the model does not fit the devices.
+        CheckpointError: keys or shapes do not match, the model does not fit the devices, or a
+            rank failed or is gone.
     """
+    with _together(model, group, scope) as new_loading:
+        return _load_into(
+            model,
+            checkpoint,
+            key_map,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload=offload_folder is not None,
+            dtype=dtype,
+            strict=strict,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            mode=mode,
+            pin_memory=pin_memory,
+            memory_format=memory_format,
+            verify=verify,
+            progress=progress,
+            new_loading=new_loading,
+        )
+
+
+def _load_into(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    key_map: Callable[[str], str | None] | Mapping[str, str | None] | None,
+    **options: Any,
+) -> LoadReport:
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     if key_map is not None:
         rename = key_map if callable(key_map) else _lookup(key_map)
         checkpoint = checkpoint.renamed(rename)
-    return fill(
-        model,
-        checkpoint,
-        device_map=device_map,
-        max_memory=max_memory,
-        offload=offload_folder is not None,
-        dtype=dtype,
-        strict=strict,
-        ignore_mismatched_sizes=ignore_mismatched_sizes,
-        mode=mode,
-        pin_memory=pin_memory,
-        memory_format=memory_format,
-        verify=verify,
-        progress=progress,
-    )
+    return fill(model, checkpoint, **options)
+
+
+def _together(
+    model: torch.nn.Module, group: ProcessGroup | DeviceMesh | None, scope: str
+) -> AbstractContextManager[Callable[..., Loading]]:
+    if group is None and not any(_is_sharded(t) for t in (*model.parameters(), *model.buffers())):
+        return contextlib.nullcontext(Loading)
+    from weightlift.distributed import together
+
+    return together(model, group, scope)
+
+
+def _is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
 def _lookup(names: Mapping[str, str | None]) -> Callable[[str], str | None]:
@@ -216,6 +261,7 @@ def fill(
     initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]] | None = None,
     early: Early | None = None,
     caller: str = "weightlift",
+    new_loading: Callable[..., Loading] = Loading,
 ) -> LoadReport:
     """``load_into`` for callers that have more to say.
 
@@ -228,9 +274,14 @@ def fill(
             called only if there are any.
         early: a load of ``checkpoint`` that has begun.
         caller: whom ``stats()`` books it on.
+        new_loading: makes the ``Loading``; of ``distributed.together``.
     """
     if keep_in_fp32 is None:
         keep_in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
+        for module in model.modules():  # between two passes a root holds whole parameters
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
     tensors = _tensors_of(model)
     headers = checkpoint.headers()
     matched, missing, mismatched = _match(tensors, headers)
@@ -259,7 +310,8 @@ def fill(
         )
     where = _devices_of(tensors, devices)
     on_disk: dict[str, tuple[str, str | None]] = {}
-    groups: dict[tuple[Any, str | None, bool], list[tuple[str, _Tensor]]] = {}
+    groups: dict[tuple[Any, str | None, bool, bool], list[tuple[str, _Tensor]]] = {}
+    parts: dict[str, Ranges] = {}
     wanted = dtypes.parse_dtype(dtype)
     own = dtype is None
     keep = frozenset(keep_in_fp32)
@@ -287,9 +339,22 @@ def fill(
             if tensor.dtype != kind or tensor.device.type != "meta":
                 _set(slot, tensor.to("meta", kind), None)
             continue
+        if _is_sharded(tensor):
+            from weightlift.distributed import device_of, local_part
+
+            if device is not None:
+                raise ArgumentError(
+                    f"device_map={device_map!r} goes not together with DTensors such as "
+                    f"{slot.names[0]!r}: their mesh says where they are"
+                )
+            part = local_part(tensor)
+            if part is not None:
+                parts[name] = part
+            device = device_of(tensor)
         device = device or (cpu if tensor.device.type == "meta" else tensor.device)
         if (
             early is not None
+            and name not in parts
             and device == early.device
             and name in early.names
             and _as_believed(file_dtype, target, early.dtype)
@@ -301,9 +366,9 @@ def fill(
             and device == tensor.device
             and (own or tensor.dtype == dtypes.to_torch(target or file_dtype))
         )
-        groups.setdefault((device, target, in_place), []).append((name, slot))
+        groups.setdefault((device, target, in_place, name in parts), []).append((name, slot))
 
-    loading = Loading(
+    loading = new_loading(
         checkpoint,
         mode=mode,
         pin_memory=pin_memory,
@@ -311,16 +376,17 @@ def fill(
         progress=progress,
         caller=caller,
     )
-    for (device, target, in_place), group in groups.items():
+    for (device, target, in_place, in_parts), group in groups.items():
         names = [name for name, _ in group if name not in believed]
+        ranges = [parts[name] for name in names] if in_parts else None
         if in_place:
-            targets = [slot.tensor.detach() for _, slot in group]
-            loading.add(device, None, names, targets)
+            targets = [_local(slot.tensor) for _, slot in group]
+            loading.add(device, None, names, targets, ranges)
         elif names:
-            loading.add(device, target, names)
+            loading.add(device, target, names, parts=ranges)
     arrived, report = _run(loading, early, believed)
     views: set[int] = set()
-    for (_, _, in_place), group in groups.items():
+    for (_, _, in_place, _), group in groups.items():
         if not in_place:
             for name, slot in group:
                 value = arrived.pop(name)
@@ -338,6 +404,10 @@ def fill(
             fresh = initialize([slot.names[0] for slot in bare])
             for slot, device in zip(bare, where(bare), strict=True):
                 value = fresh[slot.names[0]].detach()
+                if _is_sharded(slot.tensor):
+                    from weightlift.distributed import device_of, initialized
+
+                    value, device = initialized(value, slot.tensor), device_of(slot.tensor)
                 target = wanted if keep.isdisjoint(slot.names[0].split(".")) else "F32"
                 if value.is_floating_point() and not own and target is not None:
                     value = value.to(dtypes.to_torch(target))
@@ -523,7 +593,18 @@ def _set(slot: _Tensor, value: torch.Tensor, memory_format: torch.memory_format 
         value = value.contiguous()
     old = slot.tensor
     new: torch.Tensor = value
-    if slot.is_parameter:
+    if _is_sharded(old):
+        from weightlift.distributed import from_local
+
+        requires_grad = old.requires_grad and value.is_floating_point()
+        new = from_local(value, old)
+        if slot.is_parameter:
+            new = torch.nn.Parameter(new, requires_grad=requires_grad)
+        new.__dict__.update({k: v for k, v in old.__dict__.items() if k not in new.__dict__})
+        if old.device.type != "meta":
+            torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
+            return
+    elif slot.is_parameter:
         if "meta" not in (old.device.type, value.device.type):
             old.data = value
             return
@@ -540,6 +621,14 @@ def _set(slot: _Tensor, value: torch.Tensor, memory_format: torch.memory_format 
         else:  # such as RNNs, which keep a list of their weights
             setattr(module, key, new)
     slot.tensor = new
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    if not _is_sharded(tensor):
+        return tensor.detach()
+    from weightlift.distributed import local_of
+
+    return local_of(tensor)
 
 
 def _move_rest(

@@ -1,0 +1,558 @@
+"""Loading by several processes on gloo, against safetensors, ``distribute_tensor`` and
+``torch.distributed.checkpoint``.
+
+Starting a rank takes seconds, so that all checks of a world run in one set of processes; each is a
+function ``check_*``, and the tests look at what became of it on every rank.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import weightlift as wl
+from support import anonymous_bytes, assert_same
+
+_TIMEOUT = 40.0
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(8, 24)
+        self.down = torch.nn.Linear(24, 8)
+        self.norm = torch.nn.LayerNorm(8)
+        self.register_buffer("steps", torch.arange(5))
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.norm(x + self.down(torch.relu(self.up(x)))) * self.scale
+        return out
+
+
+class Net(torch.nn.Module):
+    """No dimension of the embedding and the head is a multiple of a world's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(13, 8)
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(2))
+        self.head = torch.nn.Linear(8, 3)  # fewer rows than ranks
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        out: torch.Tensor = self.head(x)
+        return out
+
+
+def on_meta(make: Callable[[], torch.nn.Module] = Net) -> torch.nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
+def large_tensors() -> dict[str, torch.Tensor]:
+    """Of several rounds of an exchange, in pieces of all kinds."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"a": (1, 700, 512), "b": (300_001,), "c": (2, 1_000_000), "d": (), "e": (0, 4)}
+    shapes.update({f"small.{i}": (100 + i, 3) for i in range(40)})
+    return {k: torch.randn(v, generator=generator).bfloat16() for k, v in shapes.items()}
+
+
+class Large(torch.nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.small = torch.nn.ParameterList()
+        for name, tensor in large_tensors().items():
+            new = torch.nn.Parameter(torch.zeros(tensor.shape, dtype=dtype))
+            if name.startswith("small."):
+                self.small.append(new)
+            else:
+                setattr(self, name, new)
+
+
+def write_checkpoints(folder: Path) -> None:
+    torch.manual_seed(0)
+    state = Net().state_dict()
+    names = list(state)
+    half = len(names) // 2
+    (folder / "net").mkdir()
+    weight_map = {}
+    for number, part in enumerate((names[:half], names[half:]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        safetensors.torch.save_file({name: state[name] for name in part}, folder / "net" / file)
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "net" / "model.safetensors.index.json").write_text(json.dumps(index))
+    torch.save(state | {"head.weight": torch.randn(8, 3).t()}, folder / "net.bin")
+    safetensors.torch.save_file(large_tensors(), folder / "large.safetensors")
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted((folder / "net").glob("*.safetensors")):
+        state.update(safetensors.torch.load_file(file))
+    return state
+
+
+def own_bytes(model: torch.nn.Module) -> int:
+    """Of what this rank holds and no mapping gives: parts of DTensors."""
+    return sum(
+        t.to_local().nbytes
+        for t in model.parameters()
+        if isinstance(t, DTensor) and not all(p.is_replicate() for p in t.placements)
+    )
+
+
+def assert_is(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """The model, shard by shard and as a whole, is what torch makes of ``state``."""
+    assert model.state_dict().keys() == state.keys()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, DTensor):
+            assert tensor.shape == state[name].shape
+            assert_same(tensor.full_tensor(), state[name])
+            if "_StridedShard" not in str(tensor.placements):  # distribute_tensor makes none
+                theirs = distribute_tensor(state[name], tensor.device_mesh, tensor.placements)
+                assert_same(tensor.to_local(), theirs.to_local())
+        else:
+            assert_same(tensor, state[name])
+
+
+def total(value: int) -> int:
+    counts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, value)
+    return sum(counts)
+
+
+def mesh_of(*shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
+    return init_device_mesh("cpu", shape or (dist.get_world_size(),), mesh_dim_names=names)
+
+
+def shard_fully(model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+PLAN: dict[str, ParallelStyle] = {
+    "blocks.*.up": ColwiseParallel(),
+    "blocks.*.down": RowwiseParallel(),
+}
+
+
+def check_fsdp_on_meta(folder: Path) -> None:
+    model = shard_fully(on_meta(), mesh_of())
+    report = wl.load_into(model, folder / "net")
+    assert_is(model, stored(folder))
+    assert report.bytes - report.mapped_bytes == own_bytes(model)
+    expected = Net()
+    expected.load_state_dict(stored(folder))
+    tokens = torch.arange(13)
+    torch.testing.assert_close(model(tokens), expected(tokens))
+
+
+def check_bytes_read(folder: Path) -> None:
+    """All ranks together read the file once, and no rank holds more than its part."""
+    large = on_meta(Large)
+    scalars = {p for p in large.parameters() if p.dim() == 0}  # fully_shard takes none
+    model = fully_shard(large, mesh=mesh_of(), ignored_params=scalars)
+    before = anonymous_bytes()
+    report = wl.load_into(model, folder / "large.safetensors")
+    assert anonymous_bytes() - before <= own_bytes(model) + (1 << 20)
+    assert_is(model, large_tensors())
+    size = sum(t.nbytes for t in large_tensors().values())
+    assert report.bytes - report.mapped_bytes == own_bytes(model)
+    assert total(report.bytes - report.mapped_bytes) == size - 2
+    assert total(report.read_bytes) <= 1.02 * size
+
+
+def check_fsdp_in_place(folder: Path) -> None:
+    torch.manual_seed(dist.get_rank())
+    model = shard_fully(Net(), mesh_of())
+    model(torch.arange(13)).sum().backward()  # the root holds whole parameters now
+    model.reshard()  # type: ignore[operator]
+    pointers = [p.to_local().data_ptr() for p in model.parameters()]
+    model(torch.arange(13))
+    wl.load_into(model, folder / "net")
+    assert [p.to_local().data_ptr() for p in model.parameters()] == pointers
+    assert_is(model, stored(folder))
+    expected = Net()
+    expected.load_state_dict(stored(folder))
+    torch.testing.assert_close(model(torch.arange(13)), expected(torch.arange(13)))
+
+
+def check_fsdp_cast(folder: Path) -> None:
+    state = stored(folder)
+    narrow = {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
+    model = shard_fully(on_meta(), mesh_of())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    wl.load_into(model, folder / "net", dtype=torch.bfloat16)
+    assert_is(model, narrow)
+    assert not any(p.requires_grad for p in model.parameters())
+    # Real ones of another dtype: in place by their own, or replaced by the asked one.
+    model = shard_fully(Net().to(torch.float16), mesh_of())
+    wl.load_into(model, folder / "net")
+    assert_is(model, {k: v.half() if v.is_floating_point() else v for k, v in state.items()})
+    identities = [id(p) for p in model.parameters()]
+    wl.load_into(model, folder / "net", dtype=torch.bfloat16)
+    assert [id(p) for p in model.parameters()] == identities
+    assert_is(model, narrow)
+
+
+def check_torch_distributed_checkpoint(folder: Path) -> None:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    theirs = shard_fully(Net(), mesh_of())
+    state = theirs.state_dict()
+    state = {name: value for name, value in state.items() if value.dim()}
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder / "net")))
+    ours = shard_fully(on_meta(), mesh_of())
+    wl.load_into(ours, folder / "net")
+    for name, value in ours.state_dict().items():
+        if isinstance(value, DTensor):
+            assert_same(value.to_local(), state[name].to_local())
+
+
+def check_tensor_parallel(folder: Path) -> None:
+    model = parallelize_module(on_meta(), mesh_of(), PLAN)
+    report = wl.load_into(model, folder / "net")
+    assert_is(model, stored(folder))
+    assert report.bytes - report.mapped_bytes == own_bytes(model)
+    expected = Net()
+    expected.load_state_dict(stored(folder))
+    torch.testing.assert_close(model(torch.arange(13)), expected(torch.arange(13)))
+
+
+def check_placements(folder: Path) -> None:
+    """Every placement over every dimension, uneven and empty parts among them."""
+    world = dist.get_world_size()
+    meshes = [mesh_of()] if world == 2 else [mesh_of(), mesh_of(2, world // 2)]
+    kinds = [Replicate(), Shard(0), Shard(1)]
+    state = {
+        f"{rows}x{columns}": torch.randn(
+            rows, columns, generator=torch.Generator().manual_seed(rows * columns)
+        )
+        for rows, columns in ((7, 5), (1, 9), (9, 1), (8, 4))
+    }
+    path = folder / f"placements-{world}.safetensors"
+    if dist.get_rank() == 0:
+        safetensors.torch.save_file(state, path)
+    dist.barrier()
+    for mesh in meshes:
+        placements = (
+            [(a,) for a in kinds] if mesh.ndim == 1 else [(a, b) for a in kinds for b in kinds]
+        )
+        for placement in placements:
+            for device in ("meta", "cpu"):
+                model = torch.nn.Module()
+                for name, value in state.items():
+                    empty = distribute_tensor(
+                        torch.zeros_like(value, device=device), mesh, placement
+                    )
+                    model.register_parameter(name, torch.nn.Parameter(empty))
+                wl.load_into(model, path)
+                assert_is(model, state)
+
+
+def check_fsdp_and_tensor_parallel(folder: Path) -> None:
+    if dist.get_world_size() != 4:
+        return
+    mesh = mesh_of(2, 2, names=("dp", "tp"))
+    model = parallelize_module(on_meta(), mesh["tp"], PLAN)
+    model = shard_fully(model, mesh["dp"])
+    assert "_StridedShard" in str(model.blocks[0].up.weight.placements)  # type: ignore[index,union-attr]
+    report = wl.load_into(model, folder / "net")
+    assert report.bytes - report.mapped_bytes == own_bytes(model)
+    assert_is(model, stored(folder))
+    expected = Net()
+    expected.load_state_dict(stored(folder))
+    torch.testing.assert_close(model(torch.arange(13)), expected(torch.arange(13)))
+
+
+def check_torch_file(folder: Path) -> None:
+    """A transposed weight is loaded whole and cut."""
+    model = shard_fully(on_meta(), mesh_of())
+    report = wl.load_into(model, folder / "net.bin")
+    assert_is(model, torch.load(folder / "net.bin", weights_only=True))
+    assert any("1 tensors loaded whole" in text for text in report.fallbacks)
+
+
+def check_replicated_on_a_node(folder: Path) -> None:
+    with torch.device("meta"):
+        model = Large()
+    report = wl.load_into(model, folder / "large.safetensors", group=dist.group.WORLD)
+    # One mapping for all: nothing is read, nothing sent.
+    assert report.read_bytes == 0
+    assert report.mapped_bytes == sum(t.nbytes for t in large_tensors().values())
+    assert_is(model, large_tensors())
+
+
+def check_replicated_copies(folder: Path) -> None:
+    size = sum(t.nbytes for t in large_tensors().values())
+    wide = {name: t.float() for name, t in large_tensors().items()}
+    for options in ({"dtype": "float32"}, {"scope": "group", "mode": "read"}, {"mode": "read"}):
+        with torch.device("meta"):
+            model = Large()
+        seen: list[tuple[int, int]] = []
+        report = wl.load_into(
+            model,
+            folder / "large.safetensors",
+            group=dist.group.WORLD,
+            progress=lambda done, total, seen=seen: seen.append((done, total)),
+            **options,  # type: ignore[arg-type]
+        )
+        assert_is(model, wide if "dtype" in options else large_tensors())
+        assert report.bytes == size
+        assert total(report.read_bytes) == size
+        assert abs(report.read_bytes - size / dist.get_world_size()) <= 2 << 20
+        assert seen[-1][0] == seen[-1][1]
+    model = Large(torch.float32)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    report = wl.load_into(model, folder / "large.safetensors", group=mesh_of())
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    assert_is(model, wide)
+    assert total(report.read_bytes) == size
+
+
+def check_replicated_beside_sharded(folder: Path) -> None:
+    model = parallelize_module(on_meta(), mesh_of(), PLAN)
+    report = wl.load_into(
+        model, folder / "net", dtype="float64", group=dist.group.WORLD, scope="group"
+    )
+    state = stored(folder)
+    assert_is(model, {k: v.double() if v.is_floating_point() else v for k, v in state.items()})
+    local = {
+        k: v.to_local() if isinstance(v, DTensor) else v for k, v in model.state_dict().items()
+    }
+    assert report.bytes == sum(local[k].numel() * v.itemsize for k, v in state.items())
+
+
+def failure_of(load: Callable[[], object]) -> str:
+    """The error that every rank gets; no tensor may have arrived."""
+    with pytest.raises(wl.CheckpointError) as caught:
+        load()
+    dist.barrier()  # nothing of the load is left in the group
+    return str(caught.value)
+
+
+def own_copy(folder: Path, name: str) -> Path:
+    """As if the rank were on a node of its own."""
+    copied = folder / f"node-{dist.get_world_size()}-{dist.get_rank()}-{name}"
+    shutil.copytree(folder / "net", copied)
+    shutil.copy(folder / "large.safetensors", copied.with_suffix(".safetensors"))
+    return copied
+
+
+def check_a_truncated_file(folder: Path) -> None:
+    copied = own_copy(folder, "truncated")
+    shard = copied / "model-00002-of-00002.safetensors"
+    checkpoint = wl.open_checkpoint(copied)
+    if dist.get_rank() == 1:
+        os.truncate(shard, shard.stat().st_size - 1000)
+    model = shard_fully(on_meta(), mesh_of())
+    text = failure_of(lambda: wl.load_into(model, checkpoint))
+    assert "because of rank 1: ReadError" in text
+    assert str(shard.name) in text
+    assert all(p.device.type == "meta" for p in model.parameters())
+
+    path = copied.with_suffix(".safetensors")
+    checkpoint = wl.open_checkpoint(path)
+    if dist.get_rank() == 1:
+        os.truncate(path, 2_000_000)
+    large = on_meta(Large)
+    text = failure_of(lambda: wl.load_into(large, checkpoint, mode="read", group=dist.group.WORLD))
+    assert "because of rank 1: ReadError" in text
+    assert all(p.device.type == "meta" for p in large.parameters())
+
+
+def check_a_missing_file(folder: Path) -> None:
+    copied = own_copy(folder, "missing")
+    if dist.get_rank() == 1:
+        (copied / "model-00002-of-00002.safetensors").unlink()
+    model = shard_fully(on_meta(), mesh_of())
+    text = failure_of(lambda: wl.load_into(model, copied))
+    assert "rank 1: " in text
+    assert "model-00002-of-00002.safetensors" in text
+    assert "rank 0" not in text
+
+
+def check_different_checkpoints(folder: Path) -> None:
+    copied = own_copy(folder, "different")
+    file = copied / "model-00002-of-00002.safetensors"
+    if dist.get_rank() == 1:
+        tensors = safetensors.torch.load_file(file)
+        safetensors.torch.save_file({k: v.double() for k, v in tensors.items()}, file)
+    model = shard_fully(on_meta(), mesh_of())
+    text = failure_of(lambda: wl.load_into(model, copied))
+    assert re.search(
+        r"different checkpoints: rank 0 has .*node-\d-0.*, rank 1 has .*node-\d-1", text
+    )
+    assert all(p.to_local().device.type == "meta" for p in model.parameters())
+
+
+def check_different_dtypes(folder: Path) -> None:
+    model = on_meta()
+    dtype = "bfloat16" if dist.get_rank() == 1 else "float16"
+    text = failure_of(
+        lambda: wl.load_into(model, folder / "net", dtype=dtype, group=dist.group.WORLD)
+    )
+    assert "torch.float16" in text
+    assert "torch.bfloat16" in text
+    assert "on rank 1" in text
+
+
+def check_a_model_that_does_not_fit_on_one_rank(folder: Path) -> None:
+    model = on_meta()
+    if dist.get_rank() == 1:
+        model.extra = torch.nn.Linear(1, 1, device="meta")
+    text = failure_of(lambda: wl.load_into(model, folder / "net", group=dist.group.WORLD))
+    assert "rank 1: CheckpointError" in text
+    assert "extra.weight" in text
+
+
+def check_bad_arguments(folder: Path) -> None:
+    model = shard_fully(on_meta(), mesh_of())
+    text = failure_of(lambda: wl.load_into(model, folder / "net", device_map="cpu"))
+    assert "device_map='cpu' goes not together with DTensors" in text
+    with pytest.raises(ValueError, match="scope is 'world'"):
+        wl.load_into(on_meta(), folder / "net", group=dist.group.WORLD, scope="world")
+    with pytest.raises(ValueError, match=r"not a torch\.distributed\.ProcessGroup"):
+        wl.load_into(on_meta(), folder / "net", group=0)  # type: ignore[arg-type]
+
+
+def check_from_pretrained(folder: Path) -> None:
+    from distributed_model import Feed
+
+    where = folder / "feed"
+    if dist.get_rank() == 0 and not where.exists():
+        torch.manual_seed(3)
+        Feed(width=8).save_pretrained(where)
+    dist.barrier()
+    whole = safetensors.torch.load_file(next(where.glob("*.safetensors")))
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    model = Feed.from_pretrained(where, device_mesh=mesh_of(), tp_plan=plan)
+    assert isinstance(model.up.weight, DTensor)
+    assert_is(model, whole)
+    last = wl.last_report()
+    assert last is not None
+    assert last.bytes - last.mapped_bytes == own_bytes(model)
+
+
+CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
+
+
+def init(rank: int, world: int, store: Path) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=_TIMEOUT)
+    dist.init_process_group("gloo", f"file://{store}", timeout, world, rank)
+
+
+def run_rank(rank: int, world: int, folder: Path) -> None:
+    init(rank, world, folder / f"store-{world}")
+    for name, check in CHECKS.items():
+        outcome = "passed"
+        try:
+            check(folder)
+        except BaseException:
+            outcome = traceback.format_exc()
+        (folder / f"{name}-{world}-{rank}").write_text(outcome)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("distributed")
+    write_checkpoints(made)
+    return made
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def outcomes(request: pytest.FixtureRequest, folder: Path) -> Callable[[str], list[str]]:
+    world = request.param
+    mp.start_processes(run_rank, (world, folder), world, start_method="spawn")
+
+    def of(check: str) -> list[str]:
+        return [(folder / f"{check}-{world}-{rank}").read_text() for rank in range(world)]
+
+    return of
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_every_rank(outcomes: Callable[[str], list[str]], check: str) -> None:
+    for rank, outcome in enumerate(outcomes(check)):
+        assert outcome == "passed", f"rank {rank}: {outcome}"
+
+
+def run_rank_of_a_killed_one(rank: int, world: int, folder: Path) -> None:
+    init(rank, world, folder / "store-killed")
+    mesh = mesh_of()
+    sharded = shard_fully(on_meta(), DeviceMesh.from_group(dist.new_group(), "cpu"))
+    large = on_meta(Large)
+
+    def die(done: int, total: int) -> None:
+        if rank == 2 and done > total // 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    began = time.monotonic()
+    told = []
+    loads: list[Callable[[], object]] = [
+        lambda: wl.load_into(
+            large, folder / "large.safetensors", mode="read", group=mesh, progress=die
+        ),
+        lambda: wl.load_into(sharded, folder / "net"),
+    ]
+    for load in loads:
+        with pytest.raises(wl.CheckpointError) as caught:
+            load()
+        told.append(str(caught.value))
+    assert all(p.device.type == "meta" for p in (*large.parameters(), *sharded.parameters()))
+    seconds = time.monotonic() - began
+    (folder / f"killed-{rank}").write_text(json.dumps([seconds, *told]))
+    time.sleep(2)  # its own end must not be what the others notice
+    os._exit(0)
+
+
+def test_a_killed_rank_is_named_by_the_others(folder: Path) -> None:
+    context = mp.get_context("spawn")
+    ranks = [
+        context.Process(target=run_rank_of_a_killed_one, args=(rank, 3, folder))
+        for rank in range(3)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(90)
+    assert [process.exitcode for process in ranks] == [0, 0, -signal.SIGKILL]
+    for rank in (0, 1):
+        seconds, *told = json.loads((folder / f"killed-{rank}").read_text())
+        assert seconds < _TIMEOUT
+        assert len(told) == 2
+        for text in told:
+            assert "the load ended, because rank 2 is gone" in text
