@@ -42,6 +42,8 @@ _ARGUMENTS: dict[str, Any] = {
     "torch_dtype": None,
     "dtype": None,
     "device_map": None,
+    "device_mesh": None,
+    "tp_plan": None,
     "max_memory": None,
     "offload_folder": None,
     "offload_state_dict": None,
@@ -62,7 +64,15 @@ _ARGUMENTS: dict[str, Any] = {
     "progress": False,
 }
 # Of these, those that diffusers does not have: a class may have arguments of these names.
-_OURS = ("mode", "pin_memory", "memory_format", "verify", "progress")
+_OURS = (
+    "device_mesh",
+    "tp_plan",
+    "mode",
+    "pin_memory",
+    "memory_format",
+    "verify",
+    "progress",
+)
 
 
 def get_parameter_device(module: torch.nn.Module) -> torch.device:
@@ -155,6 +165,10 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             dtype, torch_dtype: of the floating-point tensors: a ``torch.dtype`` or its name;
                 ``"auto"`` for the checkpoint's; ``None`` for those of the model as it is built.
             device_map, max_memory, offload_folder: as ``load_into`` has them.
+            device_mesh, tp_plan: cut the model for tensor parallelism, and read this rank's parts
+                alone; all ranks of the 1-D mesh (all there are, by default) call it together.
+                ``tp_plan``: module path, with ``*`` -> ``torch.distributed.tensor.parallel``
+                style; the model's ``_tp_plan`` by default.
             offload_state_dict: taken; there is nothing left that it could save.
             low_cpu_mem_usage: ``False`` builds the module for real before it is filled.
             ignore_mismatched_sizes: initialise what has another shape in the checkpoint.
@@ -183,6 +197,26 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             name: default if name in _OURS and name in own else kwargs.pop(name, default)
             for name, default in _ARGUMENTS.items()
         }
+        if given["device_mesh"] is None and given["tp_plan"] is None:
+            return cls._from_pretrained(pretrained_model_name_or_path, given, kwargs, fill)
+        for other in ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit"):
+            if given[other]:
+                raise ArgumentError(f"{other}= goes not together with device_mesh= and tp_plan=")
+        if not given["low_cpu_mem_usage"]:
+            raise ArgumentError("device_mesh= and tp_plan= need low_cpu_mem_usage=True")
+        from weightlift.distributed import sharding
+
+        with sharding(given["device_mesh"], given["tp_plan"]) as fill_parts:
+            return cls._from_pretrained(pretrained_model_name_or_path, given, kwargs, fill_parts)
+
+    @classmethod
+    def _from_pretrained(
+        cls: type[_Self],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        given: dict[str, Any],
+        kwargs: dict[str, Any],
+        fill: Callable[..., LoadReport],
+    ) -> _Self:
         hub = HubArguments.pop_from(kwargs)
         _refuse_unknown(cls, kwargs)
         path = os.fspath(pretrained_model_name_or_path)
@@ -221,7 +255,8 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             "progress": given["progress"],
         }
         early = None
-        if checkpoint is not None and quantizer is None and given["low_cpu_mem_usage"]:
+        whole = given["device_mesh"] is None and given["tp_plan"] is None
+        if checkpoint is not None and quantizer is None and given["low_cpu_mem_usage"] and whole:
             early = _begin(cls, checkpoint, device_map, dtype, options)
         builder: Builder[_Self] = Builder(
             functools.partial(cls.from_config, config, **overrides),  # type: ignore[attr-defined]
