@@ -6,7 +6,9 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import re
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,16 +17,28 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ConfigMixin,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models import ModelMixin, model_loading_utils, modeling_utils
+from diffusers.pipelines import pipeline_utils
+from huggingface_hub import export_folder_as_dduf
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import weightlift as wl
 from backend_support import engine_moves, stock_way, tensor_bytes
 from hub_server import HubServer, hub, mirror
 from support import bits
+from weightlift.backends import diffusers as backend
 from weightlift.backends import signature_text
 
 __all__ = ["hub", "mirror"]  # fixtures
@@ -152,6 +166,13 @@ class Records(logging.Handler):
 
 
 @contextlib.contextmanager
+def stock_way_is_not_taken() -> Iterator[None]:
+    before = wl.stats().fallbacks
+    yield
+    assert wl.stats().fallbacks == before
+
+
+@contextlib.contextmanager
 def records() -> Iterator[list[Any]]:
     """What is logged from WARNING on, and warned of."""
     handler = Records()
@@ -174,10 +195,12 @@ def look(model: torch.nn.Module) -> dict[str, Any]:
     """All of a model that a load decides."""
     named = [*model.named_parameters(remove_duplicate=False)]
     named += model.named_buffers(remove_duplicate=False)
+    config: Any = getattr(model, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else config
     return {
         "training": [m.training for m in model.modules()],
         "map": getattr(model, "hf_device_map", None),
-        "config": {k: v for k, v in getattr(model, "config", {}).items() if k != "_name_or_path"},
+        "config": {k: v for k, v in config.items() if k != "_name_or_path"},
         "tensors": {
             name: (
                 type(t),
@@ -525,6 +548,221 @@ def test_tensors_of_the_caller_are_taken_as_they_are(saved: Path, single_file: P
         with stock_way(CALLER, 0):
             model = load(tensors)
     assert all(bool((p == 3).all()) for p in model.parameters())
+
+
+# --- Pipelines -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three models, a tokenizer and a scheduler."""
+    root = tmp_path_factory.mktemp("pipelines")
+    letters = ["<|startoftext|>", "<|endoftext|>", "a", "b</w>", "ab</w>"]
+    (root / "vocab.json").write_text(json.dumps({text: n for n, text in enumerate(letters)}))
+    (root / "merges.txt").write_text("#version: 0.2\na b</w>\n")
+    torch.manual_seed(5)
+    config = CLIPTextConfig(
+        vocab_size=5,
+        hidden_size=16,
+        intermediate_size=20,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        max_position_embeddings=8,
+    )
+    made = StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(config),
+        tokenizer=CLIPTokenizer(
+            str(root / "vocab.json"), str(root / "merges.txt"), model_max_length=8
+        ),
+        unet=unet(),
+        scheduler=DDIMScheduler(num_train_timesteps=10, steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    made.save_pretrained(root / "plain")
+    made.save_pretrained(root / "variant", variant="fp16")
+    export_folder_as_dduf(root / "all.dduf", root / "plain")
+    return root
+
+
+def look_at_pipeline(made: Any) -> Any:
+    return {
+        "config": {k: v for k, v in made.config.items() if k != "_name_or_path"},
+        "map": made.hf_device_map,
+        **{
+            name: look(part) if isinstance(part, torch.nn.Module) else type(part)
+            for name, part in made.components.items()
+        },
+    }
+
+
+def compute(made: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    made.set_progress_bar_config(disable=True)
+    result = made(
+        "ab", num_inference_steps=2, generator=generator, output_type="pt", height=16, width=16
+    )
+    return result.images
+
+
+def assert_same_pipeline(source: Path, call: Callable[[], Any]) -> Any:
+    """The engine moves the bytes of diffusers' models; transformers has a backend of its own."""
+    with records() as stock_said:
+        stock = look_at_pipeline(call())
+    moved = tensor_bytes(source / "unet", source / "vae")
+    with wl.enabled(CALLER), records() as said, engine_moves(moved, CALLER):
+        ours = call()
+    assert look_at_pipeline(ours) == stock
+    assert said == stock_said
+    return ours
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"torch_dtype": torch.float16},
+        {"dtype": {"unet": torch.bfloat16, "default": torch.float16}},
+        {"device_map": "cpu"},
+        {"device_map": "balanced", "max_memory": {"cpu": "1GB"}},
+        {"use_safetensors": True, "disable_mmap": True},
+    ],
+    ids=str,
+)
+def test_a_pipeline(pipeline: Path, options: dict[str, Any]) -> None:
+    assert_same_pipeline(
+        pipeline / "plain",
+        lambda: DiffusionPipeline.from_pretrained(pipeline / "plain", **options),
+    )
+
+
+def test_variants_of_a_pipeline(pipeline: Path) -> None:
+    source = pipeline / "variant"
+    assert_same_pipeline(
+        source, lambda: StableDiffusionPipeline.from_pretrained(source, variant="fp16")
+    )
+
+
+def test_a_given_component_is_kept(pipeline: Path) -> None:
+    given = vae()
+    source = pipeline / "plain"
+    with wl.enabled(CALLER), engine_moves(tensor_bytes(source / "unet"), CALLER):
+        made = DiffusionPipeline.from_pretrained(source, vae=given, text_encoder=None)
+    assert made.vae is given
+    assert made.text_encoder is None
+
+
+def test_weights_of_all_components_are_asked_for(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that will be loaded, in the order in which they will be."""
+    source = pipeline / "plain"
+    asked: list[str] = []
+    ended = threading.Event()
+
+    def advise(file: int, begin: int, count: int, advice: int) -> None:
+        assert begin == 0
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append(Path(f"/proc/self/fd/{file}").readlink().parent.name)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    prefetch = backend._prefetch
+    monkeypatch.setattr(
+        backend, "_prefetch", lambda *arguments: (prefetch(*arguments), ended.set())
+    )
+    load_sub_model = pipeline_utils.load_sub_model
+
+    def wait(**given: Any) -> Any:
+        assert ended.wait(20)
+        return load_sub_model(**given)
+
+    monkeypatch.setattr(pipeline_utils, "load_sub_model", wait)
+    with wl.enabled(CALLER):
+        DiffusionPipeline.from_pretrained(source, vae=vae())
+    assert asked == ["text_encoder", "unet"]
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        {"unet": "disk", "vae": "cpu"},
+        {"": "cpu", "text_encoder": "disk", "unet.down_blocks": "disk", "unet": "cpu"},
+        {"unet": {"": "cpu", "conv_in": "disk"}},
+        {"unet": "auto", "vae": "sequential"},
+    ],
+    ids=str,
+)
+def test_a_device_map_by_component(pipeline: Path, device_map: dict[str, Any]) -> None:
+    source = pipeline / "plain"
+    expected = compute(DiffusionPipeline.from_pretrained(source))
+    with pytest.raises(ValueError, match="must be a string"):
+        DiffusionPipeline.from_pretrained(source, device_map=device_map)
+    with wl.enabled(CALLER), stock_way_is_not_taken():
+        made = DiffusionPipeline.from_pretrained(source, device_map=device_map)
+        assert torch.equal(compute(made), expected)
+    assert made.hf_device_map == device_map
+    on_disk = "disk" in str(device_map["unet"]) or "unet.down_blocks" in device_map
+    assert ("meta" in {p.device.type for p in made.unet.parameters()}) == on_disk
+
+
+def test_a_device_map_of_an_unknown_component(pipeline: Path) -> None:
+    with wl.enabled(CALLER), pytest.raises(ValueError, match=r"'unett'; it has .*unet, vae"):
+        DiffusionPipeline.from_pretrained(pipeline / "plain", device_map={"unett": "cpu"})
+
+
+def test_gpus_of_a_pipeline_by_text(pipeline: Path) -> None:
+    def load(gpu: Any) -> Any:
+        return look_at_pipeline(
+            DiffusionPipeline.from_pretrained(
+                pipeline / "plain", device_map="balanced", max_memory={gpu: 10, "cpu": "1GB"}
+            )
+        )
+
+    with records() as stock_said, pytest.raises(RuntimeError) as stock:
+        load(0)
+    with wl.enabled(CALLER), records() as said, pytest.raises(RuntimeError) as ours:
+        load("0")
+    assert str(ours.value) == str(stock.value)
+    assert said == stock_said
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+def test_a_pipeline_of_a_mirror(
+    pipeline: Path, hub: HubServer, mirror: HubServer, tmp_path: Path
+) -> None:
+    source = pipeline / "plain"
+    paths = [path for path in source.rglob("*") if path.is_file()]
+    mirror.add("user/sd", {str(path.relative_to(source)): path.read_bytes() for path in paths})
+    with wl.enabled(CALLER):
+        made = DiffusionPipeline.from_pretrained("user/sd", mirror=mirror.url, cache_dir=tmp_path)
+    assert look_at_pipeline(made) == look_at_pipeline(DiffusionPipeline.from_pretrained(source))
+    assert not hub.requests
+    assert {request.token for request in mirror.requests} == {None}
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float16}], ids=str)
+@pytest.mark.parametrize("whole_path", [False, True])
+def test_a_dduf_file(pipeline: Path, whole_path: bool, options: dict[str, Any]) -> None:
+    plain = DiffusionPipeline.from_pretrained(pipeline / "plain", **options)
+    name = pipeline / "all.dduf" if whole_path else "all.dduf"
+    with wl.enabled(CALLER), engine_moves(tensor_bytes(pipeline / "plain"), CALLER):
+        made = DiffusionPipeline.from_pretrained(pipeline, dduf_file=name, **options)
+    assert look_at_pipeline(made) == look_at_pipeline(plain)
+    assert made.config._name_or_path == pipeline
+    if not options:
+        assert torch.equal(compute(made), compute(plain))
+
+
+def test_a_dduf_file_of_the_hub(pipeline: Path, hub: HubServer, tmp_path: Path) -> None:
+    hub.add("user/dduf", {"all.dduf": (pipeline / "all.dduf").read_bytes()})
+    with wl.enabled(CALLER):
+        made = DiffusionPipeline.from_pretrained(
+            "user/dduf", dduf_file="all.dduf", cache_dir=tmp_path
+        )
+    plain = DiffusionPipeline.from_pretrained(pipeline / "plain")
+    assert look_at_pipeline(made) == look_at_pipeline(plain)
 
 
 # --- What goes the stock way ---------------------------------------------------------------------

@@ -11,21 +11,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import os
 import re
+import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from weightlift import _native, checkpoint, dtypes
 from weightlift.backends import Hook, StandAside, stand_aside
 from weightlift.checkpoint import Checkpoint
-from weightlift.errors import DeviceError, WeightliftError
-from weightlift.hub import HubArguments
+from weightlift.dduf import Dduf, open_dduf
+from weightlift.errors import ArgumentError, DeviceError, WeightliftError
+from weightlift.hub import HubArguments, download
 from weightlift.materialize import load_tensors
 from weightlift.modules import Early, fill
 from weightlift.placement import parse_device
-from weightlift.resolve import CheckpointFiles, ShardFile
+from weightlift.resolve import CheckpointFiles, ShardFile, resolve
+from weightlift.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +114,8 @@ _call: ContextVar[_Call | None] = ContextVar("weightlift_diffusers_call", defaul
 
 def _model_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get("device_map"), MappingProxyType):  # of a pipeline's component
+            kwargs["device_map"] = dict(kwargs["device_map"])
         early = _early(cls, kwargs)
         if kwargs.get("use_flashpack"):
             stand_aside(_NAME, "FlashPack files are read by flashpack", warn=False)
@@ -261,7 +269,7 @@ def _open(files: Sequence[Any], key: str | None = None) -> Checkpoint:
     if formats == {".gguf"}:
         raise StandAside("GGUF files are read by diffusers", warn=False)
     if formats == {".safetensors"}:
-        parts = [_native.IndexedFile.open(str(file)) for file in files]
+        parts = [_index(file) for file in files]
         opened = Checkpoint(parts)
         if sum(map(len, parts)) > len(opened.headers()):
             raise StandAside(f"{Path(files[0]).parent}: several shards hold the same tensor")
@@ -278,6 +286,14 @@ def _open(files: Sequence[Any], key: str | None = None) -> Checkpoint:
         if dtype not in dtypes.TORCH_NAMES:
             raise StandAside(f"{opened.paths[0]}: torch has no dtype for {name!r}: {dtype}")
     return opened
+
+
+def _index(file: Any) -> _native.IndexedFile:
+    archive = _archive.get()
+    entry = None if archive is None else archive.entry(file)
+    if archive is None or entry is None:
+        return _native.IndexedFile.open(str(file))
+    return archive.dduf.index(entry)
 
 
 def _load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -607,6 +623,309 @@ def _load_model_dict_into_meta(original: Callable[..., Any]) -> Callable[..., An
     return load
 
 
+# --- Pipelines -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Pipeline:
+    """A ``from_pretrained`` of a pipeline that is under way.
+
+    Attributes:
+        device_map: component, or module of it, -> device, where it is a dict.
+        given: components that the caller has made.
+        use_safetensors: as the caller has it.
+        ended: set when it is over.
+    """
+
+    device_map: Mapping[str, Any] | None
+    given: frozenset[str]
+    use_safetensors: bool | None
+    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def of(self, component: str) -> Any:
+        """The device map of a component: what stands under its name, else under ``""``."""
+        if self.device_map is None:
+            return None
+        own = {}
+        for name, device in self.device_map.items():
+            head, _, module = name.partition(".")
+            if head == component:
+                own[module] = device
+        if not own and "" in self.device_map:
+            own = {"": self.device_map[""]}
+        if set(own) != {""}:
+            return own or None
+        alone = own[""]
+        return alone if alone is None or isinstance(alone, Mapping) or alone in _SPREAD else own
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        names = {name.partition(".")[0] for name in self.device_map or ()} - {""}
+        unknown = sorted(names - set(config))
+        if unknown:
+            there = ", ".join(name for name, value in config.items() if isinstance(value, list))
+            raise ArgumentError(
+                f"device_map: the pipeline has no component {unknown[0]!r}; it has {there}"
+            )
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether components compute on different devices, or have no device of their own."""
+        return self.main_device != "cpu" or "disk" in self._devices()
+
+    @property
+    def main_device(self) -> torch.device | str:
+        """Where what is on the disk computes: the first GPU of the map, or the CPU."""
+        for device in self._devices():
+            if device is not None and device not in (*_SPREAD, "cpu", "disk"):
+                return parse_device(device)
+        return "cpu"
+
+    def _devices(self) -> Iterator[Any]:
+        for device in (self.device_map or {}).values():
+            yield from device.values() if isinstance(device, Mapping) else (device,)
+
+
+_pipeline: ContextVar[_Pipeline | None] = ContextVar("weightlift_diffusers_pipeline", default=None)
+
+
+def _pipeline_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        path = pretrained_model_name_or_path
+        device_map = kwargs.get("device_map")
+        by_component = device_map if isinstance(device_map, Mapping) else None
+        if by_component is not None:
+            kwargs["device_map"] = None
+        pipeline = _Pipeline(by_component, frozenset(kwargs), kwargs.get("use_safetensors"))
+        dduf_file = kwargs.pop("dduf_file", None)
+        with contextlib.ExitStack() as stack:
+            folder = path
+            if dduf_file is not None:
+                folder = stack.enter_context(_unpacked(_dduf_path(path, dduf_file, kwargs)))
+            stack.enter_context(_meant(folder, kwargs))
+            stack.callback(_pipeline.reset, _pipeline.set(pipeline))
+            stack.callback(pipeline.ended.set)
+            made = original(cls, folder, **kwargs)
+        if dduf_file is not None:
+            made.register_to_config(_name_or_path=path)
+        if pipeline.device_map is not None:
+            made.hf_device_map = dict(pipeline.device_map)
+        return made
+
+    return from_pretrained
+
+
+def _components_known(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The folder of the pipeline is there, and no component is loaded yet."""
+
+    def _identify_model_variants(folder: Any, variant: Any, config: Mapping[str, Any]) -> Any:
+        variants = original(folder, variant, config)
+        pipeline = _pipeline.get()
+        if pipeline is not None:
+            pipeline.check(config)
+            jobs = [
+                (Path(folder, name), variants.get(name))
+                for name, value in config.items()
+                if name not in pipeline.given and isinstance(value, (list, tuple)) and value[0]
+            ]
+            if _archive.get() is None and Settings.current().populate is not False:
+                threading.Thread(
+                    target=_prefetch,
+                    args=(jobs, pipeline.use_safetensors, pipeline.ended),
+                    name="weightlift prefetch",
+                    daemon=True,
+                ).start()
+        return variants
+
+    return _identify_model_variants
+
+
+# As much is asked for at once: the calls can be stopped in between.
+_PREFETCH_BYTES = 64 << 20
+
+
+def _prefetch(
+    jobs: Sequence[tuple[Path, str | None]], use_safetensors: bool | None, ended: threading.Event
+) -> None:
+    """Has the kernel read the weights of all components, in the order in which they are loaded:
+    while modules are built, and between components, the disk would be idle. The call returns
+    before the bytes are there, and is cheap where they are (posix_fadvise(2))."""
+    files: list[str] = []
+    for folder, variant in jobs:
+        with contextlib.suppress(WeightliftError):  # it has no weights
+            found = resolve(folder, variant=variant, use_safetensors=use_safetensors)
+            files += [file.path for file in found.files]
+    try:
+        sizes = [Path(file).stat().st_size for file in files]
+        if sum(sizes) > _native.machine()["memory_headroom"] // 2:
+            return
+        for file, size in zip(files, sizes, strict=True):
+            with Path(file).open("rb") as opened:
+                for begin in range(0, size, _PREFETCH_BYTES):
+                    if ended.is_set():
+                        return
+                    os.posix_fadvise(
+                        opened.fileno(), begin, _PREFETCH_BYTES, os.POSIX_FADV_WILLNEED
+                    )
+    except OSError:
+        return  # whoever loads the file meets it
+
+
+def _load_sub_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def load_sub_model(*args: Any, **kwargs: Any) -> Any:
+        pipeline = _pipeline.get()
+        if pipeline is None:
+            return original(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        device_map = pipeline.of(given["name"])
+        if isinstance(device_map, Mapping):
+            # Of what has a dict, diffusers takes the hooks away, and it knows no disk.
+            simple = set(device_map) == {""} and device_map[""] not in ("cpu", "disk")
+            device_map = dict(device_map) if simple else MappingProxyType(device_map)
+        if pipeline.device_map is not None:
+            given["device_map"] = device_map
+        made = _from_archive(given)
+        if made is None:
+            made = original(*bound.args, **bound.kwargs)
+        if pipeline.has_hooks and (device_map is None or isinstance(device_map, MappingProxyType)):
+            _compute_on(made, device_map or {"": "cpu"}, pipeline.main_device)
+        return made
+
+    return load_sub_model
+
+
+def _compute_on(
+    component: Any, device_map: Mapping[str, Any], main_device: torch.device | str
+) -> None:
+    """Hooks for a component without a GPU of its own, among others: on the CPU, what it is called
+    with comes there; on the disk, it computes on the main device."""
+    import torch
+
+    devices = set(device_map.values())
+    if not isinstance(component, torch.nn.Module) or len(devices) != 1:
+        return
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_module
+
+    options: dict[str, Any] = {
+        "device_map": dict(device_map),
+        "skip_keys": getattr(component, "_skip_keys", None),
+    }
+    if devices == {"cpu"}:
+        dispatch_model(component, main_device="cpu", force_hooks=True, **options)
+    elif devices == {"disk"}:
+        weights = _weights_of_hooks(component)
+        remove_hook_from_module(component, recurse=True)
+        dispatch_model(
+            component,
+            main_device=main_device,
+            state_dict=weights.state_dict,
+            offload_index=weights.index,
+            **options,
+        )
+
+
+def _weights_of_hooks(module: torch.nn.Module) -> Any:
+    """accelerate's ``OffloadedWeightsLoader`` that its hooks read from."""
+    for child in module.modules():
+        hook = getattr(child, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            weights = getattr(one, "weights_map", None)
+            if weights is not None:
+                return getattr(weights, "dataset", weights)
+    raise AssertionError(f"{type(module).__name__} on the disk has no hooks")
+
+
+# --- DDUF ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Archive:
+    """A pipeline in a DDUF file. A folder has all of it but the weights, which stay where they
+    are: their files in the folder are empty."""
+
+    dduf: Dduf
+    folder: Path
+
+    def entry(self, file: Any) -> str | None:
+        path = Path(file)
+        name = path.relative_to(self.folder).as_posix() if self.folder in path.parents else ""
+        return name if name in self.dduf.entries else None
+
+
+_archive: ContextVar[_Archive | None] = ContextVar("weightlift_diffusers_archive", default=None)
+
+
+def _dduf_path(path: Any, dduf_file: Any, kwargs: Mapping[str, Any]) -> Path:
+    if kwargs.get("quantization_config") is not None:
+        raise ArgumentError("dduf_file and quantization_config do not go together")
+    if Path(path).exists():
+        return Path(path, dduf_file)
+    names = {field.name for field in dataclasses.fields(HubArguments)}
+    hub = HubArguments.pop_from({k: v for k, v in kwargs.items() if k in names})
+    return download(str(path), str(dduf_file), hub)
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[Path]:
+    dduf = open_dduf(path)
+    with tempfile.TemporaryDirectory(prefix="weightlift-dduf-") as temporary:
+        folder = Path(temporary)
+        for name in dduf.entries:
+            file = folder / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"" if name.endswith(".safetensors") else dduf.read(name))
+        token = _archive.set(_Archive(dduf, folder))
+        try:
+            yield folder
+        finally:
+            _archive.reset(token)
+
+
+def _from_archive(given: Mapping[str, Any]) -> Any:
+    """A model of transformers, which has no way to its weights but a state dict."""
+    archive = _archive.get()
+    if archive is None:
+        return None
+    from diffusers.pipelines.pipeline_loading_utils import get_class_obj_and_candidates
+
+    cls, _ = get_class_obj_and_candidates(
+        given["library_name"],
+        given["class_name"],
+        given["importable_classes"],
+        given["pipelines"],
+        given["is_pipeline_module"],
+        component_name=given["name"],
+        cache_dir=given["cached_folder"],
+    )
+    from transformers import PreTrainedModel
+
+    if not issubclass(cls, PreTrainedModel):
+        return None
+    folder = archive.folder / given["name"]
+    files = resolve(
+        archive.dduf.path,
+        subfolder=given["name"],
+        variant=given["model_variants"].pop(given["name"], None),
+        use_safetensors=given["use_safetensors"],
+    )
+    opened = _open([folder / file.name for file in files.files])
+    model = cls.from_pretrained(
+        None,
+        config=cls.config_class.from_pretrained(folder),
+        state_dict=_tensors(opened, _cpu(), given["disable_mmap"]),
+        dtype=given["dtype"],
+        device_map=given["device_map"],
+        max_memory=given["max_memory"],
+        offload_folder=given["offload_folder"],
+    )
+    if (folder / "generation_config.json").exists():
+        model.generation_config = type(model.generation_config).from_pretrained(folder)
+    return model
+
+
 # --- What was meant ------------------------------------------------------------------------------
 
 _mirror: ContextVar[str | None] = ContextVar("weightlift_diffusers_mirror", default=None)
@@ -676,6 +995,14 @@ class _AnySignature(dict[str, Any]):
 # --- Hooks ---------------------------------------------------------------------------------------
 
 _MODELS = "diffusers.models.modeling_utils"
+_PIPELINES = "diffusers.pipelines.pipeline_utils"
+_SUB_MODEL = (
+    "(library_name, class_name, importable_classes, pipelines, is_pipeline_module, pipeline_class, "
+    "dtype, provider, sess_options, device_map, max_memory, offload_folder, offload_state_dict, "
+    "model_variants, name, variant, low_cpu_mem_usage, cached_folder, use_safetensors, {}"
+    "provider_options, disable_mmap, quantization_config=None, use_flashpack=False, "
+    "trust_remote_code=False)"
+)
 _LOAD_STATE_DICT = (
     "(checkpoint_file, disable_mmap=False, map_location='cpu')",
     "(checkpoint_file, dduf_entries=None, disable_mmap=False, map_location='cpu')",  # 0.40
@@ -753,6 +1080,27 @@ HOOKS = (
         "FromSingleFileMixin.from_single_file",
         {"(cls, pretrained_model_link_or_path, **kwargs)": _from_single_file},
     ),
+    Hook(
+        _PIPELINES,
+        "DiffusionPipeline.from_pretrained",
+        {"(cls, pretrained_model_name_or_path, **kwargs)": _pipeline_from_pretrained},
+    ),
+    Hook(
+        _PIPELINES,
+        "_identify_model_variants",
+        {"(folder, variant, config)": _components_known},
+    ),
+    Hook(
+        _PIPELINES,
+        "load_sub_model",
+        dict.fromkeys(
+            (
+                _SUB_MODEL.format(""),
+                _SUB_MODEL.format("dduf_entries, "),  # 0.40
+            ),
+            _load_sub_model,
+        ),
+    ),
     *(
         Hook(
             module,
@@ -775,7 +1123,7 @@ HOOKS = (
             ("diffusers.configuration_utils", ("hf_hub_download",)),
             ("diffusers.utils.hub_utils", ("hf_hub_download", "model_info", "snapshot_download")),
             (
-                "diffusers.pipelines.pipeline_utils",
+                _PIPELINES,
                 ("hf_hub_download", "model_info", "snapshot_download"),
             ),
         )
