@@ -134,6 +134,8 @@ def model(
             index = {"metadata": {}, "weight_map": weight_map}
             (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
         config = built.config
+        if hasattr(config, "architectures"):
+            config.architectures = [type(built).__name__]
         text = config.to_json_string() if hasattr(config, "to_json_string") else None
         marker.write_text(text or built.to_json_string())  # type: ignore[operator]
     return sorted(folder.glob("*.safetensors"))

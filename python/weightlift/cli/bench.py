@@ -18,9 +18,9 @@ from weightlift.report import format_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from weightlift.cli.measure import Comparison
+    from weightlift.cli.measure import Comparison, Job, Sample
 
-__all__ = ["bench", "comparison_table", "describe_run", "notes"]
+__all__ = ["bench", "comparison_table", "describe_run", "model_job", "notes"]
 
 
 class Device(enum.Enum):
@@ -34,11 +34,18 @@ def bench(
         typer.Argument(
             metavar="FILE",
             exists=True,
-            dir_okay=False,
             readable=True,
-            help="The files of one checkpoint; they are loaded together.",
+            help="The files of one checkpoint; they are loaded together. With --from-pretrained: "
+            "the folder of a model or pipeline.",
         ),
     ],
+    from_pretrained: Annotated[
+        bool,
+        typer.Option(
+            "--from-pretrained",
+            help="Measure the library's from_pretrained on a folder, stock against the backend.",
+        ),
+    ] = False,
     device: Annotated[Device, typer.Option(help="Where the tensors go.")] = Device.CPU,
     dtype: Annotated[
         str | None,
@@ -69,8 +76,10 @@ def bench(
 
     from weightlift.cli import measure
 
-    contenders = ["weightlift"]
-    for name in filter(None, (part.strip() for part in against.split(","))):
+    contenders = ["backend", "stock"] if from_pretrained else ["weightlift"]
+    for name in (
+        [] if from_pretrained else filter(None, (part.strip() for part in against.split(",")))
+    ):
         if name not in measure.CONTENDERS:
             known = ", ".join(key for key in measure.CONTENDERS if key != "weightlift")
             raise typer.BadParameter(f"{name!r} is not one of {known}", param_hint="--against")
@@ -86,8 +95,15 @@ def bench(
     for out in (json_out, plot_out):
         if out is not None and not out.absolute().parent.is_dir():
             raise FileNotFoundError(2, "its folder does not exist; make it first", str(out))
-    names = [str(file) for file in files]
-    job = measure.Job("weightlift", tuple(names), device.value, dtype)
+    if from_pretrained:
+        job = model_job(files[0], device.value, dtype)
+        files = [Path(file) for file in job.files]
+    else:
+        folders = [file for file in files if file.is_dir()]
+        if folders:
+            raise typer.BadParameter(f"{folders[0]} is a folder: add --from-pretrained")
+        names = [str(file) for file in files]
+        job = measure.Job("weightlift", tuple(names), device.value, dtype)
     title = _title(files, job)
 
     console = Console(highlight=False)
@@ -112,7 +128,7 @@ def bench(
     console.print(describe_run(found), style="dim")
     if found.samples:
         console.print()
-        console.print(comparison_table(found))
+        console.print(comparison_table(found, contenders[0]))
     for line in notes(found):
         console.print(line, markup=False, soft_wrap=True)
     if json_out is not None:
@@ -121,8 +137,38 @@ def bench(
         from weightlift.cli.plot import plot
 
         plot([found], plot_out, f"Time to load, median of {repeat}")
-    if "weightlift" not in found.samples:
+    if contenders[0] not in found.samples:
         raise typer.Exit(1)
+
+
+def model_job(folder: Path, device: str, dtype: str | None) -> Job:
+    """The load of a model or pipeline by the class that its configuration names.
+
+    Raises:
+        CheckpointError: the folder has no configuration that names one, or no weights.
+    """
+    from weightlift.cli.measure import Job
+    from weightlift.errors import CheckpointError
+
+    config: dict[str, Any] = {}
+    for name in ("model_index.json", "config.json"):
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            break
+    architectures = config.get("architectures") or []
+    if config.get("_class_name"):
+        where = f"diffusers:{config['_class_name']}"
+    elif architectures:
+        where = f"transformers:{architectures[0]}"
+    else:
+        raise CheckpointError(
+            f"{folder}: it has no config.json or model_index.json that names a class"
+        )
+    found = sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("*.bin"))
+    if not found:
+        raise CheckpointError(f"{folder}: there are no weights in it")
+    files = tuple(map(str, found))
+    return Job("stock", files, device, dtype, folder=str(folder), model=where)
 
 
 def _check_dtype(dtype: str) -> None:
@@ -174,7 +220,9 @@ def comparison_table(comparison: Comparison, reference: str = "weightlift") -> T
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold"
     )
-    for title in ("", "time", "load", "touch", "GB/s", "CPU", "memory", "ratio"):
+    forwards = any(s.forward_seconds is not None for c in comparison.samples.values() for s in c)
+    titles = ["", "time", "load", "touch", "GB/s", "CPU", "memory", "ratio"]
+    for title in [*titles, *(["to 1st forward"] if forwards else [])]:
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for name, samples in comparison.samples.items():
         ratio = comparison.time_ratio(name, reference)
@@ -187,6 +235,7 @@ def comparison_table(comparison: Comparison, reference: str = "weightlift") -> T
             format_seconds(statistics.median(sample.cpu_seconds for sample in samples)),
             format_bytes(comparison.peak(name)),
             "" if ratio is None else f"{ratio:.2f}",
+            *([_forward(samples)] if forwards else []),
             style="bold" if name == reference else "",
         )
     table.caption = (
@@ -197,11 +246,19 @@ def comparison_table(comparison: Comparison, reference: str = "weightlift") -> T
     return table
 
 
+def _forward(samples: list[Sample]) -> str:
+    from weightlift.cli.plot import format_seconds
+
+    times = [s.seconds + s.forward_seconds for s in samples if s.forward_seconds is not None]
+    return format_seconds(statistics.median(times)) if times else ""
+
+
 def notes(comparison: Comparison) -> list[str]:
     """The I/O path that weightlift took, and who could not be measured."""
     lines = []
-    if "weightlift" in comparison.samples:
-        lines += [f"weightlift's way: {text}" for text in comparison.route("weightlift")]
+    for ours in ("weightlift", "backend"):
+        if ours in comparison.samples:
+            lines += [f"weightlift's way: {text}" for text in comparison.route(ours)]
     lines += [f"{name}: not measured: {why}" for name, why in comparison.refused.items()]
     return lines
 

@@ -77,6 +77,8 @@ class Sample:
             cannot tell.
         backed_bytes: of memory that was made available beforehand.
         report: what weightlift reports of the load.
+        forward_seconds: of a model's first forward pass; ``None`` for what is no model, or has no
+            ``dummy_inputs``. On CUDA, ``peak_device_bytes`` is what torch had allocated at most.
     """
 
     load_seconds: float
@@ -88,6 +90,8 @@ class Sample:
     resident_bytes: int | None
     backed_bytes: int
     report: dict[str, Any] | None = None
+    forward_seconds: float | None = None
+    peak_device_bytes: int | None = None
 
     @property
     def seconds(self) -> float:

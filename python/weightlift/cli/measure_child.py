@@ -502,9 +502,9 @@ def _measure(job: Job, say: Callable[[dict[str, Any]], None]) -> None:
     loaded = time.perf_counter()
     cpu_loaded = time.process_time()
     # Listing the pages is ours, not the library's: the clock stands still.
-    if not isinstance(tensors, dict):
-        _kept.append(tensors)
-        tensors = dict(tensors.state_dict())
+    model = None if isinstance(tensors, dict) else tensors
+    if model is not None:
+        tensors = _state_dict(model)
     runs = page_runs(tensors)
     touching = time.perf_counter()
     cpu_touching = time.process_time()
@@ -524,8 +524,36 @@ def _measure(job: Job, say: Callable[[dict[str, Any]], None]) -> None:
             "anon_before": before,
             "anon_after": anonymous_bytes(),
             "report": _report(),
+            "forward_seconds": None if model is None else _forward_seconds(model),
+            "peak_device_bytes": torch.cuda.max_memory_allocated() if job.on_cuda else None,
         }
     )
+
+
+def _state_dict(model: Any) -> dict[str, Any]:
+    """Of a model, or of all models of a pipeline."""
+    if hasattr(model, "state_dict"):
+        return dict(model.state_dict())
+    return {
+        f"{name}.{key}": tensor
+        for name, part in model.components.items()
+        if hasattr(part, "state_dict")
+        for key, tensor in part.state_dict().items()
+    }
+
+
+def _forward_seconds(model: Any) -> float | None:
+    import torch
+
+    inputs = getattr(model, "dummy_inputs", None)
+    if inputs is None:
+        return None
+    start = time.perf_counter()
+    with torch.no_grad():
+        model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - start
 
 
 def back_memory(count: int) -> None:
