@@ -337,7 +337,7 @@ def fill(
             # accelerate's hooks cast what they read to the dtype of what they replace.
             kind = dtypes.to_torch(target or file_dtype)
             if tensor.dtype != kind or tensor.device.type != "meta":
-                _set(slot, tensor.to("meta", kind), None)
+                _set(slot, tensor.detach().to("meta", kind), None)
             continue
         if _is_sharded(tensor):
             from weightlift.distributed import device_of, local_part
@@ -413,7 +413,7 @@ def fill(
                     value = value.to(dtypes.to_torch(target))
                 if device == "disk" and slot.is_parameter:
                     extra.update(dict.fromkeys(slot.names, value))
-                    _set(slot, slot.tensor.to("meta", value.dtype), None)
+                    _set(slot, slot.tensor.detach().to("meta", value.dtype), None)
                 else:
                     _set(
                         slot,

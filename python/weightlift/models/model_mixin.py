@@ -248,16 +248,25 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
                 force_download=hub.force_download,
                 mirror=hub.mirror,
             )
-        options = {
+        loading = {
             "mode": mode,
             "pin_memory": given["pin_memory"],
             "verify": given["verify"],
             "progress": given["progress"],
         }
+        options = {
+            **loading,
+            "device_map": device_map,
+            "max_memory": given["max_memory"],
+            "dtype": dtype,
+            "ignore_mismatched_sizes": given["ignore_mismatched_sizes"],
+            "ignore_unexpected": _matcher(cls._keys_to_ignore_on_load_unexpected),
+            "memory_format": given["memory_format"],
+        }
         early = None
         whole = given["device_mesh"] is None and given["tp_plan"] is None
         if checkpoint is not None and quantizer is None and given["low_cpu_mem_usage"] and whole:
-            early = _begin(cls, checkpoint, device_map, dtype, options)
+            early = _begin(cls, checkpoint, device_map, dtype, loading)
         builder: Builder[_Self] = Builder(
             functools.partial(cls.from_config, config, **overrides),  # type: ignore[attr-defined]
             _built_dtype(dtype, checkpoint),
@@ -270,23 +279,16 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             if rename is not None:
                 checkpoint = checkpoint.renamed(rename)
             _refuse_another_model(model, checkpoint)
+            initialize = functools.partial(builder.initialized, model)
             if quantizer is not None:
-                report = quantizer.load(
-                    model, checkpoint, dtype, device_map, given["max_memory"], **options
-                )
+                report = quantizer.load(model, checkpoint, initialize=initialize, **options)
             else:
                 report = fill(
                     model,
                     checkpoint,
-                    device_map=device_map,
-                    max_memory=given["max_memory"],
                     offload=given["offload_folder"] is not None,
-                    dtype=dtype,
                     strict=False,
-                    ignore_mismatched_sizes=given["ignore_mismatched_sizes"],
-                    ignore_unexpected=_matcher(cls._keys_to_ignore_on_load_unexpected),
-                    memory_format=given["memory_format"],
-                    initialize=functools.partial(builder.initialized, model),
+                    initialize=initialize,
                     early=early,
                     **options,
                 )
@@ -343,17 +345,33 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         folder.mkdir(parents=True, exist_ok=True)
         if is_main_process:
             config = self.to_json_string().encode()
+            state, metadata = self._saved_state(safe_serialization)
             save_weights(
-                whole_state_dict(self),
+                state,
                 folder,
                 safe_serialization=safe_serialization,
                 variant=variant,
                 max_shard_size=max_shard_size,
                 save_function=save_function,
+                metadata=metadata,
                 companions={self.config_name: config},
             )
             if push_to_hub:
                 self._push_folder(folder, kwargs)
+
+    def _saved_state(
+        self, safe_serialization: bool
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The tensors to save, and what files tell about them."""
+        state = whole_state_dict(self)
+        method = getattr(self, "quantization_method", None)
+        if str(getattr(method, "value", method)) != "torchao":
+            return state, {}
+        if not safe_serialization:
+            raise ArgumentError("what torchao quantized is saved as safetensors alone")
+        from weightlift.models.quantization import flattened
+
+        return flattened(state)
 
     @property
     def device(self) -> torch.device:
@@ -579,14 +597,17 @@ def _refuse_unknown(cls: type[ModelMixin], arguments: Mapping[str, Any]) -> None
 
 
 def _quantizer(given: Mapping[str, Any], config: Mapping[str, Any]) -> Quantizer | None:
-    wanted = given["quantization_config"] or config.get("quantization_config")
-    if not (wanted or given["load_in_8bit"] or given["load_in_4bit"]):
+    saved = config.get("quantization_config")
+    names = ("quantization_config", "load_in_8bit", "load_in_4bit")
+    if saved is None and not any(given[name] for name in names):
         return None
+    if not given["low_cpu_mem_usage"]:
+        raise ArgumentError("quantizing while loading needs low_cpu_mem_usage=True")
     from weightlift.models.quantization import choose_quantizer
 
     return choose_quantizer(
-        wanted,
-        pre_quantized=config.get("quantization_config") is not None,
+        given["quantization_config"],
+        saved,
         load_in_8bit=given["load_in_8bit"],
         load_in_4bit=given["load_in_4bit"],
     )
@@ -610,6 +631,8 @@ def _begin(
         return None  # to be refused
     device = parse_device("cpu" if device_map is None else device_map)
     believed = torch.get_default_dtype() if dtype is None else dtype
+    if options["mode"] == "map":
+        believed = "auto"  # nothing is cast
     kept = frozenset(cls._keep_in_fp32_modules or ())
     ignored = _matcher(cls._keys_to_ignore_on_load_unexpected)
     names = None

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+import json
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from weightlift import placement
+from weightlift import dtypes, placement
 from weightlift.checkpoint import Checkpoint
-from weightlift.dtypes import parse_dtype
 from weightlift.errors import ArgumentError, CheckpointError
 from weightlift.materialize import Loading
-from weightlift.modules import fill
-from weightlift.report import LoadReport
+from weightlift.modules import fill, listed, place_of
+from weightlift.report import LoadReport, set_last_report
 
-__all__ = ["Quantizer", "choose_quantizer"]
+__all__ = ["Quantizer", "choose_quantizer", "flattened"]
+
+_log = logging.getLogger("weightlift")
 
 # Weights that are on their device before they are quantized there: more at a time would need the
 # memory of the whole model that quantizing is to save.
@@ -33,26 +37,27 @@ class Quantizer(Protocol):
         self,
         model: torch.nn.Module,
         checkpoint: Checkpoint,
+        *,
         dtype: torch.dtype | str | None,
         device_map: Any,
-        max_memory: Mapping[Any, Any] | None,
+        initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]],
         **options: Any,
-    ) -> LoadReport: ...
+    ) -> LoadReport:
+        """The options are those of ``fill``."""
 
 
 def choose_quantizer(
     config: Any,
+    saved: Mapping[str, Any] | None,
     *,
-    pre_quantized: bool,
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
 ) -> Quantizer:
     """The quantizer of a configuration of transformers or diffusers, of its JSON, or of the flags.
 
     Args:
-        config: ``BitsAndBytesConfig`` or ``TorchAoConfig`` of either library, or the same as read
-            from ``config.json``.
-        pre_quantized: the checkpoint holds quantized weights.
+        config: ``BitsAndBytesConfig`` or ``TorchAoConfig`` of either library, or its values.
+        saved: of a checkpoint that holds quantized weights, as it is in ``config.json``.
 
     Raises:
         ArgumentError: flags that contradict another or the config, or a method that is not known.
@@ -60,80 +65,109 @@ def choose_quantizer(
     if load_in_8bit and load_in_4bit:
         raise ArgumentError("load_in_8bit=True and load_in_4bit=True contradict each other")
     if load_in_8bit or load_in_4bit:
-        if config is not None and not pre_quantized:
+        if config is not None:
             raise ArgumentError(
                 "quantization_config says all that load_in_8bit and load_in_4bit do: give one"
             )
-        if config is None:
-            from transformers import BitsAndBytesConfig
-
-            flags = {"load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}
-            config = BitsAndBytesConfig.from_dict(flags)  # type: ignore[no-untyped-call]
-    values = dict(config) if isinstance(config, Mapping) else config.to_dict()
+        config = {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": load_in_8bit,
+            "load_in_4bit": load_in_4bit,
+        }
+    if saved is not None and config is not None:
+        _log.warning(
+            "the weights are quantized already: quantization_config is that of config.json"
+        )
+    chosen = config if saved is None else saved
+    values = dict(chosen) if isinstance(chosen, Mapping) else chosen.to_dict()
     method = values.get("quant_method")
     method = str(getattr(method, "value", method))
-    if method == "bitsandbytes":
-        return _BitsAndBytes(config, pre_quantized)
-    if method == "torchao" and not pre_quantized:
-        return _TorchAo(config)
-    raise ArgumentError(
-        f"quantization_config: {method!r} is not known here"
-        + (" for a checkpoint that is quantized already" if pre_quantized else "")
-        + "; load_in_4bit, load_in_8bit, BitsAndBytesConfig and TorchAoConfig are"
-    )
+    kinds: dict[str, tuple[str, Callable[[Any, bool], Quantizer]]] = {
+        "bitsandbytes": ("BitsAndBytesConfig", _BitsAndBytes),
+        "torchao": ("TorchAoConfig", _TorchAo),
+    }
+    if method not in kinds:
+        raise ArgumentError(
+            f"quantization_config: the method {method!r} is not known here; load_in_4bit, "
+            "load_in_8bit, BitsAndBytesConfig and TorchAoConfig are"
+        )
+    name, kind = kinds[method]
+    if isinstance(chosen, Mapping):
+        chosen = getattr(importlib.import_module("transformers"), name).from_dict(values)
+    return kind(chosen, saved is not None)
+
+
+def flattened(
+    state_dict: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """torchao's tensors as plain ones, and the metadata that tells how they are put together."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    tensors, metadata = flatten_tensor_state_dict(dict(state_dict))
+    return tensors, metadata
 
 
 class _BitsAndBytes:
-    def __init__(self, config: Any, pre_quantized: bool) -> None:
-        from transformers import BitsAndBytesConfig
-
-        if isinstance(config, Mapping):
-            config = BitsAndBytesConfig.from_dict(dict(config))  # type: ignore[no-untyped-call]
+    def __init__(self, config: Any, quantized: bool) -> None:
         self._config = config
-        self._pre_quantized = pre_quantized
+        self._quantized = quantized
+        # By name: its types are not declared.
+        self._layers = importlib.import_module("bitsandbytes.nn")
 
     def load(
         self,
         model: torch.nn.Module,
         checkpoint: Checkpoint,
+        *,
         dtype: torch.dtype | str | None,
         device_map: Any,
-        max_memory: Mapping[Any, Any] | None,
+        initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]],
+        max_memory: Mapping[Any, Any] | None = None,
+        ignore_mismatched_sizes: bool = False,
         **options: Any,
     ) -> LoadReport:
-        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-
-        layers = _bitsandbytes()
-
         if dtype is None:
             dtype = torch.float16  # what the 8-bit product takes, and diffusers' default
-        skipped = [*(self._config.llm_int8_skip_modules or ()), *_kept(model)]
-        replace_with_bnb_linear(model, skipped, self._config, self._pre_quantized)
-        weights = {
-            f"{name}.weight": module
-            for name, module in model.named_modules()
-            if isinstance(module, (layers.Linear4bit, layers.Linear8bitLt))
+        linear = [name for name, layer in _linear(model).items() if type(layer) is torch.nn.Linear]
+        devices = _devices(model, device_map, max_memory, dtype, linear)
+        names = self._chosen(linear, checkpoint, devices, _kept(model))
+        mismatched = self._mismatched(model, checkpoint, names)
+        if mismatched and not ignore_mismatched_sizes:
+            raise CheckpointError(_refusal(model, checkpoint, mismatched))
+        of_weight: dict[str, list[str]] = {
+            name: [name] for name in names if name in checkpoint and name not in mismatched
         }
-        devices = _devices(model, device_map, max_memory, dtype)
-        found = {name: module for name, module in weights.items() if name in checkpoint}
-        beside = [name for name in checkpoint if _is_statistic(name, weights)]
-        missing = [name for name in weights if name not in found]
-        if missing:
-            raise CheckpointError(
-                f"{checkpoint}: it lacks {missing[0]} and {len(missing) - 1} more weights, which "
-                "cannot be initialized as quantized ones"
-            )
-        report = None
-        for part in self._parts(checkpoint, found, beside, devices, dtype):
-            loading = Loading(checkpoint, **options)
-            for device, name_dtype, names in part:
-                loading.add(device, name_dtype, names)
+        for name in checkpoint:
+            if _is_statistic(name) and (weight := _weight_of(name)) in of_weight:
+                of_weight[weight].append(name)
+        absent = [name for name in names if name not in of_weight]
+        fresh = initialize(absent) if absent else {}
+        layers = {name: self._replace(model, name) for name in names}
+
+        device_of = {
+            name: _real(device, name)
+            for device, assigned in placement.assign(names, devices).items()
+            for name in assigned
+        }
+        cast = None if self._quantized else dtypes.parse_dtype(dtype)
+        report = LoadReport()
+        for part in _parts(of_weight, layers):
+            loading = Loading(checkpoint, mode=options.get("mode", "auto"))
+            for device in {device_of[weight] for weight in part}:
+                loading.add(
+                    device, cast, [n for w in part if device_of[w] == device for n in of_weight[w]]
+                )
             loading.start()
             tensors = loading.result()
-            report = loading.report if report is None else report.plus(loading.report)
-            for name in [name for name in tensors if name in found]:
-                self._set(found[name], name, tensors)
-        apart = {*found, *beside}
+            report = report.plus(loading.report)
+            for weight in part:
+                held = {name: tensors.pop(name) for name in of_weight[weight]}
+                self._set(layers[weight], weight, held)
+        for weight, value in fresh.items():
+            kind = value.dtype if cast is None else dtypes.to_torch(cast)
+            self._set(layers[weight], weight, {weight: value.to(device_of[weight], kind)})
+
+        apart = {*names, *(name for group in of_weight.values() for name in group)}
         rest = fill(
             model,
             checkpoint.renamed(lambda name: None if name in apart else name),
@@ -141,116 +175,227 @@ class _BitsAndBytes:
             dtype=dtype,
             strict=False,
             ignore_missing=apart.__contains__,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            initialize=initialize,
             **options,
         )
-        _mark(model, self._config, "bitsandbytes")
-        model.is_loaded_in_4bit = bool(self._config.load_in_4bit)  # type: ignore[assignment]
-        model.is_loaded_in_8bit = bool(self._config.load_in_8bit)  # type: ignore[assignment]
-        if report is None:
-            return rest
-        total = report.plus(rest)
-        total.missing_keys, total.unexpected_keys = rest.missing_keys, rest.unexpected_keys
-        total.mismatched_keys, total.error_msgs = rest.mismatched_keys, rest.error_msgs
-        return total
+        report = report.plus(rest)
+        report.missing_keys = [n for n in absent if n not in mismatched] + rest.missing_keys
+        report.mismatched_keys = [
+            (name, *shapes) for name, shapes in mismatched.items() if name in names
+        ] + rest.mismatched_keys
+        report.unexpected_keys, report.error_msgs = rest.unexpected_keys, rest.error_msgs
+        set_last_report(report)
+        _mark(model, self._config)
+        vars(model)["is_loaded_in_4bit"] = bool(self._config.load_in_4bit)
+        vars(model)["is_loaded_in_8bit"] = bool(self._config.load_in_8bit)
+        return report
 
-    def _parts(
+    def _chosen(
         self,
+        linear: list[str],
         checkpoint: Checkpoint,
-        found: Mapping[str, torch.nn.Module],
-        beside: list[str],
         devices: Mapping[str, torch.device | str],
-        dtype: torch.dtype | str,
-    ) -> Iterator[list[tuple[torch.device, str | None, list[str]]]]:
-        """Loads of bounded size: (device, dtype, names), the statistics of a weight with it."""
-        cast = None if self._pre_quantized else parse_dtype(dtype)
-        of_weight: dict[str, list[str]] = {name: [name] for name in found}
-        for name in beside:
-            of_weight[_weight_of(name)].append(name)
-        device_of = {
-            name: device
-            for device, names in placement.assign(found, devices).items()
-            for name in names
-        }
-        part: dict[torch.device, list[str]] = {}
-        held = 0
-        for weight, names in of_weight.items():
-            device = device_of[weight]
-            if not isinstance(device, torch.device):
-                raise ArgumentError(
-                    f"device_map: {weight} would stay on the disk, where nothing is quantized"
-                )
-            part.setdefault(device, []).extend(names)
-            held += found[weight].weight.numel() * 4  # type: ignore[operator]
-            if held >= _AT_ONCE:
-                yield [(device, cast, chosen) for device, chosen in part.items()]
-                part, held = {}, 0
-        if part:
-            yield [(device, cast, chosen) for device, chosen in part.items()]
+        kept: list[str],
+    ) -> list[str]:
+        """The weights to quantize; of a quantized checkpoint, those that are."""
+        if self._quantized:
+            known = {_weight_of(name) for name in checkpoint if _is_statistic(name)}
+            return [name for name in linear if name in known]
+        skipped = [*(self._config.llm_int8_skip_modules or ()), *kept]
+        modules = [name.removesuffix(".weight") for name in linear]
+        if any(getattr(device, "type", None) == "cuda" for device in devices.values()):
+            left_out = {  # by diffusers' rule
+                module
+                for module in modules
+                for key in skipped
+                if key in (module, module.rpartition(".")[2]) or f"{key}." in module
+            }
+        else:  # by transformers': diffusers refuses to do without a GPU
+            from transformers.quantizers.quantizers_utils import should_convert_module
 
-    def _set(self, module: Any, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        layers = _bitsandbytes()
-        value = tensors.pop(name)
-        old = module.weight
-        if isinstance(module, layers.Linear4bit):
-            if self._pre_quantized:
-                stats = {key: t for key, t in tensors.items() if key.startswith(f"{name}.")}
-                module.weight = layers.Params4bit.from_prequantized(
-                    data=value,
-                    quantized_stats=stats,
-                    requires_grad=False,
-                    device=value.device,
-                    module=module,
+            left_out = {name for name in modules if not should_convert_module(name, skipped)}
+        return [f"{module}.weight" for module in modules if module not in left_out]
+
+    def _mismatched(
+        self, model: torch.nn.Module, checkpoint: Checkpoint, names: list[str]
+    ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """All of them, those that ``fill`` would find as well: it comes late."""
+        found = {}
+        for name, tensor in model.state_dict().items():
+            if name not in checkpoint:
+                continue
+            kind, theirs = checkpoint[name]
+            ours = tuple(tensor.shape)
+            if self._quantized and self._config.load_in_4bit and name in names:
+                packed = (math.prod(ours) + 1) // 2
+                same = math.prod(theirs) * dtypes.bits(kind) // 8 == packed
+            else:
+                same = theirs == ours
+            if not same:
+                found[name] = (theirs, ours)
+        return found
+
+    def _replace(self, model: torch.nn.Module, weight: str) -> Any:
+        name, config = weight.removesuffix(".weight"), self._config
+        old: Any = model.get_submodule(name)
+        size = (old.in_features, old.out_features, old.bias is not None)
+        with torch.device("meta"):
+            if config.load_in_8bit:
+                new = self._layers.Linear8bitLt(
+                    *size,
+                    has_fp16_weights=config.llm_int8_has_fp16_weight,
+                    threshold=config.llm_int8_threshold,
                 )
             else:
-                new = layers.Params4bit(value, requires_grad=False, **old.__dict__)
-                module.weight = new.to(value.device)
+                new = self._layers.Linear4bit(
+                    *size,
+                    config.bnb_4bit_compute_dtype,
+                    compress_statistics=config.bnb_4bit_use_double_quant,
+                    quant_type=config.bnb_4bit_quant_type,
+                    quant_storage=config.bnb_4bit_quant_storage,
+                )
+        new.bias = old.bias  # the same, in case that the constructor has to initialize it
+        new.requires_grad_(False)
+        model.set_submodule(name, new)
+        return new
+
+    def _set(self, module: Any, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        value = tensors.pop(name)
+        options = dict(module.weight.__dict__)
+        if self._config.load_in_8bit:
+            options.pop("SCB", None)
+            if self._quantized:
+                options["SCB"] = tensors.pop(f"{name.removesuffix('weight')}SCB")
+            # It quantizes what comes from the CPU.
+            new = self._layers.Int8Params(value.to("cpu"), requires_grad=False, **options)
+        elif self._quantized:
+            module.weight = self._layers.Params4bit.from_prequantized(
+                data=value,
+                quantized_stats=tensors,
+                requires_grad=False,
+                device=value.device,
+                module=module,
+            )
             return
-        options = {key: item for key, item in old.__dict__.items() if key != "SCB"}
-        if self._pre_quantized:
-            options["SCB"] = tensors[f"{name.removesuffix('weight')}SCB"]
-        new = layers.Int8Params(value.to("cpu"), requires_grad=False, **options)
+        else:
+            new = self._layers.Params4bit(value, requires_grad=False, **options)
         module.weight = new.to(value.device)
 
 
-def _bitsandbytes() -> Any:
-    # By name: its types are not declared.
-    return importlib.import_module("bitsandbytes.nn")
-
-
 class _TorchAo:
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, quantized: bool) -> None:
         self._config = config
+        self._quantized = quantized
+        self._library = importlib.import_module("torchao.quantization")
 
     def load(
         self,
         model: torch.nn.Module,
         checkpoint: Checkpoint,
+        *,
         dtype: torch.dtype | str | None,
         device_map: Any,
-        max_memory: Mapping[Any, Any] | None,
+        initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]],
+        max_memory: Mapping[Any, Any] | None = None,
         **options: Any,
     ) -> LoadReport:
-        from torchao.quantization import quantize_
-
         if dtype is None:
             dtype = torch.bfloat16  # diffusers' default for torchao
+        devices = _devices(model, device_map, max_memory, dtype, ())
+        options |= {"device_map": devices, "dtype": dtype, "initialize": initialize}
+        if self._quantized:
+            report = self._load_quantized(model, checkpoint, devices, options)
+        else:
+            chosen = self._chosen(model)
+            for device, names in placement.assign(chosen, devices).items():
+                _real(device, names[0])
+            report = fill(model, checkpoint, strict=False, **options)
+            self._quantize(model, chosen)
+        _mark(model, self._config)
+        return report
+
+    def _chosen(self, model: torch.nn.Module) -> set[str]:
+        """By diffusers' rule."""
         skipped = [*(self._config.modules_to_not_convert or ()), *_kept(model)]
-        devices = _devices(model, device_map, max_memory, dtype)
-        report = fill(model, checkpoint, device_map=devices, dtype=dtype, strict=False, **options)
-        if report.missing_keys:
+        return {name for name in _linear(model) if not any(f"{key}." in name for key in skipped)}
+
+    def _quantize(self, model: torch.nn.Module, chosen: Collection[str]) -> None:
+        config = self._config.get_apply_tensor_subclass()
+        if isinstance(config, self._library.FqnToConfig):  # it takes no filter
+            others = {
+                name: None
+                for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Linear) and f"{name}.weight" not in chosen
+            }
+            config = self._library.FqnToConfig({**config.fqn_to_config, **others})
+            self._library.quantize_(model, config, None)
+        else:
+            self._library.quantize_(model, config, lambda _, name: f"{name}.weight" in chosen)
+
+    def _load_quantized(
+        self,
+        model: torch.nn.Module,
+        checkpoint: Checkpoint,
+        devices: Mapping[str, torch.device | str],
+        options: Mapping[str, Any],
+    ) -> LoadReport:
+        """What ``flattened`` made, or diffusers."""
+        from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+        from torchao.prototype.safetensors.safetensors_utils import is_metadata_torchao
+
+        metadata = checkpoint.metadata
+        if not is_metadata_torchao(metadata):
             raise CheckpointError(
-                f"{checkpoint}: it lacks {report.missing_keys[0]} and "
-                f"{len(report.missing_keys) - 1} more, which cannot be initialized when quantizing"
+                f"{place_of(checkpoint)}: it does not tell how torchao's tensors are put together; "
+                "save the model with save_pretrained, as safetensors"
             )
-
-        def chosen(module: torch.nn.Module, name: str) -> bool:
-            parts = name.split(".")
-            return isinstance(module, torch.nn.Linear) and not any(
-                skip in parts or name == skip or name.startswith(f"{skip}.") for skip in skipped
+        state = model.state_dict()
+        parts = {
+            name: [f"{module}._{key}_{part}" for part in told["_tensor_data_names"]]
+            for name in json.loads(metadata["tensor_names"])
+            for told in [json.loads(metadata[name])]
+            if "_tensor_data_names" in told and name in state
+            for module, _, key in [name.rpartition(".")]
+        }
+        apart = {part for inside in parts.values() for part in inside}
+        if absent := sorted(apart.difference(checkpoint)):
+            raise CheckpointError(
+                f"{place_of(checkpoint)}: parts of quantized tensors are missing: the file is not "
+                "complete:\n" + "\n".join(listed("missing", absent))
             )
-
-        quantize_(model, self._config.get_apply_tensor_subclass(), chosen)
-        _mark(model, self._config, "torchao")
+        loading = Loading(checkpoint, mode=options.get("mode", "auto"))
+        for device, names in placement.assign(parts, devices).items():
+            inside = [part for name in names for part in parts[name]]
+            loading.add(_real(device, names[0]), None, inside)
+        loading.start()
+        tensors = loading.result()
+        mismatched = {}
+        for name, inside in parts.items():  # one at a time: torchao goes through all for each
+            made, _ = unflatten_tensor_state_dict(
+                {part: tensors.pop(part) for part in inside},
+                {name: metadata[name], "tensor_names": json.dumps([name])},
+            )
+            shapes = (tuple(made[name].shape), tuple(state[name].shape))
+            if shapes[0] != shapes[1]:
+                mismatched[name] = shapes
+                continue
+            module, _, key = name.rpartition(".")
+            parameter = torch.nn.Parameter(made[name], requires_grad=False)
+            model.get_submodule(module).register_parameter(key, parameter)
+        if mismatched:
+            raise CheckpointError(_refusal(model, checkpoint, mismatched))
+        rest = fill(
+            model,
+            checkpoint.renamed(lambda name: None if name in apart else name),
+            strict=False,
+            ignore_missing=parts.__contains__,
+            **options,
+        )
+        report = loading.report.plus(rest)
+        report.missing_keys, report.unexpected_keys = rest.missing_keys, rest.unexpected_keys
+        report.mismatched_keys, report.error_msgs = rest.mismatched_keys, rest.error_msgs
+        set_last_report(report)
         return report
 
 
@@ -258,21 +403,62 @@ def _kept(model: torch.nn.Module) -> list[str]:
     return list(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
+def _linear(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """Weight -> its layer, of the linear layers whose weight is in no other place: what is tied
+    would not be so any more."""
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and places.get(id(module.weight)) == [f"{name}.weight"]
+    }
+
+
 def _devices(
     model: torch.nn.Module,
     device_map: Any,
     max_memory: Mapping[Any, Any] | None,
     dtype: torch.dtype | str,
+    in_bytes: Collection[str],
 ) -> dict[str, torch.device | str]:
+    """The device map; ``in_bytes`` are weights of which a number takes no more than a byte."""
     if device_map is None:
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    planned = dict.fromkeys(in_bytes, torch.int8)
+    if isinstance(dtype, torch.dtype):
+        planned = {**dict.fromkeys(model.state_dict(), dtype), **planned}
     return placement.resolve_device_map(
         model,
         device_map,
         max_memory=max_memory,
-        dtype=dtype if isinstance(dtype, torch.dtype) else None,
+        dtype=planned,
         keep_in_fp32=_kept(model),
     )
+
+
+def _real(device: torch.device | str, name: str) -> torch.device:
+    if not isinstance(device, torch.device):
+        raise ArgumentError(
+            f"device_map: {name} would stay on the disk, where nothing is quantized"
+        )
+    return device
+
+
+def _parts(of_weight: Mapping[str, list[str]], layers: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Loads of bounded size."""
+    part: list[str] = []
+    held = 0
+    for weight in of_weight:
+        part.append(weight)
+        held += layers[weight].in_features * layers[weight].out_features * 4
+        if held >= _AT_ONCE:
+            yield part
+            part, held = [], 0
+    if part:
+        yield part
 
 
 def _weight_of(name: str) -> str:
@@ -283,15 +469,31 @@ def _weight_of(name: str) -> str:
     return name[: name.index(".weight.") + len(".weight")]
 
 
-def _is_statistic(name: str, weights: Mapping[str, Any]) -> bool:
+def _is_statistic(name: str) -> bool:
     if name.rpartition(".")[2] in _STATISTICS_8BIT:
-        return _weight_of(name) in weights
+        return True
     return ".weight." in name and any(part in name for part in _STATISTICS)
 
 
-def _mark(model: Any, config: Any, method: str) -> None:
-    model.is_quantized = True
-    model.quantization_method = getattr(config, "quant_method", method)
+def _refusal(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+) -> str:
+    lines = [
+        f"{name}: {theirs} in the checkpoint, {ours} in the model"
+        for name, (theirs, ours) in mismatched.items()
+    ]
+    return "\n".join(
+        [
+            f"{place_of(checkpoint)} does not fit {type(model).__name__}:",
+            *listed("of another shape than the model's", lines),
+        ]
+    )
+
+
+def _mark(model: torch.nn.Module, config: Any) -> None:
+    vars(model).update(is_quantized=True, quantization_method=config.quant_method)
     register: Callable[..., None] | None = getattr(model, "register_to_config", None)
     if register is not None:
         register(quantization_config=config)
