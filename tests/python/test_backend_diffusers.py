@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -27,19 +29,20 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import ip_adapter, lora_base
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
-from diffusers.models import ModelMixin, model_loading_utils, modeling_utils
+from diffusers.models import ModelMixin, modeling_utils
 from diffusers.pipelines import pipeline_utils
 from huggingface_hub import export_folder_as_dduf
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import weightlift as wl
 from backend_support import engine_moves, stock_way, tensor_bytes
 from hub_server import HubServer, hub, mirror
-from support import bits
+from support import bits, run_python
 from weightlift.backends import diffusers as backend
-from weightlift.backends import signature_text
 
 __all__ = ["hub", "mirror"]  # fixtures
 
@@ -175,6 +178,7 @@ def stock_way_is_not_taken() -> Iterator[None]:
 @contextlib.contextmanager
 def records() -> Iterator[list[Any]]:
     """What is logged from WARNING on, and warned of."""
+    logging.Logger.warning_once.cache_clear()  # transformers'
     handler = Records()
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "accelerate")]
     for logger in loggers:
@@ -765,6 +769,85 @@ def test_a_dduf_file_of_the_hub(pipeline: Path, hub: HubServer, tmp_path: Path) 
     assert look_at_pipeline(made) == look_at_pipeline(plain)
 
 
+# --- Adapters ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_lora(pipeline: Path, tmp_path: Path, safe: bool) -> None:
+    torch.manual_seed(7)
+    trained = unet()
+    trained.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_k"]))
+    layers = get_peft_model_state_dict(trained)
+    StableDiffusionPipeline.save_lora_weights(tmp_path, layers, safe_serialization=safe)
+
+    def load() -> Any:
+        made = DiffusionPipeline.from_pretrained(pipeline / "plain", vae=None, text_encoder=None)
+        before = wl.stats()
+        made.load_lora_weights(tmp_path)
+        after = wl.stats()
+        moved = after.bytes - before.bytes, after.fallbacks - before.fallbacks
+        return look(made.unet), made.get_active_adapters(), moved
+
+    with records() as stock_said:
+        stock = load()
+    with wl.enabled(CALLER), records() as said:
+        ours = load()
+    assert ours[:2] == stock[:2]
+    assert said == stock_said
+    assert ours[2] == (sum(t.nbytes for t in layers.values()), 0)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "nested"])
+def test_textual_inversion(pipeline: Path, tmp_path: Path, kind: str) -> None:
+    embedding = torch.arange(32.0).reshape(2, 16)
+    if kind == "safetensors":
+        save_file({"<cat>": embedding}, tmp_path / "learned_embeds.safetensors")
+    elif kind == "bin":
+        torch.save({"<cat>": embedding}, tmp_path / "learned_embeds.bin")
+    else:
+        other = {"string_to_param": {"*": embedding}, "name": "<cat>"}
+        torch.save(other, tmp_path / "learned_embeds.bin")
+
+    def load() -> Any:
+        made = DiffusionPipeline.from_pretrained(pipeline / "plain", vae=None, unet=None)
+        made.load_textual_inversion(tmp_path)
+        return look(made.text_encoder), sorted(made.tokenizer.get_vocab())
+
+    with records() as stock_said:
+        stock = load()
+    # Of what holds more than tensors, torch has to make the rest.
+    way = stock_way(CALLER) if kind == "nested" else engine_moves(embedding.nbytes, CALLER)
+    with wl.enabled(CALLER), records() as said, way:
+        ours = load()
+    assert ours == stock
+    assert said == stock_said
+
+
+def test_the_name_of_a_module(saved: Path) -> None:
+    """diffusers uses all of it, under the name that is replaced."""
+    with wl.enabled(CALLER):
+        ours: Any = lora_base.safetensors
+        assert ours.SafetensorError is safetensors.SafetensorError
+        assert ours.torch.save_file is save_file
+        with ours.torch.safe_open(
+            saved / "vae/diffusion_pytorch_model.safetensors", "pt"
+        ) as opened:
+            assert "encoder.conv_in.weight" in opened.keys()  # noqa: SIM118
+    assert lora_base.safetensors is safetensors
+
+
+def test_an_open_file(saved: Path) -> None:
+    """As IP adapters are read."""
+    path = saved / "vae/diffusion_pytorch_model.safetensors"
+    expected = load_file(path)["encoder.conv_in.weight"]
+    with (
+        wl.enabled(CALLER),
+        engine_moves(expected.nbytes, CALLER),
+        ip_adapter.safe_open(path, framework="pt", device="cpu") as opened,
+    ):
+        assert torch.equal(opened.get_tensor("encoder.conv_in.weight"), expected)
+
+
 # --- What goes the stock way ---------------------------------------------------------------------
 
 
@@ -853,19 +936,52 @@ def test_names_of_former_attention_blocks(saved: Path, tmp_path: Path) -> None:
 
 
 def test_disable_restores() -> None:
-    names = [
-        (modeling_utils.ModelMixin, "from_pretrained"),
-        (modeling_utils.ModelMixin, "_load_pretrained_model"),
-        (modeling_utils, "load_state_dict"),
-        (model_loading_utils, "load_state_dict"),
-        (modeling_utils, "_get_model_file"),
-        (modeling_utils, "_get_checkpoint_shard_files"),
-        (modeling_utils, "dispatch_model"),
-    ]
+    """The very objects, of all names that are replaced."""
+    names = []
+    for hook in backend.HOOKS:
+        *path, name = hook.target.split(".")
+        owner = importlib.import_module(hook.module)
+        for part in path:
+            owner = getattr(owner, part)
+        names.append((owner, name))
     before = [vars(owner)[name] for owner, name in names]
-    signatures = [signature_text(getattr(owner, name)) for owner, name in names]
     with wl.enabled(CALLER), stock_way(CALLER, 0):
         during = [vars(owner)[name] for owner, name in names]
-        assert [signature_text(getattr(owner, name)) for owner, name in names] == signatures
     assert all(a is not b for a, b in zip(before, during, strict=True))
     assert all(a is vars(o)[n] for a, (o, n) in zip(before, names, strict=True))
+
+
+def test_with_all_backends(saved: Path, pipeline: Path) -> None:
+    """What diffusers reads is booked on diffusers, once."""
+    with wl.enabled():
+        for load, moved in (
+            (lambda: UNet2DConditionModel.from_pretrained(saved / "shards"), "shards"),
+            (
+                lambda: UNet2DConditionModel.from_single_file(
+                    saved / "unet/diffusion_pytorch_model.safetensors", config=str(saved / "unet")
+                ),
+                "unet",
+            ),
+        ):
+            with engine_moves(tensor_bytes(saved / moved), CALLER):
+                load()
+        before = wl.stats()
+        DiffusionPipeline.from_pretrained(pipeline / "plain")
+        assert wl.stats().bytes - before.bytes == tensor_bytes(pipeline / "plain")
+
+
+@pytest.mark.deep
+def test_hooked_when_it_is_imported(saved: Path) -> None:
+    """In a process that enables first, as with WEIGHTLIFT_ENABLE."""
+    code = """
+import sys, warnings
+warnings.simplefilter("error", RuntimeWarning)
+import weightlift as wl
+wl.enable("diffusers")
+assert "diffusers" not in sys.modules and "torch" not in sys.modules
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+UNet2DConditionModel.from_pretrained(sys.argv[1])
+print(wl.stats().by_caller["diffusers"].bytes, wl.stats().fallbacks)
+"""
+    result = run_python(code, saved / "unet", timeout=300)
+    assert result.stdout.split() == [str(tensor_bytes(saved / "unet")), "0"], result.stderr

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import os
 import re
@@ -22,7 +23,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from weightlift import _native, checkpoint, dtypes
-from weightlift.backends import Hook, StandAside, stand_aside
+from weightlift.backends import (
+    Hook,
+    StandAside,
+    is_enabled,
+    or_stock,
+    signature_text,
+    stand_aside,
+)
+from weightlift.backends.safetensors import load_file_adapters, open_adapters, usable_device
 from weightlift.checkpoint import Checkpoint
 from weightlift.dduf import Dduf, open_dduf
 from weightlift.errors import ArgumentError, DeviceError, WeightliftError
@@ -168,15 +177,10 @@ def _early(cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _engine_device(device: Any) -> torch.device | None:
     """The device, if the engine loads to it."""
-    import torch
-
     try:
-        parsed = parse_device(device)
-    except DeviceError:
+        return usable_device(device)
+    except (DeviceError, StandAside):
         return None
-    if parsed.type == "cuda":
-        return parsed if torch.version.cuda and torch.cuda.is_available() else None
-    return parsed if parsed.type == "cpu" else None
 
 
 def _castable(dtype: torch.dtype) -> str | None:
@@ -311,18 +315,17 @@ def _load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
         call = _call.get()
         if call is not None and call.by_diffusers:
             return original(*args, **kwargs)
+        stock = functools.partial(original, *args, **kwargs)
         single = _single.get()
         if single is not None and not given["disable_mmap"]:
-            tensors = original(*args, **kwargs)
-            single.note(file, tensors)
-            return tensors
+            return single.open(file, stock)
         if call is not None and call.gives_names(file):
             assert call.checkpoint is not None
-            return _Pending(call.checkpoint, lambda: original(*args, **kwargs))
+            return _Pending(call.checkpoint, stock)
         try:
             opened = _open([file])
-        except WeightliftError as error:
-            return _or_stock(error, lambda: original(*args, **kwargs))
+        except (StandAside, WeightliftError) as error:
+            return or_stock(_NAME, error, stock)
         return _tensors(opened, device, given["disable_mmap"])
 
     return load_state_dict
@@ -335,16 +338,6 @@ def _tensors(opened: Checkpoint, device: torch.device, disable_mmap: bool) -> di
     elif "torch" in opened.formats and device.type == "cpu":
         mode = "map"  # as diffusers does; "auto" reads torch files
     return load_tensors(opened, device, mode=mode, caller=_NAME)
-
-
-def _or_stock(error: WeightliftError, stock: Callable[[], Any]) -> Any:
-    """What diffusers makes of a file that was refused here: mostly an error of its own kind."""
-    try:
-        found = stock()
-    except Exception as own:
-        raise own from error
-    stand_aside(_NAME, str(error))
-    return found
 
 
 # --- Weights into a model ------------------------------------------------------------------------
@@ -530,23 +523,30 @@ class _SingleFile:
     def __init__(self) -> None:
         self.origins: dict[int, tuple[torch.Tensor, int, Checkpoint, str]] = {}
 
-    def note(self, file: Any, loaded: Any) -> None:
-        import torch
-
+    def open(self, file: Any, stock: Callable[[], Any]) -> Any:
+        """What diffusers would have of the file."""
+        if Path(file).suffix == ".safetensors":
+            try:
+                opened = _open([file])
+            except (StandAside, WeightliftError) as error:
+                return or_stock(_NAME, error, stock)
+            loaded = _mapped(opened.parts[0])
+            self._note(loaded, opened)
+            return loaded
+        loaded = inner = stock()
         key = []
-        while isinstance(loaded, Mapping) and "state_dict" in loaded:  # as diffusers descends
+        while isinstance(inner, Mapping) and "state_dict" in inner:  # as diffusers descends
             key.append("state_dict")
-            loaded = loaded["state_dict"]
+            inner = inner["state_dict"]
         try:
-            opened = _open([file], ".".join(key))
-        except StandAside as aside:
-            stand_aside(_NAME, aside.reason, warn=aside.warn)
-            return
-        except WeightliftError as error:
-            stand_aside(_NAME, str(error))
-            return
-        for name, tensor in loaded.items():
-            if isinstance(tensor, torch.Tensor) and name in opened and not opened.is_view(name):
+            self._note(inner, _open([file], ".".join(key)))
+        except (StandAside, WeightliftError) as error:
+            stand_aside(_NAME, str(error), warn=getattr(error, "warn", True))
+        return loaded
+
+    def _note(self, tensors: Mapping[str, Any], opened: Checkpoint) -> None:
+        for name, tensor in tensors.items():
+            if name in opened and not opened.is_view(name):
                 self.origins[id(tensor)] = tensor, tensor._version, opened, name
 
     def origin(self, tensor: torch.Tensor) -> tuple[Checkpoint, str] | None:
@@ -555,6 +555,25 @@ class _SingleFile:
         if known is None or tensor._version != known[1]:
             return None
         return known[2:]
+
+
+def _mapped(part: _native.IndexedFile) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, none of which is read."""
+    import torch
+
+    whole = torch.from_file(part.path, shared=False, size=part.size, dtype=torch.uint8)
+    tensors = {}
+    for position, name in enumerate(part.names()):
+        begin, end = part.range(position)
+        dtype = dtypes.to_torch(part.dtype(position))
+        data = whole[begin:end]
+        if begin % dtype.itemsize:
+            data = data.clone()
+        shape = part.shape(position)
+        if part.dtype(position) == "F4":
+            shape = (*shape[:-1], shape[-1] // 2)
+        tensors[name] = data.view(dtype).reshape(shape)
+    return tensors
 
 
 _single: ContextVar[_SingleFile | None] = ContextVar("weightlift_diffusers_single", default=None)
@@ -926,6 +945,33 @@ def _from_archive(given: Mapping[str, Any]) -> Any:
     return model
 
 
+# --- Adapters ------------------------------------------------------------------------------------
+
+
+class _Instead(type):
+    """A class that stands for a module, apart from what it has itself."""
+
+    module: Any
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.module, name)
+
+
+def _safetensors(module: Any) -> type:
+    """The name ``safetensors`` in a module that calls ``safetensors.torch.load_file``: for LoRA
+    and textual inversion."""
+    from safetensors import torch as of_torch
+
+    def load_file(*args: Any, **kwargs: Any) -> Any:
+        stock = of_torch.load_file
+        adapter = load_file_adapters(_NAME).get(signature_text(stock))
+        fast = stock if adapter is None or not is_enabled(_NAME) else adapter(stock)
+        return fast(*args, **kwargs)
+
+    torch = _Instead("torch", (), {"module": of_torch, "load_file": staticmethod(load_file)})
+    return _Instead("safetensors", (), {"module": module, "torch": torch})
+
+
 # --- What was meant ------------------------------------------------------------------------------
 
 _mirror: ContextVar[str | None] = ContextVar("weightlift_diffusers_mirror", default=None)
@@ -1080,6 +1126,11 @@ HOOKS = (
         "FromSingleFileMixin.from_single_file",
         {"(cls, pretrained_model_link_or_path, **kwargs)": _from_single_file},
     ),
+    *(
+        Hook(f"diffusers.loaders.{module}", "safetensors", {"without a signature": _safetensors})
+        for module in ("lora_base", "textual_inversion", "unet")
+    ),
+    Hook("diffusers.loaders.ip_adapter", "safe_open", open_adapters(_NAME)),
     Hook(
         _PIPELINES,
         "DiffusionPipeline.from_pretrained",
