@@ -263,14 +263,14 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             "ignore_unexpected": _matcher(cls._keys_to_ignore_on_load_unexpected),
             "memory_format": given["memory_format"],
         }
-        early = None
-        whole = given["device_mesh"] is None and given["tp_plan"] is None
-        if checkpoint is not None and quantizer is None and given["low_cpu_mem_usage"] and whole:
-            early = _begin(cls, checkpoint, device_map, dtype, loading)
         builder: Builder[_Self] = Builder(
             functools.partial(cls.from_config, config, **overrides),  # type: ignore[attr-defined]
             _built_dtype(dtype, checkpoint),
         )
+        early = None
+        whole = given["device_mesh"] is None and given["tp_plan"] is None
+        if checkpoint is not None and quantizer is None and given["low_cpu_mem_usage"] and whole:
+            early = _begin(cls, checkpoint, device_map, dtype, loading)
         try:
             model = builder.build(empty=given["low_cpu_mem_usage"])
             if checkpoint is None:
