@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from weightlift import dtypes
@@ -64,30 +64,42 @@ def local_part(tensor: DTensor) -> Ranges | None:
     local = local_of(tensor).shape
     ranges = []
     for dimension, extent in enumerate(tensor.shape):
-        # torch cuts the numbers of the rows just as it cuts the rows, from left to right (see
-        # torch.distributed.tensor._utils.compute_local_shape_and_global_offset).
-        index = torch.arange(extent).reshape([1] * dimension + [extent])
-        for axis, placement in enumerate(tensor.placements):
-            if placement.is_replicate():
-                continue
-            split = getattr(placement, "_split_tensor", None)
-            if split is None:
-                raise ArgumentError(
-                    f"a DTensor placed {tensor.placements} on {mesh}: {placement} is no part of "
-                    "the tensor; redistribute it to Shard or Replicate before it is loaded"
-                )
-            if placement.dim == dimension:  # type: ignore[attr-defined]
-                index = split(index, mesh.size(axis), with_padding=False)[0][coordinate[axis]]
-        rows = index.flatten()
-        steps = set(rows.diff().tolist())
-        if len(steps) > 1 or len(rows) != local[dimension]:
+        rows = _rows(extent, dimension, tensor.placements, tuple(mesh.shape), tuple(coordinate))
+        if rows is None or rows[2] != local[dimension]:
             raise ArgumentError(
                 f"a DTensor of shape {tuple(tensor.shape)} placed {tensor.placements} on {mesh}: "
-                f"dimension {dimension} is cut into irregular parts; shard it evenly"
+                f"what a rank has of dimension {dimension} is no regular part of it; shard it "
+                "evenly, by Shard and Replicate, before it is loaded"
             )
-        start = int(rows[0]) if len(rows) else 0
-        ranges.append((start, steps.pop() if steps else 1, len(rows)))
+        ranges.append(rows)
     return ranges
+
+
+@functools.lru_cache(4096)
+def _rows(
+    extent: int,
+    dimension: int,
+    placements: tuple[Placement, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: tuple[int, ...],
+) -> tuple[int, int, int] | None:
+    """(start, step, count) of a dimension on a rank; ``None`` for what is not that regular."""
+    # torch cuts the numbers of the rows just as it cuts the rows, from left to right (see
+    # torch.distributed.tensor._utils.compute_local_shape_and_global_offset).
+    index = torch.arange(extent).reshape([1] * dimension + [extent])
+    for placement, size, place in zip(placements, mesh_shape, coordinate, strict=True):
+        if placement.is_replicate():
+            continue
+        split = getattr(placement, "_split_tensor", None)
+        if split is None:  # Partial
+            return None
+        if placement.dim == dimension:  # type: ignore[attr-defined]
+            index = split(index, size, with_padding=False)[0][place]
+    rows = index.flatten()
+    steps = set(rows.diff().tolist())
+    if len(steps) > 1:
+        return None
+    return int(rows[0]) if len(rows) else 0, steps.pop() if steps else 1, len(rows)
 
 
 def local_of(tensor: DTensor) -> torch.Tensor:
@@ -389,6 +401,7 @@ class _TeamLoading(Loading):
         self._exchangers: dist.ProcessGroup | None = None
         self._exchanged: LoadReport | None = None
         self._failure: BaseException | None = None
+        self._runs = False
 
     def add(
         self,
@@ -461,6 +474,7 @@ class _TeamLoading(Loading):
                 self._hashes = HashCheck(self._checkpoint.parts[first::step])
             self._allocate()
             super().start()
+            self._runs = True
         except Exception as error:  # result() tells the others
             self._failure = error
 
@@ -470,8 +484,12 @@ class _TeamLoading(Loading):
             self._exchange()
             if self._failure is None:
                 tensors = super().result()
+                self._runs = False
         except Exception as error:
             self._failure = error
+        finally:
+            if self._runs:
+                self.cancel()
         self._team.agree(self._failure)
         tensors.update((item.name, item.tensor) for item in self._items)
         return tensors

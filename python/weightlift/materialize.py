@@ -452,6 +452,15 @@ class Loading:
         assert group.parts is not None
         index = -1 if group.on_host else group.device.index
         cut = 0
+        if index >= 0 and group.targets is None:
+            assert self._allocator is not None
+            sizes = [
+                math.prod(count for _, _, count in ranges)
+                * dtypes.bits(group.dtype or self._checkpoint[name][0])
+                // 8
+                for name, ranges in zip(group.names, group.parts, strict=True)
+            ]
+            self._allocator.reserve(index, sizes)
         for i, (name, ranges) in enumerate(zip(group.names, group.parts, strict=True)):
             key: _Key = (number, name)
             self._order.append((name, key, None))

@@ -27,7 +27,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -441,6 +441,15 @@ def check_bad_arguments(folder: Path) -> None:
     model = shard_fully(on_meta(), mesh_of())
     text = failure_of(lambda: wl.load_into(model, folder / "net", device_map="cpu"))
     assert "device_map='cpu' goes not together with DTensors" in text
+    partial = torch.nn.Module()
+    where = folder / "net" / "model-00001-of-00002.safetensors"
+    partial.weight = torch.nn.Parameter(
+        DTensor.from_local(torch.zeros(13, 8), mesh_of(), [Partial()])
+    )
+    names = {"embedding.weight": "weight"}
+    text = failure_of(lambda: wl.load_into(partial, where, strict=False, key_map=names))
+    assert "(Partial(sum),)" in text
+    assert "is no regular part of it" in text
     with pytest.raises(ValueError, match="scope is 'world'"):
         wl.load_into(on_meta(), folder / "net", group=dist.group.WORLD, scope="world")
     with pytest.raises(ValueError, match=r"not a torch\.distributed\.ProcessGroup"):
