@@ -3,6 +3,37 @@
 #include <algorithm>
 
 namespace weightlift::engine {
+namespace {
+
+std::int64_t last_of(const Stretch& stretch) {
+  return static_cast<std::int64_t>(stretch.start) +
+         stretch.step * (static_cast<std::int64_t>(stretch.count) - 1);
+}
+
+}  // namespace
+
+Copy copy_of(const StoredTensor& tensor, Dtype target) noexcept {
+  const bool casts = target != tensor.dtype;
+  return {.file = tensor.file,
+          .source = tensor.offset,
+          .elements = casts ? tensor.bytes / dtype_bytes(tensor.dtype) : tensor.bytes,
+          .source_dtype = casts ? tensor.dtype : Dtype::kU8,
+          .target_dtype = casts ? target : Dtype::kU8,
+          .name = tensor.name};
+}
+
+bool within(std::span<const Stretch> stretches, std::span<const std::uint64_t> shape) noexcept {
+  for (std::size_t i = 0; i < shape.size(); ++i) {
+    const Stretch& stretch = stretches[i];
+    if (stretch.count == 0) continue;
+    const std::int64_t last = last_of(stretch);
+    if (stretch.step == 0 || stretch.start >= shape[i] || last < 0 ||
+        static_cast<std::uint64_t>(last) >= shape[i]) {
+      return false;
+    }
+  }
+  return true;
+}
 
 std::uint32_t LoadPlan::add_file(std::shared_ptr<io::File> file) {
   for (std::size_t i = 0; i < files.size(); ++i) {
@@ -72,6 +103,39 @@ void LoadPlan::add_strided(Copy copy, std::span<const Dimension> given) {
   dimensions.insert(dimensions.end(), merged.begin(), merged.end());
   if (copy.device != kHostDevice) (void)device(copy.device);
   copies.push_back(copy);
+}
+
+void LoadPlan::add_slice(const StoredTensor& tensor, std::span<const std::uint64_t> shape,
+                         std::span<const Stretch> stretches, Dtype target_dtype, int target_device,
+                         std::uint64_t target) {
+  Copy copy{.file = tensor.file,
+            .device = target_device,
+            .source = tensor.offset,
+            .target = target,
+            .source_dtype = tensor.dtype,
+            .target_dtype = target_dtype,
+            .name = tensor.name};
+  std::vector<Dimension> parts(shape.size());
+  auto source_stride = static_cast<std::int64_t>(copy.source_item());
+  auto target_stride = static_cast<std::int64_t>(copy.target_item());
+  for (std::size_t i = shape.size(); i > 0; --i) {
+    const Stretch& stretch = stretches[i - 1];
+    const auto count = static_cast<std::int64_t>(stretch.count);
+    // Sources are walked forwards: a negative step fills the target from its end.
+    const bool backwards = stretch.step < 0;
+    parts[i - 1] = {.extent = stretch.count,
+                    .source_stride = source_stride * (backwards ? -stretch.step : stretch.step),
+                    .target_stride = backwards ? -target_stride : target_stride};
+    if (count != 0) {
+      const std::int64_t first =
+          backwards ? last_of(stretch) : static_cast<std::int64_t>(stretch.start);
+      copy.source += static_cast<std::uint64_t>(first * source_stride);
+      if (backwards) copy.target += static_cast<std::uint64_t>(target_stride * (count - 1));
+    }
+    source_stride *= static_cast<std::int64_t>(shape[i - 1]);
+    target_stride *= count;
+  }
+  add_strided(copy, parts);
 }
 
 std::uint64_t LoadPlan::source_bytes(const Copy& copy) const noexcept {

@@ -46,6 +46,30 @@ struct Copy {
   [[nodiscard]] std::uint64_t target_item() const noexcept { return dtype_bytes(target_dtype); }
 };
 
+// A whole tensor as it lies in a file, or in memory: then `offset` is an address.
+struct StoredTensor {
+  std::uint32_t file = kFromMemory;
+  std::uint32_t name = 0;  // in LoadPlan::names
+  Dtype dtype = Dtype::kU8;
+  std::uint64_t offset = 0;
+  std::uint64_t bytes = 0;
+};
+
+// All of it, its target still open. Of bytes where nothing is cast, for elements of fractions of a
+// byte cannot be counted otherwise.
+[[nodiscard]] Copy copy_of(const StoredTensor& tensor, Dtype target) noexcept;
+
+// Along one dimension of a tensor: `count` elements from `start` on, `step` apart.
+struct Stretch {
+  std::uint64_t start = 0;
+  std::int64_t step = 1;  // not 0
+  std::uint64_t count = 0;
+};
+
+// Whether stretches, one a dimension, stay within a tensor of this shape.
+[[nodiscard]] bool within(std::span<const Stretch> stretches,
+                          std::span<const std::uint64_t> shape) noexcept;
+
 // A part of a mapping that is handed out as it is.
 struct Mapped {
   std::uint32_t file = 0;
@@ -83,6 +107,11 @@ struct LoadPlan {
   // A copy between strided sides: `dimensions` in any order, outermost first by convention. They
   // are put into the source's order and merged where they are contiguous on both sides.
   void add_strided(Copy copy, std::span<const Dimension> dimensions);
+  // A part of a tensor of this shape, whose elements are whole bytes, to a contiguous target. The
+  // stretches are within() it.
+  void add_slice(const StoredTensor& tensor, std::span<const std::uint64_t> shape,
+                 std::span<const Stretch> stretches, Dtype target_dtype, int target_device,
+                 std::uint64_t target);
 
   [[nodiscard]] std::uint64_t source_bytes(const Copy& copy) const noexcept;
   // [first, last) of the source that a copy touches.

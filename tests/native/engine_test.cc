@@ -33,6 +33,7 @@
 #include "convert/cast.h"
 #include "device/context.h"
 #include "device/staging.h"
+#include "engine/host_layout.h"
 #include "engine/host_memory.h"
 #include "engine/load.h"
 #include "io/anonymous_memory.h"
@@ -1382,6 +1383,38 @@ TEST(Files, LargeTargetsOnTheHostAreWhole) {
     scenario.add(file, i, 8 * kMiB - i, Dtype::kU8, Dtype::kU8, kHostDevice, 2 * i);
   }
   run_plainly(scenario, "large");
+}
+
+// Small tensors that follow one another in the file do so in the block, unless that would put one
+// at an address that its elements must not have.
+TEST(Layouts, NeighboursAreReadTogether) {
+  const TestFile file(std::vector<std::byte>(4 * kKiB));
+  LoadPlan plan;
+  const std::uint32_t index = plan.add_file(file.open());
+  engine::HostLayout layout(plan);
+  const auto add = [&](std::uint64_t offset, std::uint64_t bytes, Dtype dtype, Dtype target) {
+    return layout.add({.file = index, .dtype = dtype, .offset = offset, .bytes = bytes}, target);
+  };
+  EXPECT_EQ(add(100, 12, Dtype::kF32, Dtype::kF32), 12);
+  EXPECT_EQ(add(112, 6, Dtype::kBf16, Dtype::kBf16), 6);  // neighbour
+  EXPECT_EQ(add(118, 8, Dtype::kF32, Dtype::kF32), 8);    // not at 18
+  EXPECT_EQ(add(126, 8, Dtype::kF32, Dtype::kBf16), 4);   // cast
+  EXPECT_EQ(add(134, 3, Dtype::kF4, Dtype::kF4), 3);      // behind one that is cast
+  EXPECT_EQ(add(137, 0, Dtype::kU8, Dtype::kU8), 0);      // empty
+  EXPECT_EQ(add(200, 16, Dtype::kF64, Dtype::kF64), 16);  // elsewhere in the file
+  constexpr std::array<std::uint64_t, 7> kOffsets = {0, 12, 64, 128, 192, 195, 256};
+  for (std::size_t i = 0; i < kOffsets.size(); ++i) EXPECT_EQ(layout.offset(i), kOffsets.at(i));
+  EXPECT_EQ(layout.bytes(), 272);
+
+  std::vector<std::byte> block(layout.bytes());
+  layout.place_at(block.data());
+  ASSERT_EQ(plan.copies.size(), 6);  // without the empty one
+  EXPECT_EQ(plan.copies[1].target, address_of(block.data()) + 12);
+  EXPECT_EQ(plan.copies[3].target, address_of(block.data()) + 128);
+  EXPECT_EQ(plan.copies[3].elements, 2);
+  EXPECT_EQ(plan.copies[3].source_dtype, Dtype::kF32);
+  EXPECT_EQ(plan.copies[3].target_dtype, Dtype::kBf16);
+  EXPECT_EQ(plan.copies[4].elements, 3);
 }
 
 // A load as small as this one has no threads: the caller of wait() is the one that works. The

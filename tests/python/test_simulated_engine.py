@@ -8,6 +8,8 @@ import gc
 import importlib
 import os
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -458,6 +460,32 @@ def test_pinned_tensors_outlive_the_driver(machine: Switch, checkpoint_path: Pat
         del plan, tensors
         gc.collect()
         assert driver.violations() == []
+
+
+def test_other_threads_run_while_pages_are_pinned(machine: Switch, tmp_path: Path) -> None:
+    size = 256 << 20
+    header = {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    support.sparse_file(tmp_path / "f", header, size)
+    part = Checkpoint.of_file(tmp_path / "f").parts[0]
+    moments: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            moments.append(time.monotonic())
+
+    ticking = threading.Thread(target=tick)
+    with machine():
+        plan = _native.Plan(_native.Settings(threads=1))
+        ticking.start()
+        began = time.monotonic()
+        plan.read(part, None, None, 0)
+        ended = time.monotonic()
+        done.set()
+        ticking.join()
+        del plan
+    # With the lock held, the first moment after it could at the earliest lie just before `ended`.
+    assert any(began < moment < (began + ended) / 2 for moment in moments)
 
 
 def test_refused_pinning_is_named(machine: Switch, checkpoint_path: Path) -> None:
