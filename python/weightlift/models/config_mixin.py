@@ -217,8 +217,11 @@ class ConfigMixin:
             )
             values, kwargs = cls.load_config(values, return_unused_kwargs=True, **kwargs)
         arguments, unused, hidden = cls.extract_init_dict(values, **kwargs)
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         for name in ("dtype", *cls._deprecated_kwargs):
-            if name in unused:
+            # transformers' configs have a dtype that is not the constructor's.
+            if name in unused and (name in kwargs or takes_any):
                 arguments[name] = unused.pop(name)
         made = cls(**arguments)
         if "_class_name" in hidden:
