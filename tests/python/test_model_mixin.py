@@ -307,8 +307,9 @@ def devices(model: nn.Module) -> dict[str, str]:
 def test_device_maps_to_the_cpu(device_map: Any, folder: Path) -> None:
     model = made(THEIRS, "UNet")
     model.save_pretrained(folder, max_shard_size=1000)
-    expected = THEIRS.UNet.from_pretrained(folder, device_map=device_map)
-    loaded = OURS.UNet.from_pretrained(folder, device_map=device_map)
+    how = {"device_map": device_map, "max_memory": {"cpu": 10**9}}
+    expected = THEIRS.UNet.from_pretrained(folder, **how)
+    loaded = OURS.UNet.from_pretrained(folder, **how)
     assert_same_tensors(state(loaded), state(expected))
     assert devices(loaded) == devices(expected)
     assert_works(loaded, model, "UNet")

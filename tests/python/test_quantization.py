@@ -144,9 +144,14 @@ def converted(model: nn.Module) -> list[str]:
     ]
 
 
+def load(place: Path, **arguments: Any) -> Any:
+    """On the CPU, whatever there is."""
+    return Ours.from_pretrained(place, **{"device_map": "cpu", **arguments})
+
+
 def by_hand(folder: Path, dtype: torch.dtype, names: list[str], make: Any) -> Any:
     """The model with these layers replaced by bitsandbytes'."""
-    model = Ours.from_pretrained(folder, dtype=dtype)
+    model = load(folder, dtype=dtype)
     for name in names:
         old = model.get_submodule(name)
         new = make(old.in_features, old.out_features, old.bias is not None)
@@ -184,7 +189,7 @@ def test_four_bits(folder: Path, kind: str, double: bool, dtype: torch.dtype) ->
     expected_state = state(expected)
     for library in (transformers, diffusers):
         config = library.BitsAndBytesConfig(load_in_4bit=True, **options)
-        model = Ours.from_pretrained(folder, quantization_config=config, dtype=dtype)
+        model = load(folder, quantization_config=config, dtype=dtype)
         assert converted(model) == QUANTIZED
         assert_same_state(state(model), expected_state)
         assert_works(model, expected)
@@ -216,7 +221,7 @@ def test_eight_bits(folder: Path) -> None:
         {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)},
         {"quantization_config": diffusers.BitsAndBytesConfig(load_in_8bit=True)},
     ):
-        model = Ours.from_pretrained(folder, **how)
+        model = load(folder, **how)
         assert converted(model) == QUANTIZED
         assert_same_state(state(model), state(expected))
         assert_works(model, expected)
@@ -227,9 +232,9 @@ def test_eight_bits(folder: Path) -> None:
 def test_the_flags_are_the_librarys_config(folder: Path) -> None:
     for flag in ("load_in_4bit", "load_in_8bit"):
         config = transformers.BitsAndBytesConfig(**{flag: True})
-        expected = Ours.from_pretrained(folder, quantization_config=config)
+        expected = load(folder, quantization_config=config)
         for how in ({flag: True}, {"quantization_config": config.to_dict()}):
-            model = Ours.from_pretrained(folder, **how)
+            model = load(folder, **how)
             assert_same_state(state(model), state(expected))
             assert model.config.quantization_config.to_dict() == config.to_dict()
             assert type(model.config.quantization_config) is transformers.BitsAndBytesConfig
@@ -245,7 +250,7 @@ def test_what_contradicts_itself(folder: Path) -> None:
         ({"load_in_4bit": True, "device_map": {"first": "disk", "": "cpu"}}, "on the disk"),
     ):
         with pytest.raises(ValueError, match=why):
-            Ours.from_pretrained(folder, **how)
+            load(folder, **how)
 
 
 @pytest.mark.parametrize("flag", ["load_in_4bit", "load_in_8bit"])
@@ -253,18 +258,18 @@ def test_transformers_makes_the_same(folder: Path, tmp_path: Path, flag: str) ->
     # With a list of its own transformers adds nothing to it.
     skip = ["out_proj", "blocks.1"]
     plain = TransformersNetwork(TransformersConfig())
-    plain.load_state_dict(state(Ours.from_pretrained(folder)))
+    plain.load_state_dict(state(load(folder)))
     plain.save_pretrained(tmp_path / "plain")
     config = transformers.BitsAndBytesConfig(**{flag: True}, llm_int8_skip_modules=[*skip, "head"])
     expected = TransformersNetwork.from_pretrained(
         tmp_path / "plain", quantization_config=config, dtype=torch.float16
     )
-    model = Ours.from_pretrained(folder, quantization_config=config, dtype=torch.float16)
+    model = load(folder, quantization_config=config, dtype=torch.float16)
     assert converted(model) == converted(expected) == ["first", "blocks.0"]
     assert_same_state(state(model), state(expected))
     # What transformers saved, quantized, loads.
     expected.save_pretrained(tmp_path / "quantized")
-    again, info = Ours.from_pretrained(tmp_path / "quantized", output_loading_info=True)
+    again, info = load(tmp_path / "quantized", output_loading_info=True)
     assert_same_state(state(again), state(expected))
     assert converted(again) == ["first", "blocks.0"]
     assert not any(info.values())
@@ -283,7 +288,7 @@ def test_transformers_makes_the_same(folder: Path, tmp_path: Path, flag: str) ->
 
 def test_layers_that_are_not_converted(folder: Path) -> None:
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["blocks"])
-    model = Ours.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
+    model = load(folder, quantization_config=config, dtype=torch.bfloat16)
     assert converted(model) == ["first", "out_proj"]
     for name, parameter in model.named_parameters():
         kept = name.startswith("norm.")  # of _keep_in_fp32_modules
@@ -315,14 +320,14 @@ def test_saved_and_loaded_again(
     folder: Path, tmp_path: Path, config: dict[str, Any], said: list[str]
 ) -> None:
     chosen = transformers.BitsAndBytesConfig(**config)
-    model = Ours.from_pretrained(folder, quantization_config=chosen)
+    model = load(folder, quantization_config=chosen)
     before = state(model)  # a forward pass changes it
     for number, saving in enumerate(SAVINGS):
         model.save_pretrained(tmp_path / str(number), **saving)
     for number, saving in enumerate(SAVINGS):
         place = tmp_path / str(number)
         how = {"variant": saving["variant"]} if "variant" in saving else {}
-        again, info = Ours.from_pretrained(place, output_loading_info=True, **how)
+        again, info = load(place, output_loading_info=True, **how)
         assert converted(again) == converted(model)
         assert_same_state(state(again), before)
         assert_works(again, model)
@@ -332,7 +337,7 @@ def test_saved_and_loaded_again(
     assert said == []
     # The file says how it is quantized.
     other = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
-    again = Ours.from_pretrained(tmp_path / "0", quantization_config=other)
+    again = load(tmp_path / "0", quantization_config=other)
     assert_same_state(state(again), before)
     assert "quantized already" in said[0]
     with pytest.raises(ValueError, match="quantized"):
@@ -359,12 +364,12 @@ def test_what_is_missing_is_initialized(
     arguments = {how: True}
     if how == "torchao":
         arguments = {"quantization_config": diffusers.TorchAoConfig(Int8WeightOnlyConfig())}
-    model, info = Ours.from_pretrained(tmp_path / "part", output_loading_info=True, **arguments)
+    model, info = load(tmp_path / "part", output_loading_info=True, **arguments)
     missing = {"blocks.1.weight", "out_proj.bias", "norm.scale.weight", "conv.bias"}
     assert set(info["missing_keys"]) == missing
     assert all(name in said[-1] for name in missing)
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
-    whole = Ours.from_pretrained(folder, **arguments)
+    whole = load(folder, **arguments)
     assert type(model.blocks[1].weight) is type(whole.blocks[1].weight)
     assert model.norm["scale"].weight.unique().tolist() == [1]
     assert 0 < model.out_proj.bias.abs().max() <= 1 / 8
@@ -388,7 +393,7 @@ def test_mismatches_name_all(folder: Path, tmp_path: Path, how: str) -> None:
     for place in ("other", "quantized"):
         if place == "quantized":
             Ours(width=32).save_pretrained(tmp_path / "small")
-            model = Ours.from_pretrained(tmp_path / "small", **{how: True})
+            model = load(tmp_path / "small", **{how: True})
             model.save_pretrained(tmp_path / place)
             values = json.loads((tmp_path / place / "config.json").read_text())
             values["width"] = 64
@@ -400,10 +405,10 @@ def test_mismatches_name_all(folder: Path, tmp_path: Path, how: str) -> None:
                 r"conv\.bias: \(2,\) .* \(1,\)",
             ]
         with pytest.raises(wl.CheckpointError, match="of another shape") as caught:
-            Ours.from_pretrained(tmp_path / place, **({how: True} if place == "other" else {}))
+            load(tmp_path / place, **({how: True} if place == "other" else {}))
         for name in names:
             assert re.search(name, str(caught.value))
-    model, info = Ours.from_pretrained(
+    model, info = load(
         tmp_path / "other", ignore_mismatched_sizes=True, output_loading_info=True, **{how: True}
     )
     assert sorted(info["mismatched_keys"]) == [
@@ -415,7 +420,7 @@ def test_mismatches_name_all(folder: Path, tmp_path: Path, how: str) -> None:
 
 
 def test_a_few_weights_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = Ours.from_pretrained(folder, load_in_4bit=True)
+    expected = load(folder, load_in_4bit=True)
     started: list[list[str]] = []
 
     class Loading(quantization.Loading):
@@ -425,7 +430,7 @@ def test_a_few_weights_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(quantization, "Loading", Loading)
     monkeypatch.setattr(quantization, "_AT_ONCE", 1)
-    model = Ours.from_pretrained(folder, load_in_4bit=True)
+    model = load(folder, load_in_4bit=True)
     assert started == [[f"{name}.weight"] for name in QUANTIZED]
     assert_same_state(state(model), state(expected))
 
@@ -434,9 +439,9 @@ def test_an_automatic_map_counts_quantized_weights_as_such(folder: Path) -> None
     fits = 16 * 64 * 2 + 128 * 4 * 4 + (64 * 128 * 2 + 64 * 64 * 2) + 4000
     assert fits < sum(p.numel() for p in Ours().parameters()) * 2
     how: dict[str, Any] = {"device_map": "auto", "max_memory": {"cpu": fits}}
-    assert converted(Ours.from_pretrained(folder, load_in_8bit=True, **how)) == QUANTIZED
+    assert converted(load(folder, load_in_8bit=True, **how)) == QUANTIZED
     with pytest.raises(wl.CheckpointError, match="short of"):
-        Ours.from_pretrained(folder, load_in_8bit=True, device_map="auto", max_memory={"cpu": 9999})
+        load(folder, load_in_8bit=True, device_map="auto", max_memory={"cpu": 9999})
 
 
 # torchao.
@@ -466,7 +471,7 @@ def quantized(model: nn.Module) -> list[str]:
 
 
 def torchao_reference(folder: Path, chosen: list[str], config: Any = None) -> Any:
-    model = Ours.from_pretrained(folder, dtype=torch.bfloat16)
+    model = load(folder, dtype=torch.bfloat16)
     quantize_(model, config or Int8WeightOnlyConfig(), lambda _, name: name in chosen)
     return model
 
@@ -477,7 +482,7 @@ def test_int8_weights_of_torchao(folder: Path) -> None:
     for library in (diffusers, transformers):
         config = library.TorchAoConfig(Int8WeightOnlyConfig())
         for how in ({}, {"dtype": torch.bfloat16}, {"device_map": "cpu"}):
-            model = Ours.from_pretrained(folder, quantization_config=config, **how)
+            model = load(folder, quantization_config=config, **how)
             assert_same_state(parts(model), parts(expected))
             assert_works(model, expected)
             assert model.head.weight is model.embedding.weight
@@ -500,15 +505,13 @@ def test_torchao_by_diffusers(folder: Path, tmp_path: Path) -> None:
     expected = Theirs.from_pretrained(
         untied, quantization_config=config, torch_dtype=torch.bfloat16
     )
-    model = Ours.from_pretrained(untied, quantization_config=config, dtype=torch.bfloat16)
+    model = load(untied, quantization_config=config, dtype=torch.bfloat16)
     assert quantized(model) == quantized(expected) == ["first"]
     assert_same_state(parts(model), parts(expected))
     # What diffusers saved.
     expected.head.weight = nn.Parameter(expected.head.weight.detach().clone())
     expected.save_pretrained(tmp_path / "theirs")
-    again, info = Ours.from_pretrained(
-        tmp_path / "theirs", dtype=torch.bfloat16, output_loading_info=True
-    )
+    again, info = load(tmp_path / "theirs", dtype=torch.bfloat16, output_loading_info=True)
     assert_same_state(parts(again), parts(model))
     assert_works(again, model)
     assert not any(info.values())
@@ -519,9 +522,9 @@ def test_torchao_saved_and_loaded_again(
     folder: Path, tmp_path: Path, saving: dict[str, Any]
 ) -> None:
     config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
-    model = Ours.from_pretrained(folder, quantization_config=config)
+    model = load(folder, quantization_config=config)
     model.save_pretrained(tmp_path / "model", **saving)
-    again, info = Ours.from_pretrained(tmp_path / "model", output_loading_info=True)
+    again, info = load(tmp_path / "model", output_loading_info=True)
     assert quantized(again) == QUANTIZED
     assert_same_state(parts(again), parts(model))
     assert_works(again, model)
@@ -545,7 +548,7 @@ def test_torchao_by_name(folder: Path) -> None:
         (["blocks.1"], ["first", "blocks.0"]),
     ):
         how = diffusers.TorchAoConfig(config, modules_to_not_convert=skip)
-        model = Ours.from_pretrained(folder, quantization_config=how)
+        model = load(folder, quantization_config=how)
         assert quantized(model) == chosen
         assert_same_state(parts(model), parts(torchao_reference(folder, chosen)))
 
@@ -553,8 +556,8 @@ def test_torchao_by_name(folder: Path) -> None:
 def test_what_torchao_cannot(folder: Path, tmp_path: Path) -> None:
     config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
     with pytest.raises(ValueError, match="on the disk"):
-        Ours.from_pretrained(folder, quantization_config=config, device_map={"": "disk"})
-    model = Ours.from_pretrained(folder, quantization_config=config)
+        load(folder, quantization_config=config, device_map={"": "disk"})
+    model = load(folder, quantization_config=config)
     model.save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / f"{STEM}.safetensors"
     tensors = safetensors.torch.load_file(path)
@@ -562,16 +565,16 @@ def test_what_torchao_cannot(folder: Path, tmp_path: Path) -> None:
         metadata = file.metadata()
     safetensors.torch.save_file(tensors, path)
     with pytest.raises(wl.CheckpointError, match="how torchao's tensors are put together"):
-        Ours.from_pretrained(tmp_path / "model")
+        load(tmp_path / "model")
     del tensors["first._weight_scale"]
     safetensors.torch.save_file(tensors, path, metadata)
     with pytest.raises(wl.CheckpointError, match=r"first\._weight_scale"):
-        Ours.from_pretrained(tmp_path / "model")
+        load(tmp_path / "model")
     Ours(width=32).save_pretrained(tmp_path / "small")
-    model = Ours.from_pretrained(tmp_path / "small", quantization_config=config)
+    model = load(tmp_path / "small", quantization_config=config)
     model.save_pretrained(tmp_path / "small")
     values = json.loads((tmp_path / "small" / "config.json").read_text())
     values["width"] = 64
     (tmp_path / "small" / "config.json").write_text(json.dumps(values))
     with pytest.raises(wl.CheckpointError, match=r"first\.weight: \(64, 32\) .* \(128, 64\)"):
-        Ours.from_pretrained(tmp_path / "small")
+        load(tmp_path / "small")
