@@ -13,7 +13,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 BUILD_NEEDS := pybind11 scikit-build-core cmake ninja nlohmann-json nvidia-cuda-runtime
 RUN_NEEDS   := torch numpy safetensors rich typer matplotlib huggingface_hub accelerate msgpack \
                diffusers transformers
-TEST_NEEDS  := pytest pytest-timeout hypothesis ruff mypy clang-format peft bitsandbytes torchao
+TEST_NEEDS  := pytest pytest-timeout hypothesis ruff mypy clang-format peft bitsandbytes torchao \
+               'jax; python_version >= "3.11"' 'flax; python_version >= "3.11"'
 
 NATIVE := $(wildcard $(shell git ls-files csrc cmake tests/native "*CMakeLists.txt" \
             "tests/simulated_driver/*.h" "tests/simulated_driver/*.cc" pyproject.toml 2>/dev/null))

@@ -96,7 +96,9 @@ class ConfigMixin:
         if self.config_name is None:
             raise NotImplementedError(f"{type(self)} must define config_name, as 'config.json'")
         kwargs.pop("kwargs", None)
-        self._internal_dict = FrozenDict({**self.__dict__.get("_internal_dict", {}), **kwargs})
+        # Past __setattr__: modules of Flax are frozen once they are made.
+        config = FrozenDict({**self.__dict__.get("_internal_dict", {}), **kwargs})
+        self.__dict__["_internal_dict"] = config
 
     def __getattr__(self, name: str) -> Any:
         found, value = self._deprecated_attribute(name)

@@ -228,9 +228,9 @@ def _check_head(place: str, head: bytes, size: int) -> None:
         )
     text = head.lstrip().lower()
     if head.startswith(b"PK\x03\x04") or (head[0] == 0x80 and size > 1):
-        kind = "of torch.save: load it without from_flax"
+        kind = "of torch.save: load it without from_flax, and into Flax models with from_pt=True"
     elif head[4:9] == b"\0\0\0\0{":
-        kind = "of safetensors: load it without from_flax"
+        kind = "of safetensors: load it without from_flax, and into Flax models with from_pt=True"
     elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
         kind = "that is a web page: download again, and look whether the link asks for a login"
     elif not (0x80 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)):
