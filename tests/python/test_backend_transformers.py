@@ -1,0 +1,1067 @@
+"""The transformers backend: the same outcome, load by load, as without it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import weightlift as wl
+from backend_support import engine_moves, stock_way, tensor_bytes
+from support import assert_same, run_python
+from weightlift import backends
+from weightlift.backends import transformers_walk
+from weightlift.errors import OutOfMemoryError, ReadError
+
+# torchao and bitsandbytes, which transformers imports where they are, warn of this machine.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import safetensors
+    import safetensors.torch
+    import transformers
+    import transformers.initialization
+    from transformers import conversion_mapping, core_model_loading, modeling_utils
+
+CALLER = "transformers"
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+# Before, the library walks, and reads what it then finds to be of another shape.
+walked = pytest.mark.skipif(
+    VERSION < (5, 16), reason="the walk of transformers before 5.16 is left as it is"
+)
+LLAMA = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MOE = {
+    **LLAMA,
+    "num_hidden_layers": 2,
+    "moe_intermediate_size": 8,
+    "num_experts": 12,
+    "num_local_experts": 12,
+    "num_experts_per_tok": 2,
+    "head_dim": 4,
+}
+BERT = {**LLAMA, "max_position_embeddings": 16, "num_hidden_layers": 2}
+
+
+def resnet() -> Any:
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], num_labels=3
+    )
+    model = transformers.ResNetForImageClassification(config)
+    model.train()(torch.randn(2, 3, 32, 32))  # the running statistics are no longer 0 and 1
+    return model
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)),
+    "tied": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    ),
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**BERT)),
+    "masked": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**MOE)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**MOE)),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4,
+            decoder_start_token_id=0,
+        )
+    ),
+    "resnet": resnet,
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+    ),
+    "dinov2": lambda: transformers.Dinov2Model(
+        transformers.Dinov2Config(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28,
+            patch_size=14, use_swiglu_ffn=True,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``made("llama", dtype, **save_arguments)``: the folder of a saved model."""
+
+    @functools.cache
+    def make(name: str, dtype: torch.dtype = torch.float32, **arguments: Any) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        torch.manual_seed(sum(map(ord, name)))
+        MODELS[name]().to(dtype).save_pretrained(folder, **arguments)
+        return folder
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No bars; and every test ends as it began."""
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    wl.disable()
+
+
+@dataclass
+class Outcome:
+    """All that a load shows."""
+
+    model: Any = None
+    info: dict[str, Any] = field(default_factory=dict)
+    logs: list[tuple[str, str]] = field(default_factory=list)
+    warned: list[tuple[type, str]] = field(default_factory=list)
+    error: Exception | None = None
+
+
+class Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # The rows of the loading report come in the order of a set.
+        lines = sorted(line.strip() for line in record.getMessage().splitlines())
+        self.found.append((record.levelname, "\n".join(lines)))
+
+
+def load(
+    cls: Any, path: Path | str | None, /, raises: type[Exception] | None = None, **kwargs: Any
+) -> Outcome:
+    """One load, with whatever it says."""
+    outcome = Outcome()
+    records = Records()
+    logger = logging.getLogger("transformers")
+    for once in (logging.Logger.warning_once, logging.Logger.info_once):  # type: ignore[attr-defined]
+        once.cache_clear()
+    torch.manual_seed(7)
+    logger.addHandler(records)
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            if raises is None:
+                found = cls.from_pretrained(path, output_loading_info=True, **kwargs)
+                outcome.model, outcome.info = found
+            else:
+                with pytest.raises(raises) as error:
+                    cls.from_pretrained(path, **kwargs)
+                outcome.error = error.value
+    finally:
+        logger.removeHandler(records)
+    outcome.logs = records.found
+    outcome.warned = [(w.category, str(w.message)) for w in warned]
+    return outcome
+
+
+def assert_same_models(ours: Any, theirs: Any) -> None:
+    """The same tensors at the same places, tied as they are, and the same notes about them."""
+    assert type(ours) is type(theirs)
+    for kind in ("named_parameters", "named_buffers"):
+        mine = dict(getattr(ours, kind)(remove_duplicate=False))
+        stock = dict(getattr(theirs, kind)(remove_duplicate=False))
+        assert list(mine) == list(stock)
+        for name, tensor in stock.items():
+            assert type(mine[name]) is type(tensor), name
+            assert mine[name].device == tensor.device, name
+            assert mine[name].requires_grad == tensor.requires_grad, name
+            assert mine[name].stride() == tensor.stride(), name
+            assert vars(mine[name]).keys() == vars(tensor).keys(), name
+            if tensor.device.type == "meta":
+                assert (mine[name].shape, mine[name].dtype) == (tensor.shape, tensor.dtype)
+            else:
+                assert_same(mine[name].data, tensor.data)
+        tied = [
+            {names[0]: names for names in groups.values()}
+            for groups in (_by_identity(mine), _by_identity(stock))
+        ]
+        assert tied[0] == tied[1]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert ours.training == theirs.training
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert getattr(ours, "hf_device_map", None) == getattr(theirs, "hf_device_map", None)
+    conversions = [
+        [(type(c), c.source_patterns, c.target_patterns) for c in model._weight_conversions]
+        for model in (ours, theirs)
+    ]
+    assert conversions[0] == conversions[1]
+
+
+def _by_identity(tensors: dict[str, torch.Tensor]) -> dict[int, list[str]]:
+    groups: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return groups
+
+
+def assert_same_outcomes(ours: Outcome, theirs: Outcome) -> None:
+    assert ours.info == theirs.info
+    assert ours.logs == theirs.logs
+    assert ours.warned == theirs.warned
+    if theirs.error is None:
+        assert ours.error is None
+        assert_same_models(ours.model, theirs.model)
+    else:
+        assert type(ours.error) is type(theirs.error)
+        assert str(ours.error) == str(theirs.error)
+
+
+def both(cls: Any, path: Path, moved: int | None = None, /, **kwargs: Any) -> tuple[Any, Any]:
+    """Loads without and with the backend, and compares; returns (ours, theirs).
+
+    ``moved`` are the tensor bytes that the engine is to move: by default, the checkpoint's.
+    """
+    theirs = load(cls, path, **kwargs)
+    nbytes = tensor_bytes(path / kwargs.get("subfolder", "")) if moved is None else moved
+    with wl.enabled(CALLER), engine_moves(nbytes, CALLER):
+        ours = load(cls, path, **kwargs)
+    assert_same_outcomes(ours, theirs)
+    return ours, theirs
+
+
+DTYPES = [None, "auto", "float32", "bfloat16"]
+CAUSAL = transformers.AutoModelForCausalLM
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_language_models(
+    made: Callable[..., Path], name: str, stored: torch.dtype, dtype: str | None
+) -> None:
+    ours, _ = both(CAUSAL, made(name, stored), dtype=dtype)
+    wanted = {None: stored, "auto": stored}.get(dtype) or getattr(torch, str(dtype))
+    assert ours.model.dtype == wanted
+    if name == "tied":
+        assert ours.model.lm_head.weight is ours.model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    "device_map", [None, "cpu", "auto", {"": "cpu"}, {"": torch.device("cpu")}]
+)
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_shards_and_device_maps(made: Callable[..., Path], device_map: Any, dtype: str) -> None:
+    folder = made("llama", max_shard_size="6KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    both(CAUSAL, folder, device_map=device_map, dtype=dtype)
+    report = wl.last_report()
+    assert report is not None
+    assert len(report.files) == len(list(folder.glob("*.safetensors")))
+    assert report.bytes == tensor_bytes(folder)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixtures(made: Callable[..., Path], name: str, dtype: str | None) -> None:
+    folder = made(name, torch.bfloat16, max_shard_size="8KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    ours, _ = both(CAUSAL, folder, dtype=dtype)
+    assert ours.model.model.layers[0].mlp.experts.gate_up_proj.shape == (
+        12,
+        *([16, 16] if name == "qwen3_moe" else [48, 16]),
+    )
+    assert ours.model._weight_conversions
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
+def test_parts_that_stay_in_float32(
+    made: Callable[..., Path], stored: torch.dtype, dtype: str
+) -> None:
+    ours, _ = both(transformers.AutoModelForSeq2SeqLM, made("t5", stored), dtype=dtype)
+    wo = ours.model.encoder.block[0].layer[1].DenseReluDense.wo.weight
+    if ours.model.dtype == torch.float16:
+        assert wo.dtype == torch.float32
+
+
+def test_buffers(made: Callable[..., Path]) -> None:
+    ours, _ = both(transformers.AutoModelForImageClassification, made("resnet"), dtype="bfloat16")
+    counted = ours.model.resnet.embedder.embedder.normalization.num_batches_tracked
+    assert counted.dtype == torch.int64
+    assert counted == 1
+
+
+def test_what_the_library_converts(made: Callable[..., Path]) -> None:
+    folder = made("dinov2")
+    names = safetensors.safe_open(folder / "model.safetensors", "pt").keys()
+    assert any("weights_in" in name for name in names)  # one tensor there, two in the model
+    for dtype in ("auto", "bfloat16"):
+        both(transformers.AutoModel, folder, dtype=dtype)
+
+
+def test_a_head_that_is_not_there(made: Callable[..., Path]) -> None:
+    _, theirs = both(transformers.AutoModelForSequenceClassification, made("bert"), num_labels=5)
+    assert theirs.info["missing_keys"] == {"classifier.weight", "classifier.bias"}
+    assert "MISSING" in theirs.logs[0][1]
+
+
+def test_a_head_that_is_not_wanted(made: Callable[..., Path]) -> None:
+    folder = made("masked")
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        head = [name for name in file.keys() if not name.startswith("bert.")]  # noqa: SIM118
+        unwanted = sum(file.get_tensor(name).nbytes for name in head)
+    _, theirs = both(
+        transformers.AutoModel, folder, tensor_bytes(folder) - unwanted, add_pooling_layer=False
+    )
+    assert head
+    assert theirs.info["unexpected_keys"] == set(head)
+
+
+def test_names_of_old(made: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(made("bert"), tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("Norm.bias", "Norm.beta"): value
+        for name, value in tensors.items()
+    }
+    assert old.keys() != tensors.keys()
+    safetensors.torch.save_file(old, path, {"format": "pt"})
+    ours, _ = both(transformers.BertModel, tmp_path)
+    assert not ours.info["missing_keys"]
+
+
+def test_names_by_key_mapping(made: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(made("llama"), tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    renamed = {name.replace("self_attn", "attention"): value for name, value in tensors.items()}
+    safetensors.torch.save_file(renamed, path, {"format": "pt"})
+    ours, _ = both(CAUSAL, tmp_path, key_mapping={r"\.attention\.": ".self_attn."})
+    assert not ours.info["missing_keys"]
+
+
+@walked
+def test_sizes_that_do_not_match(made: Callable[..., Path]) -> None:
+    folder = made("llama")
+    config = transformers.LlamaConfig(**{**LLAMA, "vocab_size": 40})
+    two = 2 * 32 * 16 * 4  # the embeddings, which the engine has no reason to read
+    kwargs = {"config": config, "ignore_mismatched_sizes": True}
+    ours, _ = both(CAUSAL, folder, tensor_bytes(folder) - two, **kwargs)
+    assert ours.info["mismatched_keys"] == {
+        (name, torch.Size([32, 16]), torch.Size([40, 16]))
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    both(CAUSAL, folder, tensor_bytes(folder) - two, config=config, raises=RuntimeError)
+
+
+def test_experts_that_do_not_match(made: Callable[..., Path]) -> None:
+    folder = made("mixtral")
+    config = transformers.MixtralConfig(**{**MOE, "num_local_experts": 13})
+    both(CAUSAL, folder, config=config, ignore_mismatched_sizes=True)
+
+
+def test_an_expert_that_is_not_there(made: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(made("mixtral"), tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    del tensors["model.layers.1.block_sparse_moe.experts.4.w3.weight"]
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    theirs = load(CAUSAL, tmp_path, raises=RuntimeError)
+    with wl.enabled(CALLER):
+        ours = load(CAUSAL, tmp_path, raises=RuntimeError)
+    assert type(ours.error) is type(theirs.error)
+    assert str(ours.error) == str(theirs.error)
+    # The report quotes a trace, in which the files that are gone through differ.
+    stacked = re.compile(r"Error: .* on tensors destined for .*")
+    found = [[stacked.findall(text) for _, text in outcome.logs] for outcome in (ours, theirs)]
+    assert found[0] == found[1]
+    assert any(found[0]) or VERSION < (5, 1)
+
+
+def test_variant_subfolder_and_attention(made: Callable[..., Path], tmp_path: Path) -> None:
+    model = transformers.LlamaForCausalLM.from_pretrained(made("llama"), dtype=torch.float16)
+    model.save_pretrained(tmp_path / "sub", variant="fp16", max_shard_size="6KB")
+    kwargs = {"subfolder": "sub", "variant": "fp16", "attn_implementation": "eager"}
+    ours, _ = both(CAUSAL, tmp_path, **kwargs)
+    assert ours.model.config._attn_implementation == "eager"
+    assert ours.model.dtype == torch.float16
+
+
+def test_a_generation_config(made: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(made("llama"), tmp_path, dirs_exist_ok=True)
+    transformers.GenerationConfig(max_new_tokens=3, pad_token_id=1).save_pretrained(tmp_path)
+    ours, theirs = both(CAUSAL, tmp_path)
+    assert ours.model.generation_config == theirs.model.generation_config
+    assert ours.model.generation_config.max_new_tokens == 3
+    prompt = torch.tensor([[1, 2, 3]])
+    made_up = [
+        one.model.generate(prompt, do_sample=False, attention_mask=torch.ones_like(prompt))
+        for one in (ours, theirs)
+    ]
+    assert torch.equal(*made_up)
+
+
+def test_mapped_as_the_library_does(made: Callable[..., Path]) -> None:
+    folder = made("llama")
+    with wl.enabled(CALLER):
+        model = CAUSAL.from_pretrained(folder)
+        report = wl.last_report()
+        assert report is not None
+        assert report.mapped_bytes == report.bytes
+        if VERSION >= (5, 6):
+            CAUSAL.from_pretrained(folder, disable_mmap=True)
+            report = wl.last_report()
+            assert report is not None
+            assert report.mapped_bytes == 0
+    # Each parameter owns its memory alone, and may be trained.
+    sizes = {p.untyped_storage().nbytes() == p.nbytes for p in model.parameters()}
+    assert sizes == {True}
+    before = (folder / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+# --- On the disk
+
+
+def _index(model: Any) -> dict[str, Any]:
+    """What accelerate's hooks know of the weights on the disk."""
+    found: dict[str, Any] = {}
+    for module in model.modules():
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights is not None:
+            found.update(getattr(weights, "dataset", weights).index)
+    return found
+
+
+@walked
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "tied", "qwen3_moe"])
+def test_weights_on_the_disk(
+    made: Callable[..., Path], tmp_path: Path, name: str, dtype: str
+) -> None:
+    folder = made(name)
+    device_map = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.layers.2": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        stays = sum(
+            file.get_tensor(name).nbytes
+            for name in file.keys()  # noqa: SIM118
+            if re.match(r"model\.layers\.[12]", name) and "experts" not in name
+        )
+    outcomes = []
+    for side in ("theirs", "ours"):
+        kwargs = {"device_map": device_map, "offload_folder": tmp_path / side, "dtype": dtype}
+        with contextlib.ExitStack() as stack:
+            if side == "ours":
+                stack.enter_context(wl.enabled(CALLER))
+                stack.enter_context(engine_moves(tensor_bytes(folder) - stays, CALLER))
+            outcomes.append(load(CAUSAL, folder, **kwargs))
+    theirs, ours = outcomes
+    assert_same_outcomes(ours, theirs)
+    indices = [
+        json.loads(json.dumps(_index(one.model)).replace(f"/{side}/", "/"))
+        for one, side in ((ours, "ours"), (theirs, "theirs"))
+    ]
+    assert indices[0] == indices[1]
+    assert indices[0]
+    for saved in (tmp_path / "theirs").iterdir():
+        own = safetensors.torch.load_file(tmp_path / "ours" / saved.name)
+        for key, tensor in safetensors.torch.load_file(saved).items():
+            assert_same(own[key], tensor)
+    prompt = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert_same(ours.model(prompt).logits, theirs.model(prompt).logits)
+
+
+# --- Files of torch
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "bert", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_torch_files(made: Callable[..., Path], tmp_path: Path, name: str, dtype: str) -> None:
+    folder = made(name)
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    cls = transformers.AutoModel if name == "bert" else CAUSAL
+    both(cls, tmp_path, tensor_bytes(folder), dtype=dtype)
+    report = wl.last_report()
+    assert report is not None
+    mapped = report.bytes if dtype == "auto" and name != "qwen3_moe" else 0
+    assert report.mapped_bytes >= mapped
+
+
+def test_a_torch_file_with_tensors_that_share(made: Callable[..., Path], tmp_path: Path) -> None:
+    folder = made("llama")
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    both_norms = torch.stack([torch.ones(16), torch.zeros(16)], 1)
+    state["model.norm.weight"] = both_norms[:, 0]
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    nbytes = tensor_bytes(folder) - 32 * 16 * 4 + 15 * 4  # the norm's stride covers 31 elements
+    for dtype, shared in (("auto", True), ("bfloat16", False)):
+        ours, theirs = both(CAUSAL, tmp_path, nbytes, dtype=dtype)
+        for one in (ours, theirs):
+            places = {
+                parameter.data_ptr()
+                for parameter in (one.model.lm_head.weight, one.model.model.embed_tokens.weight)
+            }
+            assert len(places) == (1 if shared else 2)
+
+
+def test_a_torch_file_with_more_than_tensors(made: Callable[..., Path], tmp_path: Path) -> None:
+    folder = made("llama")
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save({"state_dict": state}, tmp_path / "pytorch_model.bin")
+    both_ways = []
+    for enabled in (False, True):
+        with wl.enabled(CALLER) if enabled else contextlib.nullcontext():
+            both_ways.append(load(CAUSAL, tmp_path))
+    assert_same_outcomes(both_ways[1], both_ways[0])
+    assert both_ways[1].info["unexpected_keys"] == {"state_dict"}
+
+
+# --- Converters of every kind, in a model made for them
+
+
+class ToyConfig(transformers.PreTrainedConfig):
+    model_type = "weightlift_toy"
+
+
+class Toy(transformers.PreTrainedModel):
+    config_class = ToyConfig
+    base_model_prefix = "toy"
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self.plain = torch.nn.Linear(4, 4)
+        self.experts = torch.nn.Module()
+        self.experts.merged = torch.nn.Parameter(torch.zeros(3, 2, 4))
+        self.experts.both = torch.nn.Parameter(torch.zeros(3, 5, 4))
+        self.joined = torch.nn.Parameter(torch.zeros(7, 4))
+        self.on_cpu = torch.nn.Parameter(torch.zeros(4, 4))
+        self.turned = torch.nn.Parameter(torch.zeros(4, 6))
+        self.first = torch.nn.Parameter(torch.zeros(3, 4))
+        self.second = torch.nn.Parameter(torch.zeros(3, 4))
+        self.twice = torch.nn.Parameter(torch.zeros(4))
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("scratch", torch.arange(3.0), persistent=False)
+        self.rnn = torch.nn.GRU(4, 4)  # which sets its weights in a way of its own
+        self.normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 4))
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        if isinstance(module, Toy):
+            transformers.initialization.constant_(module.turned, 5.0)
+            transformers.initialization.copy_(module.scratch, torch.arange(3.0))
+            transformers.initialization.copy_(module.seen, torch.tensor([1, 2]))
+
+
+def toy_mapping() -> list[Any]:
+    core = core_model_loading
+    converter = core.WeightConverter
+    return [
+        core.WeightRenaming(r"^ancient\.", "plain."),
+        converter("experts.*.one", "experts.merged", [core.MergeModulelist(dim=0)]),
+        converter(
+            ["experts.*.up", "experts.*.down"],
+            "experts.both",
+            [core.MergeModulelist(dim=0), core.Concatenate(dim=1)],
+        ),
+        converter(["part_a", "part_b"], "joined", [core.Concatenate(dim=0)]),
+        converter("far.*.piece", "on_cpu", [core.Concatenate(dim=0)], force_cpu=True),
+        converter("upright", "turned", [core.Transpose(dim0=0, dim1=1)]),
+        converter("fused", ["first", "second"], [core.Chunk(dim=0)]),
+    ]
+
+
+def toy_state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    state = {f"experts.{i}.one": torch.randn(2, 4) for i in range(3)}
+    for i in range(3):
+        state[f"experts.{i}.up"] = torch.randn(2, 4)
+        state[f"experts.{i}.down"] = torch.randn(3, 4)
+    state |= {"part_b": torch.randn(4, 4), "part_a": torch.randn(3, 4)}
+    state |= {f"far.{i}.piece": torch.randn(2, 4) for i in (10, 9)}
+    state |= {"upright": torch.randn(6, 4), "fused": torch.randn(6, 4)}
+    state |= {"ancient.weight": torch.randn(4, 4), "ancient.bias": torch.randn(4)}
+    state |= {"twice": torch.randn(4), "toy.twice": torch.randn(4), "seen": torch.tensor([5, 6])}
+    made = Toy(ToyConfig())
+    state |= {
+        name: torch.randn_like(value)
+        for name, value in made.state_dict().items()
+        if name.startswith(("rnn.", "normed."))
+    }
+    return state
+
+
+Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def _without(*names: str) -> Change:
+    return lambda state: {name: value for name, value in state.items() if name not in names}
+
+
+def _with(**tensors: torch.Tensor) -> Change:
+    return lambda state: {**state, **{name.replace("__", "."): t for name, t in tensors.items()}}
+
+
+TOYS: dict[str, tuple[Change, bool]] = {
+    "as it is": (lambda state: state, True),
+    "in another dtype": (lambda state: {k: v.to(torch.bfloat16) for k, v in state.items()}, True),
+    "with integers for numbers": (
+        _with(twice=torch.arange(4), part_a=torch.ones(3, 4).int()),
+        True,
+    ),
+    "of two dtypes": (_with(experts__1__one=torch.ones(2, 4).half()), True),
+    "without a buffer": (_without("seen"), True),
+    "without the upright one": (_without("upright"), True),
+    "one expert less": (_without("experts.1.one"), False),
+    "no lower halves": (_without(*(f"experts.{i}.down" for i in range(3))), False),
+    "one lower half less": (_without("experts.1.down"), False),
+    "one expert of another shape": (_with(experts__1__one=torch.ones(3, 4)), False),
+    "one upper half of another shape": (_with(experts__1__up=torch.ones(4, 4)), False),
+    "parts of other widths": (_with(part_a=torch.ones(3, 5)), False),
+    "more than is needed": (_with(part_a=torch.ones(9, 4)), False),
+    "unknown names": (_with(nobody=torch.ones(2), nobody__else=torch.ones(1)), True),
+    "both the halves and the whole": (_with(joined=torch.ones(7, 4)), True),
+}
+
+
+@pytest.fixture
+def toys(tmp_path: Path) -> Iterator[Callable[[Change], Path]]:
+    conversion_mapping.register_checkpoint_conversion_mapping("Toy", toy_mapping())
+
+    def save(change: Change) -> Path:
+        ToyConfig().save_pretrained(tmp_path)
+        state = change(toy_state())
+        safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+        return tmp_path
+
+    yield save
+    cache = conversion_mapping._checkpoint_conversion_mapping_cache
+    del cache["Toy"]
+    getattr(conversion_mapping, "USER_REGISTERED_MAPPINGS", set()).discard("Toy")
+
+
+def without_traces(outcome: Outcome) -> Outcome:
+    """Reports quote the traces of conversions that failed, and the way there differs."""
+    outcome.logs = [
+        (
+            level,
+            "\n".join(
+                re.findall(
+                    r"^\w+(?:Error)?: .*|^.*(?:MISSING|MISMATCH|UNEXP).*", text, re.MULTILINE
+                )
+            ),
+        )
+        for level, text in outcome.logs
+    ]
+    return outcome
+
+
+@walked
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TOYS)
+def test_converters(toys: Callable[[Change], Path], name: str, dtype: str) -> None:
+    change, works = TOYS[name]
+    folder = toys(change)
+    outcomes = []
+    for enabled in (False, True):
+        with wl.enabled(CALLER) if enabled else contextlib.nullcontext():
+            raises = None if works else RuntimeError
+            outcomes.append(without_traces(load(Toy, folder, raises, dtype=dtype)))
+    theirs, ours = outcomes
+    assert_same_outcomes(ours, theirs)
+    assert wl.stats().by_caller[CALLER].fallbacks == 0
+    if name == "as it is":
+        with wl.enabled(CALLER), engine_moves(tensor_bytes(folder) - 16, CALLER):
+            load(Toy, folder, dtype=dtype)  # of the two named alike, one is taken
+
+
+@walked
+def test_converters_ask_for_little_at_a_time(
+    toys: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the library converts comes in waves, each while the one before is converted."""
+    folder = toys(lambda state: state)
+    theirs = load(Toy, folder)
+    monkeypatch.setattr(transformers_walk, "_WAVE_BYTES", 1)
+    loads = wl.stats().loads
+    with wl.enabled(CALLER), engine_moves(tensor_bytes(folder) - 16, CALLER):
+        ours = load(Toy, folder)
+    assert_same_outcomes(ours, theirs)
+    assert wl.stats().loads - loads == 1 + 3  # on_cpu, turned, first and second
+
+
+# --- A walk that is not known
+
+
+@pytest.fixture
+def unknown_walk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(transformers_walk, "_KNOWN", frozenset())
+    transformers_walk._is_known.cache_clear()
+    yield
+    transformers_walk._is_known.cache_clear()
+
+
+@walked
+def test_the_walk_is_known() -> None:
+    with wl.enabled(CALLER):
+        config = modeling_utils.LoadStateDictConfig()
+        assert transformers_walk.is_ours(config)
+
+
+@pytest.mark.usefixtures("unknown_walk")
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(CAUSAL, "tied"), (CAUSAL, "mixtral"), (transformers.AutoModelForSeq2SeqLM, "t5"),
+     (transformers.AutoModel, "dinov2"), (transformers.AutoModelForSequenceClassification, "bert")],
+)  # fmt: skip
+def test_an_unknown_walk(made: Callable[..., Path], cls: Any, name: str, dtype: str) -> None:
+    both(cls, made(name), dtype=dtype)
+    both(cls, made(name, torch.bfloat16), dtype=dtype)
+
+
+@pytest.mark.usefixtures("unknown_walk")
+def test_an_unknown_walk_reads_what_is_asked_for(made: Callable[..., Path]) -> None:
+    folder = made("masked")
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        own = [name for name in file.keys() if name.startswith("bert.")]  # noqa: SIM118
+        wanted = sum(file.get_tensor(name).nbytes for name in own)
+    both(transformers.AutoModel, folder, wanted, add_pooling_layer=False)
+
+
+@pytest.mark.usefixtures("unknown_walk")
+def test_slices(made: Callable[..., Path]) -> None:
+    """What the library's walk takes for a slice of a file."""
+    path = made("llama") / "model.safetensors"
+    checkpoint = wl.Checkpoint.of_file(path)
+    weights = transformers_walk.Weights(checkpoint, "auto")
+    with safetensors.safe_open(path, "pt") as file:
+        assert sorted(weights) == sorted(file.keys())
+        for name, ours in weights.items():
+            theirs = file.get_slice(name)
+            assert ours.get_shape() == theirs.get_shape()
+            assert ours.get_dtype() == theirs.get_dtype()
+            assert_same(ours[...], theirs[...])
+            assert_same(ours[1:3], theirs[1:3])
+
+
+# --- Quantizers
+
+
+@pytest.fixture(scope="session")
+def bnb() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+
+@pytest.mark.usefixtures("bnb")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_as_it_is_loaded(made: Callable[..., Path], bits: int) -> None:
+    folder = made("llama", max_shard_size="6KB")
+    config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    ours, _ = both(CAUSAL, folder, quantization_config=config, device_map="cpu")
+    assert getattr(ours.model, f"is_loaded_in_{bits}bit")
+
+
+@pytest.mark.usefixtures("bnb")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_before(made: Callable[..., Path], tmp_path: Path, bits: int) -> None:
+    config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = CAUSAL.from_pretrained(made("llama"), quantization_config=config)
+    model.save_pretrained(tmp_path)
+    both(CAUSAL, tmp_path)
+
+
+@pytest.mark.usefixtures("bnb")
+def test_load_in_8bit(made: Callable[..., Path]) -> None:
+    folder = made("llama")
+    kwargs = {"llm_int8_threshold": 5.0, "llm_int8_skip_modules": ["lm_head"]}
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True, **kwargs)
+    theirs = load(CAUSAL, folder, quantization_config=config)
+    with pytest.raises(TypeError, match="load_in_8bit"):
+        CAUSAL.from_pretrained(folder, load_in_8bit=True)
+    with wl.enabled(CALLER), engine_moves(tensor_bytes(folder), CALLER):
+        ours = load(CAUSAL, folder, load_in_8bit=True, **kwargs)
+        (warned,) = [text for kind, text in ours.warned if kind is FutureWarning]
+        assert "quantization_config=BitsAndBytesConfig(load_in_8bit=True, llm_int8_t" in warned
+    assert_same_models(ours.model, theirs.model)
+    with wl.enabled(CALLER):
+        assert not hasattr(CAUSAL.from_pretrained(folder, load_in_8bit=False), "hf_quantizer")
+        with pytest.raises(ValueError, match="quantization_config are given"):
+            CAUSAL.from_pretrained(folder, load_in_4bit=True, quantization_config=config)
+
+
+# --- Adapters
+
+
+@pytest.fixture(scope="session")
+def peft() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("peft", reason="peft is not installed")
+
+
+@pytest.fixture
+def adapter(made: Callable[..., Path], tmp_path: Path, peft: Any) -> Path:
+    model = CAUSAL.from_pretrained(made("llama"))
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks this transformers for names it drops
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_load_adapter(made: Callable[..., Path], adapter: Path) -> None:
+    models = []
+    for enabled in (False, True):
+        model = CAUSAL.from_pretrained(made("llama"))
+        with contextlib.ExitStack() as stack:
+            if enabled:
+                stack.enter_context(wl.enabled(CALLER))
+                stack.enter_context(engine_moves(tensor_bytes(adapter), CALLER))
+            model.load_adapter(adapter)
+        models.append(model)
+    assert any("lora_A" in name for name, _ in models[0].named_parameters())
+    assert_same_models(models[1], models[0])
+
+
+def test_a_folder_of_an_adapter(made: Callable[..., Path], adapter: Path) -> None:
+    moved = tensor_bytes(made("llama")) + tensor_bytes(adapter)
+    ours, _ = both(CAUSAL, adapter, moved)
+    assert "default" in ours.model.peft_config
+
+
+@pytest.mark.parametrize("also", [(), ("safetensors",)])
+def test_peft_model(
+    made: Callable[..., Path], adapter: Path, peft: Any, also: tuple[str, ...]
+) -> None:
+    states = []
+    for enabled in (False, True):
+        model = CAUSAL.from_pretrained(made("llama"))
+        with contextlib.ExitStack() as stack:
+            if enabled:
+                stack.enter_context(wl.enabled(CALLER, *also))
+                if not also:
+                    stack.enter_context(engine_moves(tensor_bytes(adapter), CALLER))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = peft.PeftModel.from_pretrained(model, adapter)
+        states.append(dict(model.named_parameters()))
+    assert list(states[0]) == list(states[1])
+    for name, tensor in states[0].items():
+        assert_same(states[1][name].data, tensor.data)
+
+
+# --- What goes the stock way, and what fails
+
+
+def test_what_is_no_file_is_left_alone(made: Callable[..., Path]) -> None:
+    folder = made("llama")
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    config = transformers.LlamaConfig(**LLAMA)
+    with wl.enabled(CALLER), stock_way(CALLER, times=0):
+        model = transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+
+
+def test_parallel_plans_go_the_stock_way(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers.integrations
+
+    folder = made("llama")
+    caplog.set_level(logging.INFO, "weightlift")
+    monkeypatch.setattr(transformers.integrations, "is_fsdp_enabled", lambda: True)
+    with wl.enabled(CALLER), stock_way(CALLER, times=0):
+        CAUSAL.from_pretrained(folder)
+    (line,) = [record.message for record in caplog.records if record.name == "weightlift"]
+    assert line.endswith("the stock way: FSDP")
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut in the data": lambda data: data[:-100],
+    "cut in the header": lambda data: data[:50],
+    "not JSON": lambda data: data[:8] + b"#" + data[9:],
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files(made: Callable[..., Path], tmp_path: Path, damage: str) -> None:
+    shutil.copytree(made("llama"), tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    theirs = load(CAUSAL, tmp_path, raises=safetensors.SafetensorError)
+    with wl.enabled(CALLER):
+        ours = load(CAUSAL, tmp_path, raises=safetensors.SafetensorError)
+    assert_same_outcomes(ours, theirs)
+
+
+def _fails(error: Exception) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@walked
+def test_a_failure_falls_back_before_tensors_are_placed(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made("mixtral")
+    theirs = load(CAUSAL, folder)
+    error = ReadError(5, "the disk has gone", "somewhere")
+    monkeypatch.setattr(transformers_walk.Batch, "result", _fails(error))
+    with wl.enabled(CALLER), stock_way(CALLER):
+        ours = load(CAUSAL, folder)
+    ((kind, text),) = ours.warned
+    assert kind is UserWarning
+    assert "stock way" in text
+    assert "the disk has gone" in text
+    ours.warned = []
+    assert_same_outcomes(ours, theirs)
+    monkeypatch.setenv("WEIGHTLIFT_STRICT", "1")
+    with wl.enabled(CALLER), pytest.raises(wl.WeightliftError, match="the disk has gone"):
+        CAUSAL.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_memory_that_does_not_suffice(
+    made: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    known: bool,
+) -> None:
+    if not known:
+        request.getfixturevalue("unknown_walk")
+    error = OutOfMemoryError("no memory")
+    error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(transformers_walk.Batch, "start", _fails(error))
+    with wl.enabled(CALLER), stock_way(CALLER, 0), pytest.raises(torch.OutOfMemoryError):
+        CAUSAL.from_pretrained(made("llama"))
+
+
+@pytest.mark.usefixtures("unknown_walk")
+def test_a_failure_amid_the_library_s_walk_is_raised(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = ReadError(5, "the disk has gone", "somewhere")
+    monkeypatch.setattr(transformers_walk.Batch, "result", _fails(error))
+    with wl.enabled(CALLER), pytest.raises(OSError, match="the disk has gone"):
+        CAUSAL.from_pretrained(made("llama"))
+
+
+@walked
+def test_loads_of_several_threads(made: Callable[..., Path]) -> None:
+    folder = made("mixtral")
+    # Built one by one: that changes the process's default dtype.
+    models = [transformers.MixtralForCausalLM(transformers.MixtralConfig(**MOE)) for _ in range(3)]
+    files = [str(folder / "model.safetensors")]
+    errors: list[BaseException] = []
+
+    def run(model: Any) -> None:
+        try:
+            mapping = conversion_mapping.get_model_conversion_mapping(model)
+            config = modeling_utils.LoadStateDictConfig(weight_mapping=mapping)
+            info, _ = type(model)._load_pretrained_model(model, None, files, config)
+            assert not info.missing_keys
+            report = wl.last_report()
+            assert report is not None
+            assert report.bytes == tensor_bytes(folder)
+        except BaseException as error:
+            errors.append(error)
+
+    with wl.enabled(CALLER), engine_moves(3 * tensor_bytes(folder), CALLER):
+        threads = [threading.Thread(target=run, args=(model,)) for model in models]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    theirs = CAUSAL.from_pretrained(folder)
+    for model in models:
+        for name, tensor in theirs.state_dict().items():
+            assert_same(model.state_dict()[name], tensor)
+
+
+# --- Hooks
+
+
+def test_disable_restores() -> None:
+    names = (
+        "convert_and_load_state_dict_in_model",
+        "caching_allocator_warmup",
+        "PreTrainedModel._load_pretrained_model",
+        "PreTrainedModel.from_pretrained",
+    )
+
+    def held() -> list[Any]:
+        found = []
+        for name in names:
+            owner: Any = modeling_utils
+            *path, last = name.split(".")
+            for part in path:
+                owner = getattr(owner, part)
+            found.append(vars(owner)[last])
+        return found
+
+    before = held()
+    with wl.enabled(CALLER):
+        assert all(ours is not theirs for ours, theirs in zip(held(), before, strict=True))
+    assert all(ours is theirs for ours, theirs in zip(held(), before, strict=True))
+
+
+def test_enabled_before_the_import(made: Callable[..., Path]) -> None:
+    code = """
+        import sys, warnings
+        warnings.simplefilter("ignore")
+        import weightlift
+        weightlift.enable("transformers")
+        assert "torch" not in sys.modules or "transformers" not in sys.modules
+        from transformers import AutoModelForCausalLM
+        AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        print(weightlift.stats().by_caller["transformers"].bytes, weightlift.stats().fallbacks)
+        """
+    folder = made("tied")
+    lines = "\n".join(line.removeprefix("        ") for line in code.splitlines())
+    ran = run_python(lines, folder)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == [str(tensor_bytes(folder)), "0"]
+
+
+def test_every_hooked_signature_is_known() -> None:
+    from weightlift.backends import transformers as backend
+
+    for hook in backend.HOOKS:
+        if hook.module.startswith("transformers"):
+            owner: Any = modeling_utils
+            for part in hook.target.split("."):
+                owner = vars(owner)[part]
+            function = getattr(owner, "__func__", owner)
+            assert backends.signature_text(function) in hook.adapters
