@@ -287,6 +287,7 @@ def classes(model: Any, config: Any, register: Callable[..., Any]) -> SimpleName
             self.first = Block(width)
             self.again = nn.ModuleList([self.first])
             self.hearing = nn.Sequential(Setter(), nn.Sequential(Setter()))
+            self.one = self.other = nn.Parameter(torch.randn(3))
 
         def forward(self, tokens):
             return self.text.head(self.first(self.text.embedding(tokens)))

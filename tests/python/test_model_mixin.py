@@ -137,11 +137,12 @@ def test_what_is_tied_is_saved_once_and_stays_tied(folder: Path) -> None:
     loaded = OURS.Transformer.from_pretrained(folder / "bin")
     assert loaded.head.weight is loaded.embedding.weight
     assert loaded.num_parameters() == model.num_parameters()
-    whole = made(OURS, "Whole")
-    whole.save_pretrained(folder / "whole")
-    loaded = OURS.Whole.from_pretrained(folder / "whole")
-    assert loaded.again[0] is loaded.first
-    assert loaded.text.head.weight is loaded.text.embedding.weight
+    made(OURS, "Whole").save_pretrained(folder / "whole")
+    for how in ({}, {"low_cpu_mem_usage": False}, {"device_map": "cpu"}):
+        loaded = OURS.Whole.from_pretrained(folder / "whole", **how)
+        assert loaded.again[0] is loaded.first
+        assert loaded.text.head.weight is loaded.text.embedding.weight
+        assert loaded.one is loaded.other
 
 
 def test_parameters_of_their_own_class(folder: Path) -> None:
@@ -1055,8 +1056,6 @@ def test_other_threads_build_modules_meanwhile(folder: Path) -> None:
         @wl.register_to_config
         def __init__(self) -> None:
             super().__init__()
-            if building.is_set() or not hasattr(self, "_wait"):
-                pass
             self.linear = nn.Linear(2, 2)
             building.set()
             assert built.wait(20)
