@@ -522,7 +522,10 @@ def _why_nothing(
         )
     flax = sorted(name for name in names if name.startswith(_FLAX))
     if flax:
-        return f"there are only Flax weights ({_listed(flax)}): use from_flax=True"
+        return (
+            f"there are only Flax weights ({_listed(flax)}): use from_flax=True, or a Flax model "
+            "without from_pt"
+        )
     if "model_index.json" in names:
         components = (
             name for name in sorted(folders) if _has_weights(source, posixpath.join(folder, name))

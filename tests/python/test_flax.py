@@ -18,6 +18,7 @@ from safetensors.torch import save_file as save_torch_file
 from torch import nn as tnn
 
 import weightlift as wl
+from hub_server import HubServer, hub, uploads
 from support import DTYPES, assert_same_tensors, entry, file_bytes, run_python
 
 jax = pytest.importorskip("jax", reason="jax is installed for Python 3.11 and later")
@@ -33,6 +34,8 @@ from flax.traverse_util import flatten_dict  # noqa: E402
 
 import weightlift.flax as wf  # noqa: E402
 from weightlift.flax import params as params_module  # noqa: E402
+
+__all__ = ["hub"]  # a fixture
 
 KEY = jax.random.PRNGKey(0)
 FILE = "diffusion_flax_model.msgpack"
@@ -95,6 +98,18 @@ class UNet(nn.Module, wf.FlaxModelMixin, wl.ConfigMixin):
 
     def init_weights(self, rng: Any) -> Any:
         return self.init(rng, jnp.zeros((1, 6, 5, 3)), jnp.zeros((1, 4)))["params"]
+
+
+@wf.register_to_config
+class Small(nn.Module, wf.FlaxModelMixin, wl.ConfigMixin):
+    features: int = 8
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.LayerNorm(name="norm1")(nn.Dense(self.features, name="linear")(x))
+
+    def init_weights(self, rng: Any) -> Any:
+        return self.init(rng, jnp.zeros((1, 5)))["params"]
 
 
 class TorchResBlock(tnn.Module):
@@ -256,6 +271,34 @@ def test_there_and_back(torch_unet: tuple[TorchUNet, Path], tmp_path: Path, form
     assert_same_tensors(dict(back.state_dict()), dict(theirs.state_dict()))
 
 
+class TorchTokens(wl.ModelMixin, wl.ConfigMixin):
+    config_name = "config.json"
+
+    @wl.register_to_config
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = tnn.Embedding(5, 3)
+        self.layers = tnn.ModuleList([tnn.Conv1d(3, 2, 4), tnn.LayerNorm(2)])
+
+
+def test_embeddings_there_and_back(tmp_path: Path) -> None:
+    theirs = TorchTokens()
+    theirs.save_pretrained(tmp_path)
+    shapes = {
+        "tokens": {"embedding": (5, 3)},
+        "layers_0": {"kernel": (4, 3, 2), "bias": (2,)},
+        "layers_1": {"scale": (2,), "bias": (2,)},
+    }
+    like = {
+        module: {leaf: jax.ShapeDtypeStruct(shape, jnp.float32) for leaf, shape in leaves.items()}
+        for module, leaves in shapes.items()
+    }
+    params = wf.load_params(tmp_path, like, from_pt=True)
+    wf.save_params(params, tmp_path / FILE)
+    back = TorchTokens.from_pretrained(tmp_path, from_flax=True)
+    assert_same_tensors(dict(back.state_dict()), dict(theirs.state_dict()))
+
+
 def test_a_transformer_from_torch_computes_the_same(tmp_path: Path) -> None:
     state, run = torch_transformer()
     save_torch_file(state, tmp_path / "model.safetensors")
@@ -297,18 +340,18 @@ def test_an_nnx_unet_and_its_file(tmp_path: Path) -> None:
 
 
 def test_files_are_those_of_flax(tmp_path: Path) -> None:
-    model = UNet((8, 8, 8))
-    params = jax.jit(model.init_weights)(KEY)
+    model = Small(6)
+    params = model.init_weights(KEY)
     model.save_pretrained(tmp_path, params)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", FILE]
     assert (tmp_path / FILE).read_bytes() == flax.serialization.to_bytes(params)
 
     (tmp_path / FILE).rename(tmp_path / "flax_model.msgpack")
     for place in (tmp_path, tmp_path / "flax_model.msgpack"):
-        again, loaded = UNet.from_pretrained(place)
+        again, loaded = Small.from_pretrained(place)
         same(loaded, params)
         assert again == model
-        assert again.config.channels == (8, 8, 8)
+        assert again.config.features == 6
         assert again.config._name_or_path == str(place)
     model.save_pretrained(tmp_path / "other", params, is_main_process=False)
     assert not list((tmp_path / "other").iterdir())
@@ -396,29 +439,29 @@ def test_the_config(tmp_path: Path, torch_unet: tuple[TorchUNet, Path]) -> None:
         wf.flax_register_to_config(LinenLayer)
 
 
-def test_missing_and_unexpected(
-    torch_unet: tuple[TorchUNet, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    theirs, _ = torch_unet
-    state = dict(theirs.state_dict())
-    del state["down_blocks.1.norm1.weight"], state["conv_in.bias"]
-    state["steps"] = torch.tensor(7)  # int64, which jax would refuse
+def test_missing_and_unexpected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = {
+        "linear.weight": torch.randn(8, 5),
+        "norm1.bias": torch.randn(8),
+        "steps": torch.tensor(7),  # int64, which jax would refuse
+    }
     save_torch_file(state, tmp_path / "model.safetensors")
-    UNet().save_config(tmp_path)
+    Small().save_config(tmp_path)
     with caplog.at_level(logging.WARNING, "weightlift"):
-        _, params = UNet.from_pretrained(tmp_path, from_pt=True)
-    assert "down_blocks_1.norm1.scale" in caplog.text
-    assert "steps" in caplog.text
-    same({"w": params["down_blocks_1"]["norm1"]["scale"]}, {"w": jnp.ones(8)})
-    same(
-        jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, UNet().init_weights(KEY))
-    )
-    with pytest.raises(wl.CheckpointError, match=r"conv_in\.bias"):
-        wf.load_params(tmp_path, zeros(UNet()), from_pt=True)
+        _, params = Small.from_pretrained(tmp_path, from_pt=True)
+    for name in ("linear.bias", "norm1.scale", "steps"):
+        assert name in caplog.text
+    expected = {
+        "linear": {"kernel": state["linear.weight"].numpy().T, "bias": np.zeros(8, np.float32)},
+        "norm1": {"scale": np.ones(8, np.float32), "bias": state["norm1.bias"].numpy()},
+    }
+    same(params, expected)
+    with pytest.raises(wl.CheckpointError, match=r"linear\.bias"):
+        wf.load_params(tmp_path, expected, from_pt=True)
 
 
 def test_bad_files_of_flax(tmp_path: Path) -> None:
-    model = UNet()
+    model = Small()
     params = zeros(model)
     model.save_pretrained(tmp_path, params)
     file = tmp_path / FILE
@@ -426,29 +469,46 @@ def test_bad_files_of_flax(tmp_path: Path) -> None:
 
     def refused(kind: type[Exception], *parts: str) -> None:
         with pytest.raises(kind) as caught:
-            UNet.from_pretrained(tmp_path)
+            Small.from_pretrained(tmp_path)
         for part in (str(tmp_path), *parts):
             assert part in str(caught.value)
+
+    def with_bias(bias: Any) -> Any:
+        return {**params, "linear": {**params["linear"], "bias": bias}}
 
     file.write_bytes(whole[: len(whole) // 2])
     refused(wl.FormatError, FILE, "download it")
     torch.save({"w": torch.ones(1)}, file)
     refused(wl.FormatError, FILE, "from_pt=True")
     wf.save_params({"another": {"kernel": np.ones(2)}}, file)
-    refused(wl.CheckpointError, FILE, "another.kernel", "conv_in.kernel")
-    wf.save_params({**params, "conv_in": {**params["conv_in"], "bias": np.ones(9)}}, file)
-    refused(wl.CheckpointError, "conv_in.bias", "[9]", "[8]")
-    wf.save_params({**params, "conv_in": {**params["conv_in"], "bias": np.ones(8)}}, file)
-    refused(wl.FormatError, "conv_in.bias", "jax_enable_x64")
+    refused(wl.CheckpointError, FILE, "another.kernel", "linear.kernel")
+    wf.save_params(with_bias(np.ones(9, np.float32)), file)
+    refused(wl.CheckpointError, FILE, "linear.bias", "[9]", "[8]")
+    wf.save_params(with_bias(np.ones(8)), file)
+    refused(wl.FormatError, FILE, "linear.bias", "jax_enable_x64")
     file.unlink()
     refused(wl.CheckpointError, "from_pt=True")
     with pytest.raises(FileNotFoundError):
-        wf.load_params(tmp_path / FILE, params)
-    with pytest.raises(wl.ArgumentError, match=r"a\.b.*list|a\.b.*str"):
+        wf.load_params(file, params)
+    with pytest.raises(wl.ArgumentError, match=r"a\.b.*str"):
         wf.save_params({"a": {"b": "text"}}, file)
     assert not file.exists()
     with pytest.raises(wl.ArgumentError, match="is a file"):
         model.save_pretrained(tmp_path / "config.json", params)
+
+
+@uploads
+def test_from_and_to_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    model = Small(6)
+    params = zeros(model)
+    model.push_to_hub("user/mine", params, commit_message="first")
+    again, loaded = Small.from_pretrained("user/mine", cache_dir=tmp_path)
+    assert again == model
+    same(loaded, params)
+    model.save_pretrained(tmp_path / "saved", params, push_to_hub=True, repo_id="user/other")
+    same(Small.from_pretrained("user/other")[1], params)
+    with pytest.raises(wl.CheckpointError, match=r"user/mine.*without from_pt"):
+        Small.from_pretrained("user/mine", from_pt=True)
 
 
 def numpy_name(own: str) -> str:
@@ -513,7 +573,7 @@ def test_dtypes_that_jax_lacks(tmp_path: Path) -> None:
     numbers = np.array([1.5, -2.0])
     safetensors.numpy.save_file({"w": numbers}, file)
     np.testing.assert_array_equal(wf.load_file(file, dtype=jnp.float32)["w"], numbers)
-    for bad in ("int32", "complex64"):
+    for bad in ("int32", jnp.complex64, "nonsense"):
         with pytest.raises(wl.ArgumentError, match="dtype"):
             wf.load_file(file, dtype=bad)
     for value, text in (

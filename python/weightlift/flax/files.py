@@ -55,7 +55,8 @@ def load_file(
         ArgumentError: a ``dtype`` that nothing is cast to, or a ``sharding`` that does not fit.
     """
     checkpoint = Checkpoint.of_file(filename)
-    wanted = dtypes.parse_dtype(dtype if dtype is None else np.dtype(dtype).name)
+    named = dtype is None or isinstance(dtype, str)
+    wanted = dtypes.parse_dtype(dtype if named else np.dtype(dtype).name)
     headers = checkpoint.headers()
     for name, (own, _) in headers.items():
         target = wanted if wanted and own in dtypes.FLOATING and own != _F4 else own

@@ -157,6 +157,7 @@ class FlaxModelMixin(PushToHubMixin):
         folder.mkdir(parents=True, exist_ok=True)
         if not is_main_process:
             return
+        self.to_json_string()  # type: ignore[attr-defined]  # may refuse, and nothing is written yet
         save_params(params, folder / FLAX_NAMES[0])
         self.save_config(folder)  # type: ignore[attr-defined]
         if push_to_hub:

@@ -108,6 +108,7 @@ def load_flax_state_dict(
     Args:
         path: a ``diffusion_flax_model.msgpack`` or ``flax_model.msgpack``.
         expected_shapes: of the torch model's tensors; those that are not in it are not checked.
+            ``embedding`` becomes ``weight`` where the model has that alone.
 
     Returns:
         Name -> tensor, in the order of the file; bfloat16 as float32, other dtypes as they are.
@@ -123,6 +124,10 @@ def load_flax_state_dict(
     mismatched = []
     for leaf, found in read_flax_tree(path):
         name, axes = to_torch_name(leaf, found.dim())
+        if leaf[-1:] == ("embedding",) and expected_shapes and name not in expected_shapes:
+            # Of a torch.nn.Embedding, which diffusers' rule leaves without its weight.
+            weight = name.removesuffix("embedding") + "weight"
+            name = weight if weight in expected_shapes else name
         if name in tensors:
             raise FormatError(
                 "duplicate_name",
