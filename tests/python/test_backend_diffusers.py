@@ -154,7 +154,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, dtype in (("odd", torch.float32), ("odd half", torch.float16)):
         (root / name).mkdir()
         save_odd(root / name, dtype)
+    Odd().save_config(root / "bin odd")
+    torch.save(Odd().state_dict(), root / "bin odd/diffusion_pytorch_model.bin")
     return root
+
+
+def torch_bytes(folder: Path) -> int:
+    """The bytes of all storages in .bin files."""
+    storages = [
+        tensor.untyped_storage()
+        for path in folder.glob("*.bin")
+        for tensor in torch.load(path).values()
+    ]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class Records(logging.Handler):
@@ -269,6 +281,8 @@ CASES: list[tuple[type, str, dict[str, Any]]] = [
     (UNet2DConditionModel, "bin", {"disable_mmap": True}),
     (UNet2DConditionModel, "bin", {"low_cpu_mem_usage": False}),
     (UNet2DConditionModel, "bin shards", {"use_safetensors": False}),
+    (Odd, "bin odd", {}),
+    (Odd, "bin odd", {"dtype": torch.bfloat16}),
     (UNet2DConditionModel, "variant", {"variant": "fp16"}),
     (UNet2DConditionModel, "variant", {"variant": "fp16", "dtype": torch.float16}),
     (UNet2DConditionModel, "variant shards", {"variant": "fp16", "dtype": torch.float16}),
@@ -292,9 +306,7 @@ def test_the_same_model(cls: Any, folder: str, options: dict[str, Any], saved: P
     path = saved / folder
     found = assert_same_outcome(
         lambda: cls.from_pretrained(path, output_loading_info=True, **options),
-        tensor_bytes(saved / folder.replace("bin", "unet").removesuffix(" shards"))
-        if folder.startswith("bin")
-        else tensor_bytes(path),
+        torch_bytes(path) if folder.startswith("bin") else tensor_bytes(path),
     )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     assert found[1] == {kind: [] for kind in kinds}
@@ -386,7 +398,7 @@ SAMPLE = (torch.ones(1, 4, 8, 8), 1, torch.ones(1, 3, 16))
     ],
     ids=["all", "some", "auto"],
 )
-@pytest.mark.parametrize("folder", ["unet", "shards"])
+@pytest.mark.parametrize("folder", ["unet", "shards", "bin"])
 def test_disk_needs_no_folder(saved: Path, folder: str, options: dict[str, Any]) -> None:
     plain = UNet2DConditionModel.from_pretrained(saved / folder)
     before = sorted((saved / folder).iterdir())
@@ -399,7 +411,7 @@ def test_disk_needs_no_folder(saved: Path, folder: str, options: dict[str, Any])
         with torch.no_grad():
             assert torch.equal(model(*SAMPLE).sample, plain(*SAMPLE).sample)
     assert wl.stats().by_caller[CALLER].bytes > moved.by_caller[CALLER].bytes
-    assert wl.stats().bytes - moved.bytes < tensor_bytes(saved / folder) * 2
+    assert wl.stats().bytes - moved.bytes < tensor_bytes(saved / "unet") * 2
     assert {p.device.type for p in model.parameters()} <= {"meta", "cpu"}
     assert sorted((saved / folder).iterdir()) == before
 
@@ -769,6 +781,31 @@ def test_a_dduf_file_of_the_hub(pipeline: Path, hub: HubServer, tmp_path: Path) 
     assert look_at_pipeline(made) == look_at_pipeline(plain)
 
 
+def test_a_pipeline_of_a_single_file(saved: Path, pipeline: Path, tmp_path: Path) -> None:
+    source = pipeline / "plain"
+    vae_tensors = load_file(source / "vae/diffusion_pytorch_model.safetensors")
+    checkpoint = dict(of_ldm(*item) for item in vae_tensors.items())
+    for name, tensor in load_file(source / "text_encoder/model.safetensors").items():
+        name = name.removeprefix("text_model.")
+        checkpoint[f"cond_stage_model.transformer.text_model.{name}"] = tensor
+    save_file({n: t.clone() for n, t in checkpoint.items()}, tmp_path / "sd.safetensors")
+    made = [n for n in vae_tensors if ".attentions.0.to_" in n and n.endswith("weight")]
+    moved = tensor_bytes(tmp_path) - sum(vae_tensors[name].nbytes for name in made)
+    given = unet()
+
+    def load() -> Any:
+        return StableDiffusionPipeline.from_single_file(
+            tmp_path / "sd.safetensors", config=str(source), unet=given, dtype=torch.float16
+        )
+
+    with records() as stock_said:
+        stock = look_at_pipeline(load())
+    with wl.enabled(CALLER), records() as said, engine_moves(moved, CALLER):
+        ours = look_at_pipeline(load())
+    assert ours == stock
+    assert said == stock_said
+
+
 # --- Adapters ------------------------------------------------------------------------------------
 
 
@@ -885,6 +922,33 @@ def test_quantizers_go_the_stock_way(saved: Path, monkeypatch: pytest.MonkeyPatc
             model = UNet2DConditionModel.from_pretrained(saved / folder, quantization_config=config)
         assert look(model)["tensors"] == plain
         assert sorted(Quantizer.asked) == sorted(plain)
+
+
+@pytest.mark.parametrize("folder", ["vae", "shards"])
+def test_a_file_that_only_the_reference_takes(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """One with its names twice: the stock way with a warning, or an error."""
+    for file in (saved / folder).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = max(tmp_path.glob("*.safetensors"))
+    save_file(load_file(path), path)  # without metadata
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip()
+    twice = header[:-1] + b", " + header[1:]
+    path.write_bytes(len(twice).to_bytes(8, "little") + twice + data[8 + length :])
+    cls = AutoencoderKL if folder == "vae" else UNet2DConditionModel
+    expected = look(cls.from_pretrained(tmp_path))
+    before = wl.stats()
+    with wl.enabled(CALLER), pytest.warns(UserWarning, match=f"stock way: {path}.*twice"):
+        assert look(cls.from_pretrained(tmp_path)) == expected
+    assert wl.stats().fallbacks - before.fallbacks == 1
+    others = [other for other in tmp_path.glob("*.safetensors") if other != path]
+    assert wl.stats().bytes - before.bytes == tensor_bytes(*others)
+    monkeypatch.setenv("WEIGHTLIFT_STRICT", "1")
+    with wl.enabled(CALLER), pytest.raises(wl.WeightliftError, match="WEIGHTLIFT_STRICT=1"):
+        cls.from_pretrained(tmp_path)
 
 
 def test_a_state_dict_of_someone_else(saved: Path) -> None:

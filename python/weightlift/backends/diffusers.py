@@ -80,12 +80,13 @@ class _Call:
 
     def found(self, files: Sequence[str], *, sharded: bool) -> None:
         """Takes note of the files, and begins to read them."""
-        try:
+        # What goes wrong is met again when diffusers asks for the tensors; here it would take it
+        # for a file that is not there.
+        with contextlib.suppress(StandAside, WeightliftError):
             self.checkpoint = _open(files)
-        except (StandAside, WeightliftError):
-            return  # met again when diffusers asks for the tensors
-        self.files, self.sharded = files, sharded
-        if self.early is not None and set(self.checkpoint.formats) == {"safetensors"}:
+            self.files, self.sharded = files, sharded
+            if self.early is None or "torch" in self.checkpoint.formats:
+                return
             keep = self.early["keep"]
             names = [n for n in self.checkpoint if keep.isdisjoint(n.split("."))] if keep else None
             self.begun = Early(
@@ -121,6 +122,15 @@ class _Call:
 _call: ContextVar[_Call | None] = ContextVar("weightlift_diffusers_call", default=None)
 
 
+@contextlib.contextmanager
+def _during(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
 def _model_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         if isinstance(kwargs.get("device_map"), MappingProxyType):  # of a pipeline's component
@@ -130,13 +140,12 @@ def _model_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
             stand_aside(_NAME, "FlashPack files are read by flashpack", warn=False)
             early = None
         call = _Call(cls, early)
-        token = _call.set(call)
-        try:
-            with _meant(pretrained_model_name_or_path, kwargs):
-                return original(cls, pretrained_model_name_or_path, **kwargs)
-        finally:
-            _call.reset(token)
-            call.cancel()
+        with contextlib.ExitStack() as stack:
+            stack.callback(call.cancel)
+            stack.enter_context(_during(_call, call))
+            stack.enter_context(_during(_single, None))
+            stack.enter_context(_meant(pretrained_model_name_or_path, kwargs))
+            return original(cls, pretrained_model_name_or_path, **kwargs)
 
     return from_pretrained
 
@@ -251,7 +260,7 @@ class _Pending(dict[str, _Name]):
 
     @property
     def checkpoint(self) -> Checkpoint:
-        if all(key is name or key == name for key, name in self.items()):
+        if all(key == name for key, name in self.items()):
             return self._opened
         new: dict[str, str] = {name: key for key, name in self.items()}
         return self._opened.renamed(new.get)
@@ -332,12 +341,15 @@ def _load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tensors(opened: Checkpoint, device: torch.device, disable_mmap: bool) -> dict[str, Any]:
-    mode = "auto"
-    if disable_mmap:
-        mode = "read"
-    elif "torch" in opened.formats and device.type == "cpu":
-        mode = "map"  # as diffusers does; "auto" reads torch files
+    mode = "read" if disable_mmap else _mode(opened, device, False)
     return load_tensors(opened, device, mode=mode, caller=_NAME)
+
+
+def _mode(opened: Checkpoint, device: torch.device | None, casts: bool) -> str:
+    """How bytes get to a device: torch files are mapped, as by diffusers, where ``"auto"`` reads
+    them."""
+    on_cpu = device is not None and device.type == "cpu"
+    return "map" if on_cpu and not casts and "torch" in opened.formats else "auto"
 
 
 # --- Weights into a model ------------------------------------------------------------------------
@@ -471,11 +483,8 @@ class _Fit:
             casts |= target != stored
             if tuple(shape) != tuple(tensor.shape):
                 mismatched[name] = torch.empty(shape, dtype=dtypes.to_torch(stored), device="meta")
-        mode = "auto"
-        if given["disable_mmap"]:
-            mode = "read"
-        elif not casts and devices == {"cpu"} and "torch" in opened.formats:
-            mode = "map"
+        device = _engine_device(devices.pop()) if len(devices) == 1 else None
+        mode = "read" if given["disable_mmap"] else _mode(opened, device, casts)
         return cls(by_engine, mismatched, mode)
 
 
@@ -487,10 +496,10 @@ def _cpu() -> torch.device:
 
 def _known_prefixes(model: torch.nn.Module, device_map: Mapping[str, Any]) -> dict[str, Any]:
     """The map without what the model does not have, which diffusers passes over in silence."""
-    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    names = {"", *(name for name, _ in model.named_modules(remove_duplicate=False))}
     names.update(name for name, _ in model.named_parameters(remove_duplicate=False))
     names.update(name for name, _ in model.named_buffers(remove_duplicate=False))
-    return {prefix: device for prefix, device in device_map.items() if prefix in {"", *names}}
+    return {prefix: device for prefix, device in device_map.items() if prefix in names}
 
 
 def _has_hooks(device_map: Mapping[str, Any]) -> bool:
@@ -583,11 +592,8 @@ def _from_single_file(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if _single.get() is not None or not kwargs.get("low_cpu_mem_usage", True):
             return original(cls, *args, **kwargs)  # a component, or filled by torch
-        token = _single.set(_SingleFile())
-        try:
+        with _during(_single, _SingleFile()):
             return original(cls, *args, **kwargs)
-        finally:
-            _single.reset(token)
 
     return from_single_file
 
@@ -602,29 +608,31 @@ def _load_model_dict_into_meta(original: Callable[..., Any]) -> Callable[..., An
         given = bound.arguments
         device_map = given["device_map"] or {"": "cpu"}
         device = _engine_device(device_map.get("")) if len(device_map) == 1 else None
+        wanted = None if given["dtype"] is None else _castable(given["dtype"])
+        rare = given["dtype"] is not None and wanted is None
         single = _single.get()
-        if single is None or not single.origins or device is None:
+        if single is None or not single.origins or device is None or rare:
             return original(*args, **kwargs)
         if given["hf_quantizer"] is not None:
             raise StandAside("quantized weights are made by diffusers' quantizers", warn=False)
-        wanted = dtypes.parse_dtype(given["dtype"])
         keep = frozenset(given["keep_in_fp32_modules"] or ())
         own = given["model"].state_dict()
         rest = {}
         from_files: dict[Checkpoint, dict[str, str]] = {}
+        casts = False
         for name, tensor in given["state_dict"].items():
-            place = single.origin(tensor)
             slot = own.get(name)
-            if (
-                place is None
-                or slot is None
-                or slot.shape != tensor.shape
-                or place[1] in from_files.get(place[0], ())
-                or _arrives_as(place[0][place[1]][0], name, slot, wanted, keep) is None
-            ):
-                rest[name] = tensor
-            else:
-                from_files.setdefault(place[0], {})[place[1]] = name
+            place = single.origin(tensor)
+            if place is not None and slot is not None and slot.shape == tensor.shape:
+                opened, stored_name = place
+                stored = opened[stored_name][0]
+                target = _arrives_as(stored, name, slot, wanted, keep)
+                names = from_files.setdefault(opened, {})
+                if target is not None and stored_name not in names:
+                    names[stored_name] = name
+                    casts |= target != stored
+                    continue
+            rest[name] = tensor
         given["state_dict"] = rest
         result = original(*bound.args, **bound.kwargs)
         for opened, names in from_files.items():
@@ -635,6 +643,7 @@ def _load_model_dict_into_meta(original: Callable[..., Any]) -> Callable[..., An
                 dtype=given["dtype"],
                 keep_in_fp32=sorted(keep),
                 strict=False,
+                mode=_mode(opened, device, casts),
                 caller=_NAME,
             )
         return result
@@ -721,11 +730,14 @@ def _pipeline_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any
             if dduf_file is not None:
                 folder = stack.enter_context(_unpacked(_dduf_path(path, dduf_file, kwargs)))
             stack.enter_context(_meant(folder, kwargs))
-            stack.callback(_pipeline.reset, _pipeline.set(pipeline))
+            stack.enter_context(_during(_pipeline, pipeline))
             stack.callback(pipeline.ended.set)
             made = original(cls, folder, **kwargs)
-        if dduf_file is not None:
-            made.register_to_config(_name_or_path=path)
+            if dduf_file is not None:
+                made.register_to_config(_name_or_path=path)
+                for name, part in made.components.items():
+                    if hasattr(part, "register_to_config"):  # it has the temporary folder's
+                        part.register_to_config(_name_or_path=f"{dduf_file}/{name}")
         if pipeline.device_map is not None:
             made.hf_device_map = dict(pipeline.device_map)
         return made
@@ -744,7 +756,10 @@ def _components_known(original: Callable[..., Any]) -> Callable[..., Any]:
             jobs = [
                 (Path(folder, name), variants.get(name))
                 for name, value in config.items()
-                if name not in pipeline.given and isinstance(value, (list, tuple)) and value[0]
+                if isinstance(value, (list, tuple))
+                and value[0] is not None
+                and name not in pipeline.given
+                and pipeline.of(name) != {"": "disk"}
             ]
             if _archive.get() is None and Settings.current().populate is not False:
                 threading.Thread(
@@ -896,11 +911,8 @@ def _unpacked(path: Path) -> Iterator[Path]:
             file = folder / name
             file.parent.mkdir(exist_ok=True)
             file.write_bytes(b"" if name.endswith(".safetensors") else dduf.read(name))
-        token = _archive.set(_Archive(dduf, folder))
-        try:
+        with _during(_archive, _Archive(dduf, folder)):
             yield folder
-        finally:
-            _archive.reset(token)
 
 
 def _from_archive(given: Mapping[str, Any]) -> Any:
@@ -996,11 +1008,8 @@ def _meant(path: Any, kwargs: dict[str, Any]) -> Iterator[None]:
     )
     # A commit: what resolves revisions in diffusers makes no request for one.
     kwargs["revision"] = hub.pinned(str(path)).revision
-    token = _mirror.set(mirror.rstrip("/"))
-    try:
+    with _during(_mirror, mirror.rstrip("/")):
         yield
-    finally:
-        _mirror.reset(token)
 
 
 def _gpu(key: Any) -> Any:
