@@ -1037,6 +1037,7 @@ def test_a_constructor_that_fails_stops_the_reading(
         Failing.from_pretrained(large, mode="read")
     gc.collect()
     threads, files, memory = tasks(), open_files(), anonymous_bytes()
+    initializers = dict(vars(nn.init))
     for how in ({"mode": "read"}, {"dtype": torch.float16}, {}, {"device_map": "disk"}):
         with pytest.raises(KeyError, match="on purpose"):
             Failing.from_pretrained(large, **how)
@@ -1045,6 +1046,7 @@ def test_a_constructor_that_fails_stops_the_reading(
     assert anonymous_bytes() < memory + (16 << 20)
     assert torch.get_default_dtype() == torch.float32
     assert nn.Linear(2, 2).weight.device.type == "cpu"
+    assert dict(vars(nn.init)) == initializers
     monkeypatch.setattr(Waiting, "wait_for", 0)
     assert Waiting.from_pretrained(large).layers[0].weight[0, 0] == 1.5
 
@@ -1064,18 +1066,18 @@ def test_other_threads_build_modules_meanwhile(folder: Path) -> None:
     Slow().save_pretrained(folder)
     building.clear()
     built.clear()
-    found: list[str] = []
+    found: list[torch.Tensor] = []
 
     def build() -> None:
         assert building.wait(20)
-        found.append(nn.Linear(2, 2).weight.device.type)
+        found.append(nn.init.constant_(nn.Linear(2, 2).weight, 3))
         built.set()
 
     thread = threading.Thread(target=build)
     thread.start()
     assert Slow.from_pretrained(folder).linear.weight.device.type == "cpu"
     thread.join()
-    assert found == ["cpu"]
+    assert found[0].tolist() == [[3, 3], [3, 3]]
 
 
 def test_several_threads_load_at_once(folder: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -111,17 +112,37 @@ def _on_meta(real: Collection[int] = ()) -> Iterator[list[torch.nn.Parameter]]:
             registered.append(held)
         module._parameters[name] = known[1]
 
+    initializers = {
+        name: function
+        for name, function in vars(torch.nn.init).items()
+        if name.endswith("_") and not name.startswith("_")
+    }
     with _one_at_a_time:
         torch.nn.Module.register_parameter = register_empty  # type: ignore
+        vars(torch.nn.init).update({n: _past_meta(f) for n, f in initializers.items()})
         try:
             yield registered
         finally:
             torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+            vars(torch.nn.init).update(initializers)
+
+
+def _past_meta(initialize: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same without the tensors on ``meta``: what does nothing there takes torch as long as the
+    rest of the construction."""
+
+    @functools.wraps(initialize)
+    def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor: torch.Tensor = args[0] if args else kwargs["tensor"]
+        return tensor if tensor.device.type == "meta" else initialize(*args, **kwargs)
+
+    return skip
 
 
 def _empty(param: torch.nn.Parameter) -> torch.nn.Parameter:
+    data = torch.empty_like(param, device="meta")
     if type(param) is not torch.nn.Parameter:
-        return type(param)(param.to("meta"), requires_grad=param.requires_grad, **param.__dict__)
-    empty = torch.nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        return type(param)(data, requires_grad=param.requires_grad, **param.__dict__)
+    empty = torch.nn.Parameter(data, requires_grad=param.requires_grad)
     empty.__dict__.update(param.__dict__)
     return empty

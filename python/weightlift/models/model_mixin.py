@@ -667,9 +667,7 @@ def _former_attention_names(
     """The renaming for checkpoints of diffusers before 0.16, whose attention blocks had other
     names; blocks that may come from such a checkpoint carry a flag."""
     paths = [
-        name
-        for name, m in model.named_modules()
-        if getattr(m, "_from_deprecated_attn_block", False)
+        name for name, m in model.named_modules() if vars(m).get("_from_deprecated_attn_block")
     ]
     former = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     renames = {
