@@ -360,13 +360,14 @@ def test_descriptors_and_threads_do_not_pile_up(tmp_path: Path) -> None:
 
     turn(0)
     gc.collect()
-    files, threads = open_files(), tasks()
+    # Other libraries that tests have used may keep threads of their own.
+    files, threads, alive = open_files(), tasks(), threading.active_count()
     for number in range(200):
         turn(number)
     gc.collect()
     assert open_files() == files
     assert tasks() <= threads
-    assert threading.active_count() == 1
+    assert threading.active_count() <= alive
 
 
 def test_mapped_tensors_hold_no_descriptors(tmp_path: Path) -> None:
