@@ -71,8 +71,10 @@ test: dev lint native-tests python-tests
 native-tests: dev
 	$(BIN)/ctest --test-dir build/dev --output-on-failure -j $(JOBS)
 
+# jax warns at every fork of the process it is in, so its tests have one of their own.
 python-tests: dev
-	$(BIN)/python -m pytest -m "not gpu and not deep"
+	$(BIN)/python -m pytest -m "not gpu and not deep" --ignore=tests/python/test_flax.py
+	$(BIN)/python -m pytest -m "not gpu and not deep" tests/python/test_flax.py
 
 lint: $(VENV)/.test-tools
 	$(BIN)/ruff check python tests benchmarks
@@ -82,7 +84,8 @@ lint: $(VENV)/.test-tools
 	  xargs $(BIN)/clang-format --dry-run --Werror
 
 test-deep: dev
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/python/test_flax.py
+	$(BIN)/python -m pytest -m "not gpu" tests/python/test_flax.py
 	WEIGHTLIFT_SEEDS=1000 $(BIN)/ctest --test-dir build/dev --output-on-failure -j $(JOBS)
 	$(BIN)/python tests/simulated_driver/run_mutants.py
 	tests/pythons.sh
