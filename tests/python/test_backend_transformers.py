@@ -33,8 +33,7 @@ with warnings.catch_warnings():
     import safetensors
     import safetensors.torch
     import transformers
-    import transformers.initialization
-    from transformers import conversion_mapping, core_model_loading, modeling_utils
+    from transformers import conversion_mapping, core_model_loading, initialization, modeling_utils
 
 CALLER = "transformers"
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -572,9 +571,9 @@ class Toy(transformers.PreTrainedModel):
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         if isinstance(module, Toy):
-            transformers.initialization.constant_(module.turned, 5.0)
-            transformers.initialization.copy_(module.scratch, torch.arange(3.0))
-            transformers.initialization.copy_(module.seen, torch.tensor([1, 2]))
+            initialization.constant_(module.turned, 5.0)
+            initialization.copy_(module.scratch, torch.arange(3.0))
+            initialization.copy_(module.seen, torch.tensor([1, 2]))
 
 
 def toy_mapping() -> list[Any]:
