@@ -186,7 +186,7 @@ def assert_same_models(ours: Any, theirs: Any) -> None:
             if tensor.device.type == "meta":
                 assert (mine[name].shape, mine[name].dtype) == (tensor.shape, tensor.dtype)
             else:
-                assert_same(mine[name].data, tensor.data)
+                assert_same(mine[name].data.cpu(), tensor.data.cpu())
         tied = [
             {names[0]: names for names in groups.values()}
             for groups in (_by_identity(mine), _by_identity(stock))
@@ -443,36 +443,28 @@ def _index(model: Any) -> dict[str, Any]:
     return found
 
 
-@walked
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama", "tied", "qwen3_moe"])
-def test_weights_on_the_disk(
-    made: Callable[..., Path], tmp_path: Path, name: str, dtype: str
+DISK = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.layers.2": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+
+
+def both_on_disk(
+    cls: Any, path: Path, moved: int, given: dict[str, Any], folder: Path, /, **kwargs: Any
 ) -> None:
-    folder = made(name)
-    device_map = {
-        "model.embed_tokens": "cpu",
-        "model.layers.0": "cpu",
-        "model.layers.1": "disk",
-        "model.layers.2": "disk",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "cpu",
-    }
-    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
-        stays = sum(
-            file.get_tensor(name).nbytes
-            for name in file.keys()  # noqa: SIM118
-            if re.match(r"model\.layers\.[12]", name) and "experts" not in name
-        )
+    """As ``both``, for models that stay on the disk in part."""
     outcomes = []
     for side in ("theirs", "ours"):
-        kwargs = {"device_map": device_map, "offload_folder": tmp_path / side, "dtype": dtype}
         with contextlib.ExitStack() as stack:
             if side == "ours":
                 stack.enter_context(wl.enabled(CALLER))
-                stack.enter_context(engine_moves(tensor_bytes(folder) - stays, CALLER))
-            outcomes.append(load(CAUSAL, folder, **kwargs))
+                stack.enter_context(engine_moves(moved, CALLER))
+            outcomes.append(load(cls, path, offload_folder=folder / side, **kwargs))
     theirs, ours = outcomes
     assert_same_outcomes(ours, theirs)
     indices = [
@@ -481,13 +473,64 @@ def test_weights_on_the_disk(
     ]
     assert indices[0] == indices[1]
     assert indices[0]
-    for saved in (tmp_path / "theirs").iterdir():
-        own = safetensors.torch.load_file(tmp_path / "ours" / saved.name)
-        for key, tensor in safetensors.torch.load_file(saved).items():
+    saved = [sorted(file.name for file in (folder / side).iterdir()) for side in ("ours", "theirs")]
+    assert saved[0] == saved[1]
+    for name in saved[1]:
+        own = safetensors.torch.load_file(folder / "ours" / name)
+        for key, tensor in safetensors.torch.load_file(folder / "theirs" / name).items():
             assert_same(own[key], tensor)
-    prompt = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        assert_same(ours.model(prompt).logits, theirs.model(prompt).logits)
+        assert_same(ours.model(**given).logits, theirs.model(**given).logits)
+
+
+@walked
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "tied", "qwen3_moe", "llama in a torch file"])
+def test_weights_on_the_disk(
+    made: Callable[..., Path], tmp_path: Path, name: str, dtype: str
+) -> None:
+    folder = made(name.split()[0])
+    moved = tensor_bytes(folder)
+    if "torch" in name:
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+        shutil.copy(folder / "config.json", tmp_path)
+        torch.save(state, tmp_path / "pytorch_model.bin")
+        folder = tmp_path
+    else:
+        with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+            moved -= sum(
+                file.get_tensor(name).nbytes
+                for name in file.keys()  # noqa: SIM118
+                if re.match(r"model\.layers\.[12]", name) and "experts" not in name
+            )
+    given = {"input_ids": torch.tensor([[1, 2, 3]])}
+    both_on_disk(CAUSAL, folder, moved, given, tmp_path, device_map=DISK, dtype=dtype)
+
+
+@walked
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_buffers_on_the_disk(
+    made: Callable[..., Path], tmp_path: Path, offload_buffers: bool
+) -> None:
+    folder = made("resnet")
+    stays = re.compile("resnet.embedder" if offload_buffers else r"resnet.embedder.*(weight|bias)$")
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        moved = sum(
+            file.get_tensor(name).nbytes
+            for name in file.keys()  # noqa: SIM118
+            if not stays.match(name)
+        )
+    given = {"pixel_values": torch.ones(1, 3, 32, 32)}
+    device_map = {"resnet.embedder": "disk", "resnet.encoder": "cpu", "classifier": "cpu"}
+    both_on_disk(
+        transformers.AutoModelForImageClassification,
+        folder,
+        moved,
+        given,
+        tmp_path,
+        device_map={**device_map, "resnet.pooler": "cpu"},
+        offload_buffers=offload_buffers,
+    )
 
 
 # --- Files of torch

@@ -196,9 +196,11 @@ class Batch:
             cast = None
         self._groups.setdefault((device, cast), []).append(name)
 
-    def add_into(self, names: Sequence[str], targets: Sequence[torch.Tensor]) -> None:
-        """Adds tensors that are written to others, which are on one device."""
-        held = self._into.setdefault(targets[0].device, ([], []))
+    def add_into(
+        self, names: Sequence[str], device: torch.device, targets: Sequence[torch.Tensor]
+    ) -> None:
+        """Adds tensors that are written to others."""
+        held = self._into.setdefault(device, ([], []))
         held[0].extend(names)
         held[1].extend(targets)
 
@@ -517,8 +519,9 @@ class _Fill:
         for index, counts in sizes.items():
             self._weights.allocator.reserve(index, counts)
         for target, layout in merged:
-            value = self._empty(self._to(target), layout.shape, self._dtypes(target.name))
-            batch.add_into(layout.names, layout.parts(value))
+            device = self._to(target)
+            value = self._empty(device, layout.shape, self._dtypes(target.name))
+            batch.add_into(layout.names, device, layout.parts(value))
             target.value = {target.name: value}
 
     def _empty(

@@ -1,0 +1,102 @@
+"""What the transformers backend puts on simulated CUDA devices, against the library on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import support
+import test_simulated_engine as simulated
+from test_backend_transformers import MOE, made, transformers, walked
+from test_simulated_engine import Policy, Switch, machine
+from weightlift.backends import transformers_walk
+from weightlift.checkpoint import Checkpoint
+
+__all__ = ["machine", "made"]
+
+pytestmark = [*simulated.pytestmark, walked]
+
+
+class Allocator(simulated.SimulatedAllocator):
+    """Gives tensors of torch whose memory is the device's: to look at their data is a fault."""
+
+    def __init__(self, driver: Any) -> None:
+        super().__init__(driver)
+        self.blocks: dict[int, simulated.SimulatedTensor] = {}
+
+    def empty(self, device: int, shape: Sequence[int], dtype: str) -> tuple[int, Any]:
+        address, block = super().empty(device, shape, dtype)
+        self.blocks[address] = block
+        memory = (ctypes.c_uint8 * block.size).from_address(address)
+        flat = torch.frombuffer(memory, dtype=support.DTYPES[dtype])
+        return address, flat.view(tuple(shape))
+
+
+MAPS: dict[str, dict[str, Any]] = {
+    "one device": {"": 0},
+    "two devices and the host": {
+        "model.embed_tokens": "cuda:1",
+        "model.layers.0": torch.device("cuda", 0),
+        "model.layers.1": 1,
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device_map", MAPS)
+def test_mixtures(
+    machine: Switch,
+    made: Callable[..., Path],
+    device_map: str,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    folder = made("mixtral", max_shard_size="30KB")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).state_dict()
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 1
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**MOE)).to(dtype)
+    config = transformers.modeling_utils.LoadStateDictConfig(
+        device_map=MAPS[device_map],
+        dtype=dtype,
+        weight_mapping=transformers.conversion_mapping.get_model_conversion_mapping(model),
+    )
+    with machine(2, seed, Policy.RANDOM) as driver:
+        checkpoint = Checkpoint([Checkpoint.of_file(file).parts[0] for file in files])
+        weights = transformers_walk.Weights(checkpoint, "auto")
+        allocator = weights.allocator = Allocator(driver)
+        info, _ = transformers_walk.walk(model, weights, config, None)
+        assert info.missing_keys == set()
+        assert weights.report is not None
+        used = {name for name, count in weights.report.devices.items() if count}
+        assert used == ({"cuda:0"} if device_map == "one device" else {"cuda:0", "cuda:1", "cpu"})
+        devices = transformers.integrations.accelerate.expand_device_map(
+            MAPS[device_map], list(theirs)
+        )
+        for name, tensor in model.state_dict().items():
+            if devices[name] == "cpu":
+                support.assert_same(tensor, theirs[name])
+                continue
+            block = allocator.blocks[tensor.data_ptr()]
+            assert (
+                block.device
+                == (
+                    torch.device("cuda", 1)
+                    if devices[name] in (1, "cuda:1")
+                    else torch.device("cuda", 0)
+                ).index
+            )
+            assert (tensor.dtype, tensor.shape) == (dtype, theirs[name].shape)
+            assert block.bits() == support.bits(theirs[name])
+        del model, tensor
+        allocator.blocks.clear()
