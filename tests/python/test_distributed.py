@@ -492,6 +492,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
         except BaseException:
             outcome = traceback.format_exc()
         (folder / f"{name}-{world}-{rank}").write_text(outcome)
+    dist.barrier()  # gloo may abort a rank whose peers close their connections first
     dist.destroy_process_group()
 
 
