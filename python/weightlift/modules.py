@@ -238,6 +238,18 @@ class Early:
         self.loading = Loading(checkpoint, **options)
         self.loading.add(device, dtype, names)
         self.loading.start()
+        self._renamed: Mapping[str, str] = {}
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """From now on under the names that ``checkpoint.renamed`` gives."""
+        self.names = frozenset(names.get(name, name) for name in self.names)
+        self._renamed = names
+
+    def result(self) -> dict[str, torch.Tensor]:
+        tensors = self.loading.result()
+        if self._renamed:
+            return {self._renamed.get(name, name): t for name, t in tensors.items()}
+        return tensors
 
 
 def fill(
@@ -441,7 +453,7 @@ def _run(
         loading.start()
         tensors = loading.result()
         return tensors, loading.report
-    tensors = early.loading.result()
+    tensors = early.result()
     report = early.loading.report
     if loading.has_work:
         loading.start()

@@ -7,7 +7,6 @@ import functools
 import importlib
 import json
 import logging
-import os
 import re
 import threading
 import types
@@ -29,7 +28,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import ip_adapter, lora_base
+from diffusers.loaders import ip_adapter, lora_base, single_file_model
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models import ModelMixin, modeling_utils
 from diffusers.pipelines import pipeline_utils
@@ -554,6 +553,29 @@ def test_a_single_file_of_diffusers_names(saved: Path) -> None:
     )
 
 
+def test_a_tensor_that_diffusers_changes_in_place(
+    saved: Path, single_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of that one, what is in the file is not what is wanted."""
+    mapping = single_file_model.SINGLE_FILE_LOADABLE_CLASSES["AutoencoderKL"]
+    convert = mapping["checkpoint_mapping_fn"]
+
+    def change(checkpoint: Any, **options: Any) -> Any:
+        checkpoint["first_stage_model.encoder.conv_in.bias"].add_(1)
+        return convert(checkpoint=checkpoint, **options)
+
+    monkeypatch.setitem(mapping, "checkpoint_mapping_fn", functools.wraps(convert)(change))
+    tensors = load_file(saved / "vae/diffusion_pytorch_model.safetensors")
+    made = {n for n, t in tensors.items() if ".attentions.0.to_" in n and t.dim() == 2}
+    made.add("encoder.conv_in.bias")
+    model = assert_same_outcome(
+        lambda: AutoencoderKL.from_single_file(single_file, config=str(saved / "vae")),
+        sum(t.nbytes for n, t in tensors.items() if n not in made),
+    )
+    changed = model["tensors"]["encoder.conv_in.bias"][-1]
+    assert changed == bits(tensors["encoder.conv_in.bias"] + 1)
+
+
 def test_tensors_of_the_caller_are_taken_as_they_are(saved: Path, single_file: Path) -> None:
     """Those of a file that somebody has changed since, too."""
     load = functools.partial(AutoencoderKL.from_single_file, config=str(saved / "vae"))
@@ -670,24 +692,25 @@ def test_a_given_component_is_kept(pipeline: Path) -> None:
     assert made.text_encoder is None
 
 
-def test_weights_of_all_components_are_asked_for(
-    pipeline: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of those that will be loaded, in the order in which they will be."""
+def test_components_are_read_ahead(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that will be loaded, in the order in which they will be, and before they are."""
     source = pipeline / "plain"
-    asked: list[str] = []
+    read: list[tuple[str, int | None, int]] = []
     ended = threading.Event()
+    prefetch, populate = backend._prefetch, backend._populate
 
-    def advise(file: int, begin: int, count: int, advice: int) -> None:
-        assert begin == 0
-        assert advice == os.POSIX_FADV_WILLNEED
-        asked.append(Path(f"/proc/self/fd/{file}").readlink().parent.name)
+    def look_on(parts: Any, over: threading.Event) -> bool:
+        done = populate(parts, over)
+        (part,) = parts
+        read.append((Path(part.path).parent.name, part.resident_bytes(), part.size))
+        return done
 
-    monkeypatch.setattr(os, "posix_fadvise", advise)
-    prefetch = backend._prefetch
-    monkeypatch.setattr(
-        backend, "_prefetch", lambda *arguments: (prefetch(*arguments), ended.set())
-    )
+    def run(*arguments: Any) -> None:
+        prefetch(*arguments)
+        ended.set()
+
+    monkeypatch.setattr(backend, "_populate", look_on)
+    monkeypatch.setattr(backend, "_prefetch", run)
     load_sub_model = pipeline_utils.load_sub_model
 
     def wait(**given: Any) -> Any:
@@ -695,9 +718,10 @@ def test_weights_of_all_components_are_asked_for(
         return load_sub_model(**given)
 
     monkeypatch.setattr(pipeline_utils, "load_sub_model", wait)
-    with wl.enabled(CALLER):
+    with wl.enabled(CALLER), engine_moves(tensor_bytes(source / "unet"), CALLER):
         DiffusionPipeline.from_pretrained(source, vae=vae())
-    assert asked == ["text_encoder", "unet"]
+    assert [name for name, _, _ in read] == ["text_encoder", "unet"]
+    assert all(resident in (None, size) for _, resident, size in read)
 
 
 @pytest.mark.parametrize(
@@ -989,13 +1013,11 @@ def test_names_of_former_attention_blocks(saved: Path, tmp_path: Path) -> None:
     save_file(tensors, path)
     plain = outcome(lambda: AutoencoderKL.from_pretrained(saved / "vae"))
     for options in ({}, {"dtype": torch.float16}, {"low_cpu_mem_usage": False}):
-        load = functools.partial(AutoencoderKL.from_pretrained, tmp_path, **options)
-        with records() as stock_said:
-            stock = outcome(load)
-        with wl.enabled(CALLER), records() as said:
-            ours = outcome(load)
-        assert ours == stock
-        assert said == stock_said
+
+        def load(options: dict[str, Any] = options) -> Any:
+            return AutoencoderKL.from_pretrained(tmp_path, **options)
+
+        ours = assert_same_outcome(load, tensor_bytes(tmp_path))
         assert options or ours == plain
 
 

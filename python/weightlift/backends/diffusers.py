@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import os
 import re
 import tempfile
 import threading
@@ -36,7 +35,7 @@ from weightlift.checkpoint import Checkpoint
 from weightlift.dduf import Dduf, open_dduf
 from weightlift.errors import ArgumentError, DeviceError, WeightliftError
 from weightlift.hub import HubArguments, download
-from weightlift.materialize import load_tensors
+from weightlift.materialize import cancel_plan, load_tensors, new_plan, start_plan
 from weightlift.modules import Early, fill
 from weightlift.placement import parse_device
 from weightlift.resolve import CheckpointFiles, ShardFile, resolve
@@ -49,6 +48,8 @@ __all__ = ["HOOKS"]
 
 _NAME = "diffusers"
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+# How often the prefetch of a pipeline looks whether it is still wanted.
+_POLL_SECONDS = 0.05
 
 
 # --- A call of from_pretrained -------------------------------------------------------------------
@@ -259,11 +260,14 @@ class _Pending(dict[str, _Name]):
         self._stock = stock
 
     @property
-    def checkpoint(self) -> Checkpoint:
+    def renamed(self) -> dict[str, str] | None:
+        """The name in the file -> the key, where diffusers has renamed any."""
         if all(key == name for key, name in self.items()):
-            return self._opened
-        new: dict[str, str] = {name: key for key, name in self.items()}
-        return self._opened.renamed(new.get)
+            return None
+        return {name: key for key, name in self.items()}
+
+    def checkpoint(self, renamed: Mapping[str, str] | None) -> Checkpoint:
+        return self._opened if renamed is None else self._opened.renamed(renamed.get)
 
     def by_diffusers(self) -> dict[str, Any]:
         tensors = self._stock()
@@ -377,8 +381,10 @@ def _load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
             if call is not None:
                 call.by_diffusers = True
             return stock(state_dict=None if pending is None else pending.by_diffusers())
+        renamed = None
         if pending is not None:
-            opened = pending.checkpoint
+            renamed = pending.renamed
+            opened = pending.checkpoint(renamed)
         elif call is not None and call.checkpoint is not None:
             opened = call.checkpoint
         else:
@@ -401,6 +407,8 @@ def _load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
         if fit.mismatched and not given["ignore_mismatched_sizes"]:
             stock(**only_talk)  # raises
         early = None if call is None else call.take()
+        if early is not None and renamed is not None:
+            early.rename(renamed)
         fill(
             given["model"],
             opened,
@@ -581,7 +589,8 @@ def _mapped(part: _native.IndexedFile) -> dict[str, torch.Tensor]:
         shape = part.shape(position)
         if part.dtype(position) == "F4":
             shape = (*shape[:-1], shape[-1] // 2)
-        tensors[name] = data.view(dtype).reshape(shape)
+        # .data, for a version counter of its own: a change of one is none of the others.
+        tensors[name] = data.view(dtype).reshape(shape).data
     return tensors
 
 
@@ -773,35 +782,39 @@ def _components_known(original: Callable[..., Any]) -> Callable[..., Any]:
     return _identify_model_variants
 
 
-# As much is asked for at once: the calls can be stopped in between.
-_PREFETCH_BYTES = 64 << 20
-
-
 def _prefetch(
     jobs: Sequence[tuple[Path, str | None]], use_safetensors: bool | None, ended: threading.Event
 ) -> None:
-    """Has the kernel read the weights of all components, in the order in which they are loaded:
-    while modules are built, and between components, the disk would be idle. The call returns
-    before the bytes are there, and is cheap where they are (posix_fadvise(2))."""
-    files: list[str] = []
+    """Reads the weights of all components into the page cache, in the order in which they are
+    loaded: while modules are built, and between components, the disk would be idle."""
+    components: list[list[_native.IndexedFile]] = []
     for folder, variant in jobs:
-        with contextlib.suppress(WeightliftError):  # it has no weights
+        with contextlib.suppress(WeightliftError):  # it has no weights, or broken ones
             found = resolve(folder, variant=variant, use_safetensors=use_safetensors)
-            files += [file.path for file in found.files]
-    try:
-        sizes = [Path(file).stat().st_size for file in files]
-        if sum(sizes) > _native.machine()["memory_headroom"] // 2:
+            if found.format == "safetensors":
+                components.append([_native.IndexedFile.open(file.path) for file in found.files])
+    total = sum(part.size for parts in components for part in parts)
+    if total > _native.machine()["memory_headroom"] // 2:
+        return
+    for parts in components:
+        if ended.is_set() or not _populate(parts, ended):
             return
-        for file, size in zip(files, sizes, strict=True):
-            with Path(file).open("rb") as opened:
-                for begin in range(0, size, _PREFETCH_BYTES):
-                    if ended.is_set():
-                        return
-                    os.posix_fadvise(
-                        opened.fileno(), begin, _PREFETCH_BYTES, os.POSIX_FADV_WILLNEED
-                    )
-    except OSError:
-        return  # whoever loads the file meets it
+
+
+def _populate(parts: Sequence[_native.IndexedFile], ended: threading.Event) -> bool:
+    """Has the engine read what it would map, and map it for nobody. Not posix_fadvise(2): pages
+    that are on their way count as resident, and are then waited for one by one."""
+    plan = new_plan(Settings.current())
+    try:
+        for part in parts:
+            plan.map(part, None, False)
+        start_plan(plan, None)
+        while not plan.wait(_POLL_SECONDS):
+            if ended.is_set():
+                cancel_plan(plan)
+    except WeightliftError:
+        return False  # whoever loads the file meets it
+    return True
 
 
 def _load_sub_model(original: Callable[..., Any]) -> Callable[..., Any]:
