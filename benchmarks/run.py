@@ -487,7 +487,7 @@ def show(
                 format_seconds(comparison.median(contender)),
                 rate,
                 format_bytes(comparison.peak(contender)),
-                *(ends if contender == OURS else ["", "", ""]),
+                *(ends if contender == chosen[name].contenders[0] else ["", "", ""]),
             )
         for contender, why in comparison.refused.items():
             table.add_row("", contender, "", "", "", f"[dim]not measured: {why}")

@@ -12,7 +12,14 @@ import torch
 
 import support
 import test_simulated_engine as simulated
-from test_backend_transformers import MOE, made, transformers, walked
+from test_backend_transformers import (
+    MOE,
+    conversion_mapping,
+    made,
+    modeling_utils,
+    transformers,
+    walked,
+)
 from test_simulated_engine import Policy, Switch, machine
 from weightlift.backends import transformers_walk
 from weightlift.checkpoint import Checkpoint
@@ -66,10 +73,10 @@ def test_mixtures(
     assert len(files) > 1
     with torch.device("meta"):
         model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**MOE)).to(dtype)
-    config = transformers.modeling_utils.LoadStateDictConfig(
+    config = modeling_utils.LoadStateDictConfig(
         device_map=MAPS[device_map],
         dtype=dtype,
-        weight_mapping=transformers.conversion_mapping.get_model_conversion_mapping(model),
+        weight_mapping=conversion_mapping.get_model_conversion_mapping(model),
     )
     with machine(2, seed, Policy.RANDOM) as driver:
         checkpoint = Checkpoint([Checkpoint.of_file(file).parts[0] for file in files])
@@ -80,9 +87,9 @@ def test_mixtures(
         assert weights.report is not None
         used = {name for name, count in weights.report.devices.items() if count}
         assert used == ({"cuda:0"} if device_map == "one device" else {"cuda:0", "cuda:1", "cpu"})
-        devices = transformers.integrations.accelerate.expand_device_map(
-            MAPS[device_map], list(theirs)
-        )
+        from transformers.integrations.accelerate import expand_device_map
+
+        devices = expand_device_map(MAPS[device_map], list(theirs))
         for name, tensor in model.state_dict().items():
             if devices[name] == "cpu":
                 support.assert_same(tensor, theirs[name])
