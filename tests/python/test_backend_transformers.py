@@ -430,6 +430,42 @@ def test_mapped_as_the_library_does(made: Callable[..., Path]) -> None:
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+@walked
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_the_progress_bar(
+    made: Callable[..., Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[Any, ...]] = []
+
+    class Bar:
+        def __init__(self, given: Any = None, *, total: Any = None, desc: str = "") -> None:
+            self.given = given
+            self.count = 0
+            self.said = (desc, len(given) if total is None else total)
+
+        def __iter__(self) -> Iterator[Any]:
+            for one in self.given:
+                yield one
+                self.count += 1
+            shown.append((*self.said, self.count))
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            shown.append((*self.said, self.count))
+
+        def update(self, count: int) -> None:
+            self.count += count
+
+    monkeypatch.setattr(transformers.utils.logging, "tqdm", Bar)
+    monkeypatch.setattr(core_model_loading, "tqdm", Bar, raising=False)
+    both(CAUSAL, made(name))
+    assert len(shown) == 2
+    assert shown[0] == shown[1]
+    assert shown[0][1] == shown[0][2] > 10
+
+
 # --- On the disk
 
 

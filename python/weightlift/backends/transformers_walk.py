@@ -336,28 +336,27 @@ def walk(
     targets = _targets(core, model, weights, state, config, info)
     tqdm = importlib.import_module("transformers.utils.logging").tqdm
     with tqdm(total=len(targets), desc="Loading weights") as bar:
-        fill = _Fill(core, model, weights, state, config, info, disk_offload_index, _Bar(bar))
+        show = _Bar(bar, len(targets))
+        fill = _Fill(core, model, weights, state, config, info, disk_offload_index, show)
         fill.run(targets)
+        show(1, 1)
     mapping = config.weight_mapping or []
     model._weight_conversions = [entry for entry in mapping if entry.was_used()]
     return info, fill.disk_offload_index
 
 
 class _Bar:
-    """The library's progress bar counts tensors, the engine bytes."""
+    """Of bytes done and in all, shown by the library's progress bar, which counts tensors."""
 
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
+    def __init__(self, bar: Any, count: int) -> None:
+        self._bar, self._count = bar, count
         self._shown = 0
 
-    def of(self, count: int) -> Progress:
-        def show(done: int, total: int) -> None:
-            reached = count * done // total if total else count
-            if reached > self._shown:
-                self._bar.update(reached - self._shown)
-                self._shown = reached
-
-        return show
+    def __call__(self, done: int, total: int) -> None:
+        reached = self._count * done // total if total else 0
+        if reached > self._shown:
+            self._bar.update(reached - self._shown)
+            self._shown = reached
 
 
 def _targets(
@@ -459,7 +458,7 @@ class _Fill:
 
     def _load(self, targets: Sequence[_Target]) -> None:
         """Brings in all that does not stay on the disk, and has it converted."""
-        batch = Batch(self._weights, self._bar.of(len(targets)))
+        batch = Batch(self._weights, self._bar)
         merged: list[tuple[_Target, _Layout]] = []
         left: list[_Target] = []
         plain: list[_Target] = []
