@@ -853,6 +853,16 @@ def test_another_class(folder: Path, said: list[str]) -> None:
     assert config(OURS.Nested.from_pretrained(folder)) == config(made(OURS, "Nested"))
 
 
+@pytest.mark.parametrize("name", [name for name in MADE if name not in TIED])
+def test_put_before_a_class_of_diffusers(name: str, folder: Path) -> None:
+    stock = getattr(THEIRS, name)
+    expected = made(THEIRS, name)
+    expected.save_pretrained(folder)
+    loaded = type(stock.__name__, (wl.ModelMixin, stock), {}).from_pretrained(folder)
+    assert config(loaded) == config(expected)
+    assert_same_tensors(state(loaded), state(expected))
+
+
 # What a model has.
 
 

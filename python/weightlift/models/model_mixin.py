@@ -135,10 +135,9 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
     _no_split_modules: list[str] | None = None
     _keep_in_fp32_modules: list[str] | None = None
     _skip_keys: list[str] | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._gradient_checkpointing_func: Callable[..., Any] | None = None
+    # No __init__ that sets it: put before a library's model class, it would hide the signature of
+    # that class's, which tells what of the config is the constructor's.
+    _gradient_checkpointing_func: Callable[..., Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:  # first, for layers that are named as an argument is
