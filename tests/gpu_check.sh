@@ -23,5 +23,5 @@ rm -rf "$site"
 export PYTHONPATH="$PWD/$site${PYTHONPATH:+:$PYTHONPATH}"
 "$python" -m weightlift doctor
 
-WEIGHTLIFT_REQUIRE_GPU=1 "$python" -m pytest -p no:cacheprovider -m gpu tests/python/test_gpu.py tests/python/test_gpu_backends.py
+WEIGHTLIFT_REQUIRE_GPU=1 "$python" -m pytest -p no:cacheprovider -m gpu tests/python/test_gpu.py tests/python/test_gpu_backends.py tests/python/test_gpu_transformers.py
 "$python" benchmarks/run.py --device cuda ${RESULTS:+--out "$RESULTS"}

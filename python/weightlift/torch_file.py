@@ -10,7 +10,7 @@ import itertools
 import os
 import pickle
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,8 @@ class TorchFile:
             the name of the first.
         views: the latter tensors.
         names: of all tensors, in the order of the state dict.
-        not_tensors: key -> name of its type, for everything else in the state dict.
+        not_tensors: key -> name of its type, for everything else in the state dict, and for what is
+            beside it in the file (dotted where that is further in).
     """
 
     index: _native.IndexedFile
@@ -110,8 +111,9 @@ def open_torch_file(
         return _loaded(path, state_dict_key, reason, mmap=True)
     with _errors_of_torch(path):
         unpickled = _Unpickled(places, archive.read, path)
-    state_dict = _state_dict(unpickled.value, state_dict_key, path)
-    return _Indexer(archive, unpickled).index(state_dict)
+    state_dict, beside = _state_dict(unpickled.value, state_dict_key, path)
+    file = _Indexer(archive, unpickled).index(state_dict)
+    return replace(file, not_tensors=beside | file.not_tensors)
 
 
 # --- The file ------------------------------------------------------------------------------------
@@ -253,8 +255,8 @@ def _loaded(path: str, state_dict_key: str | None, reason: str, mmap: bool) -> L
     with _errors_of_torch(path):
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     tensors = {}
-    not_tensors = {}
-    for name, value in dict.items(_state_dict(loaded, state_dict_key, path)):
+    state_dict, not_tensors = _state_dict(loaded, state_dict_key, path)
+    for name, value in dict.items(state_dict):
         if isinstance(value, torch.Tensor):
             tensors[_name(name, path)] = torch.Tensor.detach(value)
         else:
@@ -320,20 +322,22 @@ def _has_tensors(value: object) -> bool:
     )
 
 
-def _state_dict(loaded: Any, key: str | None, path: str) -> dict[Any, Any]:
+def _state_dict(loaded: Any, key: str | None, path: str) -> tuple[dict[Any, Any], dict[str, str]]:
+    """The state dict, and the names and types of what is beside it."""
+    beside: dict[str, str] = {}
     if key is not None:
-        loaded = _at(loaded, key, path)
+        loaded = _at(loaded, key, path, beside)
     if not isinstance(loaded, dict):
         raise CheckpointError(
             f"{path}: {'it' if key is None else repr(key)} is a {type(loaded).__name__}, not a "
             "mapping of names to tensors"
         )
     if key is not None or not loaded or _has_tensors(loaded):
-        return loaded
+        return loaded, beside
     inner = [name for name, value in dict.items(loaded) if _has_tensors(value)]
     if len(inner) == 1:
         found: dict[Any, Any] = loaded[inner[0]]
-        return found
+        return found, _types(loaded, "", inner[0])
     raise CheckpointError(
         f"{path}: it holds several state dicts: {_keys(inner)}; choose one by state_dict_key"
         if inner
@@ -341,7 +345,7 @@ def _state_dict(loaded: Any, key: str | None, path: str) -> dict[Any, Any]:
     )
 
 
-def _at(loaded: Any, key: str, path: str) -> Any:
+def _at(loaded: Any, key: str, path: str, beside: dict[str, str]) -> Any:
     """The value at a dotted key; of keys that have dots themselves the longest goes first."""
     value, rest = loaded, key
     while rest:
@@ -352,8 +356,17 @@ def _at(loaded: Any, key: str, path: str) -> Any:
             head, dot, _ = head.rpartition(".")
             if not dot:
                 raise CheckpointError(f"{path}: there is no {key!r} in it, but {_keys(value)}")
+        beside.update(_types(value, key[: len(key) - len(rest)], head))
         value, rest = value[head], rest[len(head) + 1 :]
     return value
+
+
+def _types(mapping: dict[Any, Any], prefix: str, but: object) -> dict[str, str]:
+    return {
+        prefix + _text(key): type(value).__name__
+        for key, value in dict.items(mapping)
+        if key != but
+    }
 
 
 def _keys(keys: Collection[Any]) -> str:

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from weightlift.cli.inspect import _plain
-from weightlift.cli.measure import Job, target_bytes
-from weightlift.cli.measure_child import page_runs, touch
+from weightlift.cli.measure import Job, page_cache, prepare_files, settle, target_bytes
+from weightlift.cli.measure_child import checksum, page_runs, touch
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -61,7 +61,9 @@ def test_inspect_tells_what_the_reference_reads(checkpoint: Path) -> None:
             assert data == bytes(tensor.reshape(-1).view(torch.uint8).tolist())
         assert found["metadata"] == reference.metadata()
     assert found["file_bytes"] == checkpoint.stat().st_size
-    assert found["data_offset"] + found["tensor_bytes"] == found["file_bytes"]
+    (file,) = found["files"]
+    assert file["path"] == str(checkpoint)
+    assert 8 + file["header_bytes"] + found["tensor_bytes"] == file["bytes"]
     assert found["totals"]["BF16"] == {
         "tensors": 50,
         "parameters": 50 * 64 * 33,
@@ -78,6 +80,47 @@ def test_inspect_sorts_by_size_and_by_place(checkpoint: Path) -> None:
     assert by_size == sorted(by_size, key=lambda entry: (-entry["bytes"], entry["offset"]))
     by_place = json.loads(run("inspect", checkpoint, "--json").stdout)["tensors"]
     assert [e["offset"] for e in by_place] == sorted(e["offset"] for e in by_place)
+
+
+def test_inspect_of_a_sharded_folder(tmp_path: Path) -> None:
+    shards = {
+        "model-00001-of-00002.safetensors": {"a": torch.zeros(3, 5), "b": torch.zeros(2)},
+        "model-00002-of-00002.safetensors": {"c": torch.zeros(7, dtype=torch.bfloat16)},
+    }
+    for name, tensors in shards.items():
+        save_file(tensors, tmp_path / name)
+    weight_map = {key: name for name, tensors in shards.items() for key in tensors}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    found = json.loads(run("inspect", tmp_path, "--json").stdout)
+    assert {entry["name"]: entry["file"] for entry in found["tensors"]} == weight_map
+    assert found["tensor_bytes"] == 15 * 4 + 2 * 4 + 7 * 2
+    assert [file["bytes"] for file in found["files"]] == [
+        (tmp_path / name).stat().st_size for name in shards
+    ]
+    for entry in found["tensors"]:
+        with safe_open(tmp_path / entry["file"], framework="pt") as reference:
+            assert entry["shape"] == reference.get_slice(entry["name"]).get_shape()
+    shown = run("inspect", tmp_path).stdout
+    assert "model-00002-of-00002" in shown
+    assert "BF16" in shown
+
+
+def test_inspect_of_a_torch_file_counts_shared_bytes_once(tmp_path: Path) -> None:
+    weight = torch.arange(12.0).reshape(3, 4)
+    state = {"embed": weight, "head": weight, "row": weight[1], "step": 7}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "model.ckpt")
+    found = json.loads(run("inspect", tmp_path / "model.ckpt", "--json").stdout)
+    entries = {entry["name"]: entry for entry in found["tensors"]}
+    assert set(entries) == {"embed", "head", "row"}
+    assert entries["embed"]["shares"] is None
+    assert entries["head"]["shares"] == entries["row"]["shares"] == "embed"
+    assert entries["row"]["bytes"] == 16
+    assert found["tensor_bytes"] == weight.nbytes
+    data = (tmp_path / "model.ckpt").read_bytes()
+    start = entries["embed"]["offset"]
+    assert data[start : start + weight.nbytes] == weight.numpy().tobytes()
+    assert json.loads(found["metadata"]["not_tensors"]) == {"epoch": "int", "step": "int"}
 
 
 def test_inspect_truncates_long_listings_and_says_so(checkpoint: Path) -> None:
@@ -180,6 +223,12 @@ def test_bench_compares_and_lists_who_could_not(checkpoint: Path, tmp_path: Path
             assert sample["load_seconds"] > 0
     ours = comparison["contenders"]["weightlift"]
     assert ours["io"]
+    (one,), (other,) = (
+        comparison["contenders"][n]["samples"] for n in ("weightlift", "safetensors")
+    )
+    assert one["checksum"] == other["checksum"] is not None
+    assert list(one["phases"]) == ["index", "allocate", "build", "move", "finish"]
+    assert sum(one["phases"].values()) == pytest.approx(one["load_seconds"], rel=0.01)
     assert ours["time_ratio"]["safetensors"] > 0
 
 
@@ -189,6 +238,29 @@ def test_bench_measures_what_torch_saved(tmp_path: Path) -> None:
     run("bench", path, "--repeat", "1", "--against", "torch", "--json", out)
     (comparison,) = json.loads(out.read_text())["comparisons"]
     assert comparison["contenders"]["torch"]["samples"][0]["bytes"] == 40_000
+
+
+def test_other_bits_are_told(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(7, dtype=torch.int16), "b": torch.ones(3)}
+    found = checksum(tensors)
+    assert checksum(dict(reversed(list(tensors.items())))) == found
+    shifted = torch.cat([torch.zeros(1, dtype=torch.int16), tensors["a"]])[1:]
+    assert checksum({**tensors, "a": shifted}) == found
+    for n in range(7):
+        other = tensors["a"].clone()
+        other[n] ^= 1
+        assert checksum({**tensors, "a": other}) != found
+    assert checksum({"a": tensors["a"], "c": tensors["b"]}) != found
+
+
+def test_files_are_read_in_and_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1_000_001))
+    settle([path])
+    assert page_cache(path) == prepare_files([str(path)], cold=False) == 1_000_001
+    if prepare_files([str(path)], cold=True) != 0:
+        pytest.skip("this file system has no pages to drop")
+    assert page_cache(path) == 0
 
 
 def test_pages_are_listed_once_and_touched() -> None:
@@ -206,7 +278,10 @@ def test_pages_are_listed_once_and_touched() -> None:
 def test_memory_is_backed_for_what_a_load_takes(checkpoint: Path) -> None:
     files = (str(checkpoint),)
     size = checkpoint.stat().st_size
-    assert target_bytes(Job("weightlift", files)) == 0
-    assert target_bytes(Job("weightlift", files), cold=True) == size
-    assert target_bytes(Job("weightlift", files, mode="read")) == size
-    assert target_bytes(Job("weightlift", files, dtype="float32")) == 50 * 64 * 33 * 4 + 3 * 8 + 4
+    cast = 50 * 64 * 33 * 4 + 3 * 8 + 4
+    assert target_bytes(Job("weightlift", files)) == size
+    assert target_bytes(Job("weightlift", files), cold=True) == 2 * size
+    assert target_bytes(Job("weightlift", files, dtype="float32")) == cast
+    assert target_bytes(Job("weightlift", files, dtype="float32"), cold=True) == size + cast
+    assert target_bytes(Job("weightlift", files, device="cuda")) == 0
+    assert target_bytes(Job("weightlift", files, tensor="scale")) == 0

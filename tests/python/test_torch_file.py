@@ -7,6 +7,7 @@ import contextlib
 import gc
 import io
 import itertools
+import json
 import os
 import pickle
 import struct
@@ -408,6 +409,25 @@ def test_state_dict(
     file = open_torch_file(tmp_path / "f", state_dict_key=key)
     assert isinstance(file, TorchFile) == zipped
     assert (file.names if isinstance(file, TorchFile) else list(file.tensors)) == names
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "beside"),
+    [
+        ({"w": W, "step": 1}, None, {"step": "int"}),
+        ({"state_dict": {"w": W, "_n": 2}, "epoch": 3}, None, {"_n": "int", "epoch": "int"}),
+        ({"m": {"w": W}, "opt": {"state": {0: W}}}, "m", {"opt": "dict"}),
+        ({"a": {"b": {"w": W}, 7: "x"}, "c": V}, "a.b", {"a.7": "str", "c": "Tensor"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_is_no_tensor_of_the_checkpoint_is_named(
+    tmp_path: Path, content: Any, key: str | None, beside: dict[str, str], zipped: bool
+) -> None:
+    torch.save(content, tmp_path / "f.bin", _use_new_zipfile_serialization=zipped)
+    checkpoint = wl.open_checkpoint(tmp_path / "f.bin", state_dict_key=key)
+    assert list(checkpoint) == ["w"]
+    assert json.loads(checkpoint.metadata["not_tensors"]) == beside
 
 
 @pytest.mark.parametrize(

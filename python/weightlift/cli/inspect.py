@@ -1,4 +1,4 @@
-"""``weightlift inspect``: what is in a checkpoint file, from its header alone."""
+"""``weightlift inspect``: what is in a checkpoint, from its index alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from weightlift import _native
+from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.report import format_bytes
 
 __all__ = ["inspect"]
@@ -25,13 +26,22 @@ class Sort(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """A tensor; ``offset`` counts from the start of the file, in bytes."""
+    """A tensor.
+
+    Attributes:
+        file: the name of its file.
+        offset: from the start of the file, in bytes; of a view, where what it shares begins;
+            ``None`` for a tensor that only torch could load.
+        shares: the tensor whose bytes these are too.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    offset: int
+    file: str
+    offset: int | None
     bytes: int
+    shares: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -40,21 +50,30 @@ class TensorEntry:
 
 _ORDERS: dict[Sort, Any] = {
     Sort.NAME: lambda entry: entry.name,
-    Sort.SIZE: lambda entry: (-entry.bytes, entry.offset),
-    Sort.OFFSET: lambda entry: (entry.offset, entry.bytes),
+    Sort.SIZE: lambda entry: (-entry.bytes, entry.file, entry.offset or 0),
+    Sort.OFFSET: lambda entry: (entry.file, entry.offset or 0, entry.bytes),
 }
 
 
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A .safetensors file.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH", help="A file (.safetensors, .bin, .ckpt, .dduf, ...), or its folder."
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
     sort: Annotated[Sort, typer.Option(help="The order of the tensors.")] = Sort.OFFSET,
     limit: Annotated[
         int, typer.Option(min=0, help="List at most this many tensors; 0 lists all.")
     ] = 40,
+    subfolder: Annotated[
+        str | None, typer.Option(help="Within the folder; of a .dduf file, the component.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help='Such as "fp16".')] = None,
 ) -> None:
-    """Show what is in a checkpoint file; no tensor is read."""
-    found = describe(file)
+    """Show what is in a checkpoint; no tensor is read."""
+    found = describe(path, subfolder, variant)
     entries: list[TensorEntry] = sorted(found.pop("tensors"), key=_ORDERS[sort])
     if as_json:
         found["tensors"] = [dataclasses.asdict(entry) for entry in entries]
@@ -63,48 +82,86 @@ def inspect(
         _show(found, entries, limit)
 
 
-def describe(file: str) -> dict[str, Any]:
-    """Everything that ``inspect`` shows; sizes and offsets in bytes."""
-    part = _native.IndexedFile.open(file)
-    ranges = [part.range(position) for position in range(len(part))]
-    entries = [
-        TensorEntry(name, dtype, tuple(shape), begin, end - begin)
-        for name, dtype, shape, (begin, end) in zip(
-            part.names(), part.dtypes(), part.shapes(), ranges, strict=True
-        )
-    ]
+def describe(path: str, subfolder: str | None = None, variant: str | None = None) -> dict[str, Any]:
+    """Everything that ``inspect`` shows; sizes and offsets in bytes.
+
+    Only what is on this machine: a path that is not there is an error, not a repository's id.
+    """
+    if subfolder is None and variant is None and not Path(path).is_dir():
+        checkpoint = _open_file(path)
+    else:
+        checkpoint = open_checkpoint(path, subfolder=subfolder, variant=variant)
+    entries = [_entry(checkpoint, name) for name in checkpoint]
     totals: dict[str, dict[str, int]] = {}
     for entry in entries:
+        if entry.shares is not None:
+            continue
         total = totals.setdefault(entry.dtype, {"tensors": 0, "parameters": 0, "bytes": 0})
         total["tensors"] += 1
         total["parameters"] += entry.parameters
         total["bytes"] += entry.bytes
-    with Path(file).open("rb") as opened:
-        # The format: a header's length in eight bytes, the header, the tensors.
-        header = int.from_bytes(opened.read(8), "little")
-    filled = [entry for entry in entries if entry.bytes]
+    filled = [entry for entry in entries if entry.bytes and entry.offset is not None]
+    resident = [part.resident_bytes() for part in checkpoint.parts]
     return {
-        "file": file,
-        "file_bytes": part.size,
-        "header_bytes": header,
-        "data_offset": 8 + header,
-        "tensor_bytes": sum(entry.bytes for entry in entries),
+        "path": path,
+        "files": [
+            {"path": part.path, "format": form, "bytes": part.size, "header_bytes": _header(part)}
+            for part, form in zip(checkpoint.parts, checkpoint.formats, strict=True)
+        ],
+        "file_bytes": sum(part.size for part in checkpoint.parts),
+        "tensor_bytes": sum(total["bytes"] for total in totals.values()),
         "totals": dict(sorted(totals.items(), key=lambda pair: -pair[1]["bytes"])),
         "alignment": _alignment(filled),
         "misaligned_tensors": sum(
             1
             for entry in filled
-            if entry.offset % max(1, entry.bytes // max(1, entry.parameters)) != 0
+            if (entry.offset or 0) % max(1, entry.bytes // max(1, entry.parameters)) != 0
         ),
-        "resident_bytes": part.resident_bytes(),
-        "metadata": part.metadata(),
+        "resident_bytes": None if None in resident else sum(filter(None, resident)),
+        "metadata": {
+            key: value
+            for part in checkpoint.parts
+            for key, value in (part.metadata() or {}).items()
+        }
+        | dict(checkpoint.metadata),
+        "fallbacks": list(checkpoint.fallbacks),
         "tensors": entries,
     }
 
 
+def _open_file(path: str) -> Checkpoint:
+    """A lone file; whatever has no name of torch's or of a DDUF is taken for safetensors."""
+    if path.lower().endswith((".bin", ".pt", ".pth", ".ckpt", ".dduf")) and Path(path).exists():
+        return open_checkpoint(path)
+    return Checkpoint.of_file(path)
+
+
+def _entry(checkpoint: Checkpoint, name: str) -> TensorEntry:
+    dtype, shape = checkpoint[name]
+    place = checkpoint.place(name)
+    if place is None:
+        return TensorEntry(name, dtype, shape, "", None, checkpoint.in_memory[name].nbytes)
+    number, position, view = place
+    part = checkpoint.parts[number]
+    begin, end = part.range(position)
+    count = end - begin
+    if view is not None:
+        count = count // max(1, math.prod(part.shape(position))) * math.prod(shape)
+    shares = view.base if view is not None and view.base != name else None
+    return TensorEntry(name, dtype, shape, Path(part.path).name, begin, count, shares)
+
+
+def _header(part: _native.IndexedFile) -> int | None:
+    """Of a safetensors file of its own: its header's length is in the first eight bytes."""
+    if not part.path.endswith(".safetensors"):
+        return None
+    with Path(part.path).open("rb") as opened:
+        return int.from_bytes(opened.read(8), "little")
+
+
 def _alignment(entries: list[TensorEntry]) -> int | None:
     """The largest power of two, up to a page, that divides every offset."""
-    common = math.gcd(4096, *(entry.offset for entry in entries))
+    common = math.gcd(4096, *(entry.offset or 0 for entry in entries))
     return common if entries else None
 
 
@@ -142,12 +199,21 @@ def _show(found: dict[str, Any], entries: list[TensorEntry], limit: int) -> None
         facts.add_row(name, Text(value))
 
     parameters = sum(total["parameters"] for total in found["totals"].values())
-    fact("file", _plain(found["file"]))
+    files = found["files"]
+    fact("path", _plain(found["path"]))
+    if len(files) > 1:
+        for number, file in enumerate(files, 1):
+            shown = f"{_plain(Path(file['path']).name)}, {format_bytes(file['bytes'])}"
+            fact(f"file {number}", shown)
     fact("size", f"{format_bytes(found['file_bytes'])} ({found['file_bytes']:,} bytes)")
     fact("tensors", f"{len(entries):,}, {_count(parameters)} parameters")
-    fact("header", f"{format_bytes(found['header_bytes'])}")
+    headers = [file["header_bytes"] for file in files if file["header_bytes"] is not None]
+    if headers:
+        fact("header" if len(headers) == 1 else "headers", format_bytes(sum(headers)))
     fact("alignment", _alignment_text(found))
     fact("page cache", _residency_text(found))
+    for fallback in found["fallbacks"]:
+        fact("note", _plain(fallback))
     console.print(facts)
 
     console.print()
@@ -175,14 +241,19 @@ def _show(found: dict[str, Any], entries: list[TensorEntry], limit: int) -> None
         return
     console.print()
     shown_entries = entries if limit == 0 else entries[:limit]
-    tensors = table(("name", "<"), ("dtype", "<"), ("shape", "<"), ("size", ">"), ("offset", ">"))
+    number_of = {Path(file["path"]).name: str(n) for n, file in enumerate(files, 1)}
+    several = len(files) > 1
+    columns = [("name", "<"), ("dtype", "<"), ("shape", "<"), ("size", ">"), ("offset", ">")]
+    tensors = table(*columns, *([("file", ">")] if several else []))
     for entry in shown_entries:
+        shares = "" if entry.shares is None else f" = {_plain(entry.shares)}"
         tensors.add_row(
-            Text(_plain(entry.name)),
+            Text(_plain(entry.name) + shares),
             entry.dtype,
             " x ".join(map(str, entry.shape)) or "scalar",
             format_bytes(entry.bytes),
-            f"{entry.offset:,}",
+            "" if entry.offset is None else f"{entry.offset:,}",
+            *([number_of.get(entry.file, "")] if several else []),
         )
     console.print(tensors)
     left = entries[len(shown_entries) :]
