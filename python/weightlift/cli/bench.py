@@ -196,15 +196,16 @@ def describe_run(found: Comparison) -> str:
         return "nothing could be measured"
     residents = {sample.resident_bytes for sample in every}
     if None in residents:
-        cache = "nobody knows what: only for .safetensors files, and by Linux 6.5, is it told"
+        cache = "nobody knows what: Linux tells it from 6.5 on"
     else:
         told = [known for known in residents if known is not None]
         shares = [f"{bound(told) / max(found.file_bytes, 1):.1%}" for bound in (min, max)]
         cache = f"{' to '.join(dict.fromkeys(shares))} of the files"
     rounds = max(len(samples) for samples in found.samples.values())
     backed = min(sample.backed_bytes for sample in every)
+    warm = "warm, read in from beginning to end once"
     return (
-        f"{'cold' if found.cold else 'warm'}: before each load the page cache held {cache}; "
+        f"{'cold' if found.cold else warm}: before each load the page cache held {cache}; "
         f"{rounds} rounds in random order, a new process each; {format_bytes(backed)} of memory "
         f"on huge pages touched and freed before each"
     )

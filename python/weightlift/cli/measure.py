@@ -5,14 +5,16 @@ starts. Contenders take turns in random order, so that what else the machine doe
 them, and are compared round by round: a ratio is the median of the rounds' ratios. Before each
 measurement the memory that it will need is backed by the machine (``measure_child.back_memory``),
 and the files are read into the page cache or dropped from it; how much of them is in it is asked of
-the kernel and reported.
+the kernel and reported. What each of them loads has to have the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
+import mmap
 import os
 import platform
 import random
@@ -22,14 +24,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from weightlift import _native
 from weightlift.cli import measure_child
-from weightlift.cli.measure_child import CONTENDERS, Job, anonymous_bytes
-from weightlift.errors import WeightliftError
+from weightlift.cli.contenders import CONTENDERS, Contender, Job
+from weightlift.cli.measure_child import anonymous_bytes
 from weightlift.torch_file import TorchFile, open_torch_file
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "compare",
     "machine",
     "page_cache",
+    "settle",
     "target_bytes",
 ]
 
@@ -48,7 +51,8 @@ __all__ = [
 _RUN = (
     "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
-_CHILD = [sys.executable, "-c", _RUN, measure_child.__file__]
+_CHILD = ["-c", _RUN, measure_child.__file__]
+_SYS_CACHESTAT = 451  # on all architectures
 _SLACK_BYTES = 512 * 10**6
 _LIMIT_SECONDS = 600.0
 # Asking for the peak costs some 30 microseconds.
@@ -59,7 +63,7 @@ _FLOAT_WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2
 
 
 class _FailedError(Exception):
-    """A contender that did not come to an end; the text says why."""
+    """A contender that cannot do the job, or did not come to an end; the text says why."""
 
 
 @dataclasses.dataclass
@@ -70,28 +74,39 @@ class Sample:
         load_seconds: the library's call.
         touch_seconds: reading one byte of every page of the result; on CUDA, synchronising.
         cpu_seconds: of all threads, over both.
+        phases: seconds of ``load_seconds`` by what was done, where that can be told: ``index``
+            (with opening), ``allocate``, ``build`` (of a model, while its weights are read),
+            ``move`` and ``finish``; what could not be told is in the next one.
         bytes: of the tensors that came out.
         peak_anon_bytes: anonymous memory at its peak, less that before the load; sampled from
             outside every 20 ms and at the end.
         resident_bytes: of the files, in the page cache before the load; ``None`` where the kernel
             cannot tell.
+        resident_bytes_after: the same, after it.
         backed_bytes: of memory that was made available beforehand.
         report: what weightlift reports of the load.
         forward_seconds: of a model's first forward pass; ``None`` for what is no model, or has no
-            ``dummy_inputs``. On CUDA, ``peak_device_bytes`` is what torch had allocated at most.
+            ``dummy_inputs``.
+        peak_device_bytes: what torch had allocated on CUDA at most.
+        device_bytes: what the device had less after the load than before, whoever took it.
+        checksum: of the names and bits that came out, where it was asked for.
     """
 
     load_seconds: float
     touch_seconds: float
     cpu_seconds: float
+    phases: dict[str, float]
     tensors: int
     bytes: int
     peak_anon_bytes: int
     resident_bytes: int | None
+    resident_bytes_after: int | None
     backed_bytes: int
     report: dict[str, Any] | None = None
     forward_seconds: float | None = None
     peak_device_bytes: int | None = None
+    device_bytes: int | None = None
+    checksum: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -110,6 +125,8 @@ class Comparison:
         refused: contenders that were asked for and could not, with the reason.
         file_bytes: the size of the files.
         touched: whether the touch counts; without it a comparison is of the calls alone.
+        versions: of the contenders' libraries.
+        conversions: seconds, by contender, that it took to make the files of its own format.
     """
 
     name: str
@@ -119,6 +136,8 @@ class Comparison:
     refused: dict[str, str]
     file_bytes: int
     touched: bool = True
+    versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    conversions: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def times(self, contender: str) -> list[float]:
         """Seconds, round by round."""
@@ -144,6 +163,17 @@ class Comparison:
         """Bytes, in the worst round."""
         return max(sample.peak_anon_bytes for sample in self.samples[contender])
 
+    def phases(self, contender: str) -> dict[str, float]:
+        """Median seconds of each phase that was told; the touch, where it counts, is one."""
+        samples = self.samples[contender]
+        found = {
+            name: statistics.median(sample.phases.get(name, 0.0) for sample in samples)
+            for name in samples[0].phases
+        }
+        if self.touched:
+            found["touch"] = statistics.median(sample.touch_seconds for sample in samples)
+        return found
+
     def route(self, contender: str) -> list[str]:
         """The I/O paths that weightlift reports, each with its reason, most frequent first."""
         report = self.samples[contender][-1].report
@@ -157,7 +187,8 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         job = dataclasses.asdict(self.job)
-        job.pop("contender")
+        for name in ("contender", "checksum"):
+            job.pop(name)
         return {
             "name": self.name,
             **job,
@@ -166,7 +197,7 @@ class Comparison:
             "file_bytes": self.file_bytes,
             "contenders": {
                 name: {
-                    "version": CONTENDERS[name].version(),
+                    "version": self.versions.get(name),
                     "median_seconds": self.median(name),
                     "bytes_per_second": self.rate(name),
                     "peak_anon_bytes": self.peak(name),
@@ -175,6 +206,8 @@ class Comparison:
                         for other in self.samples
                         if other != name
                     },
+                    "phases": self.phases(name),
+                    "conversion_seconds": self.conversions.get(name),
                     "io": self.route(name),
                     "samples": [dataclasses.asdict(sample) for sample in samples],
                 }
@@ -193,6 +226,7 @@ def compare(
     repeat: int = 5,
     seed: int = 0,
     touched: bool = True,
+    environments: Path | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
     """Measures ``job`` by all ``contenders``, ``repeat`` times each.
@@ -205,56 +239,99 @@ def compare(
         repeat: rounds.
         seed: of the order within the rounds.
         touched: whether ``Comparison`` counts the touch of all pages.
+        environments: where contenders have virtual environments of their own.
         step: called with the contender's name after each measurement, failed ones included.
     """
     refused: dict[str, str] = {}
-    able: list[str] = []
+    conversions: dict[str, float] = {}
+    versions: dict[str, str | None] = {}
+    children: dict[str, _Child] = {}
     for contender in contenders:
-        reason = CONTENDERS[contender].refusal(job)
-        if reason is None:
-            able.append(contender)
-        else:
+        able = CONTENDERS[contender]
+        child = _Child(dataclasses.replace(job, contender=contender), _python(able, environments))
+        reason = able.why_not(job) if job.what == "load" else None
+        if reason is None and able.convert is not None:
+            try:
+                conversions[contender] = _converted(child, able.reads(job))
+            except _FailedError as failure:
+                reason = str(failure)
+        if reason is not None:
             refused[contender] = reason
             for _ in range(repeat):
                 step(contender)
-    samples: dict[str, list[Sample]] = {contender: [] for contender in able}
+        children[contender] = child
+    samples: dict[str, list[Sample]] = {c: [] for c in contenders if c not in refused}
     shuffle = random.Random(seed).shuffle
     # Their imports overlap, their measurements never. On CUDA one by one: another process's
     # context takes memory and time slices.
     together = 1 if job.on_cuda else max(1, _native.machine()["cpus"])
-    if able and not cold:
-        # Once whatever the page cache holds: a virtual machine's host may have taken those pages
-        # back, and the first to read them would pay for all.
-        for file in job.files:
-            _read_in(file)
-    for _ in range(repeat):
-        order = [contender for contender in able if contender not in refused]
+    if not cold:
+        settle({file for contender in samples for file in CONTENDERS[contender].reads(job)})
+    for turn in range(repeat):
+        order = [contender for contender in samples if contender not in refused]
         shuffle(order)
         for start in range(0, len(order), together):
             with contextlib.ExitStack() as stack:
-                children = [
-                    stack.enter_context(_Child(dataclasses.replace(job, contender=contender)))
+                running = [
+                    stack.enter_context(children[contender].with_checksum(turn == 0))
                     for contender in order[start : start + together]
                 ]
-                for child in children:
+                for child in running:
                     child.expect_ready()
-                for child in children:
+                for child in running:
                     contender = child.job.contender
                     sample = _measure(child, cold)
+                    versions[contender] = child.version
                     if isinstance(sample, Sample):
                         samples[contender].append(sample)
                     else:
                         refused[contender] = sample
                     step(contender)
+    found = {c: taken for c, taken in samples.items() if c not in refused}
+    for contender, reason in _wrong(found).items():
+        refused[contender] = reason
+        del found[contender]
     return Comparison(
         name=name,
         job=dataclasses.replace(job, contender=contenders[0]),
         cold=cold,
-        samples={c: found for c, found in samples.items() if c not in refused},
+        samples=found,
         refused=refused,
         file_bytes=sum(Path(file).stat().st_size for file in job.files),
         touched=touched,
+        versions=versions,
+        conversions=conversions,
     )
+
+
+def _python(contender: Contender, environments: Path | None) -> str:
+    """The interpreter that has this library: its environment's, or else this one."""
+    if contender.environment is not None and environments is not None:
+        own = environments.absolute() / contender.environment / "bin" / "python"
+        if own.exists():
+            return str(own)
+    return sys.executable
+
+
+def _converted(child: _Child, made: Sequence[str]) -> float:
+    """Makes the files of a contender's own format, if they are not there: the seconds it took."""
+    note = Path(made[0]).with_name(Path(made[0]).name + ".seconds")
+    if not note.exists() or not all(Path(file).exists() for file in made):
+        with _Child(dataclasses.replace(child.job, what="convert"), child.python) as converting:
+            note.write_text(str(converting.line()["seconds"]), encoding="ascii")
+    return float(note.read_text(encoding="ascii"))
+
+
+def _wrong(samples: dict[str, list[Sample]]) -> dict[str, str]:
+    """Who loaded other bits than the first of them, and the reason to refuse it."""
+    first: tuple[str, int] | None = None
+    wrong = {}
+    for contender, taken in samples.items():
+        for checksum in {s.checksum for s in taken if s.checksum is not None}:
+            first = first or (contender, checksum)
+            if checksum != first[1]:
+                wrong[contender] = f"what it loads is not what {first[0]} loads"
+    return wrong
 
 
 def _measure(child: _Child, cold: bool) -> Sample | str:
@@ -269,12 +346,14 @@ def _measured(child: _Child, cold: bool) -> Sample:
     job = child.job
     child.check_ready()
     backed = _back_memory(target_bytes(job, cold) + _SLACK_BYTES) if job.what == "load" else 0
-    resident = prepare_files(job.files, cold)
+    files = CONTENDERS[job.contender].reads(job)
+    resident = prepare_files(files, cold)
     figures, peak = child.go()
     before, after = figures.pop("anon_before"), figures.pop("anon_after")
     return Sample(
         peak_anon_bytes=max(peak, after, before) - before,
         resident_bytes=resident,
+        resident_bytes_after=_resident(files),
         backed_bytes=backed,
         **figures,
     )
@@ -283,13 +362,18 @@ def _measured(child: _Child, cold: bool) -> Sample:
 class _Child:
     """A measured process, from its imports to its end."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, python: str) -> None:
         self.job = job
+        self.python = python
+        self.version: str | None = None
+
+    def with_checksum(self, wanted: bool) -> _Child:
+        return _Child(dataclasses.replace(self.job, checksum=wanted), self.python)
 
     def __enter__(self) -> _Child:
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [*_CHILD],
+            [self.python, *_CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -316,7 +400,7 @@ class _Child:
     def expect_ready(self) -> None:
         """Waits until its imports are done; ``check_ready`` raises what went wrong."""
         try:
-            self._line()
+            self.version = self.line()["version"]
         except _FailedError as failure:
             self._failure = failure
 
@@ -328,7 +412,7 @@ class _Child:
         """Lets the clock run: the figures, and the peak of the anonymous memory."""
         self._sampling = True
         self._say("go")
-        figures = self._line()
+        figures = self.line()
         self._sampling = False
         _pipe(self._process.stdin).close()
         if self._process.wait(timeout=_LIMIT_SECONDS) != 0:
@@ -341,7 +425,8 @@ class _Child:
         except BrokenPipeError:
             raise _FailedError(f"ended early{self._last_words()}") from None
 
-    def _line(self) -> dict[str, Any]:
+    def line(self) -> dict[str, Any]:
+        """What it says next."""
         try:
             line: dict[str, Any] = json.loads(next(self._lines))
         except StopIteration:
@@ -352,8 +437,9 @@ class _Child:
         except TimeoutError:
             self._process.kill()
             raise _FailedError(f"took longer than {_LIMIT_SECONDS:.0f} s") from None
-        if "failed" in line:
-            raise _FailedError(line["failed"])
+        for key in ("failed", "refused"):
+            if key in line:
+                raise _FailedError(line[key])
         return line
 
     def _last_words(self) -> str:
@@ -395,17 +481,18 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 
 
 def target_bytes(job: Job, cold: bool = False) -> int:
-    """About what a load takes of the machine's free memory.
+    """About what a load may take of the machine's free memory, whoever does it.
 
-    A mapping takes none for itself, but a cold file's pages come out of it; on CUDA it is the
-    device's that is taken. A cast takes what its results take.
+    A library that maps takes nothing for itself, but others read the same file into memory of
+    their own, and all are to find the machine in one state. A cold file's pages come out of it,
+    too; on CUDA it is the device's that is taken. A cast takes what its results take.
     """
     size = sum(Path(file).stat().st_size for file in job.files)
     page_cache_bytes = size if cold else 0
     if job.on_cuda or job.tensor is not None:
         return page_cache_bytes
     if job.dtype is None:
-        return page_cache_bytes + (size if job.mode == "read" else 0)
+        return page_cache_bytes + size
     width = _WIDTHS.get(job.dtype, 1)
     total = 0
     for file in job.files:
@@ -428,37 +515,58 @@ def _back_memory(count: int) -> int:
     """Backs ``count`` bytes, or what the machine can spare; returns how many."""
     headroom: int = _native.machine()["memory_headroom"]
     count = min(count, headroom * 3 // 4)
-    if count <= 0 or subprocess.run([*_CHILD, str(count)], check=False).returncode != 0:
+    if (
+        count <= 0
+        or subprocess.run([sys.executable, *_CHILD, str(count)], check=False).returncode != 0
+    ):
         return 0
     return count
 
 
+def settle(files: Iterable[str | os.PathLike[str]]) -> None:
+    """Drops files from the page cache and reads them in from their beginning to their end.
+
+    What was just written lies there in other units (folios) than what was read ahead, which maps
+    several times faster; and a virtual machine's host may have taken the pages back.
+    """
+    for file in files:
+        _drop(file)
+        _read_in(file)
+
+
 def prepare_files(files: Sequence[str], cold: bool) -> int | None:
     """Reads the files into the page cache or drops them from it; the bytes that are in it then."""
-    resident: int | None = 0
     for file in files:
         if cold:
             _drop(file)
-        found = page_cache(file)
-        if not cold and found != Path(file).stat().st_size:
+        elif page_cache(file) != Path(file).stat().st_size:
             _read_in(file)
-            found = page_cache(file)
-        resident = None if found is None or resident is None else resident + found
-    return resident
+    return _resident(files)
+
+
+def _resident(files: Sequence[str]) -> int | None:
+    found = [page_cache(file) for file in files]
+    told = [count for count in found if count is not None]
+    return sum(told) if len(told) == len(found) else None
 
 
 def page_cache(file: str | os.PathLike[str]) -> int | None:
-    """Bytes of a file that are in the page cache; ``None`` where nobody can tell."""
+    """Bytes of a file that are in the page cache; ``None`` where the kernel cannot tell.
+
+    By cachestat(2), of Linux 6.5; neither Python nor all C libraries have a function for it.
+    """
+    bounds = (ctypes.c_uint64 * 2)(0, 0)  # to the end
+    counts = (ctypes.c_uint64 * 5)()
+    descriptor = os.open(file, os.O_RDONLY)
     try:
-        if os.fspath(file).endswith(".safetensors"):
-            return _native.IndexedFile.open(os.fspath(file)).resident_bytes()
-        opened = open_torch_file(file)
-        return opened.index.resident_bytes() if isinstance(opened, TorchFile) else None
-    except WeightliftError:
-        return None  # no checkpoint
+        done = ctypes.CDLL(None).syscall(_SYS_CACHESTAT, descriptor, bounds, counts, 0)
+        size = os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+    return min(counts[0] * mmap.PAGESIZE, size) if done == 0 else None
 
 
-def _drop(file: str) -> None:
+def _drop(file: str | os.PathLike[str]) -> None:
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # pages that wait to be written are not dropped
@@ -467,7 +575,7 @@ def _drop(file: str) -> None:
         os.close(descriptor)
 
 
-def _read_in(file: str) -> None:
+def _read_in(file: str | os.PathLike[str]) -> None:
     buffer = bytearray(8 << 20)
     with Path(file).open("rb", buffering=0) as opened:
         while opened.readinto(buffer):
