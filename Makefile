@@ -21,7 +21,7 @@ NATIVE := $(wildcard $(shell git ls-files csrc cmake tests/native "*CMakeLists.t
 LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 
-.PHONY: demo readme test test-deep lint native-tests python-tests wheel gpu-check bench clean dev release
+.PHONY: demo readme test test-deep fuzz lint native-tests python-tests wheel gpu-check bench clean dev release
 
 $(VENV)/.tools: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,15 @@ $(VENV)/.gtest: $(VENV)/.tools
 	  echo "installing libgtest-dev"; \
 	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq libgtest-dev; \
+	fi
+	@touch $@
+
+# libFuzzer comes with clang.
+$(VENV)/.clang: $(VENV)/.tools
+	@if [ -z "$$(command -v clang++-14 clang++)" ]; then \
+	  echo "installing clang-14"; \
+	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq clang-14 libclang-rt-14-dev; \
 	fi
 	@touch $@
 
@@ -89,6 +98,12 @@ test-deep: dev
 	WEIGHTLIFT_SEEDS=1000 $(BIN)/ctest --test-dir build/dev --output-on-failure -j $(JOBS)
 	$(BIN)/python tests/simulated_driver/run_mutants.py
 	tests/pythons.sh
+	$(MAKE) fuzz
+
+# Under ASan and UBSan; so many seconds each of the targets.
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/.clang
+	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 wheel: $(VENV)/.tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w dist \
