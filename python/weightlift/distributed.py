@@ -38,6 +38,7 @@ __all__ = [
     "initialized",
     "local_of",
     "local_part",
+    "meeting",
     "sharding",
     "together",
 ]
@@ -163,6 +164,8 @@ def sharding(
             f"device_mesh is {device_mesh}: tensor parallelism takes one dimension, such as "
             'device_mesh["tp"]'
         )
+    if device_mesh.get_coordinate() is None:
+        raise ArgumentError(f"device_mesh is {device_mesh}, and rank {dist.get_rank()} not of it")
 
     with _team([device_mesh.get_group()], None) as new_loading:
 
@@ -201,12 +204,83 @@ def together(
         raise ArgumentError(f"scope is {scope!r}; it can be 'node' or 'group'")
     if group is not None:
         groups = [_parse_group(group)]
+        _require_within(groups[0], model)
     else:
-        meshes = {t.device_mesh: None for t in _all_tensors(model) if isinstance(t, DTensor)}
-        found = [g for mesh in meshes if mesh.get_coordinate() for g in mesh.get_all_groups()]
-        groups = list({g.group_name: g for g in found}.values())
+        groups = _groups_of(model)
     with _team(groups, scope if group is not None else None) as new_loading:
         yield new_loading
+
+
+def _groups_of(model: torch.nn.Module) -> list[dist.ProcessGroup]:
+    """Those of the meshes that the model's tensors are on."""
+    meshes = {t.device_mesh: None for _, t in _all_tensors(model) if isinstance(t, DTensor)}
+    found = [g for mesh in meshes if mesh.get_coordinate() for g in mesh.get_all_groups()]
+    return list({group.group_name: group for group in found}.values())
+
+
+def _require_within(group: dist.ProcessGroup, model: torch.nn.Module) -> None:
+    ranks = set(dist.get_process_group_ranks(group))
+    for name, tensor in _all_tensors(model):
+        if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate():
+            outside = set(tensor.device_mesh.mesh.flatten().tolist()) - ranks
+            if outside:
+                raise ArgumentError(
+                    f"{name!r} is a DTensor on {tensor.device_mesh}, whose ranks "
+                    f"{sorted(outside)} are not in group=, which has the ranks {sorted(ranks)}; "
+                    "give a group of all of them"
+                )
+
+
+class Meeting:
+    """A load that the ranks of a model's meshes do at the same time, each by itself."""
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self.ended = False
+
+    def begin(
+        self,
+        checkpoint: Checkpoint | None,
+        error: BaseException | None,
+        wanted: Mapping[str, str],
+    ) -> bool:
+        """Waits for all ranks; ``False`` where none of them could open the checkpoint.
+
+        Args:
+            checkpoint: must be the same on all ranks.
+            error: why there is none.
+            wanted: the name of a tensor -> what becomes of it, the same on all ranks.
+        """
+        self.ended = True  # unless it is got through
+        failure = None if error is None else f"{type(error).__name__}: {error}"
+        known = None if checkpoint is None else _describe(checkpoint)
+        payload = (failure, known, _digest(sorted(wanted.items())))
+        said = self._team.agree(None, payload)
+        if all(reason is not None for reason, _, _ in said.values()):
+            self.ended = False
+            return False
+        self._team.refuse({rank: reason for rank, (reason, _, _) in said.items()}, error)
+        _require_same(self._team, {rank: rest for rank, (_, *rest) in said.items()}, wanted)
+        self.ended = False
+        return True
+
+
+@contextlib.contextmanager
+def meeting(model: torch.nn.Module) -> Iterator[Meeting]:
+    """Within it, what fails on one rank fails on all that share a model's DTensors.
+
+    Raises:
+        CheckpointError: on every rank, at the latest when it is left.
+    """
+    team = Team([group for group in _groups_of(model) if group.size() > 1], None)
+    meeting = Meeting(team)
+    try:
+        yield meeting
+    except Exception as error:
+        if not meeting.ended:
+            team.agree(error)
+        raise
+    team.agree(None)
 
 
 @contextlib.contextmanager
@@ -227,9 +301,9 @@ def _team(
         team.close()
 
 
-def _all_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+def _all_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _parse_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
@@ -274,11 +348,17 @@ class Team:
             CheckpointError: on every rank, where one has an error.
         """
         said = self.gather(self.groups, error, payload)
-        failed = {rank: one.failure for rank, one in said.items() if one.failure is not None}
-        if failed:
-            reasons = "; ".join(f"rank {rank}: {failure}" for rank, failure in failed.items())
-            raise CheckpointError(f"no rank has loaded anything, because of {reasons}") from error
+        self.refuse({rank: one.failure for rank, one in said.items()}, error)
         return {rank: one.payload for rank, one in said.items()}
+
+    @staticmethod
+    def refuse(failures: Mapping[int, str | None], error: BaseException | None) -> None:
+        """Raises, on all ranks alike, where one has failed."""
+        reasons = [f"rank {rank}: {reason}" for rank, reason in failures.items() if reason]
+        if reasons:
+            raise CheckpointError(
+                f"no rank has loaded anything, because of {'; '.join(reasons)}"
+            ) from error
 
     def gather(
         self,
@@ -681,9 +761,7 @@ def _digest(value: object) -> str:
     return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
 
 
-def _require_same(
-    team: Team, said: Mapping[int, tuple[tuple[str, str], str]], wanted: Mapping[str, str]
-) -> None:
+def _require_same(team: Team, said: Mapping[int, Sequence[Any]], wanted: Mapping[str, str]) -> None:
     """Raises, on all ranks alike, where the ranks are to load different things."""
     first = min(said)
     for rank, ((digest, text), _) in said.items():

@@ -6,8 +6,10 @@ takes its place, and one plan brings every tensor to its parameter's device and 
 (quantizers; versions whose walk is not known) the library walks: what it takes as it is finds its
 tensor already at its place, everything else is handed out as mapped.
 
-The stock way, by design: GGUF, tensor, pipeline and expert parallel, FSDP, DeepSpeed ZeRO-3,
-devices that are neither CPU nor CUDA.
+Of a model that the library has cut (tensor and expert parallel, FSDP) each rank reads its parts.
+
+The stock way, by design: GGUF, pipeline parallel, accelerate's FSDP, DeepSpeed ZeRO-3, devices that
+are neither CPU nor CUDA.
 """
 
 from __future__ import annotations
@@ -57,6 +59,8 @@ def _load(
     """``PreTrainedModel._load_pretrained_model``."""
     if state_dict is not None or not files:
         return original(model, state_dict, files, config, *rest)
+    if _is_sharded(model) and _why_stock(model, files, config) is None:
+        return _load_shards(original, model, files, config, *rest)
     stock = functools.partial(original, model, None, files, config, *rest)
     ours = transformers_walk.is_ours(config)
     try:
@@ -89,6 +93,43 @@ def _load(
     return result
 
 
+def _is_sharded(model: Any) -> bool:
+    return any(kind.__name__ == "DTensor" for kind in set(map(type, model.parameters())))
+
+
+def _load_shards(
+    original: Callable[..., Any], model: Any, files: Sequence[str], config: Any, *rest: Any
+) -> Any:
+    """The same where each rank takes parts of the tensors: what fails on one fails on all."""
+    from weightlift.distributed import meeting
+
+    with meeting(model) as met:
+        checkpoint, failed = None, None
+        try:
+            checkpoint = _open(files)
+        except WeightliftError as error:
+            failed = error
+        state = {name: str(tensor.dtype) for name, tensor in model.state_dict().items()}
+        if met.begin(checkpoint, failed, state):
+            assert checkpoint is not None
+            if "not_tensors" in checkpoint.metadata:
+                return original(model, None, files, config, *rest)
+            weights = Weights(checkpoint, _mode(files, config))
+            token = _reserves.set(True)
+            try:
+                result = original(model, weights, files, config, *rest)
+            except Retreat as retreat:
+                raise retreat.error from None
+            finally:
+                _reserves.reset(token)
+                weights.close()
+    if failed is not None:
+        return or_stock(CALLER, failed, lambda: original(model, None, files, config, *rest))
+    if weights.report is not None:
+        set_last_report(weights.report)
+    return result
+
+
 def _why_stock(model: Any, files: Sequence[str], config: Any) -> str | None:
     """Why this load is the library's own, where it is."""
     import torch
@@ -103,10 +144,8 @@ def _why_stock(model: Any, files: Sequence[str], config: Any) -> str | None:
         return "FSDP"
     if getattr(model, "_pp_stage", None) is not None:
         return "pipeline parallel"
-    if getattr(config, "device_mesh", None) is not None or any(
-        kind.__name__ == "DTensor" for kind in set(map(type, model.parameters()))
-    ):
-        return "tensor parallel"
+    if _is_sharded(model) and not transformers_walk.is_ours(config):
+        return "tensor parallel, of quantized weights or by a walk that is not known"
     devices = set((config.device_map or {}).values())
     if "disk" in devices:
         devices.discard("disk")

@@ -10,6 +10,7 @@ conversions are the library's, on tensors that arrive a few at a time.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -27,8 +28,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightlift import dtypes
+from weightlift.backends.transformers_shards import Cut, cutter
 from weightlift.errors import OutOfMemoryError, WeightliftError
-from weightlift.materialize import Allocator, Loading, Progress, TorchAllocator
+from weightlift.materialize import Allocator, Loading, Progress, Ranges, TorchAllocator
 from weightlift.placement import parse_device
 
 if TYPE_CHECKING:
@@ -175,12 +177,16 @@ class Batch:
         self._weights = weights
         self._progress = progress
         self._groups: dict[tuple[torch.device, str | None], list[str]] = {}
-        self._into: dict[torch.device, tuple[list[str], list[torch.Tensor]]] = {}
+        self._parts: dict[tuple[torch.device, str | None], dict[str, Ranges]] = {}
+        self._into: dict[tuple[torch.device, bool], list[_Into]] = {}
+        self._joined: list[tuple[str, int, list[torch.Tensor]]] = []
         self._by_torch: dict[str, torch.dtype] = {}
         self._loading: Loading | None = None
 
-    def add(self, name: str, device: torch.device, dtype: torch.dtype | None) -> None:
-        """Adds a tensor; ``dtype=None`` leaves it the file's."""
+    def add(
+        self, name: str, device: torch.device, dtype: torch.dtype | None, cut: Cut | None = None
+    ) -> None:
+        """Adds a tensor, or a part of it; ``dtype=None`` leaves it the file's."""
         own = self._weights.headers[name][0]
         cast = None if dtype is None else dtypes.file_name(dtype)
         if dtype is not None and cast != own:
@@ -194,28 +200,47 @@ class Batch:
                 cast = None
         else:
             cast = None
-        self._groups.setdefault((device, cast), []).append(name)
+        if cut is None or cut.pieces is None:
+            self._groups.setdefault((device, cast), []).append(name)
+        elif len(cut.pieces) == 1:
+            self._parts.setdefault((device, cast), {})[name] = cut.pieces[0]
+        else:
+            self._add_pieces(name, device, dtypes.to_torch(cast or own), cut)
+
+    def _add_pieces(self, name: str, device: torch.device, dtype: torch.dtype, cut: Cut) -> None:
+        import torch
+
+        pieces = []
+        for ranges in cut.pieces or ():
+            shape = [count for _, _, count in ranges]
+            pieces.append(torch.empty(shape, dtype=dtype, device=device))
+            self.add_into(name, device, pieces[-1], ranges)
+        self._joined.append((name, cut.dimension, pieces))
 
     def add_into(
-        self, names: Sequence[str], device: torch.device, targets: Sequence[torch.Tensor]
+        self, name: str, device: torch.device, target: torch.Tensor, ranges: Ranges | None
     ) -> None:
-        """Adds tensors that are written to others."""
-        held = self._into.setdefault(device, ([], []))
-        held[0].extend(names)
-        held[1].extend(targets)
+        """Adds a tensor, or a part of it, that is written to another."""
+        into = _Into(name, target, ranges)
+        self._into.setdefault((device, ranges is not None), []).append(into)
 
     def start(self) -> None:
-        if not self._groups and not self._into:
+        if not self._groups and not self._parts and not self._into:
             return
+        every = [*self._groups, *self._parts]
         loading = self._weights.loading(
-            {device for device, _ in self._groups} | set(self._into),
-            any(cast is not None for _, cast in self._groups),
+            {device for device, _ in (*every, *self._into)},
+            any(cast is not None for _, cast in every),
             self._progress,
         )
         for (device, cast), names in self._groups.items():
             loading.add(device, cast, names)
-        for device, (names, targets) in self._into.items():
-            loading.add(device, None, names, targets)
+        for (device, cast), parts in self._parts.items():
+            loading.add(device, cast, list(parts), parts=list(parts.values()))
+        for (device, _), into in self._into.items():
+            ranges = [one.ranges for one in into if one.ranges is not None]
+            targets = [one.target for one in into]
+            loading.add(device, None, [one.name for one in into], targets, ranges or None)
         loading.start()
         self._loading = loading
 
@@ -224,7 +249,12 @@ class Batch:
         loading, self._loading = self._loading, None
         if loading is None:
             return {}
+        import torch
+
         tensors = loading.result()
+        while self._joined:
+            name, dimension, pieces = self._joined.pop()
+            tensors[name] = torch.cat(pieces, dimension)
         for name, dtype in self._by_torch.items():
             tensors[name] = tensors[name].to(dtype)
         report, before = loading.report, self._weights.report
@@ -235,6 +265,13 @@ class Batch:
         if self._loading is not None:
             self._loading.cancel()
             self._loading = None
+
+
+@dataclasses.dataclass(slots=True)
+class _Into:
+    name: str
+    target: torch.Tensor
+    ranges: Ranges | None
 
 
 # --- Which walks are known -----------------------------------------------------------------------
@@ -304,6 +341,7 @@ class _Target:
     Attributes:
         converter: the library's; ``None`` where the tensor is taken as it is.
         sources: (pattern of the converter, name in the checkpoint), in the order of the walk.
+        cuts: of a DTensor, the part of each source that this rank takes, by name; ``None``: none.
         device: as the device map has it.
         value: where it is there already: the tensor, or by name what the converter made of them.
     """
@@ -311,8 +349,18 @@ class _Target:
     name: str
     converter: Any
     sources: list[tuple[str, str]]
+    cuts: dict[str, Cut | None] | None = None
     device: Any = None
     value: Any = None
+
+    def cut(self, key: str) -> Cut | None:
+        return None if self.cuts is None else self.cuts[key]
+
+    @property
+    def keys(self) -> list[str]:
+        """The sources that this rank takes something of."""
+        cuts = self.cuts
+        return [key for _, key in self.sources if cuts is None or cuts[key] is not None]
 
 
 def walk(
@@ -369,6 +417,8 @@ def _targets(
     of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     prefix = model.base_model_prefix
     targets: dict[str, _Target] = {}
+    cuts: dict[str, Callable[[Sequence[int], int], Cut | None]] = {}
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
     for key in sorted(weights.headers, key=core.dot_natural_key):
         name, pattern = core.rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
@@ -378,7 +428,16 @@ def _targets(
             if target is None:
                 converter = None if pattern is None else of_pattern[pattern]
                 target = targets[name] = _Target(name, converter, [])
-            target.sources.append((key if pattern is None else pattern, key))
+                cut = cutter(state[name], converter)
+                if cut is not None:
+                    target.cuts = {}
+                    cuts[name] = cut
+            source = key if pattern is None else pattern
+            if target.cuts is not None:
+                number = seen[name, source]
+                seen[name, source] += 1
+                target.cuts[key] = cuts[name](weights.headers[key][1], number)
+            target.sources.append((source, key))
         elif pattern is None:
             info.unexpected_keys.add(name)
         else:
@@ -443,10 +502,13 @@ class _Fill:
         """Notes a tensor that is taken as it is, and has another shape than the model's."""
         if target.converter is not None or self._goes_to_disk(target.name, target.device):
             return False
-        own, shape = self._weights.headers[target.sources[0][1]]
+        key = target.sources[0][1]
+        own, shape = self._weights.headers[key]
+        expected = self._state[target.name].shape
+        if (cut := target.cut(key)) is not None:
+            shape, expected = cut.shape, self._state[target.name]._local_tensor.shape
         if own == "F4":  # two numbers are one element of torch's dtype
             shape = (*shape[:-1], shape[-1] // 2)
-        expected = self._state[target.name].shape
         if shape == expected:
             return False
         self._info.missing_keys.discard(target.name)
@@ -473,7 +535,8 @@ class _Fill:
                     left.append(target)
             elif not self._goes_to_disk(target.name, target.device):
                 plain.append(target)
-                batch.add(target.sources[0][1], self._to(target), self._dtypes(target.name))
+                key = target.sources[0][1]
+                batch.add(key, self._to(target), self._dtypes(target.name), target.cut(key))
         self._merge(merged, batch)
         started = [batch]
 
@@ -503,7 +566,8 @@ class _Fill:
 
     def _to(self, target: _Target) -> torch.device:
         """Where its sources go."""
-        on_host = target.device == "disk" or getattr(target.converter, "force_cpu", False)
+        forced = target.cuts is None and getattr(target.converter, "force_cpu", False)
+        on_host = target.device == "disk" or forced
         return parse_device("cpu" if on_host else target.device)
 
     # --- What the library stacks and concatenates
@@ -520,7 +584,10 @@ class _Fill:
         for target, layout in merged:
             device = self._to(target)
             value = self._empty(device, layout.shape, self._dtypes(target.name))
-            batch.add_into(layout.names, device, layout.parts(value))
+            for key, part in zip(layout.names, layout.parts(value), strict=True):
+                cut = target.cut(key)
+                pieces = None if cut is None else cut.pieces
+                batch.add_into(key, device, part, None if pieces is None else pieces[0])
             target.value = {target.name: value}
 
     def _empty(
@@ -539,16 +606,17 @@ class _Fill:
     def _wave(self, targets: Sequence[_Target]) -> Batch:
         batch = Batch(self._weights)
         for target in targets:
-            for _, key in target.sources:
-                batch.add(key, self._to(target), self._dtypes(target.name))
+            for key in target.keys:
+                batch.add(key, self._to(target), self._dtypes(target.name), target.cut(key))
         return batch
 
     def _waves(self, targets: Sequence[_Target]) -> Iterator[list[_Target]]:
         wave: list[_Target] = []
         waiting = 0
         for target in targets:
-            for _, key in target.sources:
-                shape = self._weights.headers[key][1]
+            for key in target.keys:
+                cut = target.cut(key)
+                shape = self._weights.headers[key][1] if cut is None else cut.shape
                 waiting += math.prod(shape) * self._dtypes(target.name).itemsize
             wave.append(target)
             if waiting >= _WAVE_BYTES:
@@ -560,7 +628,9 @@ class _Fill:
     def _convert(self, target: _Target, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         converter = copy.deepcopy(target.converter)
         for pattern, key in target.sources:
-            converter.add_tensor(target.name, key, pattern, tensors[key])
+            # A function, as the library's own: of what it is not given, it takes out the None.
+            tensor = tensors[key] if target.cuts is None else functools.partial(tensors.get, key)
+            converter.add_tensor(target.name, key, pattern, tensor)
         try:
             made: dict[str, Any] = converter.convert(
                 target.name,
@@ -617,7 +687,7 @@ class _Fill:
             return
         path, _, key = name.rpartition(".")
         module = self._modules[path]
-        if not _sets_plainly(module):
+        if target.cuts is not None or not _sets_plainly(module):
             self._core.set_param_for_module(self._model, name, value, self._info, None)
         elif key in module._parameters:
             if not isinstance(value, torch.nn.Parameter):
@@ -679,15 +749,26 @@ def _layout(
 
     converter = target.converter
     patterns = converter.target_patterns
-    if converter.force_cpu or len(patterns) != 1 or patterns[0] not in target.name:
+    if (
+        (converter.force_cpu and target.cuts is None)
+        or len(patterns) != 1
+        or patterns[0] not in target.name
+    ):
         return None
     lists: dict[str, list[str]] = {pattern: [] for pattern in converter.source_patterns}
+    shape_of: dict[str, tuple[int, ...]] = {}
+    taken = set(target.keys)
     for pattern, key in target.sources:
         if pattern not in lists or headers[key][0] not in dtypes.TORCH_NAMES:
             return None
-        lists[pattern].append(key)
+        if key in taken:
+            cut = target.cut(key)
+            if cut is not None and len(cut.pieces or ()) > 1:
+                return None
+            shape_of[key] = headers[key][1] if cut is None else cut.shape
+            lists[pattern].append(key)
     names = [name for held in lists.values() for name in held]
-    shapes = [headers[name][1] for name in names]
+    shapes = [shape_of[name] for name in names]
     if "*" in target.name or not all(lists.values()) or any(headers[n][0] == "F4" for n in names):
         return None
     steps = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
@@ -702,7 +783,7 @@ def _layout(
             names, (sum(rows), *shapes[0][1:]), lambda value: list(torch.split(value, rows))
         )
     if steps == [merge, (join, 1)] and len({len(held) for held in lists.values()}) == 1:
-        of_list = [{headers[name][1][0] for name in held} for held in lists.values()]
+        of_list = [{shape_of[name][0] for name in held} for held in lists.values()]
         if len(lists) < 2 or any(len(found) != 1 for found in of_list):
             return None
         widths = [found.pop() for found in of_list]

@@ -1,0 +1,93 @@
+"""Which part of a tensor of the checkpoint a rank reads, where transformers cuts the model itself:
+tensor parallel, expert parallel and FSDP.
+
+What is cut how is asked of the library: its own sharding operation is run over a tensor on ``meta``
+that notes which slices are taken of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightlift.materialize import Ranges
+
+__all__ = ["Cut", "cutter"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cut:
+    """A part of a tensor.
+
+    Attributes:
+        pieces: what is read, one behind the other along ``dimension``; ``None``: all of it.
+        dimension: of the tensor.
+        shape: of the part.
+    """
+
+    pieces: tuple[Ranges, ...] | None
+    dimension: int
+    shape: tuple[int, ...]
+
+
+class _Noted:
+    """Stands in for a tensor of this shape, and keeps the slices that are taken of it."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._shape = tuple(shape)
+        self.taken: list[Ranges] = []
+
+    def get_shape(self) -> list[int]:
+        return list(self._shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        import torch
+
+        given = (slice(None),) * len(self._shape) if index is Ellipsis else index
+        bounds = [
+            part.indices(extent) for part, extent in zip(given, self._shape, strict=True)
+        ]  # fails for whatever is not a slice
+        self.taken.append([(begin, 1, max(end - begin, 0)) for begin, end, _ in bounds])
+        return torch.empty(self._shape, device="meta")[index]
+
+
+def cutter(
+    parameter: torch.Tensor, converter: Any
+) -> Callable[[Sequence[int], int], Cut | None] | None:
+    """For a DTensor of the model: (shape of a tensor of the checkpoint, its number among those of
+    its pattern) -> this rank's part, ``None`` if it has none; ``None`` for any other tensor.
+
+    Args:
+        parameter: of the model, on ``meta``.
+        converter: the library's, that makes it.
+    """
+    core = importlib.import_module("transformers.core_model_loading")
+    if not core.is_dtensor(parameter):
+        return None
+    operation = core.DtensorShardOperation(parameter)
+    steps = () if converter is None else converter.operations
+    # From 5.21 on the operation itself tells whether the number means an expert.
+    counts = hasattr(operation, "_axis0_size") or any(
+        isinstance(step, core.MergeModulelist) for step in steps
+    )
+
+    def cut(shape: Sequence[int], number: int) -> Cut | None:
+        source = _Noted(shape)
+        index = number if counts and converter is not None else None
+        result = operation.shard_tensor(source, tensor_idx=index, device="meta", dtype=None)
+        if result is None:
+            return None
+        taken = source.taken
+        dimension = next(
+            (i for i, parts in enumerate(zip(*taken, strict=True)) if len(set(parts)) > 1), 0
+        )
+        whole = len(taken) == 1 and math.prod(result.shape) == math.prod(shape)
+        return Cut(None if whole else tuple(taken), dimension, tuple(result.shape))
+
+    return cut
