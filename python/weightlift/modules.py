@@ -100,11 +100,13 @@ def load_into(
         CheckpointError: keys or shapes do not match, the model does not fit the devices, or a
             rank failed or is gone.
     """
-    with _together(model, group, scope) as new_loading:
+    tensors = _tensors_of(model)
+    with _together(model, tensors, group, scope) as new_loading:
         return _load_into(
             model,
             checkpoint,
             key_map,
+            tensors=tensors,
             device_map=device_map,
             max_memory=max_memory,
             offload=offload_folder is not None,
@@ -135,9 +137,13 @@ def _load_into(
 
 
 def _together(
-    model: torch.nn.Module, group: ProcessGroup | DeviceMesh | None, scope: str
+    model: torch.nn.Module,
+    tensors: Sequence[_Tensor],
+    group: ProcessGroup | DeviceMesh | None,
+    scope: str,
 ) -> AbstractContextManager[Callable[..., Loading]]:
-    if group is None and not any(_is_sharded(t) for t in (*model.parameters(), *model.buffers())):
+    kinds = _dtensors()
+    if group is None and not any(isinstance(slot.tensor, kinds) for slot in tensors):
         return contextlib.nullcontext(Loading)
     from weightlift.distributed import together
 
@@ -145,8 +151,13 @@ def _together(
 
 
 def _is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    return isinstance(tensor, _dtensors())
+
+
+def _dtensors() -> tuple[type[DTensor], ...]:
+    """DTensor, if anyone has imported it."""
     tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and isinstance(tensor, tensors.DTensor)
+    return () if tensors is None else (tensors.DTensor,)
 
 
 def _lookup(names: Mapping[str, str | None]) -> Callable[[str], str | None]:
@@ -174,7 +185,7 @@ def move(
 
     name = dtypes.parse_dtype(dtype)
     slots = {
-        slot.names[0]: slot
+        slot.name: slot
         for slot in _tensors_of(model)
         if slot.tensor.device.type == "cpu"
         and slot.tensor.is_contiguous()
@@ -184,26 +195,55 @@ def move(
     if not slots:
         return
     tensors = {key: slot.tensor.detach() for key, slot in slots.items()}
-    for key, value in copy_to_device(tensors, device, name, caller=caller).items():
-        _set(slots[key], value, None)
+    copies = copy_to_device(tensors, device, name, caller=caller)
+    _set_all((slots[key], value) for key, value in copies.items())
 
 
 @dataclasses.dataclass(slots=True)
 class _Tensor:
-    """A parameter or buffer of the model, and all the places where it hangs."""
+    """A parameter or buffer of the model: where it hangs, and where else, if it is tied."""
 
     tensor: torch.Tensor
     is_parameter: bool
-    names: list[str]
-    places: list[tuple[torch.nn.Module, str]]
     persistent: bool
+    name: str
+    module: torch.nn.Module
+    key: str
+    ties: tuple[tuple[str, torch.nn.Module, str], ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name, *(name for name, _, _ in self.ties)]
 
 
 def _tensors_of(model: torch.nn.Module) -> list[_Tensor]:
+    tensors, kinds = _gather(model)
+    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
+        if not any(issubclass(kind, fsdp.FSDPModule) for kind in kinds):
+            return tensors
+        for module in model.modules():  # between two passes a root holds whole parameters
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+        tensors, _ = _gather(model)
+    return tensors
+
+
+def _gather(model: torch.nn.Module) -> tuple[list[_Tensor], set[type]]:
+    """The tensors, in the order of ``named_modules``, and the classes of the modules.
+
+    Each module is looked at once: of a large model they are in no cache, and ``named_modules``
+    takes a step for every level above each of them.
+    """
     found: dict[int, _Tensor] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        for held, is_parameter in ((module._parameters, True), (module._buffers, False)):
+    kinds: set[type] = set()
+    waiting = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
+        kinds.add(type(module))
+        for held in (module._parameters, module._buffers):
+            if not held:
+                continue
+            is_parameter = held is module._parameters
             for key, tensor in held.items():
                 if tensor is None:
                     continue
@@ -211,13 +251,15 @@ def _tensors_of(model: torch.nn.Module) -> list[_Tensor]:
                 known = found.get(id(tensor))
                 if known is None:
                     found[id(tensor)] = _Tensor(
-                        tensor, is_parameter, [dot + key], [(module, key)], persistent
+                        tensor, is_parameter, persistent, prefix + key, module, key
                     )
                 else:
-                    known.names.append(dot + key)
-                    known.places.append((module, key))
+                    known.ties += ((prefix + key, module, key),)
                     known.persistent |= persistent
-    return list(found.values())
+        if module._modules:
+            children = reversed(module._modules.items())
+            waiting += [(f"{prefix}{key}.", child) for key, child in children if child is not None]
+    return list(found.values()), kinds
 
 
 class Early:
@@ -274,6 +316,7 @@ def fill(
     early: Early | None = None,
     caller: str = "weightlift",
     new_loading: Callable[..., Loading] = Loading,
+    tensors: Sequence[_Tensor] | None = None,
 ) -> LoadReport:
     """``load_into`` for callers that have more to say.
 
@@ -287,18 +330,17 @@ def fill(
         early: a load of ``checkpoint`` that has begun.
         caller: whom ``stats()`` books it on.
         new_loading: makes the ``Loading``; of ``distributed.together``.
+        tensors: of the model, if they are known.
     """
     if keep_in_fp32 is None:
         keep_in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
-    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
-        for module in model.modules():  # between two passes a root holds whole parameters
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
-    tensors = _tensors_of(model)
+    if tensors is None:
+        tensors = _tensors_of(model)
     headers = checkpoint.headers()
-    matched, missing, mismatched = _match(tensors, headers)
-    known = {name for t in tensors if t.persistent for name in t.names}
-    empty = [t.names[0] for t in tensors if not t.persistent and t.tensor.device.type == "meta"]
+    matched, rest, missing, mismatched = _match(tensors, headers)
+    known = {t.name for t in tensors if t.persistent}
+    known.update(name for t in tensors if t.ties and t.persistent for name in t.names)
+    empty = [t.name for t in rest if not t.persistent and t.tensor.is_meta]
     unexpected = [name for name in headers if name not in known]
     if ignore_missing is not None:
         missing = [name for name in missing if not ignore_missing(name)]
@@ -328,6 +370,7 @@ def fill(
     own = dtype is None
     keep = frozenset(keep_in_fp32)
     cpu = _cpu()
+    kinds = _dtensors()
     reuse = not pin_memory and memory_format is None
     believed: set[str] = set()
     for (name, slot), device in zip(matched, where(slot for _, slot in matched), strict=True):
@@ -342,28 +385,29 @@ def fill(
                 target = "F32"
             if target == file_dtype:
                 target = None
-        if device == "disk" and not slot.is_parameter:
+        if isinstance(device, str) and not slot.is_parameter:
             device = cpu  # buffers are not offloaded (accelerate's offload_buffers=False)
-        if device == "disk":
+        if isinstance(device, str):  # "disk"
             on_disk.update(dict.fromkeys(slot.names, (name, target)))
             # accelerate's hooks cast what they read to the dtype of what they replace.
             kind = dtypes.to_torch(target or file_dtype)
-            if tensor.dtype != kind or tensor.device.type != "meta":
+            if tensor.dtype != kind or not tensor.is_meta:
                 _set(slot, tensor.detach().to("meta", kind), None)
             continue
-        if _is_sharded(tensor):
+        if isinstance(tensor, kinds):
             from weightlift.distributed import device_of, local_part
 
             if device is not None:
                 raise ArgumentError(
                     f"device_map={device_map!r} goes not together with DTensors such as "
-                    f"{slot.names[0]!r}: their mesh says where they are"
+                    f"{slot.name!r}: their mesh says where they are"
                 )
             part = local_part(tensor)
             if part is not None:
                 parts[name] = part
             device = device_of(tensor)
-        device = device or (cpu if tensor.device.type == "meta" else tensor.device)
+        on_meta = tensor.is_meta
+        device = device or (cpu if on_meta else tensor.device)
         if (
             early is not None
             and name not in parts
@@ -374,11 +418,16 @@ def fill(
             believed.add(name)
         in_place = (
             reuse
+            and not on_meta
             and name not in believed
             and device == tensor.device
             and (own or tensor.dtype == dtypes.to_torch(target or file_dtype))
         )
-        groups.setdefault((device, target, in_place, name in parts), []).append((name, slot))
+        destination = (device, target, in_place, name in parts)
+        group = groups.get(destination)
+        if group is None:
+            group = groups[destination] = []
+        group.append((name, slot))
 
     loading = new_loading(
         checkpoint,
@@ -398,29 +447,27 @@ def fill(
             loading.add(device, target, names, parts=ranges)
     arrived, report = _run(loading, early, believed)
     views: set[int] = set()
+
+    def taken(name: str) -> torch.Tensor:
+        value = arrived.pop(name)
+        return _apart(value, views) if checkpoint.is_view(name) else value
+
+    take = arrived.pop if checkpoint.is_plain else taken
     for (_, _, in_place, _), group in groups.items():
         if not in_place:
-            for name, slot in group:
-                value = arrived.pop(name)
-                if checkpoint.is_view(name):
-                    value = _apart(value, views)
-                _set(slot, value, memory_format)
+            _set_all(((slot, take(name)) for name, slot in group), memory_format)
     extra: dict[str, torch.Tensor] = {}
     if initialize is not None:
-        loaded = {id(slot) for _, slot in matched}
-        bare = [
-            t for t in tensors
-            if t.persistent and id(t) not in loaded and t.tensor.device.type == "meta"
-        ]  # fmt: skip
+        bare = [t for t in rest if t.persistent and t.tensor.is_meta]
         if bare:
-            fresh = initialize([slot.names[0] for slot in bare])
+            fresh = initialize([slot.name for slot in bare])
             for slot, device in zip(bare, where(bare), strict=True):
-                value = fresh[slot.names[0]].detach()
+                value = fresh[slot.name].detach()
                 if _is_sharded(slot.tensor):
                     from weightlift.distributed import device_of, initialized
 
                     value, device = initialized(value, slot.tensor), device_of(slot.tensor)
-                target = wanted if keep.isdisjoint(slot.names[0].split(".")) else "F32"
+                target = wanted if keep.isdisjoint(slot.name.split(".")) else "F32"
                 if value.is_floating_point() and not own and target is not None:
                     value = value.to(dtypes.to_torch(target))
                 if device == "disk" and slot.is_parameter:
@@ -433,7 +480,7 @@ def fill(
                         memory_format,
                     )
     if devices is not None:
-        _move_rest(tensors, where)
+        _move_rest(rest, where)
         _dispatch(model, devices, DiskWeights(checkpoint, on_disk, caller), extra)
     report.error_msgs = [f"{name}: a buffer on meta that no checkpoint holds" for name in empty]
     report.missing_keys = missing
@@ -481,15 +528,30 @@ def _match(
     tensors: Sequence[_Tensor], headers: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> tuple[
     list[tuple[str, _Tensor]],
+    list[_Tensor],
     list[str],
     list[tuple[str, tuple[int, ...], tuple[int, ...]]],
 ]:
-    """(name in the checkpoint, tensor of the model) for all that match; missing; mismatched."""
+    """(name in the checkpoint, tensor of the model) for all that match; the model's other tensors;
+    missing names; mismatched ones."""
     matched = []
+    rest = []
     missing = []
     mismatched = []
     for slot in tensors:
+        header = headers.get(slot.name)
+        # Most of them. Of tied ones, other names may be of other shapes.
+        if (
+            header is not None
+            and header[1] == slot.tensor.shape
+            and header[0] != "F4"
+            and slot.persistent
+            and not slot.ties
+        ):
+            matched.append((slot.name, slot))
+            continue
         if not slot.persistent:
+            rest.append(slot)
             continue
         shape = tuple(slot.tensor.shape)
         found = None
@@ -508,9 +570,11 @@ def _match(
                 found = name
         if found is not None:
             matched.append((found, slot))
-        elif not wrong:
+            continue
+        rest.append(slot)
+        if not wrong:
             missing += slot.names
-    return matched, missing, mismatched
+    return matched, rest, missing, mismatched
 
 
 def _check_keys(
@@ -585,9 +649,9 @@ def _devices_of(
         everywhere = None if devices is None else devices[""]
         return lambda slots: (everywhere for _ in slots)
     by_name: dict[str, torch.device | str] = {}
-    for device, names in placement.assign((t.names[0] for t in tensors), devices).items():
+    for device, names in placement.assign((t.name for t in tensors), devices).items():
         by_name.update(dict.fromkeys(names, device))
-    return lambda slots: (by_name[slot.names[0]] for slot in slots)
+    return lambda slots: (by_name[slot.name] for slot in slots)
 
 
 def _cpu() -> torch.device:
@@ -597,42 +661,62 @@ def _cpu() -> torch.device:
 
 
 def _set(slot: _Tensor, value: torch.Tensor, memory_format: torch.memory_format | None) -> None:
+    _set_all([(slot, value)], memory_format)
+
+
+def _set_all(
+    values: Iterable[tuple[_Tensor, torch.Tensor]],
+    memory_format: torch.memory_format | None = None,
+) -> None:
     import torch
 
-    if memory_format is not None and value.dim() == 4:
-        value = value.contiguous(memory_format=memory_format)
-    elif not value.is_contiguous():
-        value = value.contiguous()
-    old = slot.tensor
-    new: torch.Tensor = value
-    if _is_sharded(old):
-        from weightlift.distributed import from_local
-
-        requires_grad = old.requires_grad and value.is_floating_point()
-        new = from_local(value, old)
-        if slot.is_parameter:
-            new = torch.nn.Parameter(new, requires_grad=requires_grad)
-        new.__dict__.update({k: v for k, v in old.__dict__.items() if k not in new.__dict__})
-        if old.device.type != "meta":
-            torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
-            return
-    elif slot.is_parameter:
-        if "meta" not in (old.device.type, value.device.type):
-            old.data = value
-            return
-        requires_grad = old.requires_grad and (value.is_floating_point() or value.is_complex())
-        if type(old) is torch.nn.Parameter:
-            new = torch.nn.Parameter(value, requires_grad=requires_grad)
-            if old.__dict__:
-                new.__dict__.update(old.__dict__)
+    kinds = _dtensors()
+    parameter, plain = torch.nn.Parameter, torch.nn.Module.__setattr__
+    for slot, value in values:
+        if memory_format is not None and value.dim() == 4:
+            value = value.contiguous(memory_format=memory_format)
+        elif not value.is_contiguous():
+            value = value.contiguous()
+        old = slot.tensor
+        if isinstance(old, kinds):
+            new = _sharded(slot, value)
+            if not old.is_meta:
+                torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
+                continue
+        elif slot.is_parameter:
+            if not (old.is_meta or value.is_meta):
+                old.data = value
+                continue
+            requires_grad = old.requires_grad and (value.is_floating_point() or value.is_complex())
+            if type(old) is parameter:
+                new = parameter(value, requires_grad=requires_grad)
+                if old.__dict__:
+                    new.__dict__.update(old.__dict__)
+            else:
+                new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
         else:
-            new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
-    for module, key in slot.places:
-        if type(module).__setattr__ is torch.nn.Module.__setattr__:
-            (module._parameters if slot.is_parameter else module._buffers)[key] = new  # type: ignore[assignment]
-        else:  # such as RNNs, which keep a list of their weights
-            setattr(module, key, new)
-    slot.tensor = new
+            new = value
+        for _, module, key in ((slot.name, slot.module, slot.key), *slot.ties):
+            if type(module).__setattr__ is plain:
+                (module._parameters if slot.is_parameter else module._buffers)[key] = new  # type: ignore[assignment]
+            else:  # such as RNNs, which keep a list of their weights
+                setattr(module, key, new)
+        slot.tensor = new
+
+
+def _sharded(slot: _Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A DTensor as the slot's, with this local part."""
+    import torch
+
+    from weightlift.distributed import from_local
+
+    old = slot.tensor
+    assert _is_sharded(old)
+    new: torch.Tensor = from_local(value, old)
+    if slot.is_parameter:
+        new = torch.nn.Parameter(new, requires_grad=old.requires_grad and value.is_floating_point())
+    new.__dict__.update({k: v for k, v in old.__dict__.items() if k not in new.__dict__})
+    return new
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -650,7 +734,7 @@ def _move_rest(
     """What the checkpoint does not hold goes where its module goes."""
     for slot, device in zip(tensors, where(tensors), strict=True):
         tensor = slot.tensor
-        if device is None or device == "disk" or tensor.device.type == "meta":
+        if device is None or device == "disk" or tensor.is_meta:
             continue
         if tensor.device != device:
             if slot.is_parameter:
