@@ -119,9 +119,13 @@ class HubServer:
         self.forward_to: str | None = None
         self.unknown: list[str] = []
         self.uploads: dict[str, bytes] = {}  # by SHA-256
-        self._servers = [_serve(_HubHandler, self), _serve(_CdnHandler, self)]
+        # Two hosts: huggingface_hub 1 does not look at ports.
+        self._servers = [
+            _serve("127.0.0.1", _HubHandler, self),
+            _serve("127.0.0.2", _CdnHandler, self),
+        ]
         self.url, self.cdn_url = (
-            f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers
+            f"http://{host}:{port}" for host, port in (s.server_address for s in self._servers)
         )
 
     def __enter__(self) -> HubServer:
@@ -156,7 +160,8 @@ class HubServer:
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)
-        monkeypatch.setattr(client, "_HUB_ORIGINS", frozenset({client._url_origin(self.url)}))
+        if hasattr(client, "_HUB_ORIGINS"):  # huggingface_hub 2
+            monkeypatch.setattr(client, "_HUB_ORIGINS", frozenset({client._url_origin(self.url)}))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
         monkeypatch.setenv("HF_TOKEN", "hf_stored")
@@ -198,8 +203,8 @@ def _git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _serve(handler: type[_Handler], hub: HubServer) -> ThreadingHTTPServer:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"hub": hub}))
+def _serve(host: str, handler: type[_Handler], hub: HubServer) -> ThreadingHTTPServer:
+    server = ThreadingHTTPServer((host, 0), type("Handler", (handler,), {"hub": hub}))
     server.daemon_threads = False  # so that server_close() waits for them
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     return server

@@ -349,7 +349,7 @@ ODD: dict[str, dict[str, torch.Tensor]] = {
     "shape": odd(lambda t: t.update(scale=torch.ones(9))),
     "integers": odd(lambda t: t.update(scale=torch.arange(8))),
     "double": odd(lambda t: t.update(scale=torch.rand(8, dtype=torch.float64))),
-    "fp8": odd(lambda t: t.update(scale=torch.rand(8).to(torch.float8_e4m3fnuz))),
+    "fp8": odd(lambda t: t.update(scale=torch.rand(8).to(torch.float8_e8m0fnu))),
     "complex": odd(lambda t: t.update(scale=torch.rand(8).to(torch.complex64))),
     "nothing": {},
 }

@@ -931,8 +931,14 @@ def test_load_adapter(made: Callable[..., Path], adapter: Path) -> None:
 
 def test_a_folder_of_an_adapter(made: Callable[..., Path], adapter: Path) -> None:
     moved = tensor_bytes(made("llama")) + tensor_bytes(adapter)
-    ours, _ = both(CAUSAL, adapter, moved)
-    assert "default" in ours.model.peft_config
+    if VERSION >= (5, 16):
+        ours = both(CAUSAL, adapter, moved)[0].model
+    else:  # with output_loading_info=True these fail on adapters
+        theirs = CAUSAL.from_pretrained(adapter)
+        with wl.enabled(CALLER), engine_moves(moved, CALLER):
+            ours = CAUSAL.from_pretrained(adapter)
+        assert_same_models(ours, theirs)
+    assert "default" in ours.peft_config
 
 
 @pytest.mark.parametrize("also", [(), ("safetensors",)])
