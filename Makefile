@@ -21,7 +21,7 @@ NATIVE := $(wildcard $(shell git ls-files csrc cmake tests/native "*CMakeLists.t
 LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 
-.PHONY: demo readme test test-deep fuzz lint native-tests python-tests wheel gpu-check bench clean dev release
+.PHONY: demo readme report test test-deep fuzz lint native-tests python-tests test-matrix test-libraries wheel gpu-check bench bench-env clean dev release
 
 $(VENV)/.tools: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,12 +67,27 @@ dev: $(VENV)/.dev
 demo: release
 	$(BIN)/python benchmarks/demo.py
 
-# Writes the README's figures: the demo's output and the newest recorded benchmark.
-readme: demo
-	$(BIN)/python benchmarks/readme.py
-
-bench: release
+bench: release bench-env
 	$(BIN)/python benchmarks/run.py
+
+# The peers, each in an environment of its own that sees the main one's packages behind its own:
+# torch is installed once.
+PEERS := $(patsubst benchmarks/environments/%.txt,.bench/%/.installed,\
+           $(wildcard benchmarks/environments/*.txt))
+bench-env: $(PEERS)
+.bench/%/.installed: benchmarks/environments/%.txt $(VENV)/.tools
+	rm -rf .bench/$*
+	$(BIN)/python -m venv --without-pip .bench/$*
+	$(BIN)/python -c "import sysconfig as s; print(s.get_path('purelib'))" > \
+	  $$(.bench/$*/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/main.pth
+	$(PIP) --python .bench/$*/bin/python install --only-binary :all: -r $< && touch $@ || \
+	  echo "$* cannot be installed here: the benchmark will say so"
+
+# Draws the newest recorded results and writes them, and what the demo prints, into the README.
+report: $(VENV)/.tools
+	$(BIN)/python benchmarks/report.py
+
+readme: demo report
 
 test: dev lint native-tests python-tests
 	$(BIN)/python tests/simulated_driver/run_mutants.py --quick
@@ -98,12 +113,21 @@ test-deep: dev
 	WEIGHTLIFT_SEEDS=1000 $(BIN)/ctest --test-dir build/dev --output-on-failure -j $(JOBS)
 	$(BIN)/python tests/simulated_driver/run_mutants.py
 	tests/pythons.sh
+	$(MAKE) test-libraries
 	$(MAKE) fuzz
 
 # Under ASan and UBSan; so many seconds each of the targets.
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/.clang
 	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+# With each version that tests/matrix/*.txt locks: `make test-matrix MATRIX="oldest newest"`.
+test-matrix: dev
+	tests/matrix/run.sh $(MATRIX)
+
+# The libraries' own tests, with the backends off and on.
+test-libraries: dev
+	$(BIN)/python tests/libraries/run.py $(SUITES)
 
 wheel: $(VENV)/.tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w dist \
@@ -116,4 +140,4 @@ gpu-check:
 	tests/gpu_check.sh
 
 clean:
-	rm -rf $(VENV) build dist .demo
+	rm -rf $(VENV) .bench build dist .demo

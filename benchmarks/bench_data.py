@@ -7,7 +7,10 @@ torch's.
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,15 +144,20 @@ def model(
     return sorted(folder.glob("*.safetensors"))
 
 
-def llama_1b() -> torch.nn.Module:
+def _wide(width: int, scale: float, step: int) -> int:
+    """A width such that weights, which have two of them, shrink by ``scale``."""
+    return max(step, round(width * math.sqrt(scale) / step) * step)
+
+
+def llama_1b(scale: float = 1) -> torch.nn.Module:
     """1.1 B parameters: the shape of TinyLlama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=32000,
-            hidden_size=2048,
-            intermediate_size=5632,
+            hidden_size=_wide(2048, scale, 64),
+            intermediate_size=_wide(5632, scale, 64),
             num_hidden_layers=22,
             num_attention_heads=32,
             num_key_value_heads=4,
@@ -159,20 +167,29 @@ def llama_1b() -> torch.nn.Module:
     )
 
 
-def unet_860m() -> torch.nn.Module:
+def unet_860m(scale: float = 1) -> torch.nn.Module:
     """860 M parameters: the shape of Stable Diffusion 1.5's UNet."""
+    return _unet(scale, 2, (320, 640, 1280, 1280), cross_attention_dim=768)
+
+
+def unet_deep(scale: float = 1) -> torch.nn.Module:
+    """Many small layers, whose construction takes seconds."""
+    return _unet(scale, 24, (128, 256, 384, 384), cross_attention_dim=768)
+
+
+def _unet(scale: float, layers: int, widths: tuple[int, ...], **more: Any) -> torch.nn.Module:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=64,
-        cross_attention_dim=768,
         attention_head_dim=8,
-        block_out_channels=(320, 640, 1280, 1280),
-        layers_per_block=2,
+        block_out_channels=tuple(_wide(width, scale, 32) for width in widths),
+        layers_per_block=layers,
+        **more,
     )
 
 
-def llama_many() -> torch.nn.Module:
+def llama_many(scale: float = 1) -> torch.nn.Module:
     """More than 9,000 tensors, and little in them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -181,7 +198,7 @@ def llama_many() -> torch.nn.Module:
             vocab_size=64,
             hidden_size=16,
             intermediate_size=16,
-            num_hidden_layers=1000,
+            num_hidden_layers=max(1, int(1000 * scale)),
             num_attention_heads=2,
             num_key_value_heads=1,
             tie_word_embeddings=False,
@@ -189,18 +206,18 @@ def llama_many() -> torch.nn.Module:
     )
 
 
-def moe_many(folder: Path) -> list[Path]:
+def moe_many(folder: Path, scale: float = 1) -> list[Path]:
     """A mixture of experts of more than 9,000 tensors, and little in them: each expert apart, as
     checkpoints have them; transformers merges them."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
     if not (folder / "config.json").exists():
+        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
         config = Qwen3MoeConfig(
             vocab_size=256,
             hidden_size=32,
             intermediate_size=32,
             moe_intermediate_size=16,
-            num_hidden_layers=24,
+            num_hidden_layers=max(1, int(24 * scale)),
             num_attention_heads=4,
             num_key_value_heads=2,
             num_experts=128,
@@ -209,6 +226,109 @@ def moe_many(folder: Path) -> list[Path]:
         )
         Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return sorted(folder.glob("*.safetensors"))
+
+
+def moe_file(path: Path, count: int, tensors: int = 18_867, seed: int = 0) -> Path:
+    """About ``count`` bytes in the shapes of Qwen3-30B-A3B, smaller: 128 experts a layer, of three
+    matrices each, in bf16. It has 18,867 tensors."""
+    if not path.exists():
+        layers = max(1, tensors // 393)
+        rows = max(1, round(math.sqrt(count / 2 / (layers * 128 * 3) / (2048 / 768))))
+        hidden = round(rows * 2048 / 768)
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (1024, hidden),
+            "model.norm.weight": (hidden,),
+            "lm_head.weight": (1024, hidden),
+        }
+        for n in range(layers):
+            layer = f"model.layers.{n}"
+            for expert in range(128):
+                for part, shape in (
+                    ("gate_proj", (rows, hidden)),
+                    ("up_proj", (rows, hidden)),
+                    ("down_proj", (hidden, rows)),
+                ):
+                    shapes[f"{layer}.mlp.experts.{expert}.{part}.weight"] = shape
+            shapes[f"{layer}.mlp.gate.weight"] = (128, hidden)
+            for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                shapes[f"{layer}.self_attn.{part}.weight"] = (hidden, hidden)
+            for part in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"{layer}.{part}.weight"] = (hidden,)
+            for part in ("q_norm", "k_norm"):
+                shapes[f"{layer}.self_attn.{part}.weight"] = (128,)
+        bits = RandomBits(seed)
+        _save({name: bits.tensor(shape, torch.bfloat16) for name, shape in shapes.items()}, path)
+    return path
+
+
+def pipeline(folder: Path, unet: Path, scale: float = 1) -> list[Path]:
+    """Stable Diffusion with two text encoders, without tokenizers: four components in fp32, 5.7 GB.
+
+    Args:
+        folder: of the pipeline.
+        unet: of a UNet that ``model`` made; its weights are the same files.
+    """
+    if (folder / "model_index.json").exists():
+        return sorted(folder.rglob("*.safetensors"))
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    def text(cls: type[Any], width: int, layers: int) -> torch.nn.Module:
+        width = _wide(width, scale, 64)
+        config = CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            projection_dim=width,
+        )
+        built: torch.nn.Module = cls(config)
+        return built
+
+    widths = (128, 256, 512, 512)
+    parts: dict[str, tuple[str, str, Callable[[], torch.nn.Module], str]] = {
+        "text_encoder": (
+            "transformers",
+            "CLIPTextModel",
+            functools.partial(text, CLIPTextModel, 768, 12),
+            "model",
+        ),
+        "text_encoder_2": (
+            "transformers",
+            "CLIPTextModelWithProjection",
+            functools.partial(text, CLIPTextModelWithProjection, 1024, 24),
+            "model",
+        ),
+        "vae": (
+            "diffusers",
+            "AutoencoderKL",
+            lambda: AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=tuple(_wide(width, scale, 32) for width in widths),
+                layers_per_block=2,
+                latent_channels=4,
+            ),
+            "diffusion_pytorch_model",
+        ),
+    }
+    index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline"}
+    for name, (library, cls, build, stem) in parts.items():
+        model(folder / name, build, stem, 1, torch.float32)
+        index[name] = [library, cls]
+    (folder / "unet").mkdir(exist_ok=True)
+    for file in unet.iterdir():
+        if not (folder / "unet" / file.name).exists():
+            os.link(file, folder / "unet" / file.name)
+    EulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    index |= {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    }
+    absent = ("tokenizer", "tokenizer_2", "image_encoder", "feature_extractor")
+    index |= {key: [None, None] for key in absent}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return sorted(folder.rglob("*.safetensors"))
 
 
 def many_small(path: Path, tensors: int, seed: int = 0) -> Path:

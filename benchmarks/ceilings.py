@@ -1,0 +1,155 @@
+"""What the hardware gives, measured without any loader.
+
+    python benchmarks/ceilings.py FILE
+
+prints, as JSON, bytes a second: copies from memory to memory; a file from the page cache into
+memory, and mapped; the file from the disk past the page cache; pinned memory to the GPU. All by all
+threads at once, the best of several, and the memory is there before the clock starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+THREADS = len(os.sched_getaffinity(0))
+# Reads in flight that keep a disk busy; more gave nothing on the disks at hand.
+DISK_THREADS = 16
+MOST = 2 * 10**9
+UNIT = 1 << 20
+REPEAT = 3
+
+
+def measure(file: Path) -> dict[str, float]:
+    """The ceilings, measured in a process of its own, so that its memory is gone then."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(file)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def memory(count: int) -> mmap.mmap:
+    """Anonymous memory on huge pages, touched."""
+    made = mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        made.madvise(mmap.MADV_HUGEPAGE)
+    ctypes.memset(address(made), 1, count)
+    return made
+
+
+def address(of: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_uint8.from_buffer(of))
+
+
+def best_rate(count: int, threads: int, work: Callable[[int, int], None]) -> float:
+    """Bytes a second of ``work(begin, end)`` over parts of ``count`` bytes, a thread each."""
+    part = -(-count // threads // UNIT) * UNIT
+    bounds = [(n * part, min((n + 1) * part, count)) for n in range(threads) if n * part < count]
+    seconds = []
+    for _ in range(REPEAT):
+        workers = [threading.Thread(target=work, args=bound) for bound in bounds]
+        start = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        seconds.append(time.perf_counter() - start)
+    return count / min(seconds)
+
+
+def copy_rate(count: int) -> float:
+    source, target = memory(count), memory(count)
+    from_, to = address(source), address(target)
+
+    def copy(begin: int, end: int) -> None:
+        ctypes.memmove(to + begin, from_ + begin, end - begin)
+
+    rate = best_rate(count, THREADS, copy)
+    source.close()
+    target.close()
+    return rate
+
+
+def read_rate(file: Path, count: int, direct: bool) -> float:
+    """With ``direct`` past the page cache, into a buffer a thread; else into memory for all of it,
+    as a load does."""
+    descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+    target = None if direct else memoryview(memory(count))
+
+    def read(begin: int, end: int) -> None:
+        own = memoryview(memory(4 * UNIT)) if target is None else target[begin:end]
+        done = 0
+        while done < end - begin:
+            into = own[: end - begin - done] if target is None else own[done : done + 4 * UNIT]
+            done += os.preadv(descriptor, [into], begin + done)
+
+    try:
+        return best_rate(count, DISK_THREADS if direct else THREADS, read)
+    finally:
+        os.close(descriptor)
+
+
+def mapped_rate(file: Path, count: int) -> float:
+    """Mapped anew, and a byte of each page read."""
+    seconds = []
+    for _ in range(REPEAT):
+        with file.open("rb") as opened:
+            start = time.perf_counter()
+            with mmap.mmap(opened.fileno(), count, access=mmap.ACCESS_COPY) as mapping:
+                view = memoryview(mapping)[:: mmap.PAGESIZE]
+                view.tobytes()
+                seconds.append(time.perf_counter() - start)
+                view.release()
+    return count / min(seconds)
+
+
+def pinned_rate(count: int) -> float:
+    import torch
+
+    source = torch.empty(count, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device="cuda")
+    rates = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        rates.append(count / (time.perf_counter() - start))
+    return max(rates)
+
+
+def main() -> None:
+    from weightlift.cli.measure import settle
+
+    file = Path(sys.argv[1])
+    # Whole units, for direct reads.
+    count = min(file.stat().st_size, MOST) // (4 * UNIT) * 4 * UNIT
+    found = {"memory copy": copy_rate(max(count // 2, 64 * UNIT))}
+    settle([file])
+    found["page cache to memory"] = read_rate(file, count, direct=False)
+    found["page cache, mapped"] = mapped_rate(file, count)
+    os.sync()
+    descriptor = os.open(file, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    with contextlib.suppress(OSError):  # a file system without direct I/O
+        found["disk, direct"] = read_rate(file, count, direct=True)
+    import torch
+
+    if torch.cuda.is_available():
+        found["pinned memory to the GPU"] = pinned_rate(256 * UNIT)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Figures beside their targets. A judge gets a comparison and says what it comes to."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+
+from weightlift.cli.measure import Comparison
+
+OURS = "weightlift"
+# What no library is: a floor, and the parts of a load that are measured beside it.
+APART = ("torch.empty", "construction", "reading")
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A measured figure beside its target.
+
+    Attributes:
+        against: the contender that it is the ratio to, where that is found by measuring.
+    """
+
+    target: str
+    measured: str
+    passed: bool
+    against: str | None = None
+
+
+# What the hardware gives, by name, in bytes a second.
+Ceilings = dict[str, float]
+Judge = Callable[[Comparison, Ceilings], Figure]
+
+
+def never_slower(limit: float, ours: str = OURS) -> Judge:
+    """Our time over that of each other contender; the worst of these."""
+    return _against_each(f"<= {limit:g}x each", ours, lambda ratio: ratio, lambda r: r <= limit)
+
+
+def faster_than_each(limit: float, ours: str = OURS) -> Judge:
+    """The time of each other contender over ours; the worst of these."""
+    return _against_each(f">= {limit:g}x each", ours, lambda ratio: 1 / ratio, lambda r: r >= limit)
+
+
+def _against_each(
+    target: str, ours: str, shown: Callable[[float], float], passes: Callable[[float], bool]
+) -> Judge:
+    def judge(found: Comparison, _: Ceilings) -> Figure:
+        ratios = {
+            name: ratio
+            for name in found.samples
+            if name not in (ours, *APART) and (ratio := found.time_ratio(ours, name)) is not None
+        }
+        if not ratios:
+            return Figure(target, "not measured", False)
+        worst = max(ratios, key=lambda name: ratios[name])
+        value = shown(ratios[worst])
+        return Figure(target, f"{_digits(value)}x", passes(value), worst)
+
+    return judge
+
+
+def ratio_at_most(limit: float, to: str, ours: str = OURS) -> Judge:
+    """Our time over another's."""
+
+    def judge(found: Comparison, _: Ceilings) -> Figure:
+        ratio = found.time_ratio(ours, to)
+        return _figure(f"<= {limit:g}x {to}", ratio, "x", lambda r: r <= limit)
+
+    return judge
+
+
+def faster_at_least(limit: float, than: str, ours: str = OURS) -> Judge:
+    """Another's time over ours."""
+
+    def judge(found: Comparison, _: Ceilings) -> Figure:
+        ratio = found.time_ratio(than, ours)
+        return _figure(f">= {limit:g}x {than}", ratio, "x", lambda r: r >= limit)
+
+    return judge
+
+
+def within_memory(limit: float, ours: str, time: Judge) -> Judge:
+    """A judge of the time, and the peak of the own memory over the bytes that came out."""
+
+    def judge(found: Comparison, ceilings: Ceilings) -> Figure:
+        figure = time(found, ceilings)
+        if ours not in found.samples:
+            return figure
+        share = found.peak(ours) / found.samples[ours][0].bytes
+        return Figure(
+            f"{figure.target}, <= {limit:g} mem",
+            f"{figure.measured}, {share:.2f}",
+            figure.passed and share <= limit,
+            figure.against,
+        )
+
+    return judge
+
+
+def overlapped(slack: float, whole: str, parts: tuple[str, ...]) -> Judge:
+    """What a load takes beyond the longer of its parts, in the median round."""
+
+    def judge(found: Comparison, _: Ceilings) -> Figure:
+        beyond = None
+        if all(name in found.samples for name in (whole, *parts)):
+            rounds = zip(found.times(whole), *(found.times(part) for part in parts), strict=True)
+            beyond = statistics.median(took - max(apart) for took, *apart in rounds) * 1e3
+        target = f"longer part + {slack * 1e3:g} ms"
+        return _figure(target, beyond, " ms", lambda ms: ms <= slack * 1e3)
+
+    return judge
+
+
+def microseconds_a_tensor(limit: float, ours: str) -> Judge:
+    """What the call costs beside the bytes, which are next to none."""
+
+    def judge(found: Comparison, _: Ceilings) -> Figure:
+        each = None
+        if ours in found.samples:
+            each = found.median(ours) / found.samples[ours][0].tensors * 1e6
+        return _figure(f"<= {limit:g} us a tensor", each, " us", lambda us: us <= limit)
+
+    return judge
+
+
+def seconds_at_most(limit: float) -> Judge:
+    def judge(found: Comparison, _: Ceilings) -> Figure:
+        seconds = found.median(OURS) if OURS in found.samples else None
+        scaled = None if seconds is None else seconds * 1e3
+        return _figure(f"<= {limit * 1e3:g} ms", scaled, " ms", lambda ms: ms <= limit * 1e3)
+
+    return judge
+
+
+def share_of_ceiling(limit: float) -> Judge:
+    """Our rate over the smaller of the link's and the page cache's; and the fastest of all."""
+
+    def judge(found: Comparison, ceilings: Ceilings) -> Figure:
+        share = None
+        fastest = True
+        if OURS in found.samples:
+            best = min(ceilings["pinned memory to the GPU"], ceilings["page cache to memory"])
+            share = found.rate(OURS) / best * 100
+            fastest = found.median(OURS) <= min(map(found.median, found.samples))
+        return _figure(f">= {limit:g} %, fastest", share, " %", lambda s: s >= limit and fastest)
+
+    return judge
+
+
+def cast_to_device(limit: float) -> Judge:
+    """Our time over the slower of reading the file on the host and sending the result."""
+
+    def judge(found: Comparison, ceilings: Ceilings) -> Figure:
+        ratio = None
+        if OURS in found.samples:
+            floor = max(
+                found.file_bytes / ceilings["page cache to memory"],
+                found.samples[OURS][0].bytes / ceilings["pinned memory to the GPU"],
+            )
+            ratio = found.median(OURS) / floor
+        return _figure(f"<= {limit:g}x the bytes", ratio, "x", lambda r: r <= limit)
+
+    return judge
+
+
+def _figure(target: str, value: float | None, unit: str, passes: Callable[[float], bool]) -> Figure:
+    if value is None:
+        return Figure(target, "not measured", False)
+    return Figure(target, f"{_digits(value)}{unit}", passes(value))
+
+
+def _digits(value: float) -> str:
+    return f"{value:.{1 if abs(value) >= 20 else 2}f}"
