@@ -18,6 +18,7 @@ from weightlift.atomic import flush_file, flush_folder, temporary_beside
 from weightlift.checkpoint import Checkpoint
 from weightlift.errors import ArgumentError, CheckpointError
 from weightlift.materialize import load_tensors
+from weightlift.placement import parse_device
 
 if TYPE_CHECKING:
     import torch
@@ -237,7 +238,9 @@ def _write(
         _write_all(file, struct.pack("<Q", len(text)) + text)
         for batch in _batches(entries):
             names = [entry.name for entry in batch]
-            tensors = load_tensors(checkpoint, _cpu(), dtype=dtype, names=names, mode="read")
+            tensors = load_tensors(
+                checkpoint, parse_device("cpu"), dtype=dtype, names=names, mode="read"
+            )
             for entry in batch:
                 _write_all(file, _data(tensors.pop(entry.name)))
                 show(entry.bytes)
@@ -260,9 +263,3 @@ def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     left = memoryview(data)
     while left:  # write(2) moves at most 2 GiB a call
         left = left[file.write(left) :]
-
-
-def _cpu() -> torch.device:
-    import torch
-
-    return torch.device("cpu")

@@ -20,10 +20,12 @@ from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from weightlift import dtypes
+from weightlift.allocation import TorchAllocator
 from weightlift.errors import ArgumentError, CheckpointError
 from weightlift.integrity import HashCheck
-from weightlift.materialize import Loading, Ranges, TorchAllocator, shown
+from weightlift.materialize import Loading, Ranges
 from weightlift.modules import fill
+from weightlift.plans import shown
 from weightlift.report import LoadReport
 
 if TYPE_CHECKING:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from weightlift import _native, dtypes
-from weightlift.errors import (
-    ArgumentError,
-    DeviceError,
-    FormatError,
-    OutOfMemoryError,
-    ReadError,
-)
+from weightlift import _native, dtypes, plans
+from weightlift.allocation import Allocator, TorchAllocator
+from weightlift.errors import ArgumentError, DeviceError, FormatError, ReadError
 from weightlift.integrity import HashCheck
+from weightlift.plans import Progress, cancel_plan, new_plan, run_plan, start_plan
 from weightlift.report import LoadReport, record
 from weightlift.settings import Settings
 
@@ -28,97 +22,12 @@ if TYPE_CHECKING:
     from weightlift.checkpoint import Checkpoint
     from weightlift.torch_file import View
 
-__all__ = [
-    "Allocator",
-    "Loading",
-    "Progress",
-    "Ranges",
-    "TorchAllocator",
-    "copy_to_device",
-    "from_dlpack",
-    "load_tensors",
-    "new_plan",
-    "run_plan",
-    "shown",
-]
+__all__ = ["Loading", "Ranges", "copy_to_device", "from_dlpack", "load_tensors"]
 
-Progress = Callable[[int, int], None]
 # What a load makes: (group, name), or (group, part, position) for what views look at.
 _Key: TypeAlias = "tuple[int, str] | tuple[int, int, int]"
 # (start, step, count) of each dimension: a part of a tensor.
 Ranges: TypeAlias = "Sequence[tuple[int, int, int]]"
-
-# How often a waiting caller looks up: for Ctrl-C, and for progress.
-_POLL_SECONDS = 0.05
-# torch's caching allocator cuts what is larger than this out of a block of its own, with a
-# cudaMalloc each (c10/cuda/CUDACachingAllocator.cpp, kSmallSize).
-_OWN_BLOCK_BYTES = 1 << 20
-
-
-class Allocator(Protocol):
-    """Where device memory comes from, and in which order its users come.
-
-    ``empty`` returns the address and what owns it: the tensor, where torch allocates.
-    """
-
-    def empty(self, device: int, shape: Sequence[int], dtype: str) -> tuple[int, Any]: ...
-    def stream(self, device: int) -> int: ...
-    def reserve(self, device: int, sizes: Sequence[int]) -> None: ...
-
-
-class TorchAllocator:
-    """torch's caching allocator, so that its statistics and its freeing stay right."""
-
-    def __init__(self) -> None:
-        import torch
-
-        if not torch.cuda.is_available():
-            reason = (
-                "this torch is built without CUDA"
-                if torch.version.cuda is None
-                else "torch sees no GPU (driver, container or CUDA_VISIBLE_DEVICES)"
-            )
-            raise DeviceError(f"cannot load to CUDA: {reason}; `weightlift doctor` tells more")
-        # Before the engine's own first call, or torch would not notice a fork (torch.cuda docs).
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-
-    def empty(self, device: int, shape: Sequence[int], dtype: str) -> tuple[int, Any]:
-        import torch
-
-        try:
-            if dtype == "F4":
-                shape = (*shape[:-1], shape[-1] // 2)
-            tensor = torch.empty(
-                tuple(shape), dtype=dtypes.to_torch(dtype), device=torch.device("cuda", device)
-            )
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(str(error)) from error
-        return tensor.data_ptr(), tensor
-
-    def stream(self, device: int) -> int:
-        import torch
-
-        return int(torch.cuda.current_stream(device).cuda_stream)
-
-    def reserve(self, device: int, sizes: Sequence[int]) -> None:
-        """Gets one block for what is missing in torch's cache, so that the tensors to come are cut
-        out of it: a cudaMalloc a tensor made loads several times slower (transformers #36380)."""
-        import torch
-
-        large = sum(size for size in sizes if size > _OWN_BLOCK_BYTES)
-        config = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-        # These never cut a tensor out of a large block.
-        whole = ("expandable_segments:True", "max_split_size_mb", "cudaMallocAsync")
-        if large == 0 or (config and any(option in config for option in whole)):
-            return
-        if torch.cuda.get_allocator_backend() != "native":
-            return
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if cached < large:
-            try:
-                torch.empty(large - cached, dtype=torch.uint8, device=torch.device("cuda", device))
-            except torch.OutOfMemoryError:
-                return  # in pieces it may still fit
 
 
 def load_tensors(
@@ -208,59 +117,6 @@ def copy_to_device(
     plan.use_stream(device.index, allocator.stream(device.index))
     record(run_plan(plan, allocator), caller=caller)
     return {name: owner for name, (_, owner) in zip(tensors, made, strict=True)}
-
-
-def new_plan(settings: Settings, dtype: str | None = None) -> _native.Plan:
-    """An empty plan under these settings, for casts to ``dtype``."""
-    plan = _native.Plan(settings.native(dtypes.fp8_rules(dtype)))
-    if settings.populate is not None:
-        plan.populate(settings.populate)
-    return plan
-
-
-def start_plan(plan: _native.Plan, allocator: Allocator | None) -> list[Any]:
-    """Schedules a plan and starts it; what it returns must live until the plan has ended."""
-    scratch = []
-    owners = []
-    for device, count in plan.prepare():
-        assert allocator is not None
-        address, owner = allocator.empty(device, (count,), "U8")
-        scratch.append((device, address))
-        owners.append(owner)
-    plan.start(scratch)
-    return owners
-
-
-def finish_plan(plan: _native.Plan, progress: bool | Progress = False) -> dict[str, Any]:
-    """Waits for a started plan; Ctrl-C stops it, drains what is in flight and goes on up."""
-    with shown(progress) as show:
-        try:
-            while not plan.wait(_POLL_SECONDS):
-                if show is not None:
-                    show(*plan.progress())
-            if show is not None:
-                show(*plan.progress())
-        except BaseException:
-            cancel_plan(plan)
-            raise
-    return plan.finish()
-
-
-def cancel_plan(plan: _native.Plan) -> None:
-    """Stops a started plan and waits until nothing is in flight."""
-    plan.cancel()
-    while not plan.wait(_POLL_SECONDS):
-        pass
-
-
-def run_plan(
-    plan: _native.Plan, allocator: Allocator | None, progress: bool | Progress = False
-) -> dict[str, Any]:
-    """Runs a plan to its end."""
-    scratch = start_plan(plan, allocator)
-    native = finish_plan(plan, progress)
-    del scratch
-    return native
 
 
 @dataclasses.dataclass(slots=True)
@@ -378,7 +234,7 @@ class Loading:
         them all, else group by group."""
         assert self._plan is not None
         try:
-            native = finish_plan(self._plan, self._progress)
+            native = plans.finish_plan(self._plan, self._progress)
             self._scratch = []
             if self._hashes is not None:
                 self._hashes.result()
@@ -765,18 +621,3 @@ def from_dlpack() -> Callable[[object], Any]:
     from torch.utils.dlpack import from_dlpack as public
 
     return public
-
-
-@contextlib.contextmanager
-def shown(progress: bool | Progress) -> Iterator[Progress | None]:
-    """What to tell how far a load is; ``True``: a bar on the terminal."""
-    if progress is not True:
-        yield progress or None
-        return
-    from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bar("[bold]loading", *columns, transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-import sys
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from weightlift import dtypes, placement
 from weightlift.checkpoint import Checkpoint, open_checkpoint
-from weightlift.errors import ArgumentError, CheckpointError
-from weightlift.materialize import Loading, Progress, Ranges, copy_to_device, load_tensors
+from weightlift.errors import ArgumentError
+from weightlift.matching import check_keys, match
+from weightlift.materialize import Loading, Ranges, copy_to_device
+from weightlift.offload import DiskWeights, dispatch
+from weightlift.plans import Progress
 from weightlift.report import LoadReport, set_last_report
+from weightlift.slots import (
+    Slot,
+    dtensor_types,
+    is_sharded,
+    local_tensor,
+    set_all,
+    set_one,
+    slots_of,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
 
 
-__all__ = [
-    "DiskWeights",
-    "Early",
-    "fill",
-    "listed",
-    "load_into",
-    "move",
-    "place_of",
-    "whole_state_dict",
-]
-
-# How many names an error lists before it only counts.
-_LISTED = 20
+__all__ = ["Early", "fill", "load_into", "move"]
 
 
 def load_into(
@@ -100,7 +96,7 @@ def load_into(
         CheckpointError: keys or shapes do not match, the model does not fit the devices, or a
             rank failed or is gone.
     """
-    tensors = _tensors_of(model)
+    tensors = slots_of(model)
     with _together(model, tensors, group, scope) as new_loading:
         return _load_into(
             model,
@@ -138,26 +134,16 @@ def _load_into(
 
 def _together(
     model: torch.nn.Module,
-    tensors: Sequence[_Tensor],
+    tensors: Sequence[Slot],
     group: ProcessGroup | DeviceMesh | None,
     scope: str,
 ) -> AbstractContextManager[Callable[..., Loading]]:
-    kinds = _dtensors()
+    kinds = dtensor_types()
     if group is None and not any(isinstance(slot.tensor, kinds) for slot in tensors):
         return contextlib.nullcontext(Loading)
     from weightlift.distributed import together
 
     return together(model, group, scope)
-
-
-def _is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    return isinstance(tensor, _dtensors())
-
-
-def _dtensors() -> tuple[type[DTensor], ...]:
-    """DTensor, if anyone has imported it."""
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return () if tensors is None else (tensors.DTensor,)
 
 
 def _lookup(names: Mapping[str, str | None]) -> Callable[[str], str | None]:
@@ -186,7 +172,7 @@ def move(
     name = dtypes.parse_dtype(dtype)
     slots = {
         slot.name: slot
-        for slot in _tensors_of(model)
+        for slot in slots_of(model)
         if slot.tensor.device.type == "cpu"
         and slot.tensor.is_contiguous()
         and dtypes.file_name(slot.tensor.dtype) is not None
@@ -196,70 +182,7 @@ def move(
         return
     tensors = {key: slot.tensor.detach() for key, slot in slots.items()}
     copies = copy_to_device(tensors, device, name, caller=caller)
-    _set_all((slots[key], value) for key, value in copies.items())
-
-
-@dataclasses.dataclass(slots=True)
-class _Tensor:
-    """A parameter or buffer of the model: where it hangs, and where else, if it is tied."""
-
-    tensor: torch.Tensor
-    is_parameter: bool
-    persistent: bool
-    name: str
-    module: torch.nn.Module
-    key: str
-    ties: tuple[tuple[str, torch.nn.Module, str], ...] = ()
-
-    @property
-    def names(self) -> list[str]:
-        return [self.name, *(name for name, _, _ in self.ties)]
-
-
-def _tensors_of(model: torch.nn.Module) -> list[_Tensor]:
-    tensors, kinds = _gather(model)
-    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
-        if not any(issubclass(kind, fsdp.FSDPModule) for kind in kinds):
-            return tensors
-        for module in model.modules():  # between two passes a root holds whole parameters
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
-        tensors, _ = _gather(model)
-    return tensors
-
-
-def _gather(model: torch.nn.Module) -> tuple[list[_Tensor], set[type]]:
-    """The tensors, in the order of ``named_modules``, and the classes of the modules.
-
-    Each module is looked at once: of a large model they are in no cache, and ``named_modules``
-    takes a step for every level above each of them.
-    """
-    found: dict[int, _Tensor] = {}
-    kinds: set[type] = set()
-    waiting = [("", model)]
-    while waiting:
-        prefix, module = waiting.pop()
-        kinds.add(type(module))
-        for held in (module._parameters, module._buffers):
-            if not held:
-                continue
-            is_parameter = held is module._parameters
-            for key, tensor in held.items():
-                if tensor is None:
-                    continue
-                persistent = is_parameter or key not in module._non_persistent_buffers_set
-                known = found.get(id(tensor))
-                if known is None:
-                    found[id(tensor)] = _Tensor(
-                        tensor, is_parameter, persistent, prefix + key, module, key
-                    )
-                else:
-                    known.ties += ((prefix + key, module, key),)
-                    known.persistent |= persistent
-        if module._modules:
-            children = reversed(module._modules.items())
-            waiting += [(f"{prefix}{key}.", child) for key, child in children if child is not None]
-    return list(found.values()), kinds
+    set_all((slots[key], value) for key, value in copies.items())
 
 
 class Early:
@@ -316,7 +239,7 @@ def fill(
     early: Early | None = None,
     caller: str = "weightlift",
     new_loading: Callable[..., Loading] = Loading,
-    tensors: Sequence[_Tensor] | None = None,
+    tensors: Sequence[Slot] | None = None,
 ) -> LoadReport:
     """``load_into`` for callers that have more to say.
 
@@ -335,9 +258,9 @@ def fill(
     if keep_in_fp32 is None:
         keep_in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
     if tensors is None:
-        tensors = _tensors_of(model)
+        tensors = slots_of(model)
     headers = checkpoint.headers()
-    matched, rest, missing, mismatched = _match(tensors, headers)
+    matched, rest, missing, mismatched = match(tensors, headers)
     known = {t.name for t in tensors if t.persistent}
     known.update(name for t in tensors if t.ties and t.persistent for name in t.names)
     empty = [t.name for t in rest if not t.persistent and t.tensor.is_meta]
@@ -346,7 +269,7 @@ def fill(
         missing = [name for name in missing if not ignore_missing(name)]
     if ignore_unexpected is not None:
         unexpected = [name for name in unexpected if not ignore_unexpected(name)]
-    _check_keys(
+    check_keys(
         checkpoint, model, missing, unexpected, mismatched, empty, strict, ignore_mismatched_sizes
     )
 
@@ -364,13 +287,13 @@ def fill(
         )
     where = _devices_of(tensors, devices)
     on_disk: dict[str, tuple[str, str | None]] = {}
-    groups: dict[tuple[Any, str | None, bool, bool], list[tuple[str, _Tensor]]] = {}
+    groups: dict[tuple[Any, str | None, bool, bool], list[tuple[str, Slot]]] = {}
     parts: dict[str, Ranges] = {}
     wanted = dtypes.parse_dtype(dtype)
     own = dtype is None
     keep = frozenset(keep_in_fp32)
-    cpu = _cpu()
-    kinds = _dtensors()
+    cpu = placement.parse_device("cpu")
+    kinds = dtensor_types()
     reuse = not pin_memory and memory_format is None
     believed: set[str] = set()
     for (name, slot), device in zip(matched, where(slot for _, slot in matched), strict=True):
@@ -392,7 +315,7 @@ def fill(
             # accelerate's hooks cast what they read to the dtype of what they replace.
             kind = dtypes.to_torch(target or file_dtype)
             if tensor.dtype != kind or not tensor.is_meta:
-                _set(slot, tensor.detach().to("meta", kind), None)
+                set_one(slot, tensor.detach().to("meta", kind), None)
             continue
         if isinstance(tensor, kinds):
             from weightlift.distributed import device_of, local_part
@@ -441,7 +364,7 @@ def fill(
         names = [name for name, _ in group if name not in believed]
         ranges = [parts[name] for name in names] if in_parts else None
         if in_place:
-            targets = [_local(slot.tensor) for _, slot in group]
+            targets = [local_tensor(slot.tensor) for _, slot in group]
             loading.add(device, None, names, targets, ranges)
         elif names:
             loading.add(device, target, names, parts=ranges)
@@ -455,7 +378,7 @@ def fill(
     take = arrived.pop if checkpoint.is_plain else taken
     for (_, _, in_place, _), group in groups.items():
         if not in_place:
-            _set_all(((slot, take(name)) for name, slot in group), memory_format)
+            set_all(((slot, take(name)) for name, slot in group), memory_format)
     extra: dict[str, torch.Tensor] = {}
     if initialize is not None:
         bare = [t for t in rest if t.persistent and t.tensor.is_meta]
@@ -463,7 +386,7 @@ def fill(
             fresh = initialize([slot.name for slot in bare])
             for slot, device in zip(bare, where(bare), strict=True):
                 value = fresh[slot.name].detach()
-                if _is_sharded(slot.tensor):
+                if is_sharded(slot.tensor):
                     from weightlift.distributed import device_of, initialized
 
                     value, device = initialized(value, slot.tensor), device_of(slot.tensor)
@@ -472,16 +395,16 @@ def fill(
                     value = value.to(dtypes.to_torch(target))
                 if device == "disk" and slot.is_parameter:
                     extra.update(dict.fromkeys(slot.names, value))
-                    _set(slot, slot.tensor.detach().to("meta", value.dtype), None)
+                    set_one(slot, slot.tensor.detach().to("meta", value.dtype), None)
                 else:
-                    _set(
+                    set_one(
                         slot,
-                        value.to(_cpu() if device in (None, "disk") else device),
+                        value.to(cpu if device in (None, "disk") else device),
                         memory_format,
                     )
     if devices is not None:
         _move_rest(rest, where)
-        _dispatch(model, devices, DiskWeights(checkpoint, on_disk, caller), extra)
+        dispatch(model, devices, DiskWeights(checkpoint, on_disk, caller), extra)
     report.error_msgs = [f"{name}: a buffer on meta that no checkpoint holds" for name in empty]
     report.missing_keys = missing
     report.unexpected_keys = unexpected
@@ -524,109 +447,6 @@ def _as_believed(file_dtype: str, target: str | None, believed: str | None) -> b
     return (target or file_dtype) == (believed or file_dtype)
 
 
-def _match(
-    tensors: Sequence[_Tensor], headers: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> tuple[
-    list[tuple[str, _Tensor]],
-    list[_Tensor],
-    list[str],
-    list[tuple[str, tuple[int, ...], tuple[int, ...]]],
-]:
-    """(name in the checkpoint, tensor of the model) for all that match; the model's other tensors;
-    missing names; mismatched ones."""
-    matched = []
-    rest = []
-    missing = []
-    mismatched = []
-    for slot in tensors:
-        header = headers.get(slot.name)
-        # Most of them. Of tied ones, other names may be of other shapes.
-        if (
-            header is not None
-            and header[1] == slot.tensor.shape
-            and header[0] != "F4"
-            and slot.persistent
-            and not slot.ties
-        ):
-            matched.append((slot.name, slot))
-            continue
-        if not slot.persistent:
-            rest.append(slot)
-            continue
-        shape = tuple(slot.tensor.shape)
-        found = None
-        wrong = False
-        for name in slot.names:
-            header = headers.get(name)
-            if header is None:
-                continue
-            theirs = header[1]
-            if header[0] == "F4":  # two numbers are one element of torch's dtype
-                theirs = (*theirs[:-1], theirs[-1] // 2)
-            if theirs != shape:
-                mismatched.append((name, theirs, shape))
-                wrong = True
-            elif found is None:
-                found = name
-        if found is not None:
-            matched.append((found, slot))
-            continue
-        rest.append(slot)
-        if not wrong:
-            missing += slot.names
-    return matched, rest, missing, mismatched
-
-
-def _check_keys(
-    checkpoint: Checkpoint,
-    model: torch.nn.Module,
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    mismatched: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
-    empty: Sequence[str],
-    strict: bool,
-    ignore_mismatched_sizes: bool,
-) -> None:
-    problems: list[str] = []
-    if mismatched and not ignore_mismatched_sizes:
-        problems += listed(
-            "of another shape than the model's (ignore_mismatched_sizes=True leaves them out)",
-            [f"{name}: {theirs} in the checkpoint, {ours} in the model"
-             for name, theirs, ours in mismatched],
-        )  # fmt: skip
-    if strict:
-        problems += listed("missing in the checkpoint", missing)
-        problems += listed("unexpected: the model has no place for them", unexpected)
-        problems += listed(
-            "buffers on meta that no checkpoint holds (non-persistent); build the model with "
-            "accelerate.init_empty_weights(include_buffers=False)",
-            empty,
-        )
-    if problems:
-        hint = "; strict=False loads what matches" if strict and (missing or unexpected) else ""
-        raise CheckpointError(
-            f"{place_of(checkpoint)} does not fit {type(model).__name__}{hint}:\n"
-            + "\n".join(problems)
-        )
-
-
-def listed(title: str, names: Sequence[str]) -> list[str]:
-    """Lines of an error: how many, and the first of them."""
-    if not names:
-        return []
-    shown = [f"    {name}" for name in names[:_LISTED]]
-    if len(names) > _LISTED:
-        shown.append(f"    and {len(names) - _LISTED} more")
-    return [f"  {len(names)} {title}:", *shown]
-
-
-def place_of(checkpoint: Checkpoint) -> str:
-    """For messages."""
-    if len(checkpoint.paths) == 1:
-        return checkpoint.paths[0]
-    return f"the checkpoint in {len(checkpoint.paths)} files"
-
-
 def _planned_dtypes(
     dtype: torch.dtype | str | None, headers: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> torch.dtype | dict[str, torch.dtype] | None:
@@ -642,8 +462,8 @@ def _planned_dtypes(
 
 
 def _devices_of(
-    tensors: Sequence[_Tensor], devices: Mapping[str, torch.device | str] | None
-) -> Callable[[Iterable[_Tensor]], Iterator[torch.device | str | None]]:
+    tensors: Sequence[Slot], devices: Mapping[str, torch.device | str] | None
+) -> Callable[[Iterable[Slot]], Iterator[torch.device | str | None]]:
     """The device of each tensor; ``None`` for where it is."""
     if devices is None or set(devices) == {""}:
         everywhere = None if devices is None else devices[""]
@@ -654,82 +474,9 @@ def _devices_of(
     return lambda slots: (by_name[slot.name] for slot in slots)
 
 
-def _cpu() -> torch.device:
-    import torch
-
-    return torch.device("cpu")
-
-
-def _set(slot: _Tensor, value: torch.Tensor, memory_format: torch.memory_format | None) -> None:
-    _set_all([(slot, value)], memory_format)
-
-
-def _set_all(
-    values: Iterable[tuple[_Tensor, torch.Tensor]],
-    memory_format: torch.memory_format | None = None,
-) -> None:
-    import torch
-
-    kinds = _dtensors()
-    parameter, plain = torch.nn.Parameter, torch.nn.Module.__setattr__
-    for slot, value in values:
-        if memory_format is not None and value.dim() == 4:
-            value = value.contiguous(memory_format=memory_format)
-        elif not value.is_contiguous():
-            value = value.contiguous()
-        old = slot.tensor
-        if isinstance(old, kinds):
-            new = _sharded(slot, value)
-            if not old.is_meta:
-                torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
-                continue
-        elif slot.is_parameter:
-            if not (old.is_meta or value.is_meta):
-                old.data = value
-                continue
-            requires_grad = old.requires_grad and (value.is_floating_point() or value.is_complex())
-            if type(old) is parameter:
-                new = parameter(value, requires_grad=requires_grad)
-                if old.__dict__:
-                    new.__dict__.update(old.__dict__)
-            else:
-                new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
-        else:
-            new = value
-        for _, module, key in ((slot.name, slot.module, slot.key), *slot.ties):
-            if type(module).__setattr__ is plain:
-                (module._parameters if slot.is_parameter else module._buffers)[key] = new  # type: ignore[assignment]
-            else:  # such as RNNs, which keep a list of their weights
-                setattr(module, key, new)
-        slot.tensor = new
-
-
-def _sharded(slot: _Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A DTensor as the slot's, with this local part."""
-    import torch
-
-    from weightlift.distributed import from_local
-
-    old = slot.tensor
-    assert _is_sharded(old)
-    new: torch.Tensor = from_local(value, old)
-    if slot.is_parameter:
-        new = torch.nn.Parameter(new, requires_grad=old.requires_grad and value.is_floating_point())
-    new.__dict__.update({k: v for k, v in old.__dict__.items() if k not in new.__dict__})
-    return new
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    if not _is_sharded(tensor):
-        return tensor.detach()
-    from weightlift.distributed import local_of
-
-    return local_of(tensor)
-
-
 def _move_rest(
-    tensors: Sequence[_Tensor],
-    where: Callable[[Iterable[_Tensor]], Iterator[torch.device | str | None]],
+    tensors: Sequence[Slot],
+    where: Callable[[Iterable[Slot]], Iterator[torch.device | str | None]],
 ) -> None:
     """What the checkpoint does not hold goes where its module goes."""
     for slot, device in zip(tensors, where(tensors), strict=True):
@@ -740,149 +487,4 @@ def _move_rest(
             if slot.is_parameter:
                 tensor.data = tensor.data.to(device)
             else:
-                _set(slot, tensor.to(device), None)
-
-
-class DiskWeights(Mapping[str, "torch.Tensor"]):
-    """Tensors that stay in their file and are read when they are asked for; their files are held
-    open, so that a save over them does not change what is read.
-
-    Args:
-        checkpoint: where they are.
-        names: the model's name -> (the checkpoint's name, the file's name of a dtype to cast to).
-        caller: whom ``stats()`` books the reading on.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        names: Mapping[str, tuple[str, str | None]],
-        caller: str = "weightlift",
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._names = dict(names)
-        self._caller = caller
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        stored, dtype = self._names[name]
-        tensor: torch.Tensor = load_tensors(
-            self._checkpoint, _cpu(), dtype=dtype, names=[stored], shared=True, caller=self._caller
-        )[stored]
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-
-def _dispatch(
-    model: torch.nn.Module,
-    devices: Mapping[str, torch.device | str],
-    on_disk: DiskWeights,
-    initialized: Mapping[str, torch.Tensor],
-) -> None:
-    """accelerate's hooks, where a forward pass has to cross devices."""
-    spread = set(devices.values())
-    if len(spread) < 2 and "disk" not in spread:
-        return
-    from accelerate import dispatch_model
-    from accelerate.utils import extract_submodules_state_dict
-
-    named: dict[str, int | str] = {
-        name: str(device) if str(device) in ("cpu", "disk") else _ordinal(device)
-        for name, device in _disjoint(model, devices).items()
-    }
-    on_cpu = [name for name, device in named.items() if device == "cpu"]
-    host: dict[str, torch.Tensor] = dict(initialized)
-    if on_cpu and any(device not in ("cpu", "disk") for device in named.values()):
-        host.update(extract_submodules_state_dict(model.state_dict(), on_cpu))
-    with warnings.catch_warnings():
-        # A tensor of a module whose children are elsewhere stands in the map by its own name.
-        warnings.filterwarnings("ignore", "The following device_map keys do not match")
-        dispatch_model(
-            model,
-            device_map=named,
-            state_dict=_Chained(host, on_disk) if host or on_disk else None,
-            offload_index={} if "disk" in spread else None,
-            skip_keys=getattr(model, "_skip_keys", None),
-        )
-
-
-def whole_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of a model, with the tensors that accelerate's hooks keep elsewhere in it."""
-    state: dict[str, torch.Tensor] = model.state_dict()
-    read: dict[int, torch.Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.device.type != "meta" or name not in state:
-            continue
-        module, _, key = name.rpartition(".")
-        hook = getattr(model.get_submodule(module), "_hf_hook", None)
-        for part in getattr(hook, "hooks", (hook,)):
-            elsewhere = getattr(part, "weights_map", None)
-            if elsewhere is not None and id(parameter) not in read:
-                read[id(parameter)] = elsewhere[key]
-        if id(parameter) in read:
-            state[name] = read[id(parameter)]
-    return state
-
-
-def _disjoint(
-    model: torch.nn.Module, devices: Mapping[str, torch.device | str]
-) -> dict[str, torch.device | str]:
-    """The same map without a prefix of another: accelerate's hook on a module takes all below."""
-    of_name: dict[str, torch.device | str] = {}
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    names += [name for name, _ in model.named_buffers(remove_duplicate=False)]
-    for device, assigned in placement.assign(names, devices).items():
-        of_name.update(dict.fromkeys(assigned, device))
-    found: dict[str, torch.device | str] = {}
-
-    def walk(prefix: str, below: Sequence[str]) -> None:
-        held = {of_name[name] for name in below}
-        if len(held) == 1:
-            found[prefix] = held.pop()
-            return
-        children: dict[str, list[str]] = {}
-        depth = len(prefix) + 1 if prefix else 0
-        for name in below:
-            end = name.find(".", depth)
-            children.setdefault(name if end < 0 else name[:end], []).append(name)
-        for child, inside in children.items():
-            walk(child, inside)
-
-    walk("", names)
-    return found
-
-
-class _Chained(Mapping[str, "torch.Tensor"]):
-    """Weights in memory before those on the disk."""
-
-    def __init__(self, host: Mapping[str, torch.Tensor], on_disk: DiskWeights) -> None:
-        self._host, self._on_disk = host, on_disk
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._host[name] if name in self._host else self._on_disk[name]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._host
-        yield from (name for name in self._on_disk if name not in self._host)
-
-    def __len__(self) -> int:
-        return len(set(self._host) | set(self._on_disk))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._host or name in self._on_disk
-
-
-def _ordinal(device: torch.device | str) -> int | str:
-    index = getattr(device, "index", None)
-    if index is None:
-        return str(device)
-    if getattr(device, "type", "") != "cuda":
-        raise ArgumentError(f"{device}: accelerate's hooks know CUDA devices by their number")
-    return int(index)
+                set_one(slot, tensor.to(device), None)

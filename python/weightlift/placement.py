@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "AUTOMATIC",
     "DeviceMap",
     "assign",
     "parse_device",
@@ -27,7 +28,7 @@ __all__ = [
 # A device, the name of a way to spread a model, or module prefix -> device.
 DeviceMap: TypeAlias = "str | int | torch.device | Mapping[str, str | int | torch.device]"
 _Device = TypeVar("_Device")
-_NEED_A_MODEL = ("auto", "balanced", "balanced_low_0", "sequential")
+AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 _UNITS = {
     "": 1,
     "kb": 10**3,
@@ -73,7 +74,7 @@ def single_device(device_map: DeviceMap) -> torch.device | None:
         if set(device_map) != {""}:
             return None
         device_map = device_map[""]
-    if isinstance(device_map, str) and (device_map in _NEED_A_MODEL or device_map == "disk"):
+    if isinstance(device_map, str) and (device_map in AUTOMATIC or device_map == "disk"):
         return None
     return parse_device(device_map)
 
@@ -88,7 +89,7 @@ def parse_device_map(device_map: DeviceMap) -> dict[str, torch.device]:
     devices = device_map if isinstance(device_map, Mapping) else {"": device_map}
     parsed = {}
     for prefix, device in devices.items():
-        if device in _NEED_A_MODEL or device == "disk":
+        if device in AUTOMATIC or device == "disk":
             raise ArgumentError(
                 f"device_map: {device!r} needs a model to spread over the devices; use load_into"
             )
@@ -166,9 +167,9 @@ def resolve_device_map(
     if not isinstance(device_map, (str, int, torch.device, Mapping)):
         raise ArgumentError(
             f"device_map is {device_map!r}; it can be a device, one of "
-            f"{', '.join(map(repr, _NEED_A_MODEL))}, or a dict of module prefixes"
+            f"{', '.join(map(repr, AUTOMATIC))}, or a dict of module prefixes"
         )
-    if isinstance(device_map, str) and device_map in _NEED_A_MODEL:
+    if isinstance(device_map, str) and device_map in AUTOMATIC:
         return _automatic(
             _outline(model, dtype, keep_in_fp32),
             device_map,

@@ -555,7 +555,7 @@ def test_what_is_missing_is_initialized_by_the_model(
     assert sorted(info["missing_keys"]) == sorted(missing)
     assert all(name in said[-1] for name in missing)
     if how.get("device_map") == "disk":
-        state_of = wl.modules.whole_state_dict(model)
+        state_of = wl.offload.whole_state_dict(model)
         assert {p.device.type for p in model.parameters()} == {"meta"}
     else:
         state_of = model.state_dict()

@@ -28,10 +28,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightlift import dtypes
+from weightlift.allocation import Allocator, TorchAllocator
 from weightlift.backends.transformers_shards import Cut, cutter
 from weightlift.errors import OutOfMemoryError, WeightliftError
-from weightlift.materialize import Allocator, Loading, Progress, Ranges, TorchAllocator
+from weightlift.materialize import Loading, Ranges
 from weightlift.placement import parse_device
+from weightlift.plans import Progress
 
 if TYPE_CHECKING:
     import torch

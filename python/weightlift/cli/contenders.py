@@ -162,9 +162,9 @@ def _model_why_not(job: Job) -> str | None:
 def _with_phases() -> None:
     """Has weightlift's loads book their phases: index (with opening) until the plan is made;
     allocate until the engine starts; build, what is done while it runs; move until it has ended."""
-    from weightlift import materialize
+    from weightlift import materialize, plans
 
-    start, finish = materialize.Loading.start, materialize.finish_plan
+    start, finish = materialize.Loading.start, plans.finish_plan
 
     def booked_start(loading: Any) -> None:
         phases.mark("index")
@@ -179,7 +179,7 @@ def _with_phases() -> None:
             phases.mark("move")
 
     materialize.Loading.start = booked_start  # type: ignore[method-assign, assignment]
-    materialize.finish_plan = booked_finish
+    plans.finish_plan = booked_finish
 
 
 def _weightlift(job: Job) -> Load:

@@ -19,11 +19,13 @@ from weightlift import dtypes
 from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.errors import ArgumentError, CheckpointError
 from weightlift.hub import HubArguments
+from weightlift.matching import listed, place_of
 from weightlift.models.building import Builder
 from weightlift.models.config_mixin import ConfigMixin
 from weightlift.models.hub_mixin import PushToHubMixin
-from weightlift.modules import Early, fill, listed, move, place_of, whole_state_dict
-from weightlift.placement import parse_device
+from weightlift.modules import Early, fill, move
+from weightlift.offload import whole_state_dict
+from weightlift.placement import AUTOMATIC, parse_device
 from weightlift.report import LoadReport
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ __all__ = ["ModelMixin", "get_parameter_device", "get_parameter_dtype"]
 _log = logging.getLogger("weightlift")
 _Self = TypeVar("_Self", bound="ModelMixin")
 
-_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 _STEM = "diffusion_pytorch_model"
 _FLAX_NAMES = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
 # Arguments of from_pretrained with their defaults, apart from those of the Hub.
@@ -624,7 +625,7 @@ def _begin(
         if set(device_map) != {""}:
             return None
         device_map = device_map[""]
-    if isinstance(device_map, str) and device_map in (*_SPREAD, "disk"):
+    if isinstance(device_map, str) and device_map in (*AUTOMATIC, "disk"):
         return None
     if not isinstance(device_map, (str, int, torch.device, type(None))):
         return None  # to be refused

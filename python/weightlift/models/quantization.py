@@ -14,8 +14,9 @@ import torch
 from weightlift import dtypes, placement
 from weightlift.checkpoint import Checkpoint
 from weightlift.errors import ArgumentError, CheckpointError
+from weightlift.matching import listed, place_of
 from weightlift.materialize import Loading
-from weightlift.modules import fill, listed, place_of
+from weightlift.modules import fill
 from weightlift.report import LoadReport, set_last_report
 
 __all__ = ["Quantizer", "choose_quantizer", "flattened"]

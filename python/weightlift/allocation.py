@@ -1,0 +1,82 @@
+"""Device memory for a load: torch's, unless a caller brings another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from weightlift import dtypes
+from weightlift.errors import DeviceError, OutOfMemoryError
+
+__all__ = ["Allocator", "TorchAllocator"]
+
+# torch's caching allocator cuts what is larger than this out of a block of its own, with a
+# cudaMalloc each (c10/cuda/CUDACachingAllocator.cpp, kSmallSize).
+_OWN_BLOCK_BYTES = 1 << 20
+
+
+class Allocator(Protocol):
+    """Where device memory comes from, and in which order its users come.
+
+    ``empty`` returns the address and what owns it: the tensor, where torch allocates.
+    """
+
+    def empty(self, device: int, shape: Sequence[int], dtype: str) -> tuple[int, Any]: ...
+    def stream(self, device: int) -> int: ...
+    def reserve(self, device: int, sizes: Sequence[int]) -> None: ...
+
+
+class TorchAllocator:
+    """torch's caching allocator, so that its statistics and its freeing stay right."""
+
+    def __init__(self) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            reason = (
+                "this torch is built without CUDA"
+                if torch.version.cuda is None
+                else "torch sees no GPU (driver, container or CUDA_VISIBLE_DEVICES)"
+            )
+            raise DeviceError(f"cannot load to CUDA: {reason}; `weightlift doctor` tells more")
+        # Before the engine's own first call, or torch would not notice a fork (torch.cuda docs).
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+
+    def empty(self, device: int, shape: Sequence[int], dtype: str) -> tuple[int, Any]:
+        import torch
+
+        try:
+            if dtype == "F4":
+                shape = (*shape[:-1], shape[-1] // 2)
+            tensor = torch.empty(
+                tuple(shape), dtype=dtypes.to_torch(dtype), device=torch.device("cuda", device)
+            )
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(str(error)) from error
+        return tensor.data_ptr(), tensor
+
+    def stream(self, device: int) -> int:
+        import torch
+
+        return int(torch.cuda.current_stream(device).cuda_stream)
+
+    def reserve(self, device: int, sizes: Sequence[int]) -> None:
+        """Gets one block for what is missing in torch's cache, so that the tensors to come are cut
+        out of it: a cudaMalloc a tensor made loads several times slower (transformers #36380)."""
+        import torch
+
+        large = sum(size for size in sizes if size > _OWN_BLOCK_BYTES)
+        config = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+        # These never cut a tensor out of a large block.
+        whole = ("expandable_segments:True", "max_split_size_mb", "cudaMallocAsync")
+        if large == 0 or (config and any(option in config for option in whole)):
+            return
+        if torch.cuda.get_allocator_backend() != "native":
+            return
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if cached < large:
+            try:
+                torch.empty(large - cached, dtype=torch.uint8, device=torch.device("cuda", device))
+            except torch.OutOfMemoryError:
+                return  # in pieces it may still fit

@@ -1,0 +1,196 @@
+"""A ``from_pretrained`` of a model: reading begins when its files are known."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+from weightlift.backends import StandAside, stand_aside
+from weightlift.backends.diffusers.arguments import meant
+from weightlift.backends.diffusers.context import NAME, during
+from weightlift.backends.diffusers.files import castable, engine_device, open_files
+from weightlift.backends.diffusers.single_file import current_single_file
+from weightlift.checkpoint import Checkpoint
+from weightlift.errors import WeightliftError
+from weightlift.modules import Early
+from weightlift.placement import AUTOMATIC
+
+__all__ = [
+    "Call",
+    "current_call",
+    "file_known",
+    "model_from_pretrained",
+    "shards_bar",
+    "shards_known",
+]
+
+
+@dataclasses.dataclass
+class Call:
+    """A ``from_pretrained`` of a model that is under way.
+
+    Attributes:
+        cls: the model's class.
+        early: arguments of a load that can begin before the model is built, if one can.
+        files: of the weights.
+        sharded: whether they have an index.
+        checkpoint: in ``files``, once they are known.
+        begun: the load that has begun.
+        by_diffusers: whether diffusers reads the tensors itself.
+        dispatched: the model, if it has accelerate's hooks already.
+    """
+
+    cls: Any
+    early: dict[str, Any] | None
+    files: Sequence[str] = ()
+    sharded: bool = False
+    checkpoint: Checkpoint | None = None
+    begun: Early | None = None
+    by_diffusers: bool = False
+    dispatched: Any = None
+
+    def found(self, files: Sequence[str], *, sharded: bool) -> None:
+        """Takes note of the files, and begins to read them."""
+        # What goes wrong is met again when diffusers asks for the tensors; here it would take it
+        # for a file that is not there.
+        with contextlib.suppress(StandAside, WeightliftError):
+            self.checkpoint = open_files(files)
+            self.files, self.sharded = files, sharded
+            if self.early is None or "torch" in self.checkpoint.formats:
+                return
+            keep = self.early["keep"]
+            names = [n for n in self.checkpoint if keep.isdisjoint(n.split("."))] if keep else None
+            self.begun = Early(
+                self.checkpoint,
+                self.early["device"],
+                self.early["dtype"],
+                names,
+                mode=self.early["mode"],
+                progress=shards_bar(len(files)),
+                caller=NAME,
+            )
+
+    def gives_names(self, file: str) -> bool:
+        """Whether this is the file whose tensors ``_load_pretrained_model`` will get."""
+        if self.checkpoint is None or self.sharded or list(self.files) != [file]:
+            return False
+        from diffusers.models.modeling_utils import ModelMixin
+
+        fix = "_fix_state_dict_keys_on_load"
+        # Where it is the class's own, it may look at tensors.
+        return getattr(self.cls, fix) is getattr(ModelMixin, fix)
+
+    def cancel(self) -> None:
+        if self.begun is not None:
+            self.begun.loading.cancel()
+            self.begun = None
+
+    def take(self) -> Early | None:
+        begun, self.begun = self.begun, None
+        return begun
+
+
+current_call: ContextVar[Call | None] = ContextVar("weightlift_diffusers_call", default=None)
+
+
+def model_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get("device_map"), MappingProxyType):  # of a pipeline's component
+            kwargs["device_map"] = dict(kwargs["device_map"])
+        early = _early(cls, kwargs)
+        if kwargs.get("use_flashpack"):
+            stand_aside(NAME, "FlashPack files are read by flashpack", warn=False)
+            early = None
+        call = Call(cls, early)
+        with contextlib.ExitStack() as stack:
+            stack.callback(call.cancel)
+            stack.enter_context(during(current_call, call))
+            stack.enter_context(during(current_single_file, None))
+            stack.enter_context(meant(pretrained_model_name_or_path, kwargs))
+            return original(cls, pretrained_model_name_or_path, **kwargs)
+
+    return from_pretrained
+
+
+def _early(cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the weights will be loaded, where that can be told before the model is built."""
+    import torch
+
+    slow = (kwargs.get("quantization_config"), kwargs.get("parallel_config"))
+    if any(slow) or not kwargs.get("low_cpu_mem_usage", True):
+        return None
+    device_map = kwargs.get("device_map")
+    if isinstance(device_map, Mapping):
+        if set(device_map) != {""}:
+            return None
+        device_map = device_map[""]
+    if isinstance(device_map, str) and device_map in (*AUTOMATIC, "disk"):
+        return None
+    device = engine_device("cpu" if device_map is None else device_map)
+    dtype = kwargs.get("dtype")
+    dtype = kwargs.get("torch_dtype") if dtype is None else dtype
+    if dtype is None:
+        dtype, keep = torch.get_default_dtype(), None
+    else:
+        if not isinstance(dtype, torch.dtype):
+            dtype = torch.float32  # as diffusers does, with a warning
+        keep = cls._keep_in_fp32_modules if dtype != torch.float32 else None
+    file_dtype = castable(dtype)
+    if device is None or file_dtype is None:
+        return None
+    return {
+        "device": device,
+        "dtype": file_dtype,
+        "keep": frozenset([keep] if isinstance(keep, str) else keep or ()),
+        "mode": "read" if kwargs.get("disable_mmap") else "auto",
+    }
+
+
+def file_known(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _get_model_file(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        call = current_call.get()
+        if call is not None and not kwargs.get("dduf_entries"):
+            call.found([found], sharded=False)
+        return found
+
+    return _get_model_file
+
+
+def shards_known(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _get_checkpoint_shard_files(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        call = current_call.get()
+        if call is not None and not kwargs.get("dduf_entries"):
+            call.found(found[0], sharded=True)
+        return found
+
+    return _get_checkpoint_shard_files
+
+
+def shards_bar(count: int) -> Any:
+    """The progress bar that diffusers shows for shards, fed with bytes."""
+    if count < 2:
+        return False
+    bar: Any = None
+    shown = 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar, shown
+        from diffusers.utils import logging
+        from diffusers.utils.distributed_utils import is_torch_dist_rank_zero
+
+        if bar is None:
+            off = {} if is_torch_dist_rank_zero() else {"disable": True}
+            bar = logging.tqdm(total=count, desc="Loading checkpoint shards", **off)
+        finished = done * count // total if total else count
+        bar.update(finished - shown)
+        shown = finished
+        if done == total:
+            bar.close()
+
+    return show

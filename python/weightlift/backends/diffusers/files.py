@@ -1,0 +1,101 @@
+"""Files and their tensors: which of them the engine reads, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightlift import _native, checkpoint, dtypes
+from weightlift.backends import StandAside
+from weightlift.backends.diffusers.archive import current_archive
+from weightlift.backends.diffusers.context import NAME
+from weightlift.backends.safetensors import usable_device
+from weightlift.checkpoint import Checkpoint
+from weightlift.errors import DeviceError
+from weightlift.materialize import load_tensors
+from weightlift.resolve import CheckpointFiles, ShardFile
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["arrives_as", "castable", "engine_device", "load_all", "mode_for", "open_files"]
+
+
+def open_files(files: Sequence[Any], key: str | None = None) -> Checkpoint:
+    """The checkpoint in these files; in a torch file at its top, or at ``key``, whatever else is
+    in it.
+
+    Raises:
+        StandAside: diffusers reads these itself.
+        WeightliftError: a file is broken.
+    """
+    formats = {Path(file).suffix for file in files}
+    if formats == {".gguf"}:
+        raise StandAside("GGUF files are read by diffusers", warn=False)
+    if formats == {".safetensors"}:
+        parts = [_index(file) for file in files]
+        opened = Checkpoint(parts)
+        if sum(map(len, parts)) > len(opened.headers()):
+            raise StandAside(f"{Path(files[0]).parent}: several shards hold the same tensor")
+    else:
+        shards = [ShardFile(Path(file).name, str(file), "torch") for file in files]
+        opened = checkpoint._open_files(
+            # "" is the top of the file, where diffusers looks, and nowhere else.
+            CheckpointFiles(tuple(shards), "torch", str(Path(files[0]).parent)),
+            key or "",
+        )
+        if key is None and "not_tensors" in opened.metadata:
+            raise StandAside(f"{files[0]}: it holds more than tensors", warn=False)
+    for name, (dtype, _) in opened.headers().items():
+        if dtype not in dtypes.TORCH_NAMES:
+            raise StandAside(f"{opened.paths[0]}: torch has no dtype for {name!r}: {dtype}")
+    return opened
+
+
+def _index(file: Any) -> _native.IndexedFile:
+    archive = current_archive.get()
+    entry = None if archive is None else archive.entry(file)
+    if archive is None or entry is None:
+        return _native.IndexedFile.open(str(file))
+    return archive.dduf.index(entry)
+
+
+def load_all(opened: Checkpoint, device: torch.device, disable_mmap: bool) -> dict[str, Any]:
+    mode = "read" if disable_mmap else mode_for(opened, device, False)
+    return load_tensors(opened, device, mode=mode, caller=NAME)
+
+
+def mode_for(opened: Checkpoint, device: torch.device | None, casts: bool) -> str:
+    """How bytes get to a device: torch files are mapped, as by diffusers, where ``"auto"`` reads
+    them."""
+    on_cpu = device is not None and device.type == "cpu"
+    return "map" if on_cpu and not casts and "torch" in opened.formats else "auto"
+
+
+def engine_device(device: Any) -> torch.device | None:
+    """The device, if the engine loads to it."""
+    try:
+        return usable_device(device)
+    except (DeviceError, StandAside):
+        return None
+
+
+def castable(dtype: torch.dtype) -> str | None:
+    name = dtypes.file_name(dtype)
+    return name if name in dtypes.CASTABLE else None
+
+
+def arrives_as(
+    stored: str, name: str, tensor: torch.Tensor, wanted: str | None, keep: frozenset[str]
+) -> str | None:
+    """The file's name of the dtype in which diffusers places a tensor; ``None`` where it does
+    something that the engine does not, such as to make numbers of booleans."""
+    own = dtypes.file_name(tensor.dtype)
+    if stored not in dtypes.FLOATING:
+        return own if stored == own else None
+    if stored == "F4" or not tensor.is_floating_point():
+        return None
+    if wanted is not None and not keep.isdisjoint(name.split(".")):
+        return "F32"
+    return wanted or own

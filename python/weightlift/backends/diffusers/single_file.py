@@ -1,0 +1,158 @@
+"""A single file: tensors that are in it as the model has them are loaded from there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightlift import _native, dtypes
+from weightlift.backends import StandAside, or_stock, stand_aside
+from weightlift.backends.diffusers.context import NAME, during
+from weightlift.backends.diffusers.files import (
+    arrives_as,
+    castable,
+    engine_device,
+    mode_for,
+    open_files,
+)
+from weightlift.checkpoint import Checkpoint
+from weightlift.errors import WeightliftError
+from weightlift.modules import fill
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["SingleFile", "current_single_file", "from_single_file", "load_model_dict_into_meta"]
+
+
+class SingleFile:
+    """A ``from_single_file`` that is under way. Its tensors are mappings of which nothing is read.
+    diffusers renames most of them, and makes new ones out of a few; of the former it is known
+    where in the file they are."""
+
+    def __init__(self) -> None:
+        self.origins: dict[int, tuple[torch.Tensor, int, Checkpoint, str]] = {}
+
+    def open(self, file: Any, stock: Callable[[], Any]) -> Any:
+        """What diffusers would have of the file."""
+        if Path(file).suffix == ".safetensors":
+            try:
+                opened = open_files([file])
+            except (StandAside, WeightliftError) as error:
+                return or_stock(NAME, error, stock)
+            loaded = _mapped(opened.parts[0])
+            self._note(loaded, opened)
+            return loaded
+        loaded = inner = stock()
+        key = []
+        while isinstance(inner, Mapping) and "state_dict" in inner:  # as diffusers descends
+            key.append("state_dict")
+            inner = inner["state_dict"]
+        try:
+            self._note(inner, open_files([file], ".".join(key)))
+        except (StandAside, WeightliftError) as error:
+            stand_aside(NAME, str(error), warn=getattr(error, "warn", True))
+        return loaded
+
+    def _note(self, tensors: Mapping[str, Any], opened: Checkpoint) -> None:
+        for name, tensor in tensors.items():
+            if name in opened and not opened.is_view(name):
+                self.origins[id(tensor)] = tensor, tensor._version, opened, name
+
+    def origin(self, tensor: torch.Tensor) -> tuple[Checkpoint, str] | None:
+        """Where a tensor is that is as it was."""
+        known = self.origins.get(id(tensor))
+        if known is None or tensor._version != known[1]:
+            return None
+        return known[2:]
+
+
+def _mapped(part: _native.IndexedFile) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, none of which is read."""
+    import torch
+
+    whole = torch.from_file(part.path, shared=False, size=part.size, dtype=torch.uint8)
+    tensors = {}
+    for position, name in enumerate(part.names()):
+        begin, end = part.range(position)
+        dtype = dtypes.to_torch(part.dtype(position))
+        data = whole[begin:end]
+        if begin % dtype.itemsize:
+            data = data.clone()
+        shape = part.shape(position)
+        if part.dtype(position) == "F4":
+            shape = (*shape[:-1], shape[-1] // 2)
+        # .data, for a version counter of its own: a change of one is none of the others.
+        tensors[name] = data.view(dtype).reshape(shape).data
+    return tensors
+
+
+current_single_file: ContextVar[SingleFile | None] = ContextVar(
+    "weightlift_diffusers_single", default=None
+)
+
+
+def from_single_file(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if current_single_file.get() is not None or not kwargs.get("low_cpu_mem_usage", True):
+            return original(cls, *args, **kwargs)  # a component, or filled by torch
+        with during(current_single_file, SingleFile()):
+            return original(cls, *args, **kwargs)
+
+    return from_single_file
+
+
+def load_model_dict_into_meta(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Tensors of a single file into a model: those that are in it as they are, from there."""
+    signature = inspect.signature(original)
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        device_map = given["device_map"] or {"": "cpu"}
+        device = engine_device(device_map.get("")) if len(device_map) == 1 else None
+        wanted = None if given["dtype"] is None else castable(given["dtype"])
+        rare = given["dtype"] is not None and wanted is None
+        single = current_single_file.get()
+        if single is None or not single.origins or device is None or rare:
+            return original(*args, **kwargs)
+        if given["hf_quantizer"] is not None:
+            raise StandAside("quantized weights are made by diffusers' quantizers", warn=False)
+        keep = frozenset(given["keep_in_fp32_modules"] or ())
+        own = given["model"].state_dict()
+        rest = {}
+        from_files: dict[Checkpoint, dict[str, str]] = {}
+        casts = False
+        for name, tensor in given["state_dict"].items():
+            slot = own.get(name)
+            place = single.origin(tensor)
+            if place is not None and slot is not None and slot.shape == tensor.shape:
+                opened, stored_name = place
+                stored = opened[stored_name][0]
+                target = arrives_as(stored, name, slot, wanted, keep)
+                names = from_files.setdefault(opened, {})
+                if target is not None and stored_name not in names:
+                    names[stored_name] = name
+                    casts |= target != stored
+                    continue
+            rest[name] = tensor
+        given["state_dict"] = rest
+        result = original(*bound.args, **bound.kwargs)
+        for opened, names in from_files.items():
+            fill(
+                given["model"],
+                opened.renamed(names.get),
+                device_map=device,
+                dtype=given["dtype"],
+                keep_in_fp32=sorted(keep),
+                strict=False,
+                mode=mode_for(opened, device, casts),
+                caller=NAME,
+            )
+        return result
+
+    return load

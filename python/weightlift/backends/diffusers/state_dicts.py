@@ -1,0 +1,76 @@
+"""``load_state_dict``: the tensors of a file, or names in their place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from weightlift.backends import StandAside, or_stock
+from weightlift.backends.diffusers.calls import current_call
+from weightlift.backends.diffusers.context import NAME
+from weightlift.backends.diffusers.files import engine_device, load_all, open_files
+from weightlift.backends.diffusers.single_file import current_single_file
+from weightlift.checkpoint import Checkpoint
+from weightlift.errors import WeightliftError
+
+__all__ = ["Pending", "load_state_dict"]
+
+
+class _Name(str):
+    """Stands for a tensor in a state dict: its name in the file."""
+
+
+class Pending(dict[str, _Name]):
+    """A state dict whose tensors are still in their file; diffusers renames some of its keys."""
+
+    def __init__(self, opened: Checkpoint, stock: Callable[[], Mapping[str, Any]]) -> None:
+        super().__init__((name, _Name(name)) for name in opened)
+        self._opened = opened
+        self._stock = stock
+
+    @property
+    def renamed(self) -> dict[str, str] | None:
+        """The name in the file -> the key, where diffusers has renamed any."""
+        if all(key == name for key, name in self.items()):
+            return None
+        return {name: key for key, name in self.items()}
+
+    def checkpoint(self, renamed: Mapping[str, str] | None) -> Checkpoint:
+        return self._opened if renamed is None else self._opened.renamed(renamed.get)
+
+    def by_diffusers(self) -> dict[str, Any]:
+        tensors = self._stock()
+        return {key: tensors[name] for key, name in self.items()}
+
+
+def load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The tensors of a file, read by the engine; names in their place for ``from_pretrained``."""
+    signature = inspect.signature(original)
+
+    def load_state_dict(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        file = given["checkpoint_file"]
+        device = engine_device(given["map_location"])
+        if isinstance(file, dict) or given.get("dduf_entries") or device is None:
+            return original(*args, **kwargs)
+        call = current_call.get()
+        if call is not None and call.by_diffusers:
+            return original(*args, **kwargs)
+        stock = functools.partial(original, *args, **kwargs)
+        single = current_single_file.get()
+        if single is not None and not given["disable_mmap"]:
+            return single.open(file, stock)
+        if call is not None and call.gives_names(file):
+            assert call.checkpoint is not None
+            return Pending(call.checkpoint, stock)
+        try:
+            opened = open_files([file])
+        except (StandAside, WeightliftError) as error:
+            return or_stock(NAME, error, stock)
+        return load_all(opened, device, given["disable_mmap"])
+
+    return load_state_dict

@@ -1,0 +1,157 @@
+"""The places of a module where tensors hang: found, and given other tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeGuard
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["Slot", "dtensor_types", "is_sharded", "local_tensor", "set_all", "set_one", "slots_of"]
+
+
+@dataclasses.dataclass(slots=True)
+class Slot:
+    """A parameter or buffer of the model: where it hangs, and where else, if it is tied."""
+
+    tensor: torch.Tensor
+    is_parameter: bool
+    persistent: bool
+    name: str
+    module: torch.nn.Module
+    key: str
+    ties: tuple[tuple[str, torch.nn.Module, str], ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name, *(name for name, _, _ in self.ties)]
+
+
+def slots_of(model: torch.nn.Module) -> list[Slot]:
+    """All parameters and buffers, each once, in the order of ``named_modules``."""
+    tensors, kinds = _gather(model)
+    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
+        if not any(issubclass(kind, fsdp.FSDPModule) for kind in kinds):
+            return tensors
+        for module in model.modules():  # between two passes a root holds whole parameters
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+        tensors, _ = _gather(model)
+    return tensors
+
+
+def _gather(model: torch.nn.Module) -> tuple[list[Slot], set[type]]:
+    """The tensors, in the order of ``named_modules``, and the classes of the modules.
+
+    Each module is looked at once: of a large model they are in no cache, and ``named_modules``
+    takes a step for every level above each of them.
+    """
+    found: dict[int, Slot] = {}
+    kinds: set[type] = set()
+    waiting = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
+        kinds.add(type(module))
+        for held in (module._parameters, module._buffers):
+            if not held:
+                continue
+            is_parameter = held is module._parameters
+            for key, tensor in held.items():
+                if tensor is None:
+                    continue
+                persistent = is_parameter or key not in module._non_persistent_buffers_set
+                known = found.get(id(tensor))
+                if known is None:
+                    found[id(tensor)] = Slot(
+                        tensor, is_parameter, persistent, prefix + key, module, key
+                    )
+                else:
+                    known.ties += ((prefix + key, module, key),)
+                    known.persistent |= persistent
+        if module._modules:
+            children = reversed(module._modules.items())
+            waiting += [(f"{prefix}{key}.", child) for key, child in children if child is not None]
+    return list(found.values()), kinds
+
+
+def set_one(slot: Slot, value: torch.Tensor, memory_format: torch.memory_format | None) -> None:
+    set_all([(slot, value)], memory_format)
+
+
+def set_all(
+    values: Iterable[tuple[Slot, torch.Tensor]],
+    memory_format: torch.memory_format | None = None,
+) -> None:
+    """Gives slots other tensors, of their shapes: in place of those on ``meta``, and as the
+    ``.data`` of real parameters."""
+    import torch
+
+    kinds = dtensor_types()
+    parameter, plain = torch.nn.Parameter, torch.nn.Module.__setattr__
+    for slot, value in values:
+        if memory_format is not None and value.dim() == 4:
+            value = value.contiguous(memory_format=memory_format)
+        elif not value.is_contiguous():
+            value = value.contiguous()
+        old = slot.tensor
+        if isinstance(old, kinds):
+            new = _sharded(slot, value)
+            if not old.is_meta:
+                torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
+                continue
+        elif slot.is_parameter:
+            if not (old.is_meta or value.is_meta):
+                old.data = value
+                continue
+            requires_grad = old.requires_grad and (value.is_floating_point() or value.is_complex())
+            if type(old) is parameter:
+                new = parameter(value, requires_grad=requires_grad)
+                if old.__dict__:
+                    new.__dict__.update(old.__dict__)
+            else:
+                new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
+        else:
+            new = value
+        for _, module, key in ((slot.name, slot.module, slot.key), *slot.ties):
+            if type(module).__setattr__ is plain:
+                (module._parameters if slot.is_parameter else module._buffers)[key] = new  # type: ignore[assignment]
+            else:  # such as RNNs, which keep a list of their weights
+                setattr(module, key, new)
+        slot.tensor = new
+
+
+def _sharded(slot: Slot, value: torch.Tensor) -> torch.Tensor:
+    """A DTensor as the slot's, with this local part."""
+    import torch
+
+    from weightlift.distributed import from_local
+
+    old = slot.tensor
+    assert is_sharded(old)
+    new: torch.Tensor = from_local(value, old)
+    if slot.is_parameter:
+        new = torch.nn.Parameter(new, requires_grad=old.requires_grad and value.is_floating_point())
+    new.__dict__.update({k: v for k, v in old.__dict__.items() if k not in new.__dict__})
+    return new
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    if not is_sharded(tensor):
+        return tensor.detach()
+    from weightlift.distributed import local_of
+
+    return local_of(tensor)
+
+
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    return isinstance(tensor, dtensor_types())
+
+
+def dtensor_types() -> tuple[type[DTensor], ...]:
+    """DTensor, if anyone has imported it."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return () if tensors is None else (tensors.DTensor,)
