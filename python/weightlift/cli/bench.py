@@ -46,6 +46,16 @@ def bench(
             help="Measure the library's from_pretrained on a folder, stock against the backend.",
         ),
     ] = False,
+    distributed: Annotated[
+        int | None,
+        typer.Option(
+            "--distributed",
+            min=1,
+            metavar="N",
+            help="Load with N processes on gloo, replicated and sharded, on the CPU; a folder or "
+            "files of .safetensors.",
+        ),
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where the tensors go.")] = Device.CPU,
     dtype: Annotated[
         str | None,
@@ -76,6 +86,9 @@ def bench(
 
     from weightlift.cli import measure
 
+    if distributed is not None:
+        _bench_distributed(files, distributed, repeat, json_out)
+        return
     contenders = ["backend", "stock"] if from_pretrained else ["weightlift"]
     for name in (
         [] if from_pretrained else filter(None, (part.strip() for part in against.split(",")))
@@ -89,7 +102,7 @@ def bench(
         _check_dtype(dtype)
         dtype = dtype.removeprefix("torch.")
     if device is Device.CUDA:
-        from weightlift.materialize import TorchAllocator
+        from weightlift.allocation import TorchAllocator
 
         TorchAllocator()  # says why there is none
     for out in (json_out, plot_out):
@@ -139,6 +152,23 @@ def bench(
         plot([found], plot_out, f"Time to load, median of {repeat}")
     if contenders[0] not in found.samples:
         raise typer.Exit(1)
+
+
+def _bench_distributed(files: list[Path], ranks: int, repeat: int, json_out: Path | None) -> None:
+    from rich.console import Console
+
+    from weightlift.cli import measure
+    from weightlift.cli.bench_distributed import distributed_table, measure_ranks
+
+    console = Console(highlight=False)
+    with Console(stderr=True).status(f"measuring loads by {ranks} processes"):
+        found = measure_ranks(files, ranks, repeat)
+    size = format_bytes(found["file_bytes"])
+    console.print(f"[bold]{files[0].name}, {size}, by {ranks} processes on gloo[/bold]")
+    console.print()
+    console.print(distributed_table(found))
+    if json_out is not None:
+        json_out.write_text(json.dumps({**_run(), "machine": measure.machine(), **found}) + "\n")
 
 
 def model_job(folder: Path, device: str, dtype: str | None) -> Job:
@@ -264,10 +294,12 @@ def notes(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _json(found: Comparison, machine: dict[str, Any]) -> dict[str, Any]:
+def _run() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["weightlift", *sys.argv[1:]]),
-        "machine": machine,
-        "comparisons": [found.to_json()],
     }
+
+
+def _json(found: Comparison, machine: dict[str, Any]) -> dict[str, Any]:
+    return {**_run(), "machine": machine, "comparisons": [found.to_json()]}
