@@ -50,6 +50,7 @@ PEERS = (
     "flashpack",
 )
 FILES = (OURS, REFERENCE, "safetensors-pread", *PEERS)
+ON_CUDA = (OURS, REFERENCE, *PEERS)
 OWN_MEMORY = (OURS, "safetensors-pread", *PEERS)
 TORCH = (OURS, "twin", "torch", "torch-plain")
 GB = 10**9
@@ -387,24 +388,28 @@ CUDA = {
         "bf16",
         _file("bf16", 8 * GB, torch.bfloat16, device="cuda"),
         share_of_ceiling(95),
+        ON_CUDA,
         ceiling="link",
     ),
     "cuda-shards": Workload(
         "bf16 in 4 shards",
         lambda data, scale: dataclasses.replace(_shards(data, scale), device="cuda"),
         share_of_ceiling(95),
+        ON_CUDA,
         ceiling="link",
     ),
     "cuda-cast": Workload(
         "fp32 -> bf16",
         _file("fp32", 4 * GB, torch.float32, device="cuda", dtype="bfloat16"),
         cast_to_device(1.1),
+        ON_CUDA,
         ceiling="link",
     ),
     "cuda-cold": Workload(
         "bf16, not in the page cache",
         _file("bf16", 8 * GB, torch.bfloat16, device="cuda"),
         never_slower(1.0),
+        ON_CUDA,
         ceiling="disk, direct",
         cold=True,
     ),
@@ -412,12 +417,13 @@ CUDA = {
         "18,867 tensors in the shapes of a mixture of experts",
         _experts("cuda"),
         never_slower(1.0),
+        ON_CUDA,
         ceiling="link",
     ),
     "cuda-small-100k": Workload(
         "100,000 tensors of 1 to 16 KiB",
         _small("cuda"),
         ratio_at_most(2, "torch.empty"),
-        (*FILES, "torch.empty"),
+        (*ON_CUDA, "torch.empty"),
     ),
 }

@@ -15,7 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from weightlift.cli.inspect import _plain
-from weightlift.cli.measure import Job, page_cache, prepare_files, settle, target_bytes
+from weightlift.cli.measure import (
+    Job,
+    compare,
+    page_cache,
+    prepare_files,
+    settle,
+    target_bytes,
+)
 from weightlift.cli.measure_child import checksum, page_runs, touch
 
 
@@ -230,6 +237,34 @@ def test_bench_compares_and_lists_who_could_not(checkpoint: Path, tmp_path: Path
     assert list(one["phases"]) == ["index", "allocate", "build", "move", "finish"]
     assert sum(one["phases"].values()) == pytest.approx(one["load_seconds"], rel=0.01)
     assert ours["time_ratio"]["safetensors"] > 0
+
+
+def test_a_contender_runs_from_its_environment_and_has_to_load_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(100), "v": torch.zeros(3)}, path)
+    for peer, value in (("runai_model_streamer", 1), ("instanttensor", 0)):
+        program = tmp_path / peer.replace("_", "-") / "bin" / "python"
+        program.parent.mkdir(parents=True)
+        program.write_text(f'#!/bin/sh\nPYTHONPATH={program.parent} exec {sys.executable} "$@"\n')
+        program.chmod(0o755)
+        (program.parent / f"{peer}.py").write_text(
+            "import contextlib, torch\n"
+            f"found = {{'w': torch.full((100,), {value}.0), 'v': torch.zeros(3)}}\n"
+            "class SafetensorsStreamer(contextlib.nullcontext):\n"
+            "    def __enter__(self): return self\n"
+            "    def stream_files(self, files, device): pass\n"
+            "    def get_tensors(self): return found.items()\n"
+            "class safe_open(contextlib.nullcontext):\n"
+            "    def __init__(self, *args, **kwargs): super().__init__(self)\n"
+            "    def tensors(self): return found.items()\n"
+        )
+    names = ["weightlift", "runai-model-streamer", "instanttensor", "fastsafetensors"]
+    found = compare("x", Job("", (str(path),)), names, repeat=1, environments=tmp_path)
+    assert set(found.samples) == {"weightlift", "runai-model-streamer"}
+    assert found.refused == {
+        "instanttensor": "what it loads is not what weightlift loads",
+        "fastsafetensors": "fastsafetensors is not installed",
+    }
 
 
 def test_bench_measures_what_torch_saved(tmp_path: Path) -> None:

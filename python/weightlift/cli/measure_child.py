@@ -85,13 +85,13 @@ def _report(reports: list[Any]) -> dict[str, Any] | None:
 
 
 def _measure(adapters: Any, job: Job, say: Callable[[dict[str, Any]], None]) -> None:
-    import torch
-
     contender: contenders.Contender = adapters.CONTENDERS[job.contender]
     absence = contender.absence()
     if absence is not None:
         say({"refused": absence})
         return
+    import torch
+
     if job.what == "convert":
         assert contender.convert is not None
         start = time.perf_counter()
