@@ -84,7 +84,7 @@ bench-env: $(PEERS)
 	  echo "$* cannot be installed here: the benchmark will say so"
 
 # Draws the newest recorded results and writes them, and what the demo prints, into the README.
-report: $(VENV)/.tools
+report: release
 	$(BIN)/python benchmarks/report.py
 
 readme: demo report

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from weightlift.cli.measure import Comparison
+if TYPE_CHECKING:
+    from weightlift.cli.measure import Comparison
 
 __all__ = ["Bar", "Panel", "draw", "format_seconds", "plot"]
 
