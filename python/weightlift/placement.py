@@ -23,6 +23,7 @@ __all__ = [
     "parse_max_memory",
     "resolve_device_map",
     "single_device",
+    "single_entry",
 ]
 
 # A device, the name of a way to spread a model, or module prefix -> device.
@@ -70,13 +71,20 @@ def parse_device(device: torch.device | str | int) -> torch.device:
 
 def single_device(device_map: DeviceMap) -> torch.device | None:
     """The device that takes everything; ``None`` where there are several, or a disk."""
+    alone = single_entry(device_map)
+    return None if alone is None else parse_device(alone)
+
+
+def single_entry(device_map: Any) -> Any:
+    """What a map says of the device that takes everything, not parsed; ``None`` where there are
+    several, or a disk."""
     if isinstance(device_map, Mapping):
         if set(device_map) != {""}:
             return None
         device_map = device_map[""]
-    if isinstance(device_map, str) and (device_map in AUTOMATIC or device_map == "disk"):
+    if isinstance(device_map, str) and device_map in (*AUTOMATIC, "disk"):
         return None
-    return parse_device(device_map)
+    return device_map
 
 
 def parse_device_map(device_map: DeviceMap) -> dict[str, torch.device]:

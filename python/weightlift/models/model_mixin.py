@@ -25,7 +25,7 @@ from weightlift.models.config_mixin import ConfigMixin
 from weightlift.models.hub_mixin import PushToHubMixin
 from weightlift.modules import Early, fill, move
 from weightlift.offload import whole_state_dict
-from weightlift.placement import AUTOMATIC, parse_device
+from weightlift.placement import parse_device, single_entry
 from weightlift.report import LoadReport
 
 if TYPE_CHECKING:
@@ -621,15 +621,10 @@ def _begin(
     options: Mapping[str, Any],
 ) -> Early | None:
     """Starts to read while the module is being built, where one device takes it all."""
-    if isinstance(device_map, Mapping):
-        if set(device_map) != {""}:
-            return None
-        device_map = device_map[""]
-    if isinstance(device_map, str) and device_map in (*AUTOMATIC, "disk"):
-        return None
-    if not isinstance(device_map, (str, int, torch.device, type(None))):
-        return None  # to be refused
-    device = parse_device("cpu" if device_map is None else device_map)
+    alone = single_entry("cpu" if device_map is None else device_map)
+    if not isinstance(alone, (str, int, torch.device)):
+        return None  # or to be refused
+    device = parse_device(alone)
     believed = torch.get_default_dtype() if dtype is None else dtype
     if options["mode"] == "map":
         believed = "auto"  # nothing is cast

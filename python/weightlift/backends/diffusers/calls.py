@@ -17,7 +17,7 @@ from weightlift.backends.diffusers.single_file import current_single_file
 from weightlift.checkpoint import Checkpoint
 from weightlift.errors import WeightliftError
 from weightlift.modules import Early
-from weightlift.placement import AUTOMATIC
+from weightlift.placement import single_entry
 
 __all__ = [
     "Call",
@@ -124,13 +124,8 @@ def _early(cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
     if any(slow) or not kwargs.get("low_cpu_mem_usage", True):
         return None
     device_map = kwargs.get("device_map")
-    if isinstance(device_map, Mapping):
-        if set(device_map) != {""}:
-            return None
-        device_map = device_map[""]
-    if isinstance(device_map, str) and device_map in (*AUTOMATIC, "disk"):
-        return None
-    device = engine_device("cpu" if device_map is None else device_map)
+    alone = single_entry("cpu" if device_map is None else device_map)
+    device = None if alone is None else engine_device(alone)
     dtype = kwargs.get("dtype")
     dtype = kwargs.get("torch_dtype") if dtype is None else dtype
     if dtype is None:
