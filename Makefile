@@ -114,12 +114,21 @@ test-deep: dev
 	$(BIN)/python tests/simulated_driver/run_mutants.py
 	tests/pythons.sh
 	$(MAKE) test-libraries
+	$(MAKE) test-libraries
 	$(MAKE) fuzz
 
 # Under ASan and UBSan; so many seconds each of the targets.
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/.clang
 	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+# With each version that tests/matrix/*.txt locks: `make test-matrix MATRIX="oldest newest"`.
+test-matrix: dev
+	tests/matrix/run.sh $(MATRIX)
+
+# The libraries' own tests, with the backends off and on.
+test-libraries: dev
+	$(BIN)/python tests/libraries/run.py $(SUITES)
 
 # With each version that tests/matrix/*.txt locks: `make test-matrix MATRIX="oldest newest"`.
 test-matrix: dev
