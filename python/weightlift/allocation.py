@@ -1,19 +1,27 @@
-"""Device memory for a load: torch's, unless a caller brings another."""
+"""Memory for a load: on devices torch's, unless a caller brings another."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import math
+import mmap
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from weightlift import dtypes
 from weightlift.errors import DeviceError, OutOfMemoryError
 
-__all__ = ["Allocator", "TorchAllocator"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Allocator", "TorchAllocator", "empty_on_host"]
 
 # torch's caching allocator cuts what is larger than this out of a block of its own, with a
 # cudaMalloc each (c10/cuda/CUDACachingAllocator.cpp, kSmallSize).
 _OWN_BLOCK_BYTES = 1 << 20
+_HUGE_PAGE_BYTES = 2 << 20
 
 
 class Allocator(Protocol):
@@ -80,3 +88,20 @@ class TorchAllocator:
                 torch.empty(large - cached, dtype=torch.uint8, device=torch.device("cuda", device))
             except torch.OutOfMemoryError:
                 return  # in pieces it may still fit
+
+
+def empty_on_host(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A CPU tensor, on huge pages where it has whole ones: on small ones, most of the time of a
+    load into it goes into page faults."""
+    import torch
+
+    count = math.prod(shape)
+    whole = count * dtype.itemsize // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+    if whole == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(tuple(shape), dtype=dtype)
+    length = count * dtype.itemsize + _HUGE_PAGE_BYTES
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    skip = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE_BYTES
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE, skip, whole)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=skip).reshape(tuple(shape))

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from weightlift import dtypes
-from weightlift.allocation import TorchAllocator
+from weightlift.allocation import TorchAllocator, empty_on_host
 from weightlift.errors import ArgumentError, CheckpointError
 from weightlift.integrity import HashCheck
 from weightlift.materialize import Loading, Ranges
@@ -592,7 +592,9 @@ class _TeamLoading(Loading):
             assert self._allocator is not None
             self._allocator.reserve(index, of_device)
         for item in self._items:
-            if item.tensor.is_meta:
+            if item.tensor.is_meta and item.device.type == "cpu" and not self._pin_memory:
+                item.tensor = empty_on_host(item.tensor.shape, item.tensor.dtype)
+            elif item.tensor.is_meta:
                 item.tensor = torch.empty_like(
                     item.tensor, device=item.device, pin_memory=self._pin_memory
                 )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from weightlift import _native, dtypes, plans
-from weightlift.allocation import Allocator, TorchAllocator
+from weightlift.allocation import Allocator, TorchAllocator, empty_on_host
 from weightlift.errors import ArgumentError, DeviceError, FormatError, ReadError
 from weightlift.integrity import HashCheck
 from weightlift.plans import Progress, cancel_plan, new_plan, run_plan, start_plan
@@ -374,8 +374,10 @@ class Loading:
             assert self._allocator is not None
             made: torch.Tensor = self._allocator.empty(device.index, shape, dtype)[1]
             return made
-        pinned = self._pin_for is not None
-        return torch.empty(tuple(shape), dtype=dtypes.to_torch(dtype), pin_memory=pinned)
+        kind = dtypes.to_torch(dtype)
+        if self._pin_for is None:
+            return empty_on_host(shape, kind)
+        return torch.empty(tuple(shape), dtype=kind, pin_memory=True)
 
     def _add_part(
         self,

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightlift import dtypes
-from weightlift.allocation import Allocator, TorchAllocator
+from weightlift.allocation import Allocator, TorchAllocator, empty_on_host
 from weightlift.backends.transformers_shards import Cut, cutter
 from weightlift.errors import OutOfMemoryError, WeightliftError
 from weightlift.materialize import Loading, Ranges
@@ -601,6 +601,8 @@ class _Fill:
         if device.type == "cuda" and name is not None and name != "F4":
             value: torch.Tensor = self._weights.allocator.empty(device.index, shape, name)[1]
             return value
+        if device.type == "cpu":
+            return empty_on_host(shape, dtype)
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
     # --- What the library converts
