@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import math
 import os
 import sys
 import threading
@@ -70,6 +71,12 @@ class SimulatedTensor:
         self.address = 0
         self.address = driver.alloc(device, max(self.size, 1))
         driver.tensors.add(self)
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def data_ptr(self) -> int:
+        return int(self.address)
 
     def bits(self) -> bytes:
         """Read by the host without a further wait: a load that has returned has arrived."""
