@@ -22,6 +22,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,28 +70,32 @@ def main() -> int:
     arguments.data.mkdir(parents=True, exist_ok=True)
     jobs = make_jobs(chosen, arguments.data, arguments.scale, console)
     found = measure_ceilings(jobs, console)
-    comparisons = run(chosen, jobs, arguments.repeat, arguments.seed)
-    figures = {name: workload.judge(comparisons[name], found) for name, workload in chosen.items()}
-
     now = datetime.datetime.now(datetime.timezone.utc)
     out = arguments.out or RESULTS / f"{now:%Y-%m-%d}-{short_name(arguments.device)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    content = {
+    content: dict[str, Any] = {
         "date": now.isoformat(timespec="seconds"),
         "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
         "scale": arguments.scale,
         "machine": machine(),
         "ceilings": found,
-        "figures": {name: dataclasses.asdict(figure) for name, figure in figures.items()},
-        "comparisons": [
-            to_json(chosen[name], comparison, found) for name, comparison in comparisons.items()
-        ],
+        "figures": {},
+        "comparisons": [],
     }
-    # Recorded results hold no paths of the machine.
-    text = json.dumps(content, indent=1)
-    for path, name in ((arguments.out, "RESULT"), (arguments.data, "DATA"), (ROOT, "ROOT")):
-        text = text.replace(str(path), name) if path else text
-    out.write_text(text + "\n")
+    paths = ((arguments.out, "RESULT"), (arguments.data, "DATA"), (ROOT, "ROOT"))
+    comparisons: dict[str, Comparison] = {}
+    figures: dict[str, Figure] = {}
+    for name, comparison in run(chosen, jobs, arguments.repeat, arguments.seed):
+        comparisons[name] = comparison
+        figures[name] = chosen[name].judge(comparison, found)
+        content["figures"][name] = dataclasses.asdict(figures[name])
+        content["comparisons"].append(to_json(chosen[name], comparison, found))
+        # After each, so that a run that is stopped has recorded something; without paths of the
+        # machine.
+        text = json.dumps(content, indent=1)
+        for path, word in paths:
+            text = text.replace(str(path), word) if path else text
+        out.write_text(text + "\n")
     show(console, chosen, comparisons, figures, found)
     print_methods(console, chosen, comparisons)
     for name, rate in found.items():
@@ -119,8 +124,7 @@ def measure_ceilings(jobs: dict[str, Job], console: Console) -> Ceilings:
 
 def run(
     chosen: dict[str, Workload], jobs: dict[str, Job], repeat: int, seed: int
-) -> dict[str, Comparison]:
-    comparisons = {}
+) -> Iterator[tuple[str, Comparison]]:
     rounds = {name: math.ceil(workload.rounds * repeat) for name, workload in chosen.items()}
     total = sum(len(workload.contenders) * rounds[name] for name, workload in chosen.items())
     with Progress(
@@ -134,7 +138,7 @@ def run(
         task = progress.add_task("measuring", total=total)
         for name, workload in chosen.items():
             progress.update(task, description=name)
-            comparisons[name] = compare(
+            found = compare(
                 name,
                 jobs[name],
                 workload.contenders,
@@ -145,7 +149,7 @@ def run(
                 environments=ENVIRONMENTS,
                 step=lambda _: progress.advance(task),
             )
-    return comparisons
+            yield name, found
 
 
 def least_seconds(
