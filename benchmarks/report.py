@@ -59,7 +59,8 @@ def section(content: dict[str, Any], pictures: list[Path]) -> str:
     lines = [
         f"`{content['command']}` on {where} ({machine['cpus']} CPUs, "
         f"{format_bytes(machine['memory_bytes'])}, Linux {machine['kernel']}, "
-        f"torch {machine['torch']}), {content['date'][:10]}. One run: contenders interleaved in "
+        f"torch {machine['torch']}), {content['date'][:10]}; `make bench` runs it, `make report` "
+        f"writes this. {versions(content['comparisons'])}. One run: contenders interleaved in "
         "random order, each measurement in a fresh process with its memory backed beforehand, all "
         "pages touched, medians; ratios are medians of the rounds' ratios. *Memory* is the peak of "
         "the process's own. *Ceiling* is the share of what the machine gives, measured in the same "
@@ -79,6 +80,21 @@ def section(content: dict[str, Any], pictures: list[Path]) -> str:
         lines += ["", "Not measured there:", "", *(f"- {line}" for line in refused)]
     lines += [line for picture in pictures for line in ("", f"![times to load]({picture})")]
     return "\n".join(lines)
+
+
+def versions(comparisons: list[dict[str, Any]]) -> str:
+    known = {
+        f"{name} {found['version']}"
+        for comparison in comparisons
+        for name, found in comparison["contenders"].items()
+        if name not in (*OURS, *APART, "stock")
+    }
+    stock = {
+        f"{comparison['model'].partition(':')[0]} {comparison['contenders']['stock']['version']}"
+        for comparison in comparisons
+        if "stock" in comparison["contenders"]
+    }
+    return ", ".join(sorted(known | stock))
 
 
 def row(comparison: dict[str, Any], figures: dict[str, Any]) -> str:
