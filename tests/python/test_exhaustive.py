@@ -184,7 +184,7 @@ TORCH_DIVERGENCES = table({
     "central.method archive_unsupported": UNSEEN,
     "central.disk archive_unsupported": SPLIT,
     "central.attributes archive_malformed": "a folder to torch, which leaves its bytes unread",
-    "local.data archive_unsupported": "torch does not look at the version of the format",
+    "local.data archive_unsupported": "torch takes a version of 3* for 3",
     "end.directory# archive_malformed": "torch finds the directory by its begin alone",
     "end.comment# archive_malformed": "the comment is stated, and is not there",
 })  # fmt: skip
