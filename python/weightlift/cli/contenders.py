@@ -332,16 +332,21 @@ def _reference(job: Job, backend: str) -> Load:
     return load
 
 
+def _indexed(job: Job) -> str:
+    """The device with its number, which some peers do not fill in."""
+    return "cuda:0" if job.device == "cuda" else job.device
+
+
 def _safetensors_prefetch(job: Job) -> Load:
     from safetensors import safe_open
 
     def load() -> dict[str, Any]:
         tensors: dict[str, Any] = {}
         for file in job.files:
-            with safe_open(file, framework="pt", device=job.device) as opened:
+            with safe_open(file, framework="pt", device=_indexed(job)) as opened:
                 phases.mark("index")
                 names = list(opened.keys())
-                loader = opened.prefetch(device=job.device)
+                loader = opened.prefetch(device=_indexed(job))
                 tensors.update({name: loader.take(name) for name in names})
                 phases.mark("move")
         return _cast(tensors, job)
@@ -368,7 +373,7 @@ def _fastsafetensors(job: Job) -> Load:
 
     def load() -> dict[str, Any]:
         loader = library.SafeTensorsFileLoader(
-            library.SingleGroup(), job.device, nogds=not job.on_cuda
+            library.SingleGroup(), _indexed(job), nogds=not job.on_cuda
         )
         loader.add_filenames({0: list(job.files)})
         phases.mark("index")
@@ -386,7 +391,7 @@ def _instanttensor(job: Job) -> Load:
     library = importlib.import_module("instanttensor")
 
     def load() -> dict[str, Any]:
-        with library.safe_open(list(job.files), framework="pt", device=job.device) as opened:
+        with library.safe_open(list(job.files), framework="pt", device=_indexed(job)) as opened:
             phases.mark("index")
             tensors = dict(opened.tensors())
             phases.mark("move")
