@@ -78,19 +78,18 @@ SUITES = {
         "accelerate",
         "accelerate",
         ("tests/test_modeling_utils.py", "tests/test_big_modeling.py", "tests/test_offload.py"),
-        "",
+        "load_checkpoint or offload or load_state_dict or set_module_tensor",
         0.5,
-        40,
+        20,
     ),
     "transformers": Suite(
         "transformers",
         "transformers",
         ("suite_transformers.py",),
-        "save_load or pretrained or keep_in_fp32 or contiguous or torch_save or base_model_prefix "
-        "or tied or offload or mismatched or can_load or device or torch_dtype or mapping "
-        "or missing or resize",
+        "save_load or keep_in_fp32 or contiguous or base_model_prefix or tied or disk_offload "
+        "or mismatched or already_mapped",
         0.9,
-        60,
+        30,
     ),
     "diffusers": Suite("diffusers", "", ("suite_diffusers.py",), "", 0.9, 100),
 }

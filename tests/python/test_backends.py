@@ -580,3 +580,23 @@ assert not any(type(f).__module__.startswith("weightlift.") for f in sys.meta_pa
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_installed_libraries_are_known() -> None:
+    # Of whatever version: a hook that stands aside is an error here.
+    code = """
+import importlib, importlib.util
+import weightlift as wl
+from weightlift import backends
+wl.enable()
+for library in backends.KNOWN:
+    for hook in backends._hooks(library):
+        if importlib.util.find_spec(hook.module.split(".")[0]) is not None:
+            importlib.import_module(hook.module)
+print(len(backends._patches), wl.stats().fallbacks)
+"""
+    done = run_python(code, timeout=300, env={**os.environ, "WEIGHTLIFT_STRICT": "1"})
+    assert done.returncode == 0, done.stderr
+    patches, fallbacks = map(int, done.stdout.splitlines()[-1].split())
+    assert patches > 40
+    assert fallbacks == 0
