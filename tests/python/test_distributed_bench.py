@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def cluster_model() -> ModuleType:
 
 # What each rank does behind an example: the whole tensors are those of the checkpoint.
 _CHECK = """
-import safetensors.torch
+import os, safetensors.torch
 from pathlib import Path
 for file in Path("checkpoint").glob("*.safetensors"):
     expected = safetensors.torch.load_file(file)
@@ -53,6 +54,7 @@ kinds |= {type(value.data).__name__ for value in model.parameters()}
 dtypes = {str(value.dtype) for value in model.parameters()}
 Path(f"kinds-{torch.distributed.get_rank()}").write_text(f"{sorted(kinds)} {sorted(dtypes)}")
 torch.distributed.barrier()
+os._exit(0)  # gloo may abort a rank whose peers close their connections first
 """
 
 
@@ -93,8 +95,8 @@ def test_readme_examples(tmp_path: Path) -> None:
 
 
 def write_file(path: Path, megabytes: int) -> int:
-    rows = 256 * megabytes // 2
-    tensors = {f"{i}.weight": torch.randn(rows // 4, 1024) for i in range(8)}
+    rows = 256 * megabytes // 8
+    tensors = {f"{i}.weight": torch.randn(rows, 1024) for i in range(8)}
     tensors["norm.weight"] = torch.randn(1024)
     safetensors.torch.save_file(tensors, path)
     return path.stat().st_size
@@ -163,3 +165,56 @@ def test_bench_of_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(WeightliftError, match="2 ranks under torchrun failed"):
         measure_ranks([tmp_path], 2, 1)
+
+
+def traced_bytes(lines: list[str], file: str) -> int:
+    """What calls on this file returned, those among them that strace shows in two lines."""
+    waiting = set()
+    read = 0
+    for line in lines:
+        thread = line.split()[0]
+        if f"<{file}>" in line and "<unfinished" in line:
+            waiting.add(thread)
+        elif f"<{file}>" in line or (thread in waiting and "resumed>" in line):
+            waiting.discard(thread)
+            returned = re.search(r"\) += (\d+)", line)
+            read += int(returned[1]) if returned else 0
+    return read
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_what_is_read_as_the_kernel_sees_it(tmp_path: Path, ranks: int) -> None:
+    """Bytes that read(2) and its kin took out of the file, by strace; and the memory of a rank."""
+    if shutil.which("strace") is None:
+        pytest.skip("there is no strace")
+    file = tmp_path / "model.safetensors"
+    size = write_file(file, 256)
+    for load in ("fully_shard(model); options = {}", "options = dict(group=WORLD, mode='read')"):
+        script = tmp_path / "load.py"
+        script.write_text(_TRACED.format(rows=256 * 256 // 8, load=load, file=str(file)))
+        out = tmp_path / "strace"
+        command = ["strace", "-f", "-y", "-qq", "--seccomp-bpf", "-o", str(out)]
+        command += ["-e", "trace=read,readv,pread64,preadv,preadv2"]
+        run = [*command, *TORCHRUN, str(ranks), str(script)]
+        subprocess.run(run, env=ENVIRONMENT, check=True, timeout=300)
+        read = traced_bytes(out.read_text().splitlines(), str(file))
+        assert 0.99 * size <= read <= 1.02 * size
+    (loaded,) = measure_ranks([file], ranks, 1, ("FSDP2",))["loads"]["FSDP2"]["weightlift"]
+    assert loaded["engine_bytes"] <= 1.02 * size
+    assert loaded["peak_bytes"] <= loaded["held_bytes"] + (128 << 20)
+
+
+_TRACED = """
+import os, torch, torch.distributed as dist, weightlift as wl
+from torch.distributed.fsdp import fully_shard
+dist.init_process_group("gloo")
+WORLD = dist.group.WORLD
+with torch.device("meta"):
+    model = torch.nn.Sequential(*(torch.nn.Linear(1024, {rows}, bias=False) for _ in range(8)))
+    model.norm = torch.nn.LayerNorm(1024, bias=False)
+{load}
+wl.load_into(model, {file!r}, **options)
+dist.barrier()
+os._exit(0)  # gloo may abort a rank whose peers close their connections first
+"""
