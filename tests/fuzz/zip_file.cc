@@ -243,30 +243,42 @@ bool is_plain(const Archive& archive) {
   return true;
 }
 
+// What may lie behind a record's bytes.
+std::vector<std::size_t> gaps_after(const format::ZipRecord* record, std::uint16_t flags) {
+  if (record == nullptr || (flags & 8) == 0) return {0};
+  if (record->bytes == 0) return {0, 12, 16, 20, 24};  // miniz leaves it out there
+  return {12, 16, 20, 24};
+}
+
 // The file tiled from its first byte on, by what its records say of themselves.
 void require_tiled(std::string_view file, const std::vector<format::ZipRecord>& records) {
   std::set<std::string> names;
   std::uint64_t at = 0;
+  std::uint16_t flags = 0;
+  const format::ZipRecord* previous = nullptr;
   for (const format::ZipRecord& record : records) {
     WL_REQUIRE(names.insert(record.name).second);
     WL_REQUIRE(!record.name.empty() && record.name.find('\0') == record.name.npos);
-    // A descriptor may lie in front of it.
-    const std::size_t header = file.find(kLocal, at);
-    WL_REQUIRE(header != file.npos && header - at <= 24);
-    std::uint64_t found = header;
-    // One of four bytes may be spelled as the signature is.
-    while (found + 30 + record.name.size() + little_endian<std::uint16_t>(file, found + 28) !=
-           record.begin) {
-      found = file.find(kLocal, found + 1);
-      WL_REQUIRE(found != file.npos && found - at <= 24);
-    }
-    WL_REQUIRE(file.substr(found + 30, record.name.size()) == record.name);
     WL_REQUIRE(record.begin <= file.size() && record.bytes <= file.size() - record.begin);
+    const auto gaps = gaps_after(previous, flags);
+    const auto gap = std::find_if(gaps.begin(), gaps.end(), [&](std::size_t size) {
+      const std::uint64_t header = at + size;
+      const std::uint64_t name = header + 30;
+      return name <= record.begin && file.substr(header, 4) == kLocal &&
+             file.substr(name, record.name.size()) == record.name &&
+             name + record.name.size() + little_endian<std::uint16_t>(file, header + 28) ==
+                 record.begin;
+    });
+    WL_REQUIRE(gap != gaps.end());
+    flags = little_endian<std::uint16_t>(file, at + *gap + 6);
     at = record.begin + record.bytes;
+    previous = &record;
   }
-  const std::string_view rest = file.substr(at);
-  const std::size_t directory = rest.find(records.empty() ? "PK" : kCentral);
-  WL_REQUIRE(directory <= 24);
+  const auto gaps = gaps_after(previous, flags);
+  WL_REQUIRE(std::any_of(gaps.begin(), gaps.end(), [&](std::size_t size) {
+    return file.size() - at >= size &&
+           file.substr(at + size).starts_with(records.empty() ? "PK" : kCentral);
+  }));
 }
 
 class Readable {

@@ -255,14 +255,14 @@ def test_random_plans(machine: Switch, plan: Plan) -> None:
 
 
 @pytest.mark.deep
-@settings(max_examples=3000, suppress_health_check=SUPPRESSED)
+@settings(max_examples=1500, suppress_health_check=SUPPRESSED)
 @given(plan=plans())
 def test_many_random_plans(machine: Switch, plan: Plan) -> None:
     check(machine, plan)
 
 
 @pytest.mark.deep
-@settings(max_examples=10_000)
+@settings(max_examples=5000)
 @given(
     case=test_safe_open.shapes_and_indices(),
     dtype=st.sampled_from(["U8", "I16", "F32", "I64", "C64"]),
