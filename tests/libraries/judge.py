@@ -40,7 +40,6 @@ LOADERS = {
     ],
     "accelerate": [
         ("accelerate.utils.modeling", "load_checkpoint_in_model"),
-        ("accelerate.utils.modeling", "load_state_dict"),
         ("accelerate.big_modeling", "load_checkpoint_and_dispatch"),
     ],
     "safetensors": [("safetensors.torch", "load_file")],

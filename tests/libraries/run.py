@@ -79,8 +79,8 @@ SUITES = {
         "accelerate",
         ("tests/test_modeling_utils.py", "tests/test_big_modeling.py", "tests/test_offload.py"),
         "load_checkpoint or offload or load_state_dict or set_module_tensor",
-        0.5,
-        20,
+        0.9,
+        15,
     ),
     "transformers": Suite(
         "transformers",
