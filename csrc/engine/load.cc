@@ -119,7 +119,7 @@ class Load::State {
   std::deque<LaneState> lanes_;
   std::uint32_t next_populate_ = 0;
   bool populating_ = false;
-  bool stop_ = false;
+  std::atomic<bool> stop_ = false;  // written with the lock held, read without it between units
   bool inline_ = false;
   std::optional<Error> error_;
   std::vector<std::string> fallbacks_;
@@ -337,7 +337,7 @@ Status Load::State::run(const Task& task, Scratch& scratch) try {
       return {};
     }
     case Task::Kind::kUnit:
-      for (std::uint32_t i = 0; i < task.unit_count; ++i) {
+      for (std::uint32_t i = 0; i < task.unit_count && !stop_; ++i) {
         WL_RETURN_IF_ERROR(run_unit(task, task.unit + i, scratch));
       }
   }
