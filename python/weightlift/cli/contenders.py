@@ -106,16 +106,16 @@ class _Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._last = 0.0
         self._thread = threading.get_ident()
 
-    def start(self) -> None:
+    def start(self, now: float) -> None:
         self.seconds.clear()
-        self._last = time.perf_counter()
+        self._last = now
 
-    def mark(self, phase: str) -> None:
+    def mark(self, phase: str, now: float | None = None) -> None:
         if threading.get_ident() == self._thread:
-            now = time.perf_counter()
+            now = time.perf_counter() if now is None else now
             self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
             self._last = now
 

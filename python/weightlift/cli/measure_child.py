@@ -117,12 +117,12 @@ def _measure(adapters: Any, job: Job, say: Callable[[dict[str, Any]], None]) -> 
         return
 
     cpu = time.process_time()
-    adapters.phases.start()
     start = time.perf_counter()
+    adapters.phases.start(start)
     result = load()
     loaded = time.perf_counter()
     cpu_loaded = time.process_time()
-    adapters.phases.mark("finish")
+    adapters.phases.mark("finish", loaded)
     # Listing the pages is ours, not the library's: the clock stands still.
     tensors = _tensors(result)
     runs = page_runs(tensors)
