@@ -24,7 +24,7 @@ import torch
 import support
 import test_simulated_engine as simulated
 import weightlift as wl
-from weightlift import _native, materialize
+from weightlift import _native, materialize, plans
 from weightlift.checkpoint import Checkpoint
 
 SHORT = -1
@@ -146,9 +146,9 @@ def torch_file(path: Path) -> dict[str, bytes]:
 
 def pinned(path: Path) -> dict[str, bytes]:
     part = Checkpoint.of_file(path).parts[0]
-    plan = materialize.new_plan(wl.Settings.current())
+    plan = plans.new_plan(wl.Settings.current())
     plan.read(part, None, None, 0)
-    materialize.run_plan(plan, None)
+    plans.run_plan(plan, None)
     tensors = plan.tensors(torch.from_dlpack)
     return of(dict(zip(part.names(), tensors, strict=True)))
 

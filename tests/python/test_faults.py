@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import test_simulated_engine as simulated
+import weightlift as wl
 
 HERE = Path(__file__).parent
 COMPILER = next(
@@ -48,3 +54,79 @@ def test_every_call_of_a_load_fails_in_turn(tmp_path: Path, shim: Path, which: s
     assert found["faults"] > 300
     assert 0 < found["errors"] < found["faults"]
     assert found["grown"] < 16 << 20
+
+
+# --- By strace(1): also what Python, the C library and the reference's writer call ---------------
+
+DONE, RAISED = 7, 9
+SAVE_CALLS = (
+    "openat|write|fsync|rename|chmod|fchmod|ftruncate|mmap|close|newfstatat|fstat|lseek|unlink|read|"
+    "statx"
+)
+
+
+def under_strace(work: Callable[[], None], log: Path, *arguments: str) -> int:
+    """The exit code of a fork of this process that works under strace."""
+    read_end, write_end = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks while threads live
+        child = os.fork()
+    if child == 0:
+        code = RAISED
+        try:
+            os.read(read_end, 1)
+            work()
+            code = DONE
+        finally:
+            os._exit(code)
+    command = ["strace", "-f", "-o", log, *arguments, "-p", str(child)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        assert "attached" in strace.stderr.readline()
+        os.write(write_end, b".")
+        os.close(read_end)
+        os.close(write_end)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def noted(log: Path, names: str) -> list[str]:
+    """The calls of these names, in their order."""
+    return re.findall(rf"^(?:\d+ +)?({names})\(", log.read_text(), re.MULTILINE)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+@pytest.mark.parametrize("error", ["EIO", "EINTR", "ENOSPC", "ENOMEM", "EAGAIN"])
+def test_every_call_of_a_save_fails_in_turn(tmp_path: Path, error: str) -> None:
+    """The old file or the new one, and nothing beside it; the new one where no error is raised."""
+    path, log = tmp_path / "folder" / "f", tmp_path / "log"
+    path.parent.mkdir()
+    old, new = {"w": torch.zeros(9000)}, {"w": torch.ones(9000), "v": torch.ones(3)}
+    wl.save_file(new, path)
+    new_bytes = path.read_bytes()
+    wl.save_file(old, path)
+    old_bytes = path.read_bytes()
+
+    def save() -> None:
+        wl.save_file(new, path)
+
+    assert under_strace(save, log) == DONE
+    faults = 0
+    counts: Counter[str] = Counter()
+    for call in noted(log, SAVE_CALLS):
+        counts[call] += 1
+        path.write_bytes(old_bytes)
+        what = f"inject={call}:error={error}:when={counts[call]}"
+        code = under_strace(save, log, "-e", what)
+        assert code in (DONE, RAISED), what
+        found = path.read_bytes()
+        assert found == new_bytes or (found == old_bytes and code == RAISED), what
+        left = [name.name for name in path.parent.iterdir()]
+        assert left == ["f"] or call == "unlink", (what, left)
+        for name in left:
+            if name != "f":
+                (path.parent / name).unlink()
+        # What Python repeats (PEP 475); the others are not interrupted by signals.
+        if error == "EINTR" and call in ("openat", "write", "fsync", "read"):
+            assert code == DONE, what
+        faults += 1
+    assert faults > 15
