@@ -54,8 +54,13 @@ $(VENV)/.release: $(VENV)/.tools $(NATIVE) $(LAYER)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall .
 	@rm -f $(VENV)/.dev && touch $@
 
+# An editable installation knows each module by name: a new one needs another.
+$(VENV)/.modules: FORCE | $(VENV)/.tools
+	@git ls-files python | cmp -s - $@ || git ls-files python > $@
+FORCE:
+
 # Editable: Python files are used where they are.
-$(VENV)/.dev: $(VENV)/.test-tools $(VENV)/.gtest $(NATIVE)
+$(VENV)/.dev: $(VENV)/.test-tools $(VENV)/.gtest $(VENV)/.modules $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall \
 	  -C build-dir=build/dev -C cmake.define.WEIGHTLIFT_TESTING=ON \
 	  -C cmake.define.WEIGHTLIFT_WERROR=ON --editable .
@@ -114,21 +119,12 @@ test-deep: dev
 	$(BIN)/python tests/simulated_driver/run_mutants.py
 	tests/pythons.sh
 	$(MAKE) test-libraries
-	$(MAKE) test-libraries
 	$(MAKE) fuzz
 
 # Under ASan and UBSan; so many seconds each of the targets.
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/.clang
 	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
-
-# With each version that tests/matrix/*.txt locks: `make test-matrix MATRIX="oldest newest"`.
-test-matrix: dev
-	tests/matrix/run.sh $(MATRIX)
-
-# The libraries' own tests, with the backends off and on.
-test-libraries: dev
-	$(BIN)/python tests/libraries/run.py $(SUITES)
 
 # With each version that tests/matrix/*.txt locks: `make test-matrix MATRIX="oldest newest"`.
 test-matrix: dev

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from weightlift import dtypes
@@ -24,7 +24,6 @@ from weightlift.allocation import TorchAllocator, empty_on_host
 from weightlift.errors import ArgumentError, CheckpointError
 from weightlift.integrity import HashCheck
 from weightlift.materialize import Loading, Ranges
-from weightlift.modules import fill
 from weightlift.plans import shown
 from weightlift.report import LoadReport
 
@@ -35,11 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Team",
-    "device_of",
-    "from_local",
-    "initialized",
-    "local_of",
-    "local_part",
     "meeting",
     "sharding",
     "together",
@@ -52,97 +46,11 @@ _LEAST_ROUND_BYTES = 1 << 20
 _ALONE_BYTES = 256 << 10
 
 
-def local_part(tensor: DTensor) -> Ranges | None:
-    """The part of the whole tensor that this rank holds; ``None`` where every rank holds it all.
-
-    Raises:
-        ArgumentError: a placement whose local tensor is not a regular part of the whole.
-    """
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:  # this rank is not of the mesh
-        return [(0, 1, 0) for _ in tensor.shape]
-    if all(placement.is_replicate() for placement in tensor.placements):
-        return None
-    local = local_of(tensor).shape
-    ranges = []
-    for dimension, extent in enumerate(tensor.shape):
-        rows = _rows(extent, dimension, tensor.placements, tuple(mesh.shape), tuple(coordinate))
-        if rows is None or rows[2] != local[dimension]:
-            raise ArgumentError(
-                f"a DTensor of shape {tuple(tensor.shape)} placed {tensor.placements} on {mesh}: "
-                f"what a rank has of dimension {dimension} is no regular part of it; shard it "
-                "evenly, by Shard and Replicate, before it is loaded"
-            )
-        ranges.append(rows)
-    return ranges
-
-
-@functools.lru_cache(4096)
-def _rows(
-    extent: int,
-    dimension: int,
-    placements: tuple[Placement, ...],
-    mesh_shape: tuple[int, ...],
-    coordinate: tuple[int, ...],
-) -> tuple[int, int, int] | None:
-    """(start, step, count) of a dimension on a rank; ``None`` for what is not that regular."""
-    # torch cuts the numbers of the rows just as it cuts the rows, from left to right (see
-    # torch.distributed.tensor._utils.compute_local_shape_and_global_offset).
-    index = torch.arange(extent).reshape([1] * dimension + [extent])
-    for placement, size, place in zip(placements, mesh_shape, coordinate, strict=True):
-        if placement.is_replicate():
-            continue
-        split = getattr(placement, "_split_tensor", None)
-        if split is None:  # Partial
-            return None
-        if placement.dim == dimension:  # type: ignore[attr-defined]
-            index = split(index, size, with_padding=False)[0][place]
-    rows = index.flatten()
-    steps = set(rows.diff().tolist())
-    if len(steps) > 1:
-        return None
-    return int(rows[0]) if len(rows) else 0, steps.pop() if steps else 1, len(rows)
-
-
-def local_of(tensor: DTensor) -> torch.Tensor:
-    """The local tensor, outside autograd."""
-    with torch.no_grad():
-        return tensor.to_local()
-
-
-def device_of(tensor: DTensor) -> torch.device:
-    """Where the local tensor belongs."""
-    if tensor.device.type != "meta":
-        return tensor.device
-    kind = tensor.device_mesh.device_type
-    if kind == "cuda":
-        return torch.device(kind, torch.cuda.current_device())
-    return torch.device(kind)
-
-
-def from_local(local: torch.Tensor, like: DTensor) -> DTensor:
-    """A DTensor placed as another one is, of this local tensor."""
-    made: DTensor = DTensor.from_local(
-        local,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
-    return made
-
-
-def initialized(value: torch.Tensor, like: DTensor) -> torch.Tensor:
-    """The local tensor of a value that no checkpoint holds: the first rank's, on all."""
-    value = value.to(device_of(like))
-    return local_of(distribute_tensor(value, like.device_mesh, like.placements))
-
-
 @contextlib.contextmanager
 def sharding(
-    device_mesh: DeviceMesh | None, tp_plan: Mapping[str, ParallelStyle] | None
+    fill: Callable[..., LoadReport],
+    device_mesh: DeviceMesh | None,
+    tp_plan: Mapping[str, ParallelStyle] | None,
 ) -> Iterator[Callable[..., LoadReport]]:
     """For ``from_pretrained``: what it does within this, all ranks of the mesh do together.
 
@@ -150,6 +58,7 @@ def sharding(
     each rank reads its own parts.
 
     Args:
+        fill: ``modules.fill``.
         device_mesh: 1-D; all ranks, by default.
         tp_plan: module path, with ``*`` as in ``fnmatch`` -> how its parameters are cut; by
             default the model's ``_tp_plan``.

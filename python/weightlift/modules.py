@@ -318,7 +318,7 @@ def fill(
                 set_one(slot, tensor.detach().to("meta", kind), None)
             continue
         if isinstance(tensor, kinds):
-            from weightlift.distributed import device_of, local_part
+            from weightlift.dtensors import device_of, local_part
 
             if device is not None:
                 raise ArgumentError(
@@ -387,7 +387,7 @@ def fill(
             for slot, device in zip(bare, where(bare), strict=True):
                 value = fresh[slot.name].detach()
                 if is_sharded(slot.tensor):
-                    from weightlift.distributed import device_of, initialized
+                    from weightlift.dtensors import device_of, initialized
 
                     value, device = initialized(value, slot.tensor), device_of(slot.tensor)
                 target = wanted if keep.isdisjoint(slot.name.split(".")) else "F32"

@@ -128,7 +128,7 @@ def _sharded(slot: Slot, value: torch.Tensor) -> torch.Tensor:
     """A DTensor as the slot's, with this local part."""
     import torch
 
-    from weightlift.distributed import from_local
+    from weightlift.dtensors import from_local
 
     old = slot.tensor
     assert is_sharded(old)
@@ -142,7 +142,7 @@ def _sharded(slot: Slot, value: torch.Tensor) -> torch.Tensor:
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     if not is_sharded(tensor):
         return tensor.detach()
-    from weightlift.distributed import local_of
+    from weightlift.dtensors import local_of
 
     return local_of(tensor)
 

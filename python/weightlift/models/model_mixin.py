@@ -206,7 +206,7 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             raise ArgumentError("device_mesh= and tp_plan= need low_cpu_mem_usage=True")
         from weightlift.distributed import sharding
 
-        with sharding(given["device_mesh"], given["tp_plan"]) as fill_parts:
+        with sharding(fill, given["device_mesh"], given["tp_plan"]) as fill_parts:
             return cls._from_pretrained(pretrained_model_name_or_path, given, kwargs, fill_parts)
 
     @classmethod
