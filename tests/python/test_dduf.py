@@ -135,7 +135,8 @@ def test_case(case: hand_made.Case, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(path))
     del caught
-    assert open_files() == before
+    # Fewer: garbage of earlier tests may have gone meanwhile.
+    assert open_files() <= before
 
 
 def test_enough_cases() -> None:

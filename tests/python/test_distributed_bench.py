@@ -102,7 +102,7 @@ def write_file(path: Path, megabytes: int) -> int:
     return path.stat().st_size
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.deep)])
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     file = tmp_path_factory.mktemp("measured") / "model.safetensors"
     write_file(file, 16)
@@ -128,7 +128,8 @@ def test_the_model_of_a_cluster_has_what_is_measured(measured: Any) -> None:
     assert load["engine_bytes"] == 0
     (load,) = loads["replicated"]["safetensors, each rank"]
     stock = model.moved("stock", size, 1, ranks)
-    assert load["mapped_bytes"] == pytest.approx(stock.out_of_files, rel=0.3)
+    # What is resident of it at the end: the kernel may have taken some back.
+    assert 0.4 * stock.out_of_files <= load["mapped_bytes"] <= 1.3 * stock.out_of_files
 
 
 def test_the_model_of_a_cluster_adds_up() -> None:

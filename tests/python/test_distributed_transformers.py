@@ -157,7 +157,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.deep)])
 def outcomes(request: pytest.FixtureRequest, folder: Path) -> Callable[[str], list[str]]:
     return run_checks(request.param, folder, CHECKS)
 

@@ -131,7 +131,8 @@ def check_every_change(
             unexplained.setdefault(f"{fields[at]} {code}", set()).add(str(at))
     assert not unexplained
     del tensors, expected
-    assert open_files() == before
+    # Fewer: garbage of earlier tests may have gone meanwhile.
+    assert open_files() <= before
     return outcomes
 
 
