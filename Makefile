@@ -32,12 +32,12 @@ $(VENV)/.test-tools: $(VENV)/.tools
 	$(PIP) install -c constraints.txt $(TEST_NEEDS)
 	@touch $@
 
-# The C++ tests' framework is the distribution's.
+# The C++ tests' framework, and what makes system calls fail and file systems, are the distribution's.
 $(VENV)/.gtest: $(VENV)/.tools
-	@if [ ! -e /usr/include/gtest/gtest.h ]; then \
-	  echo "installing libgtest-dev"; \
+	@if [ ! -e /usr/include/gtest/gtest.h ] || ! command -v strace > /dev/null || ! command -v mkfs.xfs > /dev/null; then \
+	  echo "installing libgtest-dev, strace, xfsprogs"; \
 	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
-	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq libgtest-dev; \
+	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq libgtest-dev strace xfsprogs; \
 	fi
 	@touch $@
 

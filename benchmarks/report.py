@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from weightlift.cli.plot import Bar, Panel, draw, format_seconds
 from weightlift.report import format_bytes
+from workloads import CPU, CUDA
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -75,11 +77,21 @@ def section(content: dict[str, Any], pictures: list[Path]) -> str:
         "",
         *(f"- {line}" for line in times(content["comparisons"])),
     ]
+    ended = unfinished(content)
+    if ended:
+        lines += ["", f"The run was ended before {', '.join(ended)}."]
     refused = list(not_measured(content["comparisons"]))
     if refused:
         lines += ["", "Not measured there:", "", *(f"- {line}" for line in refused)]
     lines += [line for picture in pictures for line in ("", f"![times to load]({picture})")]
     return "\n".join(lines)
+
+
+def unfinished(content: dict[str, Any]) -> list[str]:
+    """Workloads that the command names and that have no result: they are recorded one by one."""
+    done = {comparison["name"] for comparison in content["comparisons"]}
+    asked = shlex.split(content["command"])
+    return [name for name in asked if name in {**CPU, **CUDA} and name not in done]
 
 
 def versions(comparisons: list[dict[str, Any]]) -> str:

@@ -59,12 +59,13 @@ def _load(
     """``PreTrainedModel._load_pretrained_model``."""
     if state_dict is not None or not files:
         return original(model, state_dict, files, config, *rest)
-    if _is_sharded(model) and _why_stock(model, files, config) is None:
+    sharded = _is_sharded(model)
+    reason = _why_stock(model, files, config, sharded)
+    if sharded and reason is None:
         return _load_shards(original, model, files, config, *rest)
     stock = functools.partial(original, model, None, files, config, *rest)
     ours = transformers_walk.is_ours(config)
     try:
-        reason = _why_stock(model, files, config)
         checkpoint = None if reason else _open(files)
         if checkpoint is None or "not_tensors" in checkpoint.metadata:
             reason = reason or "it holds more than tensors"
@@ -130,7 +131,7 @@ def _load_shards(
     return result
 
 
-def _why_stock(model: Any, files: Sequence[str], config: Any) -> str | None:
+def _why_stock(model: Any, files: Sequence[str], config: Any, sharded: bool) -> str | None:
     """Why this load is the library's own, where it is."""
     import torch
 
@@ -144,7 +145,7 @@ def _why_stock(model: Any, files: Sequence[str], config: Any) -> str | None:
         return "FSDP"
     if getattr(model, "_pp_stage", None) is not None:
         return "pipeline parallel"
-    if _is_sharded(model) and not transformers_walk.is_ours(config):
+    if sharded and not transformers_walk.is_ours(config):
         return "tensor parallel, of quantized weights or by a walk that is not known"
     devices = set((config.device_map or {}).values())
     if "disk" in devices:

@@ -36,7 +36,9 @@ def checkpoint_files(paths: Sequence[Path]) -> tuple[list[Path], tuple[str, str]
     folder = paths[0]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder}: there are no .safetensors files in it")
+        raise CheckpointError(
+            f"{folder}: there are no .safetensors files in it; weightlift convert makes them"
+        )
     config = folder / "config.json"
     architectures = (
         json.loads(config.read_text(encoding="utf-8")).get("architectures")

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import sys
 import threading
@@ -430,8 +431,6 @@ def _flashpack_convert(job: Job) -> None:
 
 def _flashpack(job: Job) -> Load:
     if job.mode == "read":
-        import os
-
         os.environ["FLASHPACK_CPU_PARALLEL_READ"] = "1"
     library = importlib.import_module("flashpack.deserialization")
 

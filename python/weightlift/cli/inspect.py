@@ -87,8 +87,9 @@ def describe(path: str, subfolder: str | None = None, variant: str | None = None
 
     Only what is on this machine: a path that is not there is an error, not a repository's id.
     """
-    if subfolder is None and variant is None and not Path(path).is_dir():
-        checkpoint = _open_file(path)
+    plain = subfolder is None and variant is None and _is_lone(path)
+    if plain or not Path(path).exists():
+        checkpoint = Checkpoint.of_file(path)
     else:
         checkpoint = open_checkpoint(path, subfolder=subfolder, variant=variant)
     entries = [_entry(checkpoint, name) for name in checkpoint]
@@ -129,11 +130,10 @@ def describe(path: str, subfolder: str | None = None, variant: str | None = None
     }
 
 
-def _open_file(path: str) -> Checkpoint:
-    """A lone file; whatever has no name of torch's or of a DDUF is taken for safetensors."""
-    if path.lower().endswith((".bin", ".pt", ".pth", ".ckpt", ".dduf")) and Path(path).exists():
-        return open_checkpoint(path)
-    return Checkpoint.of_file(path)
+def _is_lone(path: str) -> bool:
+    """Whatever has no name of torch's or of a DDUF is taken for safetensors."""
+    archives = (".bin", ".pt", ".pth", ".ckpt", ".dduf")
+    return not Path(path).is_dir() and not path.lower().endswith(archives)
 
 
 def _entry(checkpoint: Checkpoint, name: str) -> TensorEntry:
