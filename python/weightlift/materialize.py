@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from weightlift import _native, dtypes, plans
+from weightlift import _native, dtypes, garbage, plans
 from weightlift.allocation import Allocator, TorchAllocator, empty_on_host
 from weightlift.errors import ArgumentError, DeviceError, FormatError, ReadError
 from weightlift.integrity import HashCheck
@@ -209,6 +209,7 @@ class Loading:
         _check_mode(self._mode, device, dtype, self._pin_memory)
         self._groups.append(_Group(device, dtype, names, targets, parts))
 
+    @garbage.paused()
     def start(self) -> None:
         """Plans, and starts the engine's threads; small loads run in ``result``."""
         if self._pin_memory:
@@ -229,6 +230,7 @@ class Loading:
             self._hashes.start()
         self._scratch = start_plan(self._plan, self._allocator)
 
+    @garbage.paused()
     def result(self) -> dict[str, Any]:
         """Waits for the end: name -> tensor, in the order of the files where one destination takes
         them all, else group by group."""
@@ -267,9 +269,10 @@ class Loading:
         checkpoint = self._checkpoint
         if group.names is None and checkpoint.is_plain and group.targets is None:
             for part, file in enumerate(checkpoint.parts):
-                names = file.names()
-                keys: list[_Key] = [(number, name) for name in names]
-                self._order += [(name, (number, name), None) for name in names]
+                keys: list[_Key] = [(number, name) for name in file.names()]
+                self._order += [
+                    (name, key, None) for name, key in zip(file.names(), keys, strict=True)
+                ]
                 self._add_part(part, group, None, keys, None)
             return
         wanted: dict[int, dict[int, tuple[_Key, torch.Tensor | None]]] = {}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from weightlift import dtypes, placement
+from weightlift import dtypes, garbage, placement
 from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.errors import ArgumentError
 from weightlift.matching import check_keys, match
@@ -210,6 +211,14 @@ class Early:
         self.names = frozenset(names.get(name, name) for name in self.names)
         self._renamed = names
 
+    def brings(self, name: str, device: torch.device, file_dtype: str, target: str | None) -> bool:
+        """Whether it loads a tensor as it is wanted: there, and cast to ``target``, if to any."""
+        if device != self.device or name not in self.names:
+            return False
+        if file_dtype not in dtypes.FLOATING:
+            return True
+        return (target or file_dtype) == (self.dtype or file_dtype)
+
     def result(self) -> dict[str, torch.Tensor]:
         tensors = self.loading.result()
         if self._renamed:
@@ -217,6 +226,7 @@ class Early:
         return tensors
 
 
+@garbage.paused()
 def fill(
     model: torch.nn.Module,
     checkpoint: Checkpoint,
@@ -257,6 +267,7 @@ def fill(
     """
     if keep_in_fp32 is None:
         keep_in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+    rule = _DtypeRule(dtypes.parse_dtype(dtype), dtype is None, frozenset(keep_in_fp32))
     if tensors is None:
         tensors = slots_of(model)
     headers = checkpoint.headers()
@@ -270,9 +281,15 @@ def fill(
     if ignore_unexpected is not None:
         unexpected = [name for name in unexpected if not ignore_unexpected(name)]
     check_keys(
-        checkpoint, model, missing, unexpected, mismatched, empty, strict, ignore_mismatched_sizes
+        checkpoint,
+        model,
+        missing,
+        unexpected,
+        mismatched,
+        empty,
+        strict,
+        ignore_mismatched_sizes,
     )
-
     devices: Mapping[str, torch.device | str] | None = None
     if device_map is not None and (alone := placement.single_device(device_map)) is not None:
         devices = {"": alone}
@@ -286,72 +303,8 @@ def fill(
             offload=offload,
         )
     where = _devices_of(tensors, devices)
-    on_disk: dict[str, tuple[str, str | None]] = {}
-    groups: dict[tuple[Any, str | None, bool, bool], list[tuple[str, Slot]]] = {}
-    parts: dict[str, Ranges] = {}
-    wanted = dtypes.parse_dtype(dtype)
-    own = dtype is None
-    keep = frozenset(keep_in_fp32)
-    cpu = placement.parse_device("cpu")
-    kinds = dtensor_types()
     reuse = not pin_memory and memory_format is None
-    believed: set[str] = set()
-    for (name, slot), device in zip(matched, where(slot for _, slot in matched), strict=True):
-        file_dtype = headers[name][0]
-        target = None
-        tensor = slot.tensor
-        if file_dtype in dtypes.FLOATING:
-            target = wanted
-            if own and tensor.is_floating_point():
-                target = dtypes.file_name(tensor.dtype)
-            elif keep and not keep.isdisjoint(name.split(".")):
-                target = "F32"
-            if target == file_dtype:
-                target = None
-        if isinstance(device, str) and not slot.is_parameter:
-            device = cpu  # buffers are not offloaded (accelerate's offload_buffers=False)
-        if isinstance(device, str):  # "disk"
-            on_disk.update(dict.fromkeys(slot.names, (name, target)))
-            # accelerate's hooks cast what they read to the dtype of what they replace.
-            kind = dtypes.to_torch(target or file_dtype)
-            if tensor.dtype != kind or not tensor.is_meta:
-                set_one(slot, tensor.detach().to("meta", kind), None)
-            continue
-        if isinstance(tensor, kinds):
-            from weightlift.dtensors import device_of, local_part
-
-            if device is not None:
-                raise ArgumentError(
-                    f"device_map={device_map!r} goes not together with DTensors such as "
-                    f"{slot.name!r}: their mesh says where they are"
-                )
-            part = local_part(tensor)
-            if part is not None:
-                parts[name] = part
-            device = device_of(tensor)
-        on_meta = tensor.is_meta
-        device = device or (cpu if on_meta else tensor.device)
-        if (
-            early is not None
-            and name not in parts
-            and device == early.device
-            and name in early.names
-            and _as_believed(file_dtype, target, early.dtype)
-        ):
-            believed.add(name)
-        in_place = (
-            reuse
-            and not on_meta
-            and name not in believed
-            and device == tensor.device
-            and (own or tensor.dtype == dtypes.to_torch(target or file_dtype))
-        )
-        destination = (device, target, in_place, name in parts)
-        group = groups.get(destination)
-        if group is None:
-            group = groups[destination] = []
-        group.append((name, slot))
-
+    places = _sort(matched, where, headers, rule, early, reuse)
     loading = new_loading(
         checkpoint,
         mode=mode,
@@ -360,15 +313,8 @@ def fill(
         progress=progress,
         caller=caller,
     )
-    for (device, target, in_place, in_parts), group in groups.items():
-        names = [name for name, _ in group if name not in believed]
-        ranges = [parts[name] for name in names] if in_parts else None
-        if in_place:
-            targets = [local_tensor(slot.tensor) for _, slot in group]
-            loading.add(device, None, names, targets, ranges)
-        elif names:
-            loading.add(device, target, names, parts=ranges)
-    arrived, report = _run(loading, early, believed)
+    places.add_to(loading)
+    arrived, report = _run(loading, early, places.believed)
     views: set[int] = set()
 
     def taken(name: str) -> torch.Tensor:
@@ -376,41 +322,160 @@ def fill(
         return _apart(value, views) if checkpoint.is_view(name) else value
 
     take = arrived.pop if checkpoint.is_plain else taken
-    for (_, _, in_place, _), group in groups.items():
+    for (_, _, in_place, _), group in places.groups.items():
         if not in_place:
             set_all(((slot, take(name)) for name, slot in group), memory_format)
-    extra: dict[str, torch.Tensor] = {}
+    offloaded: dict[str, torch.Tensor] = {}
     if initialize is not None:
         bare = [t for t in rest if t.persistent and t.tensor.is_meta]
         if bare:
-            fresh = initialize([slot.name for slot in bare])
-            for slot, device in zip(bare, where(bare), strict=True):
-                value = fresh[slot.name].detach()
-                if is_sharded(slot.tensor):
-                    from weightlift.dtensors import device_of, initialized
-
-                    value, device = initialized(value, slot.tensor), device_of(slot.tensor)
-                target = wanted if keep.isdisjoint(slot.name.split(".")) else "F32"
-                if value.is_floating_point() and not own and target is not None:
-                    value = value.to(dtypes.to_torch(target))
-                if device == "disk" and slot.is_parameter:
-                    extra.update(dict.fromkeys(slot.names, value))
-                    set_one(slot, slot.tensor.detach().to("meta", value.dtype), None)
-                else:
-                    set_one(
-                        slot,
-                        value.to(cpu if device in (None, "disk") else device),
-                        memory_format,
-                    )
+            offloaded = _initialize(bare, where, initialize, rule, memory_format)
     if devices is not None:
         _move_rest(rest, where)
-        dispatch(model, devices, DiskWeights(checkpoint, on_disk, caller), extra)
+        dispatch(model, devices, DiskWeights(checkpoint, places.on_disk, caller), offloaded)
     report.error_msgs = [f"{name}: a buffer on meta that no checkpoint holds" for name in empty]
     report.missing_keys = missing
     report.unexpected_keys = unexpected
     report.mismatched_keys = mismatched
     set_last_report(report)
     return report
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _DtypeRule:
+    """In which dtype floating-point tensors are wanted: ``wanted`` (``None`` for the file's), or
+    that of each tensor of the model; in float32 under the path components ``keep``."""
+
+    wanted: str | None
+    own: bool
+    keep: frozenset[str]
+
+    def target(self, name: str, tensor: torch.Tensor, file_dtype: str) -> str | None:
+        """What to cast to; ``None`` for nothing."""
+        if file_dtype not in dtypes.FLOATING:
+            return None
+        if self.own and tensor.is_floating_point():
+            target = dtypes.file_name(tensor.dtype)
+        elif self.kept(name):
+            target = "F32"
+        else:
+            target = self.wanted
+        return None if target == file_dtype else target
+
+    def kept(self, name: str) -> bool:
+        return bool(self.keep) and not self.keep.isdisjoint(name.split("."))
+
+
+# (device, cast to, in place, a part of each)
+_Destination: TypeAlias = "tuple[torch.device, str | None, bool, bool]"
+
+
+@dataclasses.dataclass(slots=True)
+class _Places:
+    """What goes where.
+
+    Attributes:
+        groups: the names in the checkpoint and the model's tensors of each destination.
+        parts: of each DTensor's name, what this rank has of it.
+        believed: names of what an early load brings as it is wanted.
+        on_disk: what stays in its file: name in the model -> name there, dtype at use.
+    """
+
+    groups: dict[_Destination, list[tuple[str, Slot]]]
+    parts: dict[str, Ranges]
+    believed: set[str]
+    on_disk: dict[str, tuple[str, str | None]]
+
+    def add_to(self, loading: Loading) -> None:
+        for (device, target, in_place, in_parts), group in self.groups.items():
+            names = [name for name, _ in group if name not in self.believed]
+            ranges = [self.parts[name] for name in names] if in_parts else None
+            if in_place:
+                targets = [local_tensor(slot.tensor) for _, slot in group]
+                loading.add(device, None, names, targets, ranges)
+            elif names:
+                loading.add(device, target, names, parts=ranges)
+
+
+def _sort(
+    matched: Sequence[tuple[str, Slot]],
+    where: Callable[[Iterable[Slot]], Iterator[torch.device | str | None]],
+    headers: Mapping[str, tuple[str, tuple[int, ...]]],
+    rule: _DtypeRule,
+    early: Early | None,
+    reuse: bool,
+) -> _Places:
+    places = _Places({}, {}, set(), {})
+    groups, parts, believed = places.groups, places.parts, places.believed
+    cpu = placement.parse_device("cpu")
+    kinds = dtensor_types()
+    for (name, slot), device in zip(matched, where(slot for _, slot in matched), strict=True):
+        file_dtype = headers[name][0]
+        tensor = slot.tensor
+        target = rule.target(name, tensor, file_dtype)
+        if isinstance(device, str) and not slot.is_parameter:
+            device = cpu  # buffers are not offloaded (accelerate's offload_buffers=False)
+        if isinstance(device, str):  # "disk"
+            places.on_disk.update(dict.fromkeys(slot.names, (name, target)))
+            # accelerate's hooks cast what they read to the dtype of what they replace.
+            kind = dtypes.to_torch(target or file_dtype)
+            if tensor.dtype != kind or not tensor.is_meta:
+                set_one(slot, tensor.detach().to("meta", kind), None)
+            continue
+        if kinds and isinstance(tensor, kinds):
+            from weightlift.dtensors import device_of, local_part
+
+            if device is not None:
+                raise ArgumentError(
+                    f"device_map={str(device)!r} goes not together with DTensors such as "
+                    f"{slot.name!r}: their mesh says where they are"
+                )
+            part = local_part(tensor)
+            if part is not None:
+                parts[name] = part
+            device = device_of(tensor)
+        on_meta = tensor.is_meta
+        device = device or (cpu if on_meta else tensor.device)
+        in_part = name in parts
+        in_place = False
+        if early and not in_part and early.brings(name, device, file_dtype, target):
+            believed.add(name)
+        elif reuse and not on_meta and device == tensor.device:
+            in_place = rule.own or tensor.dtype == dtypes.to_torch(target or file_dtype)
+        destination = (device, target, in_place, in_part)
+        group = groups.get(destination)
+        if group is None:
+            group = groups[destination] = []
+        group.append((name, slot))
+    return places
+
+
+def _initialize(
+    bare: Sequence[Slot],
+    where: Callable[[Iterable[Slot]], Iterator[torch.device | str | None]],
+    initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]],
+    rule: _DtypeRule,
+    memory_format: torch.memory_format | None,
+) -> dict[str, torch.Tensor]:
+    """Gives values to what the checkpoint does not hold; those that stay on disk are returned."""
+    offloaded: dict[str, torch.Tensor] = {}
+    fresh = initialize([slot.name for slot in bare])
+    for slot, device in zip(bare, where(bare), strict=True):
+        value = fresh[slot.name].detach()
+        if is_sharded(slot.tensor):
+            from weightlift.dtensors import device_of, initialized
+
+            value, device = initialized(value, slot.tensor), device_of(slot.tensor)
+        target = "F32" if rule.kept(slot.name) else rule.wanted
+        if value.is_floating_point() and not rule.own and target is not None:
+            value = value.to(dtypes.to_torch(target))
+        if device == "disk" and slot.is_parameter:
+            offloaded.update(dict.fromkeys(slot.names, value))
+            set_one(slot, slot.tensor.detach().to("meta", value.dtype), None)
+        else:
+            away = device is None or device == "disk"
+            set_one(slot, value.to("cpu" if away else device), memory_format)
+    return offloaded
 
 
 def _run(
@@ -439,12 +504,6 @@ def _apart(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
         return value.clone()
     storages.add(place)
     return value
-
-
-def _as_believed(file_dtype: str, target: str | None, believed: str | None) -> bool:
-    if file_dtype not in dtypes.FLOATING:
-        return True
-    return (target or file_dtype) == (believed or file_dtype)
 
 
 def _planned_dtypes(

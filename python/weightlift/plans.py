@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from weightlift import _native, dtypes
+from weightlift import _native, dtypes, garbage
 from weightlift.allocation import Allocator
 from weightlift.settings import Settings
 
@@ -50,9 +50,11 @@ def finish_plan(plan: _native.Plan, progress: bool | Progress = False) -> dict[s
     """Waits for a started plan; Ctrl-C stops it, drains what is in flight and goes on up."""
     with shown(progress) as show:
         try:
-            while not plan.wait(_POLL_SECONDS):
-                if show is not None:
-                    show(*plan.progress())
+            if not plan.wait(0):
+                with garbage.resumed():
+                    while not plan.wait(_POLL_SECONDS):
+                        if show is not None:
+                            show(*plan.progress())
             if show is not None:
                 show(*plan.progress())
         except BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,8 @@ def set_all(
         elif not value.is_contiguous():
             value = value.contiguous()
         old = slot.tensor
-        if isinstance(old, kinds):
+        new = value
+        if kinds and isinstance(old, kinds):
             new = _sharded(slot, value)
             if not old.is_meta:
                 torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
@@ -114,14 +115,17 @@ def set_all(
                     new.__dict__.update(old.__dict__)
             else:
                 new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
-        else:
-            new = value
-        for _, module, key in ((slot.name, slot.module, slot.key), *slot.ties):
-            if type(module).__setattr__ is plain:
-                (module._parameters if slot.is_parameter else module._buffers)[key] = new  # type: ignore[assignment]
-            else:  # such as RNNs, which keep a list of their weights
-                setattr(module, key, new)
+        _hang(slot.module, slot.key, slot.is_parameter, new, plain)
+        for _, module, key in slot.ties:
+            _hang(module, key, slot.is_parameter, new, plain)
         slot.tensor = new
+
+
+def _hang(module: torch.nn.Module, key: str, is_parameter: bool, new: Any, plain: Any) -> None:
+    if type(module).__setattr__ is plain:
+        (module._parameters if is_parameter else module._buffers)[key] = new
+    else:  # such as RNNs, which keep a list of their weights
+        setattr(module, key, new)
 
 
 def _sharded(slot: Slot, value: torch.Tensor) -> torch.Tensor:

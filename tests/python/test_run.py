@@ -45,7 +45,9 @@ ENDS = {
     "exit": "sys.exit(7)",
     "text": "sys.exit('good bye')",
     "error": "raise OSError(2, 'no such thing', 'thing')",
-    "interrupt": "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
+    # What a shell starts in the background ignores SIGINT.
+    "interrupt": "import os, signal, time; signal.signal(2, signal.default_int_handler); "
+    "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
 }
 
 

@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from weightlift import garbage
+
 __all__ = ["Builder"]
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
@@ -34,7 +36,7 @@ class Builder(Generic[_Module]):
 
     def build(self, empty: bool) -> _Module:
         """The module; its parameters are on ``meta`` if ``empty``, its buffers are real."""
-        with _default_dtype(self._dtype):
+        with _default_dtype(self._dtype), garbage.paused():
             if not empty:
                 return self._make()
             with _on_meta() as self._registered:

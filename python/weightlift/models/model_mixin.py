@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from weightlift import dtypes
+from weightlift import dtypes, garbage
 from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.errors import ArgumentError, CheckpointError
 from weightlift.hub import HubArguments
@@ -272,26 +272,27 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         if checkpoint is not None and quantizer is None and given["low_cpu_mem_usage"] and whole:
             early = _begin(cls, checkpoint, device_map, dtype, loading)
         try:
-            model = builder.build(empty=given["low_cpu_mem_usage"])
-            if checkpoint is None:
-                checkpoint = _open_flax(path, hub, model)
-            rename = _former_attention_names(model, checkpoint)
-            if rename is not None:
-                checkpoint = checkpoint.renamed(rename)
-            _refuse_another_model(model, checkpoint)
-            initialize = functools.partial(builder.initialized, model)
-            if quantizer is not None:
-                report = quantizer.load(model, checkpoint, initialize=initialize, **options)
-            else:
-                report = fill(
-                    model,
-                    checkpoint,
-                    offload=given["offload_folder"] is not None,
-                    strict=False,
-                    initialize=initialize,
-                    early=early,
-                    **options,
-                )
+            with garbage.paused():
+                model = builder.build(empty=given["low_cpu_mem_usage"])
+                if checkpoint is None:
+                    checkpoint = _open_flax(path, hub, model)
+                rename = _former_attention_names(model, checkpoint)
+                if rename is not None:
+                    checkpoint = checkpoint.renamed(rename)
+                _refuse_another_model(model, checkpoint)
+                initialize = functools.partial(builder.initialized, model)
+                if quantizer is not None:
+                    report = quantizer.load(model, checkpoint, initialize=initialize, **options)
+                else:
+                    report = fill(
+                        model,
+                        checkpoint,
+                        offload=given["offload_folder"] is not None,
+                        strict=False,
+                        initialize=initialize,
+                        early=early,
+                        **options,
+                    )
         except BaseException:
             if early is not None:
                 early.loading.cancel()
@@ -302,7 +303,7 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             first = next(itertools.chain(model.parameters(), model.buffers()), None)
             vars(model)["hf_device_map"] = {} if first is None else {"": first.device}
         model.register_to_config(_name_or_path=path)
-        model.eval()
+        _evaluate(model)
         if given["output_loading_info"]:
             return model, {  # type: ignore[return-value]
                 "missing_keys": report.missing_keys,
@@ -661,10 +662,13 @@ def _former_attention_names(
 ) -> Callable[[str], str] | None:
     """The renaming for checkpoints of diffusers before 0.16, whose attention blocks had other
     names; blocks that may come from such a checkpoint carry a flag."""
+    former = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    endings = tuple(f"{old}.{leaf}" for old in former for leaf in ("weight", "bias"))
+    if not any(name.endswith(endings) for name in checkpoint):
+        return None
     paths = [
         name for name, m in model.named_modules() if vars(m).get("_from_deprecated_attn_block")
     ]
-    former = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     renames = {
         f"{path}.{old}.{leaf}": f"{path}.{new}.{leaf}"
         for path in paths
@@ -677,6 +681,8 @@ def _former_attention_names(
 
 def _refuse_another_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Nothing in common: diffusers returns a model that is random altogether."""
+    if any(name in checkpoint for name, _ in model.named_parameters()):
+        return
     wanted = model.state_dict().keys()
     if not (wanted and checkpoint and wanted.isdisjoint(checkpoint)):
         return
@@ -688,6 +694,22 @@ def _refuse_another_model(model: torch.nn.Module, checkpoint: Checkpoint) -> Non
         f"{place_of(checkpoint)} holds the weights of another model than {type(model).__name__}; "
         "no name is in both:\n" + "\n".join(problems)
     )
+
+
+def _evaluate(model: torch.nn.Module) -> None:
+    """``eval()``; where no module has one of its own, without the way through ``__setattr__``,
+    which looks at three dictionaries for each."""
+    modules = list(model.modules())
+    own = {"eval", "train", "__setattr__"}
+    if all(
+        getattr(kind, name) is getattr(torch.nn.Module, name)
+        for kind in {type(module) for module in modules}
+        for name in own
+    ):
+        for module in modules:
+            vars(module)["training"] = False
+    else:
+        model.eval()
 
 
 def _matcher(patterns: list[str] | None) -> Callable[[str], bool] | None:
