@@ -14,6 +14,7 @@ are neither CPU nor CUDA.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -25,7 +26,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlift import _native, dtypes
+from weightlift import _native, dtypes, garbage
 from weightlift.backends import Hook, or_stock, transformers_walk
 from weightlift.backends.safetensors import load_file_adapters
 from weightlift.backends.transformers_walk import CALLER, Batch, Retreat, Weights
@@ -81,7 +82,8 @@ def _load(
     failed: WeightliftError | None = None
     token = _reserves.set(ours)
     try:
-        result = original(model, weights, files, config, *rest)
+        with garbage.paused() if ours else contextlib.nullcontext():
+            result = original(model, weights, files, config, *rest)
     except Retreat as retreat:
         failed = retreat.error
     finally:

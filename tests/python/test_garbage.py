@@ -1,0 +1,149 @@
+"""Pauses of the garbage collector: what Python's own ``gc`` says."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+
+import weightlift
+from weightlift import _native, garbage
+from weightlift.plans import finish_plan
+
+
+@pytest.fixture(autouse=True)
+def enabled() -> Iterator[None]:
+    assert gc.isenabled()
+    yield
+    assert gc.isenabled()
+
+
+def test_nested() -> None:
+    with garbage.paused():
+        with garbage.paused():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+
+
+def test_an_error_ends_it() -> None:
+    with pytest.raises(KeyError), garbage.paused():
+        raise KeyError
+
+
+def test_who_switched_it_off_keeps_it_off() -> None:
+    gc.disable()
+    try:
+        with garbage.paused(), garbage.resumed():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_resumed() -> None:
+    with garbage.resumed():
+        assert gc.isenabled()
+    with garbage.paused(), garbage.paused():
+        with garbage.resumed():
+            assert gc.isenabled()
+            with garbage.paused():
+                assert not gc.isenabled()
+            assert gc.isenabled()
+        assert not gc.isenabled()
+
+
+def test_until_the_last_thread_ends_its_own() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with garbage.paused():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with garbage.paused():
+        thread.start()
+        assert entered.wait(10)
+        with garbage.resumed():  # this thread's is not all there is
+            assert not gc.isenabled()
+    assert not gc.isenabled()
+    leave.set()
+    thread.join()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_is_not_left_in_the_pause_of_a_thread_it_does_not_have() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with garbage.paused():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(10)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if gc.isenabled() else 1)
+    _, status = os.waitpid(child, 0)
+    leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+class _Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+class _Model(weightlift.ModelMixin, weightlift.ConfigMixin):
+    """Asks, while it is made, whether anything is collected."""
+
+    seen: bool | None = None
+
+    @weightlift.register_to_config
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).seen = gc.isenabled()
+        self.layer = torch.nn.Linear(4, 4)
+
+
+def test_a_model_is_made_without_looks_for_garbage(tmp_path: os.PathLike[str]) -> None:
+    _Model().save_pretrained(tmp_path)
+    assert _Model.seen is True
+    cycle = _Cycle()
+    gone = weakref.ref(cycle)
+    del cycle
+    _Model.from_pretrained(tmp_path)
+    assert _Model.seen is False
+    gc.collect()
+    assert gone() is None
+
+
+class _Plan:
+    """Takes two looks to end."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def wait(self, seconds: float) -> bool:
+        self.seen.append(gc.isenabled())
+        return len(self.seen) == 3
+
+    def finish(self) -> dict[str, Any]:
+        return {}
+
+
+def test_others_collect_while_a_load_waits() -> None:
+    plan = _Plan()
+    with garbage.paused():
+        finish_plan(cast("_native.Plan", plan))
+        assert not gc.isenabled()
+    assert plan.seen == [False, True, True]  # the first does not wait
