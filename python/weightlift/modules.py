@@ -313,7 +313,7 @@ def fill(
         progress=progress,
         caller=caller,
     )
-    places.add_to(loading)
+    places.add_to(loading, checkpoint)
     arrived, report = _run(loading, early, places.believed)
     views: set[int] = set()
 
@@ -386,13 +386,15 @@ class _Places:
     believed: set[str]
     on_disk: dict[str, tuple[str, str | None]]
 
-    def add_to(self, loading: Loading) -> None:
+    def add_to(self, loading: Loading, checkpoint: Checkpoint) -> None:
         for (device, target, in_place, in_parts), group in self.groups.items():
             names = [name for name, _ in group if name not in self.believed]
             ranges = [self.parts[name] for name in names] if in_parts else None
             if in_place:
                 targets = [local_tensor(slot.tensor) for _, slot in group]
                 loading.add(device, None, names, targets, ranges)
+            elif len(names) == len(checkpoint) and not in_parts:
+                loading.add(device, target)  # in the order of the files, which is planned sooner
             elif names:
                 loading.add(device, target, names, parts=ranges)
 
