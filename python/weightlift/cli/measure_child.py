@@ -242,7 +242,7 @@ def main() -> None:
         return
     # By its path: this is run where weightlift may not be, and is not to be imported.
     spec = importlib.util.spec_from_file_location(
-        "contenders", Path(__file__).with_name("contenders.py")
+        "contenders", Path(__file__).with_name("contenders") / "__init__.py"
     )
     assert spec is not None
     assert spec.loader is not None

@@ -1,0 +1,180 @@
+"""What an adapter is: a job, and how a library does it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "Contender",
+    "Job",
+    "Load",
+    "cast",
+    "dtype_of",
+    "model_why_not",
+    "ours_why_not",
+    "phases",
+    "reports",
+    "safetensors_only",
+    "torch_why_not",
+    "whole_files",
+]
+
+
+# Tensors by name, or a model, or a tree of jax arrays.
+Load = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One load.
+
+    Attributes:
+        contender: a name in ``CONTENDERS``.
+        files: the files of one checkpoint, loaded one after the other, all kept.
+        device: as torch names it.
+        dtype: torch's name of the dtype that floating-point tensors are wanted in, or ``None``.
+        mode: weightlift's ``mode``; ``"read"`` asks others, too, for memory of their own.
+        tensor: load this tensor alone.
+        what: ``"load"``; ``"import"`` to time the import of the library on top of torch's;
+            ``"convert"`` to time how the files become those of the library's own format.
+        folder: of a model, with its configuration; ``files`` are its weights.
+        model: ``"module:Class"`` of that model, for contenders that load into one.
+        checksum: have a checksum made of the result, after the clock; on CUDA one always is.
+    """
+
+    contender: str
+    files: tuple[str, ...] = ()
+    device: str = "cpu"
+    dtype: str | None = None
+    mode: str = "auto"
+    tensor: str | None = None
+    what: str = "load"
+    folder: str | None = None
+    model: str | None = None
+    checksum: bool = False
+
+    def files_as(self, suffix: str) -> tuple[str, ...]:
+        """The files of the same names in another format."""
+        return tuple(str(Path(file).with_suffix(suffix)) for file in self.files)
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A library that loads checkpoints.
+
+    Attributes:
+        distribution: the name under which its version is found; of ``None`` that is the model's
+            library.
+        module: what has to be importable.
+        why_not: why it cannot do a job, or ``None``; decided without importing it.
+        prepare: imports what it needs and returns the function that is timed. Nothing is loaded
+            before: what the first load of a process costs is part of the measurement.
+        imports: the module whose import is timed for jobs of ``what="import"``.
+        environment: the virtual environment that has it, where that is not everybody's.
+        reads: the files that it reads, in the place of the job's.
+        convert: makes these of the job's.
+        exact: whether what it gives is the checkpoint, so that checksums tell whether it is right.
+    """
+
+    distribution: str | None
+    module: str
+    why_not: Callable[[Job], str | None]
+    prepare: Callable[[Job], Load]
+    imports: str = ""
+    environment: str | None = None
+    reads: Callable[[Job], tuple[str, ...]] = lambda job: job.files
+    convert: Callable[[Job], None] | None = None
+    exact: bool = True
+
+    def absence(self) -> str | None:
+        """Why it cannot be imported by this Python, or ``None``."""
+        if importlib.util.find_spec(self.module.partition(".")[0]) is None:
+            return f"{self.distribution or self.module} is not installed"
+        return None
+
+    def version(self, job: Job) -> str | None:
+        distribution = self.distribution or (job.model or "").partition(":")[0]
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            # Run from a source tree that is not installed.
+            return getattr(sys.modules.get(self.module), "__version__", None)
+
+
+class _Phases:
+    """Where a load's time went: each mark books the time since the one before."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = 0.0
+        self._thread = threading.get_ident()
+
+    def start(self, now: float) -> None:
+        self.seconds.clear()
+        self._last = now
+
+    def mark(self, phase: str, now: float | None = None) -> None:
+        if threading.get_ident() == self._thread:
+            now = time.perf_counter() if now is None else now
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+            self._last = now
+
+
+phases = _Phases()
+# What weightlift reports of its loads.
+reports: list[Any] = []
+
+
+# Why not: None, or what it cannot do.
+
+
+def _only(suffixes: tuple[str, ...], text: str) -> Callable[[Job], str | None]:
+    def why_not(job: Job) -> str | None:
+        wrong = [file for file in job.files if not file.endswith(suffixes)]
+        return f"it {text}, and {Path(wrong[0]).name} is none" if wrong else None
+
+    return why_not
+
+
+_TORCH_FILES = (".bin", ".pt", ".pth", ".ckpt")
+safetensors_only = _only((".safetensors",), "reads .safetensors files")
+_torch_files_only = _only(_TORCH_FILES, "reads torch.save's files")
+ours_why_not = _only((".safetensors", *_TORCH_FILES), "reads .safetensors and torch's files")
+
+
+def whole_files(job: Job) -> str | None:
+    return "it loads whole files" if job.tensor is not None else safetensors_only(job)
+
+
+def torch_why_not(job: Job) -> str | None:
+    return "it loads whole files" if job.tensor is not None else _torch_files_only(job)
+
+
+def model_why_not(job: Job) -> str | None:
+    return None if job.folder is not None else "it loads models, and this is no model's folder"
+
+
+def dtype_of(job: Job) -> Any:
+    import torch
+
+    return None if job.dtype is None else getattr(torch, job.dtype)
+
+
+def cast(tensors: dict[str, Any], job: Job) -> dict[str, Any]:
+    """What a user of a library without a dtype argument writes."""
+    dtype = dtype_of(job)
+    if dtype is None:
+        return tensors
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
