@@ -9,7 +9,7 @@ from typing import Any
 from .adapter import Job, Load, model_why_not, phases
 from .models import booked
 
-__all__ = ["flax_leaf", "flax_why_not", "safetensors_flax", "weightlift_flax"]
+__all__ = ["flax_why_not", "safetensors_flax", "weightlift_flax"]
 
 
 def flax_leaf(name: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
