@@ -96,18 +96,21 @@ def measure_ranks(
 @dataclasses.dataclass(frozen=True)
 class _Row:
     seconds: float
+    ratio: float
     read: float
     mapped: float
     peak: float
     held: float
 
 
-def _row(loads: Sequence[dict[str, Any]], file_bytes: int) -> _Row:
+def _row(loads: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]], file_bytes: int) -> _Row:
     def median(field: str) -> float:
         return float(statistics.median(load[field] for load in loads))
 
+    rounds = zip(loads, ours, strict=True)
     return _Row(
         median("seconds"),
+        statistics.median(load["seconds"] / own["seconds"] for load, own in rounds),
         median("read_bytes") / file_bytes,
         median("mapped_bytes") / file_bytes,
         median("peak_bytes"),
@@ -128,23 +131,24 @@ def distributed_table(found: dict[str, Any]) -> Table:
     for title in ("", "time", "ratio", "read", "mapped", "memory", "held"):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for kind, contenders in found["loads"].items():
-        rows = {name: _row(loads, found["file_bytes"]) for name, loads in contenders.items()}
-        first = next(iter(rows.values()))
+        ours = next(iter(contenders.values()))
+        rows = {name: _row(loads, ours, found["file_bytes"]) for name, loads in contenders.items()}
         table.add_row(kind)
         for name, row in rows.items():
             table.add_row(
                 f"  {name}",
                 format_seconds(row.seconds),
-                f"{row.seconds / first.seconds:.2f}",
+                f"{row.ratio:.2f}",
                 f"{row.read:.2f}",
                 f"{row.mapped:.2f}",
                 format_bytes(int(row.peak)),
                 format_bytes(int(row.held)),
-                style="bold" if row is first else "",
+                style="bold" if contenders[name] is ours else "",
             )
     table.caption = (
-        "Medians. read, mapped: by all ranks together, in multiples of the files. memory: the peak "
-        "of anonymous memory, of the rank that took most; held: its tensors, mapped ones too."
+        "Medians; ratio: of the rounds' ratios. read, mapped: by all ranks together, in multiples "
+        "of the files. memory: the peak of anonymous memory, of the rank that took most; held: its "
+        "tensors, mapped ones too."
     )
     table.caption_justify = "left"
     return table

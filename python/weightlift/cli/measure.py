@@ -39,9 +39,11 @@ __all__ = [
     "Comparison",
     "Job",
     "Sample",
+    "back_memory",
     "compare",
     "machine",
     "page_cache",
+    "prepare_files",
     "settle",
     "target_bytes",
 ]
@@ -345,7 +347,7 @@ def _measure(child: _Child, cold: bool) -> Sample | str:
 def _measured(child: _Child, cold: bool) -> Sample:
     job = child.job
     child.check_ready()
-    backed = _back_memory(target_bytes(job, cold) + _SLACK_BYTES) if job.what == "load" else 0
+    backed = back_memory(target_bytes(job, cold) + _SLACK_BYTES) if job.what == "load" else 0
     files = CONTENDERS[job.contender].reads(job)
     resident = prepare_files(files, cold)
     figures, peak = child.go()
@@ -511,7 +513,7 @@ def target_bytes(job: Job, cold: bool = False) -> int:
     return page_cache_bytes + total
 
 
-def _back_memory(count: int) -> int:
+def back_memory(count: int) -> int:
     """Backs ``count`` bytes, or what the machine can spare; returns how many."""
     headroom: int = _native.machine()["memory_headroom"]
     count = min(count, headroom * 3 // 4)

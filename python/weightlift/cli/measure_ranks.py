@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import weightlift as wl
 from weightlift import dtypes
+from weightlift.cli.measure import back_memory, prepare_files, settle
 
 __all__ = ["CONTENDERS", "Job", "Load"]
 
@@ -85,6 +86,7 @@ class _Checkpoint:
         self.files = [str(Path(folder, Path(file).name)) for file in job.files]
         for file, link in zip(job.files, self.files, strict=True):
             Path(link).symlink_to(Path(file).resolve())
+        self.file_bytes = sum(Path(file).stat().st_size for file in job.files)
         self.model = job.model
         self.tensors = {
             name: (Path(folder, Path(file).name), *header)
@@ -283,6 +285,10 @@ def _measure(load: Callable[[_Checkpoint], torch.nn.Module], checkpoint: _Checkp
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or what is freed already counts as held before
     dist.barrier()
+    if dist.get_rank() == 0:
+        back_memory(checkpoint.file_bytes * dist.get_world_size())
+        prepare_files(checkpoint.files, cold=False)
+    dist.barrier()
     before = _read_so_far()
     counted, report = wl.stats(), wl.last_report()
     with _peaks() as peaks:
@@ -321,6 +327,8 @@ def main(job: Job) -> None:
     chosen = [(kind, name) for kind, name in flat if kind in job.contenders]
     found: dict[str, dict[str, list[Load]]] = {kind: {} for kind in job.contenders}
     order = random.Random(0)  # the same on all ranks
+    if dist.get_rank() == 0:
+        settle(job.files)
     for number in range(job.repeat + 1):  # the first warms up
         for kind, name in order.sample(chosen, len(chosen)):
             load = _measure(CONTENDERS[kind][name], checkpoint)
