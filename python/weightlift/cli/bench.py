@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import enum
 import json
 import shlex
 import statistics
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +21,9 @@ from weightlift.report import format_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from weightlift.cli.measure import Comparison, Job, Sample
+    from weightlift.cli.measure import Comparison
 
-__all__ = ["bench", "comparison_table", "describe_run", "model_job", "notes"]
+__all__ = ["bench", "comparison_table", "describe_run", "notes"]
 
 
 class Device(enum.Enum):
@@ -30,20 +33,20 @@ class Device(enum.Enum):
 
 def bench(
     files: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
-            metavar="FILE",
-            exists=True,
-            readable=True,
+            metavar="FILE...",
+            show_default=False,
             help="The files of one checkpoint; they are loaded together. With --from-pretrained: "
-            "the folder of a model or pipeline.",
+            "the folder of a model or pipeline; module:Class after it where its configuration "
+            "names no class, or alone, for a model made by default.",
         ),
     ],
     from_pretrained: Annotated[
         bool,
         typer.Option(
             "--from-pretrained",
-            help="Measure the library's from_pretrained on a folder, stock against the backend.",
+            help="Measure from_pretrained by the library alone and with the backend on.",
         ),
     ] = False,
     distributed: Annotated[
@@ -65,10 +68,22 @@ def bench(
         str, typer.Option(help="Whom to compare with, separated by commas.")
     ] = "safetensors,torch",
     cold: Annotated[
-        bool,
-        typer.Option("--cold/--warm", help="Drop the files from the page cache before each load."),
-    ] = False,
-    repeat: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 5,
+        bool | None,
+        typer.Option(
+            "--cold/--warm",
+            help="Drop the files from the page cache before each load; by default warm, with "
+            "--from-pretrained both.",
+            show_default=False,
+        ),
+    ] = None,
+    repeat: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Measurements of each; by default 5, with --from-pretrained 3.",
+            show_default=False,
+        ),
+    ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Write all figures here.")
     ] = None,
@@ -81,23 +96,16 @@ def bench(
     Each measurement is a process of its own that has imported what it needs before the clock
     starts; it loads all tensors and touches all pages (on CUDA: synchronises).
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
     from weightlift.cli import measure
 
+    paths = [Path(file) for file in files]
+    if not from_pretrained:
+        for path in paths:
+            if not path.exists():
+                raise typer.BadParameter(f"{path} does not exist", param_hint="FILE")
     if distributed is not None:
-        _bench_distributed(files, distributed, repeat, json_out)
+        _bench_distributed(paths, distributed, repeat or 5, json_out)
         return
-    contenders = ["backend", "stock"] if from_pretrained else ["weightlift"]
-    for name in (
-        [] if from_pretrained else filter(None, (part.strip() for part in against.split(",")))
-    ):
-        if name not in measure.CONTENDERS:
-            known = ", ".join(key for key in measure.CONTENDERS if key != "weightlift")
-            raise typer.BadParameter(f"{name!r} is not one of {known}", param_hint="--against")
-        if name not in contenders:
-            contenders.append(name)
     if dtype is not None:
         _check_dtype(dtype)
         dtype = dtype.removeprefix("torch.")
@@ -109,49 +117,128 @@ def bench(
         if out is not None and not out.absolute().parent.is_dir():
             raise FileNotFoundError(2, "its folder does not exist; make it first", str(out))
     if from_pretrained:
-        job = model_job(files[0], device.value, dtype)
-        files = [Path(file) for file in job.files]
+        states = [True, False] if cold is None else [cold]
+        found = _bench_models(files, device.value, dtype, states, repeat or 3)
     else:
-        folders = [file for file in files if file.is_dir()]
-        if folders:
-            raise typer.BadParameter(f"{folders[0]} is a folder: add --from-pretrained")
-        names = [str(file) for file in files]
-        job = measure.Job("weightlift", tuple(names), device.value, dtype)
-    title = _title(files, job)
+        contenders = ["weightlift"]
+        for name in filter(None, (part.strip() for part in against.split(","))):
+            if name not in measure.CONTENDERS:
+                known = ", ".join(key for key in measure.CONTENDERS if key != "weightlift")
+                raise typer.BadParameter(f"{name!r} is not one of {known}", param_hint="--against")
+            if name not in contenders:
+                contenders.append(name)
+        found = [_bench_files(paths, device.value, dtype, contenders, bool(cold), repeat or 5)]
+    if json_out is not None:
+        json_out.write_text(json.dumps(_json(found, measure.machine()), indent=2) + "\n")
+    if plot_out is not None and any(one.samples for one in found):
+        from weightlift.cli.plot import plot
 
-    console = Console(highlight=False)
-    with Progress(
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as progress:
-        task = progress.add_task("measuring", total=len(contenders) * repeat)
+        plot(found, plot_out, f"Time to load, median of {_rounds(found)}")
+    if not all(one.job.contender in one.samples for one in found):
+        raise typer.Exit(1)
+
+
+def _bench_files(
+    paths: list[Path],
+    device: str,
+    dtype: str | None,
+    contenders: list[str],
+    cold: bool,
+    repeat: int,
+) -> Comparison:
+    from rich.console import Console
+
+    from weightlift.cli import measure
+
+    folders = [path for path in paths if path.is_dir()]
+    if folders:
+        raise typer.BadParameter(f"{folders[0]} is a folder: add --from-pretrained")
+    job = measure.Job("weightlift", tuple(map(str, paths)), device, dtype)
+    title = _title(paths, job)
+    with _progress(len(contenders) * repeat) as (begin, step):
         found = measure.compare(
-            title,
-            job,
-            contenders,
-            cold=cold,
-            repeat=repeat,
-            step=lambda name: progress.update(task, advance=1, description=f"measured {name}"),
+            title, job, contenders, cold=cold, repeat=repeat, begin=begin, step=step
         )
-    console.print(f"[bold]{title}[/bold]", highlight=False)
+    console = Console(highlight=False)
+    console.print(f"[bold]{title}[/bold]")
     console.print(describe_run(found), style="dim")
     if found.samples:
         console.print()
         console.print(comparison_table(found, contenders[0]))
     for line in notes(found):
         console.print(line, markup=False, soft_wrap=True)
-    if json_out is not None:
-        json_out.write_text(json.dumps(_json(found, measure.machine()), indent=2) + "\n")
-    if plot_out is not None and found.samples:
-        from weightlift.cli.plot import plot
+    return found
 
-        plot([found], plot_out, f"Time to load, median of {repeat}")
-    if contenders[0] not in found.samples:
-        raise typer.Exit(1)
+
+def _bench_models(
+    arguments: list[str], device: str, dtype: str | None, states: list[bool], repeat: int
+) -> list[Comparison]:
+    import dataclasses
+
+    from rich.console import Console
+
+    from weightlift.cli import bench_models, measure
+
+    contenders = list(bench_models.NAMES)
+    with bench_models.bench_folder(arguments) as (folder, where):
+        job = bench_models.model_job(folder, device, dtype, where)
+        job = dataclasses.replace(job, forward=True)
+        title = bench_models.model_title(job)
+        with _progress(len(contenders) * repeat * len(states)) as (begin, step):
+            found = [
+                measure.compare(
+                    f"{title}, {bench_models.state(cold)}",
+                    job,
+                    contenders,
+                    cold=cold,
+                    repeat=repeat,
+                    begin=bench_models.told(begin, cold),
+                    step=step,
+                )
+                for cold in states
+            ]
+    console = Console(highlight=False)
+    console.print(f"[bold]{title}[/bold]")
+    for one in found:
+        console.print(describe_run(one), style="dim")
+    console.print()
+    console.print(bench_models.models_table(found))
+    lines = [line for one in found for line in [*notes(one), *bench_models.forward_notes(one)]]
+    for line in dict.fromkeys(lines):
+        console.print(line, markup=False, soft_wrap=True)
+    return found
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
+    """What to call with words for what is begun, and after each measurement: a bar on a terminal's
+    stderr, elsewhere lines with the time."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    started = time.monotonic()
+
+    def line(text: str) -> None:
+        sys.stderr.write(f"{time.monotonic() - started:6.1f} s  {text}\n")
+        sys.stderr.flush()
+
+    if not console.is_terminal:
+        yield line, lambda _: None
+        return
+    with Progress(
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("starting", total=total)
+        yield (
+            lambda text: progress.update(task, description=text),
+            lambda _: progress.advance(task),
+        )
 
 
 def _bench_distributed(files: list[Path], ranks: int, repeat: int, json_out: Path | None) -> None:
@@ -169,36 +256,6 @@ def _bench_distributed(files: list[Path], ranks: int, repeat: int, json_out: Pat
     console.print(distributed_table(found))
     if json_out is not None:
         json_out.write_text(json.dumps({**_run(), "machine": measure.machine(), **found}) + "\n")
-
-
-def model_job(folder: Path, device: str, dtype: str | None) -> Job:
-    """The load of a model or pipeline by the class that its configuration names.
-
-    Raises:
-        CheckpointError: the folder has no configuration that names one, or no weights.
-    """
-    from weightlift.cli.measure import Job
-    from weightlift.errors import CheckpointError
-
-    config: dict[str, Any] = {}
-    for name in ("model_index.json", "config.json"):
-        if (folder / name).is_file():
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
-            break
-    architectures = config.get("architectures") or []
-    if config.get("_class_name"):
-        where = f"diffusers:{config['_class_name']}"
-    elif architectures:
-        where = f"transformers:{architectures[0]}"
-    else:
-        raise CheckpointError(
-            f"{folder}: it has no config.json or model_index.json that names a class"
-        )
-    found = sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("*.bin"))
-    if not found:
-        raise CheckpointError(f"{folder}: there are no weights in it")
-    files = tuple(map(str, found))
-    return Job("stock", files, device, dtype, folder=str(folder), model=where)
 
 
 def _check_dtype(dtype: str) -> None:
@@ -236,7 +293,7 @@ def describe_run(found: Comparison) -> str:
     warm = "warm, read in from beginning to end once"
     return (
         f"{'cold' if found.cold else warm}: before each load the page cache held {cache}; "
-        f"{rounds} rounds in random order, a new process each; {format_bytes(backed)} of memory "
+        f"rounds in random order: {rounds}, a new process each; {format_bytes(backed)} of memory "
         f"on huge pages touched and freed before each"
     )
 
@@ -251,9 +308,7 @@ def comparison_table(comparison: Comparison, reference: str = "weightlift") -> T
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold"
     )
-    forwards = any(s.forward_seconds is not None for c in comparison.samples.values() for s in c)
-    titles = ["", "time", "load", "touch", "GB/s", "CPU", "memory", "ratio"]
-    for title in [*titles, *(["to 1st forward"] if forwards else [])]:
+    for title in ["", "time", "load", "touch", "GB/s", "CPU", "memory", "ratio"]:
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for name, samples in comparison.samples.items():
         ratio = comparison.time_ratio(name, reference)
@@ -266,7 +321,6 @@ def comparison_table(comparison: Comparison, reference: str = "weightlift") -> T
             format_seconds(statistics.median(sample.cpu_seconds for sample in samples)),
             format_bytes(comparison.peak(name)),
             "" if ratio is None else f"{ratio:.2f}",
-            *([_forward(samples)] if forwards else []),
             style="bold" if name == reference else "",
         )
     table.caption = (
@@ -275,13 +329,6 @@ def comparison_table(comparison: Comparison, reference: str = "weightlift") -> T
     )
     table.caption_justify = "left"
     return table
-
-
-def _forward(samples: list[Sample]) -> str:
-    from weightlift.cli.plot import format_seconds
-
-    times = [s.seconds + s.forward_seconds for s in samples if s.forward_seconds is not None]
-    return format_seconds(statistics.median(times)) if times else ""
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -301,5 +348,9 @@ def _run() -> dict[str, Any]:
     }
 
 
-def _json(found: Comparison, machine: dict[str, Any]) -> dict[str, Any]:
-    return {**_run(), "machine": machine, "comparisons": [found.to_json()]}
+def _json(found: list[Comparison], machine: dict[str, Any]) -> dict[str, Any]:
+    return {**_run(), "machine": machine, "comparisons": [one.to_json() for one in found]}
+
+
+def _rounds(found: list[Comparison]) -> int:
+    return max(len(samples) for one in found for samples in one.samples.values())

@@ -87,8 +87,8 @@ class Sample:
         resident_bytes_after: the same, after it.
         backed_bytes: of memory that was made available beforehand.
         report: what weightlift reports of the load.
-        forward_seconds: of a model's first forward pass; ``None`` for what is no model, or has no
-            ``dummy_inputs``.
+        forward_seconds: of a model's first forward pass, where it was asked for; ``None`` where
+            there was none, for the reason that ``forward`` says.
         peak_device_bytes: what torch had allocated on CUDA at most.
         device_bytes: what the device had less after the load than before, whoever took it.
         checksum: of the names and bits that came out, where it was asked for.
@@ -106,6 +106,7 @@ class Sample:
     backed_bytes: int
     report: dict[str, Any] | None = None
     forward_seconds: float | None = None
+    forward: str = ""
     peak_device_bytes: int | None = None
     device_bytes: int | None = None
     checksum: int | None = None
@@ -113,6 +114,11 @@ class Sample:
     @property
     def seconds(self) -> float:
         return self.load_seconds + self.touch_seconds
+
+    @property
+    def first_forward_seconds(self) -> float | None:
+        """From the start of the load to the end of the first forward pass."""
+        return None if self.forward_seconds is None else self.seconds + self.forward_seconds
 
 
 @dataclasses.dataclass
@@ -229,6 +235,7 @@ def compare(
     seed: int = 0,
     touched: bool = True,
     environments: Path | None = None,
+    begin: Callable[[str], None] = lambda _: None,
     step: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
     """Measures ``job`` by all ``contenders``, ``repeat`` times each.
@@ -242,6 +249,7 @@ def compare(
         seed: of the order within the rounds.
         touched: whether ``Comparison`` counts the touch of all pages.
         environments: where contenders have virtual environments of their own.
+        begin: called with words for what is done next.
         step: called with the contender's name after each measurement, failed ones included.
     """
     refused: dict[str, str] = {}
@@ -268,6 +276,7 @@ def compare(
     # context takes memory and time slices.
     together = 1 if job.on_cuda else max(1, _native.machine()["cpus"])
     if not cold:
+        begin("reading the files into the page cache")
         settle({file for contender in samples for file in CONTENDERS[contender].reads(job)})
     for turn in range(repeat):
         order = [contender for contender in samples if contender not in refused]
@@ -278,10 +287,12 @@ def compare(
                     stack.enter_context(children[contender].with_checksum(turn == 0))
                     for contender in order[start : start + together]
                 ]
+                begin(f"importing {', '.join(child.job.contender for child in running)}")
                 for child in running:
                     child.expect_ready()
                 for child in running:
                     contender = child.job.contender
+                    begin(f"measuring {contender}, round {turn + 1} of {repeat}")
                     sample = _measure(child, cold)
                     versions[contender] = child.version
                     if isinstance(sample, Sample):
@@ -415,7 +426,9 @@ class _Child:
         self._sampling = True
         self._say("go")
         figures = self.line()
-        self._sampling = False
+        self._sampling = False  # what comes after the load is not the load's memory
+        while (more := self._next()) is not None:
+            figures |= more
         _pipe(self._process.stdin).close()
         if self._process.wait(timeout=_LIMIT_SECONDS) != 0:
             raise _FailedError(f"ended with status {self._process.returncode}{self._last_words()}")
@@ -429,18 +442,22 @@ class _Child:
 
     def line(self) -> dict[str, Any]:
         """What it says next."""
-        try:
-            line: dict[str, Any] = json.loads(next(self._lines))
-        except StopIteration:
+        line = self._next()
+        if line is None:
             self._process.wait()
-            raise _FailedError(
-                f"ended with status {self._process.returncode}{self._last_words()}"
-            ) from None
+            raise _FailedError(f"ended with status {self._process.returncode}{self._last_words()}")
+        return line
+
+    def _next(self) -> dict[str, Any] | None:
+        """``None`` at the end of what it says."""
+        try:
+            text = next(self._lines, None)
         except TimeoutError:
             self._process.kill()
             raise _FailedError(f"took longer than {_LIMIT_SECONDS:.0f} s") from None
+        line: dict[str, Any] | None = None if text is None else json.loads(text)
         for key in ("failed", "refused"):
-            if key in line:
+            if line is not None and key in line:
                 raise _FailedError(line[key])
         return line
 

@@ -5,7 +5,8 @@ environment. It imports nothing of weightlift at the top: another library, and `
 itself, are measured without it.
 
 The conversation, a line each way: a ``Job`` as JSON comes in; what the job needs is imported;
-``{"ready": ...}`` goes out; ``go`` comes in; the clock runs; the figures go out as JSON.
+``{"ready": ...}`` goes out; ``go`` comes in; the clock runs; the figures go out as JSON, and what
+comes after them: a checksum, a forward pass.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
+import inspect
 import json
 import mmap
 import sys
@@ -147,9 +149,11 @@ def _measure(adapters: Any, job: Job, say: Callable[[dict[str, Any]], None]) -> 
         "peak_device_bytes": torch.cuda.max_memory_allocated() if job.on_cuda else None,
         "device_bytes": free - torch.cuda.mem_get_info(job.device)[0] if job.on_cuda else None,
     }
+    say(figures)
     if contender.exact and (job.checksum or job.on_cuda):
-        figures["checksum"] = checksum(tensors)
-    say({**figures, "forward_seconds": _forward_seconds(result)})
+        say({"checksum": checksum(tensors)})
+    if job.forward:
+        say(_forward(result))
 
 
 def checksum(tensors: dict[str, Any]) -> int:
@@ -204,18 +208,62 @@ def _state_dict(model: Any) -> dict[str, Any]:
     }
 
 
-def _forward_seconds(model: Any) -> float | None:
+def _forward(result: Any) -> dict[str, Any]:
+    """The first forward pass of a model, or of each model of a pipeline."""
     import torch
 
-    inputs = getattr(model, "dummy_inputs", None)
-    if inputs is None or model.device.type == "meta":
-        return None
+    parts = [result] if isinstance(result, torch.nn.Module) else result.components.values()
+    models: list[Any] = [part for part in parts if isinstance(part, torch.nn.Module)]
     start = time.perf_counter()
-    with torch.no_grad():
-        model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter() - start
+    for model in models:
+        name = type(model).__name__
+        inputs = _inputs(model)
+        if inputs is None:
+            return {"forward": f"what {name} takes is not known; it may have dummy_inputs"}
+        try:
+            with torch.no_grad():
+                model(**{key: _placed(value, model) for key, value in inputs.items()})
+        except Exception as error:
+            return {"forward": f"{name}: {type(error).__name__}: {str(error)[:200]}"}
+    if any(model.device.type == "cuda" for model in models):
+        torch.cuda.synchronize()
+    return {"forward_seconds": time.perf_counter() - start}
+
+
+def _inputs(model: Any) -> dict[str, Any] | None:
+    """Of the smallest call: what the model has for it, or what the configurations of diffusers'
+    models with a ``sample`` say."""
+    import torch
+
+    found = getattr(model, "dummy_inputs", None)
+    if found is not None:
+        return dict(found)
+    names = inspect.signature(model.forward).parameters
+    config = getattr(model, "config", None)
+    channels = getattr(config, "in_channels", None)
+    if config is None or channels is None or "sample" not in names:
+        return None
+    inputs: dict[str, Any] = {"sample": torch.zeros(1, channels, 32, 32)}
+    if "timestep" in names:
+        inputs["timestep"] = 1
+    width = getattr(config, "cross_attention_dim", None)
+    if "encoder_hidden_states" in names and isinstance(width, int):
+        inputs["encoder_hidden_states"] = torch.zeros(1, 77, width)
+    if getattr(config, "addition_embed_type", None) == "text_time":
+        ids = 6 * config.addition_time_embed_dim
+        text = torch.zeros(1, config.projection_class_embeddings_input_dim - ids)
+        inputs["added_cond_kwargs"] = {"text_embeds": text, "time_ids": torch.zeros(1, 6)}
+    return inputs
+
+
+def _placed(value: Any, model: Any) -> Any:
+    import torch
+
+    if isinstance(value, dict):
+        return {key: _placed(one, model) for key, one in value.items()}
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(model.device, model.dtype if value.is_floating_point() else None)
 
 
 def back_memory(count: int) -> None:

@@ -57,15 +57,16 @@ def plot(comparisons: Sequence[Comparison], path: str | Path, title: str) -> Non
 
 def _panel_of(comparison: Comparison) -> Panel:
     bars = []
+    own = "backend" if "backend" in comparison.samples else "weightlift"
     for name in comparison.samples:
         notes = []
         if comparison.job.what == "load":
             notes.append(f"{comparison.rate(name) / 1e9:.2f} GB/s")
-        if name != "weightlift" and "weightlift" in comparison.samples:
-            ratio = comparison.time_ratio(name, "weightlift")
+        if name != own and own in comparison.samples:
+            ratio = comparison.time_ratio(name, own)
             notes.append(f"({ratio:.2f}x weightlift's time)")
         note = "   ".join(notes)
-        bars.append(Bar(name, comparison.median(name), note, name == "weightlift"))
+        bars.append(Bar(name, comparison.median(name), note, name == own))
     return Panel(comparison.name, bars)
 
 

@@ -48,6 +48,7 @@ class Job:
         folder: of a model, with its configuration; ``files`` are its weights.
         model: ``"module:Class"`` of that model, for contenders that load into one.
         checksum: have a checksum made of the result, after the clock; on CUDA one always is.
+        forward: have the model run once, after the clock.
     """
 
     contender: str
@@ -60,6 +61,7 @@ class Job:
     folder: str | None = None
     model: str | None = None
     checksum: bool = False
+    forward: bool = False
 
     def files_as(self, suffix: str) -> tuple[str, ...]:
         """The files of the same names in another format."""
