@@ -101,13 +101,19 @@ std::string_view error_name(ErrorCode code) noexcept {
   return "unknown";
 }
 
+std::string_view Error::text() const noexcept {
+  if (!message.empty()) return message;
+  if (code == ErrorCode::kCancelled) return "the load was cancelled";
+  return "out of memory while loading: free some, or load fewer tensors at a time";
+}
+
 std::string Error::describe() const {
-  std::string text;
-  if (!path.empty()) text += path + ": ";
-  if (!tensor.empty()) text += "tensor '" + tensor + "': ";
-  text += message;
-  if (offset) text += " (at byte " + std::to_string(*offset) + ")";
-  return text;
+  std::string line;
+  if (!path.empty()) line += path + ": ";
+  if (!tensor.empty()) line += "tensor '" + tensor + "': ";
+  line += text();
+  if (offset) line += " (at byte " + std::to_string(*offset) + ")";
+  return line;
 }
 
 }  // namespace weightlift

@@ -70,12 +70,15 @@ enum class ErrorKind : std::uint8_t { kFormat, kRead, kDevice, kMemory, kArgumen
 
 struct Error {
   ErrorCode code = ErrorCode::kInvalidArgument;
-  std::string message;  // what is wrong and what to do, without the path and the tensor
+  // What is wrong and what to do, without the path and the tensor. Empty where no memory can be had
+  // for it, or may not be asked for: text() is then what the code alone says.
+  std::string message = {};
   std::string path = {};
   std::string tensor = {};
   std::optional<std::uint64_t> offset = {};  // bytes from the start of the file
   int system_errno = 0;
 
+  [[nodiscard]] std::string_view text() const noexcept;
   [[nodiscard]] std::string describe() const;  // one line: path, tensor, offset, message
 };
 
@@ -92,8 +95,9 @@ class [[nodiscard]] Result {
   [[nodiscard]] T&& operator*() && noexcept { return std::move(*std::get_if<0>(&state_)); }
   [[nodiscard]] T* operator->() noexcept { return std::get_if<0>(&state_); }
   [[nodiscard]] const T* operator->() const noexcept { return std::get_if<0>(&state_); }
-  [[nodiscard]] Error& error() noexcept { return *std::get_if<1>(&state_); }
-  [[nodiscard]] const Error& error() const noexcept { return *std::get_if<1>(&state_); }
+  [[nodiscard]] Error& error() & noexcept { return *std::get_if<1>(&state_); }
+  [[nodiscard]] const Error& error() const& noexcept { return *std::get_if<1>(&state_); }
+  [[nodiscard]] Error&& error() && noexcept { return std::move(*std::get_if<1>(&state_)); }
 
  private:
   std::variant<T, Error> state_;
@@ -106,8 +110,9 @@ class [[nodiscard]] Result<void> {
   Result(Error error) : error_(std::move(error)) {}  // NOLINT(*explicit*)
 
   [[nodiscard]] bool ok() const noexcept { return !error_.has_value(); }
-  [[nodiscard]] Error& error() noexcept { return *error_; }
-  [[nodiscard]] const Error& error() const noexcept { return *error_; }
+  [[nodiscard]] Error& error() & noexcept { return *error_; }
+  [[nodiscard]] const Error& error() const& noexcept { return *error_; }
+  [[nodiscard]] Error&& error() && noexcept { return *std::move(error_); }
 
  private:
   std::optional<Error> error_;

@@ -40,12 +40,12 @@ void raise(const Error& error) {
   if (!factory) throw std::runtime_error(error.describe());
   const auto code = error_name(error.code);
   // surrogateescape, so that a path or a name that is no UTF-8 still shows.
-  const auto text = [](const std::string& value) {
+  const auto text = [](std::string_view value) {
     return py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
         value.data(), static_cast<Py_ssize_t>(value.size()), "surrogateescape"));
   };
   const py::object exception = factory(
-      kind_name(error_kind(error.code)), py::str(code.data(), code.size()), text(error.message),
+      kind_name(error_kind(error.code)), py::str(code.data(), code.size()), text(error.text()),
       text(error.path), error.offset ? py::object(py::int_(*error.offset)) : py::object(py::none()),
       text(error.tensor), error.system_errno);
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(exception.ptr())), exception.ptr());

@@ -75,28 +75,14 @@ Result<Device*> Device::get(int ordinal) {
   }
   CUdevice handle = 0;
   WL_RETURN_IF_ERROR(check(*table, table->cuDeviceGet(&handle, ordinal), "cuDeviceGet"));
-  CUcontext context = nullptr;
-  WL_RETURN_IF_ERROR(
-      check(*table, table->cuDevicePrimaryCtxRetain(&context, handle), "cuDevicePrimaryCtxRetain"));
-  auto device = std::unique_ptr<Device>(new Device(*table, ordinal, handle, context));
-  return state.devices.emplace(ordinal, std::move(device)).first->second.get();
-}
-
-std::vector<Device*> Device::active() {
-  std::vector<Device*> devices;
-  const auto total = count();
-  if (!total.ok()) return devices;
-  const auto table = weightlift::device::driver();
-  for (int ordinal = 0; ordinal < *total; ++ordinal) {
-    CUdevice handle = 0;
-    unsigned flags = 0;
-    int in_use = 0;
-    if ((*table)->cuDeviceGet(&handle, ordinal) != CUDA_SUCCESS) continue;
-    if ((*table)->cuDevicePrimaryCtxGetState(handle, &flags, &in_use) != CUDA_SUCCESS) continue;
-    if (in_use == 0) continue;
-    if (auto device = get(ordinal); device.ok()) devices.push_back(*device);
-  }
-  return devices;
+  // All memory first: nothing may throw between the context and its owner.
+  std::map<int, std::unique_ptr<Device>> made;
+  made.emplace(ordinal, std::unique_ptr<Device>(new Device(*table, ordinal, handle)));
+  Device* const device = made.begin()->second.get();
+  WL_RETURN_IF_ERROR(check(*table, table->cuDevicePrimaryCtxRetain(&device->context_, handle),
+                           "cuDevicePrimaryCtxRetain"));
+  state.devices.merge(made);
+  return device;
 }
 
 std::string Device::name() const {
@@ -130,19 +116,31 @@ Result<CUfunction> Device::scatter_kernel() {
   return *kernel_;
 }
 
-void Device::synchronize() noexcept {
-  const CurrentContext current(*this);
-  if (current.status().ok()) driver_->cuCtxSynchronize();
+// Without a Device of each, which would need memory: this is called by destructors.
+void wait_for_devices() noexcept {
+  if (registry().process.load() != ::getpid()) return;  // this process has not used the driver
+  const Driver& table = **driver();
+  int count = 0;
+  if (table.cuDeviceGetCount(&count) != CUDA_SUCCESS) return;
+  for (int ordinal = 0; ordinal < count; ++ordinal) {
+    CUdevice handle = 0;
+    unsigned flags = 0;
+    int in_use = 0;
+    CUcontext context = nullptr;
+    if (table.cuDeviceGet(&handle, ordinal) != CUDA_SUCCESS) continue;
+    if (table.cuDevicePrimaryCtxGetState(handle, &flags, &in_use) != CUDA_SUCCESS) continue;
+    if (in_use == 0 || table.cuDevicePrimaryCtxRetain(&context, handle) != CUDA_SUCCESS) continue;
+    if (table.cuCtxPushCurrent(context) == CUDA_SUCCESS) {
+      table.cuCtxSynchronize();
+      table.cuCtxPopCurrent(&context);
+    }
+    table.cuDevicePrimaryCtxRelease(handle);
+  }
 }
-
-CurrentContext::CurrentContext(Device& device)
-    : device_(device),
-      status_(check(device.driver(), device.driver().cuCtxPushCurrent(device.context()),
-                    "cuCtxPushCurrent")) {}
 
 CurrentContext::~CurrentContext() {
   CUcontext popped = nullptr;
-  if (status_.ok()) device_.driver().cuCtxPopCurrent(&popped);
+  if (ok()) device_.driver().cuCtxPopCurrent(&popped);
 }
 
 Result<Stream> Stream::create(Device& device) {
@@ -158,7 +156,7 @@ Result<Stream> Stream::create(Device& device) {
 Stream::~Stream() {
   if (stream_ == nullptr) return;
   const CurrentContext current(*device_);
-  if (current.status().ok()) device_->driver().cuStreamDestroy(stream_);
+  if (current.ok()) device_->driver().cuStreamDestroy(stream_);
 }
 
 Result<Event> Event::create(Device& device) {
@@ -175,7 +173,7 @@ Result<Event> Event::create(Device& device) {
 Event::~Event() {
   if (event_ == nullptr) return;
   const CurrentContext current(*device_);
-  if (current.status().ok()) device_->driver().cuEventDestroy(event_);
+  if (current.ok()) device_->driver().cuEventDestroy(event_);
 }
 
 Status Event::record(CUstream stream) {

@@ -8,7 +8,6 @@
 #include <optional>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "device/driver.h"
 #include "result.h"
@@ -23,8 +22,6 @@ class Device {
   // CUDA (the driver supports fork only before that, or together with exec).
   [[nodiscard]] static Result<Device*> get(int ordinal);
   [[nodiscard]] static Result<int> count();
-  // Every device of this process whose primary context is in use, by whomever.
-  [[nodiscard]] static std::vector<Device*> active();
 
   [[nodiscard]] int ordinal() const noexcept { return ordinal_; }
   [[nodiscard]] const Driver& driver() const noexcept { return *driver_; }
@@ -35,18 +32,15 @@ class Device {
   // has none, and is remembered.
   [[nodiscard]] Result<CUfunction> scatter_kernel();
 
-  // Waits for everything that was given to this device; tolerates a driver that is shut down.
-  void synchronize() noexcept;
-
  private:
   friend void forget_devices() noexcept;
-  Device(const Driver& table, int ordinal, CUdevice handle, CUcontext context)
-      : driver_(&table), ordinal_(ordinal), handle_(handle), context_(context) {}
+  Device(const Driver& table, int ordinal, CUdevice handle)
+      : driver_(&table), ordinal_(ordinal), handle_(handle) {}
 
   const Driver* driver_;
   int ordinal_;
   CUdevice handle_;
-  CUcontext context_;
+  CUcontext context_ = nullptr;
   std::mutex kernel_mutex_;
   CUmodule module_ = nullptr;
   std::optional<Result<CUfunction>> kernel_;
@@ -55,16 +49,20 @@ class Device {
 // Makes a device's context the calling thread's for a scope.
 class CurrentContext {
  public:
-  explicit CurrentContext(Device& device);
+  explicit CurrentContext(Device& device)
+      : device_(device), result_(device.driver().cuCtxPushCurrent(device.context())) {}
   CurrentContext(const CurrentContext&) = delete;
   CurrentContext& operator=(const CurrentContext&) = delete;
   ~CurrentContext();
 
-  [[nodiscard]] const Status& status() const noexcept { return status_; }
+  [[nodiscard]] bool ok() const noexcept { return result_ == CUDA_SUCCESS; }
+  [[nodiscard]] Status status() const {
+    return check(device_.driver(), result_, "cuCtxPushCurrent");
+  }
 
  private:
   Device& device_;
-  Status status_;
+  CUresult result_;
 };
 
 // A stream that does not wait for the legacy default stream.
@@ -104,6 +102,11 @@ class Event {
   Device* device_;
   CUevent event_;
 };
+
+// Waits for every device in use, by whomever: others may be copying from memory that is about to be
+// unpinned, and torch records no event for memory that is not its own. Tolerates a driver that is
+// shut down.
+void wait_for_devices() noexcept;
 
 #ifdef WEIGHTLIFT_TESTING
 void forget_devices() noexcept;  // for device/testing.cc: releases the contexts

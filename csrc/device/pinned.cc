@@ -40,16 +40,12 @@ PinnedMemory::~PinnedMemory() {
   if (device_ == nullptr) return;
   const CurrentContext current(*device_);
   // A driver that is shut down answers with an error, and has let go of the pages already.
-  if (!current.status().ok()) return;
+  if (!current.ok()) return;
   if (memory_.data() != nullptr) {
     device_->driver().cuMemHostUnregister(data_);
   } else {
     device_->driver().cuMemFreeHost(data_);
   }
-}
-
-void wait_for_devices() noexcept {
-  for (Device* device : Device::active()) device->synchronize();
 }
 
 }  // namespace weightlift::device

@@ -41,8 +41,4 @@ class PinnedMemory {
   std::size_t bytes_;
 };
 
-// Waits for every device in use: others may be copying from memory that is about to be unpinned,
-// and torch records no event for memory that is not its own.
-void wait_for_devices() noexcept;
-
 }  // namespace weightlift::device

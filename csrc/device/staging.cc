@@ -10,8 +10,21 @@ StagingPool& StagingPool::instance() {
   return *pool;
 }
 
-Result<std::optional<PinnedMemory>> StagingPool::take(Device& device, std::size_t bytes,
-                                                      std::size_t budget) {
+StagingSlot::~StagingSlot() {
+  StagingPool& pool = StagingPool::instance();
+  const std::lock_guard lock(pool.mutex_);
+  pool.free_.splice(pool.free_.end(), memory_);
+}
+
+void StagingSlot::abandon() noexcept {
+  StagingPool& pool = StagingPool::instance();
+  const std::lock_guard lock(pool.mutex_);
+  pool.abandoned_.splice(pool.abandoned_.end(), memory_);
+}
+
+Result<std::optional<StagingSlot>> StagingPool::take(Device& device, std::size_t bytes,
+                                                     std::size_t budget) {
+  std::list<PinnedMemory> memory;
   {
     std::unique_lock lock(mutex_);
     while (true) {
@@ -19,13 +32,13 @@ Result<std::optional<PinnedMemory>> StagingPool::take(Device& device, std::size_
           std::find_if(free_.begin(), free_.end(),
                        [bytes](const PinnedMemory& slot) { return slot.size() == bytes; });
       if (found != free_.end()) {
-        std::optional<PinnedMemory> slot(std::move(*found));
-        free_.erase(found);
-        return slot;
+        memory.splice(memory.end(), free_, found);
+        lock.unlock();  // the slot takes it when it dies
+        return std::optional(StagingSlot(std::move(memory)));
       }
       if (pinned_bytes_ + bytes <= budget) break;
       // Those of other sizes make room, and count until they are unpinned.
-      if (free_.empty()) return std::optional<PinnedMemory>();
+      if (free_.empty()) return std::optional<StagingSlot>();
       std::optional<PinnedMemory> unfit(std::move(free_.front()));
       free_.pop_front();
       const std::size_t room = unfit->size();
@@ -36,23 +49,19 @@ Result<std::optional<PinnedMemory>> StagingPool::take(Device& device, std::size_
     }
     pinned_bytes_ += bytes;
   }
-  auto slot = PinnedMemory::allocate(device, bytes);
-  if (!slot.ok()) {
-    const std::lock_guard lock(mutex_);
-    pinned_bytes_ -= bytes;
-    return slot.error();
-  }
-  return std::optional<PinnedMemory>(*std::move(slot));
-}
-
-void StagingPool::give_back(PinnedMemory slot) {
-  const std::lock_guard lock(mutex_);
-  free_.push_back(std::move(slot));
-}
-
-void StagingPool::abandon(PinnedMemory slot) {
-  const std::lock_guard lock(mutex_);
-  abandoned_.push_back(std::move(slot));
+  // Counted back, whichever way this ends without a slot.
+  struct Reserved {
+    StagingPool& pool;
+    std::size_t bytes;
+    ~Reserved() {
+      const std::lock_guard lock(pool.mutex_);
+      pool.pinned_bytes_ -= bytes;
+    }
+  } reserved{*this, bytes};
+  WL_ASSIGN_OR_RETURN(PinnedMemory made, PinnedMemory::allocate(device, bytes));
+  memory.push_back(std::move(made));
+  reserved.bytes = 0;
+  return std::optional(StagingSlot(std::move(memory)));
 }
 
 std::size_t StagingPool::pinned_bytes() const {

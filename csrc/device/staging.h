@@ -7,11 +7,32 @@
 #include <list>
 #include <mutex>
 #include <optional>
+#include <utility>
 
 #include "device/pinned.h"
 #include "result.h"
 
 namespace weightlift::device {
+
+// A slot on loan: it goes back to the pool when it dies.
+class StagingSlot {
+ public:
+  StagingSlot(StagingSlot&& other) = default;
+  StagingSlot& operator=(StagingSlot&& other) = delete;
+  ~StagingSlot();
+
+  [[nodiscard]] std::byte* data() const noexcept { return memory_.front().data(); }
+  [[nodiscard]] std::size_t size() const noexcept { return memory_.front().size(); }
+
+  // Leaves it pinned and mapped for ever: a lost device may still be reading it.
+  void abandon() noexcept;
+
+ private:
+  friend class StagingPool;
+  explicit StagingSlot(std::list<PinnedMemory> memory) noexcept : memory_(std::move(memory)) {}
+
+  std::list<PinnedMemory> memory_;  // of one: it moves between lists, which needs no memory
+};
 
 class StagingPool {
  public:
@@ -20,17 +41,15 @@ class StagingPool {
   // A slot of `bytes`: a free one, or a new one while no more than `budget` bytes are pinned;
   // nothing where others hold the budget. Pins without holding the lock: several threads make the
   // slots of a first load at the same time.
-  [[nodiscard]] Result<std::optional<PinnedMemory>> take(Device& device, std::size_t bytes,
-                                                         std::size_t budget);
-  void give_back(PinnedMemory slot);
-  // Leaves a slot pinned and mapped for ever: a lost device may still be reading it.
-  void abandon(PinnedMemory slot);
+  [[nodiscard]] Result<std::optional<StagingSlot>> take(Device& device, std::size_t bytes,
+                                                        std::size_t budget);
 
   [[nodiscard]] std::size_t pinned_bytes() const;
 
   void clear();  // unpins the free slots
 
  private:
+  friend class StagingSlot;
   StagingPool() = default;
 
   mutable std::mutex mutex_;

@@ -36,13 +36,9 @@ Result<std::unique_ptr<DeviceLane>> DeviceLane::open(const LoadPlan& plan, const
 }
 
 DeviceLane::~DeviceLane() {
+  if (!lost_.load()) return;
   for (std::optional<Slot>& slot : slots_) {
-    if (!slot) continue;
-    if (lost_.load()) {
-      device::StagingPool::instance().abandon(std::move(slot->memory));
-    } else {
-      device::StagingPool::instance().give_back(std::move(slot->memory));
-    }
+    if (slot) slot->memory.abandon();
   }
 }
 
@@ -53,12 +49,8 @@ Result<bool> DeviceLane::add_slot(std::uint32_t index) {
   WL_ASSIGN_OR_RETURN(auto memory,
                       device::StagingPool::instance().take(device_, settings_.chunk_bytes, budget));
   if (!memory) return false;
-  auto event = device::Event::create(device_);
-  if (!event.ok()) {
-    device::StagingPool::instance().give_back(*std::move(memory));
-    return event.error();
-  }
-  slots_[index].emplace(Slot{.memory = *std::move(memory), .copied = *std::move(event)});
+  WL_ASSIGN_OR_RETURN(device::Event event, device::Event::create(device_));
+  slots_[index].emplace(Slot{.memory = *std::move(memory), .copied = std::move(event)});
   return true;
 }
 
@@ -76,8 +68,7 @@ Status DeviceLane::wait(std::uint32_t slot) const {
 
 void DeviceLane::settle() noexcept {
   const device::CurrentContext current(device_);
-  if (!current.status().ok() ||
-      device_.driver().cuStreamSynchronize(stream_.get()) != CUDA_SUCCESS) {
+  if (!current.ok() || device_.driver().cuStreamSynchronize(stream_.get()) != CUDA_SUCCESS) {
     lost_ = true;
   }
 }

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "device/context.h"
-#include "device/pinned.h"
+#include "device/staging.h"
 #include "engine/plan.h"
 #include "engine/schedule.h"
 #include "engine/settings.h"
@@ -49,7 +49,7 @@ class DeviceLane {
 
  private:
   struct Slot {
-    device::PinnedMemory memory;
+    device::StagingSlot memory;
     device::Event copied;
   };
 

@@ -1,9 +1,10 @@
 #include "engine/host_memory.h"
 
 #include <algorithm>
+#include <exception>
+#include <new>
 #include <optional>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -43,13 +44,18 @@ Status populate(const io::AnonymousMemory& memory, unsigned threads) {
   const std::size_t parts = (memory.size() + share - 1) / share;
   std::vector<Status> results(parts);
   std::vector<std::thread> helpers;
+  helpers.reserve(parts);  // nothing may throw past a thread that runs
   const auto part = [&](std::size_t i) {
-    results[i] = memory.populate(i * share, std::min(share, memory.size() - i * share));
+    try {
+      results[i] = memory.populate(i * share, std::min(share, memory.size() - i * share));
+    } catch (const std::bad_alloc&) {
+      results[i] = Error{.code = ErrorCode::kOutOfMemory};
+    }
   };
   for (std::size_t i = 1; i < parts; ++i) {
     try {
       helpers.emplace_back(part, i);
-    } catch (const std::system_error&) {  // no more threads to be had
+    } catch (const std::exception&) {  // no more threads to be had, or no memory for one
       part(i);
     }
   }

@@ -4,10 +4,10 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <optional>
-#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -34,12 +34,16 @@ std::byte* at_address(std::uint64_t address) {
   return reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(address));
 }
 
-Error out_of_memory() {
-  return {.code = ErrorCode::kOutOfMemory,
-          .message = "out of memory while loading: free some, or load fewer tensors at a time"};
+// What a thread does that may need memory: there is nobody to throw to.
+template <class Work>
+Status attempt(const Work& work) try {
+  return work();
+} catch (const std::bad_alloc&) {
+  return Error{.code = ErrorCode::kOutOfMemory};
 }
 
-// Where a lane stands. Guarded by State::mutex_ but for what `device` says.
+// Where a lane stands. Guarded by State::mutex_ but for what `device` says. Once the threads run
+// nothing here grows beyond the room that start() made.
 struct LaneState {
   std::uint32_t next_unit = 0;
   std::uint64_t issued = 0;  // bytes of tensors handed to threads
@@ -53,11 +57,12 @@ struct LaneState {
   bool adding = false;      // a thread is making a slot
   bool pool_empty = false;  // others held the budget when it last asked
   std::optional<std::uint32_t> open_slot;
-  std::uint32_t open_chunk_end = 0;  // unit behind the open chunk's last
+  std::uint32_t open_chunk_end = 0;   // unit behind the open chunk's last
+  std::optional<Error> slot_refusal;  // why there are fewer than wanted
   std::vector<std::uint32_t> chunk_of_slot;
   std::vector<std::uint32_t> units_left;  // by slot
-  std::deque<std::uint32_t> free_slots;
-  std::deque<std::uint32_t> in_flight;
+  std::vector<std::uint32_t> free_slots;  // first in, first out
+  std::vector<std::uint32_t> in_flight;   // likewise
   std::condition_variable drained;
 };
 
@@ -100,7 +105,6 @@ class Load::State {
   Status run_unit(const Task& task, std::uint32_t index, Scratch& scratch);
   Status fill(const Unit& unit, const Lane& lane, std::byte* slot, Scratch& scratch);
   void unit_filled(const Task& task, Status status, std::unique_lock<std::mutex>& lock);
-  static Status submit(LaneState& state, std::uint32_t slot, const Chunk& chunk);
   void drain(std::uint32_t lane_index);
   void fail(Error error);
   void thread_ended();
@@ -180,6 +184,10 @@ Status Load::State::start() {
     }
     WL_ASSIGN_OR_RETURN(state.device, DeviceLane::open(plan_, lane, needs, settings_));
     state.slot_limit = lane.slots;
+    state.chunk_of_slot.resize(lane.slots);
+    state.units_left.resize(lane.slots);
+    state.free_slots.reserve(lane.slots);
+    state.in_flight.reserve(lane.slots);
   }
   const unsigned wanted = wanted_threads();
   const unsigned limit = std::max(wanted, 2 * settings_.threads);
@@ -188,15 +196,13 @@ Status Load::State::start() {
 
   const std::lock_guard lock(mutex_);
   const auto spawn = [this](auto body) {
-    ++running_;
-    ++busy_threads;
     try {
       threads_.emplace_back(std::move(body));
-    } catch (const std::system_error&) {  // EAGAIN: the system's or the cgroup's thread limit
-      --running_;
-      --busy_threads;
+    } catch (const std::exception&) {  // the system's or the cgroup's thread limit, or no memory
       return false;
     }
+    ++running_;
+    ++busy_threads;
     return true;
   };
   for (std::uint32_t i = 0; i < lanes_.size(); ++i) {
@@ -241,7 +247,7 @@ void Load::State::work() {
     const auto task = pick();
     if (task) {
       lock.unlock();
-      Status status = run(*task, scratch);
+      Status status = attempt([&] { return run(*task, scratch); });
       lock.lock();
       unit_filled(*task, std::move(status), lock);
       continue;
@@ -304,7 +310,7 @@ std::optional<Task> Load::State::pick() {
   if (state.device != nullptr) {
     if (!state.open_slot) {
       const std::uint32_t slot = state.free_slots.front();
-      state.free_slots.pop_front();
+      state.free_slots.erase(state.free_slots.begin());
       const Chunk& chunk = lane.chunks[state.next_chunk];
       state.chunk_of_slot[slot] = state.next_chunk++;
       state.units_left[slot] = chunk.unit_count;
@@ -326,7 +332,7 @@ std::optional<Task> Load::State::pick() {
   return best;
 }
 
-Status Load::State::run(const Task& task, Scratch& scratch) try {
+Status Load::State::run(const Task& task, Scratch& scratch) {
   switch (task.kind) {
     case Task::Kind::kPopulate:
       return sources_->populate(sources_->populate_steps()[task.unit]);
@@ -342,8 +348,6 @@ Status Load::State::run(const Task& task, Scratch& scratch) try {
       }
   }
   return {};
-} catch (const std::bad_alloc&) {
-  return out_of_memory();
 }
 
 Status Load::State::run_unit(const Task& task, std::uint32_t index, Scratch& scratch) {
@@ -352,8 +356,10 @@ Status Load::State::run_unit(const Task& task, std::uint32_t index, Scratch& scr
   LaneState& state = lanes_[task.lane];
   Status status = fill(unit, lane, state.device ? state.device->slot(task.slot) : nullptr, scratch);
   if (!status.ok()) {
+    Error& error = status.error();
     const Copy& copy = plan_.copies[lane.pieces[unit.first_piece].copy];
-    if (copy.name < plan_.names.size()) status.error().tensor = plan_.names[copy.name];
+    if (copy.name < plan_.names.size()) error.tensor = plan_.names[copy.name];
+    if (unit.file != kFromMemory) error.path = plan_.files[unit.file]->path();
     return status;
   }
   if (unit.file != kFromMemory) read_bytes_ += unit.end - unit.begin;
@@ -406,14 +412,12 @@ void Load::State::unit_filled(const Task& task, Status status, std::unique_lock<
     if (status.ok()) {
       ++state.slot_count;
       state.free_slots.push_back(task.slot);
-      state.chunk_of_slot.push_back(0);
-      state.units_left.push_back(0);
       staging_bytes_ += settings_.chunk_bytes;
     } else if (state.slot_count != 0) {
       // Fewer slots are slower, not wrong.
       state.slot_limit = state.slot_count;
       if (status.error().code != ErrorCode::kCancelled) {
-        fallbacks_.push_back("fewer staging slots: " + status.error().message);
+        state.slot_refusal = std::move(status).error();
       }
     } else if (status.error().code == ErrorCode::kCancelled) {
       state.pool_empty = true;
@@ -425,7 +429,7 @@ void Load::State::unit_filled(const Task& task, Status status, std::unique_lock<
   } else if (state.device != nullptr && --state.units_left[task.slot] == 0 && !stop_) {
     const Chunk& chunk = schedule_.lanes[task.lane].chunks[state.chunk_of_slot[task.slot]];
     lock.unlock();
-    Status submitted = submit(state, task.slot, chunk);
+    Status submitted = attempt([&] { return state.device->submit(task.slot, chunk); });
     if (!submitted.ok()) state.device->settle();
     lock.lock();
     if (submitted.ok()) {
@@ -437,12 +441,6 @@ void Load::State::unit_filled(const Task& task, Status status, std::unique_lock<
   --state.active;
   state.drained.notify_all();
   work_.notify_all();
-}
-
-Status Load::State::submit(LaneState& state, std::uint32_t slot, const Chunk& chunk) try {
-  return state.device->submit(slot, chunk);
-} catch (const std::bad_alloc&) {
-  return out_of_memory();
 }
 
 // A device lane's own thread: waits for the oldest copies and frees their slots.
@@ -459,10 +457,10 @@ void Load::State::drain(std::uint32_t lane_index) {
       if (state.in_flight.empty()) break;
       const std::uint32_t slot = state.in_flight.front();
       lock.unlock();
-      Status status = state.device->wait(slot);
+      Status status = attempt([&] { return state.device->wait(slot); });
       if (!status.ok()) state.device->settle();
       lock.lock();
-      state.in_flight.pop_front();
+      state.in_flight.erase(state.in_flight.begin());
       if (!status.ok()) {
         fail(std::move(status).error());
         continue;
@@ -505,7 +503,7 @@ bool Load::State::wait(std::chrono::milliseconds limit) {
 void Load::State::cancel() noexcept {
   const std::lock_guard lock(mutex_);
   if (running_ == 0) return;
-  fail({.code = ErrorCode::kCancelled, .message = "the load was cancelled"});
+  fail({.code = ErrorCode::kCancelled});
 }
 
 void Load::State::join() noexcept {
@@ -516,6 +514,10 @@ void Load::State::join() noexcept {
 Result<Report> Load::State::finish() {
   join();
   seconds_ = std::chrono::duration<double>(Clock::now() - started_).count();
+  for (const LaneState& state : lanes_) {
+    if (!state.slot_refusal) continue;
+    fallbacks_.push_back("fewer staging slots: " + std::string(state.slot_refusal->text()));
+  }
   lanes_.clear();  // the slots go back
   if (error_) return *error_;
   for (const auto& file : plan_.files) WL_RETURN_IF_ERROR(file->check_unchanged());

@@ -159,14 +159,15 @@ TEST(Devices, OrdinalsOutsideAreRefusedWithTheirNumber) {
   }
 }
 
-TEST(Devices, OnlyThoseInUseAreActive) {
+TEST(Devices, OnlyThoseInUseAreWaitedFor) {
   Machine machine(4);
+  device::wait_for_devices();  // of a process that has used none
+  EXPECT_EQ(sim().sim_calls("cuInit"), 0U);
   ASSERT_TRUE(Device::get(2).ok());
   const std::uint64_t of_torch = sim().sim_alloc(3, 100);
-  const auto active = Device::active();
-  ASSERT_EQ(active.size(), 2U);
-  EXPECT_EQ(active[0]->ordinal(), 2);
-  EXPECT_EQ(active[1]->ordinal(), 3);
+  device::wait_for_devices();
+  EXPECT_EQ(sim().sim_calls("cuCtxSynchronize"), 2U);
+  EXPECT_EQ(sim().ledger().contexts, 1U);
   sim().sim_free(of_torch);
   expect_clean(machine);
 }
@@ -373,7 +374,6 @@ TEST(Pinned, OutlivesADriverThatIsGone) {
   {
     const PinnedMemory gone = *std::move(memory);
     device::wait_for_devices();
-    device->synchronize();
   }
   EXPECT_EQ(sim().sim_violations(), 0U) << sim().violations();
 }
@@ -416,14 +416,14 @@ TEST(Staging, SlotsAreReusedAndTheBudgetHolds) {
   EXPECT_EQ(pool.pinned_bytes(), budget);
 
   std::byte* const address = (*first)->data();
-  pool.give_back(**std::move(first));
+  first->reset();
   auto again = pool.take(*device, kSlot, budget);
   ASSERT_TRUE(again.ok() && again->has_value());
   EXPECT_EQ((*again)->data(), address);
   EXPECT_EQ(sim().sim_calls("cuMemHostRegister"), 2U);
 
-  pool.give_back(**std::move(again));
-  pool.give_back(**std::move(second));
+  again->reset();
+  second->reset();
   EXPECT_EQ(pool.pinned_bytes(), budget);
   pool.clear();
   EXPECT_EQ(pool.pinned_bytes(), before);
@@ -436,15 +436,14 @@ TEST(Staging, FreeSlotsOfAnotherSizeMakeRoom) {
   Device* const device = first_device();
   StagingPool& pool = StagingPool::instance();
   const std::size_t budget = pool.pinned_bytes() + 4 * kSlot;
-  std::vector<PinnedMemory> taken;
+  std::vector<device::StagingSlot> taken;
   for (int i = 0; i < 4; ++i) taken.push_back(**pool.take(*device, kSlot, budget));
-  for (PinnedMemory& slot : taken) pool.give_back(std::move(slot));
   taken.clear();
   auto large = pool.take(*device, 4 * kSlot, budget);
   ASSERT_TRUE(large.ok() && large->has_value());
   EXPECT_EQ((*large)->size(), 4 * kSlot);
   EXPECT_LE(sim().ledger().peak_pinned_bytes, 4 * kSlot) << "more than the budget was pinned";
-  pool.give_back(**std::move(large));
+  large->reset();
   expect_clean(machine);
 }
 
@@ -459,7 +458,7 @@ TEST(Staging, AFailedSlotCostsNoBudget) {
   EXPECT_EQ(pool.pinned_bytes(), before);
   auto slot = pool.take(*device, kSlot, before + kSlot);
   ASSERT_TRUE(slot.ok() && slot->has_value());
-  pool.give_back(**std::move(slot));
+  slot->reset();
   expect_clean(machine);
 }
 
@@ -476,7 +475,6 @@ TEST(Staging, SeveralThreadsStayWithinTheBudget) {
         ASSERT_TRUE(slot.ok());
         if (!slot->has_value()) continue;
         (**slot).data()[0] = std::byte{1};
-        pool.give_back(**std::move(slot));
       }
     });
   }

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
@@ -21,6 +22,7 @@
 #include <cstring>
 #include <deque>
 #include <memory>
+#include <new>
 #include <optional>
 #include <span>
 #include <string>
@@ -40,6 +42,40 @@
 #include "io/mapping.h"
 #include "io/residency.h"
 #include "simulated.h"
+
+namespace {
+
+// Whether an allocation of the C++ library's is to fail, as it does where memory has run out.
+struct Memory {
+  std::atomic<bool> watched = false;
+  std::atomic<std::int64_t> left = 0;  // until the one that fails
+  std::atomic<bool> for_good = false;  // and with it all after it
+  std::atomic<std::int64_t> held = 0;  // blocks
+
+  bool refuses() noexcept {
+    if (!watched.load(std::memory_order_relaxed)) return false;
+    const std::int64_t now = left.fetch_sub(1);
+    return now == 1 || (now < 1 && for_good);
+  }
+} memory;
+
+}  // namespace
+
+// Not inlined, or GCC takes free() for a mistake.
+[[gnu::noinline]] void* operator new(std::size_t bytes) {
+  void* const block = memory.refuses() ? nullptr : std::malloc(std::max<std::size_t>(bytes, 1));
+  if (block == nullptr) throw std::bad_alloc();
+  ++memory.held;
+  return block;
+}
+[[gnu::noinline]] void operator delete(void* block) noexcept {
+  if (block == nullptr) return;
+  --memory.held;
+  std::free(block);
+}
+void operator delete(void* block, std::size_t /*bytes*/) noexcept {
+  operator delete(block);
+}
 
 namespace weightlift::engine {
 namespace {
@@ -309,17 +345,24 @@ class Scenario {
   // A run of the plan. Hands the devices' memory to the engine as torch's allocator would, perhaps
   // with the previous owner's kernel still queued on the allocating stream.
   [[nodiscard]] std::unique_ptr<Load> prepare(std::string* why = nullptr) {
-    for (int device = 0; device < devices_; ++device) {
-      if (!uses(device)) continue;
-      plan.device(device).stream = streams_[static_cast<std::size_t>(device)];
-    }
+    name_streams();
     auto load = Load::prepare(plan, settings);
     if (!load.ok()) {
       if (why != nullptr) *why = load.error().describe();
       return nullptr;
     }
+    give_scratch(**load);
+    return *std::move(load);
+  }
+  void name_streams() {
+    for (int device = 0; device < devices_; ++device) {
+      if (!uses(device)) continue;
+      plan.device(device).stream = streams_[static_cast<std::size_t>(device)];
+    }
+  }
+  void give_scratch(Load& load) {
     free_scratch();
-    for (DeviceNeeds& needs : (*load)->plan().devices) {
+    for (DeviceNeeds& needs : load.plan().devices) {
       EXPECT_LE(needs.scratch_bytes, settings.resolved().pinned_bytes);
       if (needs.scratch_bytes == 0) continue;
       needs.scratch = sim().sim_alloc(needs.device, needs.scratch_bytes);
@@ -328,7 +371,6 @@ class Scenario {
         sim().sim_pending_write(needs.device, needs.stream, needs.scratch, needs.scratch_bytes);
       }
     }
-    return *std::move(load);
   }
 
   // Queued writes of whoever had the targets before: only what the engine orders itself after is
@@ -1106,6 +1148,168 @@ TEST(Faults, OneSlotIsEnough) {
   expect_machine_clean(machine, "one slot");
 }
 
+// --- Memory runs out ---------------------------------------------------------------------------
+
+// Where the engine is at work; the test's own allocations do not count.
+class Watched {
+ public:
+  Watched() { memory.watched = true; }
+  Watched(const Watched&) = delete;
+  Watched& operator=(const Watched&) = delete;
+  ~Watched() { memory.watched = false; }
+};
+
+// The n-th allocation of `round` fails, and with `for_good` all after it, for every n (or every
+// `stride`-th) until there are no more. Whatever a round leaves behind, it is the same as after the
+// first one, which also makes what is made once a process.
+template <class Round>
+void exhaust(const std::string& name, std::int64_t stride, const Round& round) {
+  for (const bool for_good : {false, true}) {
+    std::optional<std::int64_t> held;
+    for (std::int64_t n = 1;; n += stride) {
+      const std::string what =
+          name + ", allocation " + std::to_string(n) + (for_good ? " and all after it" : "");
+      memory.for_good = for_good;
+      memory.left = n;
+      round(what, static_cast<std::uint64_t>(n));
+      const bool struck = memory.left < 1;
+      memory.left = 0;
+      if (held) {
+        EXPECT_EQ(memory.held, *held) << what << ": memory leaks";
+      }
+      held = memory.held;
+      if (::testing::Test::HasFailure()) return;
+      if (!struck) {
+        EXPECT_GT(n, 5) << name << ": hardly anything was allocated";
+        break;
+      }
+    }
+  }
+}
+
+// One load during which memory runs out, or does not.
+void run_exhausted(Scenario& scenario, const std::string& what) {
+  scenario.name_streams();
+  std::unique_ptr<Load> load;
+  std::optional<Report> report;
+  std::optional<ErrorCode> code;
+  {
+    const Watched watched;
+    try {
+      auto prepared = Load::prepare(scenario.plan, scenario.settings);
+      if (prepared.ok()) {
+        load = *std::move(prepared);
+        memory.watched = false;
+        scenario.give_scratch(*load);
+        memory.watched = true;
+        if (const Status started = load->start(); started.ok()) {
+          for (int i = 0; !load->wait(milliseconds(20)); ++i) {
+            if (i == 1500) std::abort();  // it hangs
+          }
+          auto finished = load->finish();
+          if (finished.ok()) {
+            report = *std::move(finished);
+          } else {
+            code = finished.error().code;
+          }
+        } else {
+          code = started.error().code;
+        }
+      } else {
+        code = prepared.error().code;
+      }
+    } catch (const std::bad_alloc&) {
+      code = ErrorCode::kOutOfMemory;
+    }
+    if (!report) load.reset();  // which needs no memory either
+  }
+  if (report) {
+    scenario.expect_everything(*load, *report, what);
+    return;
+  }
+  EXPECT_EQ(code, ErrorCode::kOutOfMemory) << what;
+  EXPECT_LT(memory.left, 1) << what << ": memory had not run out";
+  scenario.free_scratch();
+  scenario.expect_no_traces(what);
+}
+
+void exhaust_loads(const std::string& name, int devices, void (*fill)(Scenario&)) {
+  // All of them in the deep tests.
+  const std::int64_t stride = number_from_environment("WEIGHTLIFT_SEEDS", 200) < 1000 ? 7 : 1;
+  exhaust(name, stride, [&](const std::string& what, std::uint64_t n) {
+    SCOPED_TRACE(what);
+    Machine machine(devices, n, static_cast<int>(n % SIM_POLICIES));
+    {
+      Scenario scenario(n, devices);
+      fill(scenario);
+      const Baseline baseline;
+      run_exhausted(scenario, what);
+      expect_released(scenario, machine, what);
+      baseline.expect_same(what);
+      run_plainly(scenario, what + ", the load after it");
+    }
+    expect_machine_clean(machine, what);
+  });
+}
+
+TEST(Exhaustion, OfALoadToADevice) {
+  exhaust_loads("kernels", 1, fill_with_one_of_everything);
+  exhaust_loads("no kernels", 1, [](Scenario& scenario) {
+    fill_with_one_of_everything(scenario);
+    scenario.settings.kernels = false;
+    scenario.settings.threads = 2;
+  });
+}
+
+TEST(Exhaustion, OfALoadToTheHost) {
+  static constexpr auto kFill = [](Scenario& scenario) {
+    scenario.settings.threads = 2;
+    scenario.settings.read_bytes = 64 * kKiB;
+    const Origin file = scenario.add_file(900 * kKiB);
+    scenario.add(file, 131, 300 * kKiB, Dtype::kU8, Dtype::kU8, kHostDevice, 3);
+    scenario.add(file, 131 + 300 * kKiB, 30'000, Dtype::kF32, Dtype::kBf16, kHostDevice, 1);
+    scenario.add_strided(file, 600 * kKiB, Dtype::kF32, Dtype::kF32, {{30, 600, 200}, {50, 4, 4}},
+                         kHostDevice, 1);
+    const Origin mapped = scenario.add_file(700 * kKiB);
+    scenario.add_mapped(mapped, 1000, 100 * kKiB);
+    scenario.add_mapped(mapped, 400 * kKiB, 200 * kKiB);
+    io::drop_from_page_cache(*scenario.plan.files[mapped.file]);
+  };
+  exhaust_loads("buffered", 0, kFill);
+  exhaust_loads("direct", 0, [](Scenario& scenario) {
+    kFill(scenario);
+    scenario.settings.io_path = IoPath::kDirect;
+  });
+  exhaust_loads("on the caller's thread", 0, [](Scenario& scenario) {
+    const Origin file = scenario.add_file(100 * kKiB);
+    scenario.add(file, 7, 9000, Dtype::kF32, Dtype::kF16, kHostDevice, 1);
+    scenario.add_strided(file, 50 * kKiB, Dtype::kF32, Dtype::kF64, {{30, 600, 400}, {50, 4, 8}},
+                         kHostDevice, 1);
+  });
+}
+
+TEST(Exhaustion, OfPinnedMemory) {
+  exhaust("pinned", 1, [](const std::string& what, std::uint64_t n) {
+    Machine machine(2, n);
+    const std::uint64_t of_torch = sim().sim_alloc(1, 100);
+    const Baseline baseline;
+    try {
+      const Watched watched;
+      const auto block = HostMemory::allocate(9 * kMiB, 0, 3);
+      if (!block.ok()) {
+        EXPECT_EQ(block.error().code, ErrorCode::kOutOfMemory) << what;
+      }
+    } catch (const std::bad_alloc&) {
+      EXPECT_LT(memory.left, 1) << what;
+    }
+    EXPECT_EQ(sim().ledger().pinned_bytes, 0U) << what;
+    baseline.expect_same(what);
+    EXPECT_TRUE(HostMemory::allocate(9 * kMiB, 0, 3).ok()) << what;
+    sim().sim_free(of_torch);
+    expect_machine_clean(machine, what);
+  });
+}
+
 // --- Without this or that ----------------------------------------------------------------------
 
 TEST(Fallbacks, WithoutKernelsTheHostCastsTheSame) {
@@ -1513,13 +1717,10 @@ class Hoard {
   Hoard(const Hoard&) = delete;
   Hoard& operator=(const Hoard&) = delete;
   ~Hoard() { give_back(); }
-  void give_back() {
-    for (auto& slot : held_) device::StagingPool::instance().give_back(std::move(slot));
-    held_.clear();
-  }
+  void give_back() { held_.clear(); }
 
  private:
-  std::vector<device::PinnedMemory> held_;
+  std::vector<device::StagingSlot> held_;
 };
 
 void fill_for_two_devices(Scenario& scenario) {
