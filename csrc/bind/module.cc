@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -11,10 +13,12 @@
 #include "bind/gil.h"
 #include "bind/indexed_file.h"
 #include "bind/plan_builder.h"
+#include "bind/tensor_export.h"
 #include "convert/cast.h"
 #include "convert/scatter.h"
 #include "device/context.h"
 #include "device/staging.h"
+#include "engine/host_memory.h"
 #include "engine/io_path.h"
 #include "io/machine.h"
 #include "io/residency.h"
@@ -198,6 +202,13 @@ py::bytes read_bytes(const Archive& self, std::uint64_t begin, std::uint64_t byt
   }();
   raise_if_error(std::move(done));
   return result;
+}
+
+// Bytes for `from_dlpack`, on huge pages where they fill one.
+py::object host_memory(std::uint64_t bytes) {
+  const auto memory = value_or_raise(engine::HostMemory::allocate(bytes, std::nullopt, 0));
+  const std::array<std::uint64_t, 1> shape = {bytes};
+  return export_tensor({.shape = shape, .data = memory->data(), .bytes = bytes, .owner = memory});
 }
 
 using EntryTuple = std::tuple<std::string, std::string, std::vector<std::uint64_t>, std::uint64_t>;
@@ -409,6 +420,7 @@ PYBIND11_MODULE(_native, module) {
       .def("tensors", &PlanBuilder::tensors, py::arg("from_dlpack"));
 
   module.def("machine", &machine);
+  module.def("host_memory", &host_memory, py::arg("bytes"));
   module.def("driver_report", &driver_report);
   module.def("pinned_bytes", [] { return device::StagingPool::instance().pinned_bytes(); });
   module.def("cast_bytes", &cast_bytes, py::arg("source"), py::arg("target"), py::arg("count"),

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import functools
 import math
-import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from weightlift import dtypes
+from weightlift import _native, dtypes
 from weightlift.errors import DeviceError, OutOfMemoryError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Allocator", "TorchAllocator", "empty_on_host"]
+__all__ = ["Allocator", "TorchAllocator", "empty_on_host", "from_dlpack"]
 
 # torch's caching allocator cuts what is larger than this out of a block of its own, with a
 # cudaMalloc each (c10/cuda/CUDACachingAllocator.cpp, kSmallSize).
@@ -91,17 +89,28 @@ class TorchAllocator:
 
 
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A CPU tensor, on huge pages where it has whole ones: on small ones, most of the time of a
-    load into it goes into page faults."""
+    """A CPU tensor, on huge pages where it fills one: on small ones, most of the time of a load
+    into it goes into page faults.
+
+    Raises:
+        OutOfMemoryError: it is larger than what the process can still have.
+    """
     import torch
 
-    count = math.prod(shape)
-    whole = count * dtype.itemsize // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
-    if whole == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    size = math.prod(shape) * dtype.itemsize
+    if size < _HUGE_PAGE_BYTES:
         return torch.empty(tuple(shape), dtype=dtype)
-    length = count * dtype.itemsize + _HUGE_PAGE_BYTES
-    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    skip = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE_BYTES
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE, skip, whole)
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=skip).reshape(tuple(shape))
+    memory: torch.Tensor = from_dlpack()(_native.host_memory(size))
+    return memory.view(dtype).reshape(tuple(shape))
+
+
+@functools.cache
+def from_dlpack() -> Callable[[object], Any]:
+    import torch
+
+    # The C function takes a capsule; the public one is a Python layer around it.
+    if hasattr(torch._C, "_from_dlpack"):
+        return torch._C._from_dlpack
+    from torch.utils.dlpack import from_dlpack as public
+
+    return public

@@ -11,11 +11,11 @@ from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from weightlift import _native, dtypes
-from weightlift.allocation import TorchAllocator
+from weightlift.allocation import TorchAllocator, from_dlpack
 from weightlift.atomic import atomic_file
 from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.errors import ArgumentError, FormatError, ReadError
-from weightlift.materialize import Loading, from_dlpack, load_tensors
+from weightlift.materialize import Loading, load_tensors
 from weightlift.placement import DeviceMap, assign, parse_device, parse_device_map
 from weightlift.plans import Progress, new_plan, run_plan
 from weightlift.report import record

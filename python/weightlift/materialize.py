@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from weightlift import _native, dtypes, garbage, plans
-from weightlift.allocation import Allocator, TorchAllocator, empty_on_host
+from weightlift.allocation import Allocator, TorchAllocator, empty_on_host, from_dlpack
 from weightlift.errors import ArgumentError, DeviceError, FormatError, ReadError
 from weightlift.integrity import HashCheck
 from weightlift.plans import Progress, cancel_plan, new_plan, run_plan, start_plan
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from weightlift.checkpoint import Checkpoint
     from weightlift.torch_file import View
 
-__all__ = ["Loading", "Ranges", "copy_to_device", "from_dlpack", "load_tensors"]
+__all__ = ["Loading", "Ranges", "copy_to_device", "load_tensors"]
 
 # What a load makes: (group, name), or (group, part, position) for what views look at.
 _Key: TypeAlias = "tuple[int, str] | tuple[int, int, int]"
@@ -614,15 +613,3 @@ def _check_mode(mode: str, device: torch.device, dtype: str | None, pin_memory: 
             )
     if pin_memory and device.type != "cpu":
         raise ArgumentError(f"pin_memory=True is for the CPU, not for {device}")
-
-
-@functools.cache
-def from_dlpack() -> Callable[[object], Any]:
-    import torch
-
-    # The C function takes a capsule; the public one is a Python layer around it.
-    if hasattr(torch._C, "_from_dlpack"):
-        return torch._C._from_dlpack
-    from torch.utils.dlpack import from_dlpack as public
-
-    return public
