@@ -1159,14 +1159,14 @@ class Watched {
   ~Watched() { memory.watched = false; }
 };
 
-// The n-th allocation of `round` fails, and with `for_good` all after it, for every n (or every
-// `stride`-th) until there are no more. Whatever a round leaves behind, it is the same as after the
-// first one, which also makes what is made once a process.
+// The n-th allocation of `round` fails, and with `for_good` all after it, for every n until there
+// are no more. Whatever a round leaves behind, it is the same as after the first one, which also
+// makes what is made once a process.
 template <class Round>
-void exhaust(const std::string& name, std::int64_t stride, const Round& round) {
+void exhaust(const std::string& name, const Round& round) {
   for (const bool for_good : {false, true}) {
     std::optional<std::int64_t> held;
-    for (std::int64_t n = 1;; n += stride) {
+    for (std::int64_t n = 1;; ++n) {
       const std::string what =
           name + ", allocation " + std::to_string(n) + (for_good ? " and all after it" : "");
       memory.for_good = for_good;
@@ -1234,9 +1234,7 @@ void run_exhausted(Scenario& scenario, const std::string& what) {
 }
 
 void exhaust_loads(const std::string& name, int devices, void (*fill)(Scenario&)) {
-  // All of them in the deep tests.
-  const std::int64_t stride = number_from_environment("WEIGHTLIFT_SEEDS", 200) < 1000 ? 7 : 1;
-  exhaust(name, stride, [&](const std::string& what, std::uint64_t n) {
+  exhaust(name, [&](const std::string& what, std::uint64_t n) {
     SCOPED_TRACE(what);
     Machine machine(devices, n, static_cast<int>(n % SIM_POLICIES));
     {
@@ -1289,7 +1287,7 @@ TEST(Exhaustion, OfALoadToTheHost) {
 }
 
 TEST(Exhaustion, OfPinnedMemory) {
-  exhaust("pinned", 1, [](const std::string& what, std::uint64_t n) {
+  exhaust("pinned", [](const std::string& what, std::uint64_t n) {
     Machine machine(2, n);
     const std::uint64_t of_torch = sim().sim_alloc(1, 100);
     const Baseline baseline;
