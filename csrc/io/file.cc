@@ -27,6 +27,15 @@ Error shrank(const std::string& path, std::uint64_t at) {
           .offset = at};
 }
 
+// A signal may end it where the file system waits for somebody (open(2), EINTR).
+FileDescriptor open_file(const std::string& path, int flags) {
+  int fd = 0;
+  do {
+    fd = ::open(path.c_str(), flags | O_RDONLY | O_CLOEXEC);
+  } while (fd < 0 && errno == EINTR);
+  return FileDescriptor(fd);
+}
+
 }  // namespace
 
 Error system_error(int error_number, std::string path, const std::string& what) {
@@ -60,7 +69,7 @@ Result<std::shared_ptr<File>> File::open(const std::string& path) {
                  .path = path};
   }
   // O_NONBLOCK: opening a FIFO would wait for a writer (open(2)); regular files ignore it.
-  FileDescriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  FileDescriptor fd = open_file(path, O_NONBLOCK);
   if (fd.get() < 0) return system_error(errno, path, "cannot open");
   struct stat status{};
   if (::fstat(fd.get(), &status) != 0) return system_error(errno, path, "cannot stat");
@@ -128,7 +137,7 @@ Result<std::unique_ptr<DirectFile>> DirectFile::open(std::shared_ptr<const File>
   // Through /proc: the very file that was checked, also where its name has been given to another
   // one since (proc(5)).
   const std::string link = "/proc/self/fd/" + std::to_string(file->descriptor());
-  FileDescriptor fd(::open(link.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
+  FileDescriptor fd = open_file(link, O_DIRECT);
   if (fd.get() < 0) return system_error(errno, file->path(), "direct I/O refused");
   std::uint32_t alignment = 4096;
 #ifdef STATX_DIOALIGN

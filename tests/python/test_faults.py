@@ -12,12 +12,15 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import test_simulated_engine as simulated
 import weightlift as wl
+from support import bits
+from weightlift.models.saving import save_weights
 
 HERE = Path(__file__).parent
 COMPILER = next(
@@ -37,11 +40,10 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.mark.parametrize("which", ["host", pytest.param("device", marks=[*simulated.pytestmark])])
-def test_every_call_of_a_load_fails_in_turn(tmp_path: Path, shim: Path, which: str) -> None:
-    """In one process: it survives, holds nothing more than before, and loads right after it."""
+def swept(which: str, folder: Path, shim: Path) -> dict[str, Any]:
+    """What fault_sweep.py says at its end."""
     done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", HERE / "fault_sweep.py", which, tmp_path],
+        [sys.executable, "-X", "faulthandler", HERE / "fault_sweep.py", which, folder],
         env={**os.environ, "LD_PRELOAD": str(shim)},
         capture_output=True,
         text=True,
@@ -49,16 +51,34 @@ def test_every_call_of_a_load_fails_in_turn(tmp_path: Path, shim: Path, which: s
         check=False,
     )
     assert done.returncode == 0, done.stdout[-500:] + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("which", ["host", pytest.param("device", marks=[*simulated.pytestmark])])
+def test_every_call_of_a_load_fails_in_turn(tmp_path: Path, shim: Path, which: str) -> None:
+    """In one process: it survives, holds nothing more than before, and loads right after it."""
+    found = swept(which, tmp_path, shim)
     assert found["wrong"] == [], "\n".join(found["wrong"])
     assert found["faults"] > 300
     assert 0 < found["errors"] < found["faults"]
     assert found["grown"] < 16 << 20
 
 
+def test_every_write_of_a_save_comes_up_short(tmp_path: Path, shim: Path) -> None:
+    """A file, shards and their index, a .bin: the same bytes, whichever write takes a third."""
+    found = swept("writes", tmp_path, shim)
+    assert found["files"] == 5
+    assert found["writes"] > 8
+
+
 # --- By strace(1): also what Python, the C library and the reference's writer call ---------------
 
-DONE, RAISED = 7, 9
+DONE, RAISED, OTHER, WRONG = 7, 9, 11, 13
+LOAD_CALLS = (
+    "openat|read|pread64|close|newfstatat|fstat|statx|lseek|mmap|munmap|madvise|fadvise64|readlink|"
+    "getdents64|ioctl|sched_getaffinity"
+)
 SAVE_CALLS = (
     "openat|write|fsync|rename|chmod|fchmod|ftruncate|mmap|close|newfstatat|fstat|lseek|unlink|read|"
     "statx"
@@ -92,6 +112,44 @@ def under_strace(work: Callable[[], None], log: Path, *arguments: str) -> int:
 def noted(log: Path, names: str) -> list[str]:
     """The calls of these names, in their order."""
     return re.findall(rf"^(?:\d+ +)?({names})\(", log.read_text(), re.MULTILINE)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+@pytest.mark.parametrize("error", ["EIO", "EINTR", "ENOMEM", "EAGAIN"])
+def test_every_call_of_a_load_fails_for_the_interpreter_too(tmp_path: Path, error: str) -> None:
+    """Where files are found, indexes are read and memory is made; strace counts by the thread, so
+    there is one."""
+    tensors = {f"w.{i}": torch.arange(5000.0) + i for i in range(4)}
+    save_weights(tensors, tmp_path / "model", max_shard_size=40_000)
+    expected = {name: bits(tensor) for name, tensor in tensors.items()}
+    log = tmp_path / "log"
+
+    def load() -> None:
+        try:
+            loaded = wl.load_checkpoint(tmp_path / "model", mode="read")
+        except (wl.WeightliftError, OSError, MemoryError):
+            raise
+        except Exception:
+            os._exit(OTHER)
+        if {name: bits(tensor) for name, tensor in loaded.items()} != expected:
+            os._exit(WRONG)
+
+    load()
+    assert under_strace(load, log) == DONE
+    counts: Counter[str] = Counter()
+    raised = 0
+    for call in noted(log, LOAD_CALLS):
+        counts[call] += 1
+        what = f"inject={call}:error={error}:when={counts[call]}"
+        if call == "read" and error == "EAGAIN":
+            continue  # never of a regular file (read(2)), and no error in Python but None
+        code = under_strace(load, log, "-e", what)
+        assert code in (DONE, RAISED), what
+        if error == "EINTR" and call in ("read", "pread64"):
+            assert code == DONE, what
+        raised += code == RAISED
+    assert counts.total() > 30
+    assert 0 < raised < counts.total()
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
