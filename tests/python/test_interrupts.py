@@ -136,6 +136,37 @@ def test_a_handler_of_sigterm_ends_the_load(slow: Path, mode: str) -> None:
         assert process.wait(10) == 7
 
 
+ENDING = """
+import sys, threading, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+import weightlift as wl
+import fault_sweep
+
+sizes = {"read_bytes": 65536, "chunk_bytes": 256 << 10, "pinned_bytes": 1 << 20}
+wl.Settings.set_default(wl.Settings(threads=2, io_depth=2, **sizes))
+driver = fault_sweep.switch_on(int(sys.argv[3]))
+thread = threading.Thread(
+    target=lambda: fault_sweep.OnDevice(sys.argv[4] or None)(Path(sys.argv[2])), daemon=True
+)
+thread.start()
+while driver.calls("cuEventRecord") < 3 and thread.is_alive():  # two chunks are on their way
+    time.sleep(0.005)
+assert thread.is_alive()
+"""
+
+
+@pytest.mark.parametrize(("seed", "dtype"), [(1, ""), (2, "BF16")])
+@simulated.pytestmark[0]
+@simulated.pytestmark[1]
+def test_exit_while_a_thread_loads_to_a_device(slow: Path, seed: int, dtype: str) -> None:
+    """The interpreter ends as it should; test_concurrency.py has the same for the host."""
+    done = run_python(ENDING, HERE, slow, seed, dtype, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
 FORKING = """
 import os, sys, threading, time, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # of forks while threads live
