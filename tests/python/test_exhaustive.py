@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import load_torch_model, read_dduf_file
 
+import malformed
 import malformed_archives as hand_made
 import weightlift as wl
 from support import assert_same_tensors, open_files
@@ -379,3 +381,15 @@ def test_index_cut_at_every_byte(shards: Path) -> None:
     text = json.dumps(INDEX).encode()
     assert check_index(shards, text) == hand_made.OK
     assert {check_index(shards, text[:size]) for size in range(len(text))} == {"refused"}
+
+
+def test_the_counts_that_security_states() -> None:
+    found = []
+    for cases in (malformed.cases(), hand_made.torch_cases(), hand_made.dduf_cases()):
+        accepted = sum(case.expected == malformed.OK for case in cases)
+        found += [len(cases) - accepted, accepted]
+    accepted = sum(outcome == malformed.OK for _, outcome in INDEX_CASES.values())
+    found += [len(INDEX_CASES) - accepted, accepted]
+    text = (Path(__file__).parents[2] / "SECURITY.md").read_text()
+    (stated,) = re.findall(r"\| (safetensors \d+ refused, .*?) \|", text)
+    assert [int(number) for number in re.findall(r"\d+", stated)] == found, stated
