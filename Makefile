@@ -15,6 +15,7 @@ RUN_NEEDS   := torch numpy safetensors rich typer matplotlib huggingface_hub acc
                diffusers transformers
 TEST_NEEDS  := pytest pytest-timeout hypothesis ruff mypy clang-format peft bitsandbytes torchao \
                'jax; python_version >= "3.11"' 'flax; python_version >= "3.11"'
+DEEP_NEEDS  := clang-tidy gcovr coverage
 
 NATIVE := $(wildcard $(shell git ls-files csrc cmake tests/native "*CMakeLists.txt" \
             "tests/simulated_driver/*.h" "tests/simulated_driver/*.cc" pyproject.toml 2>/dev/null))
@@ -30,6 +31,10 @@ $(VENV)/.tools: constraints.txt
 
 $(VENV)/.test-tools: $(VENV)/.tools
 	$(PIP) install -c constraints.txt $(TEST_NEEDS)
+	@touch $@
+
+$(VENV)/.deep-tools: $(VENV)/.test-tools
+	$(PIP) install -c constraints.txt $(DEEP_NEEDS)
 	@touch $@
 
 # The C++ tests' framework, and what makes system calls fail and file systems, are the distribution's.
@@ -112,12 +117,32 @@ lint: $(VENV)/.test-tools
 	git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.inl' 'csrc/*.cu' 'tests/*.h' 'tests/*.cc' | \
 	  xargs $(BIN)/clang-format --dry-run --Werror
 
+# As the development build compiles it; .clang-tidy says what is looked for.
+.PHONY: tidy asan tsan coverage
+tidy: dev $(VENV)/.deep-tools
+	git ls-files 'csrc/*.cc' | xargs -P $(JOBS) -n 1 $(BIN)/clang-tidy --quiet -p build/dev
+
+# The native tests, and the simulated driver with them, under ASan and UBSan, or under TSan.
+asan: SANITIZE := address,undefined
+tsan: SANITIZE := thread
+asan tsan: $(VENV)/.test-tools $(VENV)/.gtest
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/$@ -G Ninja -DWEIGHTLIFT_SANITIZE=$(SANITIZE) \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DWEIGHTLIFT_TESTING=ON -DWEIGHTLIFT_WERROR=ON \
+	  -DWEIGHTLIFT_PYTHON=OFF -DWEIGHTLIFT_CUDA=OFF -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python"
+	$(BIN)/cmake --build build/$@
+	$(BIN)/ctest --test-dir build/$@ --output-on-failure -j $(JOBS)
+
+# Of the native and the Python tests together; writes tests/COVERAGE.md.
+coverage: dev $(VENV)/.deep-tools
+	$(BIN)/python tests/measure_coverage.py
+
 test-deep: dev
 	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/python/test_flax.py
 	$(BIN)/python -m pytest -m "not gpu" tests/python/test_flax.py
 	WEIGHTLIFT_SEEDS=1000 $(BIN)/ctest --test-dir build/dev --output-on-failure -j $(JOBS)
 	$(BIN)/python tests/simulated_driver/run_mutants.py
 	tests/pythons.sh
+	$(MAKE) tidy asan tsan
 	$(MAKE) test-libraries
 	$(MAKE) fuzz
 

@@ -13,6 +13,7 @@ class UnlockedGil {
   UnlockedGil() : state_(PyEval_SaveThread()) {}
   UnlockedGil(const UnlockedGil&) = delete;
   UnlockedGil& operator=(const UnlockedGil&) = delete;
+  // NOLINTNEXTLINE(bugprone-unsafe-to-allow-exceptions)
   ~UnlockedGil() noexcept(false) { PyEval_RestoreThread(state_); }
 
  private:

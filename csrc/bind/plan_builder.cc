@@ -160,7 +160,7 @@ void PlanBuilder::slice(
   }
   const Dtype target = target_dtype(tensor, dtype);
   std::vector<engine::Stretch> stretches;
-  auto shape = std::make_shared<std::vector<std::uint64_t>>();
+  const auto shape = std::make_shared<std::vector<std::uint64_t>>();
   std::uint64_t bytes = dtype_bytes(target);
   for (const auto& [start, step, count] : parts) {
     stretches.push_back({.start = start, .step = step, .count = count});

@@ -172,8 +172,7 @@ Status Load::State::start() {
   std::uint64_t to_populate = 0;
   for (const PopulateStep& step : sources_->populate_steps()) to_populate += step.payload;
   done_bytes_ = mapped_bytes_ - to_populate;
-  for (std::size_t i = 0; i < schedule_.lanes.size(); ++i) {
-    const Lane& lane = schedule_.lanes[i];
+  for (const Lane& lane : schedule_.lanes) {
     LaneState& state = lanes_.emplace_back();
     if (lane.device == kHostDevice || lane.chunks.empty()) continue;
     const DeviceNeeds& needs = plan_.device(lane.device);
@@ -283,7 +282,7 @@ std::optional<Task> Load::State::pick() {
   std::optional<Task> best;
   double best_share = 2;
   for (std::uint32_t i = 0; i < lanes_.size(); ++i) {
-    LaneState& state = lanes_[i];
+    const LaneState& state = lanes_[i];
     const Lane& lane = schedule_.lanes[i];
     if (state.next_unit == lane.units.size()) continue;
     const double share = static_cast<double>(state.issued) / static_cast<double>(lane.payload);

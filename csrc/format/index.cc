@@ -25,7 +25,7 @@ const HashKey& hash_key() noexcept {
     // GRND_NONBLOCK: early in boot a weaker key is better than a loader that hangs. What is left
     // where nothing comes is the address space's randomisation.
     if (getrandom(&fresh, sizeof fresh, GRND_NONBLOCK) != sizeof fresh) {
-      fresh.low = reinterpret_cast<std::uintptr_t>(&fresh);
+      fresh.low = reinterpret_cast<std::uintptr_t>(__builtin_frame_address(0));
       fresh.high = reinterpret_cast<std::uintptr_t>(&hash_key);
     }
     return fresh;

@@ -79,6 +79,7 @@ class Handler {
 
   [[nodiscard]] bool parse() {
     const char* const end = header_.data() + header_.size();
+    // NOLINTNEXTLINE(bugprone-suspicious-stringview-data-usage): `end` ends it
     return nlohmann::json::sax_parse(Cursor(header_.data(), &at_), Cursor(end, &at_), this);
   }
   Parsed& parsed() noexcept { return parsed_; }

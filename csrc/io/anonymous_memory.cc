@@ -51,8 +51,8 @@ Result<AnonymousMemory> AnonymousMemory::allocate(std::size_t bytes) {
 
 AnonymousMemory& AnonymousMemory::operator=(AnonymousMemory&& other) noexcept {
   if (this != &other) {
-    AnonymousMemory old(std::exchange(data_, std::exchange(other.data_, nullptr)),
-                        std::exchange(bytes_, std::exchange(other.bytes_, 0)));
+    const AnonymousMemory old(std::exchange(data_, std::exchange(other.data_, nullptr)),
+                              std::exchange(bytes_, std::exchange(other.bytes_, 0)));
   }
   return *this;
 }

@@ -52,7 +52,7 @@ Error system_error(int error_number, std::string path, const std::string& what) 
 
 FileDescriptor& FileDescriptor::operator=(FileDescriptor&& other) noexcept {
   if (this != &other) {
-    FileDescriptor old(std::exchange(fd_, std::exchange(other.fd_, -1)));
+    const FileDescriptor old(std::exchange(fd_, std::exchange(other.fd_, -1)));
   }
   return *this;
 }

@@ -17,7 +17,7 @@ namespace {
 constexpr std::uint64_t kUnlimited = std::numeric_limits<std::uint64_t>::max();
 
 std::optional<std::string> read_text(const std::string& path) {
-  std::ifstream stream(path);
+  const std::ifstream stream(path);
   if (!stream) return std::nullopt;
   std::ostringstream text;
   text << stream.rdbuf();

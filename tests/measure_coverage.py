@@ -1,0 +1,167 @@
+"""Which lines of csrc and of the package are reached by the native and the Python tests together.
+
+Both are counted in one run, children of the tests included. Prints what is uncovered and writes
+COVERAGE.md: the figures, and for each file what is uncovered and why. Fails if a test fails or a
+figure is below its bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "coverage"
+SCRIPTS = Path(sys.executable).parent
+ENVIRONMENT = {**os.environ, "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
+BARS = {"csrc": 90, "python/weightlift": 95}
+
+# Of a file, or of all that a pattern fits; the first one counts.
+REASONS: dict[str, str] = {}
+
+
+class File(NamedTuple):
+    path: str
+    lines: int
+    uncovered: list[int]
+
+
+def run(*command: object) -> bool:
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, check=False)
+    return done.returncode == 0
+
+
+def install() -> None:
+    """The counting build; without the Makefile's stamps its next target installs its own again."""
+    for stamp in (".dev", ".release"):
+        (SCRIPTS.parent / stamp).unlink(missing_ok=True)
+    settings = {
+        "build-dir": BUILD,
+        "cmake.build-type": "RelWithDebInfo",
+        "cmake.define.CMAKE_CXX_FLAGS": "--coverage",
+        # Threads may lose counts of a line, but never all of them.
+        "cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO": "-O1 -g",
+        "cmake.define.WEIGHTLIFT_TESTING": "ON",
+        "cmake.define.WEIGHTLIFT_CUDA": "OFF",
+    }
+    chosen = [word for name, value in settings.items() for word in ("-C", f"{name}={value}")]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install"]
+    pip += ["--no-build-isolation", "--no-deps", "--force-reinstall", "--editable", ROOT]
+    if not run(*pip, *chosen):
+        sys.exit("the counting build failed")
+
+
+def run_tests(tests: list[str]) -> bool:
+    for counts in [*BUILD.rglob("*.gcda"), *BUILD.glob("python*")]:
+        counts.unlink()
+    passed = run(SCRIPTS / "ctest", "--test-dir", BUILD, "--output-on-failure")
+    pytest = [sys.executable, "-m", "coverage", "run", "-m", "pytest", "-m", "not gpu and not deep"]
+    if tests:
+        return run(*pytest, *tests) and passed
+    # As in the Makefile: jax has a process of its own.
+    passed = run(*pytest, "--ignore=tests/python/test_flax.py") and passed
+    return run(*pytest, "tests/python/test_flax.py") and passed
+
+
+def native() -> list[File]:
+    report = BUILD / "native.json"
+    options = ["--root", ROOT, "--object-directory", BUILD, "--filter", "csrc/", "--json", report]
+    # gcc's own mistake, which atomic counting would avoid at several times the tests' time.
+    options += ["--gcov-ignore-parse-errors=negative_hits.warn"]
+    if not run(SCRIPTS / "gcovr", *options):
+        sys.exit("gcovr failed")
+    files = []
+    for file in json.loads(report.read_text())["files"]:
+        hits: dict[int, int] = {}
+        for line in file["lines"]:  # once for each instance of a template
+            hits[line["line_number"]] = hits.get(line["line_number"], 0) + line["count"]
+        uncovered = sorted(number for number, count in hits.items() if count == 0)
+        files.append(File(file["file"], len(hits), uncovered))
+    return files
+
+
+def python() -> list[File]:
+    report = BUILD / "python.json"
+    coverage = [sys.executable, "-m", "coverage"]
+    if not (run(*coverage, "combine", "-q") and run(*coverage, "json", "-q", "-o", report)):
+        sys.exit("coverage failed")
+    return [
+        File(path, file["summary"]["num_statements"], file["missing_lines"])
+        for path, file in json.loads(report.read_text())["files"].items()
+    ]
+
+
+def share(files: list[File]) -> float:
+    lines = sum(file.lines for file in files)
+    return 100 * (1 - sum(len(file.uncovered) for file in files) / lines)
+
+
+def ranges(numbers: list[int]) -> str:
+    """``[1, 2, 3, 7]`` as "1-3, 7"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def reason(path: str) -> str:
+    fits = (why for pattern, why in REASONS.items() if fnmatch.fnmatch(path, pattern))
+    return next(fits, "")
+
+
+def page(rooms: dict[str, list[File]]) -> str:
+    day = datetime.datetime.now(datetime.timezone.utc).date()
+    text = [
+        "# Coverage",
+        "",
+        f"By `make coverage`, {day}: lines that `make test` reaches.",
+    ]
+    text += ["", "| | lines | covered | bar |", "|---|---|---|---|"]
+    for room, files in rooms.items():
+        lines = sum(file.lines for file in files)
+        text.append(f"| {room} | {lines:,} | {share(files):.1f} % | {BARS[room]} % |")
+    text += ["", "## What is uncovered", "", "| file | covered | uncovered lines | why |"]
+    text.append("|---|---|---|---|")
+    for files in rooms.values():
+        for file in sorted(files, key=lambda file: len(file.uncovered), reverse=True):
+            if file.uncovered:
+                row = [file.path, f"{share([file]):.0f} %", str(len(file.uncovered))]
+                text.append("| " + " | ".join([*row, reason(file.path)]) + " |")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tests", nargs="*", help="these Python tests alone; COVERAGE.md stays")
+    parser.add_argument("--report", action="store_true", help="of the last run")
+    arguments = parser.parse_args()
+    passed = True
+    if not arguments.report:
+        install()
+        passed = run_tests(arguments.tests)
+    rooms = {"csrc": native(), "python/weightlift": python()}
+    for files in rooms.values():
+        for file in files:
+            if file.uncovered:
+                print(f"{file.path} ({share([file]):.1f} %): {ranges(file.uncovered)}")
+    for room, files in rooms.items():
+        print(f"{room}: {share(files):.2f} % of {sum(file.lines for file in files):,} lines")
+    if not arguments.tests:
+        (ROOT / "tests" / "COVERAGE.md").write_text(page(rooms))
+    below = [room for room, files in rooms.items() if share(files) < BARS[room]]
+    if not passed or below:
+        sys.exit(f"{'' if passed else 'tests failed; '}below the bar: {', '.join(below) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
