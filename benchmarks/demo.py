@@ -24,7 +24,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from bench_data import sharded
-from weightlift.cli.measure import Comparison, Job, compare, machine
+from weightlift.cli.conditions import machine
+from weightlift.cli.measure import Comparison, Job, compare
 from weightlift.cli.plot import format_seconds, plot
 from weightlift.report import format_bytes
 

@@ -35,7 +35,8 @@ from rich.table import Table
 import ceilings
 from judges import Ceilings, Figure
 from weightlift.cli.bench import describe_run
-from weightlift.cli.measure import Comparison, Job, compare, machine
+from weightlift.cli.conditions import machine
+from weightlift.cli.measure import Comparison, Job, compare
 from weightlift.cli.plot import format_seconds
 from weightlift.report import format_bytes
 from workloads import CPU, CUDA, Workload

@@ -14,15 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from weightlift.cli.conditions import page_cache, prepare_files, settle
 from weightlift.cli.inspect import _plain
-from weightlift.cli.measure import (
-    Job,
-    compare,
-    page_cache,
-    prepare_files,
-    settle,
-    target_bytes,
-)
+from weightlift.cli.measure import Job, compare, target_bytes
 from weightlift.cli.measure_child import checksum, page_runs, touch
 
 

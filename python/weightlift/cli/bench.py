@@ -97,6 +97,7 @@ def bench(
     starts; it loads all tensors and touches all pages (on CUDA: synchronises).
     """
     from weightlift.cli import measure
+    from weightlift.cli.conditions import machine
 
     paths = [Path(file) for file in files]
     if not from_pretrained:
@@ -129,7 +130,7 @@ def bench(
                 contenders.append(name)
         found = [_bench_files(paths, device.value, dtype, contenders, bool(cold), repeat or 5)]
     if json_out is not None:
-        json_out.write_text(json.dumps(_json(found, measure.machine()), indent=2) + "\n")
+        json_out.write_text(json.dumps(_json(found, machine()), indent=2) + "\n")
     if plot_out is not None and any(one.samples for one in found):
         from weightlift.cli.plot import plot
 
@@ -244,8 +245,8 @@ def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str
 def _bench_distributed(files: list[Path], ranks: int, repeat: int, json_out: Path | None) -> None:
     from rich.console import Console
 
-    from weightlift.cli import measure
     from weightlift.cli.bench_distributed import distributed_table, measure_ranks
+    from weightlift.cli.conditions import machine
 
     console = Console(highlight=False)
     with Console(stderr=True).status(f"measuring loads by {ranks} processes"):
@@ -255,7 +256,7 @@ def _bench_distributed(files: list[Path], ranks: int, repeat: int, json_out: Pat
     console.print()
     console.print(distributed_table(found))
     if json_out is not None:
-        json_out.write_text(json.dumps({**_run(), "machine": measure.machine(), **found}) + "\n")
+        json_out.write_text(json.dumps({**_run(), "machine": machine(), **found}) + "\n")
 
 
 def _check_dtype(dtype: str) -> None:

@@ -98,7 +98,7 @@ def _write_checkpoint(write: Callable[[bytes], Any], count: int) -> None:
 
 
 def _read_rates(name: str, count: int) -> list[Finding]:
-    from weightlift.cli.measure import page_cache, prepare_files
+    from weightlift.cli.conditions import page_cache, prepare_files
 
     prepare_files([name], cold=True)
     left = page_cache(name)
@@ -167,7 +167,7 @@ def _read_rates(name: str, count: int) -> list[Finding]:
 def _load_rate(name: str, io_path: str, cold: bool) -> float:
     """Bytes a second of ``load_file`` into own memory."""
     import weightlift
-    from weightlift.cli.measure import prepare_files
+    from weightlift.cli.conditions import prepare_files
     from weightlift.cli.measure_child import back_memory
 
     # What the host of a virtual machine charges for a first touch is not what is measured here.

@@ -24,7 +24,7 @@ _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module does not
 
 def look_at_host() -> list[Finding]:
     """CPU, memory and the cgroup's limit on it."""
-    from weightlift.cli.measure import cpu_model
+    from weightlift.cli.conditions import cpu_model
 
     machine = _native.machine()
     cpus, isa = machine["cpus"], machine["isa"]
@@ -103,7 +103,7 @@ def _cgroup_limit() -> int | None:
 
 def look_at_memory() -> list[Finding]:
     """Huge pages, with what they save here, and the rate of copies."""
-    from weightlift.cli.measure import huge_pages
+    from weightlift.cli.conditions import huge_pages
     from weightlift.cli.measure_child import back_memory
 
     # As in _load_rate.

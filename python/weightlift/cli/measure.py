@@ -11,12 +11,9 @@ the kernel and reported. What each of them loads has to have the same bits.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
-import mmap
 import os
-import platform
 import random
 import selectors
 import statistics
@@ -24,12 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from weightlift import _native
-from weightlift.cli import measure_child
+from weightlift.cli.conditions import RUN_CHILD, back_memory, prepare_files, resident_bytes, settle
 from weightlift.cli.contenders import CONTENDERS, Contender, Job
 from weightlift.cli.measure_child import anonymous_bytes
 from weightlift.torch_file import TorchFile, open_torch_file
@@ -39,22 +36,10 @@ __all__ = [
     "Comparison",
     "Job",
     "Sample",
-    "back_memory",
     "compare",
-    "machine",
-    "page_cache",
-    "prepare_files",
-    "settle",
     "target_bytes",
 ]
 
-# runpy rather than the path: that would put this folder, and its inspect.py, before the standard
-# library. An installed package rather than -m: that would import weightlift.
-_RUN = (
-    "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-)
-_CHILD = ["-c", _RUN, measure_child.__file__]
-_SYS_CACHESTAT = 451  # on all architectures
 _SLACK_BYTES = 512 * 10**6
 _LIMIT_SECONDS = 600.0
 # Asking for the peak costs some 30 microseconds.
@@ -366,7 +351,7 @@ def _measured(child: _Child, cold: bool) -> Sample:
     return Sample(
         peak_anon_bytes=max(peak, after, before) - before,
         resident_bytes=resident,
-        resident_bytes_after=_resident(files),
+        resident_bytes_after=resident_bytes(files),
         backed_bytes=backed,
         **figures,
     )
@@ -386,7 +371,7 @@ class _Child:
     def __enter__(self) -> _Child:
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [self.python, *_CHILD],
+            [self.python, *RUN_CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -528,123 +513,3 @@ def target_bytes(job: Job, cold: bool = False) -> int:
             own = _FLOAT_WIDTHS.get(dtype)
             total += end - begin if own is None else (end - begin) // own * width
     return page_cache_bytes + total
-
-
-def back_memory(count: int) -> int:
-    """Backs ``count`` bytes, or what the machine can spare; returns how many."""
-    headroom: int = _native.machine()["memory_headroom"]
-    count = min(count, headroom * 3 // 4)
-    if (
-        count <= 0
-        or subprocess.run([sys.executable, *_CHILD, str(count)], check=False).returncode != 0
-    ):
-        return 0
-    return count
-
-
-def settle(files: Iterable[str | os.PathLike[str]]) -> None:
-    """Drops files from the page cache and reads them in from their beginning to their end.
-
-    What was just written lies there in other units (folios) than what was read ahead, which maps
-    several times faster; and a virtual machine's host may have taken the pages back.
-    """
-    for file in files:
-        _drop(file)
-        _read_in(file)
-
-
-def prepare_files(files: Sequence[str], cold: bool) -> int | None:
-    """Reads the files into the page cache or drops them from it; the bytes that are in it then."""
-    for file in files:
-        if cold:
-            _drop(file)
-        elif page_cache(file) != Path(file).stat().st_size:
-            _read_in(file)
-    return _resident(files)
-
-
-def _resident(files: Sequence[str]) -> int | None:
-    found = [page_cache(file) for file in files]
-    told = [count for count in found if count is not None]
-    return sum(told) if len(told) == len(found) else None
-
-
-def page_cache(file: str | os.PathLike[str]) -> int | None:
-    """Bytes of a file that are in the page cache; ``None`` where the kernel cannot tell.
-
-    By cachestat(2), of Linux 6.5; neither Python nor all C libraries have a function for it.
-    """
-    bounds = (ctypes.c_uint64 * 2)(0, 0)  # to the end
-    counts = (ctypes.c_uint64 * 5)()
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        done = ctypes.CDLL(None).syscall(_SYS_CACHESTAT, descriptor, bounds, counts, 0)
-        size = os.fstat(descriptor).st_size
-    finally:
-        os.close(descriptor)
-    return min(counts[0] * mmap.PAGESIZE, size) if done == 0 else None
-
-
-def _drop(file: str | os.PathLike[str]) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # pages that wait to be written are not dropped
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-
-
-def _read_in(file: str | os.PathLike[str]) -> None:
-    buffer = bytearray(8 << 20)
-    with Path(file).open("rb", buffering=0) as opened:
-        while opened.readinto(buffer):
-            pass
-
-
-def machine() -> dict[str, Any]:
-    """What a reader of the figures has to know of the machine."""
-    native = _native.machine()
-    found: dict[str, Any] = {
-        "cpu": cpu_model(),
-        "cpus": native["cpus"],
-        "isa": native["isa"],
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "kernel": platform.release(),
-        "huge_pages": huge_pages(),
-        "python": platform.python_version(),
-        "torch": _version("torch"),
-        "safetensors": _version("safetensors"),
-        "weightlift": _version("weightlift"),
-    }
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def cpu_model() -> str:
-    """As /proc/cpuinfo names it; the architecture, where it does not."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def huge_pages() -> str | None:
-    """The state of transparent huge pages: ``always``, ``madvise`` or ``never``."""
-    with contextlib.suppress(OSError, IndexError):
-        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
-        return text.split("[")[1].split("]")[0]
-    return None
-
-
-def _version(distribution: str) -> str | None:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        import weightlift
-
-        return weightlift.__version__ if distribution == "weightlift" else None

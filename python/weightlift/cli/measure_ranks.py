@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import weightlift as wl
 from weightlift import dtypes
-from weightlift.cli.measure import back_memory, prepare_files, settle
+from weightlift.cli.conditions import back_memory, prepare_files, settle
 
 __all__ = ["CONTENDERS", "Job", "Load"]
 
