@@ -23,7 +23,8 @@ import weightlift as wl
 from backend_support import engine_moves, stock_way, tensor_bytes
 from support import assert_same, run_python
 from weightlift import backends
-from weightlift.backends import transformers_walk
+from weightlift.backends.transformers import known, walk
+from weightlift.backends.transformers import weights as weights_of
 from weightlift.errors import OutOfMemoryError, ReadError
 
 # torchao and bitsandbytes, which transformers imports where they are, warn of this machine.
@@ -784,7 +785,7 @@ def test_converters_ask_for_little_at_a_time(
     """What the library converts comes in waves, each while the one before is converted."""
     folder = toys(lambda state: state)
     theirs = load(Toy, folder)
-    monkeypatch.setattr(transformers_walk, "_WAVE_BYTES", 1)
+    monkeypatch.setattr(walk, "_WAVE_BYTES", 1)
     loads = wl.stats().loads
     with wl.enabled(CALLER), engine_moves(tensor_bytes(folder) - 16, CALLER):
         ours = load(Toy, folder)
@@ -797,17 +798,17 @@ def test_converters_ask_for_little_at_a_time(
 
 @pytest.fixture
 def unknown_walk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(transformers_walk, "_KNOWN", frozenset())
-    transformers_walk._is_known.cache_clear()
+    monkeypatch.setattr(known, "_KNOWN", frozenset())
+    known._is_known.cache_clear()
     yield
-    transformers_walk._is_known.cache_clear()
+    known._is_known.cache_clear()
 
 
 @walked
 def test_the_walk_is_known() -> None:
     with wl.enabled(CALLER):
         config = modeling_utils.LoadStateDictConfig()
-        assert transformers_walk.is_ours(config)
+        assert known.is_ours(config)
 
 
 @pytest.mark.usefixtures("unknown_walk")
@@ -836,7 +837,7 @@ def test_slices(made: Callable[..., Path]) -> None:
     """What the library's walk takes for a slice of a file."""
     path = made("llama") / "model.safetensors"
     checkpoint = wl.Checkpoint.of_file(path)
-    weights = transformers_walk.Weights(checkpoint, "auto")
+    weights = weights_of.Weights(checkpoint, "auto")
     with safetensors.safe_open(path, "pt") as file:
         assert sorted(weights) == sorted(file.keys())
         for name, ours in weights.items():
@@ -1021,7 +1022,7 @@ def test_a_failure_falls_back_before_tensors_are_placed(
     folder = made("mixtral")
     theirs = load(CAUSAL, folder)
     error = ReadError(5, "the disk has gone", "somewhere")
-    monkeypatch.setattr(transformers_walk.Batch, "result", _fails(error))
+    monkeypatch.setattr(weights_of.Batch, "result", _fails(error))
     with wl.enabled(CALLER), stock_way(CALLER):
         ours = load(CAUSAL, folder)
     ((kind, text),) = ours.warned
@@ -1046,7 +1047,7 @@ def test_memory_that_does_not_suffice(
         request.getfixturevalue("unknown_walk")
     error = OutOfMemoryError("no memory")
     error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(transformers_walk.Batch, "start", _fails(error))
+    monkeypatch.setattr(weights_of.Batch, "start", _fails(error))
     with wl.enabled(CALLER), stock_way(CALLER, 0), pytest.raises(torch.OutOfMemoryError):
         CAUSAL.from_pretrained(made("llama"))
 
@@ -1056,7 +1057,7 @@ def test_a_failure_amid_the_library_s_walk_is_raised(
     made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = ReadError(5, "the disk has gone", "somewhere")
-    monkeypatch.setattr(transformers_walk.Batch, "result", _fails(error))
+    monkeypatch.setattr(weights_of.Batch, "result", _fails(error))
     with wl.enabled(CALLER), pytest.raises(OSError, match="the disk has gone"):
         CAUSAL.from_pretrained(made("llama"))
 

@@ -21,7 +21,8 @@ from test_backend_transformers import (
     walked,
 )
 from test_simulated_engine import Policy, Switch, machine
-from weightlift.backends import transformers_walk
+from weightlift.backends.transformers import walk
+from weightlift.backends.transformers import weights as weights_of
 from weightlift.checkpoint import Checkpoint
 
 __all__ = ["machine", "made"]
@@ -80,9 +81,9 @@ def test_mixtures(
     )
     with machine(2, seed, Policy.RANDOM) as driver:
         checkpoint = Checkpoint([Checkpoint.of_file(file).parts[0] for file in files])
-        weights = transformers_walk.Weights(checkpoint, "auto")
+        weights = weights_of.Weights(checkpoint, "auto")
         allocator = weights.allocator = Allocator(driver)
-        info, _ = transformers_walk.walk(model, weights, config, None)
+        info, _ = walk.walk_tensors(model, weights, config, None)
         assert info.missing_keys == set()
         assert weights.report is not None
         used = {name for name, count in weights.report.devices.items() if count}

@@ -11,329 +11,32 @@ conversions are the library's, on tensors that arrive a few at a time.
 from __future__ import annotations
 
 import collections
-import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
 import importlib
-import inspect
-import io
 import logging
 import math
-import textwrap
-import threading
-import tokenize
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightlift import dtypes
-from weightlift.allocation import Allocator, TorchAllocator, empty_on_host
-from weightlift.backends.transformers_shards import Cut, cutter
+from weightlift.allocation import empty_on_host
+from weightlift.backends.transformers.known import core_module
+from weightlift.backends.transformers.shards import Cut, cutter
+from weightlift.backends.transformers.weights import Batch, Retreat, Weights
 from weightlift.errors import OutOfMemoryError, WeightliftError
-from weightlift.materialize import Loading, Ranges
 from weightlift.placement import parse_device
-from weightlift.plans import Progress
 
 if TYPE_CHECKING:
     import torch
 
-    from weightlift.checkpoint import Checkpoint
-    from weightlift.report import LoadReport
-
-__all__ = ["Batch", "Retreat", "Slice", "Weights", "is_ours", "offer", "walk"]
+__all__ = ["walk_tensors"]
 
 _log = logging.getLogger("weightlift")
 
-CALLER = "transformers"
-
-# What this module stands in for, and what it relies on beyond names and signatures: digests of
-# their code, by the first version that has it. Versions before 5.16 shard tensors in this walk.
-_RELIED_ON = (
-    "",  # the walk itself
-    "set_param_for_module",
-    "spawn_materialize",
-    "_materialize_copy",
-    "WeightTransform.add_tensor",
-    "WeightTransform.materialize_tensors",
-    "WeightRenaming.convert",
-    "WeightConverter.convert",
-    "MergeModulelist.convert",
-    "MergeModulelist.get_target_pattern",
-    "Concatenate.convert",
-    "Concatenate.get_target_pattern",
-)
-_KNOWN = {
-    "9432b03fb4a63b1b",  # 5.16
-    "71af7c95f3de1491",  # 5.17
-    "8932346be2c78a79",  # 5.21
-    "3b2fb4744bea2b40",  # 5.23
-}
-
 # Bytes of what the library converts that are in memory besides the model: two of these.
 _WAVE_BYTES = 256 << 20
-
-
-class Retreat(Exception):
-    """The engine failed before any tensor was placed."""
-
-    def __init__(self, error: WeightliftError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-class Weights(Mapping[str, "Slice"]):
-    """The tensors of a checkpoint, as the library takes them: name -> what can be sliced.
-
-    Attributes:
-        checkpoint: where they are.
-        headers: name -> (the file's dtype, shape).
-        report: of all loads so far.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, mode: str) -> None:
-        self.checkpoint = checkpoint
-        self.headers = checkpoint.headers()
-        self.report: LoadReport | None = None
-        self._mode = mode
-        self._batch: Batch | None = None
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._lock = threading.Lock()
-
-    def __getitem__(self, name: str) -> Slice:
-        return Slice(self, name, self.headers[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.headers)
-
-    def __len__(self) -> int:
-        return len(self.headers)
-
-    @functools.cached_property
-    def allocator(self) -> Allocator:
-        return TorchAllocator()
-
-    def loading(
-        self, devices: set[torch.device], casts: bool, progress: Progress | None
-    ) -> Loading:
-        """A load of these tensors."""
-        on_host = {device.type for device in devices} <= {"cpu"}
-        return Loading(
-            self.checkpoint,
-            mode="auto" if self._mode == "map" and (casts or not on_host) else self._mode,
-            progress=progress or False,
-            allocator=self.allocator if any(d.type == "cuda" for d in devices) else None,
-            caller=CALLER,
-        )
-
-    def start(self, batch: Batch) -> None:
-        """Begins the load that the slices are from."""
-        batch.start()
-        self._batch = batch
-
-    def tensor(self, name: str) -> torch.Tensor:
-        # The library's threads ask, all at once.
-        with self._lock:
-            if self._batch is not None:
-                batch, self._batch = self._batch, None
-                self._tensors = batch.result()
-            tensor = self._tensors.get(name)
-            if tensor is None:  # not expected to be asked for
-                batch = Batch(self)
-                batch.add(name, parse_device("cpu"), None)
-                batch.start()
-                tensor = batch.result()[name]
-        return tensor
-
-    def close(self) -> None:
-        """Ends what was begun and nobody asked for."""
-        with self._lock:
-            if self._batch is not None:
-                self._batch.cancel()
-                self._batch = None
-
-
-class Slice:
-    """A tensor of ``Weights``, with the interface of safetensors' slices."""
-
-    __slots__ = ("_header", "_name", "_weights")
-
-    def __init__(self, weights: Weights, name: str, header: tuple[str, tuple[int, ...]]) -> None:
-        self._weights, self._name, self._header = weights, name, header
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor = self._weights.tensor(self._name)
-        return tensor if index is Ellipsis else tensor[index]
-
-    def get_shape(self) -> list[int]:
-        return list(self._header[1])
-
-    def get_dtype(self) -> str:
-        return self._header[0]
-
-
-class Batch:
-    """Tensors that one plan loads, each to its device and dtype."""
-
-    def __init__(self, weights: Weights, progress: Progress | None = None) -> None:
-        self._weights = weights
-        self._progress = progress
-        self._groups: dict[tuple[torch.device, str | None], list[str]] = {}
-        self._parts: dict[tuple[torch.device, str | None], dict[str, Ranges]] = {}
-        self._into: dict[tuple[torch.device, bool], list[_Into]] = {}
-        self._joined: list[tuple[str, int, list[torch.Tensor]]] = []
-        self._by_torch: dict[str, torch.dtype] = {}
-        self._loading: Loading | None = None
-
-    def add(
-        self, name: str, device: torch.device, dtype: torch.dtype | None, cut: Cut | None = None
-    ) -> None:
-        """Adds a tensor, or a part of it; ``dtype=None`` leaves it the file's."""
-        own = self._weights.headers[name][0]
-        cast = None if dtype is None else dtypes.file_name(dtype)
-        if dtype is not None and cast != own:
-            # The library casts each tensor by itself, also those that share their bytes.
-            if (
-                own not in dtypes.CASTABLE
-                or cast not in dtypes.CASTABLE
-                or self._weights.checkpoint.is_view(name)
-            ):
-                self._by_torch[name] = dtype
-                cast = None
-        else:
-            cast = None
-        if cut is None or cut.pieces is None:
-            self._groups.setdefault((device, cast), []).append(name)
-        elif len(cut.pieces) == 1:
-            self._parts.setdefault((device, cast), {})[name] = cut.pieces[0]
-        else:
-            self._add_pieces(name, device, dtypes.to_torch(cast or own), cut)
-
-    def _add_pieces(self, name: str, device: torch.device, dtype: torch.dtype, cut: Cut) -> None:
-        import torch
-
-        pieces = []
-        for ranges in cut.pieces or ():
-            shape = [count for _, _, count in ranges]
-            pieces.append(torch.empty(shape, dtype=dtype, device=device))
-            self.add_into(name, device, pieces[-1], ranges)
-        self._joined.append((name, cut.dimension, pieces))
-
-    def add_into(
-        self, name: str, device: torch.device, target: torch.Tensor, ranges: Ranges | None
-    ) -> None:
-        """Adds a tensor, or a part of it, that is written to another."""
-        into = _Into(name, target, ranges)
-        self._into.setdefault((device, ranges is not None), []).append(into)
-
-    def start(self) -> None:
-        if not self._groups and not self._parts and not self._into:
-            return
-        every = [*self._groups, *self._parts]
-        loading = self._weights.loading(
-            {device for device, _ in (*every, *self._into)},
-            any(cast is not None for _, cast in every),
-            self._progress,
-        )
-        for (device, cast), names in self._groups.items():
-            loading.add(device, cast, names)
-        for (device, cast), parts in self._parts.items():
-            loading.add(device, cast, list(parts), parts=list(parts.values()))
-        for (device, _), into in self._into.items():
-            ranges = [one.ranges for one in into if one.ranges is not None]
-            targets = [one.target for one in into]
-            loading.add(device, None, [one.name for one in into], targets, ranges or None)
-        loading.start()
-        self._loading = loading
-
-    def result(self) -> dict[str, torch.Tensor]:
-        """Waits: name -> tensor."""
-        loading, self._loading = self._loading, None
-        if loading is None:
-            return {}
-        import torch
-
-        tensors = loading.result()
-        while self._joined:
-            name, dimension, pieces = self._joined.pop()
-            tensors[name] = torch.cat(pieces, dimension)
-        for name, dtype in self._by_torch.items():
-            tensors[name] = tensors[name].to(dtype)
-        report, before = loading.report, self._weights.report
-        self._weights.report = report if before is None else before.plus(report)
-        return tensors
-
-    def cancel(self) -> None:
-        if self._loading is not None:
-            self._loading.cancel()
-            self._loading = None
-
-
-@dataclasses.dataclass(slots=True)
-class _Into:
-    name: str
-    target: torch.Tensor
-    ranges: Ranges | None
-
-
-# --- Which walks are known -----------------------------------------------------------------------
-
-# The library's own, once it is hooked.
-_original: Callable[..., Any] | None = None
-
-
-def offer(original: Callable[..., Any]) -> None:
-    """Says what ``walk`` is to stand in for."""
-    global _original
-    _original = original
-
-
-def is_ours(config: Any) -> bool:
-    """Whether a load with this ``LoadStateDictConfig`` can go through ``walk``."""
-    return config.hf_quantizer is None and _original is not None and _is_known(_original)
-
-
-def _core() -> Any:
-    return importlib.import_module("transformers.core_model_loading")
-
-
-@functools.cache
-def _is_known(original: Callable[..., Any]) -> bool:
-    import transformers
-
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        digest = hashlib.sha256()
-        for name in _RELIED_ON:
-            found = functools.reduce(getattr, name.split("."), _core()) if name else original
-            digest.update(_code(textwrap.dedent(inspect.getsource(found))).encode())
-        if digest.hexdigest()[:16] in _KNOWN:
-            return True
-    _log.info(
-        "weightlift: how transformers %s goes over the weights is not known; it does that itself, "
-        "on tensors that the engine loads",
-        transformers.__version__,
-    )
-    return False
-
-
-def _code(source: str) -> str:
-    """What a function's source says to Python, the same from every version of it: no comments,
-    docstrings or layout. Not by `ast`, which fails where another thread is in it (gh-106905)."""
-    found = []
-    begins = True  # a statement
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in (tokenize.INDENT, tokenize.DEDENT, tokenize.NEWLINE):
-            found.append("\n")
-            begins = True
-        elif token.type not in (tokenize.COMMENT, tokenize.NL):
-            if token.type != tokenize.STRING or not begins:
-                # From 3.12 on, the parts of f-strings are tokens.
-                found.append("".join(token.string.split()).replace("{{", "{").replace("}}", "}"))
-            begins = False
-    return "".join(found)
-
-
-# --- The walk ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(slots=True)
@@ -365,7 +68,7 @@ class _Target:
         return [key for _, key in self.sources if cuts is None or cuts[key] is not None]
 
 
-def walk(
+def walk_tensors(
     model: Any, weights: Weights, config: Any, disk_offload_index: dict[str, Any] | None
 ) -> tuple[Any, dict[str, Any] | None]:
     """``convert_and_load_state_dict_in_model``, without a quantizer and on whole tensors.
@@ -373,7 +76,7 @@ def walk(
     Raises:
         Retreat: before anything was changed in the model.
     """
-    core = _core()
+    core = core_module()
     state = model.state_dict()
     info = core.LoadStateDictInfo(
         missing_keys=set(state),

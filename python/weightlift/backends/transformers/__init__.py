@@ -1,7 +1,7 @@
 """transformers: what ``PreTrainedModel`` and ``AutoModel*`` load from files, adapters included.
 
 ``PreTrainedModel._load_pretrained_model`` is given the tensors of a ``Checkpoint`` instead of
-slices of opened files. Where the library's walk over them is one that is known, `transformers_walk`
+slices of opened files. Where the library's walk over them is one that is known, `walk`
 takes its place, and one plan brings every tensor to its parameter's device and dtype. Elsewhere
 (quantizers; versions whose walk is not known) the library walks: what it takes as it is finds its
 tensor already at its place, everything else is handed out as mapped.
@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlift import _native, dtypes, garbage
-from weightlift.backends import Hook, or_stock, transformers_walk
+from weightlift.backends import Hook, or_stock
 from weightlift.backends.safetensors import load_file_adapters
-from weightlift.backends.transformers_walk import CALLER, Batch, Retreat, Weights
+from weightlift.backends.transformers import known
+from weightlift.backends.transformers.walk import walk_tensors
+from weightlift.backends.transformers.weights import CALLER, Batch, Retreat, Weights
 from weightlift.checkpoint import Checkpoint
 from weightlift.errors import ArgumentError, OutOfMemoryError, WeightliftError
 from weightlift.placement import parse_device
@@ -65,7 +67,7 @@ def _load(
     if sharded and reason is None:
         return _load_shards(original, model, files, config, *rest)
     stock = functools.partial(original, model, None, files, config, *rest)
-    ours = transformers_walk.is_ours(config)
+    ours = known.is_ours(config)
     try:
         checkpoint = None if reason else _open(files)
         if checkpoint is None or "not_tensors" in checkpoint.metadata:
@@ -147,12 +149,12 @@ def _why_stock(model: Any, files: Sequence[str], config: Any, sharded: bool) -> 
         return "FSDP"
     if getattr(model, "_pp_stage", None) is not None:
         return "pipeline parallel"
-    if sharded and not transformers_walk.is_ours(config):
+    if sharded and not known.is_ours(config):
         return "tensor parallel, of quantized weights or by a walk that is not known"
     devices = set((config.device_map or {}).values())
     if "disk" in devices:
         devices.discard("disk")
-        if not transformers_walk.is_ours(config):
+        if not known.is_ours(config):
             return "offload to the disk, of quantized weights or by a walk that is not known"
     for device in devices:
         kind = "cuda" if isinstance(device, int) else torch.device(device).type
@@ -259,13 +261,13 @@ def _load_of_keys(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _walk(original: Callable[..., Any]) -> Callable[..., Any]:
     """The library's walk over the tensors, where it is known."""
-    transformers_walk.offer(original)
+    known.offer(original)
 
     def convert_and_load_state_dict_in_model(
         model: Any, state_dict: Any, load_config: Any, disk_offload_index: Any = None
     ) -> Any:
-        if isinstance(state_dict, Weights) and transformers_walk.is_ours(load_config):
-            return transformers_walk.walk(model, state_dict, load_config, disk_offload_index)
+        if isinstance(state_dict, Weights) and known.is_ours(load_config):
+            return walk_tensors(model, state_dict, load_config, disk_offload_index)
         return original(model, state_dict, load_config, disk_offload_index)
 
     return convert_and_load_state_dict_in_model

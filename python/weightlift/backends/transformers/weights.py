@@ -1,0 +1,229 @@
+"""The tensors of a checkpoint as transformers takes them, and the loads that bring them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from weightlift import dtypes
+from weightlift.allocation import Allocator, TorchAllocator
+from weightlift.backends.transformers.shards import Cut
+from weightlift.errors import WeightliftError
+from weightlift.materialize import Loading, Ranges
+from weightlift.placement import parse_device
+from weightlift.plans import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightlift.checkpoint import Checkpoint
+    from weightlift.report import LoadReport
+
+__all__ = ["CALLER", "Batch", "Retreat", "Slice", "Weights"]
+
+CALLER = "transformers"
+
+
+class Retreat(Exception):
+    """The engine failed before any tensor was placed."""
+
+    def __init__(self, error: WeightliftError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Weights(Mapping[str, "Slice"]):
+    """The tensors of a checkpoint, as the library takes them: name -> what can be sliced.
+
+    Attributes:
+        checkpoint: where they are.
+        headers: name -> (the file's dtype, shape).
+        report: of all loads so far.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, mode: str) -> None:
+        self.checkpoint = checkpoint
+        self.headers = checkpoint.headers()
+        self.report: LoadReport | None = None
+        self._mode = mode
+        self._batch: Batch | None = None
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> Slice:
+        return Slice(self, name, self.headers[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+    @functools.cached_property
+    def allocator(self) -> Allocator:
+        return TorchAllocator()
+
+    def loading(
+        self, devices: set[torch.device], casts: bool, progress: Progress | None
+    ) -> Loading:
+        """A load of these tensors."""
+        on_host = {device.type for device in devices} <= {"cpu"}
+        return Loading(
+            self.checkpoint,
+            mode="auto" if self._mode == "map" and (casts or not on_host) else self._mode,
+            progress=progress or False,
+            allocator=self.allocator if any(d.type == "cuda" for d in devices) else None,
+            caller=CALLER,
+        )
+
+    def start(self, batch: Batch) -> None:
+        """Begins the load that the slices are from."""
+        batch.start()
+        self._batch = batch
+
+    def tensor(self, name: str) -> torch.Tensor:
+        # The library's threads ask, all at once.
+        with self._lock:
+            if self._batch is not None:
+                batch, self._batch = self._batch, None
+                self._tensors = batch.result()
+            tensor = self._tensors.get(name)
+            if tensor is None:  # not expected to be asked for
+                batch = Batch(self)
+                batch.add(name, parse_device("cpu"), None)
+                batch.start()
+                tensor = batch.result()[name]
+        return tensor
+
+    def close(self) -> None:
+        """Ends what was begun and nobody asked for."""
+        with self._lock:
+            if self._batch is not None:
+                self._batch.cancel()
+                self._batch = None
+
+
+class Slice:
+    """A tensor of ``Weights``, with the interface of safetensors' slices."""
+
+    __slots__ = ("_header", "_name", "_weights")
+
+    def __init__(self, weights: Weights, name: str, header: tuple[str, tuple[int, ...]]) -> None:
+        self._weights, self._name, self._header = weights, name, header
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = self._weights.tensor(self._name)
+        return tensor if index is Ellipsis else tensor[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self._header[1])
+
+    def get_dtype(self) -> str:
+        return self._header[0]
+
+
+class Batch:
+    """Tensors that one plan loads, each to its device and dtype."""
+
+    def __init__(self, weights: Weights, progress: Progress | None = None) -> None:
+        self._weights = weights
+        self._progress = progress
+        self._groups: dict[tuple[torch.device, str | None], list[str]] = {}
+        self._parts: dict[tuple[torch.device, str | None], dict[str, Ranges]] = {}
+        self._into: dict[tuple[torch.device, bool], list[_Into]] = {}
+        self._joined: list[tuple[str, int, list[torch.Tensor]]] = []
+        self._by_torch: dict[str, torch.dtype] = {}
+        self._loading: Loading | None = None
+
+    def add(
+        self, name: str, device: torch.device, dtype: torch.dtype | None, cut: Cut | None = None
+    ) -> None:
+        """Adds a tensor, or a part of it; ``dtype=None`` leaves it the file's."""
+        own = self._weights.headers[name][0]
+        cast = None if dtype is None else dtypes.file_name(dtype)
+        if dtype is not None and cast != own:
+            # The library casts each tensor by itself, also those that share their bytes.
+            if (
+                own not in dtypes.CASTABLE
+                or cast not in dtypes.CASTABLE
+                or self._weights.checkpoint.is_view(name)
+            ):
+                self._by_torch[name] = dtype
+                cast = None
+        else:
+            cast = None
+        if cut is None or cut.pieces is None:
+            self._groups.setdefault((device, cast), []).append(name)
+        elif len(cut.pieces) == 1:
+            self._parts.setdefault((device, cast), {})[name] = cut.pieces[0]
+        else:
+            self._add_pieces(name, device, dtypes.to_torch(cast or own), cut)
+
+    def _add_pieces(self, name: str, device: torch.device, dtype: torch.dtype, cut: Cut) -> None:
+        import torch
+
+        pieces = []
+        for ranges in cut.pieces or ():
+            shape = [count for _, _, count in ranges]
+            pieces.append(torch.empty(shape, dtype=dtype, device=device))
+            self.add_into(name, device, pieces[-1], ranges)
+        self._joined.append((name, cut.dimension, pieces))
+
+    def add_into(
+        self, name: str, device: torch.device, target: torch.Tensor, ranges: Ranges | None
+    ) -> None:
+        """Adds a tensor, or a part of it, that is written to another."""
+        into = _Into(name, target, ranges)
+        self._into.setdefault((device, ranges is not None), []).append(into)
+
+    def start(self) -> None:
+        if not self._groups and not self._parts and not self._into:
+            return
+        every = [*self._groups, *self._parts]
+        loading = self._weights.loading(
+            {device for device, _ in (*every, *self._into)},
+            any(cast is not None for _, cast in every),
+            self._progress,
+        )
+        for (device, cast), names in self._groups.items():
+            loading.add(device, cast, names)
+        for (device, cast), parts in self._parts.items():
+            loading.add(device, cast, list(parts), parts=list(parts.values()))
+        for (device, _), into in self._into.items():
+            ranges = [one.ranges for one in into if one.ranges is not None]
+            targets = [one.target for one in into]
+            loading.add(device, None, [one.name for one in into], targets, ranges or None)
+        loading.start()
+        self._loading = loading
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """Waits: name -> tensor."""
+        loading, self._loading = self._loading, None
+        if loading is None:
+            return {}
+        import torch
+
+        tensors = loading.result()
+        while self._joined:
+            name, dimension, pieces = self._joined.pop()
+            tensors[name] = torch.cat(pieces, dimension)
+        for name, dtype in self._by_torch.items():
+            tensors[name] = tensors[name].to(dtype)
+        report, before = loading.report, self._weights.report
+        self._weights.report = report if before is None else before.plus(report)
+        return tensors
+
+    def cancel(self) -> None:
+        if self._loading is not None:
+            self._loading.cancel()
+            self._loading = None
+
+
+@dataclasses.dataclass(slots=True)
+class _Into:
+    name: str
+    target: torch.Tensor
+    ranges: Ranges | None
