@@ -68,10 +68,16 @@ SUITES = {
     "safetensors": Suite(
         "safetensors",
         "safetensors",
-        ("tests/test_pt_*.py", "tests/test_simple.py"),
+        (
+            "tests/test_pt_*.py",
+            "tests/test_simple.py",
+            "tests/test_handle.py",
+            "tests/test_pread_backend.py",
+            "tests/test_threadable.py",
+        ),
         "not test_odd_dtype_fp4",  # it saves what torch.empty gives
-        0.5,
-        45,
+        0.99,
+        60,
         "bindings/python",
     ),
     "accelerate": Suite(
@@ -91,7 +97,7 @@ SUITES = {
         0.9,
         30,
     ),
-    "diffusers": Suite("diffusers", "", ("suite_diffusers.py",), "", 0.9, 100),
+    "diffusers": Suite("diffusers", "", ("suite_diffusers.py",), "", 0.99, 130),
 }
 
 
@@ -166,7 +172,9 @@ def judge(name: str, suite: Suite) -> bool:
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
     loads = sum(len(test.get("loads", [])) for test in stock["tests"].values())
     engine, library = (sum(record["moved"].values()) for record in (ours, counted))
-    share = engine / library if library else 0.0
+    # Test by test: what the engine maps beyond a slice does not make up for another test's bytes.
+    both = sum(min(n, ours["moved"].get(test, 0)) for test, n in counted["moved"].items())
+    share = both / library if library else 0.0
     tests = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items()))
     print(f"{name} {version(name)}: {tests}; {loads} loads compared, {len(different)} differences")
     print(
