@@ -75,7 +75,7 @@ def native() -> list[File]:
     options = ["--root", ROOT, "--object-directory", BUILD, "--filter", "csrc/", "--json", report]
     # gcc's own mistake, which atomic counting would avoid at several times the tests' time.
     options += ["--gcov-ignore-parse-errors=negative_hits.warn"]
-    if not run(SCRIPTS / "gcovr", *options):
+    if not run(SCRIPTS / "gcovr", *options, BUILD / "csrc", BUILD / "tests"):
         sys.exit("gcovr failed")
     files = []
     for file in json.loads(report.read_text())["files"]:
