@@ -22,7 +22,7 @@ NATIVE := $(wildcard $(shell git ls-files csrc cmake tests/native "*CMakeLists.t
 LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 
-.PHONY: demo readme report test test-deep fuzz lint native-tests python-tests test-matrix test-libraries wheel gpu-check bench bench-env clean dev release
+.PHONY: demo readme report test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries wheel gpu-check bench bench-env clean dev release
 
 $(VENV)/.tools: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,14 @@ $(VENV)/.gtest: $(VENV)/.tools
 	  echo "installing libgtest-dev, strace, xfsprogs"; \
 	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq libgtest-dev strace xfsprogs; \
+	fi
+	@touch $@
+
+$(VENV)/.valgrind: $(VENV)/.gtest
+	@if ! command -v valgrind > /dev/null; then \
+	  echo "installing valgrind"; \
+	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq valgrind; \
 	fi
 	@touch $@
 
@@ -100,6 +108,7 @@ report: release
 readme: demo report
 
 test: dev lint native-tests python-tests
+	$(BIN)/python tests/perf/run.py --quick
 	$(BIN)/python tests/simulated_driver/run_mutants.py --quick
 
 native-tests: dev
@@ -143,9 +152,13 @@ test-deep: dev
 	WEIGHTLIFT_SEEDS=1000 $(BIN)/ctest --test-dir build/dev --output-on-failure -j $(JOBS)
 	$(BIN)/python tests/simulated_driver/run_mutants.py
 	tests/pythons.sh
-	$(MAKE) tidy asan tsan
+	$(MAKE) tidy asan tsan check-perf
 	$(MAKE) test-libraries
 	$(MAKE) fuzz
+
+# What loads cost in instructions, system calls and allocations, against the budgets.
+check-perf: dev $(VENV)/.valgrind
+	$(BIN)/python tests/perf/run.py
 
 # Under ASan and UBSan; so many seconds each of the targets.
 FUZZ_SECONDS ?= 60
