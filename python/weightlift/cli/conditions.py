@@ -62,11 +62,15 @@ def settle(files: Iterable[str | os.PathLike[str]]) -> None:
 
 
 def prepare_files(files: Sequence[str], cold: bool) -> int | None:
-    """Reads the files into the page cache or drops them from it; the bytes that are in it then."""
+    """Reads the files into the page cache or drops them from it; the bytes that are in it then.
+
+    What is in it already is read, too: the host of a virtual machine may have taken its memory,
+    which the kernel does not know, and whoever comes first would pay for it.
+    """
     for file in files:
         if cold:
             _drop(file)
-        elif page_cache(file) != Path(file).stat().st_size:
+        else:
             _read_in(file)
     return resident_bytes(files)
 
