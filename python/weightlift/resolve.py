@@ -304,39 +304,40 @@ class _Weights:
     shards: int
 
 
-def _spellings(
-    stem: str, extension: str
-) -> tuple[tuple[Literal["index", "single", "shard"], str], ...]:
-    return (
-        # diffusers and transformers
-        ("index", rf"{stem}{extension}\.index(?:\.(?P<variant>.+))?\.json"),
-        # huggingface_hub's save_torch_state_dict
-        ("index", rf"{stem}\.(?P<variant>.+){extension}\.index\.json"),
-        # diffusers of 2024, which still reads them
-        ("index", rf"{stem}{extension}\.(?P<variant>.+)\.index\.json"),
-        ("shard", rf"{stem}(?:\.(?P<variant>.+))?-\d{{5,}}-of-(?P<shards>\d{{5,}}){extension}"),
-        ("shard", rf"{stem}-\d{{5,}}-of-(?P<shards>\d{{5,}})\.(?P<variant>.+){extension}"),
-        ("single", rf"{stem}(?:\.(?P<variant>.+))?{extension}"),
-    )
+# How the files of a checkpoint are called: @ is the stem, % the extension.
+_SPELLINGS: tuple[tuple[Literal["index", "single", "shard"], str], ...] = (
+    # diffusers and transformers
+    ("index", r"@%\.index(?:\.(?P<variant>.+))?\.json"),
+    # huggingface_hub's save_torch_state_dict
+    ("index", r"@\.(?P<variant>.+)%\.index\.json"),
+    # diffusers of 2024, which still reads them
+    ("index", r"@%\.(?P<variant>.+)\.index\.json"),
+    ("shard", r"@(?:\.(?P<variant>.+))?-\d{5,}-of-(?P<shards>\d{5,})%"),
+    ("shard", r"@-\d{5,}-of-(?P<shards>\d{5,})\.(?P<variant>.+)%"),
+    ("single", r"@(?:\.(?P<variant>.+))?%"),
+)
 
 
+# Each when it is first needed: to compile all of them takes longer than to open a checkpoint.
 @functools.cache
-def _patterns() -> list[tuple[Format, Literal["index", "single", "shard"], int, re.Pattern[str]]]:
-    found = []
-    for format, extension in _EXTENSIONS.items():
-        stems = "|".join(stem for own, stem in (*_MODELS, *_ADAPTERS) if own == format)
-        spellings = _spellings(f"(?P<stem>{stems})", re.escape(extension))
-        for number, (kind, pattern) in enumerate(spellings):
-            found.append((format, kind, number, re.compile(pattern, re.DOTALL)))
-    return found
+def _pattern(format: Format, spelling: int) -> re.Pattern[str]:
+    stems = "|".join(stem for own, stem in (*_MODELS, *_ADAPTERS) if own == format)
+    pattern = _SPELLINGS[spelling][1].replace("@", f"(?P<stem>{stems})")
+    return re.compile(pattern.replace("%", re.escape(_EXTENSIONS[format])), re.DOTALL)
 
 
 def _parse(name: str) -> _Weights | None:
-    for format, kind, spelling, pattern in _patterns():
-        if found := pattern.fullmatch(name):
-            said = found.groupdict()
-            shards = int(said.get("shards") or 0)
-            return _Weights(name, format, said["stem"], said["variant"], kind, spelling, shards)
+    is_index = name.endswith(".json")
+    for format, extension in _EXTENSIONS.items():
+        if extension not in name:
+            continue
+        for spelling, (kind, _) in enumerate(_SPELLINGS):
+            if (kind == "index") != is_index:
+                continue
+            if found := _pattern(format, spelling).fullmatch(name):
+                said = found.groupdict()
+                shards = int(said.get("shards") or 0)
+                return _Weights(name, format, said["stem"], said["variant"], kind, spelling, shards)
     return None
 
 
