@@ -268,10 +268,9 @@ class Loading:
         checkpoint = self._checkpoint
         if group.names is None and checkpoint.is_plain and group.targets is None:
             for part, file in enumerate(checkpoint.parts):
-                keys: list[_Key] = [(number, name) for name in file.names()]
-                self._order += [
-                    (name, key, None) for name, key in zip(file.names(), keys, strict=True)
-                ]
+                names = file.names()
+                keys: list[_Key] = [(number, name) for name in names]
+                self._order += [(name, key, None) for name, key in zip(names, keys, strict=True)]
                 self._add_part(part, group, None, keys, None)
             return
         wanted: dict[int, dict[int, tuple[_Key, torch.Tensor | None]]] = {}

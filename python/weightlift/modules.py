@@ -281,14 +281,7 @@ def fill(
     if ignore_unexpected is not None:
         unexpected = [name for name in unexpected if not ignore_unexpected(name)]
     check_keys(
-        checkpoint,
-        model,
-        missing,
-        unexpected,
-        mismatched,
-        empty,
-        strict,
-        ignore_mismatched_sizes,
+        checkpoint, model, missing, unexpected, mismatched, empty, strict, ignore_mismatched_sizes
     )
     devices: Mapping[str, torch.device | str] | None = None
     if device_map is not None and (alone := placement.single_device(device_map)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -58,27 +59,8 @@ def test_resumed() -> None:
         assert not gc.isenabled()
 
 
-def test_until_the_last_thread_ends_its_own() -> None:
-    entered, leave = threading.Event(), threading.Event()
-
-    def other() -> None:
-        with garbage.paused():
-            entered.set()
-            leave.wait(10)
-
-    thread = threading.Thread(target=other)
-    with garbage.paused():
-        thread.start()
-        assert entered.wait(10)
-        with garbage.resumed():  # this thread's is not all there is
-            assert not gc.isenabled()
-    assert not gc.isenabled()
-    leave.set()
-    thread.join()
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_is_not_left_in_the_pause_of_a_thread_it_does_not_have() -> None:
+@contextlib.contextmanager
+def another_threads_pause() -> Iterator[None]:
     entered, leave = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -89,12 +71,25 @@ def test_a_child_is_not_left_in_the_pause_of_a_thread_it_does_not_have() -> None
     thread = threading.Thread(target=other)
     thread.start()
     assert entered.wait(10)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if gc.isenabled() else 1)
-    _, status = os.waitpid(child, 0)
+    yield
     leave.set()
     thread.join()
+
+
+def test_until_the_last_thread_ends_its_own() -> None:
+    with another_threads_pause():
+        with garbage.paused(), garbage.resumed():  # this thread's is not all there is
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_is_not_left_in_the_pause_of_a_thread_it_does_not_have() -> None:
+    with another_threads_pause():
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if gc.isenabled() else 1)
+        _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
 
 
@@ -113,6 +108,27 @@ class _Model(weightlift.ModelMixin, weightlift.ConfigMixin):
         super().__init__()
         type(self).seen = gc.isenabled()
         self.layer = torch.nn.Linear(4, 4)
+
+
+class _Watched(weightlift.ModelMixin, weightlift.ConfigMixin):
+    """Does something of its own when it is set to training or evaluation."""
+
+    @weightlift.register_to_config
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+        self.modes: list[bool] = []
+
+    def train(self, mode: bool = True) -> _Watched:
+        self.modes.append(mode)
+        return super().train(mode)
+
+
+def test_a_train_of_the_models_own_is_called(tmp_path: os.PathLike[str]) -> None:
+    _Watched().save_pretrained(tmp_path)
+    model = _Watched.from_pretrained(tmp_path)
+    assert model.modes == [False]
+    assert not any(module.training for module in model.modules())
 
 
 def test_a_model_is_made_without_looks_for_garbage(tmp_path: os.PathLike[str]) -> None:

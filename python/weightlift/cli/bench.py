@@ -291,7 +291,7 @@ def describe_run(found: Comparison) -> str:
         cache = f"{' to '.join(dict.fromkeys(shares))} of the files"
     rounds = max(len(samples) for samples in found.samples.values())
     backed = min(sample.backed_bytes for sample in every)
-    warm = "warm, read in from beginning to end once"
+    warm = "warm, read once more before each load"
     return (
         f"{'cold' if found.cold else warm}: before each load the page cache held {cache}; "
         f"rounds in random order: {rounds}, a new process each; {format_bytes(backed)} of memory "

@@ -700,11 +700,10 @@ def _evaluate(model: torch.nn.Module) -> None:
     """``eval()``; where no module has one of its own, without the way through ``__setattr__``,
     which looks at three dictionaries for each."""
     modules = list(model.modules())
-    own = {"eval", "train", "__setattr__"}
     if all(
         getattr(kind, name) is getattr(torch.nn.Module, name)
         for kind in {type(module) for module in modules}
-        for name in own
+        for name in ("eval", "train", "__setattr__")
     ):
         for module in modules:
             vars(module)["training"] = False
