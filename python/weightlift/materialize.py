@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from weightlift import _native, dtypes, garbage, plans
 from weightlift.allocation import Allocator, TorchAllocator, empty_on_host, from_dlpack
-from weightlift.errors import ArgumentError, DeviceError, FormatError, ReadError
+from weightlift.errors import ArgumentError, DeviceError, FormatError, OutOfMemoryError, ReadError
 from weightlift.integrity import HashCheck
 from weightlift.plans import Progress, cancel_plan, new_plan, run_plan, start_plan
 from weightlift.report import LoadReport, record
@@ -343,7 +343,12 @@ class Loading:
                 dtype = wanted if direct and wanted != own else None
                 if into is None:
                     counts = [count for _, _, count in ranges]
-                    into = self._empty(group.device, counts, dtype or own)
+                    try:
+                        into = self._empty(group.device, counts, dtype or own)
+                    except OutOfMemoryError as error:
+                        raise OutOfMemoryError(
+                            f"{place[0].path}: tensor {name!r}: {error}"
+                        ) from error
                 self._tensors[key] = into
                 if into.numel() > 0:
                     self._plan.slice(*place, ranges, dtype, index, into.data_ptr())

@@ -26,7 +26,8 @@ from support import (
     run_python,
     sparse_file,
 )
-from weightlift.materialize import load_tensors
+from weightlift.checkpoint import open_checkpoint
+from weightlift.materialize import Loading, load_tensors
 
 MODES = ["auto", "map", "read"]
 MIB = 1 << 20
@@ -698,3 +699,15 @@ def test_tensors_are_as_any_other(tmp_path: Path, mode: str) -> None:
     parameter = torch.nn.Parameter(tensor)
     parameter.sum().backward()
     assert torch.equal(parameter.grad, torch.ones(4, 6))
+
+
+def test_a_part_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    """2 TB of a sparse file, half of which is asked for: more than any machine of a test has."""
+    path = tmp_path / "sparse.safetensors"
+    count = 1 << 41
+    header = {"big": {"dtype": "U8", "shape": [count], "data_offsets": [0, count]}}
+    sparse_file(path, header, count)
+    loading = Loading(open_checkpoint(path), mode="read")
+    loading.add(torch.device("cpu"), None, ["big"], parts=[[(0, 1, count // 2)]])
+    with pytest.raises(wl.OutOfMemoryError, match=r"sparse\.safetensors: tensor 'big'.*load fewer"):
+        loading.start()
