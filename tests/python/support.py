@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
+import traceback
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +132,48 @@ def run_python(
         check=False,
         **options,
     )
+
+
+def forked(work: Callable[[], object]) -> int:
+    """The process id of a fork of this process that does ``work``, whose limits and mounts go with
+    it. It computes nothing: the threads that torch computes with are not in the child."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks while threads live
+        child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def exit_code(child: int) -> int:
+    """0 where its work is done, 1 where it raised an error."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """The exit code of a fork that does ``work``."""
+    return exit_code(forked(work))
+
+
+def under_strace(work: Callable[[], object], log: Path, *options: str) -> int:
+    """The same, with strace(1) attached to the fork while it works; ``-f`` for its threads too."""
+    read_end, write_end = os.pipe()
+
+    def wait_and_work() -> None:
+        os.read(read_end, 1)
+        work()
+
+    child = forked(wait_and_work)
+    command = ["strace", "-o", log, *options, "-p", str(child)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        assert "attached" in strace.stderr.readline()
+        os.write(write_end, b".")
+        os.close(read_end)
+        os.close(write_end)
+    return exit_code(child)

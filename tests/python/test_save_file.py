@@ -7,8 +7,6 @@ import signal
 import stat
 import tempfile
 import time
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,29 +18,19 @@ from safetensors.torch import load_file as reference_load_file
 from safetensors.torch import save_file as reference_save_file
 
 import weightlift as wl
-from support import DTYPES, assert_same, assert_same_tensors, entry, file_bytes, random_bytes
+from support import (
+    DTYPES,
+    assert_same,
+    assert_same_tensors,
+    entry,
+    exit_code,
+    file_bytes,
+    forked,
+    in_child,
+    random_bytes,
+)
 
 MIB = 1 << 20
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Runs ``work`` in a fork of this process; returns its process id. It makes no tensors: the
-    threads that torch computes with are not in the child."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks while threads live
-        child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return child
-
-
-def exit_code(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def of_all_dtypes() -> dict[str, torch.Tensor]:
@@ -180,7 +168,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
                 os._exit(2)
             os._exit(7)
 
-    assert exit_code(in_child(save)) == 7
+    assert in_child(save) == 7
     assert (tmp_path / "f").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
@@ -197,7 +185,7 @@ def test_a_folder_that_may_not_be_listed() -> None:
 
     try:
         folder.chmod(0o333)
-        assert exit_code(in_child(save)) == 0
+        assert in_child(save) == 0
         folder.chmod(0o755)
         assert wl.load_file(folder / "f")["w"].sum() == 3
         assert [found.name for found in folder.iterdir()] == ["f"]
@@ -219,7 +207,7 @@ def test_killed_at_any_time(tmp_path: Path) -> None:
 
     seen = set()
     for turn in range(12):
-        child = in_child(save)
+        child = forked(save)
         time.sleep(0.01 + 0.007 * turn)
         os.kill(child, signal.SIGKILL)
         assert exit_code(child) == -signal.SIGKILL

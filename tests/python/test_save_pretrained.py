@@ -10,9 +10,6 @@ import resource
 import signal
 import subprocess
 import tempfile
-import traceback
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from torch import nn
 import weightlift as wl
 from hub_server import HubServer, Repository, hub, mirror, uploads
 from model_classes import MADE, OURS, THEIRS, made
-from support import assert_same, assert_same_tensors, bits
+from support import assert_same, assert_same_tensors, bits, in_child
 from weightlift.hub import HubArguments
 
 __all__ = ["hub", "mirror"]  # fixtures
@@ -194,21 +191,6 @@ def test_what_has_no_values_is_not_saved(folder: Path) -> None:
 
 
 # Where it cannot be written.
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """The exit code of a fork that does ``work``, whose limits and mounts go with it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks while threads live
-        child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 SAVINGS = pytest.mark.parametrize(

@@ -14,8 +14,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import traceback
-import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,7 +29,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
 import weightlift as wl
-from support import assert_same_tensors
+from support import assert_same_tensors, in_child, under_strace
 from weightlift.files import load_checkpoint
 from weightlift.models import saving
 from weightlift.models.saving import save_weights
@@ -439,22 +437,6 @@ def test_bad_sizes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """The exit code of a fork of this process that does ``work``. It computes nothing: the threads
-    that torch computes with are not in the child."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks while threads live
-        child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def refused_by_the_system(save: Callable[[], object], expected: int, file: Path) -> None:
     with pytest.raises(OSError) as caught:
         save()
@@ -765,33 +747,18 @@ def test_killed_at_every_system_call(
     tensors = filled(1)
     log = tmp_path / "log"
 
-    def under_strace(*arguments: str) -> int:
+    def saved(*options: str) -> int:
         old_checkpoint(folder, before)
-        read_end, write_end = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            os.read(read_end, 1)
-            save_weights(tensors, folder, **FORMS[after])
-            os._exit(FINISHED)
-        command = ["strace", "-o", log, *arguments, "-p", str(child)]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
-            assert strace.stderr is not None
-            assert "attached" in strace.stderr.readline()
-            os.write(write_end, b".")
-            os.close(read_end)
-            os.close(write_end)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return under_strace(lambda: save_weights(tensors, folder, **FORMS[after]), log, *options)
 
-    assert under_strace() == FINISHED
+    assert saved() == 0
     calls = re.findall(r"^(\w+)\(", log.read_text(), re.MULTILINE)
     seen = []
     counts: Counter[str] = Counter()
     for call in calls[: calls.index("exit_group")]:
         counts[call] += 1
-        code = under_strace("-e", f"inject={call}:signal=SIGKILL:when={counts[call]}")
-        if code == FINISHED:  # calls for memory are not the same in every run
+        code = saved("-e", f"inject={call}:signal=SIGKILL:when={counts[call]}")
+        if code == 0:  # calls for memory are not the same in every run
             assert verdicts(folder, after) == ("new", "new")
             continue
         assert code == -signal.SIGKILL
