@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,31 +109,41 @@ def fastsafetensors(job: Job) -> Load:
     return load
 
 
-def instanttensor(job: Job) -> Load:
-    library = importlib.import_module("instanttensor")
+def _streamed(
+    job: Job, begin: Callable[[contextlib.ExitStack], Callable[[], Iterable[tuple[str, Any]]]]
+) -> Load:
+    """For peers whose tensors come one by one, out of what is closed behind the last."""
 
     def load() -> dict[str, Any]:
-        with library.safe_open(list(job.files), framework="pt", device=_indexed(job)) as opened:
+        with contextlib.ExitStack() as stack:
+            stream = begin(stack)
             phases.mark("index")
-            tensors = dict(opened.tensors())
+            tensors = dict(stream())
             phases.mark("move")
         return cast(tensors, job)
 
     return load
+
+
+def instanttensor(job: Job) -> Load:
+    library = importlib.import_module("instanttensor")
+
+    def begin(stack: contextlib.ExitStack) -> Any:
+        opened = library.safe_open(list(job.files), framework="pt", device=_indexed(job))
+        return stack.enter_context(opened).tensors
+
+    return _streamed(job, begin)
 
 
 def runai(job: Job) -> Load:
     library = importlib.import_module("runai_model_streamer")
 
-    def load() -> dict[str, Any]:
-        with library.SafetensorsStreamer() as streamer:
-            streamer.stream_files(list(job.files), device=job.device)
-            phases.mark("index")
-            tensors = dict(streamer.get_tensors())
-            phases.mark("move")
-        return cast(tensors, job)
+    def begin(stack: contextlib.ExitStack) -> Any:
+        streamer = stack.enter_context(library.SafetensorsStreamer())
+        streamer.stream_files(list(job.files), device=job.device)
+        return streamer.get_tensors
 
-    return load
+    return _streamed(job, begin)
 
 
 def flashpack_convert(job: Job) -> None:
