@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from weightlift import _native, dtypes
@@ -14,7 +15,7 @@ from weightlift.errors import DeviceError, OutOfMemoryError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Allocator", "TorchAllocator", "empty_on_host", "from_dlpack"]
+__all__ = ["Allocator", "TorchAllocator", "empty_on_host", "from_dlpack", "naming"]
 
 # torch's caching allocator cuts what is larger than this out of a block of its own, with a
 # cudaMalloc each (c10/cuda/CUDACachingAllocator.cpp, kSmallSize).
@@ -59,7 +60,9 @@ class TorchAllocator:
                 tuple(shape), dtype=dtypes.to_torch(dtype), device=torch.device("cuda", device)
             )
         except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(str(error)) from error
+            raise OutOfMemoryError(
+                f"{error}; load fewer tensors, use a smaller dtype, or more devices (device_map=)"
+            ) from error
         return tensor.data_ptr(), tensor
 
     def stream(self, device: int) -> int:
@@ -102,6 +105,17 @@ def empty_on_host(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
     memory: torch.Tensor = from_dlpack()(_native.host_memory(size))
     return memory.view(dtype).reshape(tuple(shape))
+
+
+@contextlib.contextmanager
+def naming(path: str, name: str) -> Iterator[None]:
+    """Says which tensor there is no memory for. The cause stays torch's error where there is one:
+    the backends raise that."""
+    try:
+        yield
+    except OutOfMemoryError as error:
+        text = f"{path}: tensor {name!r}: {error}"
+        raise OutOfMemoryError(text) from (error.__cause__ or error)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from weightlift import dtypes
-from weightlift.allocation import TorchAllocator, empty_on_host
+from weightlift.allocation import TorchAllocator
 from weightlift.integrity import HashCheck
 from weightlift.materialize import Loading, Ranges
 from weightlift.plans import shown
@@ -186,12 +186,10 @@ class TeamLoading(Loading):
             assert self._allocator is not None
             self._allocator.reserve(index, of_device)
         for item in self._items:
-            if item.tensor.is_meta and item.device.type == "cpu" and not self._pin_memory:
-                item.tensor = empty_on_host(item.tensor.shape, item.tensor.dtype)
-            elif item.tensor.is_meta:
-                item.tensor = torch.empty_like(
-                    item.tensor, device=item.device, pin_memory=self._pin_memory
-                )
+            if item.tensor.is_meta:
+                dtype = dtypes.file_name(item.tensor.dtype)
+                assert dtype is not None
+                item.tensor = self._empty(item.name, item.device, item.tensor.shape, dtype)
 
     def _exchange(self) -> None:
         """Round by round: what this rank has read goes to the others, and theirs comes; meanwhile

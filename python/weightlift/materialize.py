@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from weightlift import _native, dtypes, garbage, plans
-from weightlift.allocation import Allocator, TorchAllocator, empty_on_host, from_dlpack
+from weightlift.allocation import Allocator, TorchAllocator, empty_on_host, from_dlpack, naming
 from weightlift.errors import ArgumentError, DeviceError, FormatError, OutOfMemoryError, ReadError
 from weightlift.integrity import HashCheck
 from weightlift.plans import Progress, cancel_plan, new_plan, run_plan, start_plan
@@ -343,12 +343,7 @@ class Loading:
                 dtype = wanted if direct and wanted != own else None
                 if into is None:
                     counts = [count for _, _, count in ranges]
-                    try:
-                        into = self._empty(group.device, counts, dtype or own)
-                    except OutOfMemoryError as error:
-                        raise OutOfMemoryError(
-                            f"{place[0].path}: tensor {name!r}: {error}"
-                        ) from error
+                    into = self._empty(name, group.device, counts, dtype or own)
                 self._tensors[key] = into
                 if into.numel() > 0:
                     self._plan.slice(*place, ranges, dtype, index, into.data_ptr())
@@ -373,17 +368,23 @@ class Loading:
             whole = whole[(slice(None),) * dimension + (slice(None, None, step),)]
         return whole.clone(memory_format=torch.contiguous_format)
 
-    def _empty(self, device: torch.device, shape: Sequence[int], dtype: str) -> torch.Tensor:
+    def _empty(
+        self, name: str, device: torch.device, shape: Sequence[int], dtype: str
+    ) -> torch.Tensor:
+        """Memory for a tensor of a file."""
         import torch
 
-        if device.type == "cuda":
-            assert self._allocator is not None
-            made: torch.Tensor = self._allocator.empty(device.index, shape, dtype)[1]
-            return made
-        kind = dtypes.to_torch(dtype)
-        if self._pin_for is None:
-            return empty_on_host(shape, kind)
-        return torch.empty(tuple(shape), dtype=kind, pin_memory=True)
+        found = self._checkpoint.find(name)
+        assert found is not None
+        with naming(found[0].path, name):
+            if device.type == "cuda":
+                assert self._allocator is not None
+                made: torch.Tensor = self._allocator.empty(device.index, shape, dtype)[1]
+                return made
+            kind = dtypes.to_torch(dtype)
+            if not self._pin_memory:
+                return empty_on_host(shape, kind)
+            return torch.empty(tuple(shape), dtype=kind, pin_memory=True)
 
     def _add_part(
         self,
@@ -553,7 +554,15 @@ class Loading:
             )
         self._allocator.reserve(index, sizes)
         empty = self._allocator.empty
-        made = [empty(index, shape, own) for shape, own in zip(shapes, targets, strict=True)]
+        made: list[tuple[int, Any]] = []
+        try:
+            for shape, own in zip(shapes, targets, strict=True):
+                made.append(empty(index, shape, own))
+        except OutOfMemoryError:
+            position = len(made)
+            made.clear()  # the traceback would keep them, and a second try find no more room
+            with naming(file.path, file.names(which)[position]):
+                raise
         self._plan.copy_to(file, which, index, [address for address, _ in made], targets)
         self._plan.use_stream(index, self._allocator.stream(index))
         self._tensors.update(zip(keys, (owner for _, owner in made), strict=True))

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ import torch
 
 import weightlift as wl
 from backend_support import engine_moves, stock_way, tensor_bytes
-from support import assert_same, run_python
+from support import assert_same, run_python, sparse_file
 from weightlift import backends
 from weightlift.backends.transformers import known, walk
 from weightlift.backends.transformers import weights as weights_of
@@ -366,6 +367,26 @@ def test_experts_that_do_not_match(made: Callable[..., Path]) -> None:
     folder = made("mixtral")
     config = transformers.MixtralConfig(**{**MOE, "num_local_experts": 13})
     both(CAUSAL, folder, config=config, ignore_mismatched_sizes=True)
+
+
+@walked
+def test_experts_that_memory_has_no_room_for(tmp_path: Path) -> None:
+    """3 TB of a sparse file, most of which would be one merged tensor."""
+    few = {"num_hidden_layers": 1, "num_experts": 2, "num_local_experts": 2}
+    config = transformers.MixtralConfig(**{**MOE, **few})
+    transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    path, wide, end = tmp_path / "model.safetensors", 1 << 34, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, tensor in safetensors.torch.load_file(path).items():
+        shape = [wide if n == config.intermediate_size else n for n in tensor.shape]
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    sparse_file(path, header, end)
+    config.intermediate_size = wide
+    config.save_pretrained(tmp_path)
+    text = r"model\.safetensors: tensor 'model\.layers\.0\..*gate_up_proj': .*load fewer"
+    with wl.enabled(CALLER), pytest.raises(OutOfMemoryError, match=text):
+        CAUSAL.from_pretrained(tmp_path, dtype="auto")
 
 
 def test_an_expert_that_is_not_there(made: Callable[..., Path], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from torch.distributed.tensor.parallel import (
 import weightlift as wl
 from distributed_model import Feed, Net
 from distributed_support import TIMEOUT, failure_of, init, run_checks, total
-from support import anonymous_bytes, assert_same
+from support import anonymous_bytes, assert_same, sparse_file
 
 
 def on_meta(make: Callable[[], torch.nn.Module] = Net) -> torch.nn.Module:
@@ -436,6 +436,22 @@ def check_meshes(folder: Path) -> None:
     with pytest.raises(wl.ArgumentError, match="tensor parallelism takes one dimension"):
         Feed.from_pretrained(folder / "net", device_mesh=square, tp_plan=plan)
     dist.barrier()
+
+
+def check_no_memory_for_what_is_exchanged(folder: Path) -> None:
+    path = folder / "sparse.safetensors"
+    size = 1 << 41  # more than any machine of a test has
+    header = {"big": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    if dist.get_rank() == 0:
+        sparse_file(path, header, size)
+    dist.barrier()
+    model = torch.nn.Module()
+    empty = torch.empty(size, dtype=torch.uint8, device="meta")
+    model.big = torch.nn.Parameter(empty, requires_grad=False)
+    text = failure_of(lambda: wl.load_into(model, path, mode="read", group=dist.group.WORLD))
+    assert re.search(
+        r"rank 1: OutOfMemoryError: .*sparse\.safetensors: tensor 'big': .*load fewer", text
+    )
 
 
 def check_different_dtypes_of_shards(folder: Path) -> None:

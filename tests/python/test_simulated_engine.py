@@ -381,7 +381,9 @@ def test_a_full_device_is_an_error_and_leaves_it_empty(
 ) -> None:
     with machine() as driver:
         driver.set_memory(0, 200_000)
-        with pytest.raises(weightlift.OutOfMemoryError):
+        with pytest.raises(
+            weightlift.OutOfMemoryError, match=r"model\.safetensors: tensor '[\w.]+': "
+        ):
             _load(checkpoint_path, 0, driver)
         gc.collect()
         driver.drain()  # freed in their stream's order: once that has come so far

@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightlift import dtypes
-from weightlift.allocation import empty_on_host
+from weightlift.allocation import empty_on_host, naming
 from weightlift.backends.transformers.known import core_module
 from weightlift.backends.transformers.shards import Cut, cutter
 from weightlift.backends.transformers.weights import Batch, Retreat, Weights
 from weightlift.errors import OutOfMemoryError, WeightliftError
+from weightlift.matching import place_of
 from weightlift.placement import parse_device
 
 if TYPE_CHECKING:
@@ -288,7 +289,8 @@ class _Fill:
             self._weights.allocator.reserve(index, counts)
         for target, layout in merged:
             device = self._to(target)
-            value = self._empty(device, layout.shape, self._dtypes(target.name))
+            with naming(place_of(self._weights.checkpoint), target.name):
+                value = self._empty(device, layout.shape, self._dtypes(target.name))
             for key, part in zip(layout.names, layout.parts(value), strict=True):
                 cut = target.cut(key)
                 pieces = None if cut is None else cut.pieces
