@@ -86,7 +86,8 @@ def load_into(
         verify: as in ``load_file``.
         progress: as in ``load_file``.
         group: the ranks that hold the same model: together they read each tensor that is not
-            sharded once, and exchange the parts.
+            sharded once, and exchange the parts. ``None`` loads alone, and that is what
+            ``dist.group.WORLD`` is before ``init_process_group``.
         scope: ``"node"`` reads once a node, and lets the ranks of a node share the mapping of
             what needs no copy; ``"group"`` reads once altogether, for slow shared storage.
 
