@@ -14,6 +14,7 @@
 #include "bind/indexed_file.h"
 #include "bind/plan_builder.h"
 #include "bind/tensor_export.h"
+#include "bind/torch_pickle.h"
 #include "convert/cast.h"
 #include "convert/scatter.h"
 #include "device/context.h"
@@ -368,6 +369,8 @@ PYBIND11_MODULE(_native, module) {
           },
           py::arg("begin"), py::arg("bytes"))
       .def("index", &index_of_entries, py::arg("entries"));
+
+  module.def("torch_pickle", &torch_pickle, py::arg("pickle"), py::arg("tensor"));
 
   py::class_<PlanBuilder>(module, "Plan")
       .def(py::init<engine::Settings>(), py::arg("settings"))

@@ -66,6 +66,13 @@ class Archive:
         """Tensors whose places in the file are known: (name, dtype, shape, begin). They may share
         bytes."""
 
+def torch_pickle(
+    pickle: bytes, tensor: Callable[[str, str, int, tuple[int, ...], tuple[int, ...], bool], object]
+) -> tuple[dict[Any, Any], dict[str, int]] | None:
+    """What torch.save pickled, without calling anything that it names: the dict, in which a tensor
+    is ``tensor(record, dtype, offset, shape, stride, contiguous)``; and record -> bytes of all
+    storages. ``None`` where it is not what torch.save writes of plain tensors, good or bad."""
+
 class Plan:
     def __init__(self, settings: Settings) -> None: ...
     def map(self, source: IndexedFile, which: Sequence[int] | None, shared: bool) -> None: ...

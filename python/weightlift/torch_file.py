@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightlift import _native, dtypes
 from weightlift.errors import CheckpointError, FormatError, OutOfMemoryError, WeightliftError
@@ -106,13 +106,19 @@ def open_torch_file(
         _refuse_safetensors(path)
         return _loaded(path, state_dict_key, "torch's format from before 1.6", mmap=False)
     places = _places(archive)
-    if not _unpickles():
-        reason = "the unpickler of this torch is not the one that is known"
-        return _loaded(path, state_dict_key, reason, mmap=True)
+    data = archive.read(*places["data.pkl"])
     with _errors_of_torch(path):
-        unpickled = _Unpickled(places, archive.read, path)
-    state_dict, beside = _state_dict(unpickled.value, state_dict_key, path)
-    file = _Indexer(archive, unpickled).index(state_dict)
+        value = _value_of(data, places)
+    describe: _Describe = _described
+    if value is None:
+        if not _unpickles():
+            reason = "the unpickler of this torch is not the one that is known"
+            return _loaded(path, state_dict_key, reason, mmap=True)
+        with _errors_of_torch(path):
+            unpickled = _Unpickled(data, places, path)
+        value, describe = unpickled.value, unpickled.describe
+    state_dict, beside = _state_dict(value, state_dict_key, path)
+    file = _Indexer(archive, places, describe).index(state_dict)
     return replace(file, not_tensors=beside | file.not_tensors)
 
 
@@ -165,6 +171,43 @@ def _places(archive: _native.Archive) -> _Places:
     return places
 
 
+class _Tensor(NamedTuple):
+    """A tensor as its pickle describes it.
+
+    Attributes:
+        record: its storage is ``data/<this>`` in the archive.
+        dtype: the file's name, such as ``"BF16"``.
+        offset: into the storage; this, shape and stride are in elements of the torch dtype.
+        contiguous: as ``torch.Tensor.is_contiguous``.
+    """
+
+    record: str
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    contiguous: bool
+
+
+# A tensor of the unpickled value, under its name.
+_Describe = Callable[[str, Any], _Tensor]
+
+
+def _value_of(data: bytes, places: _Places) -> dict[Any, Any] | None:
+    """What the pickle holds, read without torch's unpickler, which takes 50 microseconds a tensor;
+    ``None`` where that one must say what it is."""
+    known = _native.torch_pickle(data, _Tensor)
+    if known is None:
+        return None
+    value, storages = known
+    sound = all(places.get(f"data/{key}", (0, -1))[1] == size for key, size in storages.items())
+    return value if sound else None
+
+
+def _described(name: str, tensor: _Tensor) -> _Tensor:
+    return tensor
+
+
 class _Unpickled:
     """What ``torch.load(map_location="meta", weights_only=True)`` returns, tensors without data,
     and where the storages of these lie.
@@ -176,21 +219,16 @@ class _Unpickled:
 
     Attributes:
         value: the object.
-        begins: storage (its address) -> begin of its bytes in the file.
-        sizes: begin -> bytes.
     """
 
-    def __init__(self, places: _Places, read: Callable[[int, int], bytes], path: str = "") -> None:
+    def __init__(self, data: bytes, places: _Places, path: str = "") -> None:
         from torch import _utils, _weights_only_unpickler, serialization
 
-        self.begins: dict[int, int] = {}
-        self.sizes: dict[int, int] = {}
         self._places = places
         self._path = path
         self._storages: dict[str, Any] = {}
-        unpickler: Any = _weights_only_unpickler.Unpickler(
-            io.BytesIO(read(*places["data.pkl"])), encoding="utf-8"
-        )
+        self._records: dict[int, str] = {}  # by the address of the storage
+        unpickler: Any = _weights_only_unpickler.Unpickler(io.BytesIO(data), encoding="utf-8")
         unpickler.persistent_load = self._storage
         # Where tensors go whose rebuilding names a device.
         serialization._serialization_tls.map_location = "meta"
@@ -221,11 +259,32 @@ class _Unpickled:
         of_torch: Any = torch.storage
         untyped = of_torch.UntypedStorage(stored, device="meta")
         storage = of_torch.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
-        self.begins[untyped._cdata] = begin
-        self.sizes[begin] = stored
+        self._records[untyped._cdata] = key
         # Kept, so that no other storage gets its address.
         self._storages[name] = storage
         return storage
+
+    def describe(self, name: str, tensor: torch.Tensor) -> _Tensor:
+        import torch
+
+        methods = torch.Tensor
+        dtype = dtypes.file_name(tensor.dtype)
+        if (
+            dtype is None
+            or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+            or tensor.layout is not torch.strided
+            or tensor.is_quantized
+            or methods.is_conj(tensor)
+            or methods.is_neg(tensor)
+        ):
+            raise _unsupported(self._path, name, _kind(tensor))
+        record = self._records.get(methods.untyped_storage(tensor)._cdata)
+        if record is None:
+            raise _unsupported(self._path, name, "has no data in the file")
+        return _Tensor(
+            record, dtype, int(methods.storage_offset(tensor)), tuple(tensor.shape),
+            methods.stride(tensor), methods.is_contiguous(tensor),
+        )  # fmt: skip
 
 
 # data.pkl of {"probe": torch.zeros(3)}, as torch has written it since 1.6. To have torch.save write
@@ -240,11 +299,10 @@ _PROBE = (
 @functools.cache
 def _unpickles() -> bool:
     """Whether the installed torch can be used so; most of it is private to it."""
-    places = {"data.pkl": (0, len(_PROBE)), "data/0": (4096, 12)}
     try:
-        unpickled = _Unpickled(places, lambda begin, count: _PROBE)
+        unpickled = _Unpickled(_PROBE, {"data/0": (4096, 12)})
         tensor = unpickled.value["probe"]
-        return bool(tensor.is_meta and unpickled.begins[tensor.untyped_storage()._cdata] == 4096)
+        return bool(tensor.is_meta and unpickled.describe("probe", tensor).record == "0")
     except Exception:
         return False
 
@@ -260,7 +318,7 @@ def _loaded(path: str, state_dict_key: str | None, reason: str, mmap: bool) -> L
         if isinstance(value, torch.Tensor):
             tensors[_name(name, path)] = torch.Tensor.detach(value)
         else:
-            not_tensors[_text(name)] = type(value).__name__
+            not_tensors[_text(name)] = _type_name(value)
     return LoadedTorchFile(tensors, not_tensors, reason)
 
 
@@ -318,7 +376,7 @@ def _has_tensors(value: object) -> bool:
     import torch
 
     return isinstance(value, dict) and any(
-        isinstance(one, torch.Tensor) for one in dict.values(value)
+        isinstance(one, (_Tensor, torch.Tensor)) for one in dict.values(value)
     )
 
 
@@ -329,7 +387,7 @@ def _state_dict(loaded: Any, key: str | None, path: str) -> tuple[dict[Any, Any]
         loaded = _at(loaded, key, path, beside)
     if not isinstance(loaded, dict):
         raise CheckpointError(
-            f"{path}: {'it' if key is None else repr(key)} is a {type(loaded).__name__}, not a "
+            f"{path}: {'it' if key is None else repr(key)} is a {_type_name(loaded)}, not a "
             "mapping of names to tensors"
         )
     if key is not None or not loaded or _has_tensors(loaded):
@@ -350,7 +408,7 @@ def _at(loaded: Any, key: str, path: str, beside: dict[str, str]) -> Any:
     value, rest = loaded, key
     while rest:
         if not isinstance(value, dict):
-            raise CheckpointError(f"{path}: {key!r} leads through a {type(value).__name__}")
+            raise CheckpointError(f"{path}: {key!r} leads through a {_type_name(value)}")
         head = rest
         while head not in value:
             head, dot, _ = head.rpartition(".")
@@ -363,9 +421,7 @@ def _at(loaded: Any, key: str, path: str, beside: dict[str, str]) -> Any:
 
 def _types(mapping: dict[Any, Any], prefix: str, but: object) -> dict[str, str]:
     return {
-        prefix + _text(key): type(value).__name__
-        for key, value in dict.items(mapping)
-        if key != but
+        prefix + _text(key): _type_name(value) for key, value in dict.items(mapping) if key != but
     }
 
 
@@ -378,7 +434,11 @@ def _text(key: object) -> str:
     # Not repr: a tuple may be nested as deep as the pickle is long.
     if isinstance(key, str):
         return key
-    return str(key) if isinstance(key, int) else f"a {type(key).__name__}"
+    return str(key) if isinstance(key, int) else f"a {_type_name(key)}"
+
+
+def _type_name(value: object) -> str:
+    return "Tensor" if isinstance(value, _Tensor) else type(value).__name__
 
 
 def _name(name: object, path: str) -> str:
@@ -412,17 +472,11 @@ class _Span:
 
 
 class _Indexer:
-    def __init__(self, archive: _native.Archive, unpickled: _Unpickled) -> None:
-        import torch
-
+    def __init__(self, archive: _native.Archive, places: _Places, describe: _Describe) -> None:
         self._archive = archive
         self._path = archive.path
-        self._begins = unpickled.begins
-        self._sizes = unpickled.sizes
-        self._dtypes = {dtypes.to_torch(name): name for name in dtypes.TORCH_NAMES}
-        self._methods = torch.Tensor
-        self._plain = (torch.Tensor, torch.nn.Parameter)
-        self._strided = torch.strided
+        self._places = places
+        self._describe = describe
         # (name, dtype, shape, begin) of what goes into the index.
         self._bases: list[tuple[str, str, tuple[int, ...], int]] = []
         self._views: dict[str, View] = {}
@@ -434,42 +488,27 @@ class _Indexer:
         not_tensors: dict[str, str] = {}
         spans: dict[int, list[_Span]] = {}
         for key, value in dict.items(state_dict):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, (_Tensor, torch.Tensor)):
                 name = _name(key, self._path)
-                begin, span = self._span(name, value, len(names))
+                begin, span = self._span(name, self._describe(name, value), len(names))
                 spans.setdefault(begin, []).append(span)
                 names.append(name)
             else:
-                not_tensors[_text(key)] = type(value).__name__
+                not_tensors[_text(key)] = _type_name(value)
         for begin, sharing in spans.items():
             self._add(begin, sharing)
         index = self._archive.index(self._bases)
         return TorchFile(index, self._views, names, not_tensors)
 
-    def _span(self, name: str, tensor: torch.Tensor, order: int) -> tuple[int, _Span]:
+    def _span(self, name: str, tensor: _Tensor, order: int) -> tuple[int, _Span]:
         """A tensor's storage, by its begin in the file, and its place in it."""
-        methods = self._methods
-        dtype = self._dtypes.get(tensor.dtype)
-        if (
-            dtype is None
-            or type(tensor) not in self._plain
-            or tensor.layout is not self._strided
-            or tensor.is_quantized
-            or methods.is_conj(tensor)
-            or methods.is_neg(tensor)
-        ):
-            raise self._unsupported(name, _kind(tensor))
-        begin = self._begins.get(methods.untyped_storage(tensor)._cdata)
-        if begin is None:
-            raise self._unsupported(name, "has no data in the file")
-        stored = self._sizes[begin]
-        shape, stride = tuple(tensor.shape), methods.stride(tensor)
-        itemsize = tensor.dtype.itemsize
-        first = last = int(methods.storage_offset(tensor))
+        record, dtype, first, shape, stride, contiguous = tensor
+        begin, stored = self._places[f"data/{record}"]
+        itemsize = _itemsize(dtype)
+        last = first
         for extent, step in zip(shape, stride, strict=True):
             last += (extent - 1) * step
-        empty = 0 in shape
-        if empty:
+        if 0 in shape:
             first, last = 0, -1
         elif first < 0 or min(stride, default=0) < 0 or (last + 1) * itemsize > stored:
             raise FormatError(
@@ -482,16 +521,8 @@ class _Indexer:
             )
         return begin, _Span(
             name, dtype, itemsize, shape, stride, first * itemsize, (last + 1) * itemsize,
-            methods.is_contiguous(tensor), order,
+            contiguous, order,
         )  # fmt: skip
-
-    def _unsupported(self, name: str, what: str) -> FormatError:
-        return FormatError(
-            "unsupported_tensor",
-            f"it {what}: load the file with torch.load(weights_only=True) and save plain tensors",
-            self._path,
-            tensor=name,
-        )
 
     def _add(self, storage: int, spans: list[_Span]) -> None:
         """The tensors of one storage: alone where they can be, otherwise what they cover."""
@@ -519,8 +550,10 @@ class _Indexer:
         count = (max(span.end for span in spans) - begin) // base.itemsize
         for span in spans:
             if span.dtype != base.dtype:
-                raise self._unsupported(
-                    span.name, f"shares bytes with tensor {base.name!r} of another dtype"
+                raise _unsupported(
+                    self._path,
+                    span.name,
+                    f"shares bytes with tensor {base.name!r} of another dtype",
                 )
             offset = (span.begin - begin) // span.itemsize
             self._views[span.name] = View(base.name, span.dtype, span.shape, span.stride, offset)
@@ -528,6 +561,20 @@ class _Indexer:
 
     def _add_base(self, span: _Span, shape: tuple[int, ...], begin: int) -> None:
         self._bases.append((span.name, span.dtype, shape, begin))
+
+
+@functools.cache
+def _itemsize(dtype: str) -> int:
+    return dtypes.to_torch(dtype).itemsize
+
+
+def _unsupported(path: str, name: str, what: str) -> FormatError:
+    return FormatError(
+        "unsupported_tensor",
+        f"it {what}: load the file with torch.load(weights_only=True) and save plain tensors",
+        path,
+        tensor=name,
+    )
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -39,6 +39,13 @@ def tables() -> dict[str, bytes]:
     }
 
 
+def pickles() -> dict[str, bytes]:
+    import test_torch_pickle
+
+    cases = {**test_torch_pickle.ACCEPTED, **test_torch_pickle.LEFT_TO_TORCH}
+    return {name: test_torch_pickle.saved(value)[0] for name, value in cases.items()}
+
+
 def main(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some of torch's kinds of tensors are deprecated
@@ -50,6 +57,7 @@ def main(folder: Path) -> None:
     }.items():
         write(folder / target, {case.name: case.data for case in cases})
     write(folder / "torch_zip", tables())
+    write(folder / "torch_pickle", pickles())
     write(folder / "safetensors", {"small_file": malformed.small_file()})
 
 

@@ -577,7 +577,7 @@ def test_other_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own loader, weights only, and the reason said."""
     from torch import _weights_only_unpickler
 
-    state = {"w": W, "t": W.view(2, 3).t(), "p": torch.nn.Parameter(W), "epoch": 3}
+    state = {"w": W, "t": W.view(2, 3).t(), "p": torch.nn.Parameter(W), "epoch é": 3}
     path = tmp_path / "f.pt"
     torch.save(state, path)
     torch_file._unpickles.cache_clear()
@@ -607,7 +607,7 @@ def test_other_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "torch" in file.reason
     assert_equal(file.tensors, {name: state[name] for name in ("w", "t", "p")})
     assert not any(tensor.requires_grad for tensor in file.tensors.values())
-    assert file.not_tensors == {"epoch": "int"}
+    assert file.not_tensors == {"epoch é": "int"}
 
 
 def test_installed_torch_is_the_known_one() -> None:

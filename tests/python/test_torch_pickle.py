@@ -1,0 +1,218 @@
+"""The pickle of a checkpoint, read as data, against torch's own unpickler: what is accepted here,
+that one accepts too, with the same result."""
+
+from __future__ import annotations
+
+import collections
+import io
+import random
+import warnings
+import zipfile
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from weightlift import _native, torch_file
+
+Places = dict[str, tuple[int, int]]
+
+
+def saved(value: Any) -> tuple[bytes, Places]:
+    """What torch.save pickles, and where the storages might lie."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    with zipfile.ZipFile(file) as archive:
+        places = {
+            info.filename.partition("/")[2]: (4096 * number, info.file_size)
+            for number, info in enumerate(archive.infolist())
+        }
+        return archive.read("archive/data.pkl"), places
+
+
+def by_torch(pickle: bytes, places: Places) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unpickled = torch_file._Unpickled(pickle, places)
+    return seen(unpickled.value, unpickled.describe)
+
+
+def seen(value: Any, describe: Any = lambda name, tensor: tensor) -> Any:
+    """What is made of it: of what is neither a tensor nor a dict, the type's name."""
+    if isinstance(value, (torch_file._Tensor, torch.Tensor)):
+        return tuple(describe("t", value))
+    if isinstance(value, dict):
+        return type(value), [(key, seen(one, describe)) for key, one in dict.items(value)]
+    return type(value).__name__ if isinstance(value, (list, tuple)) else value
+
+
+def agree(pickle: bytes, places: Places) -> bool:
+    """Whether it is accepted here; then torch makes the same of it."""
+    value = torch_file._value_of(pickle, places)
+    if value is not None:
+        assert repr(seen(value)) == repr(by_torch(pickle, places))  # repr: NaN is not itself
+    return value is not None
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Linear(3, 2)
+        self.b = torch.nn.Linear(3, 2)
+        self.b.weight = self.a.weight
+        self.norm = torch.nn.BatchNorm1d(2)
+
+
+W = torch.arange(6.0)
+ACCEPTED = {
+    "plain": {"w": W, "v": W[2:]},
+    "ordered": collections.OrderedDict(w=W),
+    "module": Tied().state_dict(),
+    "parameters": dict(Tied().named_parameters()),
+    "views": {"t": W.view(2, 3).t(), "e": W[:1].expand(5), "s": torch.tensor(1.0), "z": W[:0]},
+    "dtypes": {
+        str(dtype): torch.zeros(3, dtype=dtype)
+        for dtype in (
+            torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+            torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128,
+        )
+    },
+    "nested": {"state_dict": {"w": W}, "epoch": 3, "loss": 0.5, "opt": {"state": {0: {"m": W}}}},
+    "scalars": {"w": W, "n": None, "t": True, "big": -(2**40), "l": [1, W, {}], "u": ((), (1, 2))},
+    "many": {f"layer.{i}.weight": W[i % 6 :] for i in range(2500)},
+    "empty": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_torch_saves(case: str) -> None:
+    assert agree(*saved(ACCEPTED[case]))
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+SHARED: dict[str, Any] = {"w": W}
+ITSELF: dict[str, Any] = {"w": W}
+ITSELF["me"] = ITSELF
+DEEP: dict[str, Any] = {"w": W}
+for _ in range(64):
+    DEEP = {"in": DEEP}
+LEFT_TO_TORCH = {
+    "a_name_not_ascii": {"gewicht_ä": W},
+    "fp8": {"w": W.to(torch.float8_e4m3fn)},
+    "subclass": {"w": W.as_subclass(Sub)},
+    "sparse": {"w": W.to_sparse()},
+    "conjugated": {"w": torch.zeros(2, dtype=torch.complex64).conj()},
+    "a_dict_twice": {"a": SHARED, "b": SHARED},
+    "itself": ITSELF,
+    "too_deep": DEEP,
+    "no_dict": [W],
+    "a_storage": {"s": W.untyped_storage()},
+    "a_dtype": {"w": W, "dtype": torch.float32},
+    "bytes": {"w": W, "b": b"abc"},
+    "a_set": {"w": W, "s": {1, 2}},
+    "a_long": {"w": W, "n": 2**70},
+}
+
+
+@pytest.mark.parametrize("case", LEFT_TO_TORCH)
+def test_what_is_left_to_torch(case: str) -> None:
+    assert not agree(*saved(LEFT_TO_TORCH[case]))
+
+
+STATE = collections.OrderedDict(
+    w=torch.nn.Parameter(W), t=W.view(2, 3).t(), i=torch.arange(3), n=2.5, m={"k": (1, [W])}, x=None
+)
+STATE._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
+
+
+def test_every_byte_made_any_other() -> None:
+    pickle, places = saved(STATE)
+    accepted = 0
+    for at in range(len(pickle)):
+        for byte in range(256):
+            accepted += agree(pickle[:at] + bytes([byte]) + pickle[at + 1 :], places)
+    # As they are; and names, locations and numbers that are other names, locations and numbers.
+    assert len(pickle) < accepted < len(pickle) * 128
+
+
+def test_cut_anywhere() -> None:
+    pickle, places = saved(STATE)
+    assert agree(pickle, places)
+    for at in range(len(pickle)):
+        assert not agree(pickle[:at], places)
+        agree(pickle[:at] + pickle[at + 1 :], places)
+        agree(pickle[:at] + pickle[at : at + 9] + pickle[at:], places)
+    assert not agree(pickle + b".", places)
+
+
+@hypothesis.settings(max_examples=2000, deadline=None)
+@hypothesis.given(st.integers(0, 2**32))
+def test_parts_of_pickles_in_another_order(seed: int) -> None:
+    chosen = random.Random(seed)
+    pickle, places = saved(chosen.choice([STATE, ACCEPTED["module"], ACCEPTED["nested"]]))
+    for _ in range(chosen.randint(1, 3)):
+        a, b = sorted(chosen.choices(range(2, len(pickle)), k=2))
+        c = chosen.randrange(2, len(pickle))
+        part = pickle[a : min(b, a + 40)]
+        pickle = chosen.choice(
+            [pickle[:c] + part + pickle[c:], pickle[:a] + pickle[min(b, a + 40) :]]
+        )
+    agree(pickle, places)
+
+
+BEGIN = b"\x80\x02"
+# A tensor of one element, but for its shape and stride.
+TENSOR = (
+    b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+    b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00%s\x89ccollections\nOrderedDict\n)RtR"
+)
+KEY = b"X\x01\x00\x00\x00w"
+
+
+def ones(count: int) -> bytes:
+    return b"(" + b"K\x01" * count + b"t"
+
+
+@pytest.mark.parametrize(
+    ("pickle", "accepted"),
+    [
+        (BEGIN + b"}.", True),
+        (BEGIN + b"}" + KEY + TENSOR % (ones(64) * 2) + b"s.", True),
+        # One tuple may be the shape of many tensors: what they take together is bounded.
+        (BEGIN + b"}" + KEY + TENSOR % (ones(65) * 2) + b"s.", False),
+        # Memory for a place in the memo is not taken at its word.
+        (BEGIN + b"}r\xff\xff\xff\x7f.", False),
+        (BEGIN + b"}(" + KEY + b"q\x00K\x01q\x02u.", False),
+        # A storage of twice the size that 64 bits count, and an index past its end.
+        (BEGIN + b"}" + KEY + (TENSOR % b"K\x02\x85K\x01\x85") + b"s.", False),
+        (BEGIN + b"}" + KEY + (TENSOR % b"K\x01\x85J\xff\xff\xff\xff\x85") + b"s.", False),
+        (b"\x80\x03}.", False),
+        (b"}.", False),
+        (BEGIN + b"}}.", False),
+        (BEGIN + b"}(.", False),
+        (BEGIN + b"}(" + KEY + b"u.", False),
+        (BEGIN + b"(" + KEY + b"K\x01u.", False),
+        (BEGIN + b"cposix\nsystem\n" + b"X\x02\x00\x00\x00ls\x85R.", False),
+        (BEGIN + b"}" + KEY + b"ccollections\nOrderedDict\ns.", False),
+    ],
+)
+def test_pickles_by_hand(pickle: bytes, accepted: bool) -> None:
+    assert agree(pickle, {"data/0": (4096, 4)}) is accepted
+
+
+def test_storages_that_contradict_the_archive_are_left_to_torch() -> None:
+    pickle, places = saved({"w": W})
+    assert agree(pickle, places)
+    assert torch_file._value_of(pickle, {**places, "data/0": (4096, 23)}) is None
+    assert torch_file._value_of(pickle, {}) is None
+    # Of one record, stated twice.
+    tensor = TENSOR % b"K\x01\x85K\x01\x85"
+    two = BEGIN + b"}(" + KEY + tensor + KEY.replace(b"w", b"v")
+    assert _native.torch_pickle(two + tensor + b"u.", torch_file._Tensor)
+    other = tensor.replace(b"FloatStorage", b"IntStorage")
+    assert not _native.torch_pickle(two + other + b"u.", torch_file._Tensor)
