@@ -306,7 +306,7 @@ def _open_files(files: CheckpointFiles, state_dict_key: str | None) -> Checkpoin
                 fallbacks.append(f"{shard.path}: loaded by torch: {opened.reason}")
             else:
                 names = opened.names
-                parts.append(opened.index)
+                parts.append(opened.part)
                 views.append(opened.views)
         if len(formats) < len(parts):
             formats.append(shard.format)

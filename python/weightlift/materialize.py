@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from weightlift import _native, dtypes, garbage, plans
 from weightlift.allocation import Allocator, TorchAllocator, empty_on_host, from_dlpack, naming
@@ -118,8 +117,7 @@ def copy_to_device(
     return {name: owner for name, (_, owner) in zip(tensors, made, strict=True)}
 
 
-@dataclasses.dataclass(slots=True)
-class _Group:
+class _Group(NamedTuple):
     """Tensors with one destination."""
 
     device: torch.device

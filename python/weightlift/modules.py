@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from weightlift import dtypes, garbage, placement
 from weightlift.checkpoint import Checkpoint, open_checkpoint
@@ -335,8 +334,7 @@ def fill(
     return report
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _DtypeRule:
+class _DtypeRule(NamedTuple):
     """In which dtype floating-point tensors are wanted: ``wanted`` (``None`` for the file's), or
     that of each tensor of the model; in float32 under the path components ``keep``."""
 
@@ -364,8 +362,7 @@ class _DtypeRule:
 _Destination: TypeAlias = "tuple[torch.device, str | None, bool, bool]"
 
 
-@dataclasses.dataclass(slots=True)
-class _Places:
+class _Places(NamedTuple):
     """What goes where.
 
     Attributes:

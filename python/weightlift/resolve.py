@@ -13,7 +13,8 @@ import posixpath
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any, Literal, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol
 
 from weightlift import hub as _hub
 from weightlift.errors import ArgumentError, CheckpointError, ReadError, read_error
@@ -54,8 +55,7 @@ _LARGEST_INDEX = 100_000_000
 _LISTED = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardFile:
+class ShardFile(NamedTuple):
     """One file of a checkpoint, or one entry of an archive.
 
     Attributes:
@@ -73,8 +73,7 @@ class ShardFile:
     bytes: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class CheckpointFiles:
+class CheckpointFiles(NamedTuple):
     """The files of one checkpoint.
 
     Attributes:
@@ -92,7 +91,7 @@ class CheckpointFiles:
     folder: str
     weight_map: Mapping[str, str] | None = None
     index_path: str | None = None
-    index_metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    index_metadata: Mapping[str, Any] = MappingProxyType({})
     unlisted: tuple[str, ...] = ()
 
 
@@ -154,8 +153,7 @@ def resolve(
     return _of_file(path, wish)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Wish:
+class _Wish(NamedTuple):
     variant: str | None
     use_safetensors: bool | None
 
@@ -291,8 +289,7 @@ class _Dduf(_Listed):
         return self.archive.read(posixpath.join(folder, file.name))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Weights:
+class _Weights(NamedTuple):
     """What the name of a file says."""
 
     name: str

@@ -10,7 +10,6 @@ import itertools
 import os
 import pickle
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["LoadedTorchFile", "TorchFile", "View", "open_torch_file"]
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """A tensor whose elements are not one run of bytes of its own.
 
     Attributes:
@@ -42,12 +40,11 @@ class View:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class TorchFile:
+class TorchFile(NamedTuple):
     """A state dict in a file of ``torch.save``, none of its tensors read.
 
     Attributes:
-        index: what is to be read: each tensor that is one run of bytes of its own, under its name;
+        part: what is to be read: each tensor that is one run of bytes of its own, under its name;
             for those that overlap in memory, or have strides, what they cover together, flat, under
             the name of the first.
         views: the latter tensors.
@@ -56,14 +53,13 @@ class TorchFile:
             beside it in the file (dotted where that is further in).
     """
 
-    index: _native.IndexedFile
+    part: _native.IndexedFile
     views: dict[str, View]
     names: list[str]
     not_tensors: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedTorchFile:
+class LoadedTorchFile(NamedTuple):
     """A state dict that torch had to load.
 
     Attributes:
@@ -119,7 +115,7 @@ def open_torch_file(
         value, describe = unpickled.value, unpickled.describe
     state_dict, beside = _state_dict(value, state_dict_key, path)
     file = _Indexer(archive, places, describe).index(state_dict)
-    return replace(file, not_tensors=beside | file.not_tensors)
+    return file._replace(not_tensors=beside | file.not_tensors)
 
 
 # --- The file ------------------------------------------------------------------------------------
@@ -456,8 +452,7 @@ def _name(name: object, path: str) -> str:
 # --- The tensors ---------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Span:
+class _Span(NamedTuple):
     """A tensor in its storage: what it covers, in bytes from the storage's begin."""
 
     name: str

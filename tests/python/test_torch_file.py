@@ -39,10 +39,10 @@ def contents(path: Path, file: TorchFile) -> dict[str, torch.Tensor]:
     """The tensors, their bytes read by numpy from where the index says that they are."""
     bases = {}
     for i, (name, dtype, shape) in enumerate(
-        zip(file.index.names(), file.index.dtypes(), file.index.shapes(), strict=True)
+        zip(file.part.names(), file.part.dtypes(), file.part.shapes(), strict=True)
     ):
-        begin, end = file.index.range(i)
-        assert end - begin == file.index.sizes()[i]
+        begin, end = file.part.range(i)
+        assert end - begin == file.part.sizes()[i]
         if dtype == "F4":
             shape = (*shape[:-1], shape[-1] // 2)
         empty = torch.empty(shape, dtype=dtypes.to_torch(dtype))
@@ -156,7 +156,7 @@ def test_kinds_of_tensors(tmp_path: Path) -> None:
     assert file.views["overlap 2"] == View("overlap 1", "F32", (15,), (1,), 5)
     assert not {"apart", "end", "leaf", "scalar", "no elements"} & file.views.keys()
     # Of a storage, what its tensors cover, and no more.
-    sizes = dict(zip(file.index.names(), file.index.sizes(), strict=True))
+    sizes = dict(zip(file.part.names(), file.part.sizes(), strict=True))
     assert sizes["overlap 1"] == 80
     assert sizes["apart"] == 40
     assert sizes["apart and strided"] == 40
@@ -168,7 +168,7 @@ def test_the_engine_reads_it(tmp_path: Path, mode: str) -> None:
     state = {"a": torch.randn(40, 30), "b": torch.arange(7), "c": torch.randn(5).bfloat16()}
     state |= {"turned": torch.randn(6, 4).t(), "none": torch.zeros(0)}
     torch.save(state, tmp_path / "f")
-    index = opened(tmp_path / "f").index
+    index = opened(tmp_path / "f").part
     loaded = load_tensors(wl.Checkpoint([index]), torch.device("cpu"), mode=mode)
     turned = loaded.pop("turned")
     assert_equal(loaded, {name: state[name] for name in loaded})
@@ -190,10 +190,10 @@ def test_dtypes(tmp_path: Path, name: str) -> None:
             "turned": raw.view(8, 8).t(),
         },
     )
-    assert set(file.index.dtypes()) == {name}
-    own = file.index.find("matrix")
+    assert set(file.part.dtypes()) == {name}
+    own = file.part.find("matrix")
     assert own is not None
-    assert file.index.shape(own) == ((8, 16) if name == "F4" else (8, 8))
+    assert file.part.shape(own) == ((8, 16) if name == "F4" else (8, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float4_e2m1fn_x2, torch.uint8])
@@ -246,10 +246,10 @@ def test_packed_again(tmp_path: Path) -> None:
         for name in sorted(source.namelist()):
             target.writestr(name, source.read(name))
     on_meta = torch.load(tmp_path / "g.pt", map_location="meta", weights_only=True)
-    places = dict(zip(opened(tmp_path / "g.pt").index.names(), range(12), strict=True))
+    places = dict(zip(opened(tmp_path / "g.pt").part.names(), range(12), strict=True))
     file = opened(tmp_path / "g.pt")
     assert any(
-        tensor.untyped_storage()._checkpoint_offset != file.index.range(places[name])[0]
+        tensor.untyped_storage()._checkpoint_offset != file.part.range(places[name])[0]
         for name, tensor in on_meta.items()
     )
     assert_equal(contents(tmp_path / "g.pt", file), state)
@@ -316,7 +316,7 @@ def test_behind_four_gibibytes(tmp_path: Path) -> None:
     loaded = torch.load(path, weights_only=True, mmap=True)
     assert loaded["big"].shape == (big,)
     found = opened(path)
-    ranges = {name: found.index.range(i) for i, name in enumerate(found.index.names())}
+    ranges = {name: found.part.range(i) for i, name in enumerate(found.part.names())}
     assert ranges["big"][1] - ranges["big"][0] == big
     assert ranges["small"][0] > 1 << 32
     with path.open("rb") as file:
@@ -336,9 +336,9 @@ def test_torch_writes_four_gibibytes(tmp_path: Path) -> None:
     path = tmp_path / "f.pt"
     torch.save(state, path)
     file = opened(path)
-    position = file.index.find("w")
+    position = file.part.find("w")
     assert position is not None
-    begin, end = file.index.range(position)
+    begin, end = file.part.range(position)
     raw = np.fromfile(path, np.float32, 3, offset=begin)
     assert end - begin == 12
     assert raw.tolist() == state["w"].tolist()
@@ -368,7 +368,7 @@ def test_any_views(tmp_path_factory: pytest.TempPathFactory, views: Any) -> None
     path = tmp_path_factory.mktemp("any") / "f.pt"
     file = check(path, state)
     # What is read once is not read again, and nothing between tensors is.
-    ranges = sorted(file.index.range(i) for i in range(len(file.index)))
+    ranges = sorted(file.part.range(i) for i in range(len(file.part)))
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ranges))
 
 

@@ -507,7 +507,7 @@ def target_bytes(job: Job, cold: bool = False) -> int:
             opened = open_torch_file(file)
             if not isinstance(opened, TorchFile):
                 return page_cache_bytes + size * width
-            part = opened.index
+            part = opened.part
         for position, dtype in enumerate(part.dtypes()):
             begin, end = part.range(position)
             own = _FLOAT_WIDTHS.get(dtype)
