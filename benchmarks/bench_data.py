@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 _WORD = np.uint64(0xBFFF_BFFF_BFFF_BFFF)
 _BLOCK = 32 << 20
@@ -142,6 +142,26 @@ def model(
         text = config.to_json_string() if hasattr(config, "to_json_string") else None
         marker.write_text(text or built.to_json_string())  # type: ignore[operator]
     return sorted(folder.glob("*.safetensors"))
+
+
+def model_by_torch(folder: Path, of: Path) -> list[Path]:
+    """The weights of a model that ``model`` made, by ``torch.save``, with links to the model's own
+    files beside them."""
+    _link(folder, of)
+    made = [file.with_suffix(".bin") for file in sorted(folder.glob("*.safetensors"))]
+    for file in made:
+        if not file.exists():
+            temporary = file.with_suffix(".tmp")
+            torch.save(load_file(file.with_suffix(".safetensors")), temporary)
+            temporary.replace(file)
+    return made
+
+
+def _link(folder: Path, of: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in of.iterdir():
+        if not (folder / file.name).exists():
+            os.link(file, folder / file.name)
 
 
 def _wide(width: int, scale: float, step: int) -> int:
@@ -316,10 +336,7 @@ def pipeline(folder: Path, unet: Path, scale: float = 1) -> list[Path]:
     for name, (library, cls, build, stem) in parts.items():
         model(folder / name, build, stem, 1, torch.float32)
         index[name] = [library, cls]
-    (folder / "unet").mkdir(exist_ok=True)
-    for file in unet.iterdir():
-        if not (folder / "unet" / file.name).exists():
-            os.link(file, folder / "unet" / file.name)
+    _link(folder / "unet", unet)
     EulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     index |= {
         "unet": ["diffusers", "UNet2DConditionModel"],

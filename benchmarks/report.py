@@ -24,9 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = ROOT / ".demo" / "demo.txt"
 # What is of weightlift; the first of them in a row is the one that the target is for.
-OURS = ("weightlift", "load_into", "backend", "ModelMixin", "weightlift.flax")
+OURS = (
+    "weightlift",
+    "load_into",
+    "backend",
+    "ModelMixin",
+    "weightlift.safe_open",
+    "weightlift.flax",
+)
 # Parts and floors, and weightlift on another form of the file.
-APART = ("twin", "construction", "reading", "torch.empty")
+APART = ("twin", "ModelMixin-twin", "construction", "reading", "torch.empty")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from bench_data import (
     llama_many,
     many_small,
     model,
+    model_by_torch,
     moe_file,
     moe_many,
     one_file,
@@ -173,6 +174,16 @@ def _moe(data: Path, scale: float) -> Job:
     return Job("stock", files, dtype="bfloat16", folder=str(folder), model=where)
 
 
+def _unet_by_torch(mode: str) -> MakeJob:
+    def make(data: Path, scale: float) -> Job:
+        unet = _model(*_UNET, dtype="float32", mode=mode)(data, scale)
+        folder = _folder(data, "unet-860m-bin", scale)
+        files = tuple(map(str, model_by_torch(folder, Path(unet.folder or ""))))
+        return dataclasses.replace(unet, files=files, folder=str(folder))
+
+    return make
+
+
 def _pipeline(data: Path, scale: float) -> Job:
     unet = _model(*_UNET)(data, scale)
     folder = _folder(data, "pipeline", scale)
@@ -241,6 +252,13 @@ BYTES = {
         "100,000 tensors of 1 to 16 KiB, the call alone",
         _small("cpu"),
         ratio_at_most(0.4, REFERENCE),
+        touched=False,
+    ),
+    "get-tensor": Workload(
+        "100,000 tensors of 1 to 16 KiB, one by one by safe_open, the calls alone",
+        _small("cpu"),
+        ratio_at_most(1.05, "safetensors.safe_open", "weightlift.safe_open"),
+        ("weightlift.safe_open", "safetensors.safe_open"),
         touched=False,
     ),
     "moe-18k": Workload(
@@ -351,6 +369,21 @@ MODELS = {
         within_memory(1.05, "ModelMixin", faster_at_least(2.5, "stock", "ModelMixin")),
         ("ModelMixin", "backend", "stock"),
         ceiling="copy",
+        rounds=1.8,
+    ),
+    "unet-bin": Workload(
+        "diffusers, the UNet of Stable Diffusion 1.5 in a .bin, fp32, mapped",
+        _unet_by_torch("map"),
+        ratio_at_most(1.05, "ModelMixin-twin", "ModelMixin"),
+        ("ModelMixin", "ModelMixin-twin", "backend", "stock"),
+        ceiling="page cache, mapped",
+    ),
+    "unet-bin-read": Workload(
+        "diffusers, the UNet of Stable Diffusion 1.5 in a .bin, fp32, into own memory",
+        _unet_by_torch("read"),
+        ratio_at_most(1.05, "ModelMixin-twin", "ModelMixin"),
+        ("ModelMixin", "ModelMixin-twin", "backend", "stock"),
+        ceiling="page cache to memory",
         rounds=1.8,
     ),
     "overlap": Workload(

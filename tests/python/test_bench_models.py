@@ -10,11 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
+from support import assert_same_tensors
+from weightlift import materialize, plans
 from weightlift.cli.bench_models import bench_folder, model_job
+from weightlift.cli.contenders import CONTENDERS, Job
 from weightlift.cli.measure_child import _forward
 from weightlift.errors import CheckpointError
 
@@ -158,3 +162,39 @@ def test_bad_input(
     with pytest.raises((CheckpointError, FileNotFoundError), match=text), bench_folder(given):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["map", "read"])
+def test_which_file_of_a_folder_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    # Whose phases are booked in the measured process, for good.
+    monkeypatch.setattr(materialize.Loading, "start", materialize.Loading.start)
+    monkeypatch.setattr(plans, "finish_plan", plans.finish_plan)
+    torch.manual_seed(0)
+    model = AutoencoderTiny(
+        encoder_block_out_channels=(4, 4, 4, 4), decoder_block_out_channels=(4, 4, 4, 4)
+    )
+    model.save_pretrained(tmp_path)
+    own = dict(model.state_dict())
+    others = {name: tensor + 1 for name, tensor in own.items()}
+    path = tmp_path / "diffusion_pytorch_model.bin"
+    torch.save(others, path)
+    job = Job("", (str(path),), mode=mode, folder=str(tmp_path), model="diffusers:AutoencoderTiny")
+    for contender, expected in (
+        ("ModelMixin", others),
+        ("stock", others),
+        ("ModelMixin-twin", own),
+    ):
+        assert_same_tensors(dict(CONTENDERS[contender].prepare(job)().state_dict()), expected)
+
+
+def test_tensors_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    tensors = {f"w.{i}": torch.randn(3, i) for i in range(4)}
+    safetensors.torch.save_file(tensors, path)
+    for contender in ("weightlift.safe_open", "safetensors.safe_open"):
+        prepare = CONTENDERS[contender].prepare
+        assert_same_tensors(prepare(Job("", (str(path),)))(), tensors)
+        cast = prepare(Job("", (str(path),), dtype="bfloat16"))()
+        assert {tensor.dtype for tensor in cast.values()} == {torch.bfloat16}

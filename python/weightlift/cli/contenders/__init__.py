@@ -79,9 +79,16 @@ CONTENDERS: dict[str, Contender] = {
     "accelerate": Contender("accelerate", "accelerate", model_why_not, models.accelerate),
     "backend": _ours(models.backend, model_why_not),
     "ModelMixin": _ours(models.mixin, model_why_not),
+    "ModelMixin-twin": dataclasses.replace(
+        _ours(models.mixin_twin, model_why_not), reads=lambda job: job.files_as(".safetensors")
+    ),
     "load_into": _ours(models.load_into, model_why_not),
     "construction": dataclasses.replace(_ours(models.construction, model_why_not), exact=False),
     "reading": dataclasses.replace(_ours(models.reading, model_why_not), exact=False),
+    "weightlift.safe_open": _ours(files.safe_open, safetensors_only),
+    "safetensors.safe_open": Contender(
+        "safetensors", "safetensors", safetensors_only, peers.safe_open, "safetensors"
+    ),
     "weightlift.flax": _ours(trees.weightlift_flax, trees.flax_why_not),
     "safetensors.flax": Contender(
         "safetensors", "safetensors", trees.flax_why_not, trees.safetensors_flax, "safetensors.flax"

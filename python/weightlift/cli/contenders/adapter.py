@@ -18,6 +18,7 @@ __all__ = [
     "Load",
     "cast",
     "dtype_of",
+    "each_tensor",
     "model_why_not",
     "ours_why_not",
     "phases",
@@ -180,3 +181,19 @@ def cast(tensors: dict[str, Any], job: Job) -> dict[str, Any]:
     if dtype is None:
         return tensors
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def each_tensor(job: Job, safe_open: Callable[..., Any]) -> Load:
+    """A loop over ``get_tensor``, as checkpoints are read by who wants to see each tensor."""
+
+    def load() -> dict[str, Any]:
+        tensors: dict[str, Any] = {}
+        for file in job.files:
+            with safe_open(file, framework="pt", device=job.device) as opened:
+                phases.mark("index")
+                for name in opened.keys():  # noqa: SIM118
+                    tensors[name] = opened.get_tensor(name)
+                phases.mark("move")
+        return cast(tensors, job)
+
+    return load

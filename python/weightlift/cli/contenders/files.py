@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .adapter import Job, Load, phases, reports
+from .adapter import Job, Load, each_tensor, phases, reports
 
-__all__ = ["twin", "weightlift", "with_phases"]
+__all__ = ["safe_open", "twin", "weightlift", "with_phases"]
 
 
 def with_phases() -> None:
@@ -62,3 +62,9 @@ def twin(job: Job) -> Load:
     """The file of the same name that ends in .safetensors, in the same way."""
     mode = "read" if job.mode == "auto" and job.dtype is None else job.mode
     return weightlift(dataclasses.replace(job, files=job.files_as(".safetensors"), mode=mode))
+
+
+def safe_open(job: Job) -> Load:
+    import weightlift
+
+    return each_tensor(job, weightlift.safe_open)

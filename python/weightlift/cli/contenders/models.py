@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -15,6 +16,7 @@ __all__ = [
     "construction",
     "load_into",
     "mixin",
+    "mixin_twin",
     "reading",
     "stock",
 ]
@@ -26,12 +28,15 @@ def model_class(job: Job) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def from_pretrained(job: Job, cls: Any) -> Load:
-    options: dict[str, Any] = {}
+def from_pretrained(job: Job, cls: Any, **options: Any) -> Load:
     if job.dtype is not None:
         options["dtype"] = dtype_of(job)
     if job.device != "cpu":
         options["device_map"] = job.device
+    if job.mode == "read":
+        options["disable_mmap"] = True  # as the libraries themselves have it
+    if job.files and all(file.endswith(".bin") for file in job.files):
+        options["use_safetensors"] = False  # others may lie beside them
     return lambda: cls.from_pretrained(job.folder, **options)
 
 
@@ -95,7 +100,12 @@ def _mixin_class(job: Job) -> Any:
 
 def mixin(job: Job) -> Load:
     """The same model as a class of weightlift's ModelMixin."""
-    return booked(from_pretrained(job, _mixin_class(job)))
+    return booked(from_pretrained(job, _mixin_class(job), mode=job.mode))
+
+
+def mixin_twin(job: Job) -> Load:
+    """The same, from the file of the same name that ends in .safetensors."""
+    return mixin(dataclasses.replace(job, files=job.files_as(".safetensors")))
 
 
 def construction(job: Job) -> Load:

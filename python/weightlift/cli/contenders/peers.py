@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .adapter import Job, Load, cast, phases
+from .adapter import Job, Load, cast, each_tensor, phases
 
 __all__ = [
     "empty",
@@ -19,6 +19,7 @@ __all__ = [
     "instanttensor",
     "reference",
     "runai",
+    "safe_open",
     "safetensors",
     "safetensors_prefetch",
     "torch_load",
@@ -52,6 +53,12 @@ def reference(job: Job, backend: str) -> Load:
         return cast(tensors, job)
 
     return load
+
+
+def safe_open(job: Job) -> Load:
+    from safetensors import safe_open
+
+    return each_tensor(job, safe_open)
 
 
 def _indexed(job: Job) -> str:
