@@ -76,6 +76,14 @@ struct Memory {
 void operator delete(void* block, std::size_t /*bytes*/) noexcept {
   operator delete(block);
 }
+// The library's own would do, but a sanitizer brings one that does not come by the above.
+void* operator new(std::size_t bytes, const std::nothrow_t& /*tag*/) noexcept {
+  try {
+    return operator new(bytes);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
 
 namespace weightlift::engine {
 namespace {
