@@ -143,7 +143,7 @@ asan tsan: $(VENV)/.test-tools $(VENV)/.gtest
 	$(BIN)/ctest --test-dir build/$@ --output-on-failure -j $(JOBS) -E '^Links\.(All|The|One)'
 
 # Of the native and the Python tests together; writes tests/COVERAGE.md.
-coverage: dev $(VENV)/.deep-tools
+coverage: $(VENV)/.gtest $(VENV)/.deep-tools
 	$(BIN)/python tests/measure_coverage.py
 
 test-deep: dev

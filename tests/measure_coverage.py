@@ -20,8 +20,16 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "coverage"
 SCRIPTS = Path(sys.executable).parent
-ENVIRONMENT = {**os.environ, "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{SCRIPTS}:{os.environ['PATH']}",
+    "WEIGHTLIFT_SIMULATED_DRIVER": str(BUILD / "tests/simulated_driver/libsimulated_cuda.so"),
+}
 BARS = {"csrc": 90, "python/weightlift": 95}
+
+# Their forked children are stopped or disturbed at each system call, of which writing counts at the
+# end would be many more.
+FORKING = ["tests/python/test_faults.py", "tests/python/test_saving.py"]
 
 # Of a file, or of all that a pattern fits; the first one counts.
 REASONS = {
@@ -65,12 +73,20 @@ def run_tests(tests: list[str]) -> bool:
     for counts in [*BUILD.rglob("*.gcda"), *BUILD.glob("python*")]:
         counts.unlink()
     passed = run(SCRIPTS / "ctest", "--test-dir", BUILD, "--output-on-failure")
-    pytest = [sys.executable, "-m", "coverage", "run", "-m", "pytest", "-m", "not gpu and not deep"]
+    count = [sys.executable, "-m", "coverage", "run"]
+    pytest = ["-m", "pytest", "-m", "not gpu and not deep"]
     if tests:
-        return run(*pytest, *tests) and passed
+        return run(*count, *pytest, *tests) and passed
+    alone = ["tests/python/test_flax.py", *FORKING]
+    passed = run(*count, *pytest, *(f"--ignore={test}" for test in alone)) and passed
     # As in the Makefile: jax has a process of its own.
-    passed = run(*pytest, "--ignore=tests/python/test_flax.py") and passed
-    return run(*pytest, "tests/python/test_flax.py") and passed
+    passed = run(*count, *pytest, "tests/python/test_flax.py") and passed
+    settings = BUILD / "forking.ini"
+    settings.write_text(
+        f"[run]\nsource_pkgs = weightlift\ndata_file = {BUILD / 'python'}\nparallel = true\n"
+        "patch = subprocess, execv\n"
+    )
+    return run(*count, f"--rcfile={settings}", *pytest, *FORKING) and passed
 
 
 def native() -> list[File]:

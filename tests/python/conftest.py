@@ -21,7 +21,7 @@ hypothesis.settings.load_profile("weightlift")
 def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the shell or another test has set does not reach a test."""
     for name in list(os.environ):
-        if name.startswith("WEIGHTLIFT_"):
+        if name.startswith("WEIGHTLIFT_") and name != "WEIGHTLIFT_SIMULATED_DRIVER":
             monkeypatch.delenv(name)
     yield
     weightlift.Settings.set_default(None)
