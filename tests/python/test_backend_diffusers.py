@@ -970,8 +970,10 @@ def test_a_file_that_only_the_reference_takes(
     cls = AutoencoderKL if folder == "vae" else UNet2DConditionModel
     expected = look(cls.from_pretrained(tmp_path))
     before = wl.stats()
-    with wl.enabled(CALLER), pytest.warns(UserWarning, match=f"stock way: {path}.*twice"):
+    told = pytest.warns(UserWarning, match=f"stock way: {path}.*twice")
+    with wl.enabled(CALLER), told as warned:
         assert look(cls.from_pretrained(tmp_path)) == expected
+    assert [one.filename for one in warned] == [__file__]
     assert wl.stats().fallbacks - before.fallbacks == 1
     others = [other for other in tmp_path.glob("*.safetensors") if other != path]
     assert wl.stats().bytes - before.bytes == tensor_bytes(*others)

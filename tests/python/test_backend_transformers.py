@@ -911,6 +911,10 @@ def test_load_in_8bit(made: Callable[..., Path]) -> None:
         assert "quantization_config=BitsAndBytesConfig(load_in_8bit=True, llm_int8_t" in warned
     assert_same_models(ours.model, theirs.model)
     with wl.enabled(CALLER):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", FutureWarning)
+            CAUSAL.from_pretrained(folder, load_in_8bit=True)
+        assert __file__ in [warned.filename for warned in told]
         assert not hasattr(CAUSAL.from_pretrained(folder, load_in_8bit=False), "hf_quantizer")
         with pytest.raises(ValueError, match="quantization_config are given"):
             CAUSAL.from_pretrained(folder, load_in_4bit=True, quantization_config=config)
@@ -1055,6 +1059,17 @@ def test_a_failure_falls_back_before_tensors_are_placed(
     monkeypatch.setenv("WEIGHTLIFT_STRICT", "1")
     with wl.enabled(CALLER), pytest.raises(wl.WeightliftError, match="the disk has gone"):
         CAUSAL.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("cls", [CAUSAL, transformers.LlamaForCausalLM])
+def test_a_warning_points_at_who_loads(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cls: Any
+) -> None:
+    reason = f"the disk has gone from {cls.__name__}"  # each is told once
+    monkeypatch.setattr(weights_of.Batch, "start", _fails(ReadError(5, reason, "somewhere")))
+    with wl.enabled(CALLER), pytest.warns(UserWarning, match=reason) as told:
+        cls.from_pretrained(made("llama"))
+    assert [warned.filename for warned in told] == [__file__]
 
 
 @pytest.mark.parametrize("known", [True, False])

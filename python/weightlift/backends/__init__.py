@@ -45,6 +45,7 @@ __all__ = [
     "enable",
     "enabled",
     "is_enabled",
+    "levels_to_caller",
     "or_stock",
     "signature_text",
     "stand_aside",
@@ -56,7 +57,8 @@ KNOWN = ("diffusers", "transformers", "accelerate", "safetensors")
 _Result = TypeVar("_Result")
 
 _log = logging.getLogger("weightlift")
-_FOLDER = os.path.dirname(__file__)  # noqa: PTH120 - compared with what code objects say
+# Whose frames a warning passes over: who called them can do something about it.
+_NOT_CALLERS = {*KNOWN, "weightlift", "huggingface_hub", "peft", "torch"}
 _in_stock: ContextVar[bool] = ContextVar("weightlift_in_stock", default=False)
 
 
@@ -202,7 +204,7 @@ def stand_aside(library: str, reason: str, *, warn: bool = True) -> None:
     if _strict():
         raise WeightliftError(f"{text} (WEIGHTLIFT_STRICT=1 makes that an error)")
     if record_fallback(library, reason) == 1 and warn:
-        warnings.warn(text, stacklevel=_levels_to_caller())
+        warnings.warn(text, stacklevel=levels_to_caller())
     else:
         _log.info("%s", text)
 
@@ -224,12 +226,14 @@ def or_stock(library: str, error: Exception, stock: Callable[[], _Result]) -> _R
     return result
 
 
-def _levels_to_caller() -> int:
-    """The ``stacklevel`` of a warning, from the function that calls this, for what is beyond the
-    backends."""
+def levels_to_caller() -> int:
+    """The ``stacklevel`` of a warning, from the function that calls this, for the first frame that
+    is of neither weightlift nor the libraries. (Python has ``skip_file_prefixes`` from 3.12 on.)"""
     frame = sys._getframe(1)
     level = 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_FOLDER):
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_CALLERS:
+            break
         frame = frame.f_back
         level += 1
     return level

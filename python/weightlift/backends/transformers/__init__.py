@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlift import _native, dtypes, garbage
-from weightlift.backends import Hook, or_stock
+from weightlift.backends import Hook, levels_to_caller, or_stock
 from weightlift.backends.safetensors import load_file_adapters
 from weightlift.backends.transformers import known
 from weightlift.backends.transformers.walk import walk_tensors
@@ -314,7 +314,7 @@ def _with_quantization_config(kwargs: dict[str, Any]) -> dict[str, Any]:
         f"weightlift: transformers 5 has no {next(iter(bits))}=; this load goes on with "
         f"quantization_config=BitsAndBytesConfig({text}), which is how to write it",
         FutureWarning,
-        stacklevel=4,
+        stacklevel=levels_to_caller(),
     )
     return {**kwargs, "quantization_config": config(**bits)}
 
