@@ -163,6 +163,8 @@ class HubServer:
         if hasattr(client, "_HUB_ORIGINS"):  # huggingface_hub 2
             monkeypatch.setattr(client, "_HUB_ORIGINS", frozenset({client._url_origin(self.url)}))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        # Other tests set it before huggingface_hub is imported.
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
         monkeypatch.setenv("HF_TOKEN", "hf_stored")
         # Its protocol is a binary one, of another server.

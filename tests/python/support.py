@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import struct
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 # The format's name of each dtype that torch has, as the format's documentation lists them.
@@ -37,6 +39,13 @@ DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
     "U64": torch.uint64,
+}
+# Since 0.8 safetensors has two ways to read, and the FNUZ dtypes.
+REFERENCE_HAS_BACKENDS = "backend" in inspect.signature(safetensors.safe_open).parameters
+REFERENCE_DTYPES = {
+    name: dtype
+    for name, dtype in DTYPES.items()
+    if REFERENCE_HAS_BACKENDS or not name.endswith("FNUZ")
 }
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 

@@ -19,14 +19,21 @@ import torch
 
 import weightlift as wl
 from backend_support import engine_moves, stock_way, tensor_bytes
-from support import DTYPES, assert_same, assert_same_tensors, bits, entry, file_bytes, run_python
+from support import (
+    REFERENCE_DTYPES,
+    REFERENCE_HAS_BACKENDS,
+    assert_same,
+    assert_same_tensors,
+    bits,
+    entry,
+    file_bytes,
+    run_python,
+)
 from weightlift import backends
 from weightlift.backends import signature_text
 
 REFERENCE = (safetensors.safe_open, safetensors.torch.safe_open, safetensors.torch.load_file)
 CALLER = "safetensors"
-# Since 0.8, which has the FNUZ dtypes as well.
-HAS_BACKENDS = "backend" in signature_text(REFERENCE[2])
 
 
 def header_twice(data: bytes) -> bytes:
@@ -39,8 +46,7 @@ def header_twice(data: bytes) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    names = [name for name in DTYPES if HAS_BACKENDS or not name.endswith("FNUZ")]
-    entries = {name: entry(name, [3, 4], n) for n, name in enumerate(names)}
+    entries = {name: entry(name, [3, 4], n) for n, name in enumerate(REFERENCE_DTYPES)}
     entries |= {"scalar": entry("F32", [], 1), "none": entry("I8", [0, 5])}
     one = file_bytes({"w": entry("I32", [10, 6], 3)})
     files = {
@@ -110,7 +116,7 @@ def test_the_very_objects_come_back() -> None:
 
 @pytest.mark.parametrize("name", ["all", "one", "shifted", "bare"])
 @pytest.mark.parametrize(
-    "options", [{}, {"backend": "mmap"}, {"backend": "pread"}][: 3 if HAS_BACKENDS else 1]
+    "options", [{}, {"backend": "mmap"}, {"backend": "pread"}][: 3 if REFERENCE_HAS_BACKENDS else 1]
 )
 def test_load_file(folder: Path, name: str, options: dict[str, str]) -> None:
     # Without backend="pread", which gets the shape of F4 wrong in 0.8.0.
@@ -285,7 +291,7 @@ def test_open_file(folder: Path) -> None:
 
 def test_slices_are_booked(folder: Path) -> None:
     with wl.enabled(CALLER):
-        for options in ({}, {"backend": "pread"})[: 2 if HAS_BACKENDS else 1]:
+        for options in ({}, {"backend": "pread"})[: 2 if REFERENCE_HAS_BACKENDS else 1]:
             before = wl.stats()
             opened("one", "pt", **options).get_slice("w")[2:4]
             after = wl.stats()

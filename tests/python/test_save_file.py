@@ -19,7 +19,7 @@ from safetensors.torch import save_file as reference_save_file
 
 import weightlift as wl
 from support import (
-    DTYPES,
+    REFERENCE_DTYPES,
     assert_same,
     assert_same_tensors,
     entry,
@@ -35,7 +35,7 @@ MIB = 1 << 20
 
 def of_all_dtypes() -> dict[str, torch.Tensor]:
     tensors = {}
-    for number, (name, dtype) in enumerate(DTYPES.items()):
+    for number, (name, dtype) in enumerate(REFERENCE_DTYPES.items()):
         count = 12 * dtype.itemsize
         data = np.frombuffer(random_bytes(count, number, name), dtype=np.uint8).copy()
         tensors[name] = torch.from_numpy(data).view(dtype).reshape(3, 4)
