@@ -184,8 +184,8 @@ def test_commands_go_first(folder: Path) -> None:
         (["run", "missing.py"], ["missing.py", "not a file"]),
         (["run"], ["name a script"]),
         (["run", "--report"], ["--report"]),
-        (["run", "-m"], ["-m"]),
-        (["-m"], ["-m"]),
+        (["run", "-m"], ["name of a module"]),
+        (["-m"], ["name of a module"]),
         (["--nonsense", "script.py"], ["--nonsense"]),
     ],
 )
@@ -195,6 +195,37 @@ def test_wrong_use(folder: Path, arguments: list[str], words: list[str]) -> None
     assert done.stdout == ""
     for word in words:
         assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-m", "nowhere"], "nowhere"),
+        (["-m", "nowhere.at.all"], "nowhere"),
+        (["-m", "package.nowhere"], "package.nowhere"),
+        (["-m", "bare"], "bare.__main__"),
+        (["elsewhere"], "__main__"),
+    ],
+)
+def test_what_cannot_be_run(folder: Path, arguments: list[str], words: str) -> None:
+    (folder / "bare").mkdir()
+    (folder / "bare" / "__init__.py").touch()
+    expected = run(folder, *arguments, weightlift=False)
+    done = run(folder, *arguments)
+    assert (done.returncode, done.stdout) == (expected.returncode, "") == (1, "")
+    assert words in done.stderr
+    assert words in expected.stderr
+    assert len(done.stderr.splitlines()) == len(expected.stderr.splitlines()) == 1
+
+
+def test_imports_that_fail_in_what_runs(folder: Path) -> None:
+    (folder / "fails.py").write_text("import nowhere")
+    (folder / "package" / "__main__.py").write_text("import runpy; runpy.run_module('nowhere')")
+    for arguments in (["-m", "fails"], ["-m", "package"], ["package"]):
+        done = run(folder, *arguments)
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr
+        assert "nowhere" in done.stderr.splitlines()[-1]
 
 
 def test_parse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,10 +188,18 @@ def is_enabled(library: str) -> bool:
 
 
 def enable_from_environment() -> None:
-    """What ``WEIGHTLIFT_ENABLE=diffusers,transformers`` asks for when weightlift is imported."""
-    names = os.environ.get("WEIGHTLIFT_ENABLE", "").replace(",", " ").split()
+    """What ``WEIGHTLIFT_ENABLE=diffusers,transformers`` asks for when weightlift is imported.
+
+    Raises:
+        ArgumentError: an unknown library.
+    """
+    value = os.environ.get("WEIGHTLIFT_ENABLE", "")
+    names = value.replace(",", " ").split()
     if names:
-        enable(*names)
+        try:
+            enable(*names)
+        except ArgumentError as error:
+            raise ArgumentError(f"WEIGHTLIFT_ENABLE={value}: {error}") from None
 
 
 def stand_aside(library: str, reason: str, *, warn: bool = True) -> None:
@@ -276,13 +284,13 @@ def signature_text(function: Any) -> str:
 
 
 def _names(libraries: Iterable[str]) -> frozenset[str]:
-    names = frozenset(libraries) or frozenset(KNOWN)
-    unknown = sorted(map(repr, names.difference(KNOWN)))
+    names = tuple(libraries)
+    unknown = sorted({repr(name) for name in names if name not in KNOWN})
     if unknown:
         raise ArgumentError(
             f"no backend for {', '.join(unknown)}; weightlift knows {', '.join(KNOWN)}"
         )
-    return names
+    return frozenset(names or KNOWN)
 
 
 def _strict() -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import contextlib
 import os
 import pkgutil
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +40,10 @@ def parse(arguments: Sequence[str], commands: Sequence[str]) -> Job | None:
     while rest[:1] == ["--report"]:
         report = True
         del rest[0]
-    if rest[:1] == ["-m"] and len(rest) > 1:
+    if rest == ["-m"]:
+        print("weightlift: -m wants the name of a module behind it", file=sys.stderr)
+        sys.exit(2)
+    if rest[:1] == ["-m"]:
         return Job(rest[1], True, rest[2:], report)
     if not rest or rest[0].startswith("-") or (not explicit and rest[0] in commands):
         return None
@@ -63,14 +67,16 @@ def start(job: Job) -> None:
     if job.is_module:
         if own_entry:
             sys.path[0] = str(Path.cwd())
-        runpy.run_module(job.target, run_name="__main__", alter_sys=True)
+        with _runpys_own_words():
+            runpy.run_module(job.target, run_name="__main__", alter_sys=True)
         return
     # Python does not tidy "./" away either.
     path = job.target if Path(job.target).is_absolute() else f"{Path.cwd()}/{job.target}"
     if pkgutil.get_importer(path) is not None:  # a folder or an archive: runpy puts it there
         if own_entry:
             del sys.path[0]
-        runpy.run_path(path, run_name="__main__")
+        with _runpys_own_words():
+            runpy.run_path(path, run_name="__main__")
         return
     if own_entry:
         sys.path[0] = str(Path(path).resolve().parent)
@@ -80,6 +86,20 @@ def start(job: Job) -> None:
     vars(module).update(__file__=path, __cached__=None, __loader__=loader, __builtins__=builtins)
     sys.modules["__main__"] = module
     exec(loader.source_to_code(loader.get_data(path), path), vars(module))
+
+
+@contextlib.contextmanager
+def _runpys_own_words() -> Iterator[None]:
+    """Without a traceback where it is runpy that finds no module, as ``python -m`` has it."""
+    try:
+        yield
+    except ImportError as error:
+        frame = error.__traceback__
+        while frame is not None and frame.tb_frame.f_globals["__name__"] in (__name__, "runpy"):
+            frame = frame.tb_next
+        if frame is not None:
+            raise
+        sys.exit(f"weightlift: {error}")
 
 
 def run() -> None:
