@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import json
 import logging
 import re
@@ -35,7 +36,7 @@ from diffusers.pipelines import pipeline_utils
 from huggingface_hub import export_folder_as_dduf
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 import weightlift as wl
 from backend_support import engine_moves, stock_way, tensor_bytes
@@ -729,11 +730,20 @@ def test_components_are_read_ahead(pipeline: Path, monkeypatch: pytest.MonkeyPat
     assert all(resident in (None, size) for _, resident, size in read)
 
 
+def dispatches_disk(does: bool) -> pytest.MarkDecorator:
+    source = inspect.getsource(PreTrainedModel.from_pretrained)
+    return pytest.mark.skipif(
+        ('"disk" in set(device_map.values())' in source) != does,
+        reason="whether transformers leaves hooks on a model that is all on the disk",
+    )
+
+
 @pytest.mark.parametrize(
     "device_map",
     [
         {"unet": "disk", "vae": "cpu"},
-        {"": "cpu", "text_encoder": "disk", "unet.down_blocks": "disk", "unet": "cpu"},
+        {"": "cpu", "unet.down_blocks": "disk", "unet": "cpu"},
+        pytest.param({"text_encoder": "disk", "unet": "disk"}, marks=dispatches_disk(True)),
         {"unet": {"": "cpu", "conv_in": "disk"}},
         {"unet": "auto", "vae": "sequential"},
     ],
@@ -750,6 +760,13 @@ def test_a_device_map_by_component(pipeline: Path, device_map: dict[str, Any]) -
     assert made.hf_device_map == device_map
     on_disk = "disk" in str(device_map["unet"]) or "unet.down_blocks" in device_map
     assert ("meta" in {p.device.type for p in made.unet.parameters()}) == on_disk
+
+
+@dispatches_disk(False)
+def test_a_text_encoder_on_the_disk_with_an_old_transformers(pipeline: Path) -> None:
+    refused = pytest.raises(ValueError, match=r"transformers 5.* CLIPTextModel .* give this .*'cpu'")
+    with wl.enabled(CALLER), refused:
+        DiffusionPipeline.from_pretrained(pipeline / "plain", device_map={"text_encoder": "disk"})
 
 
 def test_a_device_map_of_an_unknown_component(pipeline: Path) -> None:

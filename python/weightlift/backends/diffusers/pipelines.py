@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -205,14 +206,24 @@ def _compute_on(
 
 
 def _weights_of_hooks(module: torch.nn.Module) -> Any:
-    """accelerate's ``OffloadedWeightsLoader`` that its hooks read from."""
+    """accelerate's ``OffloadedWeightsLoader`` that its hooks read from.
+
+    Raises:
+        ArgumentError: there are no hooks.
+    """
     for child in module.modules():
         hook = getattr(child, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):
             weights = getattr(one, "weights_map", None)
             if weights is not None:
                 return getattr(weights, "dataset", weights)
-    raise AssertionError(f"{type(module).__name__} on the disk has no hooks")
+    # transformers, before 5.16 at the latest, dispatches only what is on two devices or more.
+    library = type(module).__module__.partition(".")[0]
+    raise ArgumentError(
+        f"{library} {getattr(sys.modules[library], '__version__', '')} leaves a "
+        f"{type(module).__name__} that is all on the disk without its weights; give this "
+        f"component to 'cpu' in device_map, or update {library}"
+    )
 
 
 def _from_archive(given: Mapping[str, Any]) -> Any:
