@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,9 @@ def test_a_class(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "warm: measuring weightlift, round 1 of 1" in done.stderr
+    said = " ".join(done.stdout.split())
+    (ratio,) = re.findall(r" (\S+x) Medians\.", said)
+    assert f"round by round; warm {ratio} to {ratio}." in said
     (comparison,) = json.loads(out.read_text())["comparisons"]
     with torch.device("meta"):
         size = sum(tensor.nbytes for tensor in AutoencoderTiny().state_dict().values())

@@ -193,10 +193,16 @@ def models_table(comparisons: Sequence[Comparison]) -> Table:
                 style="bold" if ours else "",
             )
             label = ""
+    ranges = [
+        f"{state(found.cold)} {min(ratios):.2f}x to {max(ratios):.2f}x"
+        for found in comparisons
+        if (ratios := found.time_ratios("stock", "backend"))
+    ]
     table.caption = (
         "Medians. call: from_pretrained; loaded: every page of the weights touched too; 1st "
         "forward: from the start to the end of a small one; memory: the load's own at its peak, "
-        "beside the page cache; ratio: stock's time to loaded over weightlift's."
+        "beside the page cache; ratio: stock's time to loaded over weightlift's, round by round"
+        f"{''.join(f'; {one}' for one in ranges)}."
     )
     table.caption_justify = "left"
     return table

@@ -142,10 +142,15 @@ class Comparison:
 
     def time_ratio(self, contender: str, to: str) -> float | None:
         """The median over the rounds of ``contender``'s time over ``to``'s."""
+        ratios = self.time_ratios(contender, to)
+        return statistics.median(ratios) if ratios else None
+
+    def time_ratios(self, contender: str, to: str) -> list[float]:
+        """``contender``'s time over ``to``'s, round by round; none where one was not measured."""
         if not self.samples.get(contender) or not self.samples.get(to):
-            return None
+            return []
         pairs = zip(self.times(contender), self.times(to), strict=True)
-        return statistics.median(one / other for one, other in pairs)
+        return [one / other for one, other in pairs]
 
     def rate(self, contender: str) -> float:
         """Bytes of the checkpoint a second; of the tensor, where one was asked for."""
