@@ -130,7 +130,7 @@ def tasks() -> int:
 
 
 def run_python(
-    code: str, *arguments: object, timeout: float = 60, **options: Any
+    code: str, *arguments: object, timeout: float = 240, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that runs ``code``."""
     return subprocess.run(
