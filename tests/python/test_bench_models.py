@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
-from support import assert_same_tensors
+from support import assert_same_tensors, entry, file_bytes
 from weightlift import materialize, plans
 from weightlift.cli.bench_models import bench_folder, model_job
 from weightlift.cli.contenders import CONTENDERS, Job
@@ -82,6 +82,16 @@ def test_a_class(tmp_path: Path) -> None:
         assert sample["bytes"] == size
         assert sample["forward_seconds"] > 0
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_class_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(file_bytes({"w": entry("F32", [3])}))
+    done = bench(tmp_path, "nowhere:Mine", "--warm", "--repeat", "1")
+    assert done.returncode == 1
+    said = [line for line in done.stdout.splitlines() if "nowhere" in line]
+    assert {line.partition(":")[0] for line in said[1:]} == {"weightlift", "stock"}
+    assert all("not measured: ModuleNotFoundError" in line for line in said[1:])
+    assert "Medians" not in done.stdout
 
 
 def unet(**more: object) -> UNet2DConditionModel:

@@ -203,7 +203,8 @@ def _bench_models(
     for one in found:
         console.print(describe_run(one), style="dim")
     console.print()
-    console.print(bench_models.models_table(found))
+    if any(one.samples for one in found):
+        console.print(bench_models.models_table(found))
     lines = [line for one in found for line in [*notes(one), *bench_models.forward_notes(one)]]
     for line in dict.fromkeys(lines):
         console.print(line, markup=False, soft_wrap=True)
@@ -338,7 +339,8 @@ def notes(comparison: Comparison) -> list[str]:
     for ours in ("weightlift", "backend"):
         if ours in comparison.samples:
             lines += [f"weightlift's way: {text}" for text in comparison.route(ours)]
-    lines += [f"{name}: not measured: {why}" for name, why in comparison.refused.items()]
+    for name, why in comparison.refused.items():
+        lines.append(f"{'weightlift' if name == 'backend' else name}: not measured: {why}")
     return lines
 
 
