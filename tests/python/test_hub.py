@@ -564,7 +564,8 @@ def test_where_a_push_goes(hub: HubServer, tmp_path: Path, monkeypatch: pytest.M
             create_repository(target)
 
 
-def test_the_hub_of_the_tests_fails_what_it_does_not_know() -> None:
+def test_the_hub_of_the_tests_fails_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with (
         pytest.raises(pytest.fail.Exception, match="GET /api/whoami-v2"),
         HubServer() as server,
