@@ -97,6 +97,8 @@ class Load::State {
   unsigned wanted_threads() const;
   void join() noexcept;
 
+  template <class Body>
+  bool spawn(Body body);
   void worker();
   void work();
   std::optional<Task> pick();
@@ -125,6 +127,7 @@ class Load::State {
   bool populating_ = false;
   std::atomic<bool> stop_ = false;  // written with the lock held, read without it between units
   bool inline_ = false;
+  bool held_back_ = false;  // a thread that is started by wait()
   std::optional<Error> error_;
   std::vector<std::string> fallbacks_;
   std::vector<std::thread> threads_;
@@ -194,16 +197,6 @@ Status Load::State::start() {
   const unsigned workers = std::min(wanted, limit > busy ? limit - busy : 1);
 
   const std::lock_guard lock(mutex_);
-  const auto spawn = [this](auto body) {
-    try {
-      threads_.emplace_back(std::move(body));
-    } catch (const std::exception&) {  // the system's or the cgroup's thread limit, or no memory
-      return false;
-    }
-    ++running_;
-    ++busy_threads;
-    return true;
-  };
   for (std::uint32_t i = 0; i < lanes_.size(); ++i) {
     if (lanes_[i].device == nullptr) continue;
     if (!spawn([this, i] { drain(i); })) {
@@ -215,7 +208,10 @@ Status Load::State::start() {
       return *error_;
     }
   }
-  for (unsigned i = 0; i < workers; ++i) {
+  // The caller may have work of its own before it waits, such as building the model; its processor
+  // is left to it until then.
+  held_back_ = workers > 1;
+  for (unsigned i = held_back_ ? 1 : 0; i < workers; ++i) {
     if (!spawn([this] { worker(); })) break;
     ++workers_;
   }
@@ -224,6 +220,19 @@ Status Load::State::start() {
     ++running_;
   }
   return {};
+}
+
+// With the lock held.
+template <class Body>
+bool Load::State::spawn(Body body) {
+  try {
+    threads_.emplace_back(std::move(body));
+  } catch (const std::exception&) {  // the system's or the cgroup's thread limit, or no memory
+    return false;
+  }
+  ++running_;
+  ++busy_threads;
+  return true;
 }
 
 // --- Threads -----------------------------------------------------------------------------------
@@ -495,6 +504,9 @@ bool Load::State::wait(std::chrono::milliseconds limit) {
     work();
     lock.lock();
     if (--running_ == 0) ended_.notify_all();
+  }
+  if (std::exchange(held_back_, false) && !stop_ && !everything_issued()) {
+    if (spawn([this] { worker(); })) ++workers_;
   }
   return ended_.wait_for(lock, limit, [this] { return running_ == 0; });
 }

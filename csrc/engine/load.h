@@ -56,7 +56,8 @@ class Load {
 
   [[nodiscard]] LoadPlan& plan() noexcept;
 
-  // Starts the threads. A small load on the host has none: it runs in the first wait().
+  // Starts the threads, but for one that the first wait() starts. A small load on the host has
+  // none: it runs in the first wait().
   [[nodiscard]] Status start();
 
   // Until the load has ended, one way or the other, or the time is up: whether it has ended.
