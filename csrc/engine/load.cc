@@ -110,6 +110,7 @@ class Load::State {
   void drain(std::uint32_t lane_index);
   void fail(Error error);
   void thread_ended();
+  void one_less();
 
   LoadPlan plan_;
   Settings settings_;
@@ -245,7 +246,14 @@ void Load::State::worker() {
 void Load::State::thread_ended() {
   const std::lock_guard lock(mutex_);
   --busy_threads;
-  if (--running_ == 0) ended_.notify_all();
+  one_less();
+}
+
+// With the lock held.
+void Load::State::one_less() {
+  if (--running_ != 0) return;
+  sources_->release();
+  ended_.notify_all();
 }
 
 void Load::State::work() {
@@ -378,16 +386,14 @@ Status Load::State::run_unit(const Task& task, std::uint32_t index, Scratch& scr
 // Brings a unit's bytes to the host target, or into the staging slot.
 Status Load::State::fill(const Unit& unit, const Lane& lane, std::byte* slot, Scratch& scratch) {
   if (unit.raw_target != 0) {
-    const auto read_result = sources_->read(unit, at_address(unit.raw_target), scratch);
-    return read_result.ok() ? Status() : Status(read_result.error());
+    return sources_->read(unit, at_address(unit.raw_target), scratch);
   }
   if (slot != nullptr && unit.raw) {
-    const auto read_result = sources_->read(unit, slot + unit.slot_offset, scratch);
-    return read_result.ok() ? Status() : Status(read_result.error());
+    return sources_->read(unit, slot + unit.slot_offset, scratch);
   }
-  const std::byte* bytes = nullptr;
+  Sources::Bytes bytes;
   if (unit.file != kFromMemory) {
-    WL_ASSIGN_OR_RETURN(bytes, sources_->read(unit, nullptr, scratch));
+    WL_ASSIGN_OR_RETURN(bytes, sources_->bytes(unit, scratch));
   }
   for (std::uint32_t i = 0; i < unit.piece_count; ++i) {
     const Piece& piece = lane.pieces[unit.first_piece + i];
@@ -396,7 +402,7 @@ Status Load::State::fill(const Unit& unit, const Lane& lane, std::byte* slot, Sc
       const std::uint64_t source = plan_.copies[piece.copy].source;
       deliver(plan_, piece, at_address(source), source, packed, settings_.fp8);
     } else {
-      deliver(plan_, piece, bytes, unit.begin, packed, settings_.fp8);
+      deliver(plan_, piece, bytes.data, unit.begin, packed, settings_.fp8);
     }
   }
   return {};
@@ -503,7 +509,7 @@ bool Load::State::wait(std::chrono::milliseconds limit) {
     lock.unlock();
     work();
     lock.lock();
-    if (--running_ == 0) ended_.notify_all();
+    one_less();
   }
   if (std::exchange(held_back_, false) && !stop_ && !everything_issued()) {
     if (spawn([this] { worker(); })) ++workers_;

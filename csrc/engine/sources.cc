@@ -14,6 +14,8 @@ namespace {
 constexpr std::uint64_t kPopulateStep = std::uint64_t{64} << 20;
 // Mapped tensors this close together are populated in one go.
 constexpr std::uint64_t kPopulateGap = 64 << 10;
+// Of a file: below it a mapping and its lease cost more than they save.
+constexpr std::uint64_t kLeaseBytes = 4 << 20;
 
 }  // namespace
 
@@ -62,6 +64,8 @@ void Sources::choose_routes(const Settings& settings) {
       }
     }
     if (source.choice.route == IoRoute::kBuffered) plan_.files[i]->advise_sequential();
+    source.may_lease = source.choice.route == IoRoute::kPageCache &&
+                       settings.io_path == IoPath::kAuto && extents[i].bytes >= kLeaseBytes;
   }
 }
 
@@ -147,7 +151,30 @@ Status Sources::populate(const PopulateStep& step) const {
   return status;
 }
 
-Result<const std::byte*> Sources::read(const Unit& unit, std::byte* target, Scratch& scratch) {
+Status Sources::read(const Unit& unit, std::byte* target, Scratch& scratch) {
+  const auto done = read_somewhere(unit, target, scratch);
+  return done.ok() ? Status() : Status(done.error());
+}
+
+Result<Sources::Bytes> Sources::bytes(const Unit& unit, Scratch& scratch) {
+  Source& source = files_[unit.file];
+  if (source.may_lease) {
+    std::call_once(source.asked_for_lease, [&] {
+      source.leased = io::LeasedMapping::open(plan_.files[unit.file]);
+      if (source.leased != nullptr) source.choice.reason += ", used where it lies";
+    });
+    if (source.leased != nullptr) {
+      auto hold = source.leased->hold(unit.begin, unit.end - unit.begin);
+      if (hold.data() != nullptr) return Bytes{hold.data(), std::move(hold)};
+    }
+  }
+  WL_ASSIGN_OR_RETURN(const std::byte* const data, read_somewhere(unit, nullptr, scratch));
+  return Bytes{data, {}};
+}
+
+// To `target`, or into `scratch` where that is null; returns where.
+Result<const std::byte*> Sources::read_somewhere(const Unit& unit, std::byte* target,
+                                                 Scratch& scratch) {
   const io::File& file = *plan_.files[unit.file];
   Source& source = files_[unit.file];
   const std::uint64_t bytes = unit.end - unit.begin;
@@ -177,6 +204,10 @@ Result<const std::byte*> Sources::read(const Unit& unit, std::byte* target, Scra
   }
   WL_RETURN_IF_ERROR(file.read_exact(unit.begin, {target, bytes}));
   return target;
+}
+
+void Sources::release() noexcept {
+  for (Source& source : files_) source.leased.reset();
 }
 
 IoRoute Sources::route(std::size_t file) const noexcept {

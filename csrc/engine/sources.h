@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,7 @@
 #include "engine/settings.h"
 #include "io/anonymous_memory.h"
 #include "io/file.h"
+#include "io/leased_mapping.h"
 #include "result.h"
 
 namespace weightlift::engine {
@@ -48,9 +50,19 @@ class Sources {
   [[nodiscard]] const std::vector<PopulateStep>& populate_steps() const noexcept { return steps_; }
   [[nodiscard]] Status populate(const PopulateStep& step) const;
 
-  // Reads a unit to `target`, or into `scratch` where that is null; returns where. Any thread.
-  [[nodiscard]] Result<const std::byte*> read(const Unit& unit, std::byte* target,
-                                              Scratch& scratch);
+  // Reads a unit to `target`. Any thread.
+  [[nodiscard]] Status read(const Unit& unit, std::byte* target, Scratch& scratch);
+
+  // The bytes of a unit to work on: where they lie in the page cache, or read into `scratch`. Any
+  // thread.
+  struct Bytes {
+    const std::byte* data = nullptr;
+    io::LeasedMapping::Hold hold;
+  };
+  [[nodiscard]] Result<Bytes> bytes(const Unit& unit, Scratch& scratch);
+
+  // When no thread reads any more: whoever wants to write to the files need not wait for the rest.
+  void release() noexcept;
 
   // For the report, when no thread reads any more.
   [[nodiscard]] IoRoute route(std::size_t file) const noexcept;
@@ -62,11 +74,16 @@ class Sources {
  private:
   struct Source {
     IoChoice choice;
+    bool may_lease = false;
+    std::once_flag asked_for_lease;
+    std::unique_ptr<io::LeasedMapping> leased;
     std::unique_ptr<io::DirectFile> direct;
     std::atomic<bool> direct_refused{false};
     std::string refusal;  // written by the one thread that sets direct_refused, or before any
   };
 
+  [[nodiscard]] Result<const std::byte*> read_somewhere(const Unit& unit, std::byte* target,
+                                                        Scratch& scratch);
   void choose_routes(const Settings& settings);
   void plan_populate();
   [[nodiscard]] std::vector<PopulateStep> mapped_ranges() const;

@@ -129,15 +129,16 @@ Status File::check_unchanged() const {
   return {};
 }
 
+FileDescriptor File::reopened(int flags) const {
+  return open_file("/proc/self/fd/" + std::to_string(descriptor()), flags);  // proc(5)
+}
+
 void File::advise_sequential() const noexcept {
   ::posix_fadvise(fd_.get(), 0, 0, POSIX_FADV_SEQUENTIAL);
 }
 
 Result<std::unique_ptr<DirectFile>> DirectFile::open(std::shared_ptr<const File> file) {
-  // Through /proc: the very file that was checked, also where its name has been given to another
-  // one since (proc(5)).
-  const std::string link = "/proc/self/fd/" + std::to_string(file->descriptor());
-  FileDescriptor fd = open_file(link, O_DIRECT);
+  FileDescriptor fd = file->reopened(O_DIRECT);
   if (fd.get() < 0) return system_error(errno, file->path(), "direct I/O refused");
   std::uint32_t alignment = 4096;
 #ifdef STATX_DIOALIGN

@@ -52,6 +52,10 @@ class File {
   // during the load may have given a mixture of old and new bytes.
   [[nodiscard]] Status check_unchanged() const;
 
+  // The very file again, also where its name has been given to another one since; no descriptor
+  // (and errno) where that is refused.
+  [[nodiscard]] FileDescriptor reopened(int flags) const;
+
   // Asks the kernel for its largest read-ahead window (posix_fadvise(2), SEQUENTIAL).
   void advise_sequential() const noexcept;
 

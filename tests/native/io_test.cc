@@ -5,6 +5,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -25,6 +26,7 @@
 
 #include "io/anonymous_memory.h"
 #include "io/file.h"
+#include "io/leased_mapping.h"
 #include "io/machine.h"
 #include "io/mapping.h"
 #include "io/residency.h"
@@ -413,6 +415,85 @@ TEST_F(IoTest, PopulatingRetriesAndReports) {
     return std::optional(-1);
   };
   EXPECT_TRUE((*mapping)->populate(0, 4 * 4096).ok());
+}
+
+// --- LeasedMapping -----------------------------------------------------------------------------
+
+class LeaseTest : public IoTest {
+ protected:
+  // In a process of its own: this one's would wait for itself.
+  static int opened_for_writing(const std::string& path, int flags) {
+    const pid_t child = ::fork();
+    if (child == 0) ::_exit(::open(path.c_str(), O_WRONLY | flags) >= 0 ? 0 : errno);
+    int status = 0;
+    EXPECT_EQ(::waitpid(child, &status, 0), child);
+    EXPECT_TRUE(WIFEXITED(status));
+    return WEXITSTATUS(status);
+  }
+
+  void SetUp() override {
+    if (LeasedMapping::open(numbered(1)) == nullptr) {
+      GTEST_SKIP() << "no leases on the file system of " << folder_;
+    }
+  }
+};
+
+TEST_F(LeaseTest, HoldsTheBytesOfTheFile) {
+  const std::string expected = numbers((70 << 20) + 5);
+  const auto file = numbered(expected.size());
+  const auto leased = LeasedMapping::open(file);
+  ASSERT_NE(leased, nullptr);
+  const std::size_t step = (1 << 20) + 4099;  // over the borders of pages and of blocks
+  for (std::size_t at = 0; at < expected.size(); at += step) {
+    const std::size_t bytes = std::min(step, expected.size() - at);
+    const auto hold = leased->hold(at, bytes);
+    ASSERT_NE(hold.data(), nullptr);
+    EXPECT_EQ(text({hold.data(), bytes}), expected.substr(at, bytes));
+  }
+  // What was worked through and unmapped comes again.
+  EXPECT_EQ(text({leased->hold(40 << 20, 9).data(), 9}), expected.substr(40 << 20, 9));
+}
+
+TEST_F(LeaseTest, WhoWantsToWriteWaitsForTheNextHold) {
+  const auto file = numbered(1 << 20);
+  const auto leased = LeasedMapping::open(file);
+  auto hold = std::make_optional(leased->hold(0, 100));
+  ASSERT_NE(hold->data(), nullptr);
+  // SIGIO, which a lease sends by default, would end this process.
+  EXPECT_EQ(opened_for_writing(file->path(), O_NONBLOCK), EWOULDBLOCK);
+  EXPECT_EQ(text({hold->data(), 100}), numbers(100));
+  EXPECT_EQ(leased->hold(0, 100).data(), nullptr);
+  // A hold is still there.
+  EXPECT_EQ(opened_for_writing(file->path(), O_NONBLOCK), EWOULDBLOCK);
+  hold.reset();
+  EXPECT_EQ(opened_for_writing(file->path(), O_NONBLOCK), 0);
+  EXPECT_EQ(leased->hold(0, 100).data(), nullptr);
+}
+
+TEST_F(LeaseTest, TheLeaseEndsWithTheMapping) {
+  const auto file = numbered(4096);
+  auto leased = LeasedMapping::open(file);
+  EXPECT_NE(leased->hold(0, 4096).data(), nullptr);
+  EXPECT_EQ(opened_for_writing(file->path(), O_NONBLOCK), EWOULDBLOCK);
+  leased.reset();
+  EXPECT_EQ(opened_for_writing(file->path(), O_NONBLOCK), 0);
+}
+
+TEST_F(LeaseTest, ThereIsNoneForAFileThatIsOpenForWriting) {
+  const auto file = numbered(4096);
+  const int writer = ::open(file->path().c_str(), O_WRONLY | O_CLOEXEC);
+  EXPECT_EQ(LeasedMapping::open(file), nullptr);
+  ::close(writer);
+  EXPECT_NE(LeasedMapping::open(file), nullptr);
+}
+
+TEST_F(LeaseTest, AFileThatWasCutOffBeforeHasNothingToHold) {
+  const auto file = numbered(64 * 4096);
+  ASSERT_EQ(::truncate(file->path().c_str(), 10 * 4096), 0);
+  const auto leased = LeasedMapping::open(file);
+  ASSERT_NE(leased, nullptr);
+  EXPECT_EQ(leased->hold(8 * 4096, 4 * 4096).data(), nullptr);
+  EXPECT_NE(leased->hold(8 * 4096, 2 * 4096).data(), nullptr);
 }
 
 // --- AnonymousMemory ---------------------------------------------------------------------------
