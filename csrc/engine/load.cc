@@ -393,7 +393,8 @@ Status Load::State::fill(const Unit& unit, const Lane& lane, std::byte* slot, Sc
   }
   Sources::Bytes bytes;
   if (unit.file != kFromMemory) {
-    WL_ASSIGN_OR_RETURN(bytes, sources_->bytes(unit, scratch));
+    const bool is_cast = lane.pieces[unit.first_piece].host_cast;
+    WL_ASSIGN_OR_RETURN(bytes, sources_->bytes(unit, is_cast, scratch));
   }
   for (std::uint32_t i = 0; i < unit.piece_count; ++i) {
     const Piece& piece = lane.pieces[unit.first_piece + i];

@@ -156,9 +156,10 @@ Status Sources::read(const Unit& unit, std::byte* target, Scratch& scratch) {
   return done.ok() ? Status() : Status(done.error());
 }
 
-Result<Sources::Bytes> Sources::bytes(const Unit& unit, Scratch& scratch) {
+Result<Sources::Bytes> Sources::bytes(const Unit& unit, bool is_cast, Scratch& scratch) {
   Source& source = files_[unit.file];
-  if (source.may_lease) {
+  // Of others one copy is as good as the other, and maps no pages.
+  if (is_cast && source.may_lease) {
     std::call_once(source.asked_for_lease, [&] {
       source.leased = io::LeasedMapping::open(plan_.files[unit.file]);
       if (source.leased != nullptr) source.choice.reason += ", used where it lies";

@@ -53,13 +53,13 @@ class Sources {
   // Reads a unit to `target`. Any thread.
   [[nodiscard]] Status read(const Unit& unit, std::byte* target, Scratch& scratch);
 
-  // The bytes of a unit to work on: where they lie in the page cache, or read into `scratch`. Any
-  // thread.
+  // The bytes of a unit, read into `scratch`; of one that is cast, where they lie in the page
+  // cache, if that can be. Any thread.
   struct Bytes {
     const std::byte* data = nullptr;
     io::LeasedMapping::Hold hold;
   };
-  [[nodiscard]] Result<Bytes> bytes(const Unit& unit, Scratch& scratch);
+  [[nodiscard]] Result<Bytes> bytes(const Unit& unit, bool is_cast, Scratch& scratch);
 
   // When no thread reads any more: whoever wants to write to the files need not wait for the rest.
   void release() noexcept;

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdarg>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -44,9 +45,26 @@ std::function<std::optional<int>(int advice)>& fake_advice() {
   return advise;
 }
 
+std::function<bool(int command)>& fcntl_fails() {
+  static std::function<bool(int)> fails;
+  return fails;
+}
+
 }  // namespace
 
 // In place of the C library's, for all of this program.
+extern "C" int fcntl(int fd, int command, ...) {
+  std::va_list arguments;
+  va_start(arguments, command);
+  const long argument = va_arg(arguments, long);
+  va_end(arguments);
+  if (fcntl_fails() && fcntl_fails()(command)) {
+    errno = EIO;
+    return -1;
+  }
+  return static_cast<int>(::syscall(SYS_fcntl, fd, command, argument));
+}
+
 extern "C" ssize_t pread(int fd, void* target, std::size_t bytes, off_t offset) {
   if (fake_read()) {
     if (const auto answer = fake_read()(target, bytes, offset)) return *answer;
@@ -75,6 +93,7 @@ class IoTest : public ::testing::Test {
   ~IoTest() override {
     fake_read() = nullptr;
     fake_advice() = nullptr;
+    fcntl_fails() = nullptr;
     fs::remove_all(folder_);
   }
 
@@ -485,6 +504,25 @@ TEST_F(LeaseTest, ThereIsNoneForAFileThatIsOpenForWriting) {
   EXPECT_EQ(LeasedMapping::open(file), nullptr);
   ::close(writer);
   EXPECT_NE(LeasedMapping::open(file), nullptr);
+}
+
+TEST_F(LeaseTest, ThereIsNoneWhereACallFails) {
+  const auto file = numbered(1 << 20);
+  for (const int failing : {F_SETSIG, F_SETLEASE, F_SETOWN}) {
+    fcntl_fails() = [&](int command) { return command == failing; };
+    EXPECT_EQ(LeasedMapping::open(file), nullptr) << failing;
+    fcntl_fails() = nullptr;
+    EXPECT_EQ(opened_for_writing(file->path(), O_NONBLOCK), 0) << failing;
+  }
+  const auto leased = LeasedMapping::open(file);
+  fcntl_fails() = [](int command) { return command == F_GETLEASE; };
+  EXPECT_EQ(leased->hold(0, 100).data(), nullptr);
+  fake_advice() = [](int) {
+    errno = EFAULT;
+    return std::optional(-1);
+  };
+  fcntl_fails() = nullptr;
+  EXPECT_EQ(LeasedMapping::open(file)->hold(0, 100).data(), nullptr);
 }
 
 TEST_F(LeaseTest, AFileThatWasCutOffBeforeHasNothingToHold) {
