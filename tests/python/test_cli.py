@@ -196,6 +196,11 @@ def test_doctor_measures_and_cleans_up(tmp_path: Path) -> None:
         if finding["state"] == "missing":
             assert finding["costs"]
             assert finding["remedy"]
+    table = run("doctor", "--disk", tmp_path, "--disk-mb", "16", COLUMNS="200")
+    assert table.returncode == 0, table.stderr
+    for finding in findings:
+        assert finding["topic"] in table.stdout
+        assert finding["name"] in table.stdout
     rates = {(f["topic"], f["name"]): f["value"] for f in findings}
     assert rates["memory", "copy"] > 1e8
     assert rates["disk", "page cache"] > 1e7
