@@ -13,7 +13,7 @@ import torch.distributed as dist
 from weightlift import dtypes
 from weightlift.allocation import TorchAllocator
 from weightlift.integrity import HashCheck
-from weightlift.materialize import Loading, Ranges
+from weightlift.materialize import Loading, Ranges, check_mode
 from weightlift.plans import shown
 from weightlift.report import LoadReport
 from weightlift.team import Team, describe, digest, require_same
@@ -89,6 +89,7 @@ class TeamLoading(Loading):
         targets: Sequence[torch.Tensor] | None = None,
         parts: Sequence[Ranges] | None = None,
     ) -> None:
+        check_mode(self._mode, device, dtype, self._pin_memory)
         chosen = list(self._checkpoint if names is None else names)
         own: list[int] = []
         for i, name in enumerate(chosen):

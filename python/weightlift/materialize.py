@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from weightlift.checkpoint import Checkpoint
     from weightlift.torch_file import View
 
-__all__ = ["Loading", "Ranges", "copy_to_device", "load_tensors"]
+__all__ = ["Loading", "Ranges", "check_mode", "copy_to_device", "load_tensors"]
 
 # What a load makes: (group, name), or (group, part, position) for what views look at.
 _Key: TypeAlias = "tuple[int, str] | tuple[int, int, int]"
@@ -203,7 +203,7 @@ class Loading:
             targets: tensors of the names' shapes on ``device`` to write to; they give the dtypes.
             parts: of each of the names, what is loaded, in memory of its own; steps are positive.
         """
-        _check_mode(self._mode, device, dtype, self._pin_memory)
+        check_mode(self._mode, device, dtype, self._pin_memory)
         self._groups.append(_Group(device, dtype, names, targets, parts))
 
     @garbage.paused()
@@ -604,7 +604,7 @@ def _pinning_device() -> int:
     return torch.cuda.current_device()
 
 
-def _check_mode(mode: str, device: torch.device, dtype: str | None, pin_memory: bool) -> None:
+def check_mode(mode: str, device: torch.device, dtype: str | None, pin_memory: bool) -> None:
     if mode not in ("auto", "map", "read"):
         raise ArgumentError(f"mode is {mode!r}; it can be 'auto', 'map' or 'read'")
     if mode == "map":

@@ -9,6 +9,7 @@ disk and back stays in memory.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import inspect
@@ -149,15 +150,15 @@ def _load(
         loading.start()
         return loading.result()
 
-    try:
+    # Not within `except`: the error holds on to what was loaded until there.
+    with contextlib.suppress(OutOfMemoryError):
         return load()
-    except OutOfMemoryError:
-        # What accelerate's own collection after every file would have freed.
-        import torch
+    # What accelerate's own collection after every file would have freed.
+    import torch
 
-        gc.collect()
-        torch.cuda.empty_cache()
-        return load()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return load()
 
 
 def _cast(own: str, final: torch.dtype) -> str | None:
