@@ -40,6 +40,7 @@ REASONS = {
     "csrc/format/index.cc": "getrandom(2) has nothing to give",
     "csrc/result.cc": "texts of errors that need a GPU or a machine without memory, and a few more",
     "python/weightlift/allocation.py": "torch's allocator on a GPU",
+    "python/weightlift/cli/contenders/trees.py": "`bench` of files for Flax",
     "python/weightlift/cli/contenders/*": "peers that are not installed for the tests, and a GPU",
     "python/weightlift/cli/gpu_findings.py": "needs a GPU",
     "*": "not reached yet",
