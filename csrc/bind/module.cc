@@ -170,25 +170,6 @@ py::dict driver_report() {
   return result;
 }
 
-void cast_bytes(std::uint64_t source, std::uint64_t target, std::size_t count,
-                const std::string& from, const std::string& to,
-                const std::tuple<bool, bool, bool>& fp8, const std::string& isa) {
-  const auto source_format = convert::float_format(dtype_of(from));
-  const auto target_format = convert::float_format(dtype_of(to));
-  if (!source_format || !target_format) throw py::value_error("no cast from " + from + " to " + to);
-  const convert::Fp8Rules rules{.e4m3_saturates = std::get<0>(fp8),
-                                .e4m3_infinity_saturates = std::get<1>(fp8),
-                                .e5m2_saturates = std::get<2>(fp8)};
-  const auto chosen = parse_choice<convert::Isa>(isa, "isa",
-                                                 {{"baseline", convert::Isa::kBaseline},
-                                                  {"avx2", convert::Isa::kAvx2},
-                                                  {"avx512", convert::Isa::kAvx512}});
-  if (chosen > convert::best_isa()) throw py::value_error("this CPU does not run " + isa);
-  const auto cast = convert::host_cast_for(chosen, *source_format, *target_format);
-  cast(reinterpret_cast<const std::byte*>(static_cast<std::uintptr_t>(source)),
-       reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(target)), count, rules);
-}
-
 py::bytes read_bytes(const Archive& self, std::uint64_t begin, std::uint64_t bytes) {
   if (begin > self.file->size() || bytes > self.file->size() - begin) {
     throw py::index_error("these bytes leave the file");
@@ -426,8 +407,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("host_memory", &host_memory, py::arg("bytes"));
   module.def("driver_report", &driver_report);
   module.def("pinned_bytes", [] { return device::StagingPool::instance().pinned_bytes(); });
-  module.def("cast_bytes", &cast_bytes, py::arg("source"), py::arg("target"), py::arg("count"),
-             py::arg("source_dtype"), py::arg("target_dtype"), py::arg("fp8"), py::arg("isa"));
 #ifdef WEIGHTLIFT_TESTING
   module.def("use_driver_for_testing", &device::use_driver_for_testing, py::arg("path"));
 #endif
