@@ -3,7 +3,8 @@
     python benchmarks/report.py
 
 The figures come from the newest benchmarks/results/*.json of `benchmarks/run.py` for CPU and the
-newest for CUDA; the pictures lie beside them. What `make demo` prints comes from .demo/demo.txt
+newest for CUDA, and those of workloads that it did not measure from the run before, which is said;
+the pictures lie beside them. What `make demo` prints comes from .demo/demo.txt
 where that is.
 """
 
@@ -40,8 +41,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     sections = []
-    for path in newest():
-        content = json.loads(path.read_text(encoding="utf-8"))
+    for path, content in recorded():
         pictures = [picture.relative_to(ROOT) for picture in draw_all(path, content)]
         sections.append(section(content, pictures))
     text = replace(text, "figures", "\n\n".join(sections))
@@ -51,22 +51,34 @@ def main() -> None:
     readme.write_text(text, encoding="utf-8")
 
 
-def newest() -> Iterator[Path]:
-    """The last results for the CPU and for CUDA."""
-    by_device: dict[str, Path] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if "figures" in content:
-            by_device[content["comparisons"][0]["device"]] = path
-    yield from (by_device[device] for device in sorted(by_device))
+def recorded() -> list[tuple[Path, dict[str, Any]]]:
+    """The results for the CPU, then for CUDA, the last run first; of an earlier one, the workloads
+    that no later one measured on the same machine."""
+    runs = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in RESULTS.glob("*.json")]
+    runs = [(path, content) for path, content in runs if "figures" in content]
+    machines: dict[str, tuple[Any, ...]] = {}
+    done: set[tuple[str, str]] = set()
+    found = []
+    for path, content in sorted(runs, key=lambda run: run[1]["date"], reverse=True):
+        device = content["comparisons"][0]["device"]
+        machine = tuple(content["machine"].get(what) for what in ("cpu", "cpus", "gpu"))
+        if machines.setdefault(device, machine) != machine:
+            continue
+        new = [one for one in content["comparisons"] if (device, one["name"]) not in done]
+        if new:
+            is_last = not any(device == of for of, _ in done)
+            found.append((device, path, {**content, "comparisons": new, "is_last": is_last}))
+        done |= {(device, one["name"]) for one in new}
+    return [(path, content) for _, path, content in sorted(found, key=lambda one: one[0])]
 
 
 def section(content: dict[str, Any], pictures: list[Path]) -> str:
     machine = content["machine"]
     where = machine.get("gpu") or machine["cpu"]
     rates = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in content["ceilings"].items())
+    before = "" if content["is_last"] else "What the last run did not measure, from one before it: "
     lines = [
-        f"`{content['command']}` on {where} ({machine['cpus']} CPUs, "
+        f"{before}`{content['command']}` on {where} ({machine['cpus']} CPUs, "
         f"{format_bytes(machine['memory_bytes'])}, Linux {machine['kernel']}, "
         f"torch {machine['torch']}), {content['date'][:10]}; `make bench` runs it, `make report` "
         f"writes this. {versions(content['comparisons'])}. One run: contenders interleaved in "
@@ -85,7 +97,7 @@ def section(content: dict[str, Any], pictures: list[Path]) -> str:
         *(f"- {line}" for line in times(content["comparisons"])),
     ]
     ended = unfinished(content)
-    if ended:
+    if ended and content["is_last"]:
         lines += ["", f"The run was ended before {', '.join(ended)}."]
     refused = list(not_measured(content["comparisons"]))
     if refused:

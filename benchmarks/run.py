@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import math
 import platform
@@ -56,7 +57,11 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of the files' sizes")
     parser.add_argument("--repeat", type=int, default=5, help="rounds, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the order within the rounds")
-    parser.add_argument("--out", type=Path, help="instead of benchmarks/results/DATE-MACHINE.json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="instead of benchmarks/results/DATE-MACHINE.json, or -2 where that is",
+    )
     arguments = parser.parse_args()
     known = CUDA if arguments.device == "cuda" else CPU
     unknown = [name for name in arguments.workloads if name not in known]
@@ -72,7 +77,7 @@ def main() -> int:
     jobs = make_jobs(chosen, arguments.data, arguments.scale, console)
     found = measure_ceilings(jobs, console)
     now = datetime.datetime.now(datetime.timezone.utc)
-    out = arguments.out or RESULTS / f"{now:%Y-%m-%d}-{short_name(arguments.device)}.json"
+    out = arguments.out or unused(f"{now:%Y-%m-%d}-{short_name(arguments.device)}")
     out.parent.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
         "date": now.isoformat(timespec="seconds"),
@@ -103,6 +108,13 @@ def main() -> int:
         console.print(f"{name}: {rate / 1e9:.1f} GB/s")
     console.print(f"\n{out} written; {time.monotonic() - start:.0f} s in all")
     return 0
+
+
+def unused(name: str) -> Path:
+    """Where the results go: a run is kept beside an earlier one of its day."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    paths = (RESULTS / f"{name}.json" for name in names)
+    return next(path for path in paths if not path.exists())
 
 
 def make_jobs(
