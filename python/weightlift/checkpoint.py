@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from weightlift import _native
 from weightlift.errors import ArgumentError, CheckpointError
+from weightlift.hub import HubArguments
+from weightlift.resolve import CheckpointFiles, resolve
 from weightlift.torch_file import LoadedTorchFile, View, open_torch_file
 
 if TYPE_CHECKING:
     import torch
-
-    from weightlift.resolve import CheckpointFiles
 
 _log = logging.getLogger("weightlift")
 
@@ -253,9 +253,6 @@ def open_checkpoint(
         FormatError: a file breaks its format.
         ReadError: a file cannot be read.
     """
-    from weightlift.hub import HubArguments
-    from weightlift.resolve import resolve
-
     files = resolve(
         path_or_repo,
         subfolder=subfolder,

@@ -21,7 +21,7 @@ import torch
 from weightlift import dtypes, garbage
 from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.errors import ArgumentError, CheckpointError
-from weightlift.hub import HubArguments
+from weightlift.hub import HubArguments, download, list_files
 from weightlift.matching import listed, place_of
 from weightlift.models.building import Builder
 from weightlift.modules import Early, fill
@@ -319,7 +319,6 @@ def _begin(
 
 
 def _open_flax(path: str, hub: HubArguments, model: torch.nn.Module) -> Checkpoint:
-    from weightlift.hub import download, list_files
     from weightlift.models.flax_weights import load_flax_state_dict
 
     folder = Path(path, hub.subfolder or "")
