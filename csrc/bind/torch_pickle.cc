@@ -13,10 +13,6 @@ namespace {
 
 using Kind = format::PickledValue::Kind;
 
-py::str text(std::string_view value) {
-  return {value.data(), value.size()};
-}
-
 py::tuple sizes(const std::vector<std::uint64_t>& values) {
   py::tuple result(values.size());
   for (std::size_t i = 0; i < values.size(); ++i) result[i] = py::int_(values[i]);
@@ -38,7 +34,7 @@ class Converter {
       case Kind::kFloat:
         return py::float_(pickle_.floats[value.at]);
       case Kind::kText:
-        return text(pickle_.texts[value.at]);
+        return py::str(pickle_.texts[value.at]);
       case Kind::kList:
         return py::list();
       case Kind::kTuple:
@@ -66,7 +62,7 @@ class Converter {
   }
 
   py::object tensor(const format::PickledTensor& tensor) {
-    return tensor_(text(tensor.record), text(dtype_name(tensor.dtype)), tensor.offset,
+    return tensor_(py::str(tensor.record), py::str(dtype_name(tensor.dtype)), tensor.offset,
                    sizes(tensor.shape), sizes(tensor.stride), tensor.contiguous());
   }
 
@@ -82,7 +78,7 @@ py::object torch_pickle(const py::bytes& pickle, const py::object& tensor) {
   if (!parsed) return py::none();
   py::dict storages;
   for (const format::PickledStorage& storage : parsed->storages) {
-    storages[text(storage.record)] = storage.bytes;
+    storages[py::str(storage.record)] = storage.bytes;
   }
   return py::make_tuple(Converter(*parsed, tensor)(parsed->value), storages);
 }

@@ -35,7 +35,8 @@ class Settings:
         read_bytes: bytes of one read; 1 MiB, for a device at most an eighth of ``chunk_bytes``.
         chunk_bytes: bytes of one staging slot, and so of one copy to a device; 4 MiB.
         pinned_bytes: pinned bytes that one load uses for one device; 32 MiB.
-        io_path: ``"auto"``, ``"buffered"`` (through the page cache) or ``"direct"`` (``O_DIRECT``).
+        io_path: ``"auto"``, ``"buffered"`` (read through the page cache) or ``"direct"``
+            (``O_DIRECT``). Only ``"auto"`` casts from the page cache itself, without a copy.
         cast_place: where casts for a device run: ``"auto"`` (narrowing on the host, all else on the
             device), ``"host"`` or ``"device"``.
         populate: whether a mapped file that is not resident is read in before the load returns

@@ -5,6 +5,7 @@ weights that are missing or left over."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -125,15 +126,9 @@ def _load(
     else:
         checkpoint = open_checkpoint(
             path,
-            subfolder=hub.subfolder,
             variant=given["variant"],
             use_safetensors=given["use_safetensors"],
-            revision=hub.revision,
-            token=hub.token,
-            cache_dir=hub.cache_dir,
-            local_files_only=hub.local_files_only,
-            force_download=hub.force_download,
-            mirror=hub.mirror,
+            **dataclasses.asdict(hub),
         )
     loading = {
         "mode": mode,
@@ -237,13 +232,7 @@ def _load_config(
         folder,
         return_unused_kwargs=True,
         return_commit_hash=True,
-        cache_dir=hub.cache_dir,
-        force_download=hub.force_download,
-        local_files_only=hub.local_files_only,
-        token=hub.token,
-        revision=hub.revision,
-        subfolder=hub.subfolder,
-        mirror=hub.mirror,
+        **dataclasses.asdict(hub),
         **kwargs,
     )
     return dict(config), unused
