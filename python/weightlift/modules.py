@@ -211,9 +211,9 @@ class Early:
         self.names = frozenset(names.get(name, name) for name in self.names)
         self._renamed = names
 
-    def brings(self, name: str, device: torch.device, file_dtype: str, target: str | None) -> bool:
-        """Whether it loads a tensor as it is wanted: there, and cast to ``target``, if to any."""
-        if device != self.device or name not in self.names:
+    def suits(self, device: torch.device, file_dtype: str, target: str | None) -> bool:
+        """Whether what it loads comes as it is wanted: there, and cast to ``target``, if to any."""
+        if device != self.device:
             return False
         if file_dtype not in dtypes.FLOATING:
             return True
@@ -272,10 +272,12 @@ def fill(
         tensors = slots_of(model)
     headers = checkpoint.headers()
     matched, rest, missing, mismatched = match(tensors, headers)
-    known = {t.name for t in tensors if t.persistent}
-    known.update(name for t in tensors if t.ties and t.persistent for name in t.names)
     empty = [t.name for t in rest if not t.persistent and t.tensor.is_meta]
-    unexpected = [name for name in headers if name not in known]
+    unexpected = []
+    if len(matched) < len(headers):
+        known = {t.name for t in tensors if t.persistent}
+        known.update(name for t in tensors if t.ties and t.persistent for name in t.names)
+        unexpected = [name for name in headers if name not in known]
     if ignore_missing is not None:
         missing = [name for name in missing if not ignore_missing(name)]
     if ignore_unexpected is not None:
@@ -401,21 +403,32 @@ def _sort(
     places = _Places({}, {}, set(), {})
     groups, parts, believed = places.groups, places.parts, places.believed
     cpu = placement.parse_device("cpu")
-    kinds = dtensor_types()
+    begun = frozenset() if early is None else early.names
+    # Most tensors are of the same kind as the one before, and go where that one went.
+    usual = None
+    group: list[tuple[str, Slot]] = []
+    suited = False
     for (name, slot), device in zip(matched, where(slot for _, slot in matched), strict=True):
         file_dtype = headers[name][0]
         tensor = slot.tensor
+        on_meta = tensor.is_meta
+        kind = (on_meta, type(tensor), tensor.dtype, file_dtype, device)
+        if kind == usual:
+            group.append((name, slot))
+            if suited and name in begun:
+                believed.add(name)
+            continue
         target = rule.target(name, tensor, file_dtype)
         if isinstance(device, str) and not slot.is_parameter:
             device = cpu  # buffers are not offloaded (accelerate's offload_buffers=False)
         if isinstance(device, str):  # "disk"
             places.on_disk.update(dict.fromkeys(slot.names, (name, target)))
             # accelerate's hooks cast what they read to the dtype of what they replace.
-            kind = dtypes.to_torch(target or file_dtype)
-            if tensor.dtype != kind or not tensor.is_meta:
-                set_one(slot, tensor.detach().to("meta", kind), None)
+            held = dtypes.to_torch(target or file_dtype)
+            if tensor.dtype != held or not on_meta:
+                set_one(slot, tensor.detach().to("meta", held), None)
             continue
-        if kinds and isinstance(tensor, kinds):
+        if is_sharded(tensor):
             from weightlift.dtensors import device_of, local_part
 
             if device is not None:
@@ -427,19 +440,18 @@ def _sort(
             if part is not None:
                 parts[name] = part
             device = device_of(tensor)
-        on_meta = tensor.is_meta
         device = device or (cpu if on_meta else tensor.device)
         in_part = name in parts
         in_place = False
-        if early and not in_part and early.brings(name, device, file_dtype, target):
+        suited = early is not None and not in_part and early.suits(device, file_dtype, target)
+        if suited and name in begun:
             believed.add(name)
         elif reuse and not on_meta and device == tensor.device:
             in_place = rule.own or tensor.dtype == dtypes.to_torch(target or file_dtype)
-        destination = (device, target, in_place, in_part)
-        group = groups.get(destination)
-        if group is None:
-            group = groups[destination] = []
+        group = groups.setdefault((device, target, in_place, in_part), [])
         group.append((name, slot))
+        # What is in place depends on its device, and the dtype of some on their names.
+        usual = kind if on_meta and not rule.keep and not is_sharded(tensor) else None
     return places
 
 

@@ -11,7 +11,16 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Slot", "dtensor_types", "is_sharded", "local_tensor", "set_all", "set_one", "slots_of"]
+__all__ = [
+    "Slot",
+    "dtensor_types",
+    "gather",
+    "is_sharded",
+    "local_tensor",
+    "set_all",
+    "set_one",
+    "slots_of",
+]
 
 
 @dataclasses.dataclass(slots=True)
@@ -33,33 +42,32 @@ class Slot:
 
 def slots_of(model: torch.nn.Module) -> list[Slot]:
     """All parameters and buffers, each once, in the order of ``named_modules``."""
-    tensors, kinds = _gather(model)
-    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
-        if not any(issubclass(kind, fsdp.FSDPModule) for kind in kinds):
-            return tensors
-        for module in model.modules():  # between two passes a root holds whole parameters
+    tensors, modules = gather(model)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(issubclass(kind, fsdp.FSDPModule) for kind in {*map(type, modules)}):
+        for module in modules:  # between two passes a root holds whole parameters
             if isinstance(module, fsdp.FSDPModule):
                 module.reshard()
-        tensors, _ = _gather(model)
+        tensors, _ = gather(model)
     return tensors
 
 
-def _gather(model: torch.nn.Module) -> tuple[list[Slot], set[type]]:
-    """The tensors, in the order of ``named_modules``, and the classes of the modules.
+def gather(model: torch.nn.Module) -> tuple[list[Slot], list[torch.nn.Module]]:
+    """The tensors and the modules, in the order of ``named_modules``; a module that hangs in
+    several places comes as often.
 
-    Each module is looked at once: of a large model they are in no cache, and ``named_modules``
-    takes a step for every level above each of them.
+    Each place is looked at once: of a large model nothing is in a cache, and ``named_modules``
+    takes a step for every level above each.
     """
     found: dict[int, Slot] = {}
-    kinds: set[type] = set()
+    modules = []
     waiting = [("", model)]
     while waiting:
         prefix, module = waiting.pop()
-        kinds.add(type(module))
-        for held in (module._parameters, module._buffers):
+        modules.append(module)
+        for held, is_parameter in ((module._parameters, True), (module._buffers, False)):
             if not held:
                 continue
-            is_parameter = held is module._parameters
             for key, tensor in held.items():
                 if tensor is None:
                     continue
@@ -72,10 +80,11 @@ def _gather(model: torch.nn.Module) -> tuple[list[Slot], set[type]]:
                 else:
                     known.ties += ((prefix + key, module, key),)
                     known.persistent |= persistent
-        if module._modules:
-            children = reversed(module._modules.items())
-            waiting += [(f"{prefix}{key}.", child) for key, child in children if child is not None]
-    return list(found.values()), kinds
+        if children := module._modules:
+            for key, child in reversed(children.items()):
+                if child is not None:
+                    waiting.append((f"{prefix}{key}.", child))
+    return list(found.values()), modules
 
 
 def set_one(slot: Slot, value: torch.Tensor, memory_format: torch.memory_format | None) -> None:
@@ -98,7 +107,7 @@ def set_all(
         elif not value.is_contiguous():
             value = value.contiguous()
         old = slot.tensor
-        new = value
+        new: Any = value
         if kinds and isinstance(old, kinds):
             new = _sharded(slot, value)
             if not old.is_meta:
@@ -110,15 +119,19 @@ def set_all(
                 continue
             requires_grad = old.requires_grad and (value.is_floating_point() or value.is_complex())
             if type(old) is parameter:
-                new = parameter(value, requires_grad=requires_grad)
+                new = parameter(value, requires_grad)
                 if old.__dict__:
                     new.__dict__.update(old.__dict__)
             else:
                 new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
-        _hang(slot.module, slot.key, slot.is_parameter, new, plain)
+        slot.tensor = new
+        module = slot.module
+        if not slot.ties and type(module).__setattr__ is plain:  # most of them
+            (module._parameters if slot.is_parameter else module._buffers)[slot.key] = new
+            continue
+        _hang(module, slot.key, slot.is_parameter, new, plain)
         for _, module, key in slot.ties:
             _hang(module, key, slot.is_parameter, new, plain)
-        slot.tensor = new
 
 
 def _hang(module: torch.nn.Module, key: str, is_parameter: bool, new: Any, plain: Any) -> None:

@@ -98,6 +98,49 @@ class _Cycle:
         self.itself = self
 
 
+def _many() -> list[list[int]]:
+    """More than the collector leaves young."""
+    return [[] for _ in range(10 * max(gc.get_threshold()[0], 100))]
+
+
+def _is_old(item: object) -> bool:
+    return any(item is other for other in gc.get_objects(generation=2))
+
+
+def test_what_was_made_is_not_looked_at_again() -> None:
+    with garbage.paused():
+        made = _many()
+    assert _is_old(made)
+    with garbage.paused(), garbage.resumed():
+        assert gc.get_count()[0] <= gc.get_threshold()[0]
+
+
+def test_what_a_program_has_frozen_stays_so() -> None:
+    gc.freeze()
+    try:
+        with garbage.paused():
+            made = _many()
+        assert gc.get_freeze_count() > 0
+        assert not _is_old(made)
+    finally:
+        gc.unfreeze()
+
+
+def test_what_an_error_leaves_is_young() -> None:
+    made = []
+    left = []
+
+    def fail() -> None:
+        made.append(_many())
+        left.append(weakref.ref(_Cycle()))
+        raise KeyError
+
+    with pytest.raises(KeyError), garbage.paused():
+        fail()
+    gc.collect(0)
+    assert left[0]() is None
+
+
 class _Model(weightlift.ModelMixin, weightlift.ConfigMixin):
     """Asks, while it is made, whether anything is collected."""
 

@@ -13,7 +13,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +28,7 @@ from weightlift.models.building import Builder
 from weightlift.modules import Early, fill
 from weightlift.placement import parse_device, single_entry
 from weightlift.report import LoadReport
+from weightlift.slots import gather
 
 if TYPE_CHECKING:
     from weightlift.models.model_mixin import ModelMixin
@@ -150,6 +151,7 @@ def _load(
         _built_dtype(dtype, checkpoint),
     )
     early = None
+    modules = None
     whole = given["device_mesh"] is None and given["tp_plan"] is None
     if checkpoint is not None and quantizer is None and given["low_cpu_mem_usage"] and whole:
         early = _begin(cls, checkpoint, device_map, dtype, loading)
@@ -166,6 +168,8 @@ def _load(
             if quantizer is not None:
                 report = quantizer.load(model, checkpoint, initialize=initialize, **options)
             else:
+                if whole:  # else it is cut first
+                    options["tensors"], modules = gather(model)
                 report = fill(
                     model,
                     checkpoint,
@@ -185,7 +189,7 @@ def _load(
         first = next(itertools.chain(model.parameters(), model.buffers()), None)
         vars(model)["hf_device_map"] = {} if first is None else {"": first.device}
     model.register_to_config(_name_or_path=path)
-    _evaluate(model)
+    _evaluate(model, modules)
     if given["output_loading_info"]:
         return model, {  # type: ignore[return-value]
             "missing_keys": report.missing_keys,
@@ -361,13 +365,12 @@ def _refuse_another_model(model: torch.nn.Module, checkpoint: Checkpoint) -> Non
     )
 
 
-def _evaluate(model: torch.nn.Module) -> None:
-    """``eval()``; where no module has one of its own, without the way through ``__setattr__``,
-    which looks at three dictionaries for each."""
-    modules = list(model.modules())
-    if all(
+def _evaluate(model: torch.nn.Module, modules: Sequence[torch.nn.Module] | None) -> None:
+    """``eval()``; where the modules are known and none has one of its own, without the way through
+    ``__setattr__``, which looks at three dictionaries for each."""
+    if modules is not None and all(
         getattr(kind, name) is getattr(torch.nn.Module, name)
-        for kind in {type(module) for module in modules}
+        for kind in {*map(type, modules)}
         for name in ("eval", "train", "__setattr__")
     ):
         for module in modules:
