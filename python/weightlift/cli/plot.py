@@ -43,11 +43,9 @@ class Panel:
 
 def format_seconds(seconds: float) -> str:
     """Three figures, in the unit that suits."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        value = seconds * factor
-        if value >= 1 or unit == "µs":
-            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
-    raise AssertionError("unreachable")
+    unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    value = seconds * factor
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
 def plot(comparisons: Sequence[Comparison], path: str | Path, title: str) -> None:
