@@ -152,7 +152,6 @@ def huge_pages() -> str | None:
 
 
 def _version(distribution: str) -> str | None:
-
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

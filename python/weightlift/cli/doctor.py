@@ -64,9 +64,9 @@ def doctor(
 def _folder(disk: Path | None) -> Path:
     if disk is not None:
         return disk if disk.is_dir() else disk.absolute().parent
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    hub = Path(cache or f"{home}/hub").expanduser()
+    from huggingface_hub import constants
+
+    hub = Path(constants.HF_HUB_CACHE)
     return hub if os.access(hub, os.W_OK) else Path.cwd()
 
 

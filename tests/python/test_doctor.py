@@ -1,0 +1,207 @@
+"""What ``weightlift doctor`` finds on machines that are not this one, and what it says of them."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import mmap
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+import weightlift as wl
+from support import in_child
+from weightlift.cli import conditions, disk_findings, gpu_findings, host_findings, measure_child
+from weightlift.cli.disk_findings import look_at_disk
+from weightlift.cli.doctor import _folder
+from weightlift.cli.findings import Finding
+
+MB = 10**6
+NO_SUCH_ADVICE = 9999
+
+
+def named(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for found in (look_at_disk(tmp_path, MB), gpu_findings.look_at_gpu()):
+        (finding,) = (one for one in found if one.found == "torch is not installed")
+        assert finding.state == "missing"
+        assert finding.remedy == "pip install torch"
+
+
+def test_a_disk_without_space(tmp_path: Path) -> None:
+    found = named(look_at_disk(tmp_path, 10**18))["read rates"]
+    assert found.state == "missing"
+    assert "less than 2000000.0 TB free" in found.found
+    assert "--disk-mb" in found.remedy
+
+
+def test_a_folder_that_is_not_the_users() -> None:
+    def look() -> None:
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        try:
+            found = named(look_at_disk(Path("/usr"), 1000))["read rates"]
+        finally:
+            os.seteuid(os.getuid())
+        assert found.state == "missing"
+        assert os.strerror(errno.EACCES) in found.found
+        assert "--disk" in found.remedy
+
+    assert in_child(look) == 0
+
+
+def test_files_that_are_in_memory_always() -> None:
+    folder = Path("/dev/shm")
+    if disk_findings._file_system(folder)[0] != "tmpfs":
+        pytest.skip("/dev/shm is no tmpfs here")
+    before = set(folder.iterdir())
+    found = named(look_at_disk(folder, 4 * MB))
+    assert "in memory always" in found["cold"].found
+    assert "cold, buffered" not in found
+    assert found["page cache"].value is not None
+    assert not [path for path in set(folder.iterdir()) - before if "doctor" in path.name]
+
+
+def test_where_neither_direct_io_nor_the_page_cache_can_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = disk_findings._direct_refusal("/proc/version")  # of no disk
+    assert refusal == f"EINVAL, {os.strerror(errno.EINVAL)}"
+    monkeypatch.setattr(disk_findings, "_direct_refusal", lambda _: refusal)
+    monkeypatch.setattr(conditions, "page_cache", lambda _: None)
+    found = named(look_at_disk(tmp_path, 4 * MB))
+    assert (found["cold, direct"].state, found["residency"].state) == ("missing", "missing")
+    assert refusal in found["cold, direct"].found
+    assert "does not tell whether it was cold" in found["cold, buffered"].found
+    assert "cachestat" in found["residency"].remedy
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_findings, "_COPY_BYTES", 8 * MB)
+    for state, text in (("never", "never;"), (None, "not in this kernel;")):
+        monkeypatch.setattr(conditions, "huge_pages", lambda state=state: state)
+        found = named(host_findings.look_at_memory())["huge pages"]
+        assert found.state == "missing"
+        assert found.found.startswith(text)
+        assert "madvise" in found.remedy
+
+
+def small_page_faults(work: Callable[[], object]) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_kernels_that_cannot_populate(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 32 << 20
+    monkeypatch.setattr(host_findings, "_FAULT_BYTES", count)
+    monkeypatch.setattr(host_findings, "_MADV_POPULATE_WRITE", NO_SUCH_ADVICE)
+    faults = small_page_faults(lambda: host_findings._fault_rate(mmap.MADV_NOHUGEPAGE))
+    assert faults >= count // mmap.PAGESIZE
+    monkeypatch.setattr(measure_child, "_MADV_POPULATE_WRITE", NO_SUCH_ADVICE)
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", mmap.MADV_NOHUGEPAGE)
+    faults = small_page_faults(lambda: measure_child.back_memory(count))
+    assert faults >= count // mmap.PAGESIZE
+
+
+def test_memory_that_cannot_be_backed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert conditions.back_memory(1 << 20) == 1 << 20
+    monkeypatch.setattr(conditions, "RUN_CHILD", ["-c", "raise SystemExit(1)"])
+    assert conditions.back_memory(1 << 20) == 0
+
+
+def test_a_process_that_has_ended_has_no_memory() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert measure_child.anonymous_bytes(process.pid) == 0
+    assert measure_child.anonymous_bytes() > 0
+
+
+def test_which_folder_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    assert _folder(file) == _folder(tmp_path) == tmp_path
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert _folder(None) == tmp_path
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
+    assert _folder(None) == Path.cwd()
+
+
+@pytest.mark.parametrize(
+    ("built_for", "hidden", "there", "found", "remedy"),
+    [
+        (None, None, [], "no NVIDIA driver", "nothing"),
+        (None, None, ["/proc/driver/nvidia/version"], "without CUDA", "pytorch.org"),
+        ("13.0", "", [], "hides all GPUs", "unset CUDA_VISIBLE_DEVICES"),
+        ("13.0", "-1", [], "hides all GPUs", "unset CUDA_VISIBLE_DEVICES"),
+        ("13.0", "0", [], "no NVIDIA driver", "install the driver"),
+        ("13.0", None, ["/proc/driver/nvidia/version"], "/dev/nvidiactl", "--gpus all"),
+        (
+            "13.0",
+            None,
+            ["/proc/driver/nvidia/version", "/dev/nvidiactl"],
+            "built for CUDA 13.0",
+            "nvidia-smi",
+        ),
+    ],
+)
+def test_why_torch_sees_no_gpu(
+    built_for: str | None,
+    hidden: str | None,
+    there: list[str],
+    found: str,
+    remedy: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        gpu_findings, "Path", lambda path: SimpleNamespace(exists=lambda: path in there)
+    )
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    driver = named(gpu_findings.look_at_gpu())["driver"]
+    assert driver.state == "missing"
+    assert found in driver.found
+    assert remedy in driver.remedy
+
+
+def test_other_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose /proc/cpuinfo has no names, as on ARM; one without transparent huge pages."""
+    own = {
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    }
+    assert conditions.cpu_model() in own or not own
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "CPU implementer : 0x41\n")
+    assert conditions.cpu_model() == os.uname().machine
+    assert conditions.huge_pages() is None
+
+
+def test_a_source_tree_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = conditions.machine()
+    assert found["torch"] == importlib.metadata.version("torch")
+
+    def not_there(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_there)
+    found = conditions.machine()
+    assert found["weightlift"] == wl.__version__
+    assert found["torch"] is None
