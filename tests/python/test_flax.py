@@ -19,7 +19,10 @@ from torch import nn as tnn
 
 import weightlift as wl
 from hub_server import HubServer, hub, uploads
-from support import DTYPES, assert_same_tensors, entry, file_bytes, run_python
+from support import DTYPES, assert_same_tensors, bits, entry, file_bytes, run_python
+from weightlift import materialize, plans
+from weightlift.cli.contenders import CONTENDERS, Job
+from weightlift.cli.measure_child import _tensors, checksum
 
 jax = pytest.importorskip("jax", reason="jax is installed for Python 3.11 and later")
 
@@ -243,15 +246,49 @@ def torch_unet(tmp_path_factory: pytest.TempPathFactory) -> tuple[TorchUNet, Pat
     return model, folder
 
 
-def test_a_unet_from_torch_computes_the_same(torch_unet: tuple[TorchUNet, Path]) -> None:
-    theirs, folder = torch_unet
-    model, params = UNet.from_pretrained(folder, from_pt=True)
+def assert_computes_the_same(model: UNet, params: Any, theirs: TorchUNet) -> None:
     x = np.random.default_rng(0).standard_normal((2, 6, 5, 3)).astype(np.float32)
     t = np.random.default_rng(1).standard_normal((2, 4)).astype(np.float32)
     ours = jax.jit(model.apply)({"params": params}, x, t)
     with torch.no_grad():
         expected = theirs(torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(t))
     np.testing.assert_allclose(ours, expected.permute(0, 2, 3, 1), rtol=1e-3, atol=1e-3)
+
+
+def test_a_unet_from_torch_computes_the_same(torch_unet: tuple[TorchUNet, Path]) -> None:
+    theirs, folder = torch_unet
+    model, params = UNet.from_pretrained(folder, from_pt=True)
+    assert_computes_the_same(model, params, theirs)
+
+
+def test_what_bench_compares(
+    torch_unet: tuple[TorchUNet, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop that users of safetensors write gives the model's parameters; so does weightlift."""
+    # In a measured process phases are booked for good.
+    monkeypatch.setattr(materialize.Loading, "start", materialize.Loading.start)
+    monkeypatch.setattr(plans, "finish_plan", plans.finish_plan)
+    theirs, folder = torch_unet
+    (file,) = folder.glob("*.safetensors")
+    job = Job("", (str(file),), folder=str(folder))
+    trees = {}
+    for name in ("safetensors.flax", "weightlift.flax"):
+        assert CONTENDERS[name].why_not(job) is None
+        trees[name] = CONTENDERS[name].prepare(job)()
+    assert_computes_the_same(UNet(), trees["safetensors.flax"], theirs)
+    same(trees["weightlift.flax"], trees["safetensors.flax"])
+    found = _tensors(trees["weightlift.flax"])
+    kernel = theirs.conv_in.weight.detach().permute(2, 3, 1, 0)
+    assert bits(found["conv_in.kernel"]) == bits(kernel)
+    assert len(found) == len(theirs.state_dict())
+    assert checksum(found) == checksum(_tensors(trees["safetensors.flax"]))
+
+
+def test_what_bench_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contender = CONTENDERS["weightlift.flax"]
+    assert contender.why_not(Job("")) == "it loads models, and this is no model's folder"
+    monkeypatch.setitem(sys.modules, "flax", None)
+    assert contender.why_not(Job("", folder=str(tmp_path))) == "jax and flax are not installed"
 
 
 @pytest.mark.parametrize("form", ["safetensors", "shards", "bin"])
