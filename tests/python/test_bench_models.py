@@ -153,6 +153,13 @@ def test_the_class_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     assert model_job(tmp_path, "cpu", None).model == "transformers:LlamaForCausalLM"
     assert model_job(tmp_path, "cpu", None, "mine:Model").model == "mine:Model"
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    assert model_job(tmp_path, "cpu", None).model == "diffusers:UNet2DConditionModel"
+    (tmp_path / "model_index.json").write_text('{"_class_name": "MyPipeline"}')
+    assert model_job(tmp_path, "cpu", None).model == "diffusers:MyPipeline"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="there are no weights in it"):
+        model_job(tmp_path / "empty", "cpu", None, "mine:Model")
     with bench_folder([str(tmp_path), "mine:Model"]) as found:
         assert found == (tmp_path, "mine:Model")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import support
+from weightlift.cli import main
 from weightlift.cli.conditions import page_cache, prepare_files, settle
-from weightlift.cli.inspect import _plain
+from weightlift.cli.inspect import _count, _plain, _residency_text
 from weightlift.cli.measure import Job, compare, target_bytes
 from weightlift.cli.measure_child import checksum, page_runs, touch
+
+RunHere = Callable[..., "tuple[int, str, str]"]
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,6 +36,21 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
         timeout=120,
         env={**os.environ, "COLUMNS": "100", **environment},
     )
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunHere:
+    """The same in this process: the status, and what went to stdout and to stderr."""
+
+    def run_here(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", "100")
+        monkeypatch.setattr(sys, "argv", ["weightlift", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run_here
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +146,65 @@ def test_inspect_of_a_torch_file_counts_shared_bytes_once(tmp_path: Path) -> Non
     assert json.loads(found["metadata"]["not_tensors"]) == {"epoch": "int", "step": "int"}
 
 
+def test_inspect_of_a_file_that_only_torch_can_read(tmp_path: Path, run_here: RunHere) -> None:
+    tensors = {"b": torch.arange(4), "a": torch.ones(3, 2)}
+    path = tmp_path / "old.bin"
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    found = json.loads(run_here("inspect", path, "--json", "--sort", "name")[1])
+    (fallback,) = found["fallbacks"]
+    assert "loaded by torch" in fallback
+    assert [entry["name"] for entry in found["tensors"]] == ["a", "b"]
+    for entry in found["tensors"]:
+        assert entry["bytes"] == tensors[entry["name"]].nbytes
+        assert entry["shape"] == list(tensors[entry["name"]].shape)
+        assert entry["offset"] is None
+    assert found["tensor_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert re.search(r"^note .*loaded by torch", run_here("inspect", path)[1], re.MULTILINE)
+
+
+def test_inspect_says_what_is_not_aligned(tmp_path: Path, run_here: RunHere) -> None:
+    entries = {n: support.entry(d, [2]) for n, d in (("a", "F32"), ("odd", "U8"), ("b", "BF16"))}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(support.file_bytes(entries, pad=1))
+    found = json.loads(run_here("inspect", path, "--json")[1])
+    sizes = {"U8": 1, "F32": 4, "BF16": 2}
+    wrong = [t for t in found["tensors"] if t["offset"] % sizes[t["dtype"]]]
+    assert wrong
+    assert found["misaligned_tensors"] == len(wrong)
+    assert f"{len(wrong)} are not aligned to their own elements" in run_here("inspect", path)[1]
+
+
+def test_inspect_of_long_texts_and_of_nothing(tmp_path: Path, run_here: RunHere) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({}, path, metadata={"about": "x" * 1000})
+    _, text, _ = run_here("inspect", path)
+    assert "no data" in text
+    assert "offset" not in text  # no list of tensors
+    assert 300 <= text.count("x") < 1000
+    assert "(1,000 characters)" in text
+    assert run_here("inspect", path, "--limit", "0")[1].count("x") >= 1000
+
+
+def test_inspect_where_the_kernel_does_not_tell() -> None:
+    assert "Linux 6.5" in _residency_text({"resident_bytes": None})
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (999, "999"),
+        (1536, "1.5 K"),
+        (999_499, "999.5 K"),
+        (999_500, "1.0 M"),
+        (8_030_261_248, "8.0 B"),
+        (10**12, "1.0 T"),
+        (1234 * 10**12, "1234.0 T"),
+    ],
+)
+def test_how_parameters_are_counted(number: int, text: str) -> None:
+    assert _count(number) == text
+
+
 def test_inspect_truncates_long_listings_and_says_so(checkpoint: Path) -> None:
     short = run("inspect", checkpoint, "--limit", "10", "--sort", "name").stdout
     assert "and 43 more" in short
@@ -163,6 +244,33 @@ def test_errors_are_one_line_that_names_the_file(tmp_path: Path) -> None:
     debug = run("inspect", missing, WEIGHTLIFT_DEBUG="1")
     assert debug.returncode != 0
     assert "Traceback" in debug.stderr
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"{importlib.metadata.version('weightlift')}\n"
+
+
+def test_what_bench_cannot_do(checkpoint: Path, tmp_path: Path, run_here: RunHere) -> None:
+    for arguments, status, said in (
+        (["nowhere.safetensors"], 2, "nowhere.safetensors does not exist"),
+        ([checkpoint.parent], 2, "is a folder: add --from-pretrained"),
+        ([checkpoint, "--dtype", "auto"], 2, "leave it out to keep the file's dtypes"),
+        ([checkpoint, "--json", tmp_path / "no" / "out.json"], 1, "its folder does not exist"),
+        ([checkpoint, "--plot", tmp_path / "no" / "out.png"], 1, "its folder does not exist"),
+    ):
+        found, out, err = run_here("bench", *arguments)
+        assert (found, out) == (status, "")
+        assert said in re.sub(r"[\s│]+", " ", err)
+
+
+def test_bench_on_a_gpu_that_is_not_there(
+    checkpoint: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, out, err = run_here("bench", checkpoint, "--device", "cuda")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert "CUDA" in err
 
 
 @pytest.mark.parametrize(
@@ -267,9 +375,11 @@ def test_a_contender_runs_from_its_environment_and_has_to_load_the_same(tmp_path
 
 
 def test_bench_measures_what_torch_saved(tmp_path: Path) -> None:
-    path, out = tmp_path / "model.bin", tmp_path / "bench.json"
+    path, out, picture = (tmp_path / name for name in ("model.bin", "bench.json", "bench.png"))
     torch.save({"w": torch.ones(100, 100)}, path)
-    run("bench", path, "--repeat", "1", "--against", "torch", "--json", out)
+    more = ("--against", "torch", "--json", out, "--plot", picture)
+    assert run("bench", path, "--repeat", "1", *more).returncode == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     (comparison,) = json.loads(out.read_text())["comparisons"]
     assert comparison["contenders"]["torch"]["samples"][0]["bytes"] == 40_000
 

@@ -138,6 +138,18 @@ def test_nothing_is_overwritten_and_nothing_left(torch_file: Path, tmp_path: Pat
         convert_checkpoint(wl.open_checkpoint(torch_file), tmp_path / "new", max_shard_size="5XB")
 
 
+def test_a_file_that_only_torch_can_read(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5)}
+    source, target = tmp_path / "old.bin", tmp_path / "out"
+    torch.save(tensors, source, _use_new_zipfile_serialization=False)
+    done = command("convert", source, target)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{target}: 2 tensors")
+    assert [path.name for path in target.iterdir()] == ["model.safetensors"]
+    loaded = safetensors.torch.load_file(target / "model.safetensors")
+    assert_same_tensors(dict(sorted(loaded.items())), tensors)
+
+
 @pytest.fixture
 def dduf(tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:
     folder = tmp_path / "pipeline"

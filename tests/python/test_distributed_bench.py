@@ -17,10 +17,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import weightlift as wl
 from distributed_model import MyModel, Net
+from support import run_python
 from weightlift.cli.bench_distributed import measure_ranks
+from weightlift.cli.measure_ranks import CONTENDERS
 from weightlift.errors import WeightliftError
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +161,51 @@ def test_bench(tmp_path: Path) -> None:
     assert re.search(r"^  weightlift +[\d.]+ \w?s +1\.00 +1\.0\d ", ran.stdout, re.MULTILINE)
     assert "HuggingFaceStorageReader" in ran.stdout
     assert json.loads((tmp_path / "out.json").read_text())["ranks"] == 2
+
+
+# Every load that is measured, by one rank, of a model in several files.
+_EACH = """
+import sys, warnings
+from pathlib import Path
+import safetensors.torch, torch
+import torch.distributed as dist
+from weightlift.cli.measure_ranks import CONTENDERS, Job, _Checkpoint
+warnings.simplefilter("ignore")
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+folder, own = map(Path, sys.argv[1:])
+files = sorted(map(str, folder.glob("*.safetensors")))
+assert len(files) > 1
+expected = {name: value for f in files for name, value in safetensors.torch.load_file(f).items()}
+job = Job(files, ("LlamaForCausalLM", str(folder)), list(CONTENDERS), 1, "")
+checkpoint = _Checkpoint(job, str(own))
+for kind, group in CONTENDERS.items():
+    for name, load in group.items():
+        found = {}
+        for key, value in load(checkpoint).named_parameters():
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            found[key.replace("/", ".")] = whole
+        assert found.keys() == expected.keys(), (kind, name)
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), (kind, name, key)
+        print(f"{kind}: {name}")
+dist.destroy_process_group()
+"""
+
+
+def test_each_load_gives_the_checkpoint(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    (tmp_path / "own").mkdir()
+    done = run_python(_EACH, tmp_path / "model", tmp_path / "own")
+    assert done.returncode == 0, done.stderr
+    loads = [f"{kind}: {name}" for kind, group in CONTENDERS.items() for name in group]
+    assert done.stdout.splitlines() == loads
 
 
 def test_bench_of_no_checkpoint(tmp_path: Path) -> None:

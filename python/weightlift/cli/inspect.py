@@ -289,9 +289,7 @@ def _count(number: int) -> str:
     """``1536`` as ``"1.5 K"``: how parameters are counted."""
     if number < 1000:
         return str(number)
-    value = float(number)
-    for unit in ("K", "M", "B", "T"):
-        value /= 1000
-        if value < 999.5 or unit == "T":
-            return f"{value:.1f} {unit}"
-    raise AssertionError("unreachable")
+    power = 1
+    while number / 1000**power >= 999.5 and power < 4:
+        power += 1
+    return f"{number / 1000**power:.1f} {' KMBT'[power]}"
