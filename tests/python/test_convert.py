@@ -17,6 +17,7 @@ import torch
 import support
 import weightlift as wl
 from support import assert_same_tensors
+from weightlift.cli.verify import _check
 from weightlift.converting import convert_checkpoint
 
 
@@ -250,6 +251,13 @@ class TestVerify:
         with pytest.raises(wl.FormatError) as raised:
             wl.load_checkpoint(path, verify=True)
         assert raised.value.code == "hash_mismatch"
+
+    def test_damaged_meanwhile(self, torch_file: Path) -> None:
+        (part,) = wl.open_checkpoint(torch_file).parts
+        torch_file.write_bytes(torch_file.read_bytes()[:-10])
+        said, wrong, _ = _check(part)
+        assert said.startswith("DAMAGED: ")
+        assert wrong
 
     def test_archives_and_pipelines(self, dduf: Path) -> None:
         for path in (dduf, dduf.with_suffix("")):

@@ -181,6 +181,20 @@ def test_why_torch_sees_no_gpu(
     assert remedy in driver.remedy
 
 
+@pytest.mark.parametrize(
+    ("size", "state", "found"),
+    [(0, "missing", "has none"), (100, "missing", "a test build"), (3 * MB, "ok", "3.0 MB")],
+)
+def test_kernels_of_this_build(
+    size: int, state: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("weightlift._native.machine", lambda: {"kernel_image_bytes": size})
+    kernels = named(gpu_findings.look_at_gpu())["kernels"]
+    assert kernels.state == state
+    assert found in kernels.found
+
+
 def test_other_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose /proc/cpuinfo has no names, as on ARM; one without transparent huge pages."""
     own = {
