@@ -308,12 +308,13 @@ def _open_files(files: CheckpointFiles, state_dict_key: str | None) -> Checkpoin
         if len(formats) < len(parts):
             formats.append(shard.format)
         order += names
-        for name in names:
-            if holder.setdefault(name, shard.name) != shard.name:
-                raise CheckpointError(
-                    f"{files.folder}: tensor {name!r} is in {holder[name]} and in {shard.name}: "
-                    "one of them is not of this checkpoint; save or download it again"
-                )
+        if not holder.keys().isdisjoint(names):
+            name = next(name for name in names if name in holder)
+            raise CheckpointError(
+                f"{files.folder}: tensor {name!r} is in {holder[name]} and in {shard.name}: "
+                "one of them is not of this checkpoint; save or download it again"
+            )
+        holder.update(dict.fromkeys(names, shard.name))
     _check_index(files, holder)
     if not_tensors:
         metadata["not_tensors"] = json.dumps(not_tensors)

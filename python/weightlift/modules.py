@@ -317,9 +317,10 @@ def fill(
         return _apart(value, views) if checkpoint.is_view(name) else value
 
     take = arrived.pop if checkpoint.is_plain else taken
+    own = checkpoint.is_plain and new_loading is Loading  # ranks exchange views of larger blocks
     for (_, _, in_place, _), group in places.groups.items():
         if not in_place:
-            set_all(((slot, take(name)) for name, slot in group), memory_format)
+            set_all(((slot, take(name)) for name, slot in group), memory_format, adopt=own)
     offloaded: dict[str, torch.Tensor] = {}
     if initialize is not None:
         bare = [t for t in rest if t.persistent and t.tensor.is_meta]

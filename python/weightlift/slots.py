@@ -94,9 +94,17 @@ def set_one(slot: Slot, value: torch.Tensor, memory_format: torch.memory_format 
 def set_all(
     values: Iterable[tuple[Slot, torch.Tensor]],
     memory_format: torch.memory_format | None = None,
+    *,
+    adopt: bool = False,
 ) -> None:
     """Gives slots other tensors, of their shapes: in place of those on ``meta``, and as the
-    ``.data`` of real parameters."""
+    ``.data`` of real parameters.
+
+    Args:
+        values: slots and their tensors.
+        memory_format: of those with 4 dimensions.
+        adopt: nobody else has the tensors, nor views them: they may become parameters themselves.
+    """
     import torch
 
     kinds = dtensor_types()
@@ -119,7 +127,13 @@ def set_all(
                 continue
             requires_grad = old.requires_grad and (value.is_floating_point() or value.is_complex())
             if type(old) is parameter:
-                new = parameter(value, requires_grad)
+                if adopt and type(value) is torch.Tensor:
+                    # As torch's UninitializedParameter.materialize does: half the time of making
+                    # another tensor of the same memory.
+                    value.__class__ = parameter
+                    new.requires_grad = requires_grad
+                else:
+                    new = parameter(value, requires_grad)
                 if old.__dict__:
                     new.__dict__.update(old.__dict__)
             else:
