@@ -269,7 +269,6 @@ class _Unpickled:
             dtype is None
             or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
             or tensor.layout is not torch.strided
-            or tensor.is_quantized
             or methods.is_conj(tensor)
             or methods.is_neg(tensor)
         ):
@@ -579,8 +578,6 @@ def _kind(tensor: torch.Tensor) -> str:
         return f"is a {type(tensor).__name__}"
     if tensor.layout is not torch.strided:
         return f"is sparse ({tensor.layout})"
-    if tensor.is_quantized:
-        return "is quantized"
     if torch.Tensor.is_conj(tensor) or torch.Tensor.is_neg(tensor):
         return "is a conjugated or negated view"
     return f"is of {tensor.dtype}, which no file of weights has"
