@@ -46,7 +46,7 @@ def flush_file(path: Path, mode: int | None = None) -> None:
     path.chmod(0o600)  # the umask that its writer obeyed may forbid to open it
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        os.fchmod(descriptor, 0o666 & ~_umask() if mode is None else mode)
+        os.fchmod(descriptor, 0o666 & ~umask() if mode is None else mode)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -62,7 +62,7 @@ def flush_folder(path: Path) -> None:
             os.close(descriptor)
 
 
-def _umask() -> int:
+def umask() -> int:
     # os.umask() can only tell it by changing it, for all threads of the process.
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("Umask:"):

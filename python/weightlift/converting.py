@@ -138,20 +138,13 @@ def convert_checkpoint(
         for file in files[len(shards) :]:
             flush_file(folder / file)
         flush_folder(folder)
-        folder.chmod(0o777 & ~_umask())
+        folder.chmod(0o777 & ~umask())
         folder.rename(target)  # over an empty folder too: rename(2)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     flush_folder(target.parent)
     return files
-
-
-def _umask() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("Umask:"):
-            return int(line.split()[1], 8)
-    return 0o077
 
 
 def _texts(metadata: Mapping[str, str]) -> dict[str, str]:

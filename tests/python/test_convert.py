@@ -62,6 +62,24 @@ def _expected(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> di
     }
 
 
+@pytest.mark.parametrize("part", [{"stem": "sub/model"}, {"variant": "../fp16"}, {"stem": "a\0"}])
+def test_names_that_leave_the_folder(
+    torch_file: Path, tmp_path: Path, part: dict[str, str]
+) -> None:
+    with pytest.raises(wl.ArgumentError, match="must be a part of a file name"):
+        convert_checkpoint(wl.open_checkpoint(torch_file), tmp_path / "new", **part)
+    assert [path.name for path in tmp_path.iterdir()] == [torch_file.name]
+
+
+def test_dtypes_that_safetensors_lacks(tmp_path: Path) -> None:
+    torch.save(
+        {"fine": torch.ones(2), "wide": torch.ones(2, dtype=torch.complex128)}, tmp_path / "f"
+    )
+    with pytest.raises(wl.CheckpointError, match="'wide': safetensors has no dtype for C128"):
+        convert_checkpoint(wl.open_checkpoint(tmp_path / "f"), tmp_path / "new.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_one_file(
     tensors: dict[str, torch.Tensor], torch_file: Path, tmp_path: Path, dtype: Any

@@ -7,6 +7,7 @@ look at what became of it on every rank.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -304,6 +306,85 @@ def check_replicated_copies(folder: Path) -> None:
     assert total(report.read_bytes) == size
 
 
+def check_two_nodes(folder: Path) -> None:
+    """Each reads for itself, whatever the ranks of it are."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    size = sum(t.nbytes for t in large_tensors().values())
+    model = on_meta(Large)
+    with mock.patch("weightlift.team._node_id", lambda: f"node {rank % 2}"):
+        report = wl.load_into(
+            model, folder / "large.safetensors", mode="read", group=dist.group.WORLD
+        )
+    assert_is(model, large_tensors())
+    assert total(report.read_bytes) == 2 * size
+    assert abs(report.read_bytes - size / (world // 2)) <= 2 << 20
+
+
+def check_a_group_of_one(folder: Path) -> None:
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    model = on_meta(Large)
+    report = wl.load_into(model, folder / "large.safetensors", mode="read", group=alone)
+    assert_is(model, large_tensors())
+    assert report.read_bytes == sum(t.nbytes for t in large_tensors().values())
+
+
+def check_replicated_targets_that_are_not_contiguous(folder: Path) -> None:
+    """Such a one is read by each rank, what is beside it once."""
+    path = folder / f"turned-{dist.get_world_size()}.safetensors"
+    tensors = {"plain": torch.ones(600, 512), "turned": torch.arange(1200.0).view(40, 30)}
+    if dist.get_rank() == 0:
+        safetensors.torch.save_file(tensors, path)
+    dist.barrier()
+    model = torch.nn.Module()
+    model.plain = torch.nn.Parameter(torch.zeros(600, 512))
+    model.turned = torch.nn.Parameter(torch.zeros(30, 40).t())
+    report = wl.load_into(model, path, mode="read", group=dist.group.WORLD)
+    assert not model.turned.is_contiguous()
+    assert_is(model, tensors)
+    assert report.bytes == sum(t.nbytes for t in tensors.values())
+
+
+def check_verify(folder: Path) -> None:
+    group, path = dist.group.WORLD, folder / "large.safetensors"
+    sums = path.with_name("SHA256SUMS")
+
+    def load() -> torch.nn.Module:
+        model = on_meta(Large)
+        wl.load_into(model, path, mode="read", group=group, verify=True)
+        return model
+
+    text = failure_of(load)
+    assert "large.safetensors: nothing says which SHA-256 it should have" in text
+    for digest in (hashlib.sha256(path.read_bytes()).hexdigest(), "0" * 64):
+        if dist.get_rank() == 0:
+            sums.write_text(f"{digest}  {path.name}\n")
+        dist.barrier()
+        if digest == "0" * 64:
+            text = failure_of(load)
+            assert "rank 0: FormatError: " in text  # one of them reads it for that
+            assert "SHA256SUMS says 000" in text
+        else:
+            assert_is(load(), large_tensors())
+        dist.barrier()
+    if dist.get_rank() == 0:
+        sums.unlink()
+    dist.barrier()
+
+
+def check_a_rank_outside_of_the_mesh(folder: Path) -> None:
+    mesh = DeviceMesh("cpu", [0])
+    model = torch.nn.Module()
+    empty = distribute_tensor(torch.zeros(13, 8, device="meta"), mesh, [Shard(0)])
+    model.weight = torch.nn.Parameter(empty)
+    where = folder / "net" / "model-00001-of-00002.safetensors"
+    wl.load_into(model, where, strict=False, key_map={"embedding.weight": "weight"})
+    local = model.weight.to_local()
+    if dist.get_rank() == 0:
+        assert_same(local, stored(folder)["embedding.weight"])
+    else:
+        assert local.numel() == 0
+
+
 def check_replicated_beside_sharded(folder: Path) -> None:
     model = parallelize_module(on_meta(), mesh_of(), PLAN)
     report = wl.load_into(
@@ -480,6 +561,29 @@ def check_from_pretrained(folder: Path) -> None:
     last = wl.last_report()
     assert last is not None
     assert last.bytes - last.mapped_bytes == own_bytes(model)
+    text = failure_of(lambda: Feed.from_pretrained(where, device_mesh=mesh_of()))
+    assert "rank 1: ArgumentError: device_mesh needs tp_plan=, for Feed has no _tp_plan" in text
+    for argument in ({"device_map": "cpu"}, {"low_cpu_mem_usage": False}):
+        with pytest.raises(wl.ArgumentError, match=r"device_mesh=.* tp_plan="):
+            Feed.from_pretrained(where, device_mesh=mesh_of(), tp_plan=plan, **argument)
+    dist.barrier()
+
+
+def check_weights_that_are_not_there(folder: Path) -> None:
+    """They are the same on all ranks, and initialized as by one process."""
+    where = folder / f"fresh-{dist.get_world_size()}-{dist.get_rank()}"
+    torch.manual_seed(5)
+    Feed(width=8).save_pretrained(where)
+    file = where / "diffusion_pytorch_model.safetensors"
+    state = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({k: v for k, v in state.items() if k != "up.weight"}, file)
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    torch.manual_seed(dist.get_rank())
+    model = Feed.from_pretrained(where, device_mesh=mesh_of(), tp_plan=plan)
+    torch.manual_seed(0)
+    alone = Feed.from_pretrained(where)
+    assert isinstance(model.up.weight, DTensor)
+    assert_is(model, dict(alone.state_dict()))
 
 
 CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}

@@ -504,6 +504,20 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert raised.value.filename == str(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["blob", "model.safetensors.index.json"])
+def test_a_file_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/proc/self/mem")  # EIO at 0, for root too
+    with pytest.raises(ReadError, match="Input/output error") as raised:
+        resolve(tmp_path / name)
+    assert raised.value.filename == str(tmp_path / name)
+
+
+def test_a_name_that_no_index_has(tmp_path: Path) -> None:
+    (tmp_path / "model.index.json").write_text(json.dumps({"weight_map": {"w": "x.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"index\.json: is no index by its name"):
+        resolve(tmp_path / "model.index.json")
+
+
 @pytest.mark.parametrize(
     "path", ["missing.safetensors", "some/model.bin", "/no/such/x.dduf", "a.index.json"]
 )

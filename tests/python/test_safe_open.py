@@ -351,6 +351,18 @@ def test_indices_out_of_range(path: Path, backend: str, name: str, index: Any) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_two_ellipses(path: Path, tensors: dict[str, torch.Tensor], backend: str) -> None:
+    index = (..., 0, ...)
+    with pytest.raises(IndexError, match="single ellipsis"):
+        tensors["weight"].numpy()[index]
+    with (
+        wl.safe_open(path, backend=backend) as ours,
+        pytest.raises(IndexError, match="single ellipsis"),
+    ):
+        ours.get_slice("weight")[index]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_of_zero(path: Path, backend: str) -> None:
     with wl.safe_open(path, backend=backend) as ours, reference_safe_open(path, "pt") as theirs:
         for opened in (ours, theirs):
