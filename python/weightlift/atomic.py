@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_file", "flush_file", "flush_folder", "temporary_beside"]
+__all__ = ["atomic_file", "flush_file", "flush_folder", "temporary_beside", "umask"]
 
 
 @contextlib.contextmanager

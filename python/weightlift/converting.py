@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from weightlift import dtypes
-from weightlift.atomic import flush_file, flush_folder, temporary_beside
+from weightlift.atomic import flush_file, flush_folder, temporary_beside, umask
 from weightlift.checkpoint import Checkpoint
 from weightlift.errors import ArgumentError, CheckpointError
 from weightlift.materialize import load_tensors

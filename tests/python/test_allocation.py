@@ -1,5 +1,5 @@
-"""What is asked of torch's allocator, with torch's CUDA played by the CPU: what its functions return
-is set by hand, as its documentation explains them."""
+"""What is asked of torch's allocator, with torch's CUDA played by the CPU: what its functions
+return is set by hand, as its documentation explains them."""
 
 from __future__ import annotations
 

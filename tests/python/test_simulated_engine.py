@@ -23,7 +23,7 @@ from torch.utils.dlpack import from_dlpack
 
 import support
 import weightlift
-from weightlift import Settings, _native, dtypes, materialize
+from weightlift import Settings, _native, dtypes, files, materialize
 from weightlift.checkpoint import Checkpoint
 
 _TESTS = Path(__file__).resolve().parents[1]
@@ -95,6 +95,8 @@ class SimulatedTensor:
 class SimulatedAllocator:
     """``materialize.Allocator``: each block comes with its previous owner's kernel still queued."""
 
+    kind = SimulatedTensor
+
     def __init__(self, driver: Any) -> None:
         self.driver = driver
         self.streams: dict[int, int] = {}
@@ -102,7 +104,7 @@ class SimulatedAllocator:
 
     def empty(self, device: int, shape: Sequence[int], dtype: str) -> tuple[int, SimulatedTensor]:
         try:
-            tensor = SimulatedTensor(self.driver, device, self.stream(device), shape, dtype)
+            tensor = self.kind(self.driver, device, self.stream(device), shape, dtype)
         except MemoryError as error:
             raise weightlift.OutOfMemoryError(str(error)) from error
         if tensor.size:
@@ -528,3 +530,58 @@ def test_slices_arrive_on_a_device(machine: Switch, checkpoint_path: Path) -> No
             plan.use_stream(0, used.stream(0))
             materialize.run_plan(plan, used)
             assert owner.bits() == support.bits(expected)
+
+
+class _Readable(SimulatedTensor):
+    """With what torch does to a tensor on a device, done by the host."""
+
+    def flip(self, dimensions: Sequence[int]) -> torch.Tensor:
+        return self._on_host().flip(*dimensions)
+
+    def reshape(self, shape: Sequence[int]) -> torch.Tensor:
+        return self._on_host().reshape(tuple(shape))
+
+    def _on_host(self) -> torch.Tensor:
+        flat = torch.frombuffer(bytearray(self.bits()), dtype=support.DTYPES[self.dtype])
+        return flat.reshape(self.shape)
+
+
+class _ReadableAllocator(SimulatedAllocator):
+    kind = _Readable
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        (slice(3, 43, 2), slice(5, 405)),
+        (slice(60, 10, -7), 12),
+        (-1, slice(None, None, -3)),
+        (slice(None, None, -1), slice(500, 3, -101)),
+        7,
+    ],
+    ids=str,
+)
+def test_an_open_file_s_slices_on_a_device(
+    machine: Switch, checkpoint_path: Path, monkeypatch: pytest.MonkeyPatch, index: Any
+) -> None:
+    whole = safetensors.torch.load_file(checkpoint_path)["layer.1.weight"].numpy()
+    with machine(2) as driver:
+        monkeypatch.setattr(files, "TorchAllocator", lambda: _ReadableAllocator(driver))
+        with weightlift.safe_open(checkpoint_path, device="cuda:1") as opened:
+            found = opened.get_slice("layer.1.weight")[index]
+        support.assert_same(found, torch.from_numpy(whole[index].copy()))
+        report = weightlift.last_report()
+        assert report is not None
+        assert report.devices == {"cuda:1": found.nbytes}
+
+
+def test_a_dtype_that_torch_lacks(machine: Switch, tmp_path: Path) -> None:
+    path = tmp_path / "six.safetensors"
+    path.write_bytes(
+        support.file_bytes({"a": support.entry("F32", [4]), "b": support.entry("F6_E2M3", [8])})
+    )
+    with machine() as driver:
+        with pytest.raises(weightlift.FormatError, match="torch has no dtype for F6_E2M3") as told:
+            _load(path, 0, driver)
+        assert (told.value.code, told.value.tensor) == ("unsupported_dtype", "b")
+        assert list(_load(path, 0, driver, names=["a"])) == ["a"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from test_backend_transformers import (
     walked,
 )
 from test_simulated_engine import Policy, Switch, machine
+from test_simulated_models import Allocator
 from weightlift.backends.transformers import walk
 from weightlift.backends.transformers import weights as weights_of
 from weightlift.checkpoint import Checkpoint
@@ -28,21 +28,6 @@ from weightlift.checkpoint import Checkpoint
 __all__ = ["machine", "made"]
 
 pytestmark = [*simulated.pytestmark, walked]
-
-
-class Allocator(simulated.SimulatedAllocator):
-    """Gives tensors of torch whose memory is the device's: to look at their data is a fault."""
-
-    def __init__(self, driver: Any) -> None:
-        super().__init__(driver)
-        self.blocks: dict[int, simulated.SimulatedTensor] = {}
-
-    def empty(self, device: int, shape: Sequence[int], dtype: str) -> tuple[int, Any]:
-        address, block = super().empty(device, shape, dtype)
-        self.blocks[address] = block
-        memory = (ctypes.c_uint8 * block.size).from_address(address)
-        flat = torch.frombuffer(memory, dtype=support.DTYPES[dtype])
-        return address, flat.view(tuple(shape))
 
 
 MAPS: dict[str, dict[str, Any]] = {
