@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,49 @@ def test_no_offload_folder(tmp_path: Path) -> None:
         assert not folder.exists()
         with pytest.raises(ValueError, match="offload_folder"):
             accelerate.load_checkpoint_in_model(build(True), checkpoint, MAPS["disk"])
+
+
+def test_a_dispatch_that_fails_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with wl.enabled(CALLER), pytest.raises(ValueError, match="nowhere"):
+        accelerate.load_checkpoint_and_dispatch(
+            build(True), tmp_path / "nowhere", device_map=MAPS["disk"]
+        )
+    assert list(tmp_path.glob("weightlift-*")) == []
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float31"}, {"device_map": {"": "xpu:0"}}])
+def test_what_accelerate_has_to_say(tmp_path: Path, options: dict[str, Any]) -> None:
+    checkpoint = write(tmp_path / "checkpoint", "safetensors")
+
+    def call(folder: Path) -> Any:
+        model = build(True)
+        options.setdefault("device_map", {"": "cpu"})
+        accelerate.load_checkpoint_in_model(model, checkpoint, **options)
+        return describe_all(model)
+
+    stock, ours = outcomes(call, tmp_path)
+    assert isinstance(stock[0], type)  # an error
+    assert ours == stock
+
+
+def test_parts_of_accelerate_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a load changes of them is for that load alone."""
+    collected: list[int] = []
+    monkeypatch.setattr(gc, "collect", lambda *_: collected.append(1) or 0)
+    expected = torch.arange(4.0)
+    with wl.enabled(CALLER):
+        modeling.clear_device_cache(garbage_collection=True)
+        assert collected == [1]
+        model = torch.nn.Module()
+        model.w = torch.nn.Parameter(torch.zeros(4))
+        index = modeling.offload_weight(expected, "w", tmp_path, {})
+        modeling.load_offloaded_weights(model, index, tmp_path)
+    assert index == {"w": {"dtype": "float32", "shape": [4]}}
+    assert (tmp_path / "w.dat").read_bytes() == bits(expected)
+    assert torch.equal(model.w, expected)
 
 
 def odd(change: Callable[[dict[str, torch.Tensor]], None]) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ from support import (
     run_python,
 )
 from weightlift import backends
+from weightlift.backends import safetensors as safetensors_backend
 from weightlift.backends import signature_text
 
 REFERENCE = (safetensors.safe_open, safetensors.torch.safe_open, safetensors.torch.load_file)
@@ -317,6 +318,35 @@ def test_all_methods_of_the_reference_are_there(folder: Path) -> None:
     for name in dir(REFERENCE[0]):
         if not name.startswith("_"):
             assert callable(getattr(file, name))
+
+
+class Newer:
+    """A reference that has more than the installed one."""
+
+    def __init__(self, filename: Any, framework: str, device: Any = "cpu") -> None:
+        self.opened = REFERENCE[0](filename, framework, device)
+
+    def prefetch(self, names: list[str]) -> str:
+        return f"prefetched {names}"
+
+    def largest(self) -> str:
+        return max(self.opened.keys(), key=lambda name: self.opened.get_tensor(name).nbytes)
+
+
+def test_methods_of_a_newer_reference(folder: Path) -> None:
+    adapter = safetensors_backend.open_adapters(CALLER)["(filename, framework, device=...)"]
+    expected = load("one")["w"]
+    with wl.enabled(CALLER):
+        file = adapter(Newer)("one", "pt")
+        with stock_way(CALLER):
+            assert file.prefetch(["w"]) == "prefetched ['w']"
+        with stock_way(CALLER, times=0):
+            assert file.largest() == "w"
+        with engine_moves(240, CALLER):
+            assert_same(file.get_tensor("w"), expected)
+        for name in ("smallest", "_private"):
+            with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
+                getattr(file, name)
 
 
 class Tied(torch.nn.Module):

@@ -26,6 +26,7 @@ from support import assert_same, run_python, sparse_file
 from weightlift import backends
 from weightlift.backends.transformers import known, walk
 from weightlift.backends.transformers import weights as weights_of
+from weightlift.backends.transformers.shards import Cut
 from weightlift.errors import OutOfMemoryError, ReadError
 
 # torchao and bitsandbytes, which transformers imports where they are, warn of this machine.
@@ -692,6 +693,8 @@ def toy_mapping() -> list[Any]:
         converter("far.*.piece", "on_cpu", [core.Concatenate(dim=0)], force_cpu=True),
         converter("upright", "turned", [core.Transpose(dim0=0, dim1=1)]),
         converter("fused", ["first", "second"], [core.Chunk(dim=0)]),
+        converter("lost", ["lost.first", "lost.second"], [core.Chunk(dim=0)]),
+        core.WeightRenaming(r"^normed\.bias$", "normed.shift"),  # of another model
     ]
 
 
@@ -744,6 +747,7 @@ TOYS: dict[str, tuple[Change, bool]] = {
     "parts of other widths": (_with(part_a=torch.ones(3, 5)), False),
     "more than is needed": (_with(part_a=torch.ones(9, 4)), False),
     "unknown names": (_with(nobody=torch.ones(2), nobody__else=torch.ones(1)), True),
+    "what would become two unknown ones": (_with(lost=torch.ones(4, 2)), True),
     "both the halves and the whole": (_with(joined=torch.ones(7, 4)), True),
 }
 
@@ -1000,18 +1004,118 @@ def test_what_is_no_file_is_left_alone(made: Callable[..., Path]) -> None:
     assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
 
 
+def _told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.message for r in caplog.records if r.name == "weightlift" and "way" in r.message]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_zero3_enabled", "DeepSpeed ZeRO-3")],
+)
 def test_parallel_plans_go_the_stock_way(
-    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    made: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    function: str,
+    reason: str,
 ) -> None:
     import transformers.integrations
 
     folder = made("llama")
     caplog.set_level(logging.INFO, "weightlift")
-    monkeypatch.setattr(transformers.integrations, "is_fsdp_enabled", lambda: True)
+    monkeypatch.setattr(transformers.integrations, function, lambda: True)
     with wl.enabled(CALLER), stock_way(CALLER, times=0):
         CAUSAL.from_pretrained(folder)
-    (line,) = [record.message for record in caplog.records if record.name == "weightlift"]
-    assert line.endswith("the stock way: FSDP")
+    assert [line.rpartition("the stock way: ")[2] for line in _told(caplog)] == [reason]
+
+
+def test_a_stage_of_a_pipeline_goes_the_stock_way(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = made("llama")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    model._pp_stage = 0
+    config = modeling_utils.LoadStateDictConfig()
+    caplog.set_level(logging.INFO, "weightlift")
+    with wl.enabled(CALLER), stock_way(CALLER, times=0):
+        type(model)._load_pretrained_model(model, None, [str(folder / "model.safetensors")], config)
+    assert _told(caplog)[0].endswith("the stock way: pipeline parallel")
+    expected = safetensors.torch.load_file(folder / "model.safetensors")
+    assert_same(model.lm_head.weight.data, expected["lm_head.weight"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="loads there")
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [(0, "device 0, and torch has no CUDA device"), ("meta", "device meta")],
+)
+def test_devices_that_are_not_ours(
+    made: Callable[..., Path], caplog: pytest.LogCaptureFixture, device: Any, reason: str
+) -> None:
+    folder = made("llama")
+    outcomes: list[Any] = []
+    for enabled in (False, True):
+        with wl.enabled(CALLER) if enabled else contextlib.nullcontext():
+            caplog.clear()
+            caplog.set_level(logging.INFO, "weightlift")
+            try:
+                model = CAUSAL.from_pretrained(folder, device_map={"": device})
+                outcomes.append({n: (p.device, p.shape) for n, p in model.named_parameters()})
+            except (AssertionError, RuntimeError) as error:
+                outcomes.append((type(error), str(error)))
+    assert outcomes[0] == outcomes[1]
+    assert [line.rpartition("the stock way: ")[2] for line in _told(caplog)] == [reason]
+
+
+@pytest.mark.usefixtures("unknown_walk")
+def test_a_disk_by_an_unknown_walk(
+    made: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    device_map = {"model": "cpu", "lm_head": "disk"}
+    tokens = torch.arange(6)[None]
+    results = []
+    for enabled in (False, True):
+        with wl.enabled(CALLER) if enabled else contextlib.nullcontext():
+            caplog.clear()
+            caplog.set_level(logging.INFO, "weightlift")
+            model = CAUSAL.from_pretrained(
+                made("llama"), device_map=device_map, offload_folder=tmp_path / str(enabled)
+            )
+            results.append(model(tokens).logits)
+    assert torch.equal(*results)
+    assert "offload to the disk, of quantized weights or by a walk" in _told(caplog)[0]
+
+
+def test_pieces_of_a_tensor(made: Callable[..., Path]) -> None:
+    """As a rank takes gate and up out of a tensor that has both."""
+    path = made("llama") / "model.safetensors"
+    name = "model.layers.0.mlp.down_proj.weight"
+    whole = safetensors.torch.load_file(path)[name]
+    pieces = ([(0, 1, 16), (3, 1, 4)], [(0, 1, 16), (15, 1, 5)])
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = weights_of.Weights(wl.Checkpoint.of_file(path), "auto")
+        batch = weights_of.Batch(weights)
+        batch.add(name, torch.device("cpu"), dtype, Cut(pieces, 1, (16, 9)))
+        batch.start()
+        expected = torch.cat([whole[:, 3:7], whole[:, 15:20]], 1).to(dtype)
+        assert_same(batch.result()[name], expected)
+        assert weights.report is not None
+        assert weights.report.bytes == 16 * 9 * 4
+
+
+def test_what_nobody_asks_for_is_given_up(made: Callable[..., Path]) -> None:
+    path = made("llama") / "model.safetensors"
+    weights = weights_of.Weights(wl.Checkpoint.of_file(path), "read")
+    batch = weights_of.Batch(weights)
+    for name in weights:
+        batch.add(name, torch.device("cpu"), None)
+    weights.start(batch)
+    weights.close()
+    assert weights.report is None
+    assert batch.result() == {}
+    weights.close()
+    expected = safetensors.torch.load_file(path)
+    assert_same(weights["lm_head.weight"][...], expected["lm_head.weight"])
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.machinery
 import importlib.util
 import logging
 import os
@@ -130,6 +131,40 @@ def test_hooked_at_import(library: Callable[..., None]) -> None:
     wl.disable()
     assert package.io.load("f")[0] == "stock"
     assert "replacement" not in package.io.load.__qualname__
+
+
+def test_modules_that_are_not_there_after_all(library: Callable[..., None], tmp_path: Path) -> None:
+    """Python's own errors, of one that is missing and of one that takes itself out again."""
+    (tmp_path / "fakelib" / "gone.py").write_text("import sys\ndel sys.modules[__name__]\n")
+    hooks = [Hook(f"fakelib.{name}", "load", {LOAD: ours}) for name in ("gone", "missing")]
+    library(diffusers=(load_hook(), *hooks))
+    for name in ("gone", "missing"):
+        told = []
+        for enabled in (False, True):
+            with wl.enabled("diffusers") if enabled else contextlib.nullcontext():
+                with pytest.raises((ImportError, KeyError)) as caught:
+                    importlib.import_module(f"fakelib.{name}")
+                told.append((caught.type, str(caught.value)))
+        assert told[0] == told[1]
+    with wl.enabled("diffusers"):
+        assert importlib.import_module("fakelib.io").load("f")[0] == "ours"
+
+
+def test_a_module_of_the_interpreter(library: Callable[..., None]) -> None:
+    """Its loader is a class that serves them all, and is left as it is."""
+    library(diffusers=(Hook("_symtable", "symtable", {"()": ours}), load_hook()))
+    kept = sys.modules.pop("_symtable", None)
+    before = dict(vars(importlib.machinery.BuiltinImporter))
+    try:
+        with wl.enabled("diffusers"):
+            module = importlib.import_module("_symtable")
+            assert module.symtable("a", "f", "exec") is not None
+            assert importlib.import_module("fakelib.io").load("f")[0] == "ours"
+    finally:
+        sys.modules.pop("_symtable", None)
+        if kept is not None:
+            sys.modules["_symtable"] = kept
+    assert dict(vars(importlib.machinery.BuiltinImporter)) == before
 
 
 def test_reloaded_and_reimported(library: Callable[..., None]) -> None:

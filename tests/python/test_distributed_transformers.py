@@ -3,20 +3,24 @@ shards, read once by all ranks together."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import weightlift as wl
 from distributed_support import assert_same_model, failure_of, run_checks, total
+from weightlift.backends.transformers import known, weights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -145,6 +149,49 @@ def check_a_truncated_file(folder: Path) -> None:
     assert "rank 1: " in text
     assert "model.safetensors" in text
     assert "rank 0: " not in text
+
+
+def check_damaged_on_every_rank(folder: Path) -> None:
+    """Nothing is left to agree on: the library says what it thinks of it."""
+    import shutil
+
+    own = folder / f"damaged-{dist.get_world_size()}-{dist.get_rank()}"
+    shutil.copytree(folder / "llama", own)
+    os.truncate(own / "model.safetensors", 20)
+    for enabled in (False, True):
+        with (
+            wl.enabled("transformers") if enabled else contextlib.nullcontext(),
+            pytest.raises(safetensors.SafetensorError, match="header"),
+        ):
+            load(own, "llama", tp_plan="auto")
+    dist.barrier()
+
+
+def check_a_failure_amid(folder: Path) -> None:
+    error = wl.ReadError(5, "the disk has gone", "somewhere")
+    fails = mock.patch.object(weights.Batch, "result", side_effect=error)
+    with wl.enabled("transformers"), fails if dist.get_rank() == 1 else contextlib.nullcontext():
+        text = failure_of(lambda: load(folder / "llama", "llama", tp_plan="auto"))
+    assert "rank 1: ReadError: " in text
+    assert "the disk has gone" in text
+
+
+def check_what_goes_the_stock_way(folder: Path) -> None:
+    where = folder / f"stock-{dist.get_world_size()}-{dist.get_rank()}"
+    where.mkdir()
+    state = safetensors.torch.load_file(folder / "llama" / "model.safetensors")
+    torch.save({**state, "epoch": 3}, where / "pytorch_model.bin")
+    (where / "config.json").write_bytes((folder / "llama" / "config.json").read_bytes())
+    unknown = mock.patch.object(known, "is_ours", return_value=False)
+    cases = (where, contextlib.nullcontext()), (folder / "llama", unknown)
+    for path, case in cases:
+        theirs = load(path, "llama", tp_plan="auto")
+        before = wl.stats().bytes
+        with wl.enabled("transformers"), case:
+            ours = load(path, "llama", tp_plan="auto")
+        assert wl.stats().bytes == before
+        assert has_parts(ours)
+        assert_same_model(ours, theirs)
 
 
 CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
