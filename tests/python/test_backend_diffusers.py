@@ -9,22 +9,26 @@ import inspect
 import json
 import logging
 import re
+import struct
 import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import safetensors
 import torch
 from diffusers import (
     AutoencoderKL,
+    BitsAndBytesConfig,
     ConfigMixin,
     DDIMScheduler,
     DiffusionPipeline,
     DiTTransformer2DModel,
+    PipelineQuantizationConfig,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -41,7 +45,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTraine
 import weightlift as wl
 from backend_support import engine_moves, stock_way, tensor_bytes
 from hub_server import HubServer, hub, mirror
-from support import bits, run_python
+from support import bits, entry, file_bytes, run_python, sparse_file
+from weightlift import _native
 from weightlift.backends import diffusers as backend
 from weightlift.backends.diffusers import pipelines, prefetch
 
@@ -555,6 +560,48 @@ def test_a_single_file_of_diffusers_names(saved: Path) -> None:
     )
 
 
+def test_a_single_file_of_odd_offsets(saved: Path, single_file: Path, tmp_path: Path) -> None:
+    """And with packed fours, for which the model has no use."""
+    data = single_file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    end = len(data) - 8 - length
+    header["fours"] = {"dtype": "F4", "shape": [2, 6], "data_offsets": [end, end + 6]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 4 + 1)
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :] + bytes(6))
+    tensors = load_file(saved / "vae/diffusion_pytorch_model.safetensors")
+    made = {name for name, t in tensors.items() if ".attentions.0.to_" in name and t.dim() == 2}
+    assert_same_outcome(
+        lambda: AutoencoderKL.from_single_file(path, config=str(saved / "vae")),
+        sum(t.nbytes for name, t in tensors.items() if name not in made),
+    )
+
+
+def test_a_broken_single_file(single_file: Path, saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(single_file.read_bytes()[:-9])
+    kind, _ = assert_same_outcome(
+        lambda: AutoencoderKL.from_single_file(path, config=str(saved / "vae")), 0
+    )
+    assert issubclass(kind, (OSError, safetensors.SafetensorError))
+
+
+def test_a_single_file_that_cannot_be_indexed(
+    single_file: Path, saved: Path, tmp_path: Path
+) -> None:
+    """The tensors are diffusers' then, and it is told."""
+    tensors = torch.load(single_file.with_suffix(".pt"), weights_only=True)
+    path = tmp_path / "odd.pt"
+    torch.save({**tensors, "conjugated": torch.ones(2, dtype=torch.complex64).conj()}, path)
+    load = functools.partial(AutoencoderKL.from_single_file, path, config=str(saved / "vae"))
+    expected = look(load())
+    told = pytest.warns(UserWarning, match=r"odd\.pt.*conjugated")
+    with wl.enabled(CALLER), stock_way(CALLER), told:
+        assert look(load()) == expected
+
+
 def test_a_tensor_that_diffusers_changes_in_place(
     saved: Path, single_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -728,6 +775,56 @@ def test_components_are_read_ahead(pipeline: Path, monkeypatch: pytest.MonkeyPat
         DiffusionPipeline.from_pretrained(source, vae=vae())
     assert [name for name, _, _ in read] == ["text_encoder", "unet"]
     assert all(resident in (None, size) for _, resident, size in read)
+
+
+@pytest.fixture
+def sparse(tmp_path: Path) -> _native.IndexedFile:
+    size = 1 << 33
+    header = {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    sparse_file(tmp_path / "model.safetensors", header, size)
+    return _native.IndexedFile.open(str(tmp_path / "model.safetensors"))
+
+
+def test_reading_ahead_ends_with_the_load(
+    sparse: _native.IndexedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "_POLL_SECONDS", 0.001)
+    ended = threading.Event()
+    ended.set()
+    prefetch._populate([sparse], ended)
+    resident = sparse.resident_bytes()
+    assert resident is None or resident < sparse.size // 2
+    # And what comes behind it is not begun.
+    populate = mock.Mock(return_value=True)
+    monkeypatch.setattr(prefetch, "_populate", populate)
+    prefetch.prefetch([(Path(sparse.path).parent, None)], None, ended)
+    populate.assert_not_called()
+
+
+def test_what_cannot_be_read_ahead_is_left_to_who_loads_it(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pipeline / "plain"
+    error = wl.ReadError(5, "the disk has gone", "somewhere")
+    start = mock.Mock(side_effect=error)
+    monkeypatch.setattr(prefetch, "start_plan", start)
+    prefetch.prefetch([(source / n, None) for n in ("vae", "unet")], None, threading.Event())
+    assert start.call_count == 1  # the next would fare no better
+    assert_same_pipeline(source, lambda: DiffusionPipeline.from_pretrained(source))
+
+
+def test_what_memory_has_no_room_for_is_not_read_ahead(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [(pipeline / "plain" / name, None) for name in ("vae", "unet")]
+    size = sum(path.stat().st_size for folder, _ in jobs for path in folder.glob("*.safetensors"))
+    read: list[int] = []
+    monkeypatch.setattr(prefetch, "_populate", lambda parts, ended: not read.append(len(parts)))
+    for headroom, count in ((2 * size - 2, 0), (2 * size, 2)):
+        machine = {"memory_headroom": headroom}
+        monkeypatch.setattr(prefetch._native, "machine", lambda machine=machine: machine)
+        prefetch.prefetch(jobs, None, threading.Event())
+        assert len(read) == count
 
 
 def dispatches_disk(does: bool) -> pytest.MarkDecorator:
@@ -968,6 +1065,36 @@ def test_quantizers_go_the_stock_way(saved: Path, monkeypatch: pytest.MonkeyPatc
             model = UNet2DConditionModel.from_pretrained(saved / folder, quantization_config=config)
         assert look(model)["tensors"] == plain
         assert sorted(Quantizer.asked) == sorted(plain)
+
+
+def test_shards_with_the_same_tensor(saved: Path, tmp_path: Path) -> None:
+    for file in (saved / "shards").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    first, *_, last = sorted(tmp_path.glob("*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(last), name: tensor + 1}, last, {"format": "pt"})
+    model = assert_same_outcome(
+        lambda: UNet2DConditionModel.from_pretrained(tmp_path), tensor_bytes(tmp_path)
+    )
+    assert model["tensors"][name][-1] == bits(tensor + 1)
+
+
+def test_a_dtype_that_torch_lacks(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((saved / "vae/config.json").read_bytes())
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(file_bytes({"w": entry("F6_E2M3", [8])}))
+    kind, _ = assert_same_outcome(lambda: AutoencoderKL.from_pretrained(tmp_path), 0)
+    assert issubclass(kind, Exception)
+
+
+def test_a_dduf_file_is_not_quantized(pipeline: Path) -> None:
+    config = PipelineQuantizationConfig(
+        quant_mapping={"unet": BitsAndBytesConfig(load_in_8bit=True)}
+    )
+    with wl.enabled(CALLER), pytest.raises(wl.ArgumentError, match="do not go together"):
+        DiffusionPipeline.from_pretrained(
+            pipeline, dduf_file="all.dduf", quantization_config=config
+        )
 
 
 @pytest.mark.parametrize("folder", ["vae", "shards"])
