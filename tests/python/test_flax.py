@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -497,6 +498,59 @@ def test_missing_and_unexpected(tmp_path: Path, caplog: pytest.LogCaptureFixture
         wf.load_params(tmp_path, expected, from_pt=True)
 
 
+def test_arguments_that_say_nothing(tmp_path: Path) -> None:
+    like = {"linear": {"bias": np.zeros(2)}}
+    with pytest.raises(wl.ArgumentError, match="load_params has no argument 'form_pt'"):
+        wf.load_params(tmp_path, like, form_pt=True)
+    with pytest.raises(wl.ArgumentError, match="variant='fp16' is for torch weights"):
+        wf.load_params(tmp_path, like, variant="fp16")
+    twice = {"layers_0": np.zeros(2), "layers": {0: np.zeros(2)}}
+    with pytest.raises(wl.ArgumentError, match="has both 'name_0' and the item 0 of 'name'"):
+        wf.load_params(tmp_path, twice)
+    with pytest.raises(wl.ArgumentError, match=r"UNet has \d fields, and 9 given"):
+        UNet.from_pretrained(tmp_path, jnp.float32, *range(9), config={})
+
+
+def test_a_tree_that_the_weights_have_nothing_of(tmp_path: Path) -> None:
+    save_torch_file({"other": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert wf.load_params(tmp_path, {}, from_pt=True) == {}
+
+
+def test_two_tensors_for_one_parameter(tmp_path: Path) -> None:
+    tensors = {"norm.weight": torch.ones(3), "norm.scale": torch.zeros(3)}
+    save_torch_file(tensors, tmp_path / "model.safetensors")
+    like = {"norm": {"scale": np.zeros(3)}}
+    with pytest.raises(wl.CheckpointError, match=r"'norm\.\w+' and 'norm\.\w+' would both be "):
+        wf.load_params(tmp_path, like, from_pt=True)
+
+
+def test_leaves_that_no_file_can_have(tmp_path: Path) -> None:
+    pairs = np.zeros(3, [("a", "f4"), ("b", "i4")])
+    for leaf in (pairs, np.array([{}, []], object)):
+        with pytest.raises(wl.ArgumentError, match=r"leaf 'a\.b' cannot be saved: its dtype is"):
+            Small().save_pretrained(tmp_path, {"a": {"b": leaf}})
+    assert not (tmp_path / FILE).exists()
+
+
+def test_a_model_that_says_not_how_it_begins() -> None:
+    class Bare(nn.Module, wf.FlaxModelMixin, wl.ConfigMixin):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Bare must define init_weights\(rng\)"):
+        Bare().init_weights(jax.random.PRNGKey(0))
+
+
+def test_fields_with_factories() -> None:
+    @wf.flax_register_to_config
+    class Wide(nn.Module, wf.FlaxModelMixin, wl.ConfigMixin):
+        config_name = "config.json"
+        widths: list[int] = dataclasses.field(default_factory=lambda: [4, 8])
+
+    assert list(Wide().widths) == [4, 8]
+    assert list(Wide().config.widths) == [4, 8]
+    assert list(Wide(widths=[2]).config.widths) == [2]
+
+
 def test_bad_files_of_flax(tmp_path: Path) -> None:
     model = Small()
     params = zeros(model)
@@ -546,6 +600,9 @@ def test_from_and_to_the_hub(hub: HubServer, tmp_path: Path) -> None:
     same(Small.from_pretrained("user/other")[1], params)
     with pytest.raises(wl.CheckpointError, match=r"user/mine.*without from_pt"):
         Small.from_pretrained("user/mine", from_pt=True)
+    hub.add("user/bare", {"README.md": b"nothing yet"})
+    with pytest.raises(wl.CheckpointError, match=r"user/bare: there is neither "):
+        wf.load_params("user/bare", params)
 
 
 def numpy_name(own: str) -> str:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -307,6 +309,24 @@ def test_what_is_not_cached(
     for part in ("revision 'main'", str(tmp_path / "hub-cache"), reasons[how], NAME):
         assert part in str(caught.value)
     assert how == "down" or hub.requests == []
+
+
+def test_names_of_a_snapshot_that_is_gone(hub: HubServer, repository: Repository) -> None:
+    """Its reference is in the cache still."""
+    path = download(NAME, "config.json", HubArguments())
+    shutil.rmtree(path.parents[1])
+    with pytest.raises(FileNotFoundError) as caught:
+        list_files(NAME, HubArguments(local_files_only=True))
+    assert caught.value.code == "not_cached"
+
+
+def test_a_cache_that_is_no_folder(repository: Repository, tmp_path: Path) -> None:
+    """The disk's own error, which names the file."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file") as caught:
+        download(NAME, "config.json", HubArguments(cache_dir=tmp_path / "file"))
+    assert caught.value.errno in (errno.ENOTDIR, errno.EEXIST)
+    assert str(caught.value.filename).startswith(str(tmp_path / "file"))
 
 
 def test_a_download_may_not_be_forced_offline(
