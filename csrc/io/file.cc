@@ -50,13 +50,6 @@ Error system_error(int error_number, std::string path, const std::string& what) 
           .system_errno = error_number};
 }
 
-FileDescriptor& FileDescriptor::operator=(FileDescriptor&& other) noexcept {
-  if (this != &other) {
-    const FileDescriptor old(std::exchange(fd_, std::exchange(other.fd_, -1)));
-  }
-  return *this;
-}
-
 FileDescriptor::~FileDescriptor() {
   // Not retried on EINTR: Linux has released the number by then (close(2)).
   if (fd_ >= 0) ::close(fd_);

@@ -530,3 +530,14 @@ def test_a_class_without_a_config_name() -> None:
         Nameless()
     with pytest.raises(ValueError, match="config_name"):
         Nameless.load_config("anything")
+
+
+def test_a_class_without_a_name_of_its_file(tmp_path: Path) -> None:
+    class Bare(ours.ConfigMixin):
+        pass
+
+    bare = Bare()
+    for call in (bare.save_config, Bare.load_config):
+        with pytest.raises(wl.ArgumentError, match="must define config_name"):
+            call(tmp_path)
+    assert list(tmp_path.iterdir()) == []

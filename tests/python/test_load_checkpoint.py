@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import weightlift as wl
 from support import DTYPES, assert_same, assert_same_tensors, entry, file_bytes, sparse_file
+from weightlift import _native
 from weightlift.materialize import Loading
 
 TENSORS = {
@@ -266,3 +267,31 @@ def test_verify_is_of_the_file_that_is_loaded(file: Path, tmp_path: Path) -> Non
     with pytest.raises(wl.FormatError, match="the name was given to another file") as caught:
         wl.load_checkpoint(checkpoint, verify=True)
     assert caught.value.code == "hash_mismatch"
+
+
+# --- What is given up
+
+
+def test_a_load_that_was_cancelled_has_no_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    size = 8 << 30
+    sparse_file(path, {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}, size)
+    plan = _native.Plan(_native.Settings())
+    plan.map(wl.Checkpoint.of_file(path).parts[0], None, False)
+    plan.prepare()
+    plan.start([])
+    plan.cancel()
+    while not plan.wait(1):
+        pass
+    with pytest.raises(KeyboardInterrupt, match="the load was cancelled"):
+        plan.finish()
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("mode", ["map", "read"])
+def test_complex_numbers(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "model.bin"
+    kinds = (torch.complex32, torch.complex64, torch.complex128)
+    torch.save({str(kind): torch.randn(3, 2).to(kind) for kind in kinds}, path)
+    found = wl.load_checkpoint(path, mode=mode)
+    assert_same_tensors(found, torch.load(path, weights_only=True))

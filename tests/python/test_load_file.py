@@ -556,6 +556,7 @@ def test_modes_of_the_reference(mixed: Path) -> None:
         {"mode": "map", "dtype": torch.float16},
         {"mode": "map", "pin_memory": True},
         {"mode": "map", "device": "cuda:0"},
+        {"pin_memory": True, "device": "cuda:0"},
         {"dtype": "int32"},
     ],
 )

@@ -546,6 +546,24 @@ def test_positions_outside_of_the_index(path: Path) -> None:
     ):
         with pytest.raises((IndexError, OverflowError, TypeError, ValueError)):
             _native.Plan(_native.Settings()).slice(file, position, parts, None, -1, 0)
+    with pytest.raises(ValueError, match="for each dimension"):
+        plan.slice(file, position, [(0, 1, 1)], None, -1, 0)
+    with pytest.raises(ValueError, match="one address and one dtype"):
+        plan.copy_to(file, [position], -1, [4096, 8192], ["F32", "F32"])
+    for options, choices in (
+        ({"io_path": "sideways"}, "'auto', 'buffered', 'direct'"),
+        ({"cast_place": "nowhere"}, "'auto', "),
+    ):
+        with pytest.raises(ValueError, match=rf"'(sideways|nowhere)'; it can be {choices}"):
+            _native.Settings(**options)
+
+
+def test_elements_that_share_bytes_are_not_cut(tmp_path: Path) -> None:
+    (tmp_path / "fours").write_bytes(file_bytes({"w": entry("F4", [3, 8])}))
+    file = _native.IndexedFile.open(str(tmp_path / "fours"))
+    with pytest.raises(wl.FormatError, match="can only be loaded whole") as caught:
+        _native.Plan(_native.Settings()).slice(file, 0, [(0, 1, 3), (0, 1, 4)], None, -1, 0)
+    assert (caught.value.code, caught.value.tensor) == ("unsupported_dtype", "w")
 
 
 def test_header_is_read_from_where_it_is_long(tmp_path: Path) -> None:

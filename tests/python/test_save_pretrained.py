@@ -106,6 +106,35 @@ def test_old_files_go(folder: Path) -> None:
     assert_same_tensors(state(OURS.UNet.from_pretrained(folder)), state(model))
 
 
+def test_an_index_that_cannot_be_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there is there still, and nothing else."""
+    old = made(OURS, "UNet")
+    old.save_pretrained(folder, max_shard_size=1000)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    replace = Path.replace
+
+    def fail(self: Path, target: Path) -> Path:
+        if Path(target).name.endswith(".index.json"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+        return replace(self, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            changed(made(OURS, "UNet")).save_pretrained(folder, max_shard_size=1000)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert_same_tensors(state(OURS.UNet.from_pretrained(folder)), state(old))
+
+
+def test_errors_of_a_save_function_are_its_own(folder: Path) -> None:
+    def refuse(tensors: dict[str, torch.Tensor], path: str) -> None:
+        raise LookupError("no such key in the vault")
+
+    with pytest.raises(LookupError, match="no such key in the vault"):
+        made(OURS, "UNet").save_pretrained(folder, save_function=refuse)
+    assert not {name for name in names(folder) if name.endswith(".safetensors")}
+
+
 def saved_by_the_environment(tensors: dict[str, torch.Tensor], path: str) -> None:
     safetensors.torch.save_file(tensors, path, metadata={"by": "me"})
 

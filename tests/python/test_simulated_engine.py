@@ -585,3 +585,21 @@ def test_a_dtype_that_torch_lacks(machine: Switch, tmp_path: Path) -> None:
             _load(path, 0, driver)
         assert (told.value.code, told.value.tensor) == ("unsupported_dtype", "b")
         assert list(_load(path, 0, driver, names=["a"])) == ["a"]
+
+
+# --- What is said of a machine -----------------------------------------------------------------
+
+
+def test_what_the_driver_tells(machine: Switch) -> None:
+    with machine(3) as driver:
+        report = _native.driver_report()
+        assert [name for name, _ in report["devices"]] == [f"Simulated {n}" for n in range(3)]
+        assert report["library"] == _LIBRARY
+        assert report["version"] >= 12_000
+        assert report["batch_copies"]
+        driver.hide_symbol("cuMemcpyBatchAsync")
+        driver.fail_call("cuDeviceGetName", code=CudaError.UNKNOWN)
+        _native.use_driver_for_testing(_LIBRARY)  # as another process would find it
+        report = _native.driver_report()
+        assert not report["batch_copies"]
+        assert report["devices"][0][0] == "unknown"
