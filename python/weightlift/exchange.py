@@ -134,10 +134,6 @@ class TeamLoading(Loading):
         rewritten = self._mode == "auto" and self._checkpoint.formats[place[0]] == "torch"
         return copied or rewritten or self._mode == "read" or self._team.scope == "group"
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self._groups or self._items)
-
     def start(self) -> None:
         team = self._team
         team.begun = True

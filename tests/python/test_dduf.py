@@ -18,6 +18,7 @@ import malformed_archives as hand_made
 import weightlift as wl
 from support import assert_same_tensors, open_files
 from weightlift import _native
+from weightlift import dduf as dduf_module
 from weightlift.dduf import Dduf, open_dduf
 from weightlift.materialize import load_tensors
 
@@ -177,6 +178,22 @@ def test_damage_in_an_entry(tmp_path: Path) -> None:
     begin, count = dduf.entries["unet/x.safetensors"]
     assert caught.value.offset is not None
     assert begin <= caught.value.offset <= begin + count
+
+
+def test_what_is_too_large_to_be_read_whole(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "p.dduf"
+    export_folder_as_dduf(path, folder)
+    dduf = open_dduf(path)
+    name = "tokenizer/merges.txt"
+    monkeypatch.setattr(dduf_module, "_MOST_BYTES", len(dduf.read(name)) - 1)
+    with pytest.raises(wl.FormatError, match=rf"{name}' has 4000 bytes, and 3999 is the most"):
+        dduf.read(name)
+    archive = _native.Archive.open(str(path))
+    for begin, count in ((archive.size, 1), (archive.size - 1, 2), (0, 1 << 63)):
+        with pytest.raises(IndexError, match="leave the file"):
+            archive.read(begin, count)
 
 
 def test_weights_do_not_leave_their_entry(tmp_path: Path) -> None:

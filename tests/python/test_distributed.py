@@ -33,6 +33,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import weightlift as wl
 from distributed_model import Feed, Net
@@ -486,6 +487,13 @@ def check_bad_arguments(folder: Path) -> None:
     text = failure_of(lambda: wl.load_into(partial, where, strict=False, key_map=names))
     assert "(Partial(sum),)" in text
     assert "is no regular part of it" in text
+    # Every rank has stretches of rows here and there.
+    strided = [_StridedShard(0, split_factor=2)]
+    shape = {"shape": torch.Size([13, 8]), "stride": (8, 1)}
+    local = torch.zeros(7, 8)
+    partial.weight = torch.nn.Parameter(DTensor.from_local(local, mesh_of(), strided, **shape))
+    text = failure_of(lambda: wl.load_into(partial, where, strict=False, key_map=names))
+    assert "what a rank has of dimension 0 is no regular part of it" in text
     group, mapped = dist.group.WORLD, {"mode": "map", "dtype": "bfloat16"}
     text = failure_of(lambda: wl.load_into(on_meta(), folder / "net", group=group, **mapped))
     assert "mode='map' hands out the file's own bytes" in text
