@@ -55,6 +55,37 @@ REASONS = {
     "csrc/io/file.h": "a constructor that is always inlined",
     "csrc/io/machine.cc": f"ends of blocks, {_END}",
     "csrc/result.cc": "names of errors of a GPU, of no memory and of files that root may not read",
+    "python/weightlift/atomic.py": "Linux before 4.7",
+    "python/weightlift/backends/diffusers/files.py": "GGUF, and packed fours in a model",
+    "python/weightlift/backends/diffusers/pipelines.py": (
+        "a GPU, a generative text encoder in a DDUF file, and callers other than a pipeline"
+    ),
+    "python/weightlift/backends/diffusers/prefetch.py": "a load that ends between two looks",
+    "python/weightlift/backends/diffusers/*": "files of FlashPack, tensor parallel, DDUF entries",
+    "python/weightlift/backends/safetensors.py": _OTHER_VERSIONS,
+    "python/weightlift/backends/transformers/__init__.py": (
+        f"{_OTHER_VERSIONS}, and files of other kinds"
+    ),
+    "python/weightlift/backends/transformers/walk.py": (
+        "packed fours, dtypes that torch lacks, devices that are neither CPU nor CUDA, and a "
+        "rank's part that is several"
+    ),
+    "python/weightlift/backends/transformers/weights.py": "torch's allocator on a GPU",
+    "python/weightlift/distributed.py": "no process group, or a failure while ranks agree",
+    "python/weightlift/dtensors.py": "a mesh of GPUs",
+    "python/weightlift/exchange.py": "a team's tensors on GPUs",
+    "python/weightlift/flax/*": "a file system that cannot map, packed fours, a broken jax",
+    "python/weightlift/hub.py": "a revision that goes while it is listed",
+    "python/weightlift/materialize.py": (
+        "page-locked memory of a GPU, and devices that are neither CPU nor CUDA"
+    ),
+    "python/weightlift/models/config_mixin.py": "compatible classes that name none",
+    "python/weightlift/models/hub_mixin.py": "a card that the Hub refuses to give",
+    "python/weightlift/models/quantization.py": "a GPU",
+    "python/weightlift/offload.py": "hooks that cross to a GPU",
+    "python/weightlift/placement.py": "accelerate's warning about GPUs",
+    "python/weightlift/team.py": "a group that is not gloo's",
+    "python/weightlift/torch_file.py": "no memory for what a pickle asks for",
     "python/weightlift/cli/contenders/trees.py": "`bench` of files for Flax",
     "python/weightlift/cli/contenders/*": "peers that are not installed for the tests, and a GPU",
     "python/weightlift/cli/gpu_findings.py": "needs a GPU",

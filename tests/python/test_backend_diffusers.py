@@ -901,6 +901,19 @@ def test_a_pipeline_of_a_mirror(
     assert {request.token for request in mirror.requests} == {None}
 
 
+def test_a_pipeline_of_the_hub(
+    pipeline: Path, hub: HubServer, mirror: HubServer, tmp_path: Path
+) -> None:
+    source = pipeline / "plain"
+    paths = [path for path in source.rglob("*") if path.is_file()]
+    hub.add("user/sd", {str(path.relative_to(source)): path.read_bytes() for path in paths})
+    moved = tensor_bytes(source / "unet", source / "vae")  # transformers loads the other one
+    with wl.enabled(CALLER), engine_moves(moved, CALLER):
+        made = DiffusionPipeline.from_pretrained("user/sd", cache_dir=tmp_path)
+    assert look_at_pipeline(made) == look_at_pipeline(DiffusionPipeline.from_pretrained(source))
+    assert not mirror.requests
+
+
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.float16}], ids=str)
 @pytest.mark.parametrize("whole_path", [False, True])
 def test_a_dduf_file(pipeline: Path, whole_path: bool, options: dict[str, Any]) -> None:
@@ -1065,6 +1078,14 @@ def test_quantizers_go_the_stock_way(saved: Path, monkeypatch: pytest.MonkeyPatc
             model = UNet2DConditionModel.from_pretrained(saved / folder, quantization_config=config)
         assert look(model)["tensors"] == plain
         assert sorted(Quantizer.asked) == sorted(plain)
+    Quantizer.asked.clear()
+    file = saved / "unet/diffusion_pytorch_model.safetensors"
+    with wl.enabled(CALLER), stock_way(CALLER):
+        model = UNet2DConditionModel.from_single_file(
+            file, config=str(saved / "unet"), quantization_config=config
+        )
+    assert look(model)["tensors"] == plain
+    assert sorted(Quantizer.asked) == sorted(plain)
 
 
 def test_shards_with_the_same_tensor(saved: Path, tmp_path: Path) -> None:
