@@ -1029,6 +1029,7 @@ def test_parallel_plans_go_the_stock_way(
     assert [line.rpartition("the stock way: ")[2] for line in _told(caplog)] == [reason]
 
 
+@walked
 def test_a_stage_of_a_pipeline_goes_the_stock_way(
     made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
