@@ -60,8 +60,12 @@ REASONS = {
     "python/weightlift/backends/diffusers/pipelines.py": (
         "a GPU, a generative text encoder in a DDUF file, and callers other than a pipeline"
     ),
-    "python/weightlift/backends/diffusers/prefetch.py": "a load that ends between two looks",
-    "python/weightlift/backends/diffusers/*": "files of FlashPack, tensor parallel, DDUF entries",
+    "python/weightlift/backends/diffusers/single_file.py": (
+        "a torch file that changes between two readings of it"
+    ),
+    "python/weightlift/backends/diffusers/*": (
+        "files of FlashPack, tensor parallel, DDUF entries, and the Hub's API without a mirror"
+    ),
     "python/weightlift/backends/safetensors.py": _OTHER_VERSIONS,
     "python/weightlift/backends/transformers/__init__.py": (
         f"{_OTHER_VERSIONS}, and files of other kinds"
@@ -71,7 +75,7 @@ REASONS = {
         "rank's part that is several"
     ),
     "python/weightlift/backends/transformers/weights.py": "torch's allocator on a GPU",
-    "python/weightlift/distributed.py": "no process group, or a failure while ranks agree",
+    "python/weightlift/distributed.py": "a mesh made for the caller",
     "python/weightlift/dtensors.py": "a mesh of GPUs",
     "python/weightlift/exchange.py": "a team's tensors on GPUs",
     "python/weightlift/flax/*": "a file system that cannot map, packed fours, a broken jax",
