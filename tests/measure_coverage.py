@@ -60,9 +60,6 @@ REASONS = {
     "python/weightlift/backends/diffusers/pipelines.py": (
         "a GPU, a generative text encoder in a DDUF file, and callers other than a pipeline"
     ),
-    "python/weightlift/backends/diffusers/single_file.py": (
-        "a torch file that changes between two readings of it"
-    ),
     "python/weightlift/backends/diffusers/*": (
         "files of FlashPack, tensor parallel, DDUF entries, and the Hub's API without a mirror"
     ),
