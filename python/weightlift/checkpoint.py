@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from weightlift import _native
 from weightlift.errors import ArgumentError, CheckpointError
 from weightlift.hub import HubArguments
+from weightlift.integrity import Identity
 from weightlift.resolve import CheckpointFiles, resolve
 from weightlift.torch_file import LoadedTorchFile, View, open_torch_file
 
@@ -37,6 +38,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         metadata: text that the files carry about themselves; ``"not_tensors"`` names what a torch
             file holds besides tensors.
         in_memory: tensors of files that only torch can read, which are loaded when it is opened.
+        loaded: those files, with their identities.
         fallbacks: what could not be done the fast way, and why.
     """
 
@@ -47,6 +49,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         formats: Sequence[str] | None = None,
         views: Sequence[Mapping[str, View]] | None = None,
         in_memory: Mapping[str, torch.Tensor] | None = None,
+        loaded: Sequence[tuple[str, Identity]] = (),
         metadata: Mapping[str, str] | None = None,
         fallbacks: Sequence[str] = (),
         names: Mapping[str, Place | None] | None = None,
@@ -54,6 +57,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         self.parts = list(parts)
         self.formats = list(formats) if formats is not None else ["safetensors"] * len(parts)
         self.in_memory = dict(in_memory or {})
+        self.loaded = list(loaded)
         self.metadata = dict(metadata or {})
         self.fallbacks = list(fallbacks)
         self._views = list(views) if views is not None else [{} for _ in parts]
@@ -73,7 +77,12 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
 
     @property
     def paths(self) -> list[str]:
-        return [part.path for part in self.parts]
+        return [path for path, _ in self.files]
+
+    @property
+    def files(self) -> list[tuple[str, Identity]]:
+        """All there are, with their identities."""
+        return [*((part.path, part.identity) for part in self.parts), *self.loaded]
 
     @functools.cached_property
     def _places(self) -> Mapping[str, Place | None]:
@@ -153,7 +162,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        where = self.paths[0] if len(self.parts) == 1 else f"{len(self.parts)} files"
+        where = self.paths[0] if len(self.files) == 1 else f"{len(self.files)} files"
         return f"<Checkpoint of {len(self)} tensors in {where}>"
 
     def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -203,13 +212,14 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
             formats=self.formats,
             views=self._views,
             in_memory=in_memory,
+            loaded=self.loaded,
             metadata=self.metadata,
             fallbacks=self.fallbacks,
             names=names,
         )
 
     def _where(self) -> str:
-        return self.paths[0] if self.parts else "the checkpoint"
+        return self.paths[0] if self.files else "the checkpoint"
 
 
 def open_checkpoint(
@@ -282,6 +292,7 @@ def _open_files(files: CheckpointFiles, state_dict_key: str | None) -> Checkpoin
     formats: list[str] = []
     views: list[Mapping[str, View]] = []
     in_memory: dict[str, torch.Tensor] = {}
+    loaded: list[tuple[str, Identity]] = []
     metadata: dict[str, str] = {}
     not_tensors: dict[str, str] = {}
     fallbacks: list[str] = []
@@ -300,6 +311,7 @@ def _open_files(files: CheckpointFiles, state_dict_key: str | None) -> Checkpoin
             if isinstance(opened, LoadedTorchFile):
                 names = list(opened.tensors)
                 in_memory.update(opened.tensors)
+                loaded.append((shard.path, opened.identity))
                 fallbacks.append(f"{shard.path}: loaded by torch: {opened.reason}")
             else:
                 names = opened.names
@@ -328,6 +340,7 @@ def _open_files(files: CheckpointFiles, state_dict_key: str | None) -> Checkpoin
         formats=formats,
         views=views,
         in_memory=in_memory,
+        loaded=loaded,
         metadata=metadata,
         fallbacks=fallbacks,
     )

@@ -144,7 +144,7 @@ class TeamLoading(Loading):
         try:
             if self._verify:  # each file by one rank
                 first, step = sorted(said).index(dist.get_rank()), len(said)
-                self._hashes = HashCheck(self._checkpoint.parts[first::step])
+                self._hashes = HashCheck(self._checkpoint.files[first::step])
             self._allocate()
             super().start()
             self._runs = True

@@ -6,9 +6,9 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from weightlift import _native
 from weightlift.errors import CheckpointError, FormatError
@@ -16,7 +16,10 @@ from weightlift.errors import CheckpointError, FormatError
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-__all__ = ["HashCheck", "known_sha256", "verify_file"]
+__all__ = ["HashCheck", "Identity", "identity_of", "known_sha256", "verify_file"]
+
+# (device, inode): a name may be given to another file.
+Identity: TypeAlias = "tuple[int, int]"
 
 _SUMS = ("SHA256SUMS", "sha256sums.txt")
 
@@ -47,8 +50,8 @@ class HashCheck:
     """Compares the SHA-256 of files with the known ones while they are being loaded, several at
     once: both read the same pages of the page cache."""
 
-    def __init__(self, files: Sequence[_native.IndexedFile]) -> None:
-        self._files = {file.path: file.identity for file in files}
+    def __init__(self, files: Iterable[tuple[str, Identity]]) -> None:
+        self._files = dict(files)
         for path in self._files:  # before anything is read
             _required_sha256(path)
         self._stopped = threading.Event()
@@ -86,13 +89,17 @@ def _required_sha256(path: str | Path) -> tuple[str, str]:
     return known
 
 
+def identity_of(status: os.stat_result) -> Identity:
+    return status.st_dev, status.st_ino
+
+
 def verify_file(
-    path: str | Path, identity: tuple[int, int], stopped: threading.Event | None = None
+    path: str | Path, identity: Identity, stopped: threading.Event | None = None
 ) -> None:
     """Compares a file's SHA-256 with the known one.
 
-    ``identity`` is the (device, inode) of the file that is being loaded: were the name given to
-    another file meanwhile, the hash would speak of that one. ``stopped`` ends it early.
+    ``identity`` is that of the file that is being loaded: were the name given to another file
+    meanwhile, the hash would speak of that one. ``stopped`` ends it early.
 
     Raises:
         CheckpointError: nobody says what it should be.
@@ -101,8 +108,7 @@ def verify_file(
     known = _required_sha256(path)
     digest = hashlib.sha256()
     with Path(path).open("rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
-        if (status.st_dev, status.st_ino) != identity:
+        if identity_of(os.fstat(file.fileno())) != identity:
             raise FormatError(
                 "hash_mismatch",
                 "the name was given to another file while it was being loaded; load it again",

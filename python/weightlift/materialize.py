@@ -171,7 +171,7 @@ class Loading:
         self._caller = caller
         self._groups: list[_Group] = []
         self._fallbacks: list[str] = list(checkpoint.fallbacks)
-        self._hashes = HashCheck(checkpoint.parts) if verify else None
+        self._hashes = HashCheck(checkpoint.files) if verify else None
         self._pin_for: int | None = None
         self._plan: _native.Plan | None = None
         self._scratch: list[Any] = []

@@ -139,7 +139,7 @@ def describe(checkpoint: Checkpoint) -> tuple[str, str]:
     """(hash of the index and of the files' sizes, for a person)."""
     sizes = [part.size for part in checkpoint.parts]
     what = f"{len(checkpoint)} tensors in {len(sizes)} files of {sum(sizes)} bytes"
-    where = checkpoint.paths[0] if sizes else "memory"
+    where = checkpoint.paths[0] if checkpoint.files else "memory"
     return digest((checkpoint.headers(), sizes)), f"{what} ({where})"
 
 

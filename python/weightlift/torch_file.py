@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightlift import _native, dtypes
 from weightlift.errors import CheckpointError, FormatError, OutOfMemoryError, WeightliftError
+from weightlift.integrity import Identity, identity_of
 
 if TYPE_CHECKING:
     import torch
@@ -66,11 +67,13 @@ class LoadedTorchFile(NamedTuple):
         tensors: on the CPU, in the order of the state dict.
         not_tensors: as in ``TorchFile``.
         reason: why, to be shown in a report.
+        identity: of the file.
     """
 
     tensors: dict[str, torch.Tensor]
     not_tensors: dict[str, str]
     reason: str
+    identity: Identity
 
 
 def open_torch_file(
@@ -306,6 +309,7 @@ def _loaded(path: str, state_dict_key: str | None, reason: str, mmap: bool) -> L
     import torch
 
     with _errors_of_torch(path):
+        identity = identity_of(os.stat(path))  # noqa: PTH116
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     tensors = {}
     state_dict, not_tensors = _state_dict(loaded, state_dict_key, path)
@@ -314,7 +318,7 @@ def _loaded(path: str, state_dict_key: str | None, reason: str, mmap: bool) -> L
             tensors[_name(name, path)] = torch.Tensor.detach(value)
         else:
             not_tensors[_text(name)] = _type_name(value)
-    return LoadedTorchFile(tensors, not_tensors, reason)
+    return LoadedTorchFile(tensors, not_tensors, reason, identity)
 
 
 def _refuse_safetensors(path: str) -> None:

@@ -197,6 +197,16 @@ def test_a_component_of_a_dduf_file(
     assert_same_tensors(dict(sorted(loaded.items())), _expected(tensors, None))
 
 
+def test_what_lies_beside_a_file_that_only_torch_can_read(tmp_path: Path) -> None:
+    source = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.ones(3)}, source, _use_new_zipfile_serialization=False)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    done = command("convert", source, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/config.json").read_text() == '{"model_type": "bert"}'
+    assert safetensors.torch.load_file(tmp_path / "out/model.safetensors")["w"].sum() == 3
+
+
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """A file of 700 MB is converted in less: the two parts that are in memory have 256 MiB each."""
     path = tmp_path / "large.safetensors"
@@ -248,6 +258,22 @@ class TestVerify:
         assert done.returncode == 0, done.stdout
         assert "as SHA256SUMS says" in done.stdout
 
+    def test_a_file_that_only_torch_can_read(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.bin"
+        torch.save({"w": torch.ones(100)}, path, _use_new_zipfile_serialization=False)
+        self._sums(tmp_path, path)
+        done = command("verify", path, "--require-hashes")
+        assert done.returncode == 0, done.stdout
+        assert "1 tensors, 400 B" in done.stdout
+        assert "as SHA256SUMS says" in done.stdout
+        assert wl.load_checkpoint(path, verify=True)["w"].sum() == 100
+        path.write_bytes(path.read_bytes().replace(b"\0\0\x80\x3f", b"\0\0\x80\x3e", 1))
+        done = command("verify", path)
+        assert done.returncode == 1
+        assert "DAMAGED" in done.stdout
+        with pytest.raises(wl.FormatError, match=r"model\.bin: its SHA-256 is"):
+            wl.load_checkpoint(path, verify=True)
+
     def test_one_flipped_bit(self, torch_file: Path, tmp_path: Path) -> None:
         begin = wl.open_checkpoint(torch_file).parts[0].range(0)[0]
         data = bytearray(torch_file.read_bytes())
@@ -273,7 +299,7 @@ class TestVerify:
     def test_damaged_meanwhile(self, torch_file: Path) -> None:
         (part,) = wl.open_checkpoint(torch_file).parts
         torch_file.write_bytes(torch_file.read_bytes()[:-10])
-        said, wrong, _ = _check(part)
+        said, wrong, _ = _check(part.path, part.identity)
         assert said.startswith("DAMAGED: ")
         assert wrong
 

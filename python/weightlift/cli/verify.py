@@ -14,7 +14,7 @@ import typer
 from weightlift import _native
 from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.errors import CheckpointError, FormatError
-from weightlift.integrity import known_sha256, verify_file
+from weightlift.integrity import Identity, known_sha256, verify_file
 from weightlift.report import format_bytes
 
 __all__ = ["verify"]
@@ -42,15 +42,18 @@ def verify(
     seen: set[str] = set()
     for title, checkpoint in _checkpoints(path, subfolder, variant):
         total = sum(sum(part.sizes()) for part in checkpoint.parts)
+        total += sum(tensor.nbytes for tensor in checkpoint.in_memory.values())
         print(
             f"{title}: {len(checkpoint)} tensors, {format_bytes(total)}; "
             "headers and index are consistent"
         )
-        parts = [part for part in checkpoint.parts if part.path not in seen]
-        seen.update(part.path for part in parts)
+        files = [(path, identity) for path, identity in checkpoint.files if path not in seen]
+        seen.update(path for path, _ in files)
         with ThreadPoolExecutor(max(1, int(_native.machine()["cpus"]))) as pool:
-            for part, (said, wrong, known) in zip(parts, pool.map(_check, parts), strict=True):
-                print(f"  {part.path}: {said}")
+            for (file, _), (said, wrong, known) in zip(
+                files, pool.map(lambda file: _check(*file), files), strict=True
+            ):
+                print(f"  {file}: {said}")
                 problems += wrong
                 unknown += not known
     if unknown:
@@ -62,16 +65,16 @@ def verify(
         raise typer.Exit(1)
 
 
-def _check(part: _native.IndexedFile) -> tuple[str, bool, bool]:
+def _check(path: str, identity: Identity) -> tuple[str, bool, bool]:
     """What to say of a file, whether it is damaged, and whether its hash is known."""
-    known = known_sha256(part.path)
+    known = known_sha256(path)
     said = []
     try:
-        records = _check_records(part.path)
+        records = _check_records(path)
         if records:
             said.append(f"{records} checksums match")
         if known is not None:
-            verify_file(part.path, part.identity)
+            verify_file(path, identity)
             said.append(f"SHA-256 as {known[1]} says")
         else:
             said.append("SHA-256 not known")

@@ -23,6 +23,7 @@ from weightlift import dtypes, garbage
 from weightlift.checkpoint import Checkpoint, open_checkpoint
 from weightlift.errors import ArgumentError, CheckpointError
 from weightlift.hub import HubArguments, download, list_files
+from weightlift.integrity import identity_of
 from weightlift.matching import listed, place_of
 from weightlift.models.building import Builder
 from weightlift.modules import Early, fill
@@ -323,7 +324,8 @@ def _open_flax(path: str, hub: HubArguments, model: torch.nn.Module) -> Checkpoi
     if not found:
         raise CheckpointError(f"{folder}: there is neither {' nor '.join(_FLAX_NAMES)} in it")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return Checkpoint([], in_memory=load_flax_state_dict(found[0], shapes))
+    file = (str(found[0]), identity_of(found[0].stat()))
+    return Checkpoint([], in_memory=load_flax_state_dict(found[0], shapes), loaded=[file])
 
 
 def _former_attention_names(
