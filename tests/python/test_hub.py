@@ -12,6 +12,8 @@ from typing import Any
 import diffusers.utils.hub_utils
 import huggingface_hub.constants
 import huggingface_hub.errors
+import msgpack
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,8 +21,9 @@ from safetensors.torch import load_file, save_file
 import weightlift as wl
 from hub_server import HubServer, Repository, hub, mirror, uploads
 from weightlift import hub as wl_hub
+from weightlift.errors import CheckpointError
 from weightlift.hub import HubArguments, commit_of, download, list_files, snapshot
-from weightlift.models import ConfigMixin, PushToHubMixin, register_to_config
+from weightlift.models import ConfigMixin, ModelMixin, PushToHubMixin, register_to_config
 from weightlift.models.hub_mixin import create_repository
 
 __all__ = ["hub", "mirror"]  # fixtures
@@ -452,6 +455,27 @@ def test_a_config_of_the_hub(hub: HubServer, repository: Repository) -> None:
 
 
 @uploads
+class Layer(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2, bias=False)
+
+
+def test_flax_weights_of_the_hub(hub: HubServer, repository: Repository) -> None:
+    kernel = np.arange(6, dtype=np.float32).reshape(3, 2)
+    array = msgpack.ExtType(1, msgpack.packb((kernel.shape, "float32", kernel.tobytes())))
+    files = {
+        "config.json": b'{"_class_name": "Layer"}',
+        "diffusion_flax_model.msgpack": msgpack.packb({"layer": {"kernel": array}}),
+    }
+    hub.add("user/flax", files)
+    model = Layer.from_pretrained("user/flax", from_flax=True)
+    assert model.layer.weight.equal(torch.from_numpy(kernel.T.copy()))
+    with pytest.raises(CheckpointError, match=r"neither diffusion_flax_model\.msgpack nor"):
+        Layer.from_pretrained(NAME, from_flax=True)
+
+
 def test_a_model_is_pushed(hub: HubServer) -> None:
     url = Model(width=7).push_to_hub("mine")
     files = main(hub, "user/mine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,18 @@ def saved(original: Model, tmp_path: Path) -> Path:
     del state["head.weight"]  # tied: saved once
     safetensors.torch.save_file(state, path)
     return path
+
+
+def test_an_automatic_map_counts_what_the_checkpoint_holds(tmp_path: Path) -> None:
+    make = functools.partial(torch.nn.Linear, 100, 100, bias=False)
+    path = tmp_path / "m.safetensors"
+    safetensors.torch.save_file({"weight": torch.ones(100, 100, dtype=torch.float16)}, path)
+    how = {"device_map": "auto", "max_memory": {"cpu": 25_000}}
+    model = on_meta(make)
+    wl.load_into(model, path, dtype="auto", **how)
+    assert model.weight.dtype == torch.float16
+    with pytest.raises(wl.CheckpointError, match="does not fit"):
+        wl.load_into(on_meta(make), path, **how)
 
 
 def test_a_model_on_meta(original: Model, saved: Path) -> None:

@@ -245,7 +245,10 @@ def test_what_contradicts_itself(folder: Path) -> None:
     for how, why in (
         ({"load_in_4bit": True, "load_in_8bit": True}, "contradict"),
         ({"load_in_4bit": True, "quantization_config": config}, "give one"),
-        ({"load_in_4bit": True, "low_cpu_mem_usage": False}, "needs low_cpu_mem_usage=True"),
+        (
+            {"load_in_4bit": True, "low_cpu_mem_usage": False, "device_map": None},
+            "quantizing while loading needs low_cpu_mem_usage=True",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "'gptq' is not known"),
         ({"load_in_4bit": True, "device_map": {"first": "disk", "": "cpu"}}, "on the disk"),
     ):
