@@ -454,7 +454,6 @@ def test_a_config_of_the_hub(hub: HubServer, repository: Repository) -> None:
 # Pushes.
 
 
-@uploads
 class Layer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self) -> None:
@@ -476,6 +475,7 @@ def test_flax_weights_of_the_hub(hub: HubServer, repository: Repository) -> None
         Layer.from_pretrained(NAME, from_flax=True)
 
 
+@uploads
 def test_a_model_is_pushed(hub: HubServer) -> None:
     url = Model(width=7).push_to_hub("mine")
     files = main(hub, "user/mine")
