@@ -76,7 +76,7 @@ class Converter {
 py::object torch_pickle(const py::bytes& pickle, const py::object& tensor) {
   const auto parsed = format::parse_torch_pickle(std::string_view(pickle));
   if (!parsed) return py::none();
-  py::dict storages;
+  const py::dict storages;
   for (const format::PickledStorage& storage : parsed->storages) {
     storages[py::str(storage.record)] = storage.bytes;
   }

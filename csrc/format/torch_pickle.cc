@@ -57,7 +57,7 @@ enum Opcode : unsigned char {
   kLong1 = 0x8a,
 };
 
-enum class Global : std::uint32_t {
+enum class Global : std::uint8_t {
   kOrderedDict,
   kRebuildTensor,
   kRebuildParameter,
@@ -364,7 +364,7 @@ class Reader {
     if (__builtin_mul_overflow(*elements, dtype_bytes(dtype), &storage.bytes)) return false;
     const auto [known, is_new] = storage_of_.try_emplace(
         storage.record, static_cast<std::uint32_t>(result_.storages.size()));
-    if (is_new) return push_new(Kind::kStorage, result_.storages, std::move(storage));
+    if (is_new) return push_new(Kind::kStorage, result_.storages, storage);
     const PickledStorage& before = result_.storages[known->second];
     return before.dtype == dtype && before.elements == *elements &&
            push({Kind::kStorage, known->second});
