@@ -451,8 +451,10 @@ def _sort(
             in_place = rule.own or tensor.dtype == dtypes.to_torch(target or file_dtype)
         group = groups.setdefault((device, target, in_place, in_part), [])
         group.append((name, slot))
-        # What is in place depends on its device, and the dtype of some on their names.
-        usual = kind if on_meta and not rule.keep and not is_sharded(tensor) else None
+        # What is in place depends on its device, what stays on the disk on whether it is a
+        # parameter, and the dtype of some on their names.
+        alike = on_meta and kind[-1] != "disk" and not rule.keep and not is_sharded(tensor)
+        usual = kind if alike else None
     return places
 
 
