@@ -2,17 +2,15 @@
 
     python benchmarks/report.py
 
-The figures come from the newest benchmarks/results/*.json of `benchmarks/run.py` for CPU and the
-newest for CUDA, and those of workloads that it did not measure from the run before, which is said;
-the pictures lie beside them. What `make demo` prints comes from .demo/demo.txt
-where that is.
+Of each workload, the figures come from the last of the benchmarks/results/*.json of
+`benchmarks/run.py` that has it, on the machine of the newest; once for CPU and once for CUDA. The
+pictures lie beside them. What `make demo` prints comes from .demo/demo.txt where that is.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,8 @@ OURS = (
     "weightlift.safe_open",
     "weightlift.flax",
 )
+# What makes a machine the same one.
+_MACHINE = ("cpu", "cpus", "gpu")
 # Parts and floors, and weightlift on another form of the file.
 APART = ("twin", "ModelMixin-twin", "construction", "reading", "torch.empty")
 
@@ -41,9 +41,10 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     sections = []
-    for path, content in recorded():
-        pictures = [picture.relative_to(ROOT) for picture in draw_all(path, content)]
-        sections.append(section(content, pictures))
+    for device in ("cpu", "cuda"):
+        runs = recorded(device)
+        if runs:
+            sections.append(section(device, runs))
     text = replace(text, "figures", "\n\n".join(sections))
     if DEMO.exists():
         lines = [line.rstrip() for line in DEMO.read_text(encoding="utf-8").splitlines()]
@@ -51,66 +52,73 @@ def main() -> None:
     readme.write_text(text, encoding="utf-8")
 
 
-def recorded() -> list[tuple[Path, dict[str, Any]]]:
-    """The results for the CPU, then for CUDA, the last run first; of an earlier one, the workloads
-    that no later one measured on the same machine."""
-    runs = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in RESULTS.glob("*.json")]
-    runs = [(path, content) for path, content in runs if "figures" in content]
-    machines: dict[str, tuple[Any, ...]] = {}
-    done: set[tuple[str, str]] = set()
+def recorded(device: str) -> list[dict[str, Any]]:
+    """The runs on the machine of the newest, the last first, with ``stem``, the file's; of each
+    those workloads that no later one has."""
+    runs = []
+    for path in RESULTS.glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "figures" in content and content["comparisons"][0]["device"] == device:
+            runs.append({**content, "stem": path.stem})
+    runs.sort(key=lambda run: str(run["date"]), reverse=True)
+    done: set[str] = set()
     found = []
-    for path, content in sorted(runs, key=lambda run: run[1]["date"], reverse=True):
-        device = content["comparisons"][0]["device"]
-        machine = tuple(content["machine"].get(what) for what in ("cpu", "cpus", "gpu"))
-        if machines.setdefault(device, machine) != machine:
+    for run in runs:
+        if any(run["machine"].get(key) != runs[0]["machine"].get(key) for key in _MACHINE):
             continue
-        new = [one for one in content["comparisons"] if (device, one["name"]) not in done]
+        new = [one for one in run["comparisons"] if one["name"] not in done]
+        done |= {one["name"] for one in new}
         if new:
-            is_last = not any(device == of for of, _ in done)
-            found.append((device, path, {**content, "comparisons": new, "is_last": is_last}))
-        done |= {(device, one["name"]) for one in new}
-    return [(path, content) for _, path, content in sorted(found, key=lambda one: one[0])]
+            found.append({**run, "comparisons": new})
+    return found
 
 
-def section(content: dict[str, Any], pictures: list[Path]) -> str:
-    machine = content["machine"]
+def section(device: str, runs: list[dict[str, Any]]) -> str:
+    order = {name: place for place, name in enumerate(CPU if device == "cpu" else CUDA)}
+    measured = [
+        (comparison, number, run["figures"])
+        for number, run in enumerate(runs, 1)
+        for comparison in run["comparisons"]
+    ]
+    measured.sort(key=lambda one: order.get(one[0]["name"], len(order)))
+    comparisons = [comparison for comparison, _, _ in measured]
+    machine = runs[0]["machine"]
     where = machine.get("gpu") or machine["cpu"]
-    rates = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in content["ceilings"].items())
-    before = "" if content["is_last"] else "What the last run did not measure, from one before it: "
     lines = [
-        f"{before}`{content['command']}` on {where} ({machine['cpus']} CPUs, "
-        f"{format_bytes(machine['memory_bytes'])}, Linux {machine['kernel']}, "
-        f"torch {machine['torch']}), {content['date'][:10]}; `make bench` runs it, `make report` "
-        f"writes this. {versions(content['comparisons'])}. One run: contenders interleaved in "
-        "random order, each measurement in a fresh process with its memory backed beforehand, all "
-        "pages touched, medians; ratios are medians of the rounds' ratios. *Memory* is the peak of "
-        "the process's own. *Ceiling* is the share of what the machine gives, measured in the same "
-        f"run: {rates}.",
+        f"On {where} ({machine['cpus']} CPUs, {format_bytes(machine['memory_bytes'])}, Linux "
+        f"{machine['kernel']}, torch {machine['torch']}); `make bench` runs it, `make report` "
+        f"writes this. {versions(comparisons)}. Contenders interleaved in random order, each "
+        "measurement in a fresh process with its memory backed beforehand, all pages touched, "
+        "medians; ratios are medians of the rounds' ratios. *Memory* is the peak of the process's "
+        "own. *Ceiling* is the share of what the machine gives, measured in the same run. *Run*: "
+        "the last that had the workload; they are listed below.",
         "",
-        "| workload | | time | memory | ceiling | target | measured |",
-        "|---|---|--:|--:|--:|---|--:|",
-        *(row(comparison, content["figures"]) for comparison in content["comparisons"]),
+        "| workload | | time | memory | ceiling | target | measured | run |",
+        "|---|---|--:|--:|--:|---|--:|--:|",
+        *(row(comparison, figures, number) for comparison, number, figures in measured),
         "",
         "Every contender's time, and in brackets how many times weightlift's it is; bold is faster "
         "than weightlift.",
         "",
-        *(f"- {line}" for line in times(content["comparisons"])),
+        *(f"- {line}" for line in times(comparisons)),
+        "",
+        "The runs:",
+        "",
+        *(f"{number}. {told(run)}" for number, run in enumerate(runs, 1)),
     ]
-    ended = unfinished(content)
-    if ended and content["is_last"]:
-        lines += ["", f"The run was ended before {', '.join(ended)}."]
-    refused = list(not_measured(content["comparisons"]))
-    if refused:
+    if missing := order.keys() - {comparison["name"] for comparison in comparisons}:
+        lines += ["", f"Not run there: {', '.join(sorted(missing, key=order.__getitem__))}."]
+    if refused := list(not_measured(comparisons)):
         lines += ["", "Not measured there:", "", *(f"- {line}" for line in refused)]
-    lines += [line for picture in pictures for line in ("", f"![times to load]({picture})")]
+    stem = re.sub(r"-\d+$", "", runs[0]["stem"])
+    for picture in draw_all(stem, comparisons):
+        lines += ["", f"![times to load]({picture.relative_to(ROOT)})"]
     return "\n".join(lines)
 
 
-def unfinished(content: dict[str, Any]) -> list[str]:
-    """Workloads that the command names and that have no result: they are recorded one by one."""
-    done = {comparison["name"] for comparison in content["comparisons"]}
-    asked = shlex.split(content["command"])
-    return [name for name in asked if name in {**CPU, **CUDA} and name not in done]
+def told(run: dict[str, Any]) -> str:
+    rates = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in run["ceilings"].items())
+    return f"{run['date'][:16].replace('T', ' ')} UTC, `{run['command']}`: {rates}"
 
 
 def versions(comparisons: list[dict[str, Any]]) -> str:
@@ -128,7 +136,7 @@ def versions(comparisons: list[dict[str, Any]]) -> str:
     return ", ".join(sorted(known | stock))
 
 
-def row(comparison: dict[str, Any], figures: dict[str, Any]) -> str:
+def row(comparison: dict[str, Any], figures: dict[str, Any], run: int) -> str:
     figure = figures[comparison["name"]]
     measured = figure["measured"]
     if figure.get("against"):
@@ -147,7 +155,7 @@ def row(comparison: dict[str, Any], figures: dict[str, Any]) -> str:
             format_bytes(found["peak_anon_bytes"]),
             "" if share is None else f"{share:.0%}",
         ]
-    return f"| {' | '.join([*cells, figure['target'], measured])} |"
+    return f"| {' | '.join([*cells, figure['target'], measured, str(run)])} |"
 
 
 def times(comparisons: list[dict[str, Any]]) -> Iterator[str]:
@@ -181,15 +189,15 @@ def our_contender(comparison: dict[str, Any]) -> str | None:
     return next((name for name in comparison["contenders"] if name in OURS), None)
 
 
-def draw_all(path: Path, content: dict[str, Any]) -> Iterator[Path]:
+def draw_all(stem: str, comparisons: list[dict[str, Any]]) -> Iterator[Path]:
     """A picture of the loads of files and one of those of models."""
     groups: dict[str, list[Panel]] = {}
-    for comparison in content["comparisons"]:
+    for comparison in comparisons:
         if comparison.get("about") and comparison["contenders"]:
             group = "files" if comparison["folder"] is None else "models"
             groups.setdefault(group, []).append(panel(comparison))
     for group, panels in groups.items():
-        target = path.with_name(f"{path.stem}-{group}.png")
+        target = RESULTS / f"{stem}-{group}.png"
         draw(panels, target, f"Time to load, medians: {group}")
         yield target
 
