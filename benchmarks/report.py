@@ -3,8 +3,9 @@
     python benchmarks/report.py
 
 Of each workload, the figures come from the last of the benchmarks/results/*.json of
-`benchmarks/run.py` that has it, on the machine of the newest; once for CPU and once for CUDA. The
-pictures lie beside them. What `make demo` prints comes from .demo/demo.txt where that is.
+`benchmarks/run.py` that has it, of those under the newest's conditions (machine, torch, scale);
+once for CPU and once for CUDA. The pictures lie beside them. What `make demo` prints comes from
+.demo/demo.txt where that is.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ OURS = (
     "weightlift.safe_open",
     "weightlift.flax",
 )
-# What makes a machine the same one.
-_MACHINE = ("cpu", "cpus", "gpu")
+# What must be the same for runs to stand in one table, besides the files' sizes.
+_MACHINE = ("cpu", "cpus", "gpu", "kernel", "torch")
 # Parts and floors, and weightlift on another form of the file.
 APART = ("twin", "ModelMixin-twin", "construction", "reading", "torch.empty")
 
@@ -53,8 +54,8 @@ def main() -> None:
 
 
 def recorded(device: str) -> list[dict[str, Any]]:
-    """The runs on the machine of the newest, the last first, with ``stem``, the file's; of each
-    those workloads that no later one has."""
+    """The runs under the conditions of the newest, the last first, with ``stem``, the file's; of
+    each those workloads that no later one has."""
     runs = []
     for path in RESULTS.glob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -64,13 +65,17 @@ def recorded(device: str) -> list[dict[str, Any]]:
     done: set[str] = set()
     found = []
     for run in runs:
-        if any(run["machine"].get(key) != runs[0]["machine"].get(key) for key in _MACHINE):
+        if conditions(run) != conditions(runs[0]):
             continue
         new = [one for one in run["comparisons"] if one["name"] not in done]
         done |= {one["name"] for one in new}
         if new:
             found.append({**run, "comparisons": new})
     return found
+
+
+def conditions(run: dict[str, Any]) -> list[Any]:
+    return [run["scale"], *(run["machine"].get(key) for key in _MACHINE)]
 
 
 def section(device: str, runs: list[dict[str, Any]]) -> str:

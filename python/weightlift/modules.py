@@ -317,7 +317,7 @@ def fill(
         return _apart(value, views) if checkpoint.is_view(name) else value
 
     take = arrived.pop if checkpoint.is_plain else taken
-    own = checkpoint.is_plain and new_loading is Loading  # ranks exchange views of larger blocks
+    own = checkpoint.is_plain and new_loading is Loading  # nobody else has what it makes
     for (_, _, in_place, _), group in places.groups.items():
         if not in_place:
             set_all(((slot, take(name)) for name, slot in group), memory_format, adopt=own)

@@ -139,11 +139,7 @@ def set_all(
             else:
                 new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
         slot.tensor = new
-        module = slot.module
-        if not slot.ties and type(module).__setattr__ is plain:  # most of them
-            (module._parameters if slot.is_parameter else module._buffers)[slot.key] = new
-            continue
-        _hang(module, slot.key, slot.is_parameter, new, plain)
+        _hang(slot.module, slot.key, slot.is_parameter, new, plain)
         for _, module, key in slot.ties:
             _hang(module, key, slot.is_parameter, new, plain)
 
