@@ -140,8 +140,9 @@ def set_all(
                 new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
         slot.tensor = new
         _hang(slot.module, slot.key, slot.is_parameter, new, plain)
-        for _, module, key in slot.ties:
-            _hang(module, key, slot.is_parameter, new, plain)
+        if slot.ties:
+            for _, module, key in slot.ties:
+                _hang(module, key, slot.is_parameter, new, plain)
 
 
 def _hang(module: torch.nn.Module, key: str, is_parameter: bool, new: Any, plain: Any) -> None:
