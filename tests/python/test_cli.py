@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import mmap
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 
 import support
 from weightlift.cli import main
-from weightlift.cli.conditions import page_cache, prepare_files, settle
+from weightlift.cli.conditions import page_cache, prepare_files, read_program, settle
 from weightlift.cli.inspect import _count, _plain, _residency_text
 from weightlift.cli.measure import Job, compare, target_bytes
 from weightlift.cli.measure_child import checksum, page_runs, touch
@@ -417,6 +418,16 @@ def test_pages_are_listed_once_and_touched() -> None:
         assert any(begin <= first and last <= begin + count for begin, count in runs)
     assert all(begin % 4096 == 0 and count % 4096 == 0 for begin, count in runs)
     touch(runs)
+
+
+def test_what_a_process_has_mapped_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "library"
+    path.write_bytes(bytes(1_000_001))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ):
+        if prepare_files([str(path)], cold=True) != 0:
+            pytest.skip("this file system has no pages to drop")
+        read_program(os.getpid())
+        assert page_cache(path) == 1_000_001
 
 
 def test_memory_is_backed_for_what_a_load_takes(checkpoint: Path) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "machine",
     "page_cache",
     "prepare_files",
+    "read_program",
     "resident_bytes",
     "settle",
 ]
@@ -73,6 +74,23 @@ def prepare_files(files: Sequence[str], cold: bool) -> int | None:
         else:
             _read_in(file)
     return resident_bytes(files)
+
+
+def read_program(pid: int) -> None:
+    """Reads the files that a process has mapped, such as its libraries.
+
+    Of what its imports did not touch, the host of a virtual machine may have taken the memory: a
+    load's first steps in torch would pay for that.
+    """
+    found = set()
+    for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
+        fields = line.split(maxsplit=5)  # proc_pid_maps(5): the sixth is the path
+        if len(fields) == 6 and fields[5].startswith("/"):
+            found.add(fields[5])
+    for path in found:
+        with contextlib.suppress(OSError):  # deleted since, or a device
+            if Path(path).is_file():
+                _read_in(path)
 
 
 def resident_bytes(files: Sequence[str]) -> int | None:

@@ -4,8 +4,9 @@ Every measurement is a fresh process that has imported torch and the library bef
 starts. Contenders take turns in random order, so that what else the machine does falls on all of
 them, and are compared round by round: a ratio is the median of the rounds' ratios. Before each
 measurement the memory that it will need is backed by the machine (``measure_child.back_memory``),
-and the files are read into the page cache or dropped from it; how much of them is in it is asked of
-the kernel and reported. What each of them loads has to have the same bits.
+the libraries that the process has mapped are read, and the files are read into the page cache or
+dropped from it; how much of them is in it is asked of the kernel and reported. What each of them
+loads has to have the same bits.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from weightlift import _native
-from weightlift.cli.conditions import RUN_CHILD, back_memory, prepare_files, resident_bytes, settle
+from weightlift.cli.conditions import (
+    RUN_CHILD,
+    back_memory,
+    prepare_files,
+    read_program,
+    resident_bytes,
+    settle,
+)
 from weightlift.cli.contenders import CONTENDERS, Contender, Job
 from weightlift.cli.measure_child import anonymous_bytes
 from weightlift.torch_file import TorchFile, open_torch_file
@@ -351,6 +359,7 @@ def _measured(child: _Child, cold: bool) -> Sample:
     job = child.job
     child.check_ready()
     backed = back_memory(target_bytes(job, cold) + _SLACK_BYTES) if job.what == "load" else 0
+    read_program(child.pid)
     files = CONTENDERS[job.contender].reads(job)
     resident = prepare_files(files, cold)
     figures, peak = child.go()
@@ -371,6 +380,10 @@ class _Child:
         self.job = job
         self.python = python
         self.version: str | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def with_checksum(self, wanted: bool) -> _Child:
         return _Child(dataclasses.replace(self.job, checksum=wanted), self.python)
