@@ -394,6 +394,15 @@ MODELS = {
         touched=False,
         rounds=1.8,
     ),
+    "overlap-cold": Workload(
+        "the same, not in the page cache: the disk is busy while the processor builds",
+        _model(*_DEEP, dtype="bfloat16"),
+        overlapped(0.05, "ModelMixin", ("construction", "reading")),
+        ("ModelMixin", "construction", "reading", "stock"),
+        cold=True,
+        touched=False,
+        rounds=1.8,
+    ),
     "pipeline": Workload(
         "diffusers, a pipeline of four components, fp32, not in the page cache",
         _pipeline,

@@ -246,6 +246,10 @@ class Loading:
         self._native = record(native, self._fallbacks, self._caller)
         return tensors
 
+    def show(self, progress: Progress) -> None:
+        """Tells this, from now on, how far the load is."""
+        self._progress = progress
+
     @property
     def has_work(self) -> bool:
         return bool(self._groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import logging
 import math
@@ -799,8 +800,9 @@ def test_converters(toys: Callable[[Change], Path], name: str, dtype: str) -> No
     assert_same_outcomes(ours, theirs)
     assert wl.stats().by_caller[CALLER].fallbacks == 0
     if name == "as it is":
-        with wl.enabled(CALLER), engine_moves(tensor_bytes(folder) - 16, CALLER):
-            load(Toy, folder, dtype=dtype)  # of the two named alike, one is taken
+        # Of the two named alike, one is taken: it is the other that was on its way first.
+        with wl.enabled(CALLER), engine_moves(tensor_bytes(folder), CALLER):
+            load(Toy, folder, dtype=dtype)
 
 
 @walked
@@ -812,21 +814,90 @@ def test_converters_ask_for_little_at_a_time(
     theirs = load(Toy, folder)
     monkeypatch.setattr(walk, "_WAVE_BYTES", 1)
     loads = wl.stats().loads
-    with wl.enabled(CALLER), engine_moves(tensor_bytes(folder) - 16, CALLER):
+    with wl.enabled(CALLER), engine_moves(tensor_bytes(folder), CALLER):
         ours = load(Toy, folder)
     assert_same_outcomes(ours, theirs)
-    assert wl.stats().loads - loads == 1 + 3  # on_cpu, turned, first and second
+    # What is taken as it is, what is merged; on_cpu, turned, first and second.
+    assert wl.stats().loads - loads == 2 + 3
+
+
+# --- What begins while the library prepares
+
+
+@walked
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reading_begins_before_the_renamings_are_compiled(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    events = []
+    start = weights_of.Batch.start
+    compiled = conversion_mapping.get_checkpoint_conversion_mapping
+    with monkeypatch.context() as patch:
+        patch.setattr(weights_of.Batch, "start", lambda self: (events.append("start"), start(self)))
+        patch.setattr(
+            conversion_mapping,
+            "get_checkpoint_conversion_mapping",
+            lambda *args: (events.append("renamings"), compiled(*args))[1],
+        )
+        folder = made("llama")
+        with wl.enabled(CALLER), engine_moves(tensor_bytes(folder), CALLER):
+            load(CAUSAL, folder, dtype=dtype)
+    assert events[:2] == ["start", "renamings"]
+    both(CAUSAL, folder, dtype=dtype)
+
+
+@walked
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_begun_ends_with_the_call(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Also where the library fails before it asks for anything."""
+    folder = made("llama")
+    begun = []
+    begin = weights_of.Weights.begin
+    monkeypatch.setattr(
+        weights_of.Weights, "begin", lambda self, batch: (begun.append(batch), begin(self, batch))
+    )
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    with monkeypatch.context() as patch, wl.enabled(CALLER):
+        patch.setattr(modeling_utils, "LoadStateDictConfig", None)
+        with pytest.raises(TypeError, match="NoneType"):
+            CAUSAL.from_pretrained(folder, dtype=dtype)
+    assert len(begun) == 1
+    begun.clear()
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+    both(CAUSAL, folder, dtype=dtype)
+
+
+@walked
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key_mapping": {"^lm_head": "lm_head"}},
+        {"device_map": "auto"},
+        {"device_map": {"model": "cpu", "lm_head": "cpu"}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_nothing_begins_that_the_library_may_take_elsewhere(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    begun = []
+    monkeypatch.setattr(weights_of.Weights, "begin", lambda self, batch: begun.append(batch))
+    with wl.enabled(CALLER):
+        load(CAUSAL, made("llama"), **options)
+    assert not begun
 
 
 # --- A walk that is not known
 
 
 @pytest.fixture
-def unknown_walk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unknown_walk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known, "_KNOWN", frozenset())
-    known._is_known.cache_clear()
-    yield
-    known._is_known.cache_clear()
+    monkeypatch.setattr(known, "_verdicts", {})
 
 
 @walked

@@ -2,9 +2,10 @@
 
 ``PreTrainedModel._load_pretrained_model`` is given the tensors of a ``Checkpoint`` instead of
 slices of opened files. Where the library's walk over them is one that is known, `walk`
-takes its place, and one plan brings every tensor to its parameter's device and dtype. Elsewhere
-(quantizers; versions whose walk is not known) the library walks: what it takes as it is finds its
-tensor already at its place, everything else is handed out as mapped.
+takes its place, and one plan brings every tensor to its parameter's device and dtype; what needs
+no renaming is on its way before (`ahead`). Elsewhere (quantizers; versions whose walk is not known)
+the library walks: what it takes as it is finds its tensor already at its place, everything else is
+handed out as mapped.
 
 Of a model that the library has cut (tensor and expert parallel, FSDP) each rank reads its parts.
 
@@ -19,20 +20,18 @@ import functools
 import importlib
 import inspect
 import logging
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlift import _native, dtypes, garbage
+from weightlift import dtypes, garbage
 from weightlift.backends import Hook, levels_to_caller, or_stock
 from weightlift.backends.safetensors import load_file_adapters
-from weightlift.backends.transformers import known
+from weightlift.backends.transformers import ahead, known
+from weightlift.backends.transformers.opening import open_checkpoint, weights_of, why_stock
 from weightlift.backends.transformers.walk import walk_tensors
 from weightlift.backends.transformers.weights import CALLER, Batch, Retreat, Weights
-from weightlift.checkpoint import Checkpoint
 from weightlift.errors import ArgumentError, OutOfMemoryError, WeightliftError
 from weightlift.placement import parse_device
 from weightlift.report import set_last_report
@@ -63,18 +62,19 @@ def _load(
     if state_dict is not None or not files:
         return original(model, state_dict, files, config, *rest)
     sharded = _is_sharded(model)
-    reason = _why_stock(model, files, config, sharded)
+    reason = why_stock(model, files, config, sharded)
     if sharded and reason is None:
         return _load_shards(original, model, files, config, *rest)
     stock = functools.partial(original, model, None, files, config, *rest)
     ours = known.is_ours(config)
+    disable_mmap = getattr(config, "disable_mmap", None)
     try:
-        checkpoint = None if reason else _open(files)
+        checkpoint = None if reason else open_checkpoint(files)
         if checkpoint is None or "not_tensors" in checkpoint.metadata:
             reason = reason or "it holds more than tensors"
             _log.info("weightlift: transformers loads %s the stock way: %s", files[0], reason)
             return stock()
-        weights = Weights(checkpoint, _mode(files, config))
+        weights = ahead.begun(files) or weights_of(checkpoint, files, disable_mmap)
         if not ours:
             weights.start(_guess(weights, model, config))
     except OutOfMemoryError:
@@ -111,7 +111,7 @@ def _load_shards(
     with meeting(model) as met:
         checkpoint, failed = None, None
         try:
-            checkpoint = _open(files)
+            checkpoint = open_checkpoint(files)
         except WeightliftError as error:
             failed = error
         state = {name: str(tensor.dtype) for name, tensor in model.state_dict().items()}
@@ -119,7 +119,8 @@ def _load_shards(
             assert checkpoint is not None
             if "not_tensors" in checkpoint.metadata:
                 return original(model, None, files, config, *rest)
-            weights = Weights(checkpoint, _mode(files, config))
+            disable_mmap = getattr(config, "disable_mmap", None)
+            weights = weights_of(checkpoint, files, disable_mmap)
             token = _reserves.set(True)
             try:
                 result = original(model, weights, files, config, *rest)
@@ -133,56 +134,6 @@ def _load_shards(
     if weights.report is not None:
         set_last_report(weights.report)
     return result
-
-
-def _why_stock(model: Any, files: Sequence[str], config: Any, sharded: bool) -> str | None:
-    """Why this load is the library's own, where it is."""
-    import torch
-
-    integrations = importlib.import_module("transformers.integrations")
-    endings = {Path(file).suffix for file in files}
-    if endings != {".safetensors"} and endings != {".bin"}:
-        return f"files named {', '.join(sorted(endings))}"
-    if integrations.is_deepspeed_zero3_enabled():
-        return "DeepSpeed ZeRO-3"
-    if integrations.is_fsdp_enabled():
-        return "FSDP"
-    if getattr(model, "_pp_stage", None) is not None:
-        return "pipeline parallel"
-    if sharded and not known.is_ours(config):
-        return "tensor parallel, of quantized weights or by a walk that is not known"
-    devices = set((config.device_map or {}).values())
-    if "disk" in devices:
-        devices.discard("disk")
-        if not known.is_ours(config):
-            return "offload to the disk, of quantized weights or by a walk that is not known"
-    for device in devices:
-        kind = "cuda" if isinstance(device, int) else torch.device(device).type
-        if kind == "cuda" and not (torch.version.cuda and torch.cuda.is_available()):
-            return f"device {device}, and torch has no CUDA device"
-        if kind not in ("cpu", "cuda"):
-            return f"device {device}"
-    return None
-
-
-def _open(files: Sequence[str]) -> Checkpoint:
-    if files[0].endswith(".safetensors"):
-        return Checkpoint([_native.IndexedFile.open(os.fspath(file)) for file in files])
-    from weightlift.checkpoint import _open_files
-    from weightlift.resolve import CheckpointFiles, ShardFile
-
-    shards = tuple(ShardFile(Path(file).name, file, "torch") for file in files)
-    # "" is the top of the file, where the library looks, and nowhere else.
-    return _open_files(CheckpointFiles(shards, "torch", str(Path(files[0]).parent)), "")
-
-
-def _mode(files: Sequence[str], config: Any) -> str:
-    library = importlib.import_module(_MODEL)
-    on_hf_mount = getattr(library, "_is_on_hf_mount", lambda file: False)  # 5.13
-    if getattr(config, "disable_mmap", None) or any(map(on_hf_mount, files)):
-        return "read"
-    # As the library does, which maps them; elsewhere they are read.
-    return "map" if files[0].endswith(".bin") else "auto"
 
 
 def _guess(weights: Weights, model: Any, config: Any) -> Batch:
@@ -289,9 +240,32 @@ def _warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(cls, *args, **_with_quantization_config(kwargs))
+        kwargs = _with_quantization_config(kwargs)
+        with ahead.watching(kwargs):
+            return original(cls, *args, **kwargs)
 
     return from_pretrained
+
+
+def _files_found(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _get_resolved_checkpoint_files(*args: Any, **kwargs: Any) -> Any:
+        files, metadata = original(*args, **kwargs)
+        ahead.found(files)
+        return files, metadata
+
+    return _get_resolved_checkpoint_files
+
+
+def _model_built(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What the library does first with the model that it has built."""
+
+    def get_model_conversion_mapping(
+        model: Any, key_mapping: Any = None, hf_quantizer: Any = None, add_legacy: bool = True
+    ) -> Any:
+        ahead.begin(model, key_mapping, hf_quantizer)
+        return original(model, key_mapping, hf_quantizer, add_legacy)
+
+    return get_model_conversion_mapping
 
 
 _BITS: tuple[str, ...] = ("load_in_8bit", "load_in_4bit")
@@ -323,6 +297,10 @@ _FROM_PRETRAINED = (
     "(cls, pretrained_model_name_or_path, *model_args, config=None, cache_dir=None, "
     "ignore_mismatched_sizes=False, force_download=False, local_files_only=False, token=None, "
     "revision='main', use_safetensors=None, weights_only=True, {}**kwargs)"
+)
+_RESOLVED = (
+    "(pretrained_model_name_or_path, variant, gguf_file, use_safetensors, user_agent, "
+    "is_remote_code, transformers_explicit_filename=None, download_kwargs=None{})"
 )
 HOOKS = (
     Hook(
@@ -363,6 +341,19 @@ HOOKS = (
                 _from_pretrained  # 5.6
             ),
         },
+    ),
+    Hook(
+        _MODEL,
+        "_get_resolved_checkpoint_files",
+        {
+            _RESOLVED.format(""): _files_found,
+            _RESOLVED.format(", tqdm_class=None"): _files_found,  # 5.4
+        },
+    ),
+    Hook(
+        _MODEL,
+        "get_model_conversion_mapping",
+        {"(model, key_mapping=None, hf_quantizer=None, add_legacy=True)": _model_built},
     ),
     Hook("peft.utils.save_and_load", "safe_load_file", load_file_adapters(CALLER)),
 )

@@ -14,7 +14,7 @@ import tokenize
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["core_module", "is_ours", "offer"]
+__all__ = ["core_module", "is_foreign", "is_ours", "offer"]
 
 _log = logging.getLogger("weightlift")
 
@@ -43,6 +43,8 @@ _KNOWN = {
 
 # The library's own, once it is hooked.
 _original: Callable[..., Any] | None = None
+# Of those that were looked at.
+_verdicts: dict[Callable[..., Any], bool] = {}
 
 
 def offer(original: Callable[..., Any]) -> None:
@@ -56,12 +58,23 @@ def is_ours(config: Any) -> bool:
     return config.hf_quantizer is None and _original is not None and _is_known(_original)
 
 
+def is_foreign() -> bool:
+    """Whether no load can, as far as is known without reading the library's source."""
+    return _original is None or _verdicts.get(_original) is False
+
+
 def core_module() -> Any:
     return importlib.import_module("transformers.core_model_loading")
 
 
-@functools.cache
 def _is_known(original: Callable[..., Any]) -> bool:
+    verdict = _verdicts.get(original)
+    if verdict is None:
+        verdict = _verdicts[original] = _look_at(original)
+    return verdict
+
+
+def _look_at(original: Callable[..., Any]) -> bool:
     import transformers
 
     with contextlib.suppress(AttributeError, OSError, TypeError):

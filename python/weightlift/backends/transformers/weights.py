@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightlift import dtypes
@@ -50,6 +50,7 @@ class Weights(Mapping[str, "Slice"]):
         self.report: LoadReport | None = None
         self._mode = mode
         self._batch: Batch | None = None
+        self._ahead: Batch | None = None
         self._tensors: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
 
@@ -84,6 +85,25 @@ class Weights(Mapping[str, "Slice"]):
         batch.start()
         self._batch = batch
 
+    def begin(self, batch: Batch) -> None:
+        """Begins a load before it is known what will be asked for."""
+        batch.start()
+        self._ahead = batch
+
+    def is_ahead(self, name: str, device: torch.device, cast: str | None) -> bool:
+        """Whether a tensor is on its way to where it is wanted."""
+        return self._ahead is not None and self._ahead.brings(name, device, cast)
+
+    def take_ahead(
+        self, names: Sequence[str], progress: Progress | None
+    ) -> dict[str, torch.Tensor]:
+        """Waits for what was begun; what is not named is let go."""
+        assert self._ahead is not None
+        batch, self._ahead = self._ahead, None
+        batch.show(progress)
+        tensors = batch.result()
+        return {name: tensors[name] for name in names}
+
     def tensor(self, name: str) -> torch.Tensor:
         # The library's threads ask, all at once.
         with self._lock:
@@ -104,6 +124,9 @@ class Weights(Mapping[str, "Slice"]):
             if self._batch is not None:
                 self._batch.cancel()
                 self._batch = None
+            if self._ahead is not None:
+                self._ahead.cancel()
+                self._ahead = None
 
 
 class Slice:
@@ -131,11 +154,12 @@ class Batch:
     def __init__(self, weights: Weights, progress: Progress | None = None) -> None:
         self._weights = weights
         self._progress = progress
-        self._groups: dict[tuple[torch.device, str | None], list[str]] = {}
+        self._groups: dict[tuple[torch.device, str | None], dict[str, None]] = {}
         self._parts: dict[tuple[torch.device, str | None], dict[str, Ranges]] = {}
         self._into: dict[tuple[torch.device, bool], list[_Into]] = {}
         self._joined: list[tuple[str, int, list[torch.Tensor]]] = []
         self._by_torch: dict[str, torch.dtype] = {}
+        self._begun: list[str] = []
         self._loading: Loading | None = None
 
     def add(
@@ -156,7 +180,10 @@ class Batch:
         else:
             cast = None
         if cut is None or cut.pieces is None:
-            self._groups.setdefault((device, cast), []).append(name)
+            if self._weights.is_ahead(name, device, cast):
+                self._begun.append(name)
+            else:
+                self._groups.setdefault((device, cast), {})[name] = None
         elif len(cut.pieces) == 1:
             self._parts.setdefault((device, cast), {})[name] = cut.pieces[0]
         else:
@@ -189,7 +216,7 @@ class Batch:
             self._progress,
         )
         for (device, cast), names in self._groups.items():
-            loading.add(device, cast, names)
+            loading.add(device, cast, list(names))
         for (device, cast), parts in self._parts.items():
             loading.add(device, cast, list(parts), parts=list(parts.values()))
         for (device, _), into in self._into.items():
@@ -199,21 +226,32 @@ class Batch:
         loading.start()
         self._loading = loading
 
+    def brings(self, name: str, device: torch.device, cast: str | None) -> bool:
+        """Whether this is where the batch takes a tensor to; it was started."""
+        return name in self._groups.get((device, cast), ())
+
+    def show(self, progress: Progress | None) -> None:
+        """Tells this, from now on, how far the load is; it was started."""
+        if progress is not None and self._loading is not None:
+            self._loading.show(progress)
+
     def result(self) -> dict[str, torch.Tensor]:
         """Waits: name -> tensor."""
-        loading, self._loading = self._loading, None
-        if loading is None:
-            return {}
         import torch
 
-        tensors = loading.result()
+        tensors: dict[str, torch.Tensor] = {}
+        if self._begun:
+            tensors = self._weights.take_ahead(self._begun, self._progress)
+        loading, self._loading = self._loading, None
+        if loading is not None:
+            tensors |= loading.result()
+            report, before = loading.report, self._weights.report
+            self._weights.report = report if before is None else before.plus(report)
         while self._joined:
             name, dimension, pieces = self._joined.pop()
             tensors[name] = torch.cat(pieces, dimension)
         for name, dtype in self._by_torch.items():
             tensors[name] = tensors[name].to(dtype)
-        report, before = loading.report, self._weights.report
-        self._weights.report = report if before is None else before.plus(report)
         return tensors
 
     def cancel(self) -> None:

@@ -1,0 +1,145 @@
+"""The part of a load that begins while transformers prepares the rest.
+
+Between the construction of a model and the walk over its tensors the library compiles the renamings
+of all architectures that it has. Tensors that are in the model under the names that they have in
+the files need none of that: they are on their way meanwhile, and the walk finds them. What was
+begun and the walk does not ask for in this way is let go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from weightlift import dtypes
+from weightlift.backends.transformers import known
+from weightlift.backends.transformers.opening import open_checkpoint, weights_of, why_stock
+from weightlift.backends.transformers.weights import Batch, Weights
+from weightlift.errors import WeightliftError
+from weightlift.placement import single_device
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["begin", "begun", "found", "watching"]
+
+# With which the library cuts tensors, or makes others of them.
+_NOT_AHEAD = (
+    "device_mesh",
+    "distributed_config",
+    "gguf_file",
+    "quantization_config",
+    "tp_plan",
+    "tp_size",
+)
+
+
+@dataclasses.dataclass
+class _Call:
+    """A ``from_pretrained`` that runs.
+
+    Attributes:
+        options: its keyword arguments.
+        files: of the checkpoint, once they are found.
+        weights: of which a load has begun.
+    """
+
+    options: Mapping[str, Any]
+    files: Sequence[str] | None = None
+    weights: Weights | None = None
+
+
+_current: ContextVar[_Call | None] = ContextVar("weightlift_transformers_call", default=None)
+
+
+@contextlib.contextmanager
+def watching(options: Mapping[str, Any]) -> Iterator[None]:
+    """Around a ``from_pretrained``: what it leaves begun ends here."""
+    call = _Call(options)
+    token = _current.set(call)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+        if call.weights is not None:
+            call.weights.close()
+
+
+def found(files: Sequence[str] | None) -> None:
+    """Says what the files of the checkpoint are."""
+    call = _current.get()
+    if call is not None:
+        call.files = files
+
+
+def begin(model: Any, key_mapping: Any, hf_quantizer: Any) -> None:
+    """Starts to load what goes to a model as it is; the model is on ``meta``."""
+    call = _current.get()
+    if call is None or not call.files or call.weights is not None or known.is_foreign():
+        return
+    if key_mapping or hf_quantizer is not None:
+        return
+    if any(call.options.get(name) is not None for name in _NOT_AHEAD):
+        return
+    device = _device(call.options.get("device_map"))
+    if device is None:
+        return
+    config = types.SimpleNamespace(device_map={"": device}, hf_quantizer=None)
+    if why_stock(model, call.files, config, sharded=False):
+        return
+    try:
+        weights = _start(model, call, device)
+    except WeightliftError:  # the load itself meets the same, and says so
+        return
+    # Now rather than before: reading the library's source takes longer than to start.
+    if weights is not None and not known.is_ours(config):
+        weights.close()
+        weights = None
+    call.weights = weights
+
+
+def begun(files: Sequence[str]) -> Weights | None:
+    """What has begun of a load of these files."""
+    call = _current.get()
+    if call is None or call.weights is None or call.files != files:
+        return None
+    weights, call.weights = call.weights, None
+    return weights
+
+
+def _device(device_map: Any) -> torch.device | None:
+    """The one device that the map sends everything to."""
+    import torch
+
+    if device_map is None:
+        # Where the library finds another default, that is its device map.
+        default = torch.get_default_device()
+        return default if default.type == "cpu" else None
+    with contextlib.suppress(WeightliftError, AttributeError, TypeError, ValueError):
+        return single_device(device_map)
+    return None
+
+
+def _start(model: Any, call: _Call, device: torch.device) -> Weights | None:
+    assert call.files is not None
+    checkpoint = open_checkpoint(call.files)
+    if not checkpoint.is_plain:
+        return None
+    weights = weights_of(checkpoint, call.files, call.options.get("disable_mmap"))
+    batch = Batch(weights)
+    state = model.state_dict()
+    if any(model._get_dtype_plan(dtype) for dtype in {held.dtype for held in state.values()}):
+        return None  # some stay in float32
+    for name, (own, shape) in weights.headers.items():
+        held = state.get(name)
+        if held is None or tuple(held.shape) != shape:
+            continue
+        wanted = dtypes.file_name(held.dtype)
+        if wanted == own or (own in dtypes.CASTABLE and wanted in dtypes.CASTABLE):
+            batch.add(name, device, held.dtype)
+    weights.begin(batch)
+    return weights
