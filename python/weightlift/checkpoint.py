@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("weightlift")
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "place_of"]
 
 # (part, position in it, how the tensor looks at what lies there)
 Place = tuple[int, int, "View | None"]
@@ -191,7 +191,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
                 continue
             if new in names:
                 raise CheckpointError(
-                    f"{self._where()}: tensors {origin[new]!r} and {name!r} would both be called "
+                    f"{place_of(self)}: tensors {origin[new]!r} and {name!r} would both be called "
                     f"{new!r}; the renaming must keep them apart"
                 )
             names[new], origin[new] = place, name
@@ -218,8 +218,13 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
             names=names,
         )
 
-    def _where(self) -> str:
-        return self.paths[0] if self.files else "the checkpoint"
+
+def place_of(checkpoint: Checkpoint) -> str:
+    """For messages."""
+    paths = checkpoint.paths
+    if len(paths) == 1:
+        return paths[0]
+    return f"the {len(paths)} files from {paths[0]} on" if paths else "the checkpoint"
 
 
 def open_checkpoint(

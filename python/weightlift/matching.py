@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from weightlift.checkpoint import Checkpoint
+from weightlift.checkpoint import Checkpoint, place_of
 from weightlift.errors import CheckpointError
 from weightlift.slots import Slot
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_keys", "listed", "match", "place_of"]
+__all__ = ["check_keys", "listed", "match"]
 
 # How many names an error lists before it only counts.
 _LISTED = 20
@@ -112,10 +112,3 @@ def listed(title: str, names: Sequence[str]) -> list[str]:
     if len(names) > _LISTED:
         shown.append(f"    and {len(names) - _LISTED} more")
     return [f"  {len(names)} {title}:", *shown]
-
-
-def place_of(checkpoint: Checkpoint) -> str:
-    """For messages."""
-    if len(checkpoint.paths) == 1:
-        return checkpoint.paths[0]
-    return f"the checkpoint in {len(checkpoint.paths)} files"

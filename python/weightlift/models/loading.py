@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from weightlift import dtypes, garbage
-from weightlift.checkpoint import Checkpoint, open_checkpoint
+from weightlift.checkpoint import Checkpoint, open_checkpoint, place_of
 from weightlift.errors import ArgumentError, CheckpointError
 from weightlift.hub import HubArguments, download, list_files
 from weightlift.integrity import identity_of
-from weightlift.matching import listed, place_of
+from weightlift.matching import listed
 from weightlift.models.building import Builder
 from weightlift.modules import Early, fill
 from weightlift.placement import parse_device, single_entry

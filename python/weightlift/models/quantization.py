@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 
 from weightlift import dtypes, placement
-from weightlift.checkpoint import Checkpoint
+from weightlift.checkpoint import Checkpoint, place_of
 from weightlift.errors import ArgumentError, CheckpointError
-from weightlift.matching import listed, place_of
+from weightlift.matching import listed
 from weightlift.materialize import Loading
 from weightlift.modules import fill
 from weightlift.report import LoadReport, set_last_report

@@ -25,8 +25,8 @@ from weightlift.allocation import empty_on_host, naming
 from weightlift.backends.transformers.known import core_module
 from weightlift.backends.transformers.shards import Cut, cutter
 from weightlift.backends.transformers.weights import Batch, Retreat, Weights
+from weightlift.checkpoint import place_of
 from weightlift.errors import OutOfMemoryError, WeightliftError
-from weightlift.matching import place_of
 from weightlift.placement import parse_device
 
 if TYPE_CHECKING:
