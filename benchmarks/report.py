@@ -94,10 +94,9 @@ def section(device: str, runs: list[dict[str, Any]]) -> str:
         f"{machine['kernel']}, torch {machine['torch']}); `make bench` runs it, `make report` "
         f"writes this. {versions(comparisons)}. Contenders interleaved in random order, each "
         "measurement in a fresh process whose memory and libraries the machine was made to back, "
-        "all pages touched, "
-        "medians; ratios are medians of the rounds' ratios. *Memory* is the peak of the process's "
-        "own. *Ceiling* is the share of what the machine gives, measured in the same run. *Run*: "
-        "the last that had the workload; they are listed below.",
+        "all pages touched, medians; ratios are medians of the rounds' ratios. *Memory* is the "
+        "peak of the process's own. *Ceiling* is the share of what the machine gives, measured in "
+        "the same run. *Run*: the last that had the workload; they are listed below.",
         "",
         "| workload | | time | memory | ceiling | target | measured | run |",
         "|---|---|--:|--:|--:|---|--:|--:|",
@@ -116,8 +115,8 @@ def section(device: str, runs: list[dict[str, Any]]) -> str:
         lines += ["", f"Not run there: {', '.join(sorted(missing, key=order.__getitem__))}."]
     if refused := list(not_measured(comparisons)):
         lines += ["", "Not measured there:", "", *(f"- {line}" for line in refused)]
-    stem = re.sub(r"-\d+$", "", runs[0]["stem"])
-    for picture in draw_all(stem, comparisons):
+    name = re.sub(r"^\d+-\d+-\d+-|-\d+$", "", runs[0]["stem"])  # without the date and number
+    for picture in draw_all(name, comparisons):
         lines += ["", f"![times to load]({picture.relative_to(ROOT)})"]
     return "\n".join(lines)
 
@@ -195,7 +194,7 @@ def our_contender(comparison: dict[str, Any]) -> str | None:
     return next((name for name in comparison["contenders"] if name in OURS), None)
 
 
-def draw_all(stem: str, comparisons: list[dict[str, Any]]) -> Iterator[Path]:
+def draw_all(name: str, comparisons: list[dict[str, Any]]) -> Iterator[Path]:
     """A picture of the loads of files and one of those of models."""
     groups: dict[str, list[Panel]] = {}
     for comparison in comparisons:
@@ -203,7 +202,7 @@ def draw_all(stem: str, comparisons: list[dict[str, Any]]) -> Iterator[Path]:
             group = "files" if comparison["folder"] is None else "models"
             groups.setdefault(group, []).append(panel(comparison))
     for group, panels in groups.items():
-        target = RESULTS / f"{stem}-{group}.png"
+        target = RESULTS / f"{name}-{group}.png"
         draw(panels, target, f"Time to load, medians: {group}")
         yield target
 
