@@ -304,8 +304,8 @@ class Sweep:
         gc.collect()
         if support.open_files() != files:
             self.wrong.append(f"{what}: {support.open_files() - files} files stay open")
-        if support.tasks() != tasks:
-            self.wrong.append(f"{what}: {support.tasks() - tasks} threads stay")
+        if (left := support.tasks(tasks)) != tasks:
+            self.wrong.append(f"{what}: {left - tasks} threads stay")
         if mappings(self.path) != held:
             self.wrong.append(f"{what}: the file stays mapped")
         if load(self.path) != expected:

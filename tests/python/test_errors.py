@@ -366,7 +366,7 @@ def test_descriptors_and_threads_do_not_pile_up(tmp_path: Path) -> None:
         turn(number)
     gc.collect()
     assert open_files() == files
-    assert tasks() <= threads
+    assert tasks(threads) <= threads
     assert threading.active_count() <= alive
 
 
