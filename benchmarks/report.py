@@ -93,9 +93,9 @@ def section(device: str, runs: list[dict[str, Any]]) -> str:
         f"On {where} ({machine['cpus']} CPUs, {format_bytes(machine['memory_bytes'])}, Linux "
         f"{machine['kernel']}, torch {machine['torch']}); `make bench` runs it, `make report` "
         f"writes this. {versions(comparisons)}. Contenders interleaved in random order, each "
-        "measurement in a fresh process whose memory and libraries the machine was made to back, "
-        "all pages touched, medians; ratios are medians of the rounds' ratios. *Memory* is the "
-        "peak of the process's own. *Ceiling* is the share of what the machine gives, measured in "
+        "measurement in a fresh process with its memory backed beforehand, all pages touched, "
+        "medians; ratios are medians of the rounds' ratios. *Memory* is the peak of the process's "
+        "own. *Ceiling* is the share of what the machine gives, measured in "
         "the same run. *Run*: the last that had the workload; they are listed below.",
         "",
         "| workload | | time | memory | ceiling | target | measured | run |",

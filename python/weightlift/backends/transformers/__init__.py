@@ -69,12 +69,14 @@ def _load(
     ours = known.is_ours(config)
     disable_mmap = getattr(config, "disable_mmap", None)
     try:
-        checkpoint = None if reason else open_checkpoint(files)
-        if checkpoint is None or "not_tensors" in checkpoint.metadata:
-            reason = reason or "it holds more than tensors"
-            _log.info("weightlift: transformers loads %s the stock way: %s", files[0], reason)
-            return stock()
-        weights = ahead.begun(files) or weights_of(checkpoint, files, disable_mmap)
+        weights = None if reason else ahead.begun(files)
+        if weights is None:
+            checkpoint = None if reason else open_checkpoint(files)
+            if checkpoint is None or "not_tensors" in checkpoint.metadata:
+                reason = reason or "it holds more than tensors"
+                _log.info("weightlift: transformers loads %s the stock way: %s", files[0], reason)
+                return stock()
+            weights = weights_of(checkpoint, files, disable_mmap)
         if not ours:
             weights.start(_guess(weights, model, config))
     except OutOfMemoryError:

@@ -127,7 +127,7 @@ def _device(device_map: Any) -> torch.device | None:
 def _start(model: Any, call: _Call, device: torch.device) -> Weights | None:
     assert call.files is not None
     checkpoint = open_checkpoint(call.files)
-    if not checkpoint.is_plain:
+    if not checkpoint.is_plain or "not_tensors" in checkpoint.metadata:
         return None
     weights = weights_of(checkpoint, call.files, call.options.get("disable_mmap"))
     batch = Batch(weights)
