@@ -113,14 +113,37 @@ def test_kernels_that_cannot_populate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert faults >= count // mmap.PAGESIZE
     monkeypatch.setattr(measure_child, "_MADV_POPULATE_WRITE", NO_SUCH_ADVICE)
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", mmap.MADV_NOHUGEPAGE)
-    faults = small_page_faults(lambda: measure_child.back_memory(count))
+    faults = small_page_faults(measure_child.backed_memory(count).__enter__)
     assert faults >= count // mmap.PAGESIZE
 
 
+def child_memory() -> int:
+    """The anonymous memory of this process's children, in bytes."""
+    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
+    return sum(measure_child.anonymous_bytes(int(pid)) for pid in found.split())
+
+
+def test_memory_is_held_until_a_load_begins() -> None:
+    count, before = 256 << 20, child_memory()
+    with conditions.BackedMemory(count) as memory:
+        assert child_memory() == before
+        assert memory.hold() == count
+        assert before + count <= child_memory() < before + 2 * count
+        assert memory.hold() == count  # the same
+        assert child_memory() < before + 2 * count
+        memory.let_go()
+        assert child_memory() == before
+        memory.let_go()
+        assert memory.hold() == count
+    assert child_memory() == before
+
+
 def test_memory_that_cannot_be_backed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert conditions.back_memory(1 << 20) == 1 << 20
+    with conditions.BackedMemory(0) as memory:
+        assert memory.hold() == 0
     monkeypatch.setattr(conditions, "RUN_CHILD", ["-c", "raise SystemExit(1)"])
-    assert conditions.back_memory(1 << 20) == 0
+    with conditions.BackedMemory(1 << 20) as memory:
+        assert memory.hold() == 0
 
 
 def test_a_process_that_has_ended_has_no_memory() -> None:

@@ -296,7 +296,7 @@ def describe_run(found: Comparison) -> str:
     return (
         f"{'cold' if found.cold else warm}: before each load the page cache held {cache}; "
         f"rounds in random order: {rounds}, a new process each; {format_bytes(backed)} of memory "
-        f"on huge pages touched and freed before each"
+        f"on huge pages touched beforehand and held until it begins"
     )
 
 

@@ -19,7 +19,7 @@ from weightlift.cli import measure_child
 
 __all__ = [
     "RUN_CHILD",
-    "back_memory",
+    "BackedMemory",
     "cpu_model",
     "huge_pages",
     "machine",
@@ -39,16 +39,41 @@ RUN_CHILD = ["-c", _RUN, measure_child.__file__]
 _SYS_CACHESTAT = 451  # on all architectures
 
 
-def back_memory(count: int) -> int:
-    """Backs ``count`` bytes, or what the machine can spare; returns how many."""
-    headroom: int = _native.machine()["memory_headroom"]
-    count = min(count, headroom * 3 // 4)
-    if (
-        count <= 0
-        or subprocess.run([sys.executable, *RUN_CHILD, str(count)], check=False).returncode != 0
-    ):
-        return 0
-    return count
+class BackedMemory:
+    """``measure_child.backed_memory`` in another process: memory for a load, until it begins."""
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+        self._holder: subprocess.Popen[bytes] | None = None
+        self._held = 0
+
+    def __enter__(self) -> BackedMemory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.let_go()
+
+    def hold(self) -> int:
+        """Holds what is wanted, or what the machine can spare, unless it does: how many bytes."""
+        if self._holder is None:
+            headroom: int = _native.machine()["memory_headroom"]
+            count = min(self._wanted, headroom * 3 // 4)
+            if count <= 0:
+                return 0
+            command = [sys.executable, *RUN_CHILD, str(count)]
+            pipe = subprocess.PIPE
+            self._holder = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
+            )
+            assert self._holder.stdout is not None
+            self._held = count if self._holder.stdout.readline() else 0
+        return self._held
+
+    def let_go(self) -> None:
+        """Returns when the memory is free."""
+        if self._holder is not None:
+            with self._holder:  # closes its input, and waits
+                self._holder = None
 
 
 def settle(files: Iterable[str | os.PathLike[str]]) -> None:

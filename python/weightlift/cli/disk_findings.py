@@ -168,11 +168,11 @@ def _load_rate(name: str, io_path: str, cold: bool) -> float:
     """Bytes a second of ``load_file`` into own memory."""
     import weightlift
     from weightlift.cli.conditions import prepare_files
-    from weightlift.cli.measure_child import back_memory
+    from weightlift.cli.measure_child import backed_memory
 
     # What the host of a virtual machine charges for a first touch is not what is measured here.
-    back_memory(Path(name).stat().st_size + 64 * _MB)
-    prepare_files([name], cold)
+    with backed_memory(Path(name).stat().st_size + 64 * _MB):
+        prepare_files([name], cold)
     with weightlift.Settings(io_path=io_path):
         start = time.perf_counter()
         tensors = weightlift.load_file(name, mode="read")

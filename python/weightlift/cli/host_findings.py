@@ -104,10 +104,11 @@ def _cgroup_limit() -> int | None:
 def look_at_memory() -> list[Finding]:
     """Huge pages, with what they save here, and the rate of copies."""
     from weightlift.cli.conditions import huge_pages
-    from weightlift.cli.measure_child import back_memory
+    from weightlift.cli.measure_child import backed_memory
 
     # As in _load_rate.
-    back_memory(2 * _COPY_BYTES + 2 * _FAULT_BYTES)
+    with backed_memory(2 * _COPY_BYTES + 2 * _FAULT_BYTES):
+        pass
     state = huge_pages()
     small = statistics.median(_fault_rate(mmap.MADV_NOHUGEPAGE) for _ in range(3))
     if state in ("always", "madvise"):

@@ -3,10 +3,11 @@
 Every measurement is a fresh process that has imported torch and the library before the clock
 starts. Contenders take turns in random order, so that what else the machine does falls on all of
 them, and are compared round by round: a ratio is the median of the rounds' ratios. Before each
-measurement the memory that it will need is backed by the machine (``measure_child.back_memory``),
-the libraries that the process has mapped are read, and the files are read into the page cache or
-dropped from it; how much of them is in it is asked of the kernel and reported. What each of them
-loads has to have the same bits.
+measurement the memory that it will need is backed by the machine and held
+(``measure_child.backed_memory``), the libraries that the process has mapped are read, the files
+are read into the page cache or dropped from it, and the memory is let go; how much of the files is
+in the page cache is asked of the kernel and reported. What each of them loads has to have the same
+bits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import IO, Any
 from weightlift import _native
 from weightlift.cli.conditions import (
     RUN_CHILD,
-    back_memory,
+    BackedMemory,
     prepare_files,
     read_program,
     resident_bytes,
@@ -278,11 +279,13 @@ def compare(
     if not cold:
         begin("reading the files into the page cache")
         settle({file for contender in samples for file in CONTENDERS[contender].reads(job)})
+    memory = BackedMemory(target_bytes(job, cold) + _SLACK_BYTES if job.what == "load" else 0)
     for turn in range(repeat):
         order = [contender for contender in samples if contender not in refused]
         shuffle(order)
         for start in range(0, len(order), together):
-            with contextlib.ExitStack() as stack:
+            with memory, contextlib.ExitStack() as stack:
+                memory.hold()
                 running = [
                     stack.enter_context(children[contender].with_checksum(turn == 0))
                     for contender in order[start : start + together]
@@ -293,7 +296,7 @@ def compare(
                 for child in running:
                     contender = child.job.contender
                     begin(f"measuring {contender}, round {turn + 1} of {repeat}")
-                    sample = _measure(child, cold)
+                    sample = _measure(child, cold, memory)
                     versions[contender] = child.version
                     if isinstance(sample, Sample):
                         samples[contender].append(sample)
@@ -347,21 +350,22 @@ def _wrong(samples: dict[str, list[Sample]]) -> dict[str, str]:
     return wrong
 
 
-def _measure(child: _Child, cold: bool) -> Sample | str:
+def _measure(child: _Child, cold: bool, memory: BackedMemory) -> Sample | str:
     """A measurement, or why there is none."""
     try:
-        return _measured(child, cold)
+        return _measured(child, cold, memory)
     except _FailedError as failure:
         return str(failure)
 
 
-def _measured(child: _Child, cold: bool) -> Sample:
+def _measured(child: _Child, cold: bool, memory: BackedMemory) -> Sample:
     job = child.job
     child.check_ready()
-    backed = back_memory(target_bytes(job, cold) + _SLACK_BYTES) if job.what == "load" else 0
-    read_program(child.pid)
     files = CONTENDERS[job.contender].reads(job)
+    backed = memory.hold()
+    read_program(child.pid)
     resident = prepare_files(files, cold)
+    memory.let_go()
     figures, peak = child.go()
     before, after = figures.pop("anon_before"), figures.pop("anon_after")
     return Sample(

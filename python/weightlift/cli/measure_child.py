@@ -21,7 +21,7 @@ import mmap
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from weightlift.cli import contenders
     from weightlift.cli.contenders import Job
 
-__all__ = ["anonymous_bytes", "back_memory", "checksum", "page_runs", "touch"]
+__all__ = ["anonymous_bytes", "backed_memory", "checksum", "page_runs", "touch"]
 
 _PAGE = mmap.PAGESIZE
 _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module does not name it
@@ -266,11 +266,14 @@ def _placed(value: Any, model: Any) -> Any:
     return value.to(model.device, model.dtype if value.is_floating_point() else None)
 
 
-def back_memory(count: int) -> None:
-    """Touches ``count`` bytes of anonymous memory on huge pages and lets them go again.
+@contextlib.contextmanager
+def backed_memory(count: int) -> Iterator[None]:
+    """Holds ``count`` bytes of anonymous memory, touched, on huge pages.
 
-    A virtual machine's host hands memory out at its first touch, at seconds a GB. The measured
-    process must not pay for that, whichever library is measured first.
+    A virtual machine's host hands memory out at its first touch, at seconds a GB, and takes back
+    within a second or two what its guest has free (Linux, Documentation/mm/
+    free_page_reporting.rst). The measured process must not pay for that, whichever library is
+    measured first: so it is let go right before the clock starts.
     """
     memory = mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
@@ -280,13 +283,19 @@ def back_memory(count: int) -> None:
     except OSError:  # before Linux 5.14
         for start in range(0, count, _PAGE):
             memory[start] = 1
-    memory.close()
+    try:
+        yield
+    finally:
+        memory.close()
 
 
 def main() -> None:
-    """``measure_child.py`` measures; ``measure_child.py BYTES`` backs memory."""
+    """``measure_child.py`` measures; with a number of bytes it backs them until its input ends."""
     if len(sys.argv) > 1:
-        back_memory(int(sys.argv[1]))
+        with backed_memory(int(sys.argv[1])):
+            sys.stdout.write("held\n")
+            sys.stdout.flush()
+            sys.stdin.read()
         return
     # By its path: this is run where weightlift may not be, and is not to be imported.
     spec = importlib.util.spec_from_file_location(

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import weightlift as wl
 from weightlift import dtypes
-from weightlift.cli.conditions import back_memory, prepare_files, settle
+from weightlift.cli.conditions import BackedMemory, prepare_files, settle
 
 __all__ = ["CONTENDERS", "Job", "Load"]
 
@@ -286,8 +286,9 @@ def _measure(load: Callable[[_Checkpoint], torch.nn.Module], checkpoint: _Checkp
     ctypes.CDLL(None).malloc_trim(0)  # or what is freed already counts as held before
     dist.barrier()
     if dist.get_rank() == 0:
-        back_memory(checkpoint.file_bytes * dist.get_world_size())
-        prepare_files(checkpoint.files, cold=False)
+        with BackedMemory(checkpoint.file_bytes * dist.get_world_size()) as memory:
+            memory.hold()
+            prepare_files(checkpoint.files, cold=False)
     dist.barrier()
     before = _read_so_far()
     counted, report = wl.stats(), wl.last_report()
