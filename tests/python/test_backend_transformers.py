@@ -23,9 +23,9 @@ import torch
 
 import weightlift as wl
 from backend_support import engine_moves, stock_way, tensor_bytes
-from support import assert_same, run_python, sparse_file
+from support import assert_same, open_files, run_python, sparse_file
 from weightlift import backends
-from weightlift.backends.transformers import known, walk
+from weightlift.backends.transformers import ahead, known, walk
 from weightlift.backends.transformers import weights as weights_of
 from weightlift.backends.transformers.shards import Cut
 from weightlift.errors import OutOfMemoryError, ReadError
@@ -858,7 +858,7 @@ def test_what_was_begun_ends_with_the_call(
     monkeypatch.setattr(
         weights_of.Weights, "begin", lambda self, batch: (begun.append(batch), begin(self, batch))
     )
-    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    files = open_files()
     with monkeypatch.context() as patch, wl.enabled(CALLER):
         patch.setattr(modeling_utils, "LoadStateDictConfig", None)
         with pytest.raises(TypeError, match="NoneType"):
@@ -867,7 +867,7 @@ def test_what_was_begun_ends_with_the_call(
     begun.clear()
     gc.collect()
     assert str(folder) not in Path("/proc/self/maps").read_text()
-    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+    assert open_files() <= files
     both(CAUSAL, folder, dtype=dtype)
 
 
@@ -889,6 +889,33 @@ def test_nothing_begins_that_the_library_may_take_elsewhere(
     with wl.enabled(CALLER):
         load(CAUSAL, made("llama"), **options)
     assert not begun
+
+
+@walked
+@pytest.mark.parametrize(
+    ("option", "begins"),
+    [
+        ("attn_implementation", True),
+        ("device_mesh", False),
+        ("distributed_config", False),
+        ("gguf_file", False),
+        ("quantization_config", False),
+        ("tp_plan", False),
+        ("tp_size", False),
+    ],
+)
+def test_nothing_begins_for_models_that_are_cut_or_quantized(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, option: str, begins: bool
+) -> None:
+    folder = made("llama")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    begun = []
+    monkeypatch.setattr(weights_of.Weights, "begin", lambda self, batch: begun.append(batch))
+    with wl.enabled(CALLER), ahead.watching({option: "anything"}):
+        ahead.found(list(map(str, folder.glob("*.safetensors"))))
+        ahead.begin(model, None, None)
+    assert bool(begun) == begins
 
 
 # --- A walk that is not known
