@@ -116,9 +116,13 @@ Result<CUfunction> Device::scatter_kernel() {
   return *kernel_;
 }
 
+bool uses_driver() noexcept {
+  return registry().process.load() == ::getpid();
+}
+
 // Without a Device of each, which would need memory: this is called by destructors.
 void wait_for_devices() noexcept {
-  if (registry().process.load() != ::getpid()) return;  // this process has not used the driver
+  if (!uses_driver()) return;
   const Driver& table = **driver();
   int count = 0;
   if (table.cuDeviceGetCount(&count) != CUDA_SUCCESS) return;

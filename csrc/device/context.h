@@ -103,6 +103,9 @@ class Event {
   CUevent event_;
 };
 
+// Whether this process has used the driver, and not one that it was forked from.
+[[nodiscard]] bool uses_driver() noexcept;
+
 // Waits for every device in use, by whomever: others may be copying from memory that is about to be
 // unpinned, and torch records no event for memory that is not its own. Tolerates a driver that is
 // shut down.

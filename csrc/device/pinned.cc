@@ -38,6 +38,10 @@ Result<PinnedMemory> PinnedMemory::allocate(Device& device, std::size_t bytes) {
 
 PinnedMemory::~PinnedMemory() {
   if (device_ == nullptr) return;
+  if (!uses_driver()) {  // a child: neither the driver nor the pages are its own
+    memory_.forget();
+    return;
+  }
   const CurrentContext current(*device_);
   // A driver that is shut down answers with an error, and has let go of the pages already.
   if (!current.ok()) return;

@@ -34,6 +34,9 @@ class AnonymousMemory {
   // after fork() would move pages away under a device that reads them.
   void keep_from_children() noexcept;
 
+  // In a child, of pages that were kept from it: nothing of this process lies there.
+  void forget() noexcept { data_ = nullptr; }
+
  private:
   AnonymousMemory(std::byte* data, std::size_t bytes) noexcept : data_(data), bytes_(bytes) {}
 

@@ -1,5 +1,6 @@
 // The device room against the simulated driver: what it finds, refuses, pins, keeps and lets go.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -376,6 +377,37 @@ TEST(Pinned, OutlivesADriverThatIsGone) {
     device::wait_for_devices();
   }
   EXPECT_EQ(sim().sim_violations(), 0U) << sim().violations();
+}
+
+TEST(Pinned, DyingInAChildLeavesWhatTheChildHasThere) {
+  Machine machine(1);
+  Device* const device = first_device();
+  auto memory = PinnedMemory::allocate(*device, kSlot);
+  ASSERT_TRUE(memory.ok());
+  std::byte* const place = memory->data();
+  const pid_t child = ::fork();
+  if (child == 0) {
+    // The pages were kept from the child, so whatever it maps next may come to lie there.
+    void* const own = ::mmap(place, kSlot, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+    if (own != place) ::_exit(1);
+    std::memset(place, 5, kSlot);
+    const std::uint64_t calls = sim().sim_calls("cuCtxPushCurrent");
+    {
+      const PinnedMemory gone = *std::move(memory);
+    }
+    if (sim().sim_calls("cuCtxPushCurrent") != calls) ::_exit(2);
+    // Where it is unmapped now, this is a SIGSEGV.
+    ::_exit(static_cast<volatile std::byte*>(place)[kSlot - 1] == std::byte{5} ? 0 : 3);
+  }
+  int status = -1;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  {
+    const PinnedMemory gone = *std::move(memory);
+  }
+  EXPECT_EQ(sim().ledger().pinned_bytes, 0U);
+  expect_clean(machine);
 }
 
 // What torch does with a tensor in pinned memory: a copy, and no record of it.
