@@ -22,17 +22,20 @@ Result<std::unique_ptr<DeviceLane>> DeviceLane::open(const LoadPlan& plan, const
                                                      const DeviceNeeds& needs,
                                                      const Settings& settings) {
   WL_ASSIGN_OR_RETURN(device::Device * device, device::Device::get(lane.device));
-  WL_ASSIGN_OR_RETURN(device::Stream stream, device::Stream::create(*device));
+  WL_ASSIGN_OR_RETURN(device::Stream even, device::Stream::create(*device));
+  WL_ASSIGN_OR_RETURN(device::Stream odd, device::Stream::create(*device));
   WL_ASSIGN_OR_RETURN(device::Event allocated, device::Event::create(*device));
   auto* const allocating = reinterpret_cast<CUstream>(static_cast<std::uintptr_t>(needs.stream));
   WL_RETURN_IF_ERROR(allocated.record(allocating));
   const device::CurrentContext current(*device);
   WL_RETURN_IF_ERROR(current.status());
-  WL_RETURN_IF_ERROR(device::check(
-      device->driver(), device->driver().cuStreamWaitEvent(stream.get(), allocated.get(), 0),
-      "cuStreamWaitEvent"));
-  return std::unique_ptr<DeviceLane>(
-      new DeviceLane(plan, lane, needs, settings, *device, std::move(stream)));
+  for (const CUstream stream : {even.get(), odd.get()}) {
+    WL_RETURN_IF_ERROR(device::check(device->driver(),
+                                     device->driver().cuStreamWaitEvent(stream, allocated.get(), 0),
+                                     "cuStreamWaitEvent"));
+  }
+  return std::unique_ptr<DeviceLane>(new DeviceLane(plan, lane, needs, settings, *device,
+                                                    Streams{std::move(even), std::move(odd)}));
 }
 
 DeviceLane::~DeviceLane() {
@@ -59,7 +62,7 @@ Status DeviceLane::submit(std::uint32_t slot, const Chunk& chunk) {
   WL_RETURN_IF_ERROR(current.status());
   const std::vector<Run> runs = lane_.runs(plan_, chunk);
   WL_RETURN_IF_ERROR(chunk.scatter ? scatter(slot, chunk, runs) : copy_runs(slot, runs));
-  return slots_[slot]->copied.record(stream_.get());
+  return slots_[slot]->copied.record(stream(slot));
 }
 
 Status DeviceLane::wait(std::uint32_t slot) const {
@@ -68,8 +71,10 @@ Status DeviceLane::wait(std::uint32_t slot) const {
 
 void DeviceLane::settle() noexcept {
   const device::CurrentContext current(device_);
-  if (!current.ok() || device_.driver().cuStreamSynchronize(stream_.get()) != CUDA_SUCCESS) {
-    lost_ = true;
+  for (const device::Stream& stream : streams_) {
+    if (!current.ok() || device_.driver().cuStreamSynchronize(stream.get()) != CUDA_SUCCESS) {
+      lost_ = true;
+    }
   }
 }
 
@@ -108,13 +113,13 @@ Status DeviceLane::scatter(std::uint32_t slot, const Chunk& chunk, const std::ve
   CUdeviceptr scratch = needs_.scratch + std::uint64_t{slot} * settings_.chunk_bytes;
   const device::Driver& driver = device_.driver();
   WL_RETURN_IF_ERROR(check(driver.cuMemcpyHtoDAsync(scratch, slots_[slot]->memory.data(),
-                                                    tiles_offset + table_bytes, stream_.get()),
+                                                    tiles_offset + table_bytes, stream(slot)),
                            "cuMemcpyHtoDAsync"));
   auto tile_count = static_cast<std::uint32_t>(tiles.size());
   convert::Fp8Rules rules = settings_.fp8;
   void* arguments[] = {&scratch, &tiles_offset, &tile_count, &rules};
   return check(driver.cuLaunchKernel(kernel, tile_count, 1, 1, convert::kScatterThreads, 1, 1, 0,
-                                     stream_.get(), arguments, nullptr),
+                                     stream(slot), arguments, nullptr),
                "cuLaunchKernel");
 }
 
@@ -134,13 +139,13 @@ Status DeviceLane::copy_runs(std::uint32_t slot, const std::vector<Run>& runs) {
     attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
     std::size_t first = 0;
     return check(driver.cuMemcpyBatchAsync(targets.data(), sources.data(), sizes.data(),
-                                           runs.size(), &attributes, &first, 1, stream_.get()),
+                                           runs.size(), &attributes, &first, 1, stream(slot)),
                  "cuMemcpyBatchAsync");
   }
   for (const Run& run : runs) {
-    WL_RETURN_IF_ERROR(check(
-        driver.cuMemcpyHtoDAsync(run.target, base + run.slot_offset, run.count, stream_.get()),
-        "cuMemcpyHtoDAsync"));
+    WL_RETURN_IF_ERROR(
+        check(driver.cuMemcpyHtoDAsync(run.target, base + run.slot_offset, run.count, stream(slot)),
+              "cuMemcpyHtoDAsync"));
   }
   return {};
 }

@@ -1,9 +1,10 @@
-// One device's link during one load: its copy stream, its staging slots, and what a filled slot
-// becomes on the stream.
+// One device's link during one load: its copy streams, its staging slots, and what a filled slot
+// becomes on a stream.
 #pragma once
 
 #include <cuda.h>
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -22,7 +23,7 @@ namespace weightlift::engine {
 
 class DeviceLane {
  public:
-  // Makes the copy stream, ordered after what the allocating stream has been given so far: the
+  // Makes the copy streams, ordered after what the allocating stream has been given so far: the
   // allocator may have handed out memory that a kernel there still uses.
   [[nodiscard]] static Result<std::unique_ptr<DeviceLane>> open(const LoadPlan& plan,
                                                                 const Lane& lane,
@@ -43,7 +44,7 @@ class DeviceLane {
   [[nodiscard]] Status submit(std::uint32_t slot, const Chunk& chunk);
   // Until the copies of a submitted slot have ended.
   [[nodiscard]] Status wait(std::uint32_t slot) const;
-  // After a failed call: waits for everything on the stream, so that the slots can be used again.
+  // After a failed call: waits for everything on the streams, so that the slots can be used again.
   // Where even that fails, the slots are never used again: the device may still read them.
   void settle() noexcept;
 
@@ -53,16 +54,22 @@ class DeviceLane {
     device::Event copied;
   };
 
+  // Two, by turns: the copy of a slot need not wait for the kernel of the one before it.
+  using Streams = std::array<device::Stream, 2>;
+
   DeviceLane(const LoadPlan& plan, const Lane& lane, const DeviceNeeds& needs,
-             const Settings& settings, device::Device& device, device::Stream stream)
+             const Settings& settings, device::Device& device, Streams streams)
       : plan_(plan),
         lane_(lane),
         needs_(needs),
         settings_(settings),
         device_(device),
-        stream_(std::move(stream)),
+        streams_(std::move(streams)),
         slots_(lane.slots) {}
 
+  [[nodiscard]] CUstream stream(std::uint32_t slot) const noexcept {
+    return streams_[slot % streams_.size()].get();
+  }
   [[nodiscard]] Status scatter(std::uint32_t slot, const Chunk& chunk,
                                const std::vector<Run>& runs);
   [[nodiscard]] Status copy_runs(std::uint32_t slot, const std::vector<Run>& runs);
@@ -75,7 +82,7 @@ class DeviceLane {
   const DeviceNeeds& needs_;
   const Settings& settings_;
   device::Device& device_;
-  device::Stream stream_;
+  Streams streams_;
   std::vector<std::optional<Slot>> slots_;  // never resized: threads fill some while one is added
   std::atomic<bool> lost_ = false;          // set by whichever thread a call failed on
 };

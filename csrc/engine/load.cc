@@ -422,8 +422,10 @@ void Load::State::unit_filled(const Task& task, Status status, std::unique_lock<
     return;
   }
   LaneState& state = lanes_[task.lane];
+  bool submits = false;
   if (task.kind == Task::Kind::kAddSlot) {
     state.adding = false;
+    work_.notify_all();  // for the slot, or to ask again
     if (status.ok()) {
       ++state.slot_count;
       state.free_slots.push_back(task.slot);
@@ -449,13 +451,15 @@ void Load::State::unit_filled(const Task& task, Status status, std::unique_lock<
     lock.lock();
     if (submitted.ok()) {
       state.in_flight.push_back(task.slot);
+      submits = true;
     } else {
       fail(std::move(submitted).error());
     }
   }
   --state.active;
-  state.drained.notify_all();
-  work_.notify_all();
+  // Nobody else: a unit that is done makes no work, and at a link's speed there are a hundred
+  // thousand a second.
+  if (submits || state.active == 0) state.drained.notify_all();
 }
 
 // A device lane's own thread: waits for the oldest copies and frees their slots.
