@@ -201,9 +201,12 @@ std::vector<std::pair<int, std::uint64_t>> PlanBuilder::prepare() {
   return wanted;
 }
 
-void PlanBuilder::start(const std::vector<std::pair<int, std::uint64_t>>& scratch) {
+void PlanBuilder::start(const std::vector<std::tuple<int, std::uint64_t, py::object>>& scratch) {
   if (!load_) throw py::value_error("prepare() comes first");
-  for (const auto& [device, address] : scratch) load_->plan().device(device).scratch = address;
+  for (const auto& [device, address, owner] : scratch) {
+    load_->plan().device(device).scratch = address;
+    scratch_.push_back(owner);
+  }
   auto started = [this] {
     const UnlockedGil unlocked;
     return load_->start();
@@ -233,6 +236,7 @@ engine::Report PlanBuilder::finish() {
     const UnlockedGil unlocked;
     return load_->finish();
   }();
+  scratch_.clear();
   return value_or_raise(std::move(report));
 }
 

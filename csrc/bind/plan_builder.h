@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -48,7 +49,8 @@ class PlanBuilder {
 
   // (device, bytes) of the scratch memory that start() wants.
   std::vector<std::pair<int, std::uint64_t>> prepare();
-  void start(const std::vector<std::pair<int, std::uint64_t>>& scratch);
+  // (device, address, owner), for each that prepare() named. The owners live as long as the load.
+  void start(const std::vector<std::tuple<int, std::uint64_t, pybind11::object>>& scratch);
   bool wait(double seconds);
   void cancel();
   std::pair<std::uint64_t, std::uint64_t> progress() const;
@@ -75,6 +77,7 @@ class PlanBuilder {
   engine::LoadPlan plan_;
   std::vector<Output> outputs_;
   std::vector<std::shared_ptr<std::vector<std::uint64_t>>> shapes_;
+  std::vector<pybind11::object> scratch_;  // before the load, which ends first
   std::unique_ptr<engine::Load> load_;
 };
 

@@ -174,7 +174,6 @@ class Loading:
         self._hashes = HashCheck(checkpoint.files) if verify else None
         self._pin_for: int | None = None
         self._plan: _native.Plan | None = None
-        self._scratch: list[Any] = []
         # Of what the plan makes on the host, and of what was allocated: the key of each tensor.
         # A key is (group, name), or (group, part, position) for the base of views.
         self._made: list[_Key] = []
@@ -225,7 +224,7 @@ class Loading:
                 self._add_parts(number, group)
         if self._hashes is not None:
             self._hashes.start()
-        self._scratch = start_plan(self._plan, self._allocator)
+        start_plan(self._plan, self._allocator)
 
     @garbage.paused()
     def result(self) -> dict[str, Any]:
@@ -234,7 +233,6 @@ class Loading:
         assert self._plan is not None
         try:
             native = plans.finish_plan(self._plan, self._progress)
-            self._scratch = []
             if self._hashes is not None:
                 self._hashes.result()
         finally:

@@ -33,17 +33,13 @@ def new_plan(settings: Settings, dtype: str | None = None) -> _native.Plan:
     return plan
 
 
-def start_plan(plan: _native.Plan, allocator: Allocator | None) -> list[Any]:
-    """Schedules a plan and starts it; what it returns must live until the plan has ended."""
+def start_plan(plan: _native.Plan, allocator: Allocator | None) -> None:
+    """Schedules a plan and starts it."""
     scratch = []
-    owners = []
     for device, count in plan.prepare():
         assert allocator is not None
-        address, owner = allocator.empty(device, (count,), "U8")
-        scratch.append((device, address))
-        owners.append(owner)
+        scratch.append((device, *allocator.empty(device, (count,), "U8")))
     plan.start(scratch)
-    return owners
 
 
 def finish_plan(plan: _native.Plan, progress: bool | Progress = False) -> dict[str, Any]:
@@ -74,10 +70,8 @@ def run_plan(
     plan: _native.Plan, allocator: Allocator | None, progress: bool | Progress = False
 ) -> dict[str, Any]:
     """Runs a plan to its end."""
-    scratch = start_plan(plan, allocator)
-    native = finish_plan(plan, progress)
-    del scratch
-    return native
+    start_plan(plan, allocator)
+    return finish_plan(plan, progress)
 
 
 @contextlib.contextmanager
