@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["Allocator", "TorchAllocator", "empty_on_host", "from_dlpack", "naming"]
 
 # torch's caching allocator cuts what is larger than this out of a block of its own, with a
-# cudaMalloc each (c10/cuda/CUDACachingAllocator.cpp, kSmallSize).
+# cudaMalloc each, in units of the other (c10/cuda/CUDACachingAllocator.cpp, kSmallSize and
+# kMinBlockSize).
 _OWN_BLOCK_BYTES = 1 << 20
+_UNIT_BYTES = 512
 _HUGE_PAGE_BYTES = 2 << 20
 
 
@@ -49,17 +51,17 @@ class TorchAllocator:
             raise DeviceError(f"cannot load to CUDA: {reason}; `weightlift doctor` tells more")
         # Before the engine's own first call, or torch would not notice a fork (torch.cuda docs).
         torch.cuda.init()  # type: ignore[no-untyped-call]
+        # Said once: there may be a hundred thousand tensors.
+        self._out_of_memory = torch.OutOfMemoryError
+        self._empty = torch.empty
+        self._device = functools.cache(functools.partial(torch.device, "cuda"))
 
     def empty(self, device: int, shape: Sequence[int], dtype: str) -> tuple[int, Any]:
-        import torch
-
+        if dtype == "F4":
+            shape = (*shape[:-1], shape[-1] // 2)
         try:
-            if dtype == "F4":
-                shape = (*shape[:-1], shape[-1] // 2)
-            tensor = torch.empty(
-                tuple(shape), dtype=dtypes.to_torch(dtype), device=torch.device("cuda", device)
-            )
-        except torch.OutOfMemoryError as error:
+            tensor = self._empty(shape, dtype=dtypes.to_torch(dtype), device=self._device(device))
+        except self._out_of_memory as error:
             raise OutOfMemoryError(
                 f"{error}; load fewer tensors, use a smaller dtype, or more devices (device_map=)"
             ) from error
@@ -75,7 +77,8 @@ class TorchAllocator:
         out of it: a cudaMalloc a tensor made loads several times slower (transformers #36380)."""
         import torch
 
-        large = sum(size for size in sizes if size > _OWN_BLOCK_BYTES)
+        large = sum(-(-size // _UNIT_BYTES) for size in sizes if size > _OWN_BLOCK_BYTES)
+        large *= _UNIT_BYTES
         config = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
         # These never cut a tensor out of a large block.
         whole = ("expandable_segments:True", "max_split_size_mb", "cudaMallocAsync")
