@@ -131,11 +131,15 @@ def make_jobs(
 
 
 def measure_ceilings(jobs: dict[str, Job], console: Console) -> Ceilings:
-    files = {Path(file) for job in jobs.values() for file in job.files}
-    if not files:
+    sizes = {Path(file): Path(file).stat().st_size for job in jobs.values() for file in job.files}
+    if not sizes:
         return {}
+    # The smallest that is large enough: it is read whole.
+    enough = [file for file, size in sizes.items() if size >= ceilings.MOST]
     with console.status("measuring what the machine gives"):
-        return ceilings.measure(max(files, key=lambda file: file.stat().st_size))
+        return ceilings.measure(
+            min(enough or [max(sizes, key=sizes.__getitem__)], key=sizes.__getitem__)
+        )
 
 
 def run(

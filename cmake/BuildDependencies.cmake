@@ -8,10 +8,11 @@ function(weightlift_python_path expression result)
 endfunction()
 
 # nlohmann/json.hpp
+# Not imported: that needs its dependencies, which a wheel carried to a machine may lack.
 weightlift_python_path(
-  "import nlohmann_json, pathlib; print(pathlib.Path(nlohmann_json.__file__).parent / 'include')"
+  "import importlib.util as u; print(u.find_spec('nlohmann_json').submodule_search_locations[0])"
   json_hint)
-find_path(WEIGHTLIFT_JSON_INCLUDE nlohmann/json.hpp HINTS ${json_hint})
+find_path(WEIGHTLIFT_JSON_INCLUDE nlohmann/json.hpp HINTS ${json_hint}/include)
 if(NOT WEIGHTLIFT_JSON_INCLUDE)
   message(FATAL_ERROR "nlohmann/json.hpp not found: pip install nlohmann-json")
 endif()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -16,12 +17,35 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("weightlift")
 
+# Which build runs, and whether a GPU has to be there: not settings.
+FOR_TESTS = ("WEIGHTLIFT_SIMULATED_DRIVER", "WEIGHTLIFT_REQUIRE_GPU")
+
 
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the shell or another test has set does not reach a test."""
     for name in list(os.environ):
-        if name.startswith("WEIGHTLIFT_") and name != "WEIGHTLIFT_SIMULATED_DRIVER":
+        if name.startswith("WEIGHTLIFT_") and name not in FOR_TESTS:
             monkeypatch.delenv(name)
     yield
     weightlift.Settings.set_default(None)
+
+
+def required(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Where a GPU has to be there, a test that is skipped has failed."""
+    expected = hasattr(report, "wasxfail")  # pytest counts these as skipped
+    if report.skipped and not expected and os.environ.get("WEIGHTLIFT_REQUIRE_GPU"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and WEIGHTLIFT_REQUIRE_GPU is set: {report.longrepr}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    outcome: Any = yield
+    required(outcome.get_result())
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    outcome: Any = yield
+    required(outcome.get_result())

@@ -48,7 +48,7 @@ class Shift(torch.nn.Module):
         self.register_buffer("own", torch.arange(8.0), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.by + self.own
+        return x + self.by + self.own.to(x.dtype)  # no load casts it
 
 
 class Model(torch.nn.Module):

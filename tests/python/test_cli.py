@@ -396,6 +396,20 @@ def test_other_bits_are_told(tmp_path: Path) -> None:
         other[n] ^= 1
         assert checksum({**tensors, "a": other}) != found
     assert checksum({"a": tensors["a"], "c": tensors["b"]}) != found
+    assert checksum({"a": tensors["a"].flip(0), "b": tensors["b"]}) != found
+    bits = torch.cat([tensors["a"].view(torch.uint8), tensors["b"].view(torch.uint8)])
+    assert checksum({"a": bits[:12], "b": bits[12:]}) != found
+
+
+@pytest.mark.parametrize("words", [8, 1 << 19, (1 << 21) + 3])
+def test_words_that_change_places_are_told(words: int) -> None:
+    whole = torch.arange(words)
+    found = checksum({"a": whole, "b": whole[:1]})
+    for one, other in ((0, 1), (1, words - 1), (words // 2, words // 2 + 1)):
+        swapped = whole.clone()
+        swapped[one], swapped[other] = whole[other], whole[one]
+        assert checksum({"a": swapped, "b": whole[:1]}) != found
+    assert checksum({"a": whole.clone(), "b": whole[:1].clone()}) == found
 
 
 def test_files_are_read_in_and_dropped(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file as reference_load_file
 from safetensors.torch import save_file as reference_save_file
 
 import weightlift as wl
-from weightlift import dtypes
+from support import DTYPES
 
 pytestmark = pytest.mark.gpu
 
@@ -62,13 +62,12 @@ def assert_same_numbers(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large, small, empty, scalar; every dtype that torch holds."""
+    """Large, small, empty, scalar; every dtype of the format that torch holds."""
     path = tmp_path_factory.mktemp("gpu") / "mixed.safetensors"
     tensors = {"large": random_bits(37 * MIB + 24, 1).view(torch.bfloat16)}
     for i in range(3000):
         tensors[f"small.{i}"] = random_bits(2 * (i % 700 + 1), i).view(torch.float16)
-    for name, torch_name in dtypes.TORCH_NAMES.items():
-        kind = getattr(torch, torch_name)
+    for name, kind in DTYPES.items():
         bits = random_bits(4096, len(name))
         tensors[f"dtype.{name}"] = (bits > 127) if kind is torch.bool else bits.view(kind)
     tensors["scalar"] = torch.tensor(3.5)
@@ -271,6 +270,7 @@ def _load_in_child(path: str, results: multiprocessing.Queue[str]) -> None:
         results.put(f"{type(error).__name__}: {error}")
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_gets_an_error(mixed: Path) -> None:
     wl.load_file(mixed, device="cuda")
     context = multiprocessing.get_context("fork")

@@ -63,7 +63,7 @@ def look_at_gpu() -> list[Finding]:
             "missing",
             "no cuMemcpyBatchAsync",
             "many small tensors take a call each where the kernels cannot run",
-            "a driver for CUDA 12.8 or later",
+            "a driver for CUDA 13.0 or later",
         )
     )
     for ordinal, (name, refusal) in enumerate(driver["devices"]):

@@ -273,9 +273,9 @@ def compare(
         children[contender] = child
     samples: dict[str, list[Sample]] = {c: [] for c in contenders if c not in refused}
     shuffle = random.Random(seed).shuffle
-    # Their imports overlap, their measurements never. On CUDA one by one: another process's
-    # context takes memory and time slices.
-    together = 1 if job.on_cuda else max(1, _native.machine()["cpus"])
+    # Their imports overlap, their measurements never: each of the others waits, and on CUDA a
+    # context without work takes some of the device's memory but none of its time.
+    together = max(1, _native.machine()["cpus"] // (4 if job.on_cuda else 1))
     if not cold:
         begin("reading the files into the page cache")
         settle({file for contender in samples for file in CONTENDERS[contender].reads(job)})

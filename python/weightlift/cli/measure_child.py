@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 __all__ = ["anonymous_bytes", "backed_memory", "checksum", "page_runs", "touch"]
 
 _PAGE = mmap.PAGESIZE
+# Of checksums: what is put together, how much of it, and the words that get places of their own.
+_SMALL_BYTES = 4 << 20
+_TOGETHER_BYTES = 64 << 20
+_PLACES = 1 << 20
 _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module does not name it
 
 
@@ -112,12 +116,13 @@ def _measure(adapters: Any, job: Job, say: Callable[[dict[str, Any]], None]) -> 
             # Every library needs a context, and none can make it faster.
             torch.empty(1, device=job.device)
             torch.cuda.synchronize(job.device)
-    free = torch.cuda.mem_get_info(job.device)[0] if job.on_cuda else 0
     before = anonymous_bytes()
     say({"ready": True, "version": contender.version(job)})
     if sys.stdin.readline().strip() != "go":
         return
 
+    # Now: others may have had a context on the device until their end.
+    free = torch.cuda.mem_get_info(job.device)[0] if job.on_cuda else 0
     cpu = time.process_time()
     start = time.perf_counter()
     adapters.phases.start(start)
@@ -136,6 +141,10 @@ def _measure(adapters: Any, job: Job, say: Callable[[dict[str, Any]], None]) -> 
     end = time.perf_counter()
     cpu_end = time.process_time()
 
+    elsewhere = {str(t.device) for t in tensors.values() if t.device.type != "cuda"}
+    if job.on_cuda and elsewhere:
+        say({"refused": f"leaves tensors on {', '.join(sorted(elsewhere))}"})
+        return
     figures = {
         "load_seconds": loaded - start,
         "touch_seconds": end - touching,
@@ -157,18 +166,43 @@ def _measure(adapters: Any, job: Job, say: Callable[[dict[str, Any]], None]) -> 
 
 
 def checksum(tensors: dict[str, Any]) -> int:
-    """Of the names and of all bits, made where the tensors are."""
+    """Of the names and of all bits, made where the tensors are.
+
+    Small tensors are put together before they are summed: on a GPU each sum is a kernel's launch.
+    """
     import torch
 
-    sums: list[Any] = []
+    sums: list[int] = []
+    small: list[Any] = []
+    held = 0
     for _, tensor in sorted(tensors.items()):
         data = tensor.contiguous().reshape(-1).view(torch.uint8)
-        if data.data_ptr() % 8 or data.storage_offset() % 8:
-            data = data.clone()
-        whole = data.numel() // 8 * 8
-        sums += [data[:whole].view(torch.int64).sum(), data[whole:].sum(dtype=torch.int64)]
-    found = torch.stack(sums).tolist() if sums else []
-    return zlib.crc32(json.dumps([sorted(tensors), found]).encode())
+        if data.numel() >= _SMALL_BYTES:
+            sums += _sums(data)
+            continue
+        small.append(data)
+        held += data.numel()
+        if held >= _TOGETHER_BYTES:
+            sums += _sums(torch.cat(small))
+            small, held = [], 0
+    if held:
+        sums += _sums(torch.cat(small))
+    names = [(name, tensors[name].nbytes) for name in sorted(tensors)]
+    return zlib.crc32(json.dumps([names, sums]).encode())
+
+
+def _sums(data: Any) -> list[int]:
+    """Of the words of some bytes, by their places: what changes places changes these."""
+    import torch
+
+    if data.data_ptr() % 8 or data.storage_offset() % 8:
+        data = data.clone()
+    whole = data.numel() // 8 * 8
+    words = data[:whole].view(torch.int64)
+    places = torch.arange(_PLACES, device=data.device) * 2 + 1
+    found = [(part * places[: part.numel()]).sum() for part in words.split(_PLACES)]
+    made: list[int] = torch.stack([*found, data[whole:].sum(dtype=torch.int64)]).tolist()
+    return made
 
 
 def _tensors(result: Any) -> dict[str, Any]:
