@@ -77,14 +77,17 @@ class BackedMemory:
 
 
 def settle(files: Iterable[str | os.PathLike[str]]) -> None:
-    """Drops files from the page cache and reads them in from their beginning to their end.
+    """Drops files from the page cache, reads them in from their beginning to their end, and touches
+    each page through a mapping.
 
     What was just written lies there in other units (folios) than what was read ahead, which maps
-    several times faster; and a virtual machine's host may have taken the pages back.
+    several times faster; a virtual machine's host may have taken the pages back; and where it
+    shadows its guest's page tables, who maps a page first pays ten times what others do.
     """
     for file in files:
         _drop(file)
         _read_in(file)
+        _touch(file)
 
 
 def prepare_files(files: Sequence[str], cold: bool) -> int | None:
@@ -154,6 +157,17 @@ def _read_in(file: str | os.PathLike[str]) -> None:
     with Path(file).open("rb", buffering=0) as opened:
         while opened.readinto(buffer):
             pass
+
+
+def _touch(file: str | os.PathLike[str]) -> None:
+    with (
+        Path(file).open("rb") as opened,
+        contextlib.suppress(OSError, ValueError),  # a file system without mappings; an empty file
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapping,
+        memoryview(mapping) as view,
+        view[:: mmap.PAGESIZE] as pages,
+    ):
+        pages.tobytes()
 
 
 def machine() -> dict[str, Any]:

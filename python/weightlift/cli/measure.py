@@ -1,13 +1,13 @@
 """Measures loads against each other, each in a process of its own.
 
 Every measurement is a fresh process that has imported torch and the library before the clock
-starts. Contenders take turns in random order, so that what else the machine does falls on all of
-them, and are compared round by round: a ratio is the median of the rounds' ratios. Before each
-measurement the memory that it will need is backed by the machine and held
-(``measure_child.backed_memory``), the libraries that the process has mapped are read, the files
-are read into the page cache or dropped from it, and the memory is let go; how much of the files is
-in the page cache is asked of the kernel and reported. What each of them loads has to have the same
-bits.
+starts. In each round the files are read into the page cache anew (``conditions.settle``), and
+contenders take turns in random order, so that what else the machine does falls on all of them; they
+are compared round by round: a ratio is the median of the rounds' ratios. Before each measurement the
+memory that it will need is backed by the machine and held (``measure_child.backed_memory``), the
+libraries that the process has mapped are read, the files are read once more or dropped from the page
+cache, and the memory is let go; how much of the files is in the page cache is asked of the kernel and
+reported. What each of them loads has to have the same bits.
 """
 
 from __future__ import annotations
@@ -276,12 +276,14 @@ def compare(
     # Their imports overlap, their measurements never: each of the others waits, and on CUDA a
     # context without work takes some of the device's memory but none of its time.
     together = max(1, _native.machine()["cpus"] // (4 if job.on_cuda else 1))
-    if not cold:
-        begin("reading the files into the page cache")
-        settle({file for contender in samples for file in CONTENDERS[contender].reads(job)})
     memory = BackedMemory(target_bytes(job, cold) + _SLACK_BYTES if job.what == "load" else 0)
     for turn in range(repeat):
         order = [contender for contender in samples if contender not in refused]
+        if not cold:
+            # Each round anew: where a file's pages come to lie, and how their host backs them,
+            # makes a third of the time that it takes to map them.
+            begin("reading the files into the page cache")
+            settle(sorted({file for name in order for file in CONTENDERS[name].reads(job)}))
         shuffle(order)
         for start in range(0, len(order), together):
             with memory, contextlib.ExitStack() as stack:
