@@ -2,12 +2,13 @@
 
 Every measurement is a fresh process that has imported torch and the library before the clock
 starts. In each round the files are read into the page cache anew (``conditions.settle``), and
-contenders take turns in random order, so that what else the machine does falls on all of them; they
-are compared round by round: a ratio is the median of the rounds' ratios. Before each measurement the
-memory that it will need is backed by the machine and held (``measure_child.backed_memory``), the
-libraries that the process has mapped are read, the files are read once more or dropped from the page
-cache, and the memory is let go; how much of the files is in the page cache is asked of the kernel and
-reported. What each of them loads has to have the same bits.
+contenders take turns in random order, so that what else the machine does falls on all of them;
+they are compared round by round: a ratio is the median of the rounds' ratios. Before each
+measurement the memory that it will need is backed by the machine and held
+(``measure_child.backed_memory``), the libraries that the process has mapped are read, the files
+are read once more or dropped from the page cache, and the memory is let go; how much of the files
+is in the page cache is asked of the kernel and reported. What each of them loads has to have the
+same bits.
 """
 
 from __future__ import annotations
