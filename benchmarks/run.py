@@ -36,7 +36,7 @@ from rich.table import Table
 import ceilings
 from judges import Ceilings, Figure
 from weightlift.cli.bench import describe_run
-from weightlift.cli.conditions import machine, prepare_files
+from weightlift.cli.conditions import machine
 from weightlift.cli.measure import Comparison, Job, compare
 from weightlift.cli.plot import format_seconds
 from weightlift.report import format_bytes
@@ -124,22 +124,17 @@ def make_jobs(
     for name, workload in chosen.items():
         with console.status(f"making the files of {name}"):
             jobs[name] = workload.job(data, scale)
-    # A file that was just written lies in the page cache in smaller pieces than one that was read
-    # back: its first touch takes three times as long.
-    prepare_files(sorted({file for job in jobs.values() for file in job.files}), cold=True)
     return jobs
 
 
 def measure_ceilings(jobs: dict[str, Job], console: Console) -> Ceilings:
-    sizes = {Path(file): Path(file).stat().st_size for job in jobs.values() for file in job.files}
+    sizes = sorted((Path(file).stat().st_size, file) for job in jobs.values() for file in job.files)
     if not sizes:
         return {}
     # The smallest that is large enough: it is read whole.
-    enough = [file for file, size in sizes.items() if size >= ceilings.MOST]
+    chosen = next((file for size, file in sizes if size >= ceilings.MOST), sizes[-1][1])
     with console.status("measuring what the machine gives"):
-        return ceilings.measure(
-            min(enough or [max(sizes, key=sizes.__getitem__)], key=sizes.__getitem__)
-        )
+        return ceilings.measure(Path(chosen))
 
 
 def run(

@@ -69,7 +69,7 @@ class Workload:
         ceiling: which of them the time is compared with; ``"copy"`` is a copy of the mean of what
             goes in and what comes out.
         rounds: times as many as others have. Short loads scatter more, and more of them cost
-            little; casts scatter because a host takes freed memory back from a virtual machine.
+            little; casts scatter with the memory that is new to their process.
     """
 
     what: str

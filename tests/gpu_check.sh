@@ -31,6 +31,7 @@ install() {
 rm -rf "$site" "$needs"
 if ! "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("nlohmann_json") is None)'
 then
+  [ -n "$wheels" ] || { echo "no nlohmann-json: name a folder with its wheel in WHEELS" >&2; exit 1; }
   install --find-links "$wheels" --target "$needs" nlohmann-json
 fi
 export PYTHONPATH="$PWD/$site:$PWD/$needs${PYTHONPATH:+:$PYTHONPATH}"

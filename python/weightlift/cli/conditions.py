@@ -82,7 +82,7 @@ def settle(files: Iterable[str | os.PathLike[str]]) -> None:
 
     What was just written lies there in other units (folios) than what was read ahead, which maps
     several times faster; a virtual machine's host may have taken the pages back; and where it
-    shadows its guest's page tables, who maps a page first pays ten times what others do.
+    shadows its guest's page tables, who maps a page first pays several times what others do.
     """
     for file in files:
         _drop(file)

@@ -281,8 +281,8 @@ def compare(
     for turn in range(repeat):
         order = [contender for contender in samples if contender not in refused]
         if not cold:
-            # Each round anew: where a file's pages come to lie, and how their host backs them,
-            # makes a third of the time that it takes to map them.
+            # Each round anew: mappings of a file take as long as where its pages came to lie,
+            # and how their host backs them, has it, for all who map it.
             begin("reading the files into the page cache")
             settle(sorted({file for name in order for file in CONTENDERS[name].reads(job)}))
         shuffle(order)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import json
@@ -199,10 +200,17 @@ def _sums(data: Any) -> list[int]:
         data = data.clone()
     whole = data.numel() // 8 * 8
     words = data[:whole].view(torch.int64)
-    places = torch.arange(_PLACES, device=data.device) * 2 + 1
+    places = _places(data.device)
     found = [(part * places[: part.numel()]).sum() for part in words.split(_PLACES)]
     made: list[int] = torch.stack([*found, data[whole:].sum(dtype=torch.int64)]).tolist()
     return made
+
+
+@functools.cache
+def _places(device: Any) -> Any:
+    import torch
+
+    return torch.arange(_PLACES, device=device) * 2 + 1
 
 
 def _tensors(result: Any) -> dict[str, Any]:
