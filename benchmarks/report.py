@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from weightlift.cli.plot import Bar, Panel, draw, format_seconds
-from weightlift.report import format_bytes
+from weightlift.bench.plot import Bar, Panel, draw, format_seconds
+from weightlift.core.report import format_bytes
 from workloads import CPU, CUDA
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -35,11 +35,11 @@ from rich.table import Table
 
 import ceilings
 from judges import Ceilings, Figure
+from weightlift.bench.conditions import machine
+from weightlift.bench.measure import Comparison, Job, compare
+from weightlift.bench.plot import format_seconds
 from weightlift.cli.bench import describe_run
-from weightlift.cli.conditions import machine
-from weightlift.cli.measure import Comparison, Job, compare
-from weightlift.cli.plot import format_seconds
-from weightlift.report import format_bytes
+from weightlift.core.report import format_bytes
 from workloads import CPU, CUDA, Workload
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -40,7 +40,7 @@ from judges import (
     share_of_ceiling,
     within_memory,
 )
-from weightlift.cli.measure import Job
+from weightlift.bench.measure import Job
 
 REFERENCE = "safetensors"
 PEERS = (

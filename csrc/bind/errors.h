@@ -10,7 +10,7 @@
 namespace weightlift::bind {
 
 // `factory(kind, code, message, path, offset, tensor, errno)` returns the exception to raise;
-// weightlift.errors registers it.
+// weightlift.core.errors registers it.
 void set_error_factory(pybind11::object factory);
 
 [[noreturn]] void raise(const Error& error);

@@ -10,8 +10,9 @@ import importlib as _importlib
 from typing import TYPE_CHECKING, Any
 
 from weightlift.backends import disable, enable, enable_from_environment, enabled
-from weightlift.checkpoint import Checkpoint, open_checkpoint
-from weightlift.errors import (
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.core.errors import (
     ArgumentError,
     CheckpointError,
     DeviceError,
@@ -20,21 +21,18 @@ from weightlift.errors import (
     ReadError,
     WeightliftError,
 )
-from weightlift.files import load_checkpoint, load_file, load_state_dict, safe_open, save_file
-from weightlift.modules import load_into
-from weightlift.report import LoadReport, Stats, last_report, stats
-from weightlift.settings import Settings
+from weightlift.core.report import LoadReport, Stats, last_report, stats
+from weightlift.core.settings import Settings
+from weightlift.core.version import __version__
+from weightlift.load_file import load_checkpoint, load_file, load_state_dict
+from weightlift.load_into import load_into
+from weightlift.safe_open import safe_open
+from weightlift.save import save_file
 
 if TYPE_CHECKING:
     from weightlift.models.config_mixin import ConfigMixin, register_to_config
     from weightlift.models.hub_mixin import PushToHubMixin
-    from weightlift.models.model_mixin import (
-        ModelMixin,
-        get_parameter_device,
-        get_parameter_dtype,
-    )
-
-__version__ = "0.1.0"
+    from weightlift.models.model_mixin import ModelMixin, get_parameter_device, get_parameter_dtype
 
 __all__ = [
     "ArgumentError",

@@ -1,6 +1,6 @@
 """``python -m weightlift``: the command line."""
 
-from weightlift.cli import main
+from weightlift.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 import weightlift as wl
-from weightlift import _native, materialize
-from weightlift.checkpoint import Checkpoint
+from weightlift import _native
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.load import loading
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -209,7 +210,7 @@ def _with_diffusers(path: Path) -> Any:
 
 
 class SimulatedMemory:
-    """``weightlift.allocation.Allocator`` on the simulated driver."""
+    """``weightlift.load.allocation.Allocator`` on the simulated driver."""
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
@@ -256,7 +257,7 @@ def _to_device(given: tuple[Path, SimulatedMemory], dtype: str | None = None) ->
     path, allocator = given
     # A chunk a MiB. Two slots: how many more a load would take is chance.
     with wl.Settings(chunk_bytes=1 << 20, pinned_bytes=2 << 20):
-        return materialize.load_tensors(
+        return loading.load_tensors(
             Checkpoint.of_file(path), torch.device("cuda", 0), dtype=dtype, allocator=allocator
         )
 

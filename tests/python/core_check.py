@@ -10,7 +10,7 @@ from pathlib import Path
 
 import weightlift
 from weightlift import _native
-from weightlift.checkpoint import Checkpoint
+from weightlift.checkpoint.checkpoint import Checkpoint
 
 
 def main() -> None:

@@ -25,8 +25,9 @@ import torch
 import support
 import test_simulated_engine as simulated
 import weightlift as wl
-from weightlift import _native, materialize, plans
-from weightlift.checkpoint import Checkpoint
+from weightlift import _native
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.load import loading, plans
 from weightlift.models.saving import save_weights
 
 SHORT = -1
@@ -167,7 +168,7 @@ class OnDevice:
 
     def __call__(self, path: Path) -> dict[str, bytes]:
         allocator = simulated.SimulatedAllocator(self.driver)
-        loaded = materialize.load_tensors(
+        loaded = loading.load_tensors(
             Checkpoint.of_file(path), torch.device("cuda", 0), dtype=self.dtype, allocator=allocator
         )
         return {name: tensor.bits() for name, tensor in loaded.items()}

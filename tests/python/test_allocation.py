@@ -14,7 +14,7 @@ import torch
 import weightlift as wl
 from support import assert_same
 from weightlift import _native
-from weightlift.allocation import TorchAllocator, from_dlpack
+from weightlift.load.allocation import TorchAllocator, from_dlpack
 
 MIB = 1 << 20
 

@@ -547,7 +547,7 @@ def test_neither_cache_nor_garbage_is_looked_at_for_every_file(
 
 
 def test_memory_that_garbage_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weightlift.materialize import Loading
+    from weightlift.load.loading import Loading
 
     checkpoint = write(tmp_path / "checkpoint", "safetensors")
     real, failures = Loading.start, [wl.OutOfMemoryError("full")]

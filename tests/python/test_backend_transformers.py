@@ -28,7 +28,7 @@ from weightlift import backends
 from weightlift.backends.transformers import ahead, known, walk
 from weightlift.backends.transformers import weights as weights_of
 from weightlift.backends.transformers.shards import Cut
-from weightlift.errors import OutOfMemoryError, ReadError
+from weightlift.core.errors import OutOfMemoryError, ReadError
 
 # torchao and bitsandbytes, which transformers imports where they are, warn of this machine.
 with warnings.catch_warnings():

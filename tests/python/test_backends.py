@@ -25,7 +25,7 @@ from backend_support import stock_way
 from support import run_python
 from weightlift import backends
 from weightlift.backends import Hook, StandAside, or_stock, signature_text, stand_aside
-from weightlift.errors import OutOfMemoryError
+from weightlift.core.errors import OutOfMemoryError
 
 LIBRARY = {
     "__init__.py": """

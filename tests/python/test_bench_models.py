@@ -17,11 +17,11 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
 from support import assert_same_tensors, entry, file_bytes
-from weightlift import materialize, plans
-from weightlift.cli.bench_models import bench_folder, model_job
-from weightlift.cli.contenders import CONTENDERS, Job
-from weightlift.cli.measure_child import _forward
-from weightlift.errors import CheckpointError
+from weightlift.bench.contenders import CONTENDERS, Job
+from weightlift.bench.measure_child import _forward
+from weightlift.bench.models import bench_folder, model_job
+from weightlift.core.errors import CheckpointError
+from weightlift.load import loading, plans
 
 
 def bench(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -190,7 +190,7 @@ def test_which_file_of_a_folder_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     # Whose phases are booked in the measured process, for good.
-    monkeypatch.setattr(materialize.Loading, "start", materialize.Loading.start)
+    monkeypatch.setattr(loading.Loading, "start", loading.Loading.start)
     monkeypatch.setattr(plans, "finish_plan", plans.finish_plan)
     torch.manual_seed(0)
     model = AutoencoderTiny(

@@ -19,11 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import support
-from weightlift.cli import main
-from weightlift.cli.conditions import page_cache, prepare_files, read_program, settle
+from weightlift.bench.conditions import page_cache, prepare_files, read_program, settle
+from weightlift.bench.measure import Job, compare, target_bytes
+from weightlift.bench.measure_child import checksum, page_runs, touch
 from weightlift.cli.inspect import _count, _plain, _residency_text
-from weightlift.cli.measure import Job, compare, target_bytes
-from weightlift.cli.measure_child import checksum, page_runs, touch
+from weightlift.cli.main import main
 
 RunHere = Callable[..., "tuple[int, str, str]"]
 

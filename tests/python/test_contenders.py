@@ -19,16 +19,16 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import weightlift as wl
 from support import assert_same, assert_same_tensors
-from weightlift import materialize, plans
-from weightlift.cli import contenders
-from weightlift.cli.contenders import CONTENDERS, Job
-from weightlift.cli.measure_child import _measure, _tensors
+from weightlift.bench import contenders
+from weightlift.bench.contenders import CONTENDERS, Job
+from weightlift.bench.measure_child import _measure, _tensors
+from weightlift.load import loading, plans
 
 
 @pytest.fixture(autouse=True)
 def _of_this_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In a measured process phases are booked for good."""
-    monkeypatch.setattr(materialize.Loading, "start", materialize.Loading.start)
+    monkeypatch.setattr(loading.Loading, "start", loading.Loading.start)
     monkeypatch.setattr(plans, "finish_plan", plans.finish_plan)
     contenders.reports.clear()
     yield

@@ -18,7 +18,7 @@ import support
 import weightlift as wl
 from support import assert_same_tensors
 from weightlift.cli.verify import _check
-from weightlift.converting import convert_checkpoint
+from weightlift.convert import convert_checkpoint
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -223,7 +223,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     done = support.run_python(
         "import sys, threading, time\n"
         "import torch, weightlift as wl\n"
-        "from weightlift.converting import convert_checkpoint\n"
+        "from weightlift.convert import convert_checkpoint\n"
         "def anon():\n"
         "    text = open('/proc/self/status').read()\n"
         "    return int(text.split('RssAnon:')[1].split()[0]) * 1024\n"

@@ -18,9 +18,9 @@ import malformed_archives as hand_made
 import weightlift as wl
 from support import assert_same_tensors, open_files
 from weightlift import _native
-from weightlift import dduf as dduf_module
-from weightlift.dduf import Dduf, open_dduf
-from weightlift.materialize import load_tensors
+from weightlift.checkpoint import dduf as dduf_module
+from weightlift.checkpoint.dduf import Dduf, open_dduf
+from weightlift.load.loading import load_tensors
 
 CASES = hand_made.dduf_cases()
 

@@ -312,7 +312,7 @@ def check_two_nodes(folder: Path) -> None:
     world, rank = dist.get_world_size(), dist.get_rank()
     size = sum(t.nbytes for t in large_tensors().values())
     model = on_meta(Large)
-    with mock.patch("weightlift.team._node_id", return_value=f"node {rank % 2}"):
+    with mock.patch("weightlift.distributed.rank_group._node_id", return_value=f"node {rank % 2}"):
         report = wl.load_into(
             model, folder / "large.safetensors", mode="read", group=dist.group.WORLD
         )

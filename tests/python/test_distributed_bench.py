@@ -22,9 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import weightlift as wl
 from distributed_model import MyModel, Net
 from support import run_python
-from weightlift.cli.bench_distributed import measure_ranks
-from weightlift.cli.measure_ranks import CONTENDERS
-from weightlift.errors import WeightliftError
+from weightlift.bench.measure_ranks import CONTENDERS
+from weightlift.bench.ranks import measure_ranks
+from weightlift.core.errors import WeightliftError
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

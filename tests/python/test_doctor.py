@@ -19,7 +19,8 @@ from huggingface_hub import constants
 
 import weightlift as wl
 from support import in_child
-from weightlift.cli import conditions, disk_findings, gpu_findings, host_findings, measure_child
+from weightlift.bench import conditions, measure_child
+from weightlift.cli import disk_findings, gpu_findings, host_findings
 from weightlift.cli.disk_findings import look_at_disk
 from weightlift.cli.doctor import _folder
 from weightlift.cli.findings import Finding

@@ -24,7 +24,7 @@ import malformed
 import malformed_archives as hand_made
 import weightlift as wl
 from support import assert_same_tensors, open_files
-from weightlift.dduf import open_dduf
+from weightlift.checkpoint.dduf import open_dduf
 
 Tensors = dict[str, torch.Tensor]
 

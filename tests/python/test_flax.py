@@ -21,9 +21,9 @@ from torch import nn as tnn
 import weightlift as wl
 from hub_server import HubServer, hub, uploads
 from support import DTYPES, assert_same_tensors, bits, entry, file_bytes, run_python
-from weightlift import materialize, plans
-from weightlift.cli.contenders import CONTENDERS, Job
-from weightlift.cli.measure_child import _tensors, checksum
+from weightlift.bench.contenders import CONTENDERS, Job
+from weightlift.bench.measure_child import _tensors, checksum
+from weightlift.load import loading, plans
 
 jax = pytest.importorskip("jax", reason="jax is installed for Python 3.11 and later")
 
@@ -267,7 +267,7 @@ def test_what_bench_compares(
 ) -> None:
     """The loop that users of safetensors write gives the model's parameters; so does weightlift."""
     # In a measured process phases are booked for good.
-    monkeypatch.setattr(materialize.Loading, "start", materialize.Loading.start)
+    monkeypatch.setattr(loading.Loading, "start", loading.Loading.start)
     monkeypatch.setattr(plans, "finish_plan", plans.finish_plan)
     theirs, folder = torch_unet
     (file,) = folder.glob("*.safetensors")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from support import assert_same_tensors
-from weightlift.models.flax_weights import load_flax_state_dict, to_flax_path
+from weightlift.checkpoint.flax_msgpack import load_flax_state_dict, to_flax_path
 
 pytestmark = pytest.mark.deep
 

@@ -16,7 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 
 import weightlift as wl
 from support import assert_same, assert_same_tensors
-from weightlift.models.flax_weights import load_flax_state_dict, to_flax_path, to_torch_name
+from weightlift.checkpoint.flax_msgpack import load_flax_state_dict, to_flax_path, to_torch_name
 
 
 def packed(array: np.ndarray[Any, Any], name: str | None = None, code: int = 1) -> msgpack.ExtType:

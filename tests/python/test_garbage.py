@@ -1,4 +1,4 @@
-"""Pauses of the garbage collector: what Python's own ``gc`` says."""
+"""Pauses of the gc_pause collector: what Python's own ``gc`` says."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import weightlift
-from weightlift import _native, garbage
-from weightlift.plans import finish_plan
+from weightlift import _native
+from weightlift.core import gc_pause
+from weightlift.load.plans import finish_plan
 
 
 @pytest.fixture(autouse=True)
@@ -26,21 +27,21 @@ def enabled() -> Iterator[None]:
 
 
 def test_nested() -> None:
-    with garbage.paused():
-        with garbage.paused():
+    with gc_pause.paused():
+        with gc_pause.paused():
             assert not gc.isenabled()
         assert not gc.isenabled()
 
 
 def test_an_error_ends_it() -> None:
-    with pytest.raises(KeyError), garbage.paused():
+    with pytest.raises(KeyError), gc_pause.paused():
         raise KeyError
 
 
 def test_who_switched_it_off_keeps_it_off() -> None:
     gc.disable()
     try:
-        with garbage.paused(), garbage.resumed():
+        with gc_pause.paused(), gc_pause.resumed():
             assert not gc.isenabled()
         assert not gc.isenabled()
     finally:
@@ -48,12 +49,12 @@ def test_who_switched_it_off_keeps_it_off() -> None:
 
 
 def test_resumed() -> None:
-    with garbage.resumed():
+    with gc_pause.resumed():
         assert gc.isenabled()
-    with garbage.paused(), garbage.paused():
-        with garbage.resumed():
+    with gc_pause.paused(), gc_pause.paused():
+        with gc_pause.resumed():
             assert gc.isenabled()
-            with garbage.paused():
+            with gc_pause.paused():
                 assert not gc.isenabled()
             assert gc.isenabled()
         assert not gc.isenabled()
@@ -64,7 +65,7 @@ def another_threads_pause() -> Iterator[None]:
     entered, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with garbage.paused():
+        with gc_pause.paused():
             entered.set()
             leave.wait(10)
 
@@ -78,7 +79,7 @@ def another_threads_pause() -> Iterator[None]:
 
 def test_until_the_last_thread_ends_its_own() -> None:
     with another_threads_pause():
-        with garbage.paused(), garbage.resumed():  # this thread's is not all there is
+        with gc_pause.paused(), gc_pause.resumed():  # this thread's is not all there is
             assert not gc.isenabled()
         assert not gc.isenabled()
 
@@ -108,17 +109,17 @@ def _is_old(item: object) -> bool:
 
 
 def test_what_was_made_is_not_looked_at_again() -> None:
-    with garbage.paused():
+    with gc_pause.paused():
         made = _many()
     assert _is_old(made)
-    with garbage.paused(), garbage.resumed():
+    with gc_pause.paused(), gc_pause.resumed():
         assert gc.get_count()[0] <= gc.get_threshold()[0]
 
 
 def test_what_a_program_has_frozen_stays_so() -> None:
     gc.freeze()
     try:
-        with garbage.paused():
+        with gc_pause.paused():
             made = _many()
         assert gc.get_freeze_count() > 0
         assert not _is_old(made)
@@ -135,7 +136,7 @@ def test_what_an_error_leaves_is_young() -> None:
         left.append(weakref.ref(_Cycle()))
         raise KeyError
 
-    with pytest.raises(KeyError), garbage.paused():
+    with pytest.raises(KeyError), gc_pause.paused():
         fail()
     gc.collect(0)
     assert left[0]() is None
@@ -202,7 +203,7 @@ class _Plan:
 
 def test_others_collect_while_a_load_waits() -> None:
     plan = _Plan()
-    with garbage.paused():
+    with gc_pause.paused():
         finish_plan(cast("_native.Plan", plan))
         assert not gc.isenabled()
     assert plan.seen == [False, True, True]  # the first does not wait

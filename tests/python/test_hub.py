@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import weightlift as wl
 from hub_server import HubServer, Repository, hub, mirror, uploads
-from weightlift import hub as wl_hub
-from weightlift.errors import CheckpointError
-from weightlift.hub import HubArguments, commit_of, download, list_files, snapshot
+from weightlift.checkpoint import hub as wl_hub
+from weightlift.checkpoint.hub import HubArguments, commit_of, download, list_files, snapshot
+from weightlift.core.errors import CheckpointError
 from weightlift.models import ConfigMixin, ModelMixin, PushToHubMixin, register_to_config
 from weightlift.models.hub_mixin import create_repository
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import weightlift as wl
 from support import DTYPES, assert_same, assert_same_tensors, entry, file_bytes, sparse_file
 from weightlift import _native
-from weightlift.materialize import Loading
+from weightlift.load.loading import Loading
 
 TENSORS = {
     "unet.a": torch.arange(6.0).reshape(2, 3),

@@ -27,8 +27,8 @@ from support import (
     run_python,
     sparse_file,
 )
-from weightlift.checkpoint import open_checkpoint
-from weightlift.materialize import Loading, load_tensors
+from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.load.loading import Loading, load_tensors
 
 MODES = ["auto", "map", "read"]
 MIB = 1 << 20

@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from weightlift.cli import measure
+from weightlift.bench import measure
+from weightlift.bench.contenders import Job
+from weightlift.bench.measure import Comparison, Sample, compare, target_bytes
+from weightlift.bench.models import models_table
+from weightlift.bench.plot import format_seconds, plot
 from weightlift.cli.bench import _progress, describe_run, notes
-from weightlift.cli.bench_models import models_table
-from weightlift.cli.contenders import Job
-from weightlift.cli.measure import Comparison, Sample, compare, target_bytes
-from weightlift.cli.plot import format_seconds, plot
 
 READY = """echo "of the library's own"; echo '{"ready": true, "version": "9.9"}'\n"""
 FIGURES = {

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.accelerate import _get_device_map
 
 from weightlift import ArgumentError, CheckpointError, DeviceError
-from weightlift.placement import assign, parse_max_memory, resolve_device_map
+from weightlift.module.device_map import assign, parse_max_memory, resolve_device_map
 
 MIB = 1 << 20
 STRATEGIES = ["auto", "balanced", "balanced_low_0", "sequential"]

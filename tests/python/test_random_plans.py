@@ -22,8 +22,10 @@ import test_safe_open
 import test_simulated_engine as simulated
 from support import DTYPES, bits, entry, file_bytes, open_files
 from test_simulated_engine import Policy, Switch, machine
-from weightlift import Settings, _native, dtypes, materialize
-from weightlift.checkpoint import Checkpoint
+from weightlift import Settings, _native
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core import dtypes
+from weightlift.load import loading
 
 __all__ = ["machine"]
 pytestmark = simulated.pytestmark
@@ -200,20 +202,20 @@ def check(machine: Switch, plan: Plan) -> None:
         with machine(DEVICES, plan.seed, plan.policy) as driver:
             checkpoint = Checkpoint([_native.IndexedFile.open(str(path)) for path in paths])
             with plan.settings:
-                loading = materialize.Loading(
+                load = loading.Loading(
                     checkpoint, mode=plan.mode, allocator=simulated.SimulatedAllocator(driver)
                 )
             for number, group in enumerate(plan.groups):
                 mine = [(name, c.ranges) for name, c in plan.tensors() if c.group == number]
-                loading.add(
+                load.add(
                     torch.device("cpu") if group.device == CPU
                     else torch.device("cuda", group.device),
                     group.dtype,
                     [name for name, _ in mine],
                     parts=[cut for _, cut in mine] if group.parts else None,
                 )  # fmt: skip
-            loading.start()
-            loaded = loading.result()
+            load.start()
+            loaded = load.result()
             assert loaded.keys() == theirs.keys()
             for name, tensor in loaded.items():
                 other = theirs[name]
@@ -226,9 +228,9 @@ def check(machine: Switch, plan: Plan) -> None:
                     packed = 2 if tensor.dtype == "F4" else 1
                     assert math.prod(tensor.shape) == other.numel() * packed, name
                     assert tensor.bits() == bits(other), name
-            assert loading.report.bytes == delivered_bytes(plan)
+            assert load.report.bytes == delivered_bytes(plan)
             tensor = None
-            del loaded, tensor, loading, checkpoint
+            del loaded, tensor, load, checkpoint
     assert open_files() == before
 
 

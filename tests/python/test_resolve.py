@@ -21,12 +21,12 @@ from safetensors.torch import save_file as reference_save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-import weightlift.hub
 from hub_server import HubServer, Repository, hub, mirror
 from support import assert_same
 from weightlift import ArgumentError, CheckpointError, FormatError, ReadError
-from weightlift.hub import HubArguments, commit_of
-from weightlift.resolve import CheckpointFiles, ShardFile, resolve
+from weightlift.checkpoint import hub as hub_module
+from weightlift.checkpoint.hub import HubArguments, commit_of
+from weightlift.checkpoint.resolve import CheckpointFiles, ShardFile, resolve
 
 __all__ = ["hub", "mirror"]  # fixtures
 
@@ -841,8 +841,8 @@ def test_files_are_of_one_commit(
         repository.commit(dict.fromkeys(SHARDS, b"another"))
         return found
 
-    original = weightlift.hub.list_files
-    monkeypatch.setattr(weightlift.hub, "list_files", listing_then_a_push)
+    original = hub_module.list_files
+    monkeypatch.setattr(hub_module, "list_files", listing_then_a_push)
     files = resolve(NAME)
     assert commit_of(files.files[0].path) == first != repository.refs["main"]
     assert_holds(files, TENSORS)
@@ -867,8 +867,8 @@ def test_a_connection_that_breaks_off(
         hub.down = True
         return found
 
-    original = weightlift.hub.list_files
-    monkeypatch.setattr(weightlift.hub, "list_files", listing_then_nothing)
+    original = hub_module.list_files
+    monkeypatch.setattr(hub_module, "list_files", listing_then_nothing)
     with pytest.raises(ReadError, match=r"model\.safetensors\.index\.json"):
         resolve(NAME)
 

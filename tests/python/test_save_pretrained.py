@@ -23,7 +23,7 @@ import weightlift as wl
 from hub_server import HubServer, Repository, hub, mirror, uploads
 from model_classes import MADE, OURS, THEIRS, made
 from support import assert_same, assert_same_tensors, bits, in_child
-from weightlift.hub import HubArguments
+from weightlift.checkpoint.hub import HubArguments
 
 __all__ = ["hub", "mirror"]  # fixtures
 
@@ -435,7 +435,7 @@ def test_all_is_of_one_commit(hub: HubServer, folder: Path) -> None:
 
 
 def test_a_proxy_warns_once(hub: HubServer, folder: Path) -> None:
-    from weightlift import hub as wl_hub
+    from weightlift.checkpoint import hub as wl_hub
 
     wl_hub._warn_of_proxies.cache_clear()
     push(hub, made(OURS, "Nested"), folder)

@@ -30,7 +30,7 @@ from diffusers.configuration_utils import register_to_config
 
 import weightlift as wl
 from support import assert_same_tensors, in_child, under_strace
-from weightlift.files import load_checkpoint
+from weightlift.load_file import load_checkpoint
 from weightlift.models import saving
 from weightlift.models.saving import save_weights
 

@@ -23,8 +23,10 @@ from torch.utils.dlpack import from_dlpack
 
 import support
 import weightlift
-from weightlift import Settings, _native, dtypes, files, materialize
-from weightlift.checkpoint import Checkpoint
+from weightlift import Settings, _native
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core import dtypes
+from weightlift.load import loading, plans
 
 _TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(_TESTS / "simulated_driver"))
@@ -93,7 +95,7 @@ class SimulatedTensor:
 
 
 class SimulatedAllocator:
-    """``materialize.Allocator``: each block comes with its previous owner's kernel still queued."""
+    """``loading.Allocator``: each block comes with its previous owner's kernel still queued."""
 
     kind = SimulatedTensor
 
@@ -188,9 +190,7 @@ def _assert_loaded(ours: dict[str, SimulatedTensor], theirs: dict[str, torch.Ten
 
 def _load(path: Path, device: int, driver: Any, **options: Any) -> dict[str, SimulatedTensor]:
     options.setdefault("allocator", SimulatedAllocator(driver))
-    return materialize.load_tensors(
-        Checkpoint.of_file(path), torch.device("cuda", device), **options
-    )
+    return loading.load_tensors(Checkpoint.of_file(path), torch.device("cuda", device), **options)
 
 
 # --- One device --------------------------------------------------------------------------------
@@ -276,14 +276,14 @@ def _to_devices(
     """All tensors in one plan, tensor ``i`` to device ``place(i)``."""
     checkpoint = Checkpoint.of_file(path)
     with Settings(threads=2, chunk_bytes=512 * 1024):
-        loading = materialize.Loading(checkpoint, allocator=allocator)
+        load = loading.Loading(checkpoint, allocator=allocator)
     names: dict[int, list[str]] = {}
     for i, name in enumerate(checkpoint):
         names.setdefault(place(i), []).append(name)
     for device, chosen in names.items():
-        loading.add(torch.device("cuda", device), dtype, chosen)
-    loading.start()
-    return loading.result()
+        load.add(torch.device("cuda", device), dtype, chosen)
+    load.start()
+    return load.result()
 
 
 def test_one_plan_for_eight_devices(machine: Switch, checkpoint_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_tensors_in_memory_go_through_the_ring(machine: Switch, dtype: str | Non
         with machine(2, seed, policy) as driver, settings:
             used = SimulatedAllocator(driver)
             target = torch.device("cuda", 1)
-            loaded = materialize.copy_to_device(tensors, target, dtype, allocator=used)
+            loaded = loading.copy_to_device(tensors, target, dtype, allocator=used)
             for name, tensor in loaded.items():
                 assert tensor.bits() == support.bits(expected[name]), name
             assert used.reserved == {1: sum(t.nbytes for t in expected.values())}
@@ -440,7 +440,7 @@ def test_pinned_tensors_are_registered_while_they_live(
         part = Checkpoint.of_file(checkpoint_path).parts[0]
         plan = _native.Plan(_native.Settings())
         plan.read(part, None, None, 0)
-        assert materialize.run_plan(plan, None)["bytes"] == sum(t.nbytes for t in expected.values())
+        assert plans.run_plan(plan, None)["bytes"] == sum(t.nbytes for t in expected.values())
         names = part.names()
         tensors = dict(zip(names, plan.tensors(from_dlpack), strict=True))
         del plan
@@ -465,7 +465,7 @@ def test_pinned_tensors_outlive_the_driver(machine: Switch, checkpoint_path: Pat
         part = Checkpoint.of_file(checkpoint_path).parts[0]
         plan = _native.Plan(_native.Settings())
         plan.read(part, None, None, 0)
-        materialize.run_plan(plan, None)
+        plans.run_plan(plan, None)
         tensors = plan.tensors(from_dlpack)
         driver.exit()
         del plan, tensors
@@ -528,7 +528,7 @@ def test_slices_arrive_on_a_device(machine: Switch, checkpoint_path: Path) -> No
             assert which is not None
             plan.slice(part, which, parts, None, 0, address)
             plan.use_stream(0, used.stream(0))
-            materialize.run_plan(plan, used)
+            plans.run_plan(plan, used)
             assert owner.bits() == support.bits(expected)
 
 
@@ -566,7 +566,8 @@ def test_an_open_file_s_slices_on_a_device(
 ) -> None:
     whole = safetensors.torch.load_file(checkpoint_path)["layer.1.weight"].numpy()
     with machine(2) as driver:
-        monkeypatch.setattr(files, "TorchAllocator", lambda: _ReadableAllocator(driver))
+        room = sys.modules["weightlift.safe_open"]
+        monkeypatch.setattr(room, "TorchAllocator", lambda: _ReadableAllocator(driver))
         with weightlift.safe_open(checkpoint_path, device="cuda:1") as opened:
             found = opened.get_slice("layer.1.weight")[index]
         support.assert_same(found, torch.from_numpy(whole[index].copy()))

@@ -14,7 +14,8 @@ import support
 import test_simulated_engine as simulated
 import weightlift as wl
 from test_simulated_engine import Policy, Switch, machine
-from weightlift import materialize, modules
+from weightlift.load import loading
+from weightlift.module import fill
 
 __all__ = ["machine"]
 
@@ -62,8 +63,8 @@ def test_move(
     parameters = dict(model.named_parameters())
     with machine(2, seed, Policy.RANDOM) as driver:
         allocator = Allocator(driver)
-        monkeypatch.setattr(materialize, "TorchAllocator", lambda: allocator)
-        modules.move(model, torch.device("cuda", 1), dtype)
+        monkeypatch.setattr(loading, "TorchAllocator", lambda: allocator)
+        fill.move(model, torch.device("cuda", 1), dtype)
         assert all(model.get_parameter(name) is p for name, p in parameters.items())
         assert model.tied.weight is model.first.weight
         moved = dict(model.state_dict())
@@ -87,8 +88,8 @@ def test_what_has_nothing_to_copy(machine: Switch, monkeypatch: pytest.MonkeyPat
     model = torch.nn.Module()
     model.turned = torch.nn.Parameter(torch.randn(4, 6).t())
     with machine() as driver:
-        monkeypatch.setattr(materialize, "TorchAllocator", lambda: Allocator(driver))
-        modules.move(model, torch.device("cuda", 0))
+        monkeypatch.setattr(loading, "TorchAllocator", lambda: Allocator(driver))
+        fill.move(model, torch.device("cuda", 0))
         assert driver.ledger().external_allocations == 0
 
 
@@ -114,7 +115,7 @@ def test_models_go_through_the_ring(
             found.append((torch.device(device), allocator.blocks[self.first.bias.data_ptr()]))
             return self
 
-        monkeypatch.setattr(materialize, "TorchAllocator", lambda: allocator)
+        monkeypatch.setattr(loading, "TorchAllocator", lambda: allocator)
         monkeypatch.setattr(torch.nn.Module, "to", to)
         assert call(model) is model
         ((device, block),) = found

@@ -23,7 +23,7 @@ from test_simulated_engine import Policy, Switch, machine
 from test_simulated_models import Allocator
 from weightlift.backends.transformers import walk
 from weightlift.backends.transformers import weights as weights_of
-from weightlift.checkpoint import Checkpoint
+from weightlift.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["machine", "made"]
 

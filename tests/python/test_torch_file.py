@@ -25,9 +25,11 @@ from hypothesis import strategies as st
 import malformed_archives as hand_made
 import weightlift as wl
 from support import open_files
-from weightlift import _native, dtypes, torch_file
-from weightlift.materialize import load_tensors
-from weightlift.torch_file import LoadedTorchFile, TorchFile, View, open_torch_file
+from weightlift import _native
+from weightlift.checkpoint import torch_file
+from weightlift.checkpoint.torch_file import LoadedTorchFile, TorchFile, View, open_torch_file
+from weightlift.core import dtypes
+from weightlift.load.loading import load_tensors
 
 # Some of these tensors are of kinds that torch calls a prototype, or deprecated.
 with warnings.catch_warnings():

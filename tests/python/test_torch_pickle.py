@@ -15,7 +15,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from weightlift import _native, torch_file
+from weightlift import _native
+from weightlift.checkpoint import torch_file
 
 Places = dict[str, tuple[int, int]]
 

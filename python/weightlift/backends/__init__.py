@@ -30,8 +30,8 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
-from weightlift.errors import ArgumentError, OutOfMemoryError, WeightliftError
-from weightlift.report import record_fallback
+from weightlift.core.errors import ArgumentError, OutOfMemoryError, WeightliftError
+from weightlift.core.report import record_fallback
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,12 +23,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from weightlift import dtypes
 from weightlift.backends import Hook, StandAside, or_stock
 from weightlift.backends.safetensors import load_file_adapters, open_adapters, usable_device
-from weightlift.checkpoint import Checkpoint, open_checkpoint
-from weightlift.errors import CheckpointError, OutOfMemoryError, WeightliftError
-from weightlift.materialize import Loading, load_tensors
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.core import dtypes
+from weightlift.core.errors import CheckpointError, OutOfMemoryError, WeightliftError
+from weightlift.load.loading import Loading, load_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -11,12 +11,13 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from weightlift import files
 from weightlift.backends import Hook, StandAside, is_enabled, or_stock, stand_aside, torch_errors
-from weightlift.checkpoint import Checkpoint
-from weightlift.errors import WeightliftError
-from weightlift.materialize import load_tensors
-from weightlift.placement import parse_device
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core.devices import parse_device
+from weightlift.core.errors import WeightliftError
+from weightlift.load.loading import load_tensors
+from weightlift.load.options import mode_of_backend
+from weightlift.safe_open import safe_open
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ def usable_device(device: Any) -> torch.device:
     return parsed
 
 
-class _Opened(files.safe_open):
+class _Opened(safe_open):
     """What ``safe_open`` returns while the backend is on."""
 
     def __init__(
@@ -132,7 +133,7 @@ def _load_file(library: str, reference: Callable[..., Any]) -> Callable[..., Any
     def load_file(filename: Any, device: Any = "cpu", *, backend: str = "mmap") -> Any:
         try:
             target = usable_device(device)
-            mode = files._mode("auto", backend)
+            mode = mode_of_backend("auto", backend)
             checkpoint = Checkpoint.of_file(filename)
         except (StandAside, WeightliftError, TypeError) as error:
             options = {} if backend == "mmap" else {"backend": backend}

@@ -28,7 +28,7 @@ def _options(
     version: bool = typer.Option(False, "--version", help="Print the version and exit."),
 ) -> None:
     if version:
-        from weightlift import __version__
+        from weightlift.core.version import __version__
 
         print(__version__)
         raise typer.Exit

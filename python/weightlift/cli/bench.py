@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weightlift.report import format_bytes
+from weightlift.core.report import format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from weightlift.cli.measure import Comparison
+    from weightlift.bench.measure import Comparison
 
 __all__ = ["bench", "comparison_table", "describe_run", "notes"]
 
@@ -96,8 +96,8 @@ def bench(
     Each measurement is a process of its own that has imported what it needs before the clock
     starts; it loads all tensors and touches all pages (on CUDA: synchronises).
     """
-    from weightlift.cli import measure
-    from weightlift.cli.conditions import machine
+    from weightlift.bench import measure
+    from weightlift.bench.conditions import machine
 
     paths = [Path(file) for file in files]
     if not from_pretrained:
@@ -111,7 +111,7 @@ def bench(
         _check_dtype(dtype)
         dtype = dtype.removeprefix("torch.")
     if device is Device.CUDA:
-        from weightlift.allocation import TorchAllocator
+        from weightlift.load.allocation import TorchAllocator
 
         TorchAllocator()  # says why there is none
     for out in (json_out, plot_out):
@@ -132,7 +132,7 @@ def bench(
     if json_out is not None:
         json_out.write_text(json.dumps(_json(found, machine()), indent=2) + "\n")
     if plot_out is not None and any(one.samples for one in found):
-        from weightlift.cli.plot import plot
+        from weightlift.bench.plot import plot
 
         plot(found, plot_out, f"Time to load, median of {_rounds(found)}")
     if not all(one.job.contender in one.samples for one in found):
@@ -149,7 +149,7 @@ def _bench_files(
 ) -> Comparison:
     from rich.console import Console
 
-    from weightlift.cli import measure
+    from weightlift.bench import measure
 
     folders = [path for path in paths if path.is_dir()]
     if folders:
@@ -178,22 +178,22 @@ def _bench_models(
 
     from rich.console import Console
 
-    from weightlift.cli import bench_models, measure
+    from weightlift.bench import measure, models
 
-    contenders = list(bench_models.NAMES)
-    with bench_models.bench_folder(arguments) as (folder, where):
-        job = bench_models.model_job(folder, device, dtype, where)
+    contenders = list(models.NAMES)
+    with models.bench_folder(arguments) as (folder, where):
+        job = models.model_job(folder, device, dtype, where)
         job = dataclasses.replace(job, forward=True)
-        title = bench_models.model_title(job)
+        title = models.model_title(job)
         with _progress(len(contenders) * repeat * len(states)) as (begin, step):
             found = [
                 measure.compare(
-                    f"{title}, {bench_models.state(cold)}",
+                    f"{title}, {models.state(cold)}",
                     job,
                     contenders,
                     cold=cold,
                     repeat=repeat,
-                    begin=bench_models.told(begin, cold),
+                    begin=models.told(begin, cold),
                     step=step,
                 )
                 for cold in states
@@ -204,8 +204,8 @@ def _bench_models(
         console.print(describe_run(one), style="dim")
     console.print()
     if any(one.samples for one in found):
-        console.print(bench_models.models_table(found))
-    lines = [line for one in found for line in [*notes(one), *bench_models.forward_notes(one)]]
+        console.print(models.models_table(found))
+    lines = [line for one in found for line in [*notes(one), *models.forward_notes(one)]]
     for line in dict.fromkeys(lines):
         console.print(line, markup=False, soft_wrap=True)
     return found
@@ -246,8 +246,8 @@ def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str
 def _bench_distributed(files: list[Path], ranks: int, repeat: int, json_out: Path | None) -> None:
     from rich.console import Console
 
-    from weightlift.cli.bench_distributed import distributed_table, measure_ranks
-    from weightlift.cli.conditions import machine
+    from weightlift.bench.conditions import machine
+    from weightlift.bench.ranks import distributed_table, measure_ranks
 
     console = Console(highlight=False)
     with Console(stderr=True).status(f"measuring loads by {ranks} processes"):
@@ -261,7 +261,7 @@ def _bench_distributed(files: list[Path], ranks: int, repeat: int, json_out: Pat
 
 
 def _check_dtype(dtype: str) -> None:
-    from weightlift.dtypes import parse_dtype
+    from weightlift.core.dtypes import parse_dtype
 
     try:
         named = parse_dtype(dtype)
@@ -305,7 +305,7 @@ def comparison_table(comparison: Comparison, reference: str = "weightlift") -> T
     from rich import box
     from rich.table import Table
 
-    from weightlift.cli.plot import format_seconds
+    from weightlift.bench.plot import format_seconds
 
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold"

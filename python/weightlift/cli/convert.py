@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from weightlift.checkpoint import open_checkpoint
-from weightlift.report import format_bytes
+from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.core.report import format_bytes
 
 __all__ = ["convert"]
 
@@ -57,7 +57,7 @@ def convert(
     from rich import progress
     from rich.console import Console
 
-    from weightlift.converting import convert_checkpoint
+    from weightlift.convert import convert_checkpoint
 
     checkpoint = open_checkpoint(
         source,
@@ -90,7 +90,7 @@ def convert(
 def _stem(paths: list[str], subfolder: str | None) -> str:
     names = [Path(path).name for path in paths[:1]]
     if names and names[0].endswith(".dduf"):
-        from weightlift.dduf import open_dduf
+        from weightlift.checkpoint.dduf import open_dduf
 
         names = [name.removeprefix(f"{subfolder}/") for name in open_dduf(paths[0]).entries]
     diffusers = any(name.startswith("diffusion_pytorch_model") for name in names)
@@ -103,7 +103,7 @@ def _companions(paths: list[str], subfolder: str | None) -> dict[str, bytes]:
         return {}
     first = Path(paths[0])
     if first.suffix == ".dduf":
-        from weightlift.dduf import open_dduf
+        from weightlift.checkpoint.dduf import open_dduf
 
         archive = open_dduf(first)
         prefix = f"{subfolder}/" if subfolder else ""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlift.cli.findings import Finding, format_rate, no_torch
-from weightlift.report import format_bytes
+from weightlift.core.report import format_bytes
 
 __all__ = ["look_at_disk"]
 
@@ -98,7 +98,7 @@ def _write_checkpoint(write: Callable[[bytes], Any], count: int) -> None:
 
 
 def _read_rates(name: str, count: int) -> list[Finding]:
-    from weightlift.cli.conditions import page_cache, prepare_files
+    from weightlift.bench.conditions import page_cache, prepare_files
 
     prepare_files([name], cold=True)
     left = page_cache(name)
@@ -166,16 +166,17 @@ def _read_rates(name: str, count: int) -> list[Finding]:
 
 def _load_rate(name: str, io_path: str, cold: bool) -> float:
     """Bytes a second of ``load_file`` into own memory."""
-    import weightlift
-    from weightlift.cli.conditions import prepare_files
-    from weightlift.cli.measure_child import backed_memory
+    from weightlift.bench.conditions import prepare_files
+    from weightlift.bench.measure_child import backed_memory
+    from weightlift.core.settings import Settings
+    from weightlift.load_file import load_file
 
     # What the host of a virtual machine charges for a first touch is not what is measured here.
     with backed_memory(Path(name).stat().st_size + 64 * _MB):
         prepare_files([name], cold)
-    with weightlift.Settings(io_path=io_path):
+    with Settings(io_path=io_path):
         start = time.perf_counter()
-        tensors = weightlift.load_file(name, mode="read")
+        tensors = load_file(name, mode="read")
         seconds = time.perf_counter() - start
     return sum(tensor.nbytes for tensor in tensors.values()) / seconds
 

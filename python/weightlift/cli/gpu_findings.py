@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from weightlift import _native
 from weightlift.cli.findings import Finding, format_rate, no_torch
-from weightlift.report import format_bytes
+from weightlift.core.report import format_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from weightlift import _native
 from weightlift.cli.findings import Finding, format_rate
-from weightlift.report import format_bytes
+from weightlift.core.report import format_bytes
 
 __all__ = ["look_at_host", "look_at_memory"]
 
@@ -24,7 +24,7 @@ _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module does not
 
 def look_at_host() -> list[Finding]:
     """CPU, memory and the cgroup's limit on it."""
-    from weightlift.cli.conditions import cpu_model
+    from weightlift.bench.conditions import cpu_model
 
     machine = _native.machine()
     cpus, isa = machine["cpus"], machine["isa"]
@@ -103,8 +103,8 @@ def _cgroup_limit() -> int | None:
 
 def look_at_memory() -> list[Finding]:
     """Huge pages, with what they save here, and the rate of copies."""
-    from weightlift.cli.conditions import huge_pages
-    from weightlift.cli.measure_child import backed_memory
+    from weightlift.bench.conditions import huge_pages
+    from weightlift.bench.measure_child import backed_memory
 
     # As in _load_rate.
     with backed_memory(2 * _COPY_BYTES + 2 * _FAULT_BYTES):

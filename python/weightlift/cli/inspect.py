@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from weightlift import _native
-from weightlift.checkpoint import Checkpoint, open_checkpoint
-from weightlift.report import format_bytes
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.core.report import format_bytes
 
 __all__ = ["inspect"]
 

@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str], commands: Sequence[str]) -> Job | None:
 
 def start(job: Job) -> None:
     """Runs a job in this process, as its ``__main__``."""
-    from weightlift import enable
+    from weightlift.backends import enable
 
     if job.report:
         atexit.register(_print_report)
@@ -118,7 +118,7 @@ def run() -> None:
 
 
 def _print_report() -> None:
-    from weightlift.report import fallback_reasons, format_bytes, stats
+    from weightlift.core.report import fallback_reasons, format_bytes, stats
 
     sums = stats()
     lines = []

@@ -12,10 +12,11 @@ from typing import Annotated
 import typer
 
 from weightlift import _native
-from weightlift.checkpoint import Checkpoint, open_checkpoint
-from weightlift.errors import CheckpointError, FormatError
-from weightlift.integrity import Identity, known_sha256, verify_file
-from weightlift.report import format_bytes
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.integrity import Identity, known_sha256, verify_file
+from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.core.errors import CheckpointError, FormatError
+from weightlift.core.report import format_bytes
 
 __all__ = ["verify"]
 
@@ -116,7 +117,7 @@ def _checkpoints(
     components: list[str | None] = [subfolder]
     folder = Path(path)
     if subfolder is None and folder.suffix == ".dduf":
-        from weightlift.dduf import open_dduf
+        from weightlift.checkpoint.dduf import open_dduf
 
         archive = open_dduf(path)
         components = [

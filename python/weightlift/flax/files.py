@@ -12,12 +12,12 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from weightlift import dtypes
-from weightlift.atomic import atomic_file
-from weightlift.checkpoint import Checkpoint
-from weightlift.errors import ArgumentError, FormatError
-from weightlift.materialize import Loading
-from weightlift.placement import parse_device
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core import dtypes
+from weightlift.core.atomic import atomic_file
+from weightlift.core.devices import parse_device
+from weightlift.core.errors import ArgumentError, FormatError
+from weightlift.load.loading import Loading
 
 if TYPE_CHECKING:
     import torch

@@ -15,16 +15,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from weightlift.errors import ArgumentError
-from weightlift.flax.params import (
-    FLAX_NAMES,
-    find_params,
-    flattened,
-    nested,
-    save_params,
-    shown,
-)
-from weightlift.hub import HubArguments
+from weightlift.checkpoint.hub import HubArguments
+from weightlift.core.errors import ArgumentError
+from weightlift.flax.params import FLAX_NAMES, find_params, flattened, nested, save_params, shown
 from weightlift.models.config_mixin import ConfigMixin
 from weightlift.models.hub_mixin import PushToHubMixin, create_repository
 
@@ -74,7 +67,7 @@ class FlaxModelMixin(PushToHubMixin):
             from_pt: the weights are those of the torch model, of any form that
                 ``weightlift.open_checkpoint`` knows.
             cache_dir, force_download, proxies, local_files_only, token, revision, subfolder,
-                mirror: see ``weightlift.hub.HubArguments``.
+                mirror: see ``weightlift.checkpoint.hub.HubArguments``.
             kwargs: fields of the model, which override the configuration's.
 
         Returns:

@@ -14,15 +14,16 @@ import msgpack
 import numpy as np
 from flax import serialization, traverse_util
 
-from weightlift import dtypes
-from weightlift.atomic import atomic_file
-from weightlift.checkpoint import Checkpoint, open_checkpoint
-from weightlift.errors import ArgumentError, CheckpointError, ReadError, read_error
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.flax_msgpack import read_flax_tree, to_flax_path
+from weightlift.checkpoint.hub import HubArguments, download, list_files
+from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.core import dtypes
+from weightlift.core.atomic import atomic_file
+from weightlift.core.devices import parse_device
+from weightlift.core.errors import ArgumentError, CheckpointError, ReadError, read_error
 from weightlift.flax.files import check_dtype, to_host, to_numpy
-from weightlift.hub import HubArguments, download, list_files
-from weightlift.materialize import load_tensors
-from weightlift.models.flax_weights import read_flax_tree, to_flax_path
-from weightlift.placement import parse_device
+from weightlift.load.loading import load_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from weightlift import garbage
+from weightlift.core import gc_pause
 
 __all__ = ["Builder"]
 
@@ -36,7 +36,7 @@ class Builder(Generic[_Module]):
 
     def build(self, empty: bool) -> _Module:
         """The module; its parameters are on ``meta`` if ``empty``, its buffers are real."""
-        with _default_dtype(self._dtype), garbage.paused():
+        with _default_dtype(self._dtype), gc_pause.paused():
             if not empty:
                 return self._make()
             with _on_meta() as self._registered:

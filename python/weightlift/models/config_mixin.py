@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
-from weightlift.atomic import atomic_file
-from weightlift.errors import ArgumentError, CheckpointError, ReadError, read_error
-from weightlift.hub import HubArguments, commit_of, download
+from weightlift.checkpoint.hub import HubArguments, commit_of, download
+from weightlift.core.atomic import atomic_file
+from weightlift.core.errors import ArgumentError, CheckpointError, ReadError, read_error
 
 __all__ = ["ConfigMixin", "FrozenDict", "register_to_config"]
 
@@ -134,7 +134,7 @@ class ConfigMixin:
         Raises:
             TypeError: a value is of a type that JSON has no form for.
         """
-        from weightlift import __version__
+        from weightlift.core.version import __version__
 
         config = dict(self.__dict__.get("_internal_dict", {}))
         for name in _NOT_SAVED:
@@ -297,7 +297,7 @@ class ConfigMixin:
             return_unused_kwargs: return what is left of ``kwargs``, too.
             return_commit_hash: and the commit that the file is of; ``None`` for one that is in no
                 Hub cache.
-            kwargs: how to get at the repository, see ``weightlift.hub.HubArguments``.
+            kwargs: how to get at the repository, see ``weightlift.checkpoint.hub.HubArguments``.
 
         Returns:
             The config, or a tuple of the config and what else is wanted.

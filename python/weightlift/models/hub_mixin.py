@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlift.errors import ArgumentError, ReadError
-from weightlift.hub import HubArguments, download
+from weightlift.checkpoint.hub import HubArguments, download
+from weightlift.core.errors import ArgumentError, ReadError
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo

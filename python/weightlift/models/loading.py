@@ -19,26 +19,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from weightlift import dtypes, garbage
-from weightlift.checkpoint import Checkpoint, open_checkpoint, place_of
-from weightlift.errors import ArgumentError, CheckpointError
-from weightlift.hub import HubArguments, download, list_files
-from weightlift.integrity import identity_of
-from weightlift.matching import listed
+from weightlift.checkpoint.checkpoint import Checkpoint, describe_location
+from weightlift.checkpoint.hub import HubArguments, download, list_files
+from weightlift.checkpoint.integrity import identity_of
+from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.core import dtypes, gc_pause
+from weightlift.core.devices import parse_device
+from weightlift.core.errors import ArgumentError, CheckpointError
+from weightlift.core.report import LoadReport
+from weightlift.load.prefetch import PrefetchedLoad
 from weightlift.models.building import Builder
-from weightlift.modules import Early, fill
-from weightlift.placement import parse_device, single_entry
-from weightlift.report import LoadReport
-from weightlift.slots import gather
+from weightlift.module.device_map import single_entry
+from weightlift.module.fill import fill
+from weightlift.module.matching import format_names
+from weightlift.module.parameters import gather
 
 if TYPE_CHECKING:
-    from weightlift.models.model_mixin import ModelMixin
     from weightlift.models.quantization import Quantizer
 
 __all__ = ["load_pretrained"]
 
 _log = logging.getLogger("weightlift")
-_Model = TypeVar("_Model", bound="ModelMixin")
+_Model = TypeVar("_Model", bound=torch.nn.Module)
 
 _FLAX_NAMES = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
 # Arguments of from_pretrained with their defaults, apart from those of the Hub.
@@ -95,9 +97,9 @@ def load_pretrained(
             raise ArgumentError(f"{other}= goes not together with device_mesh= and tp_plan=")
     if not given["low_cpu_mem_usage"]:
         raise ArgumentError("device_mesh= and tp_plan= need low_cpu_mem_usage=True")
-    from weightlift.distributed import sharding
+    from weightlift.distributed.collective import tensor_parallel
 
-    with sharding(fill, given["device_mesh"], given["tp_plan"]) as fill_parts:
+    with tensor_parallel(fill, given["device_mesh"], given["tp_plan"]) as fill_parts:
         return _load(cls, os.fspath(path), given, arguments, fill_parts)
 
 
@@ -144,7 +146,7 @@ def _load(
         "max_memory": given["max_memory"],
         "dtype": dtype,
         "ignore_mismatched_sizes": given["ignore_mismatched_sizes"],
-        "ignore_unexpected": _matcher(cls._keys_to_ignore_on_load_unexpected),
+        "ignore_unexpected": _matcher(getattr(cls, "_keys_to_ignore_on_load_unexpected", None)),
         "memory_format": given["memory_format"],
     }
     builder: Builder[_Model] = Builder(
@@ -157,7 +159,7 @@ def _load(
     if checkpoint is not None and quantizer is None and given["low_cpu_mem_usage"] and whole:
         early = _begin(cls, checkpoint, device_map, dtype, loading)
     try:
-        with garbage.paused():
+        with gc_pause.paused():
             model = builder.build(empty=given["low_cpu_mem_usage"])
             if checkpoint is None:
                 checkpoint = _open_flax(path, hub, model)
@@ -189,7 +191,7 @@ def _load(
         # As accelerate's dispatch_model has it, which was not needed for one device.
         first = next(itertools.chain(model.parameters(), model.buffers()), None)
         vars(model)["hf_device_map"] = {} if first is None else {"": first.device}
-    model.register_to_config(_name_or_path=path)
+    model.register_to_config(_name_or_path=path)  # type: ignore[operator]
     _evaluate(model, modules)
     if given["output_loading_info"]:
         return model, {  # type: ignore[return-value]
@@ -224,16 +226,16 @@ def _built_dtype(
 
 
 def _load_config(
-    cls: type[ModelMixin], path: str, hub: HubArguments, kwargs: dict[str, Any]
+    cls: type[Any], path: str, hub: HubArguments, kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configuration, and what of ``kwargs`` is not one of its overrides."""
     if path.endswith(".dduf"):
-        from weightlift.dduf import open_dduf
+        from weightlift.checkpoint.dduf import open_dduf
 
         entry = f"{hub.subfolder}/{cls.config_name}" if hub.subfolder else cls.config_name
         return open_dduf(path).read_json(entry), kwargs
     folder = str(Path(path).parent) if Path(path).is_file() else path
-    config, unused, _ = cls.load_config(  # type: ignore[attr-defined]
+    config, unused, _ = cls.load_config(
         folder,
         return_unused_kwargs=True,
         return_commit_hash=True,
@@ -243,7 +245,7 @@ def _load_config(
     return dict(config), unused
 
 
-def _refuse_unknown(cls: type[ModelMixin], arguments: Mapping[str, Any]) -> None:
+def _refuse_unknown(cls: type[torch.nn.Module], arguments: Mapping[str, Any]) -> None:
     """What is neither an argument of ``from_pretrained`` nor of the config."""
     taken = [
         name
@@ -286,12 +288,12 @@ def _quantizer(given: Mapping[str, Any], config: Mapping[str, Any]) -> Quantizer
 
 
 def _begin(
-    cls: type[ModelMixin],
+    cls: type[torch.nn.Module],
     checkpoint: Checkpoint,
     device_map: Any,
     dtype: torch.dtype | str | None,
     options: Mapping[str, Any],
-) -> Early | None:
+) -> PrefetchedLoad | None:
     """Starts to read while the module is being built, where one device takes it all."""
     alone = single_entry("cpu" if device_map is None else device_map)
     if not isinstance(alone, (str, int, torch.device)):
@@ -300,8 +302,8 @@ def _begin(
     believed = torch.get_default_dtype() if dtype is None else dtype
     if options["mode"] == "map":
         believed = "auto"  # nothing is cast
-    kept = frozenset(cls._keep_in_fp32_modules or ())
-    ignored = _matcher(cls._keys_to_ignore_on_load_unexpected)
+    kept = frozenset(getattr(cls, "_keep_in_fp32_modules", None) or ())
+    ignored = _matcher(getattr(cls, "_keys_to_ignore_on_load_unexpected", None))
     names = None
     if kept or ignored:
         names = [
@@ -309,11 +311,11 @@ def _begin(
             for name in checkpoint
             if kept.isdisjoint(name.split(".")) and not (ignored and ignored(name))
         ]
-    return Early(checkpoint, device, dtypes.parse_dtype(believed), names, **options)
+    return PrefetchedLoad(checkpoint, device, dtypes.parse_dtype(believed), names, **options)
 
 
 def _open_flax(path: str, hub: HubArguments, model: torch.nn.Module) -> Checkpoint:
-    from weightlift.models.flax_weights import load_flax_state_dict
+    from weightlift.checkpoint.flax_msgpack import load_flax_state_dict
 
     folder = Path(path, hub.subfolder or "")
     if folder.is_dir():
@@ -358,12 +360,12 @@ def _refuse_another_model(model: torch.nn.Module, checkpoint: Checkpoint) -> Non
     if not (wanted and checkpoint and wanted.isdisjoint(checkpoint)):
         return
     problems = [
-        *listed("the model has and the checkpoint lacks", list(wanted)),
-        *listed("the checkpoint has and the model lacks", list(checkpoint)),
+        *format_names("the model has and the checkpoint lacks", list(wanted)),
+        *format_names("the checkpoint has and the model lacks", list(checkpoint)),
     ]
     raise CheckpointError(
-        f"{place_of(checkpoint)} holds the weights of another model than {type(model).__name__}; "
-        "no name is in both:\n" + "\n".join(problems)
+        f"{describe_location(checkpoint)} holds the weights of another model than "
+        f"{type(model).__name__}; no name is in both:\n" + "\n".join(problems)
     )
 
 
@@ -388,7 +390,7 @@ def _matcher(patterns: list[str] | None) -> Callable[[str], bool] | None:
     return lambda name: compiled.search(name) is not None
 
 
-def _warn_of_keys(cls: type[ModelMixin], path: str, report: LoadReport) -> None:
+def _warn_of_keys(cls: type[torch.nn.Module], path: str, report: LoadReport) -> None:
     if report.unexpected_keys:
         _log.warning(
             "%s: %s has no place for these weights, they were not used: %s",

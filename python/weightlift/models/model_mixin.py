@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from weightlift.errors import ArgumentError
+from weightlift.core.devices import parse_device
+from weightlift.core.errors import ArgumentError
 from weightlift.models.config_mixin import ConfigMixin
 from weightlift.models.hub_mixin import PushToHubMixin
 from weightlift.models.loading import load_pretrained
-from weightlift.modules import move
-from weightlift.offload import whole_state_dict
-from weightlift.placement import parse_device
+from weightlift.module.move import move
+from weightlift.module.offload import whole_state_dict
 
 __all__ = ["ModelMixin", "get_parameter_device", "get_parameter_dtype"]
 

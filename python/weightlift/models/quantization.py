@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 import torch
 
-from weightlift import dtypes, placement
-from weightlift.checkpoint import Checkpoint, place_of
-from weightlift.errors import ArgumentError, CheckpointError
-from weightlift.matching import listed
-from weightlift.materialize import Loading
-from weightlift.modules import fill
-from weightlift.report import LoadReport, set_last_report
+from weightlift.checkpoint.checkpoint import Checkpoint, describe_location
+from weightlift.core import dtypes
+from weightlift.core.errors import ArgumentError, CheckpointError
+from weightlift.core.report import LoadReport, set_last_report
+from weightlift.load.loading import Loading
+from weightlift.module.device_map import assign, resolve_device_map
+from weightlift.module.fill import fill
+from weightlift.module.matching import format_names
 
 __all__ = ["Quantizer", "choose_quantizer", "flattened"]
 
@@ -147,7 +148,7 @@ class _BitsAndBytes:
 
         device_of = {
             name: _real(device, name)
-            for device, assigned in placement.assign(names, devices).items()
+            for device, assigned in assign(names, devices).items()
             for name in assigned
         }
         cast = None if self._quantized else dtypes.parse_dtype(dtype)
@@ -309,7 +310,7 @@ class _TorchAo:
             report = self._load_quantized(model, checkpoint, devices, options)
         else:
             chosen = self._chosen(model)
-            for device, names in placement.assign(chosen, devices).items():
+            for device, names in assign(chosen, devices).items():
                 _real(device, names[0])
             report = fill(model, checkpoint, strict=False, **options)
             self._quantize(model, chosen)
@@ -348,8 +349,8 @@ class _TorchAo:
         metadata = checkpoint.metadata
         if not is_metadata_torchao(metadata):
             raise CheckpointError(
-                f"{place_of(checkpoint)}: it does not tell how torchao's tensors are put together; "
-                "save the model with save_pretrained, as safetensors"
+                f"{describe_location(checkpoint)}: it does not tell how torchao's tensors are put "
+                "together; save the model with save_pretrained, as safetensors"
             )
         state = model.state_dict()
         parts = {
@@ -362,11 +363,11 @@ class _TorchAo:
         apart = {part for inside in parts.values() for part in inside}
         if absent := sorted(apart.difference(checkpoint)):
             raise CheckpointError(
-                f"{place_of(checkpoint)}: parts of quantized tensors are missing: the file is not "
-                "complete:\n" + "\n".join(listed("missing", absent))
+                f"{describe_location(checkpoint)}: parts of quantized tensors are missing: the "
+                "file is not complete:\n" + "\n".join(format_names("missing", absent))
             )
         loading = Loading(checkpoint, mode=options.get("mode", "auto"))
-        for device, names in placement.assign(parts, devices).items():
+        for device, names in assign(parts, devices).items():
             inside = [part for name in names for part in parts[name]]
             loading.add(_real(device, names[0]), None, inside)
         loading.start()
@@ -431,7 +432,7 @@ def _devices(
     planned = dict.fromkeys(in_bytes, torch.int8)
     if isinstance(dtype, torch.dtype):
         planned = {**dict.fromkeys(model.state_dict(), dtype), **planned}
-    return placement.resolve_device_map(
+    return resolve_device_map(
         model,
         device_map,
         max_memory=max_memory,
@@ -487,8 +488,8 @@ def _refusal(
     ]
     return "\n".join(
         [
-            f"{place_of(checkpoint)} does not fit {type(model).__name__}:",
-            *listed("of another shape than the model's", lines),
+            f"{describe_location(checkpoint)} does not fit {type(model).__name__}:",
+            *format_names("of another shape than the model's", lines),
         ]
     )
 

@@ -32,10 +32,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlift import dtypes
-from weightlift.atomic import flush_file, flush_folder, temporary_beside
-from weightlift.checkpoint import Checkpoint
-from weightlift.errors import ArgumentError, FormatError
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core import dtypes
+from weightlift.core.atomic import flush_file, flush_folder, temporary_beside
+from weightlift.core.errors import ArgumentError, FormatError
 
 if TYPE_CHECKING:
     import torch

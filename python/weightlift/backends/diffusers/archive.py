@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from weightlift.backends.diffusers.context import during
-from weightlift.dduf import Dduf, open_dduf
-from weightlift.errors import ArgumentError
-from weightlift.hub import HubArguments, download
+from weightlift.checkpoint.dduf import Dduf, open_dduf
+from weightlift.checkpoint.hub import HubArguments, download
+from weightlift.core.errors import ArgumentError
 
 __all__ = ["Archive", "current_archive", "dduf_path", "unpacked"]
 

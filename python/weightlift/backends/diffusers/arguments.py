@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlift.backends.diffusers.context import during
-from weightlift.hub import HubArguments
+from weightlift.checkpoint.hub import HubArguments
 
 __all__ = ["from_mirror", "meant"]
 

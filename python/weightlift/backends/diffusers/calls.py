@@ -14,10 +14,10 @@ from weightlift.backends.diffusers.arguments import meant
 from weightlift.backends.diffusers.context import NAME, during
 from weightlift.backends.diffusers.files import castable, engine_device, open_files
 from weightlift.backends.diffusers.single_file import current_single_file
-from weightlift.checkpoint import Checkpoint
-from weightlift.errors import WeightliftError
-from weightlift.modules import Early
-from weightlift.placement import single_entry
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core.errors import WeightliftError
+from weightlift.load.prefetch import PrefetchedLoad
+from weightlift.module.device_map import single_entry
 
 __all__ = [
     "Call",
@@ -49,7 +49,7 @@ class Call:
     files: Sequence[str] = ()
     sharded: bool = False
     checkpoint: Checkpoint | None = None
-    begun: Early | None = None
+    begun: PrefetchedLoad | None = None
     by_diffusers: bool = False
     dispatched: Any = None
 
@@ -64,7 +64,7 @@ class Call:
                 return
             keep = self.early["keep"]
             names = [n for n in self.checkpoint if keep.isdisjoint(n.split("."))] if keep else None
-            self.begun = Early(
+            self.begun = PrefetchedLoad(
                 self.checkpoint,
                 self.early["device"],
                 self.early["dtype"],
@@ -89,7 +89,7 @@ class Call:
             self.begun.loading.cancel()
             self.begun = None
 
-    def take(self) -> Early | None:
+    def take(self) -> PrefetchedLoad | None:
         begun, self.begun = self.begun, None
         return begun
 

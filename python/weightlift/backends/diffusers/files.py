@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlift import _native, checkpoint, dtypes
+from weightlift import _native
 from weightlift.backends import StandAside
 from weightlift.backends.diffusers.archive import current_archive
 from weightlift.backends.diffusers.context import NAME
 from weightlift.backends.safetensors import usable_device
-from weightlift.checkpoint import Checkpoint
-from weightlift.errors import DeviceError
-from weightlift.materialize import load_tensors
-from weightlift.resolve import CheckpointFiles, ShardFile
+from weightlift.checkpoint import open_checkpoint
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.resolve import CheckpointFiles, ShardFile
+from weightlift.core import dtypes
+from weightlift.core.errors import DeviceError
+from weightlift.load.loading import load_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +42,7 @@ def open_files(files: Sequence[Any], key: str | None = None) -> Checkpoint:
             raise StandAside(f"{Path(files[0]).parent}: several shards hold the same tensor")
     else:
         shards = [ShardFile(Path(file).name, str(file), "torch") for file in files]
-        opened = checkpoint._open_files(
+        opened = open_checkpoint.open_files(
             # "" is the top of the file, where diffusers looks, and nowhere else.
             CheckpointFiles(tuple(shards), "torch", str(Path(files[0]).parent)),
             key or "",

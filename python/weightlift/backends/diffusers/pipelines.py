@@ -18,10 +18,11 @@ from weightlift.backends.diffusers.arguments import meant
 from weightlift.backends.diffusers.context import during
 from weightlift.backends.diffusers.files import load_all, open_files
 from weightlift.backends.diffusers.prefetch import prefetch
-from weightlift.errors import ArgumentError
-from weightlift.placement import AUTOMATIC, parse_device
-from weightlift.resolve import resolve
-from weightlift.settings import Settings
+from weightlift.checkpoint.resolve import resolve
+from weightlift.core.devices import parse_device
+from weightlift.core.errors import ArgumentError
+from weightlift.core.settings import Settings
+from weightlift.module.device_map import AUTOMATIC
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from weightlift import _native
-from weightlift.errors import WeightliftError
-from weightlift.plans import cancel_plan, new_plan, start_plan
-from weightlift.resolve import resolve
-from weightlift.settings import Settings
+from weightlift.checkpoint.resolve import resolve
+from weightlift.core.errors import WeightliftError
+from weightlift.core.settings import Settings
+from weightlift.load.plans import cancel_plan, new_plan, start_plan
 
 __all__ = ["prefetch"]
 

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlift import _native, dtypes
+from weightlift import _native
 from weightlift.backends import StandAside, or_stock, stand_aside
 from weightlift.backends.diffusers.context import NAME, during
 from weightlift.backends.diffusers.files import (
@@ -18,9 +18,10 @@ from weightlift.backends.diffusers.files import (
     mode_for,
     open_files,
 )
-from weightlift.checkpoint import Checkpoint
-from weightlift.errors import WeightliftError
-from weightlift.modules import fill
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core import dtypes
+from weightlift.core.errors import WeightliftError
+from weightlift.module.fill import fill
 
 if TYPE_CHECKING:
     import torch

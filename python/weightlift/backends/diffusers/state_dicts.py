@@ -12,8 +12,8 @@ from weightlift.backends.diffusers.calls import current_call
 from weightlift.backends.diffusers.context import NAME
 from weightlift.backends.diffusers.files import engine_device, load_all, open_files
 from weightlift.backends.diffusers.single_file import current_single_file
-from weightlift.checkpoint import Checkpoint
-from weightlift.errors import WeightliftError
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core.errors import WeightliftError
 
 __all__ = ["Pending", "load_state_dict"]
 

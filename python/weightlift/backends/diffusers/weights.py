@@ -7,15 +7,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from weightlift import dtypes
 from weightlift.backends import stand_aside
 from weightlift.backends.diffusers.calls import current_call, shards_bar
 from weightlift.backends.diffusers.context import NAME
 from weightlift.backends.diffusers.files import arrives_as, engine_device, load_all, mode_for
 from weightlift.backends.diffusers.state_dicts import Pending
-from weightlift.checkpoint import Checkpoint
-from weightlift.modules import fill
-from weightlift.placement import parse_device
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core import dtypes
+from weightlift.core.devices import parse_device
+from weightlift.module.fill import fill
 
 if TYPE_CHECKING:
     import torch

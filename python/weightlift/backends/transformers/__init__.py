@@ -25,16 +25,16 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from weightlift import dtypes, garbage
 from weightlift.backends import Hook, levels_to_caller, or_stock
 from weightlift.backends.safetensors import load_file_adapters
 from weightlift.backends.transformers import ahead, known
 from weightlift.backends.transformers.opening import open_checkpoint, weights_of, why_stock
 from weightlift.backends.transformers.walk import walk_tensors
 from weightlift.backends.transformers.weights import CALLER, Batch, Retreat, Weights
-from weightlift.errors import ArgumentError, OutOfMemoryError, WeightliftError
-from weightlift.placement import parse_device
-from weightlift.report import set_last_report
+from weightlift.core import dtypes, gc_pause
+from weightlift.core.devices import parse_device
+from weightlift.core.errors import ArgumentError, OutOfMemoryError, WeightliftError
+from weightlift.core.report import set_last_report
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ def _load(
     failed: WeightliftError | None = None
     token = _reserves.set(ours)
     try:
-        with garbage.paused() if ours else contextlib.nullcontext():
+        with gc_pause.paused() if ours else contextlib.nullcontext():
             result = original(model, weights, files, config, *rest)
     except Retreat as retreat:
         failed = retreat.error
@@ -108,9 +108,9 @@ def _load_shards(
     original: Callable[..., Any], model: Any, files: Sequence[str], config: Any, *rest: Any
 ) -> Any:
     """The same where each rank takes parts of the tensors: what fails on one fails on all."""
-    from weightlift.distributed import meeting
+    from weightlift.distributed.collective import collective_load
 
-    with meeting(model) as met:
+    with collective_load(model) as met:
         checkpoint, failed = None, None
         try:
             checkpoint = open_checkpoint(files)

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from weightlift import dtypes
 from weightlift.backends.transformers import known
 from weightlift.backends.transformers.opening import open_checkpoint, weights_of, why_stock
 from weightlift.backends.transformers.weights import Batch, Weights
-from weightlift.errors import WeightliftError
-from weightlift.placement import single_device
+from weightlift.core import dtypes
+from weightlift.core.errors import WeightliftError
+from weightlift.module.device_map import single_device
 
 if TYPE_CHECKING:
     import torch

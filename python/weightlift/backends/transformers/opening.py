@@ -11,7 +11,7 @@ from typing import Any
 from weightlift import _native
 from weightlift.backends.transformers import known
 from weightlift.backends.transformers.weights import Weights
-from weightlift.checkpoint import Checkpoint
+from weightlift.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["open_checkpoint", "weights_of", "why_stock"]
 
@@ -49,12 +49,12 @@ def why_stock(model: Any, files: Sequence[str], config: Any, sharded: bool) -> s
 def open_checkpoint(files: Sequence[str]) -> Checkpoint:
     if files[0].endswith(".safetensors"):
         return Checkpoint([_native.IndexedFile.open(os.fspath(file)) for file in files])
-    from weightlift.checkpoint import _open_files
-    from weightlift.resolve import CheckpointFiles, ShardFile
+    from weightlift.checkpoint.open_checkpoint import open_files
+    from weightlift.checkpoint.resolve import CheckpointFiles, ShardFile
 
     shards = tuple(ShardFile(Path(file).name, file, "torch") for file in files)
     # "" is the top of the file, where the library looks, and nowhere else.
-    return _open_files(CheckpointFiles(shards, "torch", str(Path(files[0]).parent)), "")
+    return open_files(CheckpointFiles(shards, "torch", str(Path(files[0]).parent)), "")
 
 
 def weights_of(checkpoint: Checkpoint, files: Sequence[str], disable_mmap: bool | None) -> Weights:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from weightlift.materialize import Ranges
+    from weightlift.load.loading import Ranges
 
 __all__ = ["Cut", "cutter"]
 

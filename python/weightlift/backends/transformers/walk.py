@@ -20,14 +20,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightlift import dtypes
-from weightlift.allocation import empty_on_host, naming
 from weightlift.backends.transformers.known import core_module
 from weightlift.backends.transformers.shards import Cut, cutter
 from weightlift.backends.transformers.weights import Batch, Retreat, Weights
-from weightlift.checkpoint import place_of
-from weightlift.errors import OutOfMemoryError, WeightliftError
-from weightlift.placement import parse_device
+from weightlift.checkpoint.checkpoint import describe_location
+from weightlift.core import dtypes
+from weightlift.core.devices import parse_device
+from weightlift.core.errors import OutOfMemoryError, WeightliftError
+from weightlift.load.allocation import empty_on_host, naming_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -289,7 +289,7 @@ class _Fill:
             self._weights.allocator.reserve(index, counts)
         for target, layout in merged:
             device = self._to(target)
-            with naming(place_of(self._weights.checkpoint), target.name):
+            with naming_tensor(describe_location(self._weights.checkpoint), target.name):
                 value = self._empty(device, layout.shape, self._dtypes(target.name))
             for key, part in zip(layout.names, layout.parts(value), strict=True):
                 cut = target.cut(key)

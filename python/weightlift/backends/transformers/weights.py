@@ -8,19 +8,19 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightlift import dtypes
-from weightlift.allocation import Allocator, TorchAllocator
 from weightlift.backends.transformers.shards import Cut
-from weightlift.errors import WeightliftError
-from weightlift.materialize import Loading, Ranges
-from weightlift.placement import parse_device
-from weightlift.plans import Progress
+from weightlift.core import dtypes
+from weightlift.core.devices import parse_device
+from weightlift.core.errors import WeightliftError
+from weightlift.load.allocation import Allocator, TorchAllocator
+from weightlift.load.loading import Loading, Ranges
+from weightlift.load.plans import Progress
 
 if TYPE_CHECKING:
     import torch
 
-    from weightlift.checkpoint import Checkpoint
-    from weightlift.report import LoadReport
+    from weightlift.checkpoint.checkpoint import Checkpoint
+    from weightlift.core.report import LoadReport
 
 __all__ = ["CALLER", "Batch", "Retreat", "Slice", "Weights"]
 

@@ -1,0 +1,1 @@
+"""Measuring: processes, conditions, contenders, tables and plots."""

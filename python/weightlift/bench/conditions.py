@@ -1,0 +1,216 @@
+"""What a measurement meets: the machine, its memory, and the files in its page cache or not."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import mmap
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from weightlift import _native
+from weightlift.bench import measure_child
+from weightlift.core.version import __version__
+
+__all__ = [
+    "RUN_CHILD",
+    "BackedMemory",
+    "cpu_model",
+    "huge_pages",
+    "machine",
+    "page_cache",
+    "prepare_files",
+    "read_program",
+    "resident_bytes",
+    "settle",
+]
+
+# runpy rather than the path: that would put this folder, and its inspect.py, before the standard
+# library. An installed package rather than -m: that would import weightlift.
+_RUN = (
+    "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+RUN_CHILD = ["-c", _RUN, measure_child.__file__]
+_SYS_CACHESTAT = 451  # on all architectures
+
+
+class BackedMemory:
+    """``measure_child.backed_memory`` in another process: memory for a load, until it begins."""
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+        self._holder: subprocess.Popen[bytes] | None = None
+        self._held = 0
+
+    def __enter__(self) -> BackedMemory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.let_go()
+
+    def hold(self) -> int:
+        """Holds what is wanted, or what the machine can spare, unless it does: how many bytes."""
+        if self._holder is None:
+            headroom: int = _native.machine()["memory_headroom"]
+            count = min(self._wanted, headroom * 3 // 4)
+            if count <= 0:
+                return 0
+            command = [sys.executable, *RUN_CHILD, str(count)]
+            pipe = subprocess.PIPE
+            self._holder = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
+            )
+            assert self._holder.stdout is not None
+            self._held = count if self._holder.stdout.readline() else 0
+        return self._held
+
+    def let_go(self) -> None:
+        """Returns when the memory is free."""
+        if self._holder is not None:
+            with self._holder:  # closes its input, and waits
+                self._holder = None
+
+
+def settle(files: Iterable[str | os.PathLike[str]]) -> None:
+    """Drops files from the page cache, reads them in from their beginning to their end, and touches
+    each page through a mapping.
+
+    What was just written lies there in other units (folios) than what was read ahead, which maps
+    several times faster; a virtual machine's host may have taken the pages back; and where it
+    shadows its guest's page tables, who maps a page first pays several times what others do.
+    """
+    for file in files:
+        _drop(file)
+        _read_in(file)
+        _touch(file)
+
+
+def prepare_files(files: Sequence[str], cold: bool) -> int | None:
+    """Reads the files into the page cache or drops them from it; the bytes that are in it then.
+
+    What is in it already is read, too: the host of a virtual machine may have taken its memory,
+    which the kernel does not know, and whoever comes first would pay for it.
+    """
+    for file in files:
+        if cold:
+            _drop(file)
+        else:
+            _read_in(file)
+    return resident_bytes(files)
+
+
+def read_program(pid: int) -> None:
+    """Reads the files that a process has mapped, such as its libraries.
+
+    Of what its imports did not touch, the host of a virtual machine may have taken the memory: a
+    load's first steps in torch would pay for that.
+    """
+    found = set()
+    for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
+        fields = line.split(maxsplit=5)  # proc_pid_maps(5): the sixth is the path
+        if len(fields) == 6 and fields[5].startswith("/"):
+            found.add(fields[5])
+    for path in found:
+        with contextlib.suppress(OSError):  # deleted since, or a device
+            if Path(path).is_file():
+                _read_in(path)
+
+
+def resident_bytes(files: Sequence[str]) -> int | None:
+    found = [page_cache(file) for file in files]
+    told = [count for count in found if count is not None]
+    return sum(told) if len(told) == len(found) else None
+
+
+def page_cache(file: str | os.PathLike[str]) -> int | None:
+    """Bytes of a file that are in the page cache; ``None`` where the kernel cannot tell.
+
+    By cachestat(2), of Linux 6.5; neither Python nor all C libraries have a function for it.
+    """
+    bounds = (ctypes.c_uint64 * 2)(0, 0)  # to the end
+    counts = (ctypes.c_uint64 * 5)()
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        done = ctypes.CDLL(None).syscall(_SYS_CACHESTAT, descriptor, bounds, counts, 0)
+        size = os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+    return min(counts[0] * mmap.PAGESIZE, size) if done == 0 else None
+
+
+def _drop(file: str | os.PathLike[str]) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # pages that wait to be written are not dropped
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _read_in(file: str | os.PathLike[str]) -> None:
+    buffer = bytearray(8 << 20)
+    with Path(file).open("rb", buffering=0) as opened:
+        while opened.readinto(buffer):
+            pass
+
+
+def _touch(file: str | os.PathLike[str]) -> None:
+    with (
+        Path(file).open("rb") as opened,
+        contextlib.suppress(OSError, ValueError),  # a file system without mappings; an empty file
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapping,
+        memoryview(mapping) as view,
+        view[:: mmap.PAGESIZE] as pages,
+    ):
+        pages.tobytes()
+
+
+def machine() -> dict[str, Any]:
+    """What a reader of the figures has to know of the machine."""
+    native = _native.machine()
+    found: dict[str, Any] = {
+        "cpu": cpu_model(),
+        "cpus": native["cpus"],
+        "isa": native["isa"],
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": platform.release(),
+        "huge_pages": huge_pages(),
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "safetensors": _version("safetensors"),
+        "weightlift": _version("weightlift"),
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def cpu_model() -> str:
+    """As /proc/cpuinfo names it; the architecture, where it does not."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def huge_pages() -> str | None:
+    """The state of transparent huge pages: ``always``, ``madvise`` or ``never``."""
+    with contextlib.suppress(OSError, IndexError):
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+        return text.split("[")[1].split("]")[0]
+    return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return __version__ if distribution == "weightlift" else None

@@ -1,0 +1,541 @@
+"""Measures loads against each other, each in a process of its own.
+
+Every measurement is a fresh process that has imported torch and the library before the clock
+starts. In each round the files are read into the page cache anew (``conditions.settle``), and
+contenders take turns in random order, so that what else the machine does falls on all of them;
+they are compared round by round: a ratio is the median of the rounds' ratios. Before each
+measurement the memory that it will need is backed by the machine and held
+(``measure_child.backed_memory``), the libraries that the process has mapped are read, the files
+are read once more or dropped from the page cache, and the memory is let go; how much of the files
+is in the page cache is asked of the kernel and reported. What each of them loads has to have the
+same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import selectors
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from weightlift import _native
+from weightlift.bench.conditions import (
+    RUN_CHILD,
+    BackedMemory,
+    prepare_files,
+    read_program,
+    resident_bytes,
+    settle,
+)
+from weightlift.bench.contenders import CONTENDERS, Contender, Job
+from weightlift.bench.measure_child import anonymous_bytes
+from weightlift.checkpoint.torch_file import TorchFile, open_torch_file
+
+__all__ = [
+    "CONTENDERS",
+    "Comparison",
+    "Job",
+    "Sample",
+    "compare",
+    "target_bytes",
+]
+
+_SLACK_BYTES = 512 * 10**6
+_LIMIT_SECONDS = 600.0
+# For a process that has said all, or is not wanted any longer.
+_END_SECONDS = 30.0
+# Asking for the peak costs some 30 microseconds.
+_POLL_SECONDS = 0.02
+# Bytes of an element, by torch's names and by the file's.
+_WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_FLOAT_WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+class _FailedError(Exception):
+    """A contender that cannot do the job, or did not come to an end; the text says why."""
+
+
+@dataclasses.dataclass
+class Sample:
+    """One measurement.
+
+    Attributes:
+        load_seconds: the library's call.
+        touch_seconds: reading one byte of every page of the result; on CUDA, synchronising.
+        cpu_seconds: of all threads, over both.
+        phases: seconds of ``load_seconds`` by what was done, where that can be told: ``index``
+            (with opening), ``allocate``, ``build`` (of a model, while its weights are read),
+            ``move`` and ``finish``; what could not be told is in the next one.
+        bytes: of the tensors that came out.
+        peak_anon_bytes: anonymous memory at its peak, less that before the load; sampled from
+            outside every 20 ms and at the end.
+        resident_bytes: of the files, in the page cache before the load; ``None`` where the kernel
+            cannot tell.
+        resident_bytes_after: the same, after it.
+        backed_bytes: of memory that was made available beforehand.
+        report: what weightlift reports of the load.
+        forward_seconds: of a model's first forward pass, where it was asked for; ``None`` where
+            there was none, for the reason that ``forward`` says.
+        peak_device_bytes: what torch had allocated on CUDA at most.
+        device_bytes: what the device had less after the load than before, whoever took it.
+        checksum: of the names and bits that came out, where it was asked for.
+    """
+
+    load_seconds: float
+    touch_seconds: float
+    cpu_seconds: float
+    phases: dict[str, float]
+    tensors: int
+    bytes: int
+    peak_anon_bytes: int
+    resident_bytes: int | None
+    resident_bytes_after: int | None
+    backed_bytes: int
+    report: dict[str, Any] | None = None
+    forward_seconds: float | None = None
+    forward: str = ""
+    peak_device_bytes: int | None = None
+    device_bytes: int | None = None
+    checksum: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.load_seconds + self.touch_seconds
+
+    @property
+    def first_forward_seconds(self) -> float | None:
+        """From the start of the load to the end of the first forward pass."""
+        return None if self.forward_seconds is None else self.seconds + self.forward_seconds
+
+
+@dataclasses.dataclass
+class Comparison:
+    """The same load by several contenders.
+
+    Attributes:
+        name: of the load.
+        job: the load; its contender is the first one's.
+        cold: whether the files were dropped from the page cache.
+        samples: by contender, in the order of the rounds.
+        refused: contenders that were asked for and could not, with the reason.
+        file_bytes: the size of the files.
+        touched: whether the touch counts; without it a comparison is of the calls alone.
+        versions: of the contenders' libraries.
+        conversions: seconds, by contender, that it took to make the files of its own format.
+    """
+
+    name: str
+    job: Job
+    cold: bool
+    samples: dict[str, list[Sample]]
+    refused: dict[str, str]
+    file_bytes: int
+    touched: bool = True
+    versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    conversions: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def times(self, contender: str) -> list[float]:
+        """Seconds, round by round."""
+        return [s.seconds if self.touched else s.load_seconds for s in self.samples[contender]]
+
+    def median(self, contender: str) -> float:
+        """Seconds."""
+        return statistics.median(self.times(contender))
+
+    def time_ratio(self, contender: str, to: str) -> float | None:
+        """The median over the rounds of ``contender``'s time over ``to``'s."""
+        ratios = self.time_ratios(contender, to)
+        return statistics.median(ratios) if ratios else None
+
+    def time_ratios(self, contender: str, to: str) -> list[float]:
+        """``contender``'s time over ``to``'s, round by round; none where one was not measured."""
+        if not self.samples.get(contender) or not self.samples.get(to):
+            return []
+        pairs = zip(self.times(contender), self.times(to), strict=True)
+        return [one / other for one, other in pairs]
+
+    def rate(self, contender: str) -> float:
+        """Bytes of the checkpoint a second; of the tensor, where one was asked for."""
+        whole = self.file_bytes if self.job.tensor is None else self.samples[contender][0].bytes
+        return whole / self.median(contender)
+
+    def peak(self, contender: str) -> int:
+        """Bytes, in the worst round."""
+        return max(sample.peak_anon_bytes for sample in self.samples[contender])
+
+    def phases(self, contender: str) -> dict[str, float]:
+        """Median seconds of each phase that was told; the touch, where it counts, is one."""
+        samples = self.samples[contender]
+        found = {
+            name: statistics.median(sample.phases.get(name, 0.0) for sample in samples)
+            for name in samples[0].phases
+        }
+        if self.touched:
+            found["touch"] = statistics.median(sample.touch_seconds for sample in samples)
+        return found
+
+    def route(self, contender: str) -> list[str]:
+        """The I/O paths that weightlift reports, each with its reason, most frequent first."""
+        report = self.samples[contender][-1].report
+        if report is None:
+            return []
+        found: dict[str, int] = {}
+        for file in report["files"]:
+            text = f"{file['io']}: {file['reason']}" if file["reason"] else file["io"]
+            found[text] = found.get(text, 0) + 1
+        return [*sorted(found, key=lambda text: -found[text]), *report["fallbacks"]]
+
+    def to_json(self) -> dict[str, Any]:
+        job = dataclasses.asdict(self.job)
+        for name in ("contender", "checksum"):
+            job.pop(name)
+        return {
+            "name": self.name,
+            **job,
+            "cold": self.cold,
+            "touched": self.touched,
+            "file_bytes": self.file_bytes,
+            "contenders": {
+                name: {
+                    "version": self.versions.get(name),
+                    "median_seconds": self.median(name),
+                    "bytes_per_second": self.rate(name),
+                    "peak_anon_bytes": self.peak(name),
+                    "time_ratio": {
+                        other: self.time_ratio(name, other)
+                        for other in self.samples
+                        if other != name
+                    },
+                    "phases": self.phases(name),
+                    "conversion_seconds": self.conversions.get(name),
+                    "io": self.route(name),
+                    "samples": [dataclasses.asdict(sample) for sample in samples],
+                }
+                for name, samples in self.samples.items()
+            },
+            "refused": self.refused,
+        }
+
+
+def compare(
+    name: str,
+    job: Job,
+    contenders: Sequence[str],
+    *,
+    cold: bool = False,
+    repeat: int = 5,
+    seed: int = 0,
+    touched: bool = True,
+    environments: Path | None = None,
+    begin: Callable[[str], None] = lambda _: None,
+    step: Callable[[str], None] = lambda _: None,
+) -> Comparison:
+    """Measures ``job`` by all ``contenders``, ``repeat`` times each.
+
+    Args:
+        name: of the comparison.
+        job: the load; its own contender is ignored.
+        contenders: names in ``CONTENDERS``.
+        cold: drop the files from the page cache before each measurement.
+        repeat: rounds.
+        seed: of the order within the rounds.
+        touched: whether ``Comparison`` counts the touch of all pages.
+        environments: where contenders have virtual environments of their own.
+        begin: called with words for what is done next.
+        step: called with the contender's name after each measurement, failed ones included.
+    """
+    refused: dict[str, str] = {}
+    conversions: dict[str, float] = {}
+    versions: dict[str, str | None] = {}
+    children: dict[str, _Child] = {}
+    for contender in contenders:
+        able = CONTENDERS[contender]
+        child = _Child(dataclasses.replace(job, contender=contender), _python(able, environments))
+        reason = able.why_not(job) if job.what == "load" else None
+        if reason is None and able.convert is not None:
+            try:
+                conversions[contender] = _converted(child, able.reads(job))
+            except _FailedError as failure:
+                reason = str(failure)
+        if reason is not None:
+            refused[contender] = reason
+            for _ in range(repeat):
+                step(contender)
+        children[contender] = child
+    samples: dict[str, list[Sample]] = {c: [] for c in contenders if c not in refused}
+    shuffle = random.Random(seed).shuffle
+    # Their imports overlap, their measurements never: each of the others waits, and on CUDA a
+    # context without work takes some of the device's memory but none of its time.
+    together = max(1, _native.machine()["cpus"] // (4 if job.on_cuda else 1))
+    memory = BackedMemory(target_bytes(job, cold) + _SLACK_BYTES if job.what == "load" else 0)
+    for turn in range(repeat):
+        order = [contender for contender in samples if contender not in refused]
+        if not cold:
+            # Each round anew: mappings of a file take as long as where its pages came to lie,
+            # and how their host backs them, has it, for all who map it.
+            begin("reading the files into the page cache")
+            settle(sorted({file for name in order for file in CONTENDERS[name].reads(job)}))
+        shuffle(order)
+        for start in range(0, len(order), together):
+            with memory, contextlib.ExitStack() as stack:
+                memory.hold()
+                running = [
+                    stack.enter_context(children[contender].with_checksum(turn == 0))
+                    for contender in order[start : start + together]
+                ]
+                begin(f"importing {', '.join(child.job.contender for child in running)}")
+                for child in running:
+                    child.expect_ready()
+                for child in running:
+                    contender = child.job.contender
+                    begin(f"measuring {contender}, round {turn + 1} of {repeat}")
+                    sample = _measure(child, cold, memory)
+                    versions[contender] = child.version
+                    if isinstance(sample, Sample):
+                        samples[contender].append(sample)
+                    else:
+                        refused[contender] = sample
+                    step(contender)
+    found = {c: taken for c, taken in samples.items() if c not in refused}
+    for contender, reason in _wrong(found).items():
+        refused[contender] = reason
+        del found[contender]
+    return Comparison(
+        name=name,
+        job=dataclasses.replace(job, contender=contenders[0]),
+        cold=cold,
+        samples=found,
+        refused=refused,
+        file_bytes=sum(Path(file).stat().st_size for file in job.files),
+        touched=touched,
+        versions=versions,
+        conversions=conversions,
+    )
+
+
+def _python(contender: Contender, environments: Path | None) -> str:
+    """The interpreter that has this library: its environment's, or else this one."""
+    if contender.environment is not None and environments is not None:
+        own = environments.absolute() / contender.environment / "bin" / "python"
+        if own.exists():
+            return str(own)
+    return sys.executable
+
+
+def _converted(child: _Child, made: Sequence[str]) -> float:
+    """Makes the files of a contender's own format, if they are not there: the seconds it took."""
+    note = Path(made[0]).with_name(Path(made[0]).name + ".seconds")
+    if not note.exists() or not all(Path(file).exists() for file in made):
+        with _Child(dataclasses.replace(child.job, what="convert"), child.python) as converting:
+            note.write_text(str(converting.line()["seconds"]), encoding="ascii")
+    return float(note.read_text(encoding="ascii"))
+
+
+def _wrong(samples: dict[str, list[Sample]]) -> dict[str, str]:
+    """Who loaded other bits than the first of them, and the reason to refuse it."""
+    first: tuple[str, int] | None = None
+    wrong = {}
+    for contender, taken in samples.items():
+        for checksum in {s.checksum for s in taken if s.checksum is not None}:
+            first = first or (contender, checksum)
+            if checksum != first[1]:
+                wrong[contender] = f"what it loads is not what {first[0]} loads"
+    return wrong
+
+
+def _measure(child: _Child, cold: bool, memory: BackedMemory) -> Sample | str:
+    """A measurement, or why there is none."""
+    try:
+        return _measured(child, cold, memory)
+    except _FailedError as failure:
+        return str(failure)
+
+
+def _measured(child: _Child, cold: bool, memory: BackedMemory) -> Sample:
+    job = child.job
+    child.check_ready()
+    files = CONTENDERS[job.contender].reads(job)
+    backed = memory.hold()
+    read_program(child.pid)
+    resident = prepare_files(files, cold)
+    memory.let_go()
+    figures, peak = child.go()
+    before, after = figures.pop("anon_before"), figures.pop("anon_after")
+    return Sample(
+        peak_anon_bytes=max(peak, after, before) - before,
+        resident_bytes=resident,
+        resident_bytes_after=resident_bytes(files),
+        backed_bytes=backed,
+        **figures,
+    )
+
+
+class _Child:
+    """A measured process, from its imports to its end."""
+
+    def __init__(self, job: Job, python: str) -> None:
+        self.job = job
+        self.python = python
+        self.version: str | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def with_checksum(self, wanted: bool) -> _Child:
+        return _Child(dataclasses.replace(self.job, checksum=wanted), self.python)
+
+    def __enter__(self) -> _Child:
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [self.python, *RUN_CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            bufsize=0,
+        )
+        self._lines = _lines(self._process, self._poll)
+        self._peak = 0
+        self._failure: _FailedError | None = None
+        self._sampling = False
+        self._say(json.dumps(dataclasses.asdict(self.job)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            _pipe(self._process.stdin).close()
+        try:
+            self._process.wait(timeout=_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        _pipe(self._process.stdout).close()
+        self._errors.close()
+
+    def expect_ready(self) -> None:
+        """Waits until its imports are done; ``check_ready`` raises what went wrong."""
+        try:
+            self.version = self.line()["version"]
+        except _FailedError as failure:
+            self._failure = failure
+
+    def check_ready(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def go(self) -> tuple[dict[str, Any], int]:
+        """Lets the clock run: the figures, and the peak of the anonymous memory."""
+        self._sampling = True
+        self._say("go")
+        figures = self.line()
+        self._sampling = False  # what comes after the load is not the load's memory
+        while (more := self._next()) is not None:
+            figures |= more
+        _pipe(self._process.stdin).close()
+        if self._process.wait(timeout=_LIMIT_SECONDS) != 0:
+            raise _FailedError(f"ended with status {self._process.returncode}{self._last_words()}")
+        return figures, self._peak
+
+    def _say(self, line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # ``line`` tells how it ended
+            _pipe(self._process.stdin).write(line.encode() + b"\n")
+
+    def line(self) -> dict[str, Any]:
+        """What it says next."""
+        line = self._next()
+        if line is None:
+            self._process.wait()
+            raise _FailedError(f"ended with status {self._process.returncode}{self._last_words()}")
+        return line
+
+    def _next(self) -> dict[str, Any] | None:
+        """``None`` at the end of what it says."""
+        try:
+            text = next(self._lines, None)
+        except TimeoutError:
+            self._process.kill()
+            raise _FailedError(f"took longer than {_LIMIT_SECONDS:.0f} s") from None
+        line: dict[str, Any] | None = None if text is None else json.loads(text)
+        for key in ("failed", "refused"):
+            if line is not None and key in line:
+                raise _FailedError(line[key])
+        return line
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
+
+    def _poll(self) -> None:
+        if self._sampling:
+            with contextlib.suppress(OSError):
+                self._peak = max(self._peak, anonymous_bytes(self._process.pid))
+
+
+def _lines(process: subprocess.Popen[bytes], poll: Callable[[], None]) -> Iterator[str]:
+    """The JSON lines of a process's output; libraries print lines of their own between them."""
+    pending = b""
+    stdout = _pipe(process.stdout)
+    deadline = time.monotonic() + _LIMIT_SECONDS
+    with selectors.DefaultSelector() as selector:
+        selector.register(stdout, selectors.EVENT_READ)
+        while time.monotonic() < deadline:
+            poll()
+            if not selector.select(_POLL_SECONDS):
+                continue
+            data = os.read(stdout.fileno(), 1 << 16)
+            if not data:
+                return
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                if line.startswith(b"{"):
+                    yield line.decode()
+                    # Others may have been measured meanwhile: its time begins when it is asked.
+                    deadline = time.monotonic() + _LIMIT_SECONDS
+        raise TimeoutError
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    assert pipe is not None
+    return pipe
+
+
+def target_bytes(job: Job, cold: bool = False) -> int:
+    """About what a load may take of the machine's free memory, whoever does it.
+
+    A library that maps takes nothing for itself, but others read the same file into memory of
+    their own, and all are to find the machine in one state. A cold file's pages come out of it,
+    too; on CUDA it is the device's that is taken. A cast takes what its results take.
+    """
+    size = sum(Path(file).stat().st_size for file in job.files)
+    page_cache_bytes = size if cold else 0
+    if job.on_cuda or job.tensor is not None:
+        return page_cache_bytes
+    if job.dtype is None:
+        return page_cache_bytes + size
+    width = _WIDTHS.get(job.dtype, 1)
+    total = 0
+    for file in job.files:
+        part: _native.IndexedFile
+        if file.endswith(".safetensors"):
+            part = _native.IndexedFile.open(file)
+        else:
+            opened = open_torch_file(file)
+            if not isinstance(opened, TorchFile):
+                return page_cache_bytes + size * width
+            part = opened.part
+        for position, dtype in enumerate(part.dtypes()):
+            begin, end = part.range(position)
+            own = _FLOAT_WIDTHS.get(dtype)
+            total += end - begin if own is None else (end - begin) // own * width
+    return page_cache_bytes + total

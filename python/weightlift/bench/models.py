@@ -1,0 +1,220 @@
+"""``weightlift bench --from-pretrained``: a model or pipeline, loaded by its library alone and with
+the backend."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightlift import _native
+from weightlift.core.errors import CheckpointError
+from weightlift.core.report import format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from weightlift.bench.measure import Comparison, Job, Sample
+
+__all__ = [
+    "NAMES",
+    "bench_folder",
+    "forward_notes",
+    "model_job",
+    "model_title",
+    "models_table",
+    "state",
+    "told",
+]
+
+# Contenders, and what they are called here; the backend comes first: without it there is nothing.
+NAMES = {"backend": "weightlift", "stock": "stock"}
+_CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@contextlib.contextmanager
+def bench_folder(arguments: Sequence[str]) -> Iterator[tuple[Path, str | None]]:
+    """The folder of a model and ``module:Class``, from ``PATH``, ``PATH module:Class`` or
+    ``module:Class`` alone: of that, a model is made in a temporary folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        CheckpointError: no such class, or too large a model to make.
+    """
+    given = list(arguments)
+    named = [one for one in given if _CLASS.fullmatch(one) and not Path(one).exists()]
+    folders = [one for one in given if one not in named]
+    if len(named) > 1 or len(folders) > 1:
+        raise CheckpointError(f"one folder and one module:Class at most, not {', '.join(given)}")
+    where = named[0] if named else None
+    if folders:
+        folder = Path(folders[0])
+        if not folder.is_dir():
+            raise FileNotFoundError(2, "there is no such folder of a model", str(folder))
+        yield folder, where
+        return
+    assert where is not None
+    with tempfile.TemporaryDirectory(prefix="weightlift-bench-") as temporary:
+        _make(where, Path(temporary))
+        yield Path(temporary), where
+
+
+def _make(where: str, folder: Path) -> None:
+    """Saves a model of this class, as its default configuration describes it."""
+    import torch
+
+    module, _, name = where.partition(":")
+    sys.path.insert(0, "")  # the installed command has its own folder there
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    config = getattr(cls, "config_class", None)
+
+    def made() -> Any:
+        return cls() if config is None else cls(config())
+
+    try:
+        with torch.device("meta"):
+            size = sum(t.nbytes for t in made().state_dict().values())
+    except Exception as error:
+        raise CheckpointError(
+            f"{where}: it is not made without arguments ({type(error).__name__}: {error}); give "
+            "the folder of a saved one"
+        ) from error
+    memory: int = _native.machine()["memory_headroom"]
+    free = shutil.disk_usage(folder).free
+    if size > min(free, memory) * 0.9:
+        raise CheckpointError(
+            f"{where}: by default it has {format_bytes(size)}, too much for {format_bytes(memory)} "
+            f"of memory and {format_bytes(free)} in {folder.parent}; give the folder of a saved "
+            "one, or set TMPDIR"
+        )
+    made().save_pretrained(folder)
+
+
+def model_job(folder: Path, device: str, dtype: str | None, where: str | None = None) -> Job:
+    """The load of a model or pipeline by its class: ``where``, or what its configuration names.
+
+    Raises:
+        CheckpointError: the folder has no configuration that names one, or no weights.
+    """
+    from weightlift.bench.measure import Job
+
+    config: dict[str, Any] = {}
+    for name in ("model_index.json", "config.json"):
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            break
+    architectures = config.get("architectures") or []
+    if where is not None:
+        pass
+    elif config.get("_class_name"):
+        where = f"diffusers:{config['_class_name']}"
+    elif architectures:
+        where = f"transformers:{architectures[0]}"
+    else:
+        raise CheckpointError(
+            f"{folder}: it has no config.json or model_index.json that names a class; add it, as "
+            "in `weightlift bench --from-pretrained FOLDER mymodels:MyModel`"
+        )
+    found = sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("*.bin"))
+    if not found:
+        raise CheckpointError(f"{folder}: there are no weights in it")
+    files = tuple(map(str, found))
+    return Job("stock", files, device, dtype, folder=str(folder), model=where)
+
+
+def model_title(job: Job) -> str:
+    assert job.model is not None
+    module, _, cls = job.model.partition(":")
+    library = module.partition(".")[0]
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        library += f" {metadata.version(library)}"
+    size = format_bytes(sum(Path(file).stat().st_size for file in job.files))
+    files = f"{len(job.files)} files" if len(job.files) > 1 else "1 file"
+    cast = f" as {job.dtype}" if job.dtype else ""
+    return f"{cls} of {library}: {size} in {files}, to {job.device}{cast}"
+
+
+def state(cold: bool) -> str:
+    return "cold" if cold else "warm"
+
+
+def told(begin: Callable[[str], None], cold: bool) -> Callable[[str], None]:
+    """``begin``, called with the names of here."""
+    return lambda text: begin(f"{state(cold)}: {text.replace('backend', NAMES['backend'])}")
+
+
+def models_table(comparisons: Sequence[Comparison]) -> Table:
+    """Rows for each state of the page cache; at most 80 columns wide."""
+    from rich import box
+    from rich.table import Table
+
+    from weightlift.bench.plot import format_seconds
+
+    def median(samples: list[Sample], of: str) -> str:
+        told = [value for value in (getattr(one, of) for one in samples) if value is not None]
+        return format_seconds(statistics.median(told)) if told else ""
+
+    on_cuda = comparisons[0].job.on_cuda
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold"
+    )
+    titles = ["", "", "call", "loaded", "1st forward", "memory"]
+    for title in [*titles, *(["on GPU"] if on_cuda else []), "ratio"]:
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for found in comparisons:
+        ratio = found.time_ratio("stock", "backend")
+        label = state(found.cold)
+        for contender in ("stock", "backend"):
+            samples = found.samples.get(contender)
+            if samples is None:
+                continue
+            ours = contender == "backend"
+            table.add_row(
+                label,
+                NAMES[contender],
+                median(samples, "load_seconds"),
+                median(samples, "seconds"),
+                median(samples, "first_forward_seconds"),
+                format_bytes(found.peak(contender)),
+                *([format_bytes(_device_peak(samples))] if on_cuda else []),
+                f"{ratio:.2f}x" if ours and ratio is not None else "",
+                style="bold" if ours else "",
+            )
+            label = ""
+    ranges = [
+        f"{state(found.cold)} {min(ratios):.2f}x to {max(ratios):.2f}x"
+        for found in comparisons
+        if (ratios := found.time_ratios("stock", "backend"))
+    ]
+    table.caption = (
+        "Medians. call: from_pretrained; loaded: every page of the weights touched too; 1st "
+        "forward: from the start to the end of a small one; memory: the load's own at its peak, "
+        "beside the page cache; ratio: stock's time to loaded over weightlift's, round by round"
+        f"{''.join(f'; {one}' for one in ranges)}."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def forward_notes(found: Comparison) -> list[str]:
+    """Why there was no forward pass."""
+    every = [sample for samples in found.samples.values() for sample in samples]
+    return [
+        f"no forward pass: {why}" for why in sorted({one.forward for one in every if one.forward})
+    ]
+
+
+def _device_peak(samples: list[Sample]) -> int:
+    return max(max(one.peak_device_bytes or 0, one.device_bytes or 0) for one in samples)

@@ -1,0 +1,230 @@
+"""Which tensor lives where: the Checkpoint, an index over all files."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from weightlift import _native
+from weightlift.checkpoint.integrity import Identity
+from weightlift.checkpoint.torch_file import View
+from weightlift.core.errors import ArgumentError, CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger("weightlift")
+
+__all__ = ["Checkpoint", "describe_location"]
+
+# (part, position in it, how the tensor looks at what lies there)
+Place = tuple[int, int, "View | None"]
+
+
+class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
+    """The index of a checkpoint, over all its files: names, dtypes, shapes, and whose bytes they
+    are. Holds no tensor data, and keeps its files open. As a mapping: name -> (dtype, shape).
+
+    Attributes:
+        parts: the indexed files, in the order in which they are read.
+        formats: of each part, ``"safetensors"`` or ``"torch"``.
+        metadata: text that the files carry about themselves; ``"not_tensors"`` names what a torch
+            file holds besides tensors.
+        in_memory: tensors of files that only torch can read, which are loaded when it is opened.
+        loaded: those files, with their identities.
+        fallbacks: what could not be done the fast way, and why.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[_native.IndexedFile],
+        *,
+        formats: Sequence[str] | None = None,
+        views: Sequence[Mapping[str, View]] | None = None,
+        in_memory: Mapping[str, torch.Tensor] | None = None,
+        loaded: Sequence[tuple[str, Identity]] = (),
+        metadata: Mapping[str, str] | None = None,
+        fallbacks: Sequence[str] = (),
+        names: Mapping[str, Place | None] | None = None,
+    ) -> None:
+        self.parts = list(parts)
+        self.formats = list(formats) if formats is not None else ["safetensors"] * len(parts)
+        self.in_memory = dict(in_memory or {})
+        self.loaded = list(loaded)
+        self.metadata = dict(metadata or {})
+        self.fallbacks = list(fallbacks)
+        self._views = list(views) if views is not None else [{} for _ in parts]
+        # Whether the tensors are those of the parts, under their own names.
+        self.is_plain = names is None and not any(self._views) and not self.in_memory
+        self._names = names
+
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """The checkpoint in one ``.safetensors`` file.
+
+        Raises:
+            FormatError: the file breaks the format.
+            ReadError: it cannot be read; a missing file is a ``FileNotFoundError`` too.
+        """
+        return cls([_native.IndexedFile.open(_text(path))])
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.files]
+
+    @property
+    def files(self) -> list[tuple[str, Identity]]:
+        """All there are, with their identities."""
+        return [*((part.path, part.identity) for part in self.parts), *self.loaded]
+
+    @functools.cached_property
+    def _places(self) -> Mapping[str, Place | None]:
+        if self._names is not None:
+            return self._names
+        places: dict[str, Place | None] = {}
+        for number, part in enumerate(self.parts):
+            views = self._views[number]
+            for position, name in enumerate(part.names()):
+                if name not in views:
+                    places[name] = (number, position, None)
+            for name, view in views.items():
+                base = part.find(view.base)
+                assert base is not None
+                places[name] = (number, base, view)
+        places.update(dict.fromkeys(self.in_memory))
+        return places
+
+    def place(self, name: str) -> Place | None:
+        """Where a tensor lies; ``None`` for one that is in memory.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        return self._places[name]
+
+    def is_view(self, name: str) -> bool:
+        """Whether a tensor shares its bytes with others, or does not lie in their order."""
+        if self.is_plain:
+            return False
+        place = self._places[name]
+        return place is not None and place[2] is not None
+
+    def find(self, name: str) -> tuple[_native.IndexedFile, int] | None:
+        """The part that holds a tensor as it is, and its position there."""
+        if self.is_plain and len(self.parts) == 1:
+            position = self.parts[0].find(name)
+            return None if position is None else (self.parts[0], position)
+        place = self._places.get(name)
+        if place is None or place[2] is not None:
+            return None
+        return self.parts[place[0]], place[1]
+
+    def __getitem__(self, name: str) -> tuple[str, tuple[int, ...]]:
+        place = self._places[name]
+        if place is None:
+            from weightlift.core import dtypes
+
+            tensor = self.in_memory[name]
+            return dtypes.file_name(tensor.dtype) or str(tensor.dtype), tuple(tensor.shape)
+        part, position, view = place
+        if view is not None:
+            if view.dtype == "F4":  # a view counts in torch's elements, which are pairs
+                return "F4", (*view.shape[:-1], view.shape[-1] * 2)
+            return view.dtype, view.shape
+        return self.parts[part].dtype(position), self.parts[part].shape(position)
+
+    def __iter__(self) -> Iterator[str]:
+        if self.is_plain:
+            for part in self.parts:
+                yield from part.names()
+        else:
+            yield from self._places
+
+    def __len__(self) -> int:
+        if self.is_plain:
+            return sum(len(part) for part in self.parts)
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        if self.is_plain and len(self.parts) == 1:
+            return isinstance(name, str) and self.parts[0].find(name) is not None
+        return name in self._places
+
+    # As an object, not by its contents: two handles on equal files are not one checkpoint.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        where = self.paths[0] if len(self.files) == 1 else f"{len(self.files)} files"
+        return f"<Checkpoint of {len(self)} tensors in {where}>"
+
+    def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of all tensors at once: faster than one by one."""
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        if not self.is_plain:
+            return {name: self[name] for name in self._places}
+        for part in self.parts:
+            found.update(
+                zip(part.names(), zip(part.dtypes(), part.shapes(), strict=True), strict=True)
+            )
+        return found
+
+    def renamed(self, rename: Callable[[str], str | None]) -> Checkpoint:
+        """The same tensors under other names; those that become ``None`` are left out.
+
+        Raises:
+            CheckpointError: two tensors get one name.
+        """
+        names: dict[str, Place | None] = {}
+        in_memory: dict[str, torch.Tensor] = {}
+        origin: dict[str, str] = {}
+        for name, place in self._places.items():
+            new = rename(name)
+            if new is None:
+                continue
+            if new in names:
+                raise CheckpointError(
+                    f"{describe_location(self)}: tensors {origin[new]!r} and {name!r} would both "
+                    f"be called {new!r}; the renaming must keep them apart"
+                )
+            names[new], origin[new] = place, name
+            if place is None:
+                in_memory[new] = self.in_memory[name]
+        return self._with_names(names, in_memory)
+
+    def ordered(self, names: Sequence[str]) -> Checkpoint:
+        """The same tensors in this order."""
+        places = self._places
+        return self._with_names({name: places[name] for name in names}, self.in_memory)
+
+    def _with_names(
+        self, names: Mapping[str, Place | None], in_memory: Mapping[str, torch.Tensor]
+    ) -> Checkpoint:
+        return Checkpoint(
+            self.parts,
+            formats=self.formats,
+            views=self._views,
+            in_memory=in_memory,
+            loaded=self.loaded,
+            metadata=self.metadata,
+            fallbacks=self.fallbacks,
+            names=names,
+        )
+
+
+def describe_location(checkpoint: Checkpoint) -> str:
+    """For messages."""
+    paths = checkpoint.paths
+    if len(paths) == 1:
+        return paths[0]
+    return f"the {len(paths)} files from {paths[0]} on" if paths else "the checkpoint"
+
+
+def _text(path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise ArgumentError(f"the path is {path!r}; it must be text, not bytes")
+    return text

@@ -1,0 +1,147 @@
+"""DDUF files: a diffusion pipeline in one archive, whose weights are read where they lie."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from typing import Any
+
+from weightlift import _native
+from weightlift.core.errors import CheckpointError, FormatError
+
+__all__ = ["Dduf", "open_dduf"]
+
+# https://huggingface.co/docs/hub/dduf
+_ENDINGS = frozenset({"json", "model", "safetensors", "txt"})
+_CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json",
+            "scheduler_config.json")  # fmt: skip
+_INDEX = "model_index.json"
+# Of what is read whole: a tokenizer may have tens of megabytes.
+_MOST_BYTES = 1 << 28
+
+
+class Dduf:
+    """An open DDUF file.
+
+    Attributes:
+        entries: name, such as ``"unet/config.json"``, -> (begin, bytes) in the file, in the order
+            of the file.
+        checksums: name -> CRC-32. Those of weights are not checked when they are loaded.
+        model_index: the content of ``model_index.json``.
+    """
+
+    def __init__(self, archive: _native.Archive) -> None:
+        self._archive = archive
+        records = archive.records()
+        self.entries = {name: (begin, count) for name, begin, count, _, _ in records}
+        self.checksums = {name: crc32 for name, _, _, crc32, _ in records}
+        for name, _, _, _, zip64 in records:
+            self._check_name(name)
+            if not zip64:
+                raise self._invalid(f"{name!r} is not stored as ZIP64")
+        if _INDEX not in self.entries:
+            raise self._invalid(f"it has no {_INDEX}")
+        index = self.read_json(_INDEX)
+        if not isinstance(index, dict):
+            raise self._invalid(f"its {_INDEX} is a {type(index).__name__}, not an object")
+        self.model_index: dict[str, Any] = index
+        for folder in {name.partition("/")[0] for name in self.entries if "/" in name}:
+            if folder not in index:
+                raise self._invalid(f"its {_INDEX} does not name the folder {folder!r}")
+            if not any(f"{folder}/{config}" in self.entries for config in _CONFIGS):
+                raise self._invalid(f"the folder {folder!r} has none of {', '.join(_CONFIGS)}")
+
+    def _invalid(self, what: str) -> FormatError:
+        return FormatError(
+            "dduf_invalid",
+            f"not a valid DDUF file: {what}; export it again with huggingface_hub",
+            self.path,
+        )
+
+    def _check_name(self, name: str) -> None:
+        parts = name.split("/")
+        if (
+            len(parts) > 2
+            or "\\" in name
+            or any(part in ("", ".", "..") for part in parts)
+            or name.rpartition(".")[2] not in _ENDINGS
+        ):
+            raise self._invalid(
+                f"{name!r} is not NAME or FOLDER/NAME that ends in one of "
+                + ", ".join(f".{ending}" for ending in sorted(_ENDINGS))
+            )
+
+    @property
+    def path(self) -> str:
+        return self._archive.path
+
+    def folders(self) -> list[str]:
+        """The folders that are there, in the order of ``model_index.json``."""
+        there = {name.partition("/")[0] for name in self.entries if "/" in name}
+        return [folder for folder in self.model_index if folder in there]
+
+    def read(self, name: str) -> bytes:
+        """A whole entry, its checksum checked; for all but weights.
+
+        Raises:
+            CheckpointError: there is none of that name.
+            FormatError: its checksum is wrong, or it is too large to be read whole.
+        """
+        begin, count = self._place(name)
+        if count > _MOST_BYTES:
+            raise self._invalid(f"{name!r} has {count} bytes, and {_MOST_BYTES} is the most")
+        content = self._archive.read(begin, count)
+        if zlib.crc32(content) != self.checksums[name]:
+            raise FormatError(
+                "checksum_mismatch",
+                f"{name!r} does not have its checksum: the file is damaged, so download it again",
+                self.path,
+                begin,
+            )
+        return content
+
+    def read_json(self, name: str) -> Any:
+        """The content of a ``.json`` entry.
+
+        Raises:
+            CheckpointError: there is none of that name.
+            FormatError: it is not JSON, or as in ``read``.
+        """
+        try:
+            return json.loads(self.read(name).decode())
+        except (ValueError, RecursionError) as error:
+            raise self._invalid(f"{name!r} is not JSON ({str(error)[:100]})") from error
+
+    def index(self, name: str) -> _native.IndexedFile:
+        """The index of a ``.safetensors`` entry, whose tensors are read from the DDUF file.
+
+        Raises:
+            CheckpointError: there is none of that name.
+            FormatError: it breaks the format.
+        """
+        try:
+            return self._archive.safetensors(*self._place(name))
+        except FormatError as error:
+            message = f"in its entry {name!r}: {error.message}"
+            raise FormatError(error.code, message, self.path, error.offset, error.tensor) from None
+
+    def _place(self, name: str) -> tuple[int, int]:
+        if name not in self.entries:
+            near = [
+                other for other in self.entries if other.partition("/")[0] == name.partition("/")[0]
+            ]
+            listed = ", ".join((near or list(self.entries))[:20])
+            raise CheckpointError(f"{self.path}: there is no {name!r} in it; there are {listed}")
+        return self.entries[name]
+
+
+def open_dduf(path: str | os.PathLike[str]) -> Dduf:
+    """Opens a ``.dduf`` file. Stricter than ``huggingface_hub.read_dduf_file``: entries that leave
+    the file, overlap, are there twice or contradict the archive's directory are refused.
+
+    Raises:
+        FormatError: the file is damaged, or breaks the rules of DDUF (code ``"dduf_invalid"``).
+        ReadError: it cannot be read; a missing file is a ``FileNotFoundError`` too.
+    """
+    return Dduf(_native.Archive.open(os.fspath(path)))

@@ -1,0 +1,316 @@
+"""The Hub, through huggingface_hub: one set of arguments, and errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import glob
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Iterator, MutableMapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightlift.core.errors import ArgumentError, ReadError, read_error
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+__all__ = ["HubArguments", "commit_of", "download", "list_files", "snapshot"]
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclasses.dataclass(frozen=True)
+class HubArguments:
+    """How to get at a repository of the Hub.
+
+    Attributes:
+        cache_dir: the cache; huggingface_hub's own (``HF_HUB_CACHE``) by default.
+        force_download: fetch what is in the cache already.
+        local_files_only: take what is in the cache and make no request.
+        token: ``None`` sends the stored token, if there is one; ``False`` sends none; ``True``
+            insists on the stored one; or a token.
+        revision: a branch, a tag or a commit; ``main`` by default.
+        subfolder: the folder of the repository that file names are relative to.
+        mirror: the endpoint to ask in place of ``HF_ENDPOINT``, for these arguments alone. It is
+            not the Hub, so the stored token is not sent to it, nor to where it redirects.
+    """
+
+    cache_dir: str | os.PathLike[str] | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+    token: str | bool | None = None
+    revision: str | None = None
+    subfolder: str | None = None
+    mirror: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mirror is not None and not re.match(r"https?://[^/]", self.mirror):
+            raise ArgumentError(
+                f"mirror is {self.mirror!r}; it is the URL of an endpoint that speaks as the Hub "
+                "does, such as 'https://hub.example.org'"
+            )
+        if self.force_download and self.local_files_only:
+            raise ArgumentError("force_download=True and local_files_only=True contradict another")
+
+    @classmethod
+    def pop_from(cls, arguments: MutableMapping[str, Any]) -> HubArguments:
+        """Takes them out of keyword arguments, the ones of former days included.
+
+        ``use_auth_token`` is ``token``; ``resume_download`` has nothing left to choose;
+        ``proxies`` is not possible for a single call any more and warns once a process.
+        """
+        given = {
+            field.name: arguments.pop(field.name)
+            for field in dataclasses.fields(cls)
+            if field.name in arguments
+        }
+        former = arguments.pop("use_auth_token", None)
+        if former is not None:
+            if given.get("token") is not None:
+                raise ArgumentError("use_auth_token is the former name of token: give token alone")
+            given["token"] = former
+        arguments.pop("resume_download", None)
+        if arguments.pop("proxies", None):
+            _warn_of_proxies()
+        for flag in ("force_download", "local_files_only"):
+            given[flag] = bool(given.get(flag))
+        given["subfolder"] = given.get("subfolder") or None
+        return cls(**given)
+
+    def pinned(self, repo_id: str) -> HubArguments:
+        """The same with a commit for revision, so that all that is loaded with them is of one
+        commit, whatever is pushed meanwhile. One request, or none where it is a commit already.
+
+        Raises:
+            ReadError: neither the Hub nor the cache knows the repository or its revision.
+        """
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            RevisionNotFoundError,
+            RevisionResolutionError,
+        )
+
+        if self.revision is not None and _COMMIT.fullmatch(self.revision):
+            return self
+        resolve = functools.partial(
+            self.api().resolve_revision,
+            repo_id,
+            revision=self.revision,
+            cache_dir=self._cache,
+        )
+        with _hub_errors(repo_id, self):
+            try:
+                commit = resolve(local_files_only=self.local_files_only).resolved
+            except RevisionNotFoundError:
+                raise
+            except HfHubHTTPError as error:
+                # Refused (a token that expired, a repository that was deleted): what is in the
+                # cache loads nevertheless, as it does when it is downloaded file by file.
+                try:
+                    commit = resolve(local_files_only=True).resolved
+                except RevisionResolutionError:
+                    raise error from None
+        return dataclasses.replace(self, revision=commit)
+
+    @property
+    def _cache(self) -> str:
+        from huggingface_hub import constants
+
+        return os.fspath(self.cache_dir or constants.HF_HUB_CACHE)
+
+    def api(self) -> HfApi:
+        """huggingface_hub's client, for the endpoint and with the token of these arguments."""
+        from huggingface_hub import HfApi
+
+        from weightlift.core.version import __version__
+
+        token = False if self.mirror is not None and self.token is None else self.token
+        return HfApi(
+            endpoint=self.mirror.rstrip("/") if self.mirror else None,
+            token=token,
+            library_name="weightlift",
+            library_version=__version__,
+        )
+
+
+def download(repo_id: str, filename: str, arguments: HubArguments) -> Path:
+    """The path of a file of a repository in the cache, downloaded if it is not there.
+
+    Raises:
+        ReadError: there is no such file (``"not_found"``), revision (``"revision_not_found"``) or
+            repository (``"repository_not_found"``), all three a ``FileNotFoundError`` too; access
+            is refused (``"permission_denied"``, a ``PermissionError``); the Hub is out of reach
+            and the file is not in the cache (``"not_cached"``, a ``FileNotFoundError``); or the
+            download broke off (``"read_failed"``).
+    """
+    with _hub_errors(repo_id, arguments, filename):
+        path = arguments.api().hf_hub_download(
+            repo_id,
+            filename,
+            subfolder=arguments.subfolder,
+            revision=arguments.revision,
+            cache_dir=arguments._cache,
+            force_download=arguments.force_download,
+            local_files_only=arguments.local_files_only,
+        )
+    return Path(path)
+
+
+def snapshot(repo_id: str, patterns: Sequence[str], arguments: HubArguments) -> Path:
+    """Downloads the files that match glob patterns, several at a time.
+
+    Returns:
+        The folder in the cache that they are in: that of the commit, or ``subfolder`` in it.
+
+    Raises:
+        ReadError: as ``download``; files that match nothing are no error.
+    """
+    prefix = glob.escape(f"{arguments.subfolder}/") if arguments.subfolder else ""
+    with _hub_errors(repo_id, arguments, ", ".join(patterns)):
+        folder = arguments.api().snapshot_download(
+            repo_id,
+            revision=arguments.revision,
+            cache_dir=arguments._cache,
+            force_download=arguments.force_download,
+            local_files_only=arguments.local_files_only,
+            allow_patterns=[prefix + pattern for pattern in patterns],
+        )
+    return Path(folder, arguments.subfolder or "")
+
+
+def list_files(repo_id: str, arguments: HubArguments) -> list[str]:
+    """The names of a repository's files, relative to ``subfolder``, sorted.
+
+    Where the Hub is out of reach, or not to be asked, those that are in the cache.
+
+    Raises:
+        ReadError: neither the Hub nor the cache knows the repository or its revision.
+    """
+    from huggingface_hub import errors
+
+    arguments = arguments.pinned(repo_id)
+    api = arguments.api()
+    with _hub_errors(repo_id, arguments):
+        names: Sequence[str] | None = None
+        unreachable: Exception | None = None
+        if not arguments.local_files_only:
+            try:
+                names = api.list_repo_files(repo_id, revision=arguments.revision)
+            except errors.RevisionNotFoundError:
+                raise
+            except (errors.OfflineModeIsEnabled, errors.HTTPError) as error:  # type: ignore[attr-defined]
+                unreachable = error
+        if names is None:
+            try:
+                folder = api.snapshot_download(
+                    repo_id,
+                    revision=arguments.revision,
+                    cache_dir=arguments._cache,
+                    local_files_only=True,
+                    allow_patterns=[],
+                )
+            except errors.LocalEntryNotFoundError:
+                raise unreachable or errors.LocalEntryNotFoundError("") from None
+            found = (path for path in Path(folder).rglob("*") if path.is_file())
+            names = [path.relative_to(folder).as_posix() for path in found]
+    prefix = f"{arguments.subfolder}/" if arguments.subfolder else ""
+    return sorted(name[len(prefix) :] for name in names if name.startswith(prefix))
+
+
+def commit_of(path: str | os.PathLike[str]) -> str | None:
+    """The commit of a file that lies in a Hub cache; ``None`` for any other."""
+    parts = Path(path).parts
+    for parent, name in itertools.pairwise(parts[:-1]):
+        if parent == "snapshots":
+            return name if _COMMIT.fullmatch(name) else None
+    return None
+
+
+@functools.cache
+def _warn_of_proxies() -> None:
+    warnings.warn(
+        "proxies= has no effect: huggingface_hub takes its proxies for the whole process, from the "
+        "environment variables HTTPS_PROXY and HTTP_PROXY",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+@contextlib.contextmanager
+def _hub_errors(repo_id: str, arguments: HubArguments, filename: str = "") -> Iterator[None]:
+    from huggingface_hub import errors
+
+    kinds = (errors.HTTPError, errors.OfflineModeIsEnabled, errors.RevisionResolutionError)  # type: ignore[attr-defined]
+    try:
+        yield
+    except kinds as error:
+        raise _translate(error, repo_id, arguments, filename) from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the cache's disk: it names the file
+        raise _translate(error, repo_id, arguments, filename) from error
+
+
+def _translate(
+    error: Exception, repo_id: str, arguments: HubArguments, filename: str
+) -> ReadError | ArgumentError:
+    from huggingface_hub import constants, errors
+
+    endpoint = (arguments.mirror or constants.ENDPOINT).rstrip("/")
+    revision = f"revision {arguments.revision or constants.DEFAULT_REVISION!r}"
+    place = "/".join(part for part in (repo_id, arguments.subfolder, filename) if part)
+    if type(error) is ValueError and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # "Force download failed due to the above error."
+    said = " ".join(str(getattr(error, "server_message", None) or error).split())
+    refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403)
+    log_in = "give token= or log in with `hf auth login`"
+
+    if isinstance(error, errors.HFValidationError):
+        code, text = "not_found", f"no such file or folder, and no id of a repository: {said}"
+        place = repo_id
+    elif type(error) is ValueError:
+        return ArgumentError(f"{place}: {error}")
+    elif isinstance(error, errors.RevisionNotFoundError):
+        code, text = "revision_not_found", f"{endpoint} has no {revision} of it"
+    elif isinstance(error, errors.RemoteEntryNotFoundError):
+        code, text = "not_found", f"{endpoint} has no such file in {revision}"
+    elif isinstance(error, errors.GatedRepoError):
+        code = "permission_denied"
+        text = (
+            f"gated: ask for access on {endpoint}/{repo_id} and {log_in}; {endpoint} says: {said}"
+        )
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        code = "repository_not_found"
+        text = (
+            f"no such folder, and {endpoint} has no such repository, or hides it: for a private "
+            f"one {log_in}; {endpoint} says: {said}"
+        )
+    elif refused:
+        code, text = "permission_denied", f"{endpoint} refuses: {said}; {log_in}"
+    elif isinstance(
+        error,
+        (
+            errors.LocalEntryNotFoundError,
+            errors.OfflineModeIsEnabled,
+            errors.RevisionResolutionError,
+        ),
+    ):
+        if arguments.local_files_only:
+            reason = "local_files_only=True keeps from asking the Hub"
+        elif constants.is_offline_mode():
+            reason = "HF_HUB_OFFLINE keeps from asking the Hub"
+        else:
+            reason = f"{endpoint} gave no answer: {error.__cause__ or said}"
+        code = "not_cached"
+        text = f"{revision} is not in the cache {arguments._cache}, and {reason}"
+    else:
+        code, text = (
+            "read_failed",
+            f"{endpoint}: {said}; what was downloaded is not kept, try again",
+        )
+    return read_error(code, text, place)

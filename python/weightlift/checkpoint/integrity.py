@@ -1,0 +1,129 @@
+"""Whether a file holds the bytes that it was published with: SHA-256 against what is known."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from weightlift import _native
+from weightlift.core.errors import CheckpointError, FormatError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+__all__ = ["HashCheck", "Identity", "identity_of", "known_sha256", "verify_file"]
+
+# (device, inode): a name may be given to another file.
+Identity: TypeAlias = "tuple[int, int]"
+
+_SUMS = ("SHA256SUMS", "sha256sums.txt")
+
+
+def known_sha256(path: str | Path) -> tuple[str, str] | None:
+    """The SHA-256 that a file should have, and who says so.
+
+    In a Hub cache the file is a link to a blob that is named after its SHA-256 (large files; small
+    ones have a git hash of 40 digits). Beside any file, ``NAME.sha256`` or a ``SHA256SUMS`` file in
+    the format of sha256sum(1) may tell.
+    """
+    path = Path(path)
+    target = path.resolve()
+    if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
+        return target.name, "the Hub cache"
+    single = path.with_name(path.name + ".sha256")
+    for sums in (single, *(path.with_name(name) for name in _SUMS)):
+        if not sums.is_file():
+            continue
+        for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+            found = re.fullmatch(r"([0-9a-fA-F]{64})(?:[ \t]+\*?(.*))?", line.strip())
+            if found and (found[2] == path.name or (sums == single and not found[2])):
+                return found[1].lower(), sums.name
+    return None
+
+
+class HashCheck:
+    """Compares the SHA-256 of files with the known ones while they are being loaded, several at
+    once: both read the same pages of the page cache."""
+
+    def __init__(self, files: Iterable[tuple[str, Identity]]) -> None:
+        self._files = dict(files)
+        for path in self._files:  # before anything is read
+            _required_sha256(path)
+        self._stopped = threading.Event()
+        self._checks: list[Future[None]] = []
+
+    def start(self) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        pool = ThreadPoolExecutor(max(min(len(self._files), int(_native.machine()["cpus"])), 1))
+        self._checks = [
+            pool.submit(verify_file, path, identity, self._stopped)
+            for path, identity in self._files.items()
+        ]
+        pool.shutdown(wait=False)
+
+    def result(self) -> None:
+        """Waits for the hashes, and raises for the first file that is another."""
+        try:
+            for check in self._checks:
+                check.result()
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
+def _required_sha256(path: str | Path) -> tuple[str, str]:
+    known = known_sha256(path)
+    if known is None:
+        raise CheckpointError(
+            f"{path}: nothing says which SHA-256 it should have: it is in no Hub cache, and there "
+            "is no SHA256SUMS file beside it; make one with sha256sum, or load without verify=True"
+        )
+    return known
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    return status.st_dev, status.st_ino
+
+
+def verify_file(
+    path: str | Path, identity: Identity, stopped: threading.Event | None = None
+) -> None:
+    """Compares a file's SHA-256 with the known one.
+
+    ``identity`` is that of the file that is being loaded: were the name given to another file
+    meanwhile, the hash would speak of that one. ``stopped`` ends it early.
+
+    Raises:
+        CheckpointError: nobody says what it should be.
+        FormatError: it is another (code ``"hash_mismatch"``).
+    """
+    known = _required_sha256(path)
+    digest = hashlib.sha256()
+    with Path(path).open("rb", buffering=0) as file:
+        if identity_of(os.fstat(file.fileno())) != identity:
+            raise FormatError(
+                "hash_mismatch",
+                "the name was given to another file while it was being loaded; load it again",
+                str(path),
+            )
+        buffer = bytearray(1 << 20)
+        view = memoryview(buffer)
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+            if stopped is not None and stopped.is_set():
+                return
+    if digest.hexdigest() != known[0]:
+        raise FormatError(
+            "hash_mismatch",
+            f"its SHA-256 is {digest.hexdigest()}, and {known[1]} says {known[0]}: the file is "
+            "damaged or was changed; download it again",
+            str(path),
+        )

@@ -1,0 +1,588 @@
+"""torch's own checkpoint files: where each tensor's bytes lie, and nothing run that torch's
+weights-only unpickler does not run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import itertools
+import os
+import pickle
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from weightlift import _native
+from weightlift.checkpoint.integrity import Identity, identity_of
+from weightlift.core import dtypes
+from weightlift.core.errors import CheckpointError, FormatError, OutOfMemoryError, WeightliftError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LoadedTorchFile", "TorchFile", "View", "open_torch_file"]
+
+
+class View(NamedTuple):
+    """A tensor whose elements are not one run of bytes of its own.
+
+    Attributes:
+        base: the tensor of the index that holds its elements: flat, and of the same dtype.
+        dtype: the file's name, such as ``"BF16"``.
+        shape: in elements of the torch dtype (of ``float4_e2m1fn_x2``, pairs).
+        stride: in the same elements.
+        offset: into the base, in the same elements; ``base.as_strided(shape, stride, offset)``.
+    """
+
+    base: str
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class TorchFile(NamedTuple):
+    """A state dict in a file of ``torch.save``, none of its tensors read.
+
+    Attributes:
+        part: what is to be read: each tensor that is one run of bytes of its own, under its name;
+            for those that overlap in memory, or have strides, what they cover together, flat, under
+            the name of the first.
+        views: the latter tensors.
+        names: of all tensors, in the order of the state dict.
+        not_tensors: key -> name of its type, for everything else in the state dict, and for what is
+            beside it in the file (dotted where that is further in).
+    """
+
+    part: _native.IndexedFile
+    views: dict[str, View]
+    names: list[str]
+    not_tensors: dict[str, str]
+
+
+class LoadedTorchFile(NamedTuple):
+    """A state dict that torch had to load.
+
+    Attributes:
+        tensors: on the CPU, in the order of the state dict.
+        not_tensors: as in ``TorchFile``.
+        reason: why, to be shown in a report.
+        identity: of the file.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    not_tensors: dict[str, str]
+    reason: str
+    identity: Identity
+
+
+def open_torch_file(
+    path: str | os.PathLike[str], *, state_dict_key: str | None = None
+) -> TorchFile | LoadedTorchFile:
+    """Opens a ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file that ``torch.save`` wrote.
+
+    Args:
+        path: the file.
+        state_dict_key: where in the file the state dict is, such as ``"state_dict"`` or
+            ``"model.ema"``. By default the whole file where it has tensors at the top, otherwise
+            the one mapping in it that has.
+
+    Raises:
+        FormatError: the file is damaged, not of torch, or has what the weights-only unpickler
+            refuses. It is never loaded in a weaker way. Codes besides those of ``csrc/result.h``:
+            ``"unsafe_pickle"`` (refused by the unpickler), ``"malformed_pickle"``,
+            ``"torchscript"``, ``"big_endian"`` and ``"unsupported_tensor"`` (sparse, quantized,
+            conjugated, of a subclass, without data).
+        CheckpointError: no state dict, or several, or none under ``state_dict_key``.
+        ReadError: the file cannot be read; a missing file is a ``FileNotFoundError`` too.
+    """
+    path = os.fspath(path)
+    try:
+        archive = _native.Archive.open(path)
+    except FormatError as error:
+        if error.code != "not_archive":
+            raise
+        _refuse_safetensors(path)
+        return _loaded(path, state_dict_key, "torch's format from before 1.6", mmap=False)
+    places = _places(archive)
+    data = archive.read(*places["data.pkl"])
+    with _errors_of_torch(path):
+        value = _value_of(data, places)
+    describe: _Describe = _described
+    if value is None:
+        if not _unpickles():
+            reason = "the unpickler of this torch is not the one that is known"
+            return _loaded(path, state_dict_key, reason, mmap=True)
+        with _errors_of_torch(path):
+            unpickled = _Unpickled(data, places, path)
+        value, describe = unpickled.value, unpickled.describe
+    state_dict, beside = _state_dict(value, state_dict_key, path)
+    file = _Indexer(archive, places, describe).index(state_dict)
+    return file._replace(not_tensors=beside | file.not_tensors)
+
+
+# --- The file ------------------------------------------------------------------------------------
+
+# kMaxSupportedFileFormatVersion of torch's caffe2/serialize/versions.h.
+_LATEST_VERSION = 10
+
+# Where a record lies: its begin and its bytes.
+_Places = dict[str, tuple[int, int]]
+
+
+def _places(archive: _native.Archive) -> _Places:
+    """The records without the folder that all are in."""
+    records = archive.records()
+    folder = records[0][0].partition("/")[0] + "/" if records else ""
+    places = {
+        name[len(folder) :]: (begin, count)
+        for name, begin, count, _, _ in records
+        if name.startswith(folder)
+    }
+    number = next((name for name in (".data/version", "version") if name in places), None)
+    if len(places) != len(records) or "data.pkl" not in places or number is None:
+        raise FormatError(
+            "not_weights", "this is a zip file, but not a checkpoint of torch.save", archive.path
+        )
+    if "constants.pkl" in places:
+        raise FormatError(
+            "torchscript",
+            "this is a TorchScript archive, which holds code: load it with torch.jit.load where it "
+            "is trusted, and save its state_dict()",
+            archive.path,
+        )
+    version = archive.read(*places[number]).strip()
+    if not version.isdigit() or not 1 <= int(version[:9]) <= _LATEST_VERSION:
+        raise FormatError(
+            "archive_unsupported",
+            f"it is of version {version[:16]!r} of torch's format, and 1 to {_LATEST_VERSION} are "
+            "known: look for a newer weightlift, or save it again with an older torch",
+            archive.path,
+        )
+    order = archive.read(*places["byteorder"]) if "byteorder" in places else b"little"
+    if order != b"little":
+        raise FormatError(
+            "big_endian",
+            f"its numbers are in the byte order {order[:16]!r}; save it again on a little-endian "
+            "machine",
+            archive.path,
+        )
+    return places
+
+
+class _Tensor(NamedTuple):
+    """A tensor as its pickle describes it.
+
+    Attributes:
+        record: its storage is ``data/<this>`` in the archive.
+        dtype: the file's name, such as ``"BF16"``.
+        offset: into the storage; this, shape and stride are in elements of the torch dtype.
+        contiguous: as ``torch.Tensor.is_contiguous``.
+    """
+
+    record: str
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    contiguous: bool
+
+
+# A tensor of the unpickled value, under its name.
+_Describe = Callable[[str, Any], _Tensor]
+
+
+def _value_of(data: bytes, places: _Places) -> dict[Any, Any] | None:
+    """What the pickle holds, read without torch's unpickler, which takes 50 microseconds a tensor;
+    ``None`` where that one must say what it is."""
+    known = _native.torch_pickle(data, _Tensor)
+    if known is None:
+        return None
+    value, storages = known
+    sound = all(places.get(f"data/{key}", (0, -1))[1] == size for key, size in storages.items())
+    return value if sound else None
+
+
+def _described(name: str, tensor: _Tensor) -> _Tensor:
+    return tensor
+
+
+class _Unpickled:
+    """What ``torch.load(map_location="meta", weights_only=True)`` returns, tensors without data,
+    and where the storages of these lie.
+
+    torch's unpickler is used, and its loader is not: that one reads the archive by other rules than
+    those by which it was checked here, and where there is a ``.format_version`` it computes the
+    places of storages from their order in the pickle, which an archive need not have. Nor does it
+    keep the sizes that the pickle states: a tensor that leaves its storage on meta enlarges it.
+
+    Attributes:
+        value: the object.
+    """
+
+    def __init__(self, data: bytes, places: _Places, path: str = "") -> None:
+        from torch import _utils, _weights_only_unpickler, serialization
+
+        self._places = places
+        self._path = path
+        self._storages: dict[str, Any] = {}
+        self._records: dict[int, str] = {}  # by the address of the storage
+        unpickler: Any = _weights_only_unpickler.Unpickler(io.BytesIO(data), encoding="utf-8")
+        unpickler.persistent_load = self._storage
+        # Where tensors go whose rebuilding names a device.
+        serialization._serialization_tls.map_location = "meta"
+        try:
+            self.value = unpickler.load()
+        finally:
+            serialization._serialization_tls.map_location = None
+            _utils._sparse_tensors_to_validate.clear()
+
+    def _storage(self, saved: Any) -> Any:
+        import torch
+
+        _, kind, key, _, count = saved
+        name = f"data/{key}"
+        known = self._storages.get(name)
+        if known is not None:
+            return known
+        begin, stored = self._places[name]
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        if type(count) is not int or count * dtype.itemsize != stored:
+            raise FormatError(
+                "size_mismatch",
+                f"its pickle states {count!r:.30} elements of {dtype} for the record {name!r}, "
+                f"which has {stored} bytes; the file is damaged: download it or save it again",
+                self._path,
+                begin,
+            )
+        of_torch: Any = torch.storage
+        untyped = of_torch.UntypedStorage(stored, device="meta")
+        storage = of_torch.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+        self._records[untyped._cdata] = key
+        # Kept, so that no other storage gets its address.
+        self._storages[name] = storage
+        return storage
+
+    def describe(self, name: str, tensor: torch.Tensor) -> _Tensor:
+        import torch
+
+        methods = torch.Tensor
+        dtype = dtypes.file_name(tensor.dtype)
+        if (
+            dtype is None
+            or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+            or tensor.layout is not torch.strided
+            or methods.is_conj(tensor)
+            or methods.is_neg(tensor)
+        ):
+            raise _unsupported(self._path, name, _kind(tensor))
+        record = self._records.get(methods.untyped_storage(tensor)._cdata)
+        if record is None:
+            raise _unsupported(self._path, name, "has no data in the file")
+        return _Tensor(
+            record, dtype, int(methods.storage_offset(tensor)), tuple(tensor.shape),
+            methods.stride(tensor), methods.is_contiguous(tensor),
+        )  # fmt: skip
+
+
+# data.pkl of {"probe": torch.zeros(3)}, as torch has written it since 1.6. To have torch.save write
+# it here would take longer than to open a checkpoint.
+_PROBE = (
+    b"\x80\x02}X\x05\x00\x00\x00probectorch._utils\n_rebuild_tensor_v2\n"
+    b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+    b"K\x03tQK\x00K\x03\x85K\x01\x85\x89ccollections\nOrderedDict\n)RtRs."
+)
+
+
+@functools.cache
+def _unpickles() -> bool:
+    """Whether the installed torch can be used so; most of it is private to it."""
+    try:
+        unpickled = _Unpickled(_PROBE, {"data/0": (4096, 12)})
+        tensor = unpickled.value["probe"]
+        return bool(tensor.is_meta and unpickled.describe("probe", tensor).record == "0")
+    except Exception:
+        return False
+
+
+def _loaded(path: str, state_dict_key: str | None, reason: str, mmap: bool) -> LoadedTorchFile:
+    import torch
+
+    with _errors_of_torch(path):
+        identity = identity_of(os.stat(path))  # noqa: PTH116
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    tensors = {}
+    state_dict, not_tensors = _state_dict(loaded, state_dict_key, path)
+    for name, value in dict.items(state_dict):
+        if isinstance(value, torch.Tensor):
+            tensors[_name(name, path)] = torch.Tensor.detach(value)
+        else:
+            not_tensors[_text(name)] = _type_name(value)
+    return LoadedTorchFile(tensors, not_tensors, reason, identity)
+
+
+def _refuse_safetensors(path: str) -> None:
+    with Path(path).open("rb") as file:
+        first = file.read(9)
+    if first[8:] == b"{" and int.from_bytes(first[:8], "little") < Path(path).stat().st_size:
+        raise FormatError(
+            "not_weights", "this is a safetensors file: rename it to .safetensors", path
+        )
+
+
+@contextlib.contextmanager
+def _errors_of_torch(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (WeightliftError, OSError):
+        raise
+    except pickle.UnpicklingError as error:
+        # torch.load wraps it into advice to load with weights_only=False.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        reason = reason.partition(" Please use `torch.serialization")[0]
+        raise FormatError(
+            "unsafe_pickle",
+            f"torch's weights-only unpickler refuses it: {reason[:300]} Save the plain state dict, "
+            "or, where the file is trusted, allow the name by torch.serialization.add_safe_globals",
+            path,
+        ) from error
+    except NotImplementedError as error:
+        raise FormatError(
+            "unsupported_tensor",
+            f"it holds tensors that cannot be indexed (quantized or nested, perhaps): "
+            f"{str(error)[:200]}",
+            path,
+        ) from error
+    except MemoryError as error:
+        raise OutOfMemoryError(f"{path}: no memory for what its pickle asks for") from error
+    except Exception as error:
+        # Whatever a pickle may do to torch's functions: IndexError, KeyError, TypeError, ...
+        raise FormatError(
+            "malformed_pickle",
+            f"torch cannot unpickle it ({type(error).__name__}: {str(error)[:200]}): the file is "
+            "damaged, so download it or save it again",
+            path,
+        ) from error
+
+
+# --- The state dict ------------------------------------------------------------------------------
+
+# A pickle may give dictionaries and tensors attributes of any name, so that methods are called by
+# their class.
+
+
+def _has_tensors(value: object) -> bool:
+    import torch
+
+    return isinstance(value, dict) and any(
+        isinstance(one, (_Tensor, torch.Tensor)) for one in dict.values(value)
+    )
+
+
+def _state_dict(loaded: Any, key: str | None, path: str) -> tuple[dict[Any, Any], dict[str, str]]:
+    """The state dict, and the names and types of what is beside it."""
+    beside: dict[str, str] = {}
+    if key is not None:
+        loaded = _at(loaded, key, path, beside)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(
+            f"{path}: {'it' if key is None else repr(key)} is a {_type_name(loaded)}, not a "
+            "mapping of names to tensors"
+        )
+    if key is not None or not loaded or _has_tensors(loaded):
+        return loaded, beside
+    inner = [name for name, value in dict.items(loaded) if _has_tensors(value)]
+    if len(inner) == 1:
+        found: dict[Any, Any] = loaded[inner[0]]
+        return found, _types(loaded, "", inner[0])
+    raise CheckpointError(
+        f"{path}: it holds several state dicts: {_keys(inner)}; choose one by state_dict_key"
+        if inner
+        else f"{path}: it holds no tensors, but {_keys(loaded)}; state_dict_key may lead further in"
+    )
+
+
+def _at(loaded: Any, key: str, path: str, beside: dict[str, str]) -> Any:
+    """The value at a dotted key; of keys that have dots themselves the longest goes first."""
+    value, rest = loaded, key
+    while rest:
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path}: {key!r} leads through a {_type_name(value)}")
+        head = rest
+        while head not in value:
+            head, dot, _ = head.rpartition(".")
+            if not dot:
+                raise CheckpointError(f"{path}: there is no {key!r} in it, but {_keys(value)}")
+        beside.update(_types(value, key[: len(key) - len(rest)], head))
+        value, rest = value[head], rest[len(head) + 1 :]
+    return value
+
+
+def _types(mapping: dict[Any, Any], prefix: str, but: object) -> dict[str, str]:
+    return {
+        prefix + _text(key): _type_name(value) for key, value in dict.items(mapping) if key != but
+    }
+
+
+def _keys(keys: Collection[Any]) -> str:
+    shown = [repr(_text(key)[:60]) for key in itertools.islice(keys, 10)]
+    return ", ".join(shown) + (", ..." if len(keys) > len(shown) else "")
+
+
+def _text(key: object) -> str:
+    # Not repr: a tuple may be nested as deep as the pickle is long.
+    if isinstance(key, str):
+        return key
+    return str(key) if isinstance(key, int) else f"a {_type_name(key)}"
+
+
+def _type_name(value: object) -> str:
+    return "Tensor" if isinstance(value, _Tensor) else type(value).__name__
+
+
+def _name(name: object, path: str) -> str:
+    if not isinstance(name, str):
+        raise FormatError("tensor_invalid", f"a tensor's key is {_text(name)}, not text", path)
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            message = f"a tensor's name is not UTF-8: {name[:60]!r}"
+            raise FormatError("tensor_invalid", message, path) from None
+    return name
+
+
+# --- The tensors ---------------------------------------------------------------------------------
+
+
+class _Span(NamedTuple):
+    """A tensor in its storage: what it covers, in bytes from the storage's begin."""
+
+    name: str
+    dtype: str
+    itemsize: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    begin: int
+    end: int
+    contiguous: bool
+    order: int  # in the state dict
+
+
+class _Indexer:
+    def __init__(self, archive: _native.Archive, places: _Places, describe: _Describe) -> None:
+        self._archive = archive
+        self._path = archive.path
+        self._places = places
+        self._describe = describe
+        # (name, dtype, shape, begin) of what goes into the index.
+        self._bases: list[tuple[str, str, tuple[int, ...], int]] = []
+        self._views: dict[str, View] = {}
+
+    def index(self, state_dict: dict[Any, Any]) -> TorchFile:
+        import torch
+
+        names: list[str] = []
+        not_tensors: dict[str, str] = {}
+        spans: dict[int, list[_Span]] = {}
+        for key, value in dict.items(state_dict):
+            if isinstance(value, (_Tensor, torch.Tensor)):
+                name = _name(key, self._path)
+                begin, span = self._span(name, self._describe(name, value), len(names))
+                spans.setdefault(begin, []).append(span)
+                names.append(name)
+            else:
+                not_tensors[_text(key)] = _type_name(value)
+        for begin, sharing in spans.items():
+            self._add(begin, sharing)
+        index = self._archive.index(self._bases)
+        return TorchFile(index, self._views, names, not_tensors)
+
+    def _span(self, name: str, tensor: _Tensor, order: int) -> tuple[int, _Span]:
+        """A tensor's storage, by its begin in the file, and its place in it."""
+        record, dtype, first, shape, stride, contiguous = tensor
+        begin, stored = self._places[f"data/{record}"]
+        itemsize = _itemsize(dtype)
+        last = first
+        for extent, step in zip(shape, stride, strict=True):
+            last += (extent - 1) * step
+        if 0 in shape:
+            first, last = 0, -1
+        elif first < 0 or min(stride, default=0) < 0 or (last + 1) * itemsize > stored:
+            raise FormatError(
+                "offsets_invalid",
+                f"it reaches to byte {(last + 1) * itemsize} of its storage, which has {stored}; "
+                "the file is damaged: download it or save it again",
+                self._path,
+                begin,
+                name,
+            )
+        return begin, _Span(
+            name, dtype, itemsize, shape, stride, first * itemsize, (last + 1) * itemsize,
+            contiguous, order,
+        )  # fmt: skip
+
+    def _add(self, storage: int, spans: list[_Span]) -> None:
+        """The tensors of one storage: alone where they can be, otherwise what they cover."""
+        if len(spans) > 1:
+            spans = sorted(spans, key=lambda span: (span.begin, span.end))
+        first, end = 0, -1
+        for i, span in enumerate(spans):
+            if i > first and span.begin >= end:
+                self._add_overlapping(storage, spans[first:i])
+                first = i
+            end = max(end, span.end)
+        self._add_overlapping(storage, spans[first:])
+
+    def _add_overlapping(self, storage: int, spans: list[_Span]) -> None:
+        packed = 2 if spans[0].dtype == "F4" else 1  # elements of the file in one of torch
+        if len(spans) == 1 and spans[0].contiguous and (packed == 1 or spans[0].shape):
+            (span,) = spans
+            shape = span.shape
+            if packed != 1:
+                shape = (*shape[:-1], shape[-1] * packed)
+            self._add_base(span, shape, storage + span.begin)
+            return
+        base = min(spans, key=lambda span: span.order)
+        begin = spans[0].begin
+        count = (max(span.end for span in spans) - begin) // base.itemsize
+        for span in spans:
+            if span.dtype != base.dtype:
+                raise _unsupported(
+                    self._path,
+                    span.name,
+                    f"shares bytes with tensor {base.name!r} of another dtype",
+                )
+            offset = (span.begin - begin) // span.itemsize
+            self._views[span.name] = View(base.name, span.dtype, span.shape, span.stride, offset)
+        self._add_base(base, (count * packed,), storage + begin)
+
+    def _add_base(self, span: _Span, shape: tuple[int, ...], begin: int) -> None:
+        self._bases.append((span.name, span.dtype, shape, begin))
+
+
+@functools.cache
+def _itemsize(dtype: str) -> int:
+    return dtypes.to_torch(dtype).itemsize
+
+
+def _unsupported(path: str, name: str, what: str) -> FormatError:
+    return FormatError(
+        "unsupported_tensor",
+        f"it {what}: load the file with torch.load(weights_only=True) and save plain tensors",
+        path,
+        tensor=name,
+    )
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    import torch
+
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"is a {type(tensor).__name__}"
+    if tensor.layout is not torch.strided:
+        return f"is sparse ({tensor.layout})"
+    if torch.Tensor.is_conj(tensor) or torch.Tensor.is_neg(tensor):
+        return "is a conjugated or negated view"
+    return f"is of {tensor.dtype}, which no file of weights has"

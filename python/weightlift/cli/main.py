@@ -1,0 +1,45 @@
+"""``weightlift`` and ``python -m weightlift``: which command or script runs, and how errors end."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from weightlift.cli import COMMANDS
+from weightlift.cli.run import parse, start
+from weightlift.core.errors import WeightliftError
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Runs the command line.
+
+    An error that weightlift or the operating system names ends as one line on stderr and exit
+    status 1; a wrong use as 2. ``WEIGHTLIFT_DEBUG=1`` shows the traceback. What a script raises is
+    its own affair.
+    """
+    job = parse(sys.argv[1:], COMMANDS)
+    if job is not None:
+        start(job)
+        return
+    from weightlift.cli.app import app
+
+    try:
+        app()
+    except (WeightliftError, OSError) as error:
+        if os.environ.get("WEIGHTLIFT_DEBUG") == "1":
+            raise
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True, soft_wrap=True).print(Text(f"error: {_one_line(error)}", style="red"))
+        sys.exit(1)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())

@@ -1,0 +1,103 @@
+"""The names of element types: the file's, torch's, and which casts the engine has."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from weightlift.core.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+
+# File name -> torch's name. F6_E2M3 and F6_E3M2 have none.
+TORCH_NAMES = {
+    "BOOL": "bool",
+    "F4": "float4_e2m1fn_x2",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+    # Not in the safetensors format.
+    "C32": "complex32",
+    "C128": "complex128",
+}
+# As torch.Tensor.is_floating_point.
+FLOATING = frozenset(name for name in TORCH_NAMES if name[0] in "FB" and name != "BOOL")
+# What the engine casts among each other; the other floating types are cast by torch.
+CASTABLE = frozenset({"F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"})
+
+
+@functools.cache
+def to_torch(name: str) -> torch.dtype:
+    """The torch dtype of a file's dtype, such as ``"BF16"``."""
+    import torch
+
+    dtype = getattr(torch, TORCH_NAMES[name])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+@functools.cache
+def _file_names() -> dict[torch.dtype, str]:
+    return {to_torch(name): name for name in TORCH_NAMES}
+
+
+def bits(name: str) -> int:
+    """Of one element of a file's dtype."""
+    return {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}.get(name) or to_torch(name).itemsize * 8
+
+
+def file_name(dtype: torch.dtype) -> str | None:
+    """The file's name of a torch dtype; ``None`` where the format has none."""
+    return _file_names().get(dtype)
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> str | None:
+    """The file's name of a requested dtype; ``None`` (keep each tensor's own) for ``None`` and
+    ``"auto"``.
+
+    Raises:
+        ArgumentError: not the name of a floating-point dtype.
+    """
+    import torch
+
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return None
+    found = dtype
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype.removeprefix("torch."), None)  # type: ignore[assignment]
+    name = _file_names().get(found) if isinstance(found, torch.dtype) else None
+    if name is None or name not in CASTABLE:
+        known = ", ".join(sorted(TORCH_NAMES[known] for known in CASTABLE))
+        raise ArgumentError(f"dtype is {dtype!r}; it can be one of {known}, or 'auto'")
+    return name
+
+
+@functools.cache
+def fp8_rules(dtype: str | None) -> tuple[bool, bool, bool]:
+    """What the installed torch makes of values beyond the largest fp8 number, when casting to
+    ``dtype``: (e4m3fn saturates, e4m3fn saturates infinity, e5m2 saturates). Versions of torch
+    differ, so it is asked, once."""
+    if dtype not in ("F8_E4M3", "F8_E5M2"):
+        return False, False, False
+    import torch
+
+    probe = torch.tensor([1e6, float("inf")])
+    e4m3 = probe.to(torch.float8_e4m3fn).view(torch.uint8).tolist()
+    e5m2 = probe.to(torch.float8_e5m2).view(torch.uint8).tolist()
+    return e4m3[0] == 0x7E, e4m3[1] == 0x7E, e5m2[0] == 0x7B

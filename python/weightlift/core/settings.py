@@ -1,0 +1,148 @@
+"""What a user may set about how bytes move."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+from contextvars import ContextVar
+from typing import Any, ClassVar
+
+from weightlift import _native
+from weightlift.core.errors import ArgumentError
+
+__all__ = ["Settings"]
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_TRUE = {"1": True, "true": True, "yes": True, "on": True}
+_FALSE = {"0": False, "false": False, "no": False, "off": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How loads of this process read, stage and cast; ``None`` leaves the choice to weightlift.
+
+    Each field is also an environment variable, ``WEIGHTLIFT_`` and its name in capitals, read when
+    a load begins; sizes may then be written ``"64MiB"``. An instance is a context manager: inside
+    ``with Settings(io_path="direct"):`` loads of this thread (or asyncio task) use it, and fields
+    that it leaves at ``None`` are those outside. ``Settings.set_default`` is for the whole process.
+
+    Attributes:
+        threads: threads that read and cast; the processors this process may use (affinity and
+            cgroup quota).
+        io_depth: reads in flight on a file that is not in the page cache; 8.
+        read_bytes: bytes of one read; 1 MiB, for a device at most an eighth of ``chunk_bytes``.
+        chunk_bytes: bytes of one staging slot, and so of one copy to a device; 4 MiB.
+        pinned_bytes: pinned bytes that one load uses for one device; 32 MiB.
+        io_path: ``"auto"``, ``"buffered"`` (read through the page cache) or ``"direct"``
+            (``O_DIRECT``). Only ``"auto"`` casts from the page cache itself, without a copy.
+        cast_place: where casts for a device run: ``"auto"`` (narrowing on the host, all else on the
+            device), ``"host"`` or ``"device"``.
+        populate: whether a mapped file that is not resident is read in before the load returns
+            (``True``), or at the first touch.
+        kernels: ``False`` does without the CUDA kernels.
+        batch_copies: ``False`` does without ``cuMemcpyBatchAsync``.
+    """
+
+    threads: int | None = None
+    io_depth: int | None = None
+    read_bytes: int | None = None
+    chunk_bytes: int | None = None
+    pinned_bytes: int | None = None
+    io_path: str | None = None
+    cast_place: str | None = None
+    populate: bool | None = None
+    kernels: bool | None = None
+    batch_copies: bool | None = None
+
+    _default: ClassVar[Settings | None] = None
+
+    def __post_init__(self) -> None:
+        for name, largest in (
+            ("threads", 2**31),
+            ("io_depth", 2**31),
+            ("read_bytes", 2**62),
+            ("chunk_bytes", 2**62),
+            ("pinned_bytes", 2**62),
+        ):
+            value = getattr(self, name)
+            if value is not None and (
+                not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest
+            ):
+                raise ArgumentError(
+                    f"Settings.{name} is {value!r}; it must be an integer from 1 to {largest}"
+                )
+        for name, known in (
+            ("io_path", ("auto", "buffered", "direct")),
+            ("cast_place", ("auto", "host", "device")),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ArgumentError(f"Settings.{name} is {value!r}; it can be one of {known}")
+        for name in ("populate", "kernels", "batch_copies"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise ArgumentError(f"Settings.{name} is {value!r}; it must be True or False")
+
+    @classmethod
+    def current(cls) -> Settings:
+        """The settings of a load that begins now: those of the innermost ``with``, then the
+        process's default, then the environment."""
+        chosen: dict[str, Any] = {}
+        for layer in (*_entered.get()[-1:], cls._default):
+            if layer is not None:
+                chosen = {**_given(layer), **chosen}
+        for field, variable in _VARIABLES.items():
+            text = os.environ.get(variable)
+            if text and field not in chosen:
+                chosen[field] = _parse(field, text)
+        return cls(**chosen)
+
+    @staticmethod
+    def set_default(settings: Settings | None) -> None:
+        """Makes ``settings`` those of the whole process; ``None`` goes back to the environment."""
+        Settings._default = settings
+
+    def __enter__(self) -> Settings:
+        entered = _entered.get()
+        outer = _given(entered[-1]) if entered else {}
+        merged = Settings(**{**outer, **_given(self)})
+        _entered.set((*entered, merged))
+        return merged
+
+    def __exit__(self, *_: object) -> None:
+        _entered.set(_entered.get()[:-1])
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - of a frozen value, and few of them
+    def native(self, fp8: tuple[bool, bool, bool]) -> _native.Settings:
+        """For the engine; ``fp8`` are the rules of ``weightlift.core.dtypes.fp8_rules``."""
+        given = _given(self)
+        given.pop("populate", None)
+        return _native.Settings(fp8=fp8, **given)
+
+
+_VARIABLES = {
+    field.name: "WEIGHTLIFT_" + field.name.upper() for field in dataclasses.fields(Settings)
+}
+# The `with` blocks that this thread or task is in, the innermost last.
+_entered: ContextVar[tuple[Settings, ...]] = ContextVar("weightlift_settings", default=())
+
+
+def _given(settings: Settings) -> dict[str, Any]:
+    pairs = ((f.name, getattr(settings, f.name)) for f in dataclasses.fields(settings))
+    return {name: value for name, value in pairs if value is not None}
+
+
+def _parse(name: str, text: str) -> object:
+    if name in ("io_path", "cast_place"):
+        return text.lower()
+    if name in ("populate", "kernels", "batch_copies"):
+        flags = {**_TRUE, **_FALSE}
+        if text.lower() not in flags:
+            raise ArgumentError(f"WEIGHTLIFT_{name.upper()} is {text!r}; it can be 0 or 1")
+        return flags[text.lower()]
+    found = re.fullmatch(r"\s*(\d+)\s*([a-zA-Z]*)\s*", text)
+    if found is None or found[2].lower() not in _UNITS:
+        raise ArgumentError(f"WEIGHTLIFT_{name.upper()} is {text!r}; write a number, or 64MiB")
+    return int(found[1]) * _UNITS[found[2].lower()]

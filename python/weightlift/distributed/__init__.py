@@ -1,0 +1,1 @@
+"""Loads that the ranks of a process group share."""

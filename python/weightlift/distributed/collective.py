@@ -1,0 +1,211 @@
+"""Loading by several processes under torch.distributed: shards of DTensors, and replicated weights
+that the processes of a group read once among them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+
+from weightlift.core.errors import ArgumentError
+from weightlift.core.report import LoadReport
+from weightlift.distributed.exchange import GroupLoading
+from weightlift.distributed.rank_group import RankGroup, describe, digest, require_same
+from weightlift.load.loading import Loading
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+    from weightlift.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["collective_load", "group_load", "tensor_parallel"]
+
+
+@contextlib.contextmanager
+def tensor_parallel(
+    fill: Callable[..., LoadReport],
+    device_mesh: DeviceMesh | None,
+    tp_plan: Mapping[str, ParallelStyle] | None,
+) -> Iterator[Callable[..., LoadReport]]:
+    """For ``from_pretrained``: what it does within this, all ranks of the mesh do together.
+
+    It gives the ``fill`` for a model on ``meta``: the model is cut for tensor parallelism, then
+    each rank reads its own parts.
+
+    Args:
+        fill: ``modules.fill``.
+        device_mesh: 1-D; all ranks, by default.
+        tp_plan: module path, with ``*`` as in ``fnmatch`` -> how its parameters are cut; by
+            default the model's ``_tp_plan``.
+
+    Raises:
+        ArgumentError: no plan, no process group, or a mesh that does not go.
+    """
+    _require_initialized("device_mesh and tp_plan")
+    if device_mesh is None:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        device_mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    if device_mesh.ndim != 1:
+        raise ArgumentError(
+            f"device_mesh is {device_mesh}: tensor parallelism takes one dimension, such as "
+            'device_mesh["tp"]'
+        )
+    if device_mesh.get_coordinate() is None:
+        raise ArgumentError(f"device_mesh is {device_mesh}, and rank {dist.get_rank()} not of it")
+
+    with _team([device_mesh.get_group()], None) as new_loading:
+
+        def fill_parts(
+            model: torch.nn.Module, checkpoint: Checkpoint, **options: Any
+        ) -> LoadReport:
+            plan = tp_plan if tp_plan is not None else getattr(model, "_tp_plan", None)
+            if not plan:
+                raise ArgumentError(
+                    f"device_mesh needs tp_plan=, for {type(model).__name__} has no _tp_plan"
+                )
+            parallelize_module(model, device_mesh, dict(plan))
+            return fill(model, checkpoint, **{**options, "new_loading": new_loading})
+
+        yield fill_parts
+
+
+def _require_initialized(what: str) -> None:
+    if not dist.is_initialized():
+        raise ArgumentError(
+            f"{what} needs a process group: call torch.distributed.init_process_group() first, "
+            "under torchrun"
+        )
+
+
+@contextlib.contextmanager
+def group_load(
+    model: torch.nn.Module, group: dist.ProcessGroup | DeviceMesh | None, scope: str = "node"
+) -> Iterator[Callable[..., Loading]]:
+    """Within it, a load that one rank cannot end ends on all with an error.
+
+    It makes the ``Loading`` for ``fill``: that of a team, if there is a group or the model has
+    DTensors.
+    """
+    if scope not in ("node", "group"):
+        raise ArgumentError(f"scope is {scope!r}; it can be 'node' or 'group'")
+    if group is not None:
+        groups = [_parse_group(group)]
+        _require_within(groups[0], model)
+    else:
+        groups = _groups_of(model)
+    with _team(groups, scope if group is not None else None) as new_loading:
+        yield new_loading
+
+
+def _groups_of(model: torch.nn.Module) -> list[dist.ProcessGroup]:
+    """Those of the meshes that the model's tensors are on."""
+    meshes = {t.device_mesh: None for _, t in _all_tensors(model) if isinstance(t, DTensor)}
+    found = [g for mesh in meshes if mesh.get_coordinate() for g in mesh.get_all_groups()]
+    return list({group.group_name: group for group in found}.values())
+
+
+def _require_within(group: dist.ProcessGroup, model: torch.nn.Module) -> None:
+    ranks = set(dist.get_process_group_ranks(group))
+    for name, tensor in _all_tensors(model):
+        if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate():
+            outside = set(tensor.device_mesh.mesh.flatten().tolist()) - ranks
+            if outside:
+                raise ArgumentError(
+                    f"{name!r} is a DTensor on {tensor.device_mesh}, whose ranks "
+                    f"{sorted(outside)} are not in group=, which has the ranks {sorted(ranks)}; "
+                    "give a group of all of them"
+                )
+
+
+class CollectiveLoad:
+    """A load that the ranks of a model's meshes do at the same time, each by itself."""
+
+    def __init__(self, team: RankGroup) -> None:
+        self._team = team
+        self.ended = False
+
+    def begin(
+        self,
+        checkpoint: Checkpoint | None,
+        error: BaseException | None,
+        wanted: Mapping[str, str],
+    ) -> bool:
+        """Waits for all ranks; ``False`` where none of them could open the checkpoint.
+
+        Args:
+            checkpoint: must be the same on all ranks.
+            error: why there is none.
+            wanted: the name of a tensor -> what becomes of it, the same on all ranks.
+        """
+        self.ended = True  # unless it is got through
+        failure = None if error is None else f"{type(error).__name__}: {error}"
+        known = None if checkpoint is None else describe(checkpoint)
+        payload = (failure, known, digest(sorted(wanted.items())))
+        said = self._team.agree(None, payload)
+        if all(reason is not None for reason, _, _ in said.values()):
+            self.ended = False
+            return False
+        self._team.refuse({rank: reason for rank, (reason, _, _) in said.items()}, error)
+        require_same(self._team, {rank: rest for rank, (_, *rest) in said.items()}, wanted)
+        self.ended = False
+        return True
+
+
+@contextlib.contextmanager
+def collective_load(model: torch.nn.Module) -> Iterator[CollectiveLoad]:
+    """Within it, what fails on one rank fails on all that share a model's DTensors.
+
+    Raises:
+        CheckpointError: on every rank, at the latest when it is left.
+    """
+    team = RankGroup([group for group in _groups_of(model) if group.size() > 1], None)
+    meeting = CollectiveLoad(team)
+    try:
+        yield meeting
+    except Exception as error:
+        if not meeting.ended:
+            team.agree(error)
+        raise
+    team.agree(None)
+
+
+@contextlib.contextmanager
+def _team(
+    groups: Sequence[dist.ProcessGroup], scope: str | None
+) -> Iterator[Callable[..., Loading]]:
+    if all(group.size() == 1 for group in groups):
+        yield Loading
+        return
+    team = RankGroup(groups, scope)
+    try:
+        yield functools.partial(GroupLoading, team)
+    except Exception as error:
+        if not team.begun:  # the others wait for the beginning
+            team.agree(error)
+        raise
+    finally:
+        team.close()
+
+
+def _all_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _parse_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
+    _require_initialized("group")
+    if isinstance(group, DeviceMesh):
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise ArgumentError(
+            f"group is {group!r}, not a torch.distributed.ProcessGroup that this rank is in; "
+            "torch.distributed.group.WORLD is all ranks"
+        )
+    return group

@@ -1,0 +1,172 @@
+"""The ranks of one load: what they agree on, and how they learn that one of them failed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from weightlift.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from weightlift.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["RankGroup", "describe", "digest", "require_same"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """What a rank tells the others at a point that all of them reach."""
+
+    failure: str | None
+    payload: Any
+
+
+class RankGroup:
+    """The ranks that load together.
+
+    Args:
+        groups: over which a word goes to all of them, one after the other (those of a mesh).
+        scope: who exchanges replicated tensors; ``None``: nobody.
+    """
+
+    def __init__(self, groups: Sequence[dist.ProcessGroup], scope: str | None) -> None:
+        self.groups = groups
+        self.scope = scope
+        self.begun = False
+        self._node: dist.ProcessGroup | None = None
+        self._lost: CheckpointError | None = None
+
+    def agree(self, error: BaseException | None, payload: Any = None) -> dict[int, Any]:
+        """Waits for all ranks; returns what each of them gives.
+
+        Raises:
+            CheckpointError: on every rank, where one has an error.
+        """
+        said = self.gather(self.groups, error, payload)
+        self.refuse({rank: one.failure for rank, one in said.items()}, error)
+        return {rank: one.payload for rank, one in said.items()}
+
+    @staticmethod
+    def refuse(failures: Mapping[int, str | None], error: BaseException | None) -> None:
+        """Raises, on all ranks alike, where one has failed."""
+        reasons = [f"rank {rank}: {reason}" for rank, reason in failures.items() if reason]
+        if reasons:
+            raise CheckpointError(
+                f"no rank has loaded anything, because of {'; '.join(reasons)}"
+            ) from error
+
+    def gather(
+        self,
+        groups: Sequence[dist.ProcessGroup],
+        error: BaseException | None,
+        payload: Any = None,
+    ) -> dict[int, _Said]:
+        """What all ranks of these groups say, by rank."""
+        if self._lost is not None:
+            raise self._lost
+        failure = None if error is None else f"{type(error).__name__}: {error}"
+        said = {dist.get_rank(): _Said(failure, payload)}
+        for group in groups:
+            heard: list[Any] = [None] * group.size()
+            with self.naming_the_lost(group, failure):
+                dist.all_gather_object(heard, said, group)
+            for one in heard:
+                said.update(one)
+        return dict(sorted(said.items()))
+
+    @contextlib.contextmanager
+    def naming_the_lost(
+        self, group: dist.ProcessGroup, failure: str | None = None
+    ) -> Iterator[None]:
+        """Within it, a rank that does not answer is a ``CheckpointError``."""
+        try:
+            yield
+        except RuntimeError as error:  # torch's own errors of all backends are RuntimeErrors
+            gone = _unreachable(group)
+            who = f"rank {', '.join(map(str, gone))} is" if gone else "one of its ranks is"
+            own = f"; rank {dist.get_rank()} itself had failed: {failure}" if failure else ""
+            self._lost = CheckpointError(
+                f"the load ended, because {who} gone or does not answer ({error}){own}"
+            )
+            raise self._lost from error
+
+    def exchangers(self) -> dist.ProcessGroup:
+        """Those who share the reading: all, or of this node."""
+        (group,) = self.groups
+        if self.scope == "node":
+            nodes = self.agree(None, _node_id())
+            mine = [rank for rank, node in nodes.items() if node == nodes[dist.get_rank()]]
+            if len(mine) < len(nodes):
+                made = dist.new_group(mine, use_local_synchronization=True)
+                assert isinstance(made, dist.ProcessGroup)
+                self._node = group = made
+        return group
+
+    def close(self) -> None:
+        if self._node is not None and self._lost is None:
+            dist.destroy_process_group(self._node)
+
+
+def _node_id() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
+
+
+def _unreachable(group: dist.ProcessGroup) -> list[int]:
+    """The ranks whose connections are closed, where the backend tells that at once (gloo)."""
+    if dist.get_backend(group) != "gloo":
+        return []
+    gone = []
+    for peer in range(group.size()):
+        if peer == group.rank():
+            continue
+        try:
+            group.send([torch.zeros(1, dtype=torch.uint8)], peer, 0)
+        except RuntimeError:
+            gone.append(dist.get_global_rank(group, peer))
+    return gone
+
+
+def describe(checkpoint: Checkpoint) -> tuple[str, str]:
+    """(hash of the index and of the files' sizes, for a person)."""
+    sizes = [part.size for part in checkpoint.parts]
+    what = f"{len(checkpoint)} tensors in {len(sizes)} files of {sum(sizes)} bytes"
+    where = checkpoint.paths[0] if checkpoint.files else "memory"
+    return digest((checkpoint.headers(), sizes)), f"{what} ({where})"
+
+
+def digest(value: object) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
+
+def require_same(
+    team: RankGroup, said: Mapping[int, Sequence[Any]], wanted: Mapping[str, str]
+) -> None:
+    """Raises, on all ranks alike, where the ranks are to load different things."""
+    first = min(said)
+    for rank, ((digest, text), _) in said.items():
+        if digest != said[first][0][0]:
+            raise CheckpointError(
+                f"the ranks have different checkpoints: rank {first} has {said[first][0][1]}, "
+                f"rank {rank} has {text}; names, shapes and sizes of the files must be the same"
+            )
+    if all(digest == said[first][1] for _, digest in said.values()):
+        return
+    everyone = team.agree(None, dict(wanted))
+    for rank, names in everyone.items():
+        for name in sorted(names.keys() | everyone[first].keys()):
+            here, there = names.get(name), everyone[first].get(name)
+            # Without an exchange, a rank may have modules that the others have not.
+            if here != there and (team.scope is not None or None not in (here, there)):
+                raise CheckpointError(
+                    f"the ranks load different things: {name!r} is to be {there or 'nowhere'} on "
+                    f"rank {first} and {here or 'nowhere'} on rank {rank}"
+                )

@@ -1,0 +1,1 @@
+"""Checkpoint + placement -> LoadPlan -> tensors: options, what is planned, what runs."""

@@ -1,0 +1,90 @@
+"""LoadPlans that run: made, started, waited for, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from weightlift import _native
+from weightlift.core import dtypes, gc_pause
+from weightlift.core.settings import Settings
+from weightlift.load.allocation import Allocator
+
+__all__ = [
+    "Progress",
+    "cancel_plan",
+    "finish_plan",
+    "new_plan",
+    "progress_callback",
+    "run_plan",
+    "start_plan",
+]
+
+Progress = Callable[[int, int], None]
+# How often a waiting caller looks up: for Ctrl-C, and for progress.
+_POLL_SECONDS = 0.05
+
+
+def new_plan(settings: Settings, dtype: str | None = None) -> _native.Plan:
+    """An empty plan under these settings, for casts to ``dtype``."""
+    plan = _native.Plan(settings.native(dtypes.fp8_rules(dtype)))
+    if settings.populate is not None:
+        plan.populate(settings.populate)
+    return plan
+
+
+def start_plan(plan: _native.Plan, allocator: Allocator | None) -> None:
+    """Schedules a plan and starts it."""
+    scratch = []
+    for device, count in plan.prepare():
+        assert allocator is not None
+        scratch.append((device, *allocator.empty(device, (count,), "U8")))
+    plan.start(scratch)
+
+
+def finish_plan(plan: _native.Plan, progress: bool | Progress = False) -> dict[str, Any]:
+    """Waits for a started plan; Ctrl-C stops it, drains what is in flight and goes on up."""
+    with progress_callback(progress) as show:
+        try:
+            if not plan.wait(0):
+                with gc_pause.resumed():
+                    while not plan.wait(_POLL_SECONDS):
+                        if show is not None:
+                            show(*plan.progress())
+            if show is not None:
+                show(*plan.progress())
+        except BaseException:
+            cancel_plan(plan)
+            raise
+    return plan.finish()
+
+
+def cancel_plan(plan: _native.Plan) -> None:
+    """Stops a started plan and waits until nothing is in flight."""
+    plan.cancel()
+    while not plan.wait(_POLL_SECONDS):
+        pass
+
+
+def run_plan(
+    plan: _native.Plan, allocator: Allocator | None, progress: bool | Progress = False
+) -> dict[str, Any]:
+    """Runs a plan to its end."""
+    start_plan(plan, allocator)
+    return finish_plan(plan, progress)
+
+
+@contextlib.contextmanager
+def progress_callback(progress: bool | Progress) -> Iterator[Progress | None]:
+    """What to tell how far a load is; ``True``: a bar on the terminal."""
+    if progress is not True:
+        yield progress or None
+        return
+    from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bar("[bold]loading", *columns, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,159 @@
+"""Files in, tensors out: ``load_file``, ``load_checkpoint``, ``load_state_dict``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.core import dtypes
+from weightlift.core.devices import parse_device
+from weightlift.core.errors import ArgumentError
+from weightlift.load.loading import Loading, load_tensors
+from weightlift.load.options import mode_of_backend
+from weightlift.load.plans import Progress
+from weightlift.module.device_map import DeviceMap, assign, parse_device_map
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "load_checkpoint",
+    "load_file",
+    "load_state_dict",
+]
+
+
+def load_file(
+    filename: str | os.PathLike[str],
+    device: torch.device | str | int = "cpu",
+    *,
+    dtype: torch.dtype | str | None = None,
+    mode: str = "auto",
+    pin_memory: bool = False,
+    verify: bool = False,
+    progress: bool | Callable[[int, int], None] = False,
+    backend: str | None = None,
+) -> dict[str, torch.Tensor]:
+    """Loads all tensors of a ``.safetensors`` file.
+
+    Args:
+        filename: the file.
+        device: where the tensors go: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``1`` or a
+            ``torch.device``.
+        dtype: cast floating-point tensors to this while loading: a torch dtype or its name.
+            ``None`` and ``"auto"`` keep the file's. Bit-identical to ``tensor.to(dtype)`` for all
+            numbers; a NaN becomes the quiet NaN with the same sign.
+        mode: ``"map"`` hands out a private, writable mapping of the file; ``"read"`` reads into
+            memory of its own (take it for files that others may truncate: a mapping then raises
+            SIGBUS when touched); ``"auto"`` maps where nothing is cast, pinned or moved.
+        pin_memory: page-locked host memory, for later asynchronous copies.
+        verify: compare the file's SHA-256 with what the Hub cache or a ``SHA256SUMS`` file beside
+            it says; without either that is an error.
+        progress: ``True`` for a bar, or a function called with the bytes done and in all.
+        backend: the reference's name for the mode, ``"mmap"`` or ``"pread"``.
+
+    Returns:
+        Name -> tensor, in the order of the file.
+
+    Raises:
+        FormatError: the file breaks the format (also a ``safetensors.SafetensorError``).
+        ReadError: it cannot be read (also an ``OSError``), or changes while it is.
+        DeviceError: there is no such device, or its driver fails.
+        ArgumentError: arguments that do not go together (also a ``ValueError``).
+        OutOfMemoryError: also a ``MemoryError``.
+    """
+    checkpoint = Checkpoint.of_file(filename)
+    return load_tensors(
+        checkpoint,
+        parse_device(device),
+        dtype=dtypes.parse_dtype(dtype),
+        mode=mode_of_backend(mode, backend),
+        pin_memory=pin_memory,
+        verify=verify,
+        progress=progress,
+    )
+
+
+def load_checkpoint(
+    path_or_repo_or_checkpoint: str | os.PathLike[str] | Checkpoint,
+    device_map: DeviceMap = "cpu",
+    *,
+    dtype: torch.dtype | str | None = None,
+    mode: str = "auto",
+    pin_memory: bool = False,
+    verify: bool = False,
+    progress: bool | Progress = False,
+    **open_arguments: Any,
+) -> dict[str, torch.Tensor]:
+    """Loads all tensors of a checkpoint of any form.
+
+    Args:
+        path_or_repo_or_checkpoint: a ``Checkpoint``, or what ``open_checkpoint`` takes.
+        device_map: a device, or a dict from the beginnings of names (whole components, ``""`` for
+            all) to devices. Maps that need a model (``"auto"``, ``"disk"``) are for ``load_into``.
+        dtype, mode, pin_memory, verify, progress: as in ``load_file``. ``mode="auto"`` reads torch
+            files into memory of their own: people save back onto the file they loaded.
+        open_arguments: of ``open_checkpoint``.
+
+    Returns:
+        Name -> tensor. Tensors that share memory in a torch file share it here too.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or its index contradicts its files.
+        FormatError, ReadError, DeviceError, ArgumentError, OutOfMemoryError: as ``load_file``.
+    """
+    if isinstance(path_or_repo_or_checkpoint, Checkpoint):
+        checkpoint = path_or_repo_or_checkpoint
+        if open_arguments:
+            raise ArgumentError(f"{sorted(open_arguments)}: this checkpoint is open already")
+    else:
+        checkpoint = open_checkpoint(path_or_repo_or_checkpoint, **open_arguments)
+    loading = Loading(
+        checkpoint, mode=mode, pin_memory=pin_memory, verify=verify, progress=progress
+    )
+    name = dtypes.parse_dtype(dtype)
+    devices = parse_device_map(device_map)
+    if len(set(devices.values())) == 1 and "" in devices:
+        loading.add(devices[""], name)
+    else:
+        for device, names in assign(checkpoint, devices).items():
+            loading.add(device, name, names)
+    loading.start()
+    return loading.result()
+
+
+def load_state_dict(
+    checkpoint_file: str | os.PathLike[str] | dict[str, torch.Tensor],
+    variant: str | None = None,
+    *,
+    map_location: torch.device | str | int = "cpu",
+    disable_mmap: bool = False,
+) -> dict[str, torch.Tensor]:
+    """The tensors of one weights file, under the name and with the arguments that diffusers has.
+
+    Args:
+        checkpoint_file: a ``.safetensors`` or torch file; a state dict is handed back.
+        variant: taken, and not used: the file is named.
+        map_location: where the tensors go; ``"meta"`` reads none.
+        disable_mmap: read into memory of its own.
+    """
+    import torch
+
+    if isinstance(checkpoint_file, dict):
+        return checkpoint_file
+    if str(map_location) == "meta":
+        headers = open_checkpoint(checkpoint_file).headers()
+        return {
+            name: torch.empty(
+                (*shape[:-1], shape[-1] // 2) if dtype == "F4" else shape,
+                dtype=dtypes.to_torch(dtype),
+                device="meta",
+            )
+            for name, (dtype, shape) in headers.items()
+        }
+    return load_checkpoint(
+        checkpoint_file, parse_device(map_location), mode="read" if disable_mmap else "auto"
+    )

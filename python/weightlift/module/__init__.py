@@ -1,0 +1,1 @@
+"""Tensors into a module: parameter references, matching, device maps, DTensors, offload."""

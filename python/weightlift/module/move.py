@@ -1,0 +1,50 @@
+"""A module's tensors from the CPU to a CUDA device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightlift.core import dtypes
+from weightlift.load.loading import copy_to_device
+from weightlift.module.parameters import parameter_refs, set_all
+
+if TYPE_CHECKING:
+    import torch
+
+
+__all__ = ["move"]
+
+
+def move(
+    model: torch.nn.Module,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    caller: str = "weightlift",
+) -> None:
+    """Brings a model's CPU tensors to a CUDA device through the staging ring, as they are now.
+
+    What the engine does not copy (strided tensors, gradients, dtypes that no file has) stays, for
+    ``torch.nn.Module.to`` to move. Tied tensors stay tied.
+
+    Args:
+        model: parameters keep their identity.
+        device: its index is filled in.
+        dtype: of the floating-point tensors.
+    """
+    import torch
+
+    name = dtypes.parse_dtype(dtype)
+    slots = {
+        slot.name: slot
+        for slot in parameter_refs(model)
+        if slot.tensor.device.type == "cpu"
+        and slot.tensor.is_contiguous()
+        and dtypes.file_name(slot.tensor.dtype) is not None
+        and type(slot.tensor) in (torch.Tensor, torch.nn.Parameter)
+    }
+    if not slots:
+        return
+    tensors = {key: slot.tensor.detach() for key, slot in slots.items()}
+    copies = copy_to_device(tensors, device, name, caller=caller)
+    set_all((slots[key], value) for key, value in copies.items())

@@ -1,0 +1,168 @@
+"""Models spread over devices and the disk: their weights outside them, and accelerate's hooks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core.devices import parse_device
+from weightlift.core.errors import ArgumentError
+from weightlift.load.loading import load_tensors
+from weightlift.module.device_map import assign
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DiskWeights", "dispatch", "whole_state_dict"]
+
+
+class DiskWeights(Mapping[str, "torch.Tensor"]):
+    """Tensors that stay in their file and are read when they are asked for; their files are held
+    open, so that a save over them does not change what is read.
+
+    Args:
+        checkpoint: where they are.
+        names: the model's name -> (the checkpoint's name, the file's name of a dtype to cast to).
+        caller: whom ``stats()`` books the reading on.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        names: Mapping[str, tuple[str, str | None]],
+        caller: str = "weightlift",
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._names = dict(names)
+        self._caller = caller
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored, dtype = self._names[name]
+        tensor: torch.Tensor = load_tensors(
+            self._checkpoint,
+            parse_device("cpu"),
+            dtype=dtype,
+            names=[stored],
+            shared=True,
+            caller=self._caller,
+        )[stored]
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+
+def dispatch(
+    model: torch.nn.Module,
+    devices: Mapping[str, torch.device | str],
+    on_disk: DiskWeights,
+    initialized: Mapping[str, torch.Tensor],
+) -> None:
+    """accelerate's hooks, where a forward pass has to cross devices."""
+    spread = set(devices.values())
+    if len(spread) < 2 and "disk" not in spread:
+        return
+    from accelerate import dispatch_model
+    from accelerate.utils import extract_submodules_state_dict
+
+    named: dict[str, int | str] = {
+        name: str(device) if str(device) in ("cpu", "disk") else _ordinal(device)
+        for name, device in _disjoint(model, devices).items()
+    }
+    on_cpu = [name for name, device in named.items() if device == "cpu"]
+    host: dict[str, torch.Tensor] = dict(initialized)
+    if on_cpu and any(device not in ("cpu", "disk") for device in named.values()):
+        host.update(extract_submodules_state_dict(model.state_dict(), on_cpu))
+    with warnings.catch_warnings():
+        # A tensor of a module whose children are elsewhere stands in the map by its own name.
+        warnings.filterwarnings("ignore", "The following device_map keys do not match")
+        dispatch_model(
+            model,
+            device_map=named,
+            state_dict=_Chained(host, on_disk) if host or on_disk else None,
+            offload_index={} if "disk" in spread else None,
+            skip_keys=getattr(model, "_skip_keys", None),
+        )
+
+
+def whole_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a model, with the tensors that accelerate's hooks keep elsewhere in it."""
+    state: dict[str, torch.Tensor] = model.state_dict()
+    read: dict[int, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.device.type != "meta" or name not in state:
+            continue
+        module, _, key = name.rpartition(".")
+        hook = getattr(model.get_submodule(module), "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            elsewhere = getattr(part, "weights_map", None)
+            if elsewhere is not None and id(parameter) not in read:
+                read[id(parameter)] = elsewhere[key]
+        if id(parameter) in read:
+            state[name] = read[id(parameter)]
+    return state
+
+
+def _disjoint(
+    model: torch.nn.Module, devices: Mapping[str, torch.device | str]
+) -> dict[str, torch.device | str]:
+    """The same map without a prefix of another: accelerate's hook on a module takes all below."""
+    of_name: dict[str, torch.device | str] = {}
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    for device, assigned in assign(names, devices).items():
+        of_name.update(dict.fromkeys(assigned, device))
+    found: dict[str, torch.device | str] = {}
+
+    def walk(prefix: str, below: Sequence[str]) -> None:
+        held = {of_name[name] for name in below}
+        if len(held) == 1:
+            found[prefix] = held.pop()
+            return
+        children: dict[str, list[str]] = {}
+        depth = len(prefix) + 1 if prefix else 0
+        for name in below:
+            end = name.find(".", depth)
+            children.setdefault(name if end < 0 else name[:end], []).append(name)
+        for child, inside in children.items():
+            walk(child, inside)
+
+    walk("", names)
+    return found
+
+
+class _Chained(Mapping[str, "torch.Tensor"]):
+    """Weights in memory before those on the disk."""
+
+    def __init__(self, host: Mapping[str, torch.Tensor], on_disk: DiskWeights) -> None:
+        self._host, self._on_disk = host, on_disk
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._host[name] if name in self._host else self._on_disk[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._host
+        yield from (name for name in self._on_disk if name not in self._host)
+
+    def __len__(self) -> int:
+        return len(set(self._host) | set(self._on_disk))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._host or name in self._on_disk
+
+
+def _ordinal(device: torch.device | str) -> int | str:
+    index = getattr(device, "index", None)
+    if index is None:
+        return str(device)
+    if getattr(device, "type", "") != "cuda":
+        raise ArgumentError(f"{device}: accelerate's hooks know CUDA devices by their number")
+    return int(index)

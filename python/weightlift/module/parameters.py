@@ -1,0 +1,187 @@
+"""The places of a module where tensors hang: found, and given other tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.tensor import DTensor
+
+__all__ = [
+    "ParameterRef",
+    "dtensor_types",
+    "gather",
+    "is_sharded",
+    "local_tensor",
+    "parameter_refs",
+    "set_all",
+    "set_one",
+]
+
+
+@dataclasses.dataclass(slots=True)
+class ParameterRef:
+    """A parameter or buffer of the model: where it hangs, and where else, if it is tied."""
+
+    tensor: torch.Tensor
+    is_parameter: bool
+    persistent: bool
+    name: str
+    module: torch.nn.Module
+    key: str
+    ties: tuple[tuple[str, torch.nn.Module, str], ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name, *(name for name, _, _ in self.ties)]
+
+
+def parameter_refs(model: torch.nn.Module) -> list[ParameterRef]:
+    """All parameters and buffers, each once, in the order of ``named_modules``."""
+    tensors, modules = gather(model)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(issubclass(kind, fsdp.FSDPModule) for kind in {*map(type, modules)}):
+        for module in modules:  # between two passes a root holds whole parameters
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+        tensors, _ = gather(model)
+    return tensors
+
+
+def gather(model: torch.nn.Module) -> tuple[list[ParameterRef], list[torch.nn.Module]]:
+    """The tensors and the modules, in the order of ``named_modules``; a module that hangs in
+    several places comes as often.
+
+    Each place is looked at once: of a large model nothing is in a cache, and ``named_modules``
+    takes a step for every level above each.
+    """
+    found: dict[int, ParameterRef] = {}
+    modules = []
+    waiting = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
+        modules.append(module)
+        for held, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            if not held:
+                continue
+            for key, tensor in held.items():
+                if tensor is None:
+                    continue
+                persistent = is_parameter or key not in module._non_persistent_buffers_set
+                known = found.get(id(tensor))
+                if known is None:
+                    found[id(tensor)] = ParameterRef(
+                        tensor, is_parameter, persistent, prefix + key, module, key
+                    )
+                else:
+                    known.ties += ((prefix + key, module, key),)
+                    known.persistent |= persistent
+        if children := module._modules:
+            for key, child in reversed(children.items()):
+                if child is not None:
+                    waiting.append((f"{prefix}{key}.", child))
+    return list(found.values()), modules
+
+
+def set_one(
+    slot: ParameterRef, value: torch.Tensor, memory_format: torch.memory_format | None
+) -> None:
+    set_all([(slot, value)], memory_format)
+
+
+def set_all(
+    values: Iterable[tuple[ParameterRef, torch.Tensor]],
+    memory_format: torch.memory_format | None = None,
+    *,
+    adopt: bool = False,
+) -> None:
+    """Gives slots other tensors, of their shapes: in place of those on ``meta``, and as the
+    ``.data`` of real parameters.
+
+    Args:
+        values: slots and their tensors.
+        memory_format: of those with 4 dimensions.
+        adopt: nobody else has the tensors, nor views them: they may become parameters themselves.
+    """
+    import torch
+
+    kinds = dtensor_types()
+    parameter, plain = torch.nn.Parameter, torch.nn.Module.__setattr__
+    for slot, value in values:
+        if memory_format is not None and value.dim() == 4:
+            value = value.contiguous(memory_format=memory_format)
+        elif not value.is_contiguous():
+            value = value.contiguous()
+        old = slot.tensor
+        new: Any = value
+        if kinds and isinstance(old, kinds):
+            new = _sharded(slot, value)
+            if not old.is_meta:
+                torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
+                continue
+        elif slot.is_parameter:
+            if not (old.is_meta or value.is_meta):
+                old.data = value
+                continue
+            requires_grad = old.requires_grad and (value.is_floating_point() or value.is_complex())
+            if type(old) is parameter:
+                if adopt and type(value) is torch.Tensor:
+                    # As torch's UninitializedParameter.materialize does: half the time of making
+                    # another tensor of the same memory.
+                    value.__class__ = parameter
+                    new.requires_grad = requires_grad
+                else:
+                    new = parameter(value, requires_grad)
+                if old.__dict__:
+                    new.__dict__.update(old.__dict__)
+            else:
+                new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
+        slot.tensor = new
+        _hang(slot.module, slot.key, slot.is_parameter, new, plain)
+        if slot.ties:
+            for _, module, key in slot.ties:
+                _hang(module, key, slot.is_parameter, new, plain)
+
+
+def _hang(module: torch.nn.Module, key: str, is_parameter: bool, new: Any, plain: Any) -> None:
+    if type(module).__setattr__ is plain:
+        (module._parameters if is_parameter else module._buffers)[key] = new
+    else:  # such as RNNs, which keep a list of their weights
+        setattr(module, key, new)
+
+
+def _sharded(slot: ParameterRef, value: torch.Tensor) -> torch.Tensor:
+    """A DTensor as the slot's, with this local part."""
+    import torch
+
+    from weightlift.module.dtensors import from_local
+
+    old = slot.tensor
+    assert is_sharded(old)
+    new: torch.Tensor = from_local(value, old)
+    if slot.is_parameter:
+        new = torch.nn.Parameter(new, requires_grad=old.requires_grad and value.is_floating_point())
+    new.__dict__.update({k: v for k, v in old.__dict__.items() if k not in new.__dict__})
+    return new
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    if not is_sharded(tensor):
+        return tensor.detach()
+    from weightlift.module.dtensors import local_of
+
+    return local_of(tensor)
+
+
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    return isinstance(tensor, dtensor_types())
+
+
+def dtensor_types() -> tuple[type[DTensor], ...]:
+    """DTensor, if anyone has imported it."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return () if tensors is None else (tensors.DTensor,)

@@ -1,0 +1,269 @@
+"""``safe_open``: tensors of a file as they are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import operator
+import os
+from types import EllipsisType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from weightlift import _native
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core.devices import parse_device
+from weightlift.core.errors import ArgumentError, FormatError, ReadError
+from weightlift.core.report import record
+from weightlift.core.settings import Settings
+from weightlift.load.allocation import TorchAllocator, from_dlpack
+from weightlift.load.loading import load_tensors
+from weightlift.load.options import mode_of_backend
+from weightlift.load.plans import new_plan, run_plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+__all__ = ["TensorSlice", "safe_open"]
+
+
+class safe_open:
+    """Opens a ``.safetensors`` file and loads tensors as they are asked for.
+
+    A context manager; outside ``with`` the file stays open as long as the object. Tensors outlive
+    it. On the CPU they are parts of one mapping: asked for twice, a tensor shares its memory, as in
+    the reference.
+
+    Args:
+        filename: the file.
+        framework: ``"pt"``; for the others use ``safetensors.safe_open``.
+        device: as in ``load_file``.
+        backend: ``"mmap"`` (the default) or ``"pread"``, which reads into memory of its own.
+    """
+
+    # Whom `stats()` books the loads on.
+    _caller = "weightlift"
+
+    def __init__(
+        self,
+        filename: str | os.PathLike[str],
+        framework: str = "pt",
+        device: torch.device | str | int = "cpu",
+        *,
+        backend: str | None = None,
+    ) -> None:
+        if framework not in ("pt", "torch", "pytorch"):
+            raise ArgumentError(
+                f"framework is {framework!r}; weightlift opens files for 'pt', "
+                "safetensors.safe_open for the others"
+            )
+        self._mode = mode_of_backend("auto", backend)
+        self._device = parse_device(device)
+        self._settings = Settings.current()
+        # A part of a mapping: the pages of the whole tensor are not read in for it, unless asked.
+        self._slice_settings = dataclasses.replace(
+            self._settings, populate=bool(self._settings.populate)
+        )
+        self._checkpoint: Checkpoint | None = Checkpoint.of_file(filename)
+
+    def __enter__(self) -> safe_open:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._checkpoint = None
+
+    def _open(self) -> Checkpoint:
+        if self._checkpoint is None:
+            raise FormatError("file_closed", "the file is closed: its `with` block has ended")
+        return self._checkpoint
+
+    def _find(self, name: str) -> tuple[_native.IndexedFile, int]:
+        checkpoint = self._open()
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a tensor is text, not {name!r}")
+        place = checkpoint.find(name)
+        if place is None:
+            raise FormatError(
+                "no_such_tensor",
+                f"the file does not contain it; it holds {len(checkpoint)} tensors, see keys()",
+                checkpoint.paths[0],
+                tensor=name,
+            )
+        return place
+
+    def keys(self) -> list[str]:
+        """The names, sorted."""
+        return sorted(self._open())
+
+    def offset_keys(self) -> list[str]:
+        """The names in the order of the file."""
+        return list(self._open())
+
+    def metadata(self) -> dict[str, str] | None:
+        """The header's ``__metadata__``, or ``None``."""
+        return self._open().parts[0].metadata()
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """Loads one tensor.
+
+        Raises:
+            FormatError: there is none of that name, or torch has no dtype for it.
+        """
+        return self._get(self._open(), name, self._find(name), self._settings)
+
+    def get_tensors(self) -> dict[str, torch.Tensor]:
+        """Loads all tensors, in the order of the file."""
+        return self._load(self._open(), None, self._settings)
+
+    def _load(
+        self, checkpoint: Checkpoint, names: list[str] | None, settings: Settings
+    ) -> dict[str, Any]:
+        return load_tensors(
+            checkpoint,
+            self._device,
+            mode=self._mode,
+            names=names,
+            shared=True,
+            settings=settings,
+            caller=self._caller,
+        )
+
+    def _get(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        place: tuple[_native.IndexedFile, int],
+        settings: Settings,
+    ) -> torch.Tensor:
+        tensor: torch.Tensor
+        if self._device.type == "cpu" and self._mode == "auto":
+            # As load_tensors does it, whose generality takes as long as the rest of a small tensor.
+            plan = new_plan(settings)
+            with contextlib.suppress(ReadError):  # mapping refused: load_tensors reads
+                plan.map(place[0], [place[1]], True)
+                native = run_plan(plan, None)
+                (tensor,) = plan.tensors(from_dlpack())
+                record(native, caller=self._caller)
+                return tensor
+        tensor = self._load(checkpoint, [name], settings)[name]
+        return tensor
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """A view of a tensor that loads what it is indexed with."""
+        return TensorSlice(self, name, *self._find(name))
+
+
+class TensorSlice:
+    """A tensor in a file, to be indexed: ``f.get_slice("w")[:, :128]`` loads those bytes alone."""
+
+    def __init__(
+        self, opened: safe_open, name: str, part: _native.IndexedFile, position: int
+    ) -> None:
+        self._opened = opened
+        self._name = name
+        self._part = part
+        self._position = position
+        self._checkpoint = opened._open()
+
+    def get_shape(self) -> list[int]:
+        """In elements."""
+        return list(self._part.shape(self._position))
+
+    def get_dtype(self) -> str:
+        """The file's name of the dtype, such as ``"BF16"``."""
+        return self._part.dtype(self._position)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Indexes as numpy does with integers, slices (steps of either sign) and ``...``.
+
+        Other indices (``None``, lists, tensors) load the whole tensor and let torch index it.
+        """
+        device, mode = self._opened._device, self._opened._mode
+        shape = self._part.shape(self._position)
+        parts = _parse_index(index, shape)
+        backwards = parts is not None and any(step < 0 for _, step, _, _ in parts)
+        in_place = device.type == "cpu" and mode != "read" and not backwards
+        if parts is None or in_place or device.type not in ("cpu", "cuda"):
+            place, settings = (self._part, self._position), self._opened._slice_settings
+            whole = self._opened._get(self._checkpoint, self._name, place, settings)
+            return whole[_flat(index)]
+        return self._read(parts, device)
+
+    def _read(self, parts: list[tuple[int, int, int, bool]], device: torch.device) -> torch.Tensor:
+        plan = new_plan(self._opened._settings)
+        if device.type == "cpu":
+            ranges = [(start, step, count) for start, step, count, _ in parts]
+            plan.slice(self._part, self._position, ranges, None, -1, 0)
+            native = run_plan(plan, None)
+            (tensor,) = plan.tensors(from_dlpack())
+            turned: list[int] = []
+        else:
+            # Forwards on the device, turned around there.
+            ranges = [
+                (start, step, count) if step > 0 else (start + step * (count - 1), -step, count)
+                for start, step, count, _ in parts
+            ]
+            turned = [i for i, (_, step, _, _) in enumerate(parts) if step < 0]
+            allocator = TorchAllocator()
+            counts = [count for _, _, count in ranges]
+            address, tensor = allocator.empty(device.index, counts, self.get_dtype())
+            plan.use_stream(device.index, allocator.stream(device.index))
+            plan.slice(self._part, self._position, ranges, None, device.index, address)
+            native = run_plan(plan, allocator)
+        record(native, caller=self._opened._caller)
+        if turned:
+            tensor = tensor.flip(turned)
+        kept = [count for _, _, count, dropped in parts if not dropped]
+        result: torch.Tensor = tensor.reshape(kept)
+        return result
+
+
+def _flat(index: Any) -> Any:
+    # A list is a sequence of indices to numpy and to torch from 2.9 on; a tuple is one index.
+    return tuple(index) if isinstance(index, tuple) else index
+
+
+def _parse_index(index: Any, shape: tuple[int, ...]) -> list[tuple[int, int, int, bool]] | None:
+    """(start, step, count, dropped) for each dimension; ``None`` for indices that are torch's."""
+    items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+    plain: list[int | slice | EllipsisType] = []
+    for item in items:
+        if isinstance(item, slice) or item is Ellipsis:
+            plain.append(item)
+        elif isinstance(item, bool) or hasattr(item, "dim"):
+            return None
+        else:
+            try:
+                plain.append(operator.index(item))
+            except TypeError:  # an array of numpy has the method too
+                return None
+    given = sum(item is not Ellipsis for item in plain)
+    if given > len(shape):
+        raise IndexError(f"too many indices for tensor of dimension {len(shape)}")
+    if len(plain) - given > 1:
+        raise IndexError("an index can only have a single ellipsis ('...')")
+    if len(plain) == given:
+        plain.append(Ellipsis)
+    at = next(i for i, item in enumerate(plain) if item is Ellipsis)
+    full: list[Any] = [slice(None)] * (len(shape) - given)
+    plain[at : at + 1] = full
+    parts = []
+    for dimension, (item, extent) in enumerate(zip(plain, shape, strict=True)):
+        if isinstance(item, slice):
+            start, stop, step = item.indices(extent)
+            count = len(range(start, stop, step))
+            # Over nothing, backwards, Python's start may be -1.
+            parts.append((start if count else 0, step, count, False))
+            continue
+        assert isinstance(item, int)
+        if not -extent <= item < extent:
+            raise IndexError(
+                f"index {item} is out of bounds for dimension {dimension} with size {extent}"
+            )
+        parts.append((item % extent, 1, 1, True))
+    return parts
