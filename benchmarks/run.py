@@ -38,12 +38,13 @@ from judges import Ceilings, Figure
 from weightlift.bench.conditions import machine
 from weightlift.bench.measure import Comparison, Job, compare
 from weightlift.bench.plot import format_seconds
-from weightlift.cli.bench import describe_run
+from weightlift.bench.tables import describe_run
 from weightlift.core.report import format_bytes
 from workloads import CPU, CUDA, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ADAPTERS = Path(__file__).with_name("peers.py")
 ENVIRONMENTS = ROOT / ".bench"
 
 
@@ -161,6 +162,7 @@ def run(
                 repeat=rounds[name],
                 seed=seed,
                 touched=workload.touched,
+                adapters=ADAPTERS,
                 environments=ENVIRONMENTS,
                 step=lambda _: progress.advance(task),
             )

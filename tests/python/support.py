@@ -18,6 +18,11 @@ from typing import Any
 import safetensors
 import torch
 
+ROOT = next(
+    folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file()
+)
+# Adapters for the libraries that the project's benchmark compares with.
+PEERS = ROOT / "benchmarks" / "peers.py"
 # The format's name of each dtype that torch has, as the format's documentation lists them.
 DTYPES = {
     "BOOL": torch.bool,

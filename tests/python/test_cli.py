@@ -321,6 +321,7 @@ def test_bench_compares_and_lists_who_could_not(checkpoint: Path, tmp_path: Path
     done = run(
         *("bench", checkpoint, "--repeat", "1", "--cold", "--json", out),
         *("--dtype", "float32", "--against", "safetensors,torch,fastsafetensors"),
+        *("--adapters", support.PEERS),
     )
     assert done.returncode == 0, done.stderr
     written = json.loads(out.read_text())
@@ -367,7 +368,9 @@ def test_a_contender_runs_from_its_environment_and_has_to_load_the_same(tmp_path
             "    def tensors(self): return found.items()\n"
         )
     names = ["weightlift", "runai-model-streamer", "instanttensor", "fastsafetensors"]
-    found = compare("x", Job("", (str(path),)), names, repeat=1, environments=tmp_path)
+    found = compare(
+        "x", Job("", (str(path),)), names, repeat=1, adapters=support.PEERS, environments=tmp_path
+    )
     assert set(found.samples) == {"weightlift", "runai-model-streamer"}
     assert found.refused == {
         "instanttensor": "what it loads is not what weightlift loads",

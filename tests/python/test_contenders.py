@@ -18,7 +18,7 @@ from diffusers import AutoencoderTiny
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import weightlift as wl
-from support import assert_same, assert_same_tensors
+from support import PEERS, assert_same, assert_same_tensors
 from weightlift.bench import contenders
 from weightlift.bench.contenders import CONTENDERS, Job
 from weightlift.bench.measure_child import _measure, _tensors
@@ -73,8 +73,9 @@ def test_one_tensor_of_a_file(name: str, file: str, tensors: dict[str, torch.Ten
 
 
 def test_whole_file_libraries_refuse_one_tensor(file: str) -> None:
+    known = contenders.read_adapters(PEERS)
     for name in ("torch", "fastsafetensors"):
-        assert CONTENDERS[name].why_not(Job("", (file,), tensor="b")) == "it loads whole files"
+        assert known[name].why_not(Job("", (file,), tensor="b")) == "it loads whole files"
 
 
 def test_a_twin_is_the_safetensors_file_beside_it(
@@ -153,7 +154,12 @@ def measured(job: Job, monkeypatch: pytest.MonkeyPatch, said: str = "go\n") -> l
     answers: list[dict[str, Any]] = []
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
     contenders.reports.clear()
-    _measure(contenders, job, lambda line: answers.append(json.loads(json.dumps(line))))
+    _measure(
+        contenders,
+        CONTENDERS[job.contender],
+        job,
+        lambda line: answers.append(json.loads(json.dumps(line))),
+    )
     return answers
 
 
@@ -209,3 +215,39 @@ def test_tensors_of_a_pipeline() -> None:
     parts = {"unet": linear, "scheduler": object(), "vae": None}
     found = _tensors(SimpleNamespace(components=parts))
     assert_same_tensors(found, {f"unet.{name}": t for name, t in linear.state_dict().items()})
+
+
+def test_a_file_of_adapters_adds_contenders(
+    file: str, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from contenders import Contender, safetensors_only\n"
+        "from safetensors.torch import load_file\n"
+        "def prepare(job): return lambda: load_file(job.files[0])\n"
+        "mine = Contender('safetensors', 'safetensors', safetensors_only, prepare)\n"
+        "CONTENDERS = {'mine': mine}\n"
+    )
+    known = contenders.read_adapters(path)
+    assert known.keys() - CONTENDERS.keys() == {"mine"}
+    assert "contenders" not in sys.modules
+    assert_same_tensors(known["mine"].prepare(Job("", (file,)))(), tensors)
+    for name, text, said in (
+        ("no.py", "CONTENDERS = {'mine': 1}", "it sets no CONTENDERS"),
+        ("taken.py", path.read_text().replace("'mine'", "'torch'"), "is a contender of"),
+        ("names.txt", path.read_text(), "a name that ends in .py"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=said):
+            contenders.read_adapters(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        contenders.read_adapters(tmp_path / "nowhere.py")
+
+
+def test_the_projects_own_adapters_are_the_peers() -> None:
+    known = contenders.read_adapters(PEERS)
+    assert set(known) - set(CONTENDERS) == {
+        "safetensors-prefetch", "fastsafetensors", "runai-model-streamer", "instanttensor",
+        "flashpack",
+    }  # fmt: skip
+    assert set(contenders.AGAINST) <= set(CONTENDERS)

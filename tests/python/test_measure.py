@@ -13,12 +13,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from support import PEERS
 from weightlift.bench import measure
 from weightlift.bench.contenders import Job
 from weightlift.bench.measure import Comparison, Sample, compare, target_bytes
-from weightlift.bench.models import models_table
 from weightlift.bench.plot import format_seconds, plot
-from weightlift.cli.bench import _progress, describe_run, notes
+from weightlift.bench.progress import progress_of
+from weightlift.bench.tables import describe_run, models_table, notes
 
 READY = """echo "of the library's own"; echo '{"ready": true, "version": "9.9"}'\n"""
 FIGURES = {
@@ -70,7 +71,9 @@ def test_a_process_that_misbehaves_is_refused(
     environment(tmp_path, "instanttensor", script)
     environment(tmp_path, "runai-model-streamer", SOUND)
     names = ["instanttensor", "runai-model-streamer"]
-    found = compare("x", Job("", (str(file),)), names, repeat=2, environments=tmp_path)
+    found = compare(
+        "x", Job("", (str(file),)), names, repeat=2, adapters=PEERS, environments=tmp_path
+    )
     assert found.refused == {"instanttensor": reason}
     assert f"instanttensor: not measured: {reason}" in notes(found)
     assert found.versions["runai-model-streamer"] == "9.9"
@@ -95,7 +98,10 @@ esac
 """
     environment(tmp_path, "flashpack", script)
     for _ in range(2):
-        found = compare("x", Job("", (str(file),)), ["flashpack"], repeat=1, environments=tmp_path)
+        found = compare(
+            "x", Job("", (str(file),)), ["flashpack"],
+            repeat=1, adapters=PEERS, environments=tmp_path,
+        )  # fmt: skip
         assert found.refused == {}
         assert found.conversions == {"flashpack": 12.5}
         assert found.to_json()["contenders"]["flashpack"]["conversion_seconds"] == 12.5
@@ -105,7 +111,7 @@ esac
     steps: list[str] = []
     found = compare(
         "x", Job("", (str(file),)), ["flashpack"],
-        repeat=3, environments=tmp_path / "failing", step=steps.append,
+        repeat=3, adapters=PEERS, environments=tmp_path / "failing", step=steps.append,
     )  # fmt: skip
     assert found.refused == {"flashpack": "OSError: full"}
     assert len(steps) == 3
@@ -214,14 +220,14 @@ def test_progress_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    with _progress(3) as (begin, step):
+    with progress_of(3) as (begin, step):
         begin("measuring torch")
         step("torch")
     elsewhere = capsys.readouterr().err
     assert elsewhere.endswith(" s  measuring torch\n")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with _progress(3) as (begin, step):
+    with progress_of(3) as (begin, step):
         begin("measuring torch")
         step("torch")
     shown = capsys.readouterr().err

@@ -52,7 +52,7 @@ class BackedMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.let_go()
+        self.release()
 
     def hold(self) -> int:
         """Holds what is wanted, or what the machine can spare, unless it does: how many bytes."""
@@ -70,7 +70,7 @@ class BackedMemory:
             self._held = count if self._holder.stdout.readline() else 0
         return self._held
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Returns when the memory is free."""
         if self._holder is not None:
             with self._holder:  # closes its input, and waits

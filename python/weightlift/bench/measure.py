@@ -37,7 +37,7 @@ from weightlift.bench.conditions import (
     resident_bytes,
     settle,
 )
-from weightlift.bench.contenders import CONTENDERS, Contender, Job
+from weightlift.bench.contenders import CONTENDERS, Contender, Job, read_adapters
 from weightlift.bench.measure_child import anonymous_bytes
 from weightlift.checkpoint.torch_file import TorchFile, open_torch_file
 
@@ -236,6 +236,7 @@ def compare(
     repeat: int = 5,
     seed: int = 0,
     touched: bool = True,
+    adapters: Path | None = None,
     environments: Path | None = None,
     begin: Callable[[str], None] = lambda _: None,
     step: Callable[[str], None] = lambda _: None,
@@ -245,26 +246,36 @@ def compare(
     Args:
         name: of the comparison.
         job: the load; its own contender is ignored.
-        contenders: names in ``CONTENDERS``.
+        contenders: names in ``CONTENDERS``, or among ``adapters``.
         cold: drop the files from the page cache before each measurement.
         repeat: rounds.
         seed: of the order within the rounds.
         touched: whether ``Comparison`` counts the touch of all pages.
+        adapters: a Python file with further contenders (``contenders.read_adapters``).
         environments: where contenders have virtual environments of their own.
         begin: called with words for what is done next.
         step: called with the contender's name after each measurement, failed ones included.
+
+    Raises:
+        FileNotFoundError, ValueError: ``adapters`` is no such file.
     """
+    known = read_adapters(adapters)
     refused: dict[str, str] = {}
     conversions: dict[str, float] = {}
     versions: dict[str, str | None] = {}
     children: dict[str, _Child] = {}
     for contender in contenders:
-        able = CONTENDERS[contender]
-        child = _Child(dataclasses.replace(job, contender=contender), _python(able, environments))
+        able = known[contender]
+        child = _Child(
+            dataclasses.replace(job, contender=contender),
+            _python(able, environments),
+            able.reads(job),
+            adapters,
+        )
         reason = able.why_not(job) if job.what == "load" else None
         if reason is None and able.convert is not None:
             try:
-                conversions[contender] = _converted(child, able.reads(job))
+                conversions[contender] = _converted(child)
             except _FailedError as failure:
                 reason = str(failure)
         if reason is not None:
@@ -284,13 +295,13 @@ def compare(
             # Each round anew: mappings of a file take as long as where its pages came to lie,
             # and how their host backs them, has it, for all who map it.
             begin("reading the files into the page cache")
-            settle(sorted({file for name in order for file in CONTENDERS[name].reads(job)}))
+            settle(sorted({file for name in order for file in children[name].files}))
         shuffle(order)
         for start in range(0, len(order), together):
             with memory, contextlib.ExitStack() as stack:
                 memory.hold()
                 running = [
-                    stack.enter_context(children[contender].with_checksum(turn == 0))
+                    stack.enter_context(children[contender].with_job(checksum=turn == 0))
                     for contender in order[start : start + together]
                 ]
                 begin(f"importing {', '.join(child.job.contender for child in running)}")
@@ -332,11 +343,12 @@ def _python(contender: Contender, environments: Path | None) -> str:
     return sys.executable
 
 
-def _converted(child: _Child, made: Sequence[str]) -> float:
+def _converted(child: _Child) -> float:
     """Makes the files of a contender's own format, if they are not there: the seconds it took."""
+    made = child.files
     note = Path(made[0]).with_name(Path(made[0]).name + ".seconds")
     if not note.exists() or not all(Path(file).exists() for file in made):
-        with _Child(dataclasses.replace(child.job, what="convert"), child.python) as converting:
+        with child.with_job(what="convert") as converting:
             note.write_text(str(converting.line()["seconds"]), encoding="ascii")
     return float(note.read_text(encoding="ascii"))
 
@@ -362,13 +374,12 @@ def _measure(child: _Child, cold: bool, memory: BackedMemory) -> Sample | str:
 
 
 def _measured(child: _Child, cold: bool, memory: BackedMemory) -> Sample:
-    job = child.job
     child.check_ready()
-    files = CONTENDERS[job.contender].reads(job)
+    files = child.files
     backed = memory.hold()
     read_program(child.pid)
     resident = prepare_files(files, cold)
-    memory.let_go()
+    memory.release()
     figures, peak = child.go()
     before, after = figures.pop("anon_before"), figures.pop("anon_after")
     return Sample(
@@ -383,22 +394,26 @@ def _measured(child: _Child, cold: bool, memory: BackedMemory) -> Sample:
 class _Child:
     """A measured process, from its imports to its end."""
 
-    def __init__(self, job: Job, python: str) -> None:
+    def __init__(self, job: Job, python: str, files: Sequence[str], adapters: Path | None) -> None:
         self.job = job
-        self.python = python
+        self.files = files  # that its contender reads
+        self._python = python
+        self._adapters = adapters
         self.version: str | None = None
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def with_checksum(self, wanted: bool) -> _Child:
-        return _Child(dataclasses.replace(self.job, checksum=wanted), self.python)
+    def with_job(self, **changes: Any) -> _Child:
+        """Another process for the same job but for ``changes``, fields of ``Job``."""
+        job = dataclasses.replace(self.job, **changes)
+        return _Child(job, self._python, self.files, self._adapters)
 
     def __enter__(self) -> _Child:
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [self.python, *RUN_CHILD],
+            [self._python, *RUN_CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -408,7 +423,8 @@ class _Child:
         self._peak = 0
         self._failure: _FailedError | None = None
         self._sampling = False
-        self._say(json.dumps(dataclasses.asdict(self.job)))
+        adapters = None if self._adapters is None else str(self._adapters.absolute())
+        self._say(json.dumps({**dataclasses.asdict(self.job), "adapters": adapters}))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,7 +4,8 @@
 library's environment. It imports nothing of weightlift at the top: another library, and
 ``import weightlift`` itself, are measured without it.
 
-The conversation, a line each way: a ``Job`` as JSON comes in; what the job needs is imported;
+The conversation, a line each way: a ``Job`` as JSON comes in, with ``"adapters"``, the path of a
+file with further contenders or null; what the job needs is imported;
 ``{"ready": ...}`` goes out; ``go`` comes in; the clock runs; the figures go out as JSON, and what
 comes after them: a checksum, a forward pass.
 """
@@ -27,8 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weightlift.bench import contenders
-    from weightlift.bench.contenders import Job
+    from weightlift.bench.contenders import Contender, Job
 
 __all__ = ["anonymous_bytes", "backed_memory", "checksum", "page_runs", "touch"]
 
@@ -91,8 +91,9 @@ def _report(reports: list[Any]) -> dict[str, Any] | None:
     }
 
 
-def _measure(adapters: Any, job: Job, say: Callable[[dict[str, Any]], None]) -> None:
-    contender: contenders.Contender = adapters.CONTENDERS[job.contender]
+def _measure(
+    adapters: Any, contender: Contender, job: Job, say: Callable[[dict[str, Any]], None]
+) -> None:
     absence = contender.absence()
     if absence is not None:
         say({"refused": absence})
@@ -356,7 +357,9 @@ def main() -> None:
         sys.stdout.flush()
 
     try:
-        _measure(adapters, adapters.Job(**given), say)
+        known = adapters.read_adapters(given.pop("adapters"))
+        job = adapters.Job(**given)
+        _measure(adapters, known[job.contender], job, say)
     except Exception as error:
         say({"failed": f"{type(error).__name__}: {error}"})
 

@@ -8,10 +8,9 @@ import importlib
 import json
 import re
 import shutil
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,20 +20,9 @@ from weightlift.core.errors import CheckpointError
 from weightlift.core.report import format_bytes
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from weightlift.bench.measure import Job
 
-    from weightlift.bench.measure import Comparison, Job, Sample
-
-__all__ = [
-    "NAMES",
-    "bench_folder",
-    "forward_notes",
-    "model_job",
-    "model_title",
-    "models_table",
-    "state",
-    "told",
-]
+__all__ = ["NAMES", "bench_folder", "model_job", "model_title", "state"]
 
 # Contenders, and what they are called here; the backend comes first: without it there is nothing.
 NAMES = {"backend": "weightlift", "stock": "stock"}
@@ -148,73 +136,3 @@ def model_title(job: Job) -> str:
 
 def state(cold: bool) -> str:
     return "cold" if cold else "warm"
-
-
-def told(begin: Callable[[str], None], cold: bool) -> Callable[[str], None]:
-    """``begin``, called with the names of here."""
-    return lambda text: begin(f"{state(cold)}: {text.replace('backend', NAMES['backend'])}")
-
-
-def models_table(comparisons: Sequence[Comparison]) -> Table:
-    """Rows for each state of the page cache; at most 80 columns wide."""
-    from rich import box
-    from rich.table import Table
-
-    from weightlift.bench.plot import format_seconds
-
-    def median(samples: list[Sample], of: str) -> str:
-        told = [value for value in (getattr(one, of) for one in samples) if value is not None]
-        return format_seconds(statistics.median(told)) if told else ""
-
-    on_cuda = comparisons[0].job.on_cuda
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold"
-    )
-    titles = ["", "", "call", "loaded", "1st forward", "memory"]
-    for title in [*titles, *(["on GPU"] if on_cuda else []), "ratio"]:
-        table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    for found in comparisons:
-        ratio = found.time_ratio("stock", "backend")
-        label = state(found.cold)
-        for contender in ("stock", "backend"):
-            samples = found.samples.get(contender)
-            if samples is None:
-                continue
-            ours = contender == "backend"
-            table.add_row(
-                label,
-                NAMES[contender],
-                median(samples, "load_seconds"),
-                median(samples, "seconds"),
-                median(samples, "first_forward_seconds"),
-                format_bytes(found.peak(contender)),
-                *([format_bytes(_device_peak(samples))] if on_cuda else []),
-                f"{ratio:.2f}x" if ours and ratio is not None else "",
-                style="bold" if ours else "",
-            )
-            label = ""
-    ranges = [
-        f"{state(found.cold)} {min(ratios):.2f}x to {max(ratios):.2f}x"
-        for found in comparisons
-        if (ratios := found.time_ratios("stock", "backend"))
-    ]
-    table.caption = (
-        "Medians. call: from_pretrained; loaded: every page of the weights touched too; 1st "
-        "forward: from the start to the end of a small one; memory: the load's own at its peak, "
-        "beside the page cache; ratio: stock's time to loaded over weightlift's, round by round"
-        f"{''.join(f'; {one}' for one in ranges)}."
-    )
-    table.caption_justify = "left"
-    return table
-
-
-def forward_notes(found: Comparison) -> list[str]:
-    """Why there was no forward pass."""
-    every = [sample for samples in found.samples.values() for sample in samples]
-    return [
-        f"no forward pass: {why}" for why in sorted({one.forward for one in every if one.forward})
-    ]
-
-
-def _device_peak(samples: list[Sample]) -> int:
-    return max(max(one.peak_device_bytes or 0, one.device_bytes or 0) for one in samples)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from weightlift.core.errors import CheckpointError, WeightliftError
-from weightlift.core.report import format_bytes
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["KINDS", "distributed_table", "measure_ranks"]
+__all__ = ["KINDS", "measure_ranks"]
 
 KINDS = ("replicated", "FSDP2", "tensor parallel")
 _LIMIT_SECONDS = 1800
@@ -91,64 +85,3 @@ def measure_ranks(
         "file_bytes": sum(file.stat().st_size for file in files),
         "loads": loads,
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    seconds: float
-    ratio: float
-    read: float
-    mapped: float
-    peak: float
-    held: float
-
-
-def _row(loads: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]], file_bytes: int) -> _Row:
-    def median(field: str) -> float:
-        return float(statistics.median(load[field] for load in loads))
-
-    rounds = zip(loads, ours, strict=True)
-    return _Row(
-        median("seconds"),
-        statistics.median(load["seconds"] / own["seconds"] for load, own in rounds),
-        median("read_bytes") / file_bytes,
-        median("mapped_bytes") / file_bytes,
-        median("peak_bytes"),
-        median("held_bytes"),
-    )
-
-
-def distributed_table(found: dict[str, Any]) -> Table:
-    """A row for each contender; the times' ratio is to weightlift's of the same kind."""
-    from rich import box
-    from rich.table import Table
-
-    from weightlift.bench.plot import format_seconds
-
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold"
-    )
-    for title in ("", "time", "ratio", "read", "mapped", "memory", "held"):
-        table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    for kind, contenders in found["loads"].items():
-        ours = next(iter(contenders.values()))
-        rows = {name: _row(loads, ours, found["file_bytes"]) for name, loads in contenders.items()}
-        table.add_row(kind)
-        for name, row in rows.items():
-            table.add_row(
-                f"  {name}",
-                format_seconds(row.seconds),
-                f"{row.ratio:.2f}",
-                f"{row.read:.2f}",
-                f"{row.mapped:.2f}",
-                format_bytes(int(row.peak)),
-                format_bytes(int(row.held)),
-                style="bold" if contenders[name] is ours else "",
-            )
-    table.caption = (
-        "Medians; ratio: of the rounds' ratios. read, mapped: by all ranks together, in multiples "
-        "of the files. memory: the peak of anonymous memory, of the rank that took most; held: its "
-        "tensors, mapped ones too."
-    )
-    table.caption_justify = "left"
-    return table

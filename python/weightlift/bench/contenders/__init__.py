@@ -1,20 +1,26 @@
 """The libraries that loads are measured with, an adapter each.
 
-The measured process imports this package by its path, under the Python of the library's own
-environment, where weightlift may not be installed: it imports nothing of it at the top.
+The measured process imports this package by its path, as ``contenders``, under the Python of the
+library's own environment, where weightlift may not be installed: nothing of it is imported at the
+top.
+Other libraries are added by a file of adapters: ``read_adapters``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from . import files, models, peers, trees
+from . import files, models, references, trees
 from .adapter import (
     Contender,
     Job,
     Load,
+    cast,
+    each_tensor,
     model_why_not,
     ours_why_not,
     phases,
@@ -24,48 +30,46 @@ from .adapter import (
     whole_files,
 )
 
-__all__ = ["CONTENDERS", "Contender", "Job", "phases", "reports"]
+__all__ = [
+    "AGAINST",
+    "CONTENDERS",
+    "Contender",
+    "Job",
+    "Load",
+    "cast",
+    "each_tensor",
+    "phases",
+    "read_adapters",
+    "reports",
+    "safetensors_only",
+    "whole_files",
+]
+
+# What `weightlift bench --against` offers; the others take part in the project's own benchmark.
+AGAINST = ("safetensors", "torch")
 
 
 def _ours(prepare: Callable[[Job], Load], why_not: Callable[[Job], str | None]) -> Contender:
     return Contender("weightlift", "weightlift", why_not, prepare, "weightlift")
 
 
-def _peer(name: str, module: str, prepare: Callable[[Job], Load], **more: Any) -> Contender:
-    more = {"environment": name, **more}
-    return Contender(name, module, whole_files, prepare, module, **more)
-
-
 CONTENDERS: dict[str, Contender] = {
     "weightlift": _ours(files.weightlift, ours_why_not),
     "safetensors": Contender(
-        "safetensors", "safetensors", safetensors_only, peers.safetensors, "safetensors.torch"
+        "safetensors", "safetensors", safetensors_only, references.safetensors, "safetensors.torch"
     ),
     "safetensors-pread": Contender(
         "safetensors",
         "safetensors",
         safetensors_only,
-        lambda job: peers.reference(job, "pread"),
+        lambda job: references.reference(job, "pread"),
         "safetensors.torch",
     ),
-    "safetensors-prefetch": _peer(
-        "safetensors", "safetensors", peers.safetensors_prefetch, environment="safetensors-0.9"
-    ),
     "torch": Contender(
-        "torch", "torch", torch_why_not, lambda job: peers.torch_load(job, mmap=True), "torch"
+        "torch", "torch", torch_why_not, lambda job: references.torch_load(job, mmap=True), "torch"
     ),
     "torch-plain": Contender(
-        "torch", "torch", torch_why_not, lambda job: peers.torch_load(job, mmap=False), "torch"
-    ),
-    "fastsafetensors": _peer("fastsafetensors", "fastsafetensors", peers.fastsafetensors),
-    "runai-model-streamer": _peer("runai-model-streamer", "runai_model_streamer", peers.runai),
-    "instanttensor": _peer("instanttensor", "instanttensor", peers.instanttensor),
-    "flashpack": _peer(
-        "flashpack",
-        "flashpack",
-        peers.flashpack,
-        reads=lambda job: job.files_as(".flashpack"),
-        convert=peers.flashpack_convert,
+        "torch", "torch", torch_why_not, lambda job: references.torch_load(job, mmap=False), "torch"
     ),
     "twin": Contender(
         "weightlift",
@@ -87,11 +91,50 @@ CONTENDERS: dict[str, Contender] = {
     "reading": dataclasses.replace(_ours(models.reading, model_why_not), exact=False),
     "weightlift.safe_open": _ours(files.safe_open, safetensors_only),
     "safetensors.safe_open": Contender(
-        "safetensors", "safetensors", safetensors_only, peers.safe_open, "safetensors"
+        "safetensors", "safetensors", safetensors_only, references.safe_open, "safetensors"
     ),
     "weightlift.flax": _ours(trees.weightlift_flax, trees.flax_why_not),
     "safetensors.flax": Contender(
         "safetensors", "safetensors", trees.flax_why_not, trees.safetensors_flax, "safetensors.flax"
     ),
-    "torch.empty": Contender("torch", "torch", safetensors_only, peers.empty, "torch", exact=False),
+    "torch.empty": Contender(
+        "torch", "torch", safetensors_only, references.empty, "torch", exact=False
+    ),
 }
+
+
+def read_adapters(path: str | Path | None) -> Mapping[str, Contender]:
+    """``CONTENDERS``, and those of a Python file, by name.
+
+    The file sets ``CONTENDERS``, a dict of ``Contender`` by name, and has ``Contender`` and what
+    else it needs by ``from contenders import ...``: this package, by the name that the measured
+    process knows it by.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no Python file that sets ``CONTENDERS``, or one of its names is taken.
+    """
+    if path is None:
+        return CONTENDERS
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(2, "there is no such file of adapters", str(path))
+    spec = importlib.util.spec_from_file_location("adapters", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path}: adapters are a Python file, with a name that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    known = sys.modules.get("contenders")
+    sys.modules["contenders"] = sys.modules[__name__]
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        if known is None:
+            del sys.modules["contenders"]
+        else:
+            sys.modules["contenders"] = known
+    own = getattr(module, "CONTENDERS", None)
+    if not isinstance(own, dict) or not all(isinstance(one, Contender) for one in own.values()):
+        raise ValueError(f"{path}: it sets no CONTENDERS, a dict of Contender by name")
+    if taken := sorted(own.keys() & CONTENDERS.keys()):
+        raise ValueError(f"{path}: {taken[0]!r} is a contender of weightlift's own; rename it")
+    return {**CONTENDERS, **own}

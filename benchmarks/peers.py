@@ -1,4 +1,10 @@
-"""Other libraries that load files."""
+"""Adapters for other loaders, beside safetensors and torch, which the package itself has.
+
+    weightlift bench FILE --adapters benchmarks/peers.py --against fastsafetensors,flashpack
+
+Each has its lock file in benchmarks/environments and, after `make bench-env`, a virtual environment
+of its own in .bench.
+"""
 
 from __future__ import annotations
 
@@ -9,56 +15,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .adapter import Job, Load, cast, each_tensor, phases
+from contenders import Contender, Job, Load, cast, phases, whole_files
 
-__all__ = [
-    "empty",
-    "fastsafetensors",
-    "flashpack",
-    "flashpack_convert",
-    "instanttensor",
-    "reference",
-    "runai",
-    "safe_open",
-    "safetensors",
-    "safetensors_prefetch",
-    "torch_load",
-]
+__all__ = ["CONTENDERS"]
 
 # What must outlive a load.
 _kept: list[Any] = []
-
-
-def safetensors(job: Job) -> Load:
-    # Own memory is compared with own memory.
-    return reference(job, "pread" if job.mode == "read" else "mmap")
-
-
-def reference(job: Job, backend: str) -> Load:
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    # As all users call it, where the backend is the default.
-    how = {} if backend == "mmap" else {"backend": backend}
-
-    def load() -> dict[str, Any]:
-        tensors: dict[str, Any] = {}
-        for file in job.files:
-            if job.tensor is not None:
-                with safe_open(file, framework="pt", device=job.device, **how) as opened:
-                    tensors[job.tensor] = opened.get_tensor(job.tensor)
-            else:
-                tensors.update(load_file(file, device=job.device, **how))
-        phases.mark("move")
-        return cast(tensors, job)
-
-    return load
-
-
-def safe_open(job: Job) -> Load:
-    from safetensors import safe_open
-
-    return each_tensor(job, safe_open)
 
 
 def _indexed(job: Job) -> str:
@@ -78,19 +40,6 @@ def safetensors_prefetch(job: Job) -> Load:
                 loader = opened.prefetch(device=_indexed(job))
                 tensors.update({name: loader.take(name) for name in names})
                 phases.mark("move")
-        return cast(tensors, job)
-
-    return load
-
-
-def torch_load(job: Job, mmap: bool) -> Load:
-    import torch
-
-    def load() -> dict[str, Any]:
-        tensors: dict[str, Any] = {}
-        for file in job.files:
-            tensors.update(torch.load(file, mmap=mmap, weights_only=True, map_location=job.device))
-        phases.mark("move")
         return cast(tensors, job)
 
     return load
@@ -181,23 +130,23 @@ def flashpack(job: Job) -> Load:
     return load
 
 
-def empty(job: Job) -> Load:
-    """No library: a bare loop of torch.empty, the floor of what many small tensors cost."""
-    import torch
+def _peer(name: str, module: str, prepare: Callable[[Job], Load], **more: Any) -> Contender:
+    more = {"environment": name, **more}
+    return Contender(name, module, whole_files, prepare, module, **more)
 
-    from weightlift import _native
-    from weightlift.core import dtypes
 
-    wanted = []
-    for file in job.files:
-        part = _native.IndexedFile.open(file)
-        for name, dtype, shape in zip(part.names(), part.dtypes(), part.shapes(), strict=True):
-            wanted.append((name, shape, dtypes.to_torch(dtype)))
-    device = torch.device(job.device)
-
-    def load() -> dict[str, Any]:
-        return {
-            name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in wanted
-        }
-
-    return load
+CONTENDERS = {
+    "safetensors-prefetch": _peer(
+        "safetensors", "safetensors", safetensors_prefetch, environment="safetensors-0.9"
+    ),
+    "fastsafetensors": _peer("fastsafetensors", "fastsafetensors", fastsafetensors),
+    "runai-model-streamer": _peer("runai-model-streamer", "runai_model_streamer", runai),
+    "instanttensor": _peer("instanttensor", "instanttensor", instanttensor),
+    "flashpack": _peer(
+        "flashpack",
+        "flashpack",
+        flashpack,
+        reads=lambda job: job.files_as(".flashpack"),
+        convert=flashpack_convert,
+    ),
+}

@@ -1,0 +1,105 @@
+"""The measurements of ``weightlift bench``, and what it writes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from weightlift.bench import models
+from weightlift.bench.conditions import machine
+from weightlift.bench.measure import Comparison, Job, compare
+from weightlift.bench.progress import progress_of
+from weightlift.core.report import format_bytes
+
+__all__ = ["compare_files", "compare_models", "rounds_of", "to_json"]
+
+
+def compare_files(
+    files: Sequence[Path],
+    device: str,
+    dtype: str | None,
+    contenders: Sequence[str],
+    *,
+    cold: bool,
+    repeat: int,
+    adapters: Path | None = None,
+) -> Comparison:
+    """One checkpoint's files, loaded by each contender; shows its progress on stderr.
+
+    Raises:
+        FileNotFoundError, ValueError: ``adapters`` is no file of adapters.
+    """
+    job = Job("weightlift", tuple(map(str, files)), device, dtype)
+    with progress_of(len(contenders) * repeat) as (begin, step):
+        return compare(
+            _title(files, job),
+            job,
+            contenders,
+            cold=cold,
+            repeat=repeat,
+            adapters=adapters,
+            begin=begin,
+            step=step,
+        )
+
+
+def compare_models(
+    arguments: Sequence[str], device: str, dtype: str | None, states: Sequence[bool], repeat: int
+) -> tuple[str, list[Comparison]]:
+    """A model or pipeline, by its library alone and with the backend: its title, and a comparison
+    for each of ``states``, whether the files are cold.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        CheckpointError: no such class, no weights, or too large a model to make.
+    """
+    contenders = list(models.NAMES)
+    with models.bench_folder(arguments) as (folder, where):
+        job = models.model_job(folder, device, dtype, where)
+        job = dataclasses.replace(job, forward=True)
+        title = models.model_title(job)
+        with progress_of(len(contenders) * repeat * len(states)) as (begin, step):
+            found = []
+            for cold in states:
+
+                def begin_here(text: str, state: str = models.state(cold)) -> None:
+                    begin(f"{state}: {text.replace('backend', models.NAMES['backend'])}")
+
+                found.append(
+                    compare(
+                        f"{title}, {models.state(cold)}",
+                        job,
+                        contenders,
+                        cold=cold,
+                        repeat=repeat,
+                        begin=begin_here,
+                        step=step,
+                    )
+                )
+    return title, found
+
+
+def to_json(**found: Any) -> dict[str, Any]:
+    """What ``--json`` writes: ``found``, and when, by which command and where it was measured."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["weightlift", *sys.argv[1:]]),
+        "machine": machine(),
+        **found,
+    }
+
+
+def rounds_of(found: Sequence[Comparison]) -> int:
+    return max(len(samples) for one in found for samples in one.samples.values())
+
+
+def _title(files: Sequence[Path], job: Job) -> str:
+    size = sum(file.stat().st_size for file in files)
+    name = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
+    cast = f" as {job.dtype}" if job.dtype else ""
+    return f"{name}, {format_bytes(size)}, to {job.device}{cast}"
