@@ -116,8 +116,8 @@ native-tests: dev
 
 # jax warns at every fork of the process it is in, so its tests have one of their own.
 python-tests: dev
-	$(BIN)/python -m pytest -m "not gpu and not deep" --ignore=tests/python/test_flax.py
-	$(BIN)/python -m pytest -m "not gpu and not deep" tests/python/test_flax.py
+	$(BIN)/python -m pytest -m "not gpu and not deep" --ignore=tests/python/models/test_flax.py
+	$(BIN)/python -m pytest -m "not gpu and not deep" tests/python/models/test_flax.py
 
 lint: $(VENV)/.test-tools
 	$(BIN)/ruff check python tests benchmarks
@@ -147,8 +147,8 @@ coverage: $(VENV)/.gtest $(VENV)/.deep-tools
 	$(BIN)/python tests/measure_coverage.py
 
 test-deep: dev
-	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/python/test_flax.py
-	$(BIN)/python -m pytest -m "not gpu" tests/python/test_flax.py
+	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/python/models/test_flax.py
+	$(BIN)/python -m pytest -m "not gpu" tests/python/models/test_flax.py
 	WEIGHTLIFT_SEEDS=1000 $(BIN)/ctest --test-dir build/dev --output-on-failure -j $(JOBS)
 	$(BIN)/python tests/simulated_driver/run_mutants.py
 	tests/pythons.sh

@@ -13,7 +13,7 @@ For a checkpoint of B bytes on n nodes of p ranks each (world N = n p):
 - Sharded within a node, replicated over nodes (HSDP): each node reads B.
 - Stock: each rank reads B through its node's page cache: N B asked for, B a node from the disk.
 
-"Out of files" is what the engine counts, and what tests/python/test_distributed_bench.py holds
+"Out of files" is what the engine counts, and what tests/python/bench/test_bench_ranks.py holds
 against 2 and 4 processes. The disk's share assumes that a node reads no byte twice that is in its
 page cache; a shared file system serves all nodes. Times are lower bounds: the most loaded of disk,
 bus and network, at the rates that are given, without latencies.

@@ -56,7 +56,7 @@ done
 failed=0
 WEIGHTLIFT_REQUIRE_GPU=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 \
   "$python" -m pytest -p no:cacheprovider -W default -m gpu \
-  tests/python/test_gpu.py tests/python/test_gpu_backends.py tests/python/test_gpu_transformers.py ||
+  tests/python/gpu ||
   failed=$?
 
 # Those whose files are made and loaded within the time there is.

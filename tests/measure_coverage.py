@@ -29,7 +29,7 @@ BARS = {"csrc": 90, "python/weightlift": 95}
 
 # Their forked children are stopped or disturbed at each system call, of which writing counts at the
 # end would be many more.
-FORKING = ["tests/python/test_faults.py", "tests/python/test_saving.py"]
+FORKING = ["tests/python/load/test_faults.py", "tests/python/models/test_saving.py"]
 
 _END = "where gcc counts what an exception leaves behind"
 _OTHER_VERSIONS = "versions of the library that are not installed (`make test-libraries` has them)"
@@ -140,10 +140,10 @@ def run_tests(tests: list[str]) -> bool:
     pytest = ["-m", "pytest", "-m", "not gpu and not deep"]
     if tests:
         return run(*count, *pytest, *tests) and passed
-    alone = ["tests/python/test_flax.py", *FORKING]
+    alone = ["tests/python/models/test_flax.py", *FORKING]
     passed = run(*count, *pytest, *(f"--ignore={test}" for test in alone)) and passed
     # As in the Makefile: jax has a process of its own.
-    passed = run(*count, *pytest, "tests/python/test_flax.py") and passed
+    passed = run(*count, *pytest, "tests/python/models/test_flax.py") and passed
     settings = BUILD / "forking.ini"
     settings.write_text(
         f"[run]\nsource = {ROOT / 'python/weightlift'}\ndata_file = {BUILD / 'python'}\n"

@@ -22,7 +22,7 @@ for version in 3.10 3.11 3.12 3.13 3.14; do
   "$python" -m venv "$work/$version"
   bin="$work/$version/bin"
   "$bin/python" -m pip -q --disable-pip-version-check install .
-  if "$bin/python" tests/python/core_check.py; then
+  if "$bin/python" tests/python/helpers/core_check.py; then
     echo "python $version: built, core works"
   else
     echo "python $version: FAILED"

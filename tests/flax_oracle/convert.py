@@ -1,6 +1,6 @@
 """What diffusers 0.39 makes of Flax weights: for each case a folder with the weights that flax
 wrote and the tensors that diffusers' conversion made of them. Runs in an environment of its own;
-``tests/python/test_flax_oracle.py`` sets that up and compares.
+``tests/python/models/test_flax_oracle.py`` sets that up and compares.
 
     python convert.py FOLDER
 """

@@ -21,7 +21,7 @@
 #include "result.h"
 
 // What is accepted and refused is held against the reference itself by
-// tests/python/test_malformed.py; here are the codes, the places and the Index.
+// tests/python/checkpoint/test_malformed.py; here are the codes, the places and the Index.
 
 namespace weightlift::format {
 namespace {

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+import simulated
 import support
-import test_simulated_engine as simulated
 import weightlift as wl
-from test_simulated_engine import Policy, Switch, machine
+from simulated import Policy, Switch, machine
 from weightlift.load import loading
 from weightlift.module import fill
 

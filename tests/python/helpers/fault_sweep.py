@@ -22,8 +22,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
+import simulated
 import support
-import test_simulated_engine as simulated
 import weightlift as wl
 from weightlift import _native
 from weightlift.checkpoint.checkpoint import Checkpoint
@@ -193,7 +193,7 @@ def no_machine() -> Iterator[None]:
 
 def switch_on(seed: int) -> Any:
     """A simulated machine, for good."""
-    library = simulated._LIBRARY
+    library = simulated.LIBRARY
     assert library is not None
     driver = simulated.simulated_driver.SimulatedDriver(library)
     driver.tensors = simulated.weakref.WeakSet()

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import support
 import weightlift as wl
 from model_classes import MADE, OURS, THEIRS, TIED, Scale, Setter, made
 from support import (
@@ -1160,7 +1161,7 @@ print(share("/whole"), share("/whole", dtype=torch.bfloat16), share("/part"))
 
 
 def test_peak_memory(tmp_path: Path) -> None:
-    result = run_python(MEMORY, tmp_path, Path(__file__).parent)
+    result = run_python(MEMORY, tmp_path, Path(support.__file__).parent)
     assert result.returncode == 0, result.stderr
     same, cast, missing = map(float, result.stdout.split())
     assert same < 0.05

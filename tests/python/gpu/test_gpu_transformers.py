@@ -6,28 +6,19 @@ Run by `make gpu-check`, which sets WEIGHTLIFT_REQUIRE_GPU so that a missing GPU
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_backend_transformers import CALLER, CAUSAL, LLAMA, both, made, transformers
 
 import weightlift as wl
-from test_backend_transformers import CALLER, CAUSAL, LLAMA, both, made, transformers
 
 __all__ = ["made"]
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _needs_gpu() -> None:
-    if not torch.cuda.is_available():
-        if os.environ.get("WEIGHTLIFT_REQUIRE_GPU"):
-            pytest.fail("no GPU, and WEIGHTLIFT_REQUIRE_GPU is set")
-        pytest.skip("needs an NVIDIA GPU; run by `make gpu-check`")
 
 
 @pytest.mark.parametrize("device_map", ["cuda", "auto", {"": 0}])

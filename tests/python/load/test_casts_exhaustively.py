@@ -393,6 +393,6 @@ def test_the_counts_that_security_states() -> None:
         found += [len(cases) - accepted, accepted]
     accepted = sum(outcome == malformed.OK for _, outcome in INDEX_CASES.values())
     found += [len(INDEX_CASES) - accepted, accepted]
-    text = (Path(__file__).parents[2] / "SECURITY.md").read_text()
+    text = (Path(__file__).parents[3] / "SECURITY.md").read_text()
     (stated,) = re.findall(r"\| (safetensors \d+ refused, .*?) \|", text)
     assert [int(number) for number in re.findall(r"\d+", stated)] == found, stated

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-import test_simulated_engine as simulated
+import simulated
+import support
 import weightlift as wl
 from support import bits, under_strace
 from weightlift.models.saving import save_weights
 
-HERE = Path(__file__).parent
+HELPERS = Path(support.__file__).parent
 COMPILER = next(
     (found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None
 )
@@ -32,7 +33,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if COMPILER is None:
         pytest.skip("needs a C++ compiler for the library that makes calls fail")
     library = tmp_path_factory.mktemp("shim") / "fault_shim.so"
-    source = HERE.parent / "native" / "fault_shim.cc"
+    source = HELPERS.parents[1] / "native" / "fault_shim.cc"
     command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"]
     subprocess.run(command, check=True)
     return library
@@ -41,7 +42,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swept(which: str, folder: Path, shim: Path) -> dict[str, Any]:
     """What fault_sweep.py says at its end."""
     done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", HERE / "fault_sweep.py", which, folder],
+        [sys.executable, "-X", "faulthandler", HELPERS / "fault_sweep.py", which, folder],
         env={**os.environ, "LD_PRELOAD": str(shim)},
         capture_output=True,
         text=True,

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import fault_sweep
-import test_simulated_engine as simulated
+import simulated
+import support
 import weightlift as wl
 from support import file_bytes, random_bytes, run_python
 
@@ -252,7 +253,7 @@ print(json.dumps(found))
 def test_old_bytes_or_an_error(tmp_path: Path, first: int, last: int) -> None:
     """In a process of its own, whose end tells whether there was a signal."""
     done = run_python(
-        ROUNDS, Path(__file__).parent, tmp_path, first, last, timeout=60 + last - first
+        ROUNDS, Path(support.__file__).parent, tmp_path, first, last, timeout=60 + last - first
     )
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout.splitlines()[-1])

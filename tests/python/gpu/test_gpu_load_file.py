@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
-import os
 import struct
 import threading
 from pathlib import Path
@@ -25,14 +24,6 @@ pytestmark = pytest.mark.gpu
 
 MIB = 1 << 20
 FLOATS = ["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
-
-
-@pytest.fixture(autouse=True)
-def _needs_gpu() -> None:
-    if not torch.cuda.is_available():
-        if os.environ.get("WEIGHTLIFT_REQUIRE_GPU"):
-            pytest.fail("no GPU, and WEIGHTLIFT_REQUIRE_GPU is set")
-        pytest.skip("needs an NVIDIA GPU; run by `make gpu-check`")
 
 
 def random_bits(count: int, seed: int) -> torch.Tensor:

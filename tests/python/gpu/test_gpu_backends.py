@@ -5,7 +5,6 @@ Run by `make gpu-check`, which sets WEIGHTLIFT_REQUIRE_GPU so that a missing GPU
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import accelerate
 import pytest
 import safetensors
 import safetensors.torch
+import test_backend_accelerate as models
 import torch
 
-import test_backend_accelerate as models
 import weightlift as wl
 from backend_support import engine_moves, tensor_bytes
 
@@ -23,14 +22,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:The following device_map keys do not match"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _needs_gpu() -> None:
-    if not torch.cuda.is_available():
-        if os.environ.get("WEIGHTLIFT_REQUIRE_GPU"):
-            pytest.fail("no GPU, and WEIGHTLIFT_REQUIRE_GPU is set")
-        pytest.skip("needs an NVIDIA GPU; run by `make gpu-check`")
 
 
 def described(tensor: torch.Tensor) -> tuple[Any, ...]:

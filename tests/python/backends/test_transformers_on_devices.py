@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
-import support
-import test_simulated_engine as simulated
 from test_backend_transformers import (
     MOE,
     conversion_mapping,
@@ -19,8 +16,11 @@ from test_backend_transformers import (
     transformers,
     walked,
 )
-from test_simulated_engine import Policy, Switch, machine
 from test_simulated_models import Allocator
+
+import simulated
+import support
+from simulated import Policy, Switch, machine
 from weightlift.backends.transformers import walk
 from weightlift.backends.transformers import weights as weights_of
 from weightlift.checkpoint.checkpoint import Checkpoint

@@ -18,7 +18,7 @@ from weightlift.checkpoint.flax_msgpack import load_flax_state_dict, to_flax_pat
 
 pytestmark = pytest.mark.deep
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ORACLE = ROOT / "tests/flax_oracle"
 MODELS = ("unet", "vae", "controlnet")
 

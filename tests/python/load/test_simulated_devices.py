@@ -3,16 +3,11 @@ replaced. The native tests look closer; these show that Python hands the right t
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import importlib
-import math
-import os
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,134 +16,23 @@ import safetensors.torch
 import torch
 from torch.utils.dlpack import from_dlpack
 
+import simulated
 import support
 import weightlift
+from simulated import (
+    CudaError,
+    Policy,
+    SimulatedAllocator,
+    SimulatedTensor,
+    Switch,
+    Time,
+)
 from weightlift import Settings, _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
 from weightlift.load import loading, plans
 
-_TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(_TESTS / "simulated_driver"))
-simulated_driver = importlib.import_module("simulated_driver")
-Policy, Time, CudaError = (
-    simulated_driver.Policy,
-    simulated_driver.Time,
-    simulated_driver.CudaError,
-)
-
-
-def _find_library() -> str | None:
-    given = os.environ.get("WEIGHTLIFT_SIMULATED_DRIVER")
-    if given:
-        return given
-    built = (_TESTS.parent / "build" / "dev").glob("**/libsimulated_cuda.so")
-    return next((str(path) for path in built), None)
-
-
-_LIBRARY = _find_library()
-pytestmark = [
-    pytest.mark.skipif(
-        not hasattr(_native, "use_driver_for_testing"),
-        reason="this build has no test hooks (WEIGHTLIFT_TESTING=ON)",
-    ),
-    pytest.mark.skipif(
-        _LIBRARY is None, reason="no libsimulated_cuda.so; WEIGHTLIFT_SIMULATED_DRIVER may name one"
-    ),
-]
-
-
-class SimulatedTensor:
-    """What the allocator hands out in the place of a CUDA tensor."""
-
-    def __init__(
-        self, driver: Any, device: int, stream: int, shape: Sequence[int], dtype: str
-    ) -> None:
-        self.driver, self.device, self.stream = driver, device, stream
-        self.shape, self.dtype = tuple(shape), dtype
-        count = 1
-        for extent in shape:
-            count *= extent
-        self.size = count // 2 if dtype == "F4" else count * support.DTYPES[dtype].itemsize
-        self.address = 0
-        self.address = driver.alloc(device, max(self.size, 1))
-        driver.tensors.add(self)
-
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def data_ptr(self) -> int:
-        return int(self.address)
-
-    def bits(self) -> bytes:
-        """Read by the host without a further wait: a load that has returned has arrived."""
-        return bytes(self.driver.read(self.address, self.size)) if self.size else b""
-
-    def free(self) -> None:
-        """In the stream's order, as torch's caching allocator does."""
-        if self.address:
-            self.driver.free(self.address, device=self.device, stream=self.stream)
-        self.address = 0
-
-    def __del__(self) -> None:
-        self.free()
-
-
-class SimulatedAllocator:
-    """``loading.Allocator``: each block comes with its previous owner's kernel still queued."""
-
-    kind = SimulatedTensor
-
-    def __init__(self, driver: Any) -> None:
-        self.driver = driver
-        self.streams: dict[int, int] = {}
-        self.reserved: dict[int, int] = {}
-
-    def empty(self, device: int, shape: Sequence[int], dtype: str) -> tuple[int, SimulatedTensor]:
-        try:
-            tensor = self.kind(self.driver, device, self.stream(device), shape, dtype)
-        except MemoryError as error:
-            raise weightlift.OutOfMemoryError(str(error)) from error
-        if tensor.size:
-            self.driver.pending_write(device, tensor.address, tensor.size, stream=tensor.stream)
-        return tensor.address, tensor
-
-    def stream(self, device: int) -> int:
-        if device not in self.streams:
-            self.streams[device] = self.driver.create_stream(device)
-        return self.streams[device]
-
-    def reserve(self, device: int, sizes: Sequence[int]) -> None:
-        self.reserved[device] = self.reserved.get(device, 0) + sum(sizes)
-
-
-Switch = Callable[..., contextlib.AbstractContextManager[Any]]
-
-
-@pytest.fixture
-def machine() -> Switch:
-    """``with machine(devices, seed, policy) as driver:``, and at its end nothing is left."""
-
-    @contextlib.contextmanager
-    def switch(
-        devices: int = 1, seed: int = 0, policy: Any = Policy.RANDOM, *, lost: bool = False
-    ) -> Iterator[Any]:
-        assert _LIBRARY is not None
-        driver = simulated_driver.SimulatedDriver(_LIBRARY)
-        driver.tensors = weakref.WeakSet()
-        driver.reset(devices, seed, policy)
-        _native.use_driver_for_testing(_LIBRARY)
-        try:
-            yield driver
-        finally:
-            gc.collect()
-            for tensor in list(driver.tensors):  # addresses mean nothing to the next machine
-                tensor.free()
-            _native.use_driver_for_testing("")
-        if not lost:
-            driver.check()
-
-    return switch
+pytestmark = simulated.pytestmark
 
 
 def _tensors(seed: int = 0, scale: int = 1) -> dict[str, torch.Tensor]:
@@ -595,12 +479,12 @@ def test_what_the_driver_tells(machine: Switch) -> None:
     with machine(3) as driver:
         report = _native.driver_report()
         assert [name for name, _ in report["devices"]] == [f"Simulated {n}" for n in range(3)]
-        assert report["library"] == _LIBRARY
+        assert report["library"] == simulated.LIBRARY
         assert report["version"] >= 12_000
         assert report["batch_copies"]
         driver.hide_symbol("cuMemcpyBatchAsync")
         driver.fail_call("cuDeviceGetName", code=CudaError.UNKNOWN)
-        _native.use_driver_for_testing(_LIBRARY)  # as another process would find it
+        _native.use_driver_for_testing(simulated.LIBRARY)  # as another process would find it
         report = _native.driver_report()
         assert not report["batch_copies"]
         assert report["devices"][0][0] == "unknown"

@@ -18,10 +18,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import test_safe_open
-import test_simulated_engine as simulated
+import simulated
+from simulated import Policy, Switch, machine
 from support import DTYPES, bits, entry, file_bytes, open_files
-from test_simulated_engine import Policy, Switch, machine
 from weightlift import Settings, _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
@@ -261,13 +260,3 @@ def test_random_plans(machine: Switch, plan: Plan) -> None:
 @given(plan=plans())
 def test_many_random_plans(machine: Switch, plan: Plan) -> None:
     check(machine, plan)
-
-
-@pytest.mark.deep
-@settings(max_examples=5000)
-@given(
-    case=test_safe_open.shapes_and_indices(),
-    dtype=st.sampled_from(["U8", "I16", "F32", "I64", "C64"]),
-)
-def test_many_random_slices(case: tuple[tuple[int, ...], tuple[Any, ...], int], dtype: str) -> None:
-    test_safe_open.test_random_slices.hypothesis.inner_test(case, dtype)  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import support
 import weightlift as wl
 from distributed_model import MyModel, Net
 from support import run_python
@@ -26,9 +27,13 @@ from weightlift.bench.measure_ranks import CONTENDERS
 from weightlift.bench.ranks import measure_ranks
 from weightlift.core.errors import WeightliftError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(Path(support.__file__).parent),
+}
 
 
 def cluster_model() -> ModuleType:

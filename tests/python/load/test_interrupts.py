@@ -16,12 +16,13 @@ import pytest
 import torch
 
 import fuse_server
-import test_simulated_engine as simulated
+import simulated
+import support
 import weightlift as wl
 from support import bits, entry, file_bytes, open_files, run_python, sparse_file, tasks
 
 MIB = 1 << 20
-HERE = Path(__file__).parent
+HELPERS = Path(support.__file__).parent
 # What one answer of the slow file system takes, and what a load may take beyond it to end.
 ANSWER_SECONDS, END_SECONDS = 0.1, 0.2
 
@@ -87,7 +88,7 @@ def loading(path: Path, mode: str, *more: str) -> Iterator[subprocess.Popen[str]
     """A process in the middle of a load of ``path``."""
     small = path.parent.parent / "small"
     small.write_bytes(file_bytes({"w": entry("F64", [1000])}))
-    command = [sys.executable, "-c", LOADING, HERE, mode, path, small, *more]
+    command = [sys.executable, "-c", LOADING, HELPERS, mode, path, small, *more]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -162,7 +163,7 @@ assert thread.is_alive()
 @simulated.pytestmark[1]
 def test_exit_while_a_thread_loads_to_a_device(slow: Path, seed: int, dtype: str) -> None:
     """The interpreter ends as it should; test_concurrency.py has the same for the host."""
-    done = run_python(ENDING, HERE, slow, seed, dtype, timeout=30)
+    done = run_python(ENDING, HELPERS, slow, seed, dtype, timeout=30)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
 
@@ -244,7 +245,7 @@ def test_fork_during_a_load(tmp_path: Path, where: str) -> None:
     """The child's loads to the CPU work, those to a GPU say why not; the parent's goes on."""
     (tmp_path / "large").write_bytes(file_bytes({"w": entry("F32", [16 * MIB])}))
     (tmp_path / "small").write_bytes(file_bytes({"v": entry("F32", [50_000])}))
-    done = run_python(FORKING, HERE, tmp_path / "large", tmp_path / "small", where)
+    done = run_python(FORKING, HELPERS, tmp_path / "large", tmp_path / "small", where)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 1
 

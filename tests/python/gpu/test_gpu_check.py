@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import support
+
 HERE = Path(__file__).parent
+HELPERS = Path(support.__file__).parent
 SKIPPED = """
 import pytest
 if __name__ == "test_whole":
@@ -33,7 +36,7 @@ def run_pytest(*arguments: object, **environment: str) -> subprocess.CompletedPr
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return subprocess.run(
         command,
-        env={**kept, "PYTHONPATH": str(HERE), **environment},
+        env={**kept, "PYTHONPATH": str(HELPERS), **environment},
         capture_output=True,
         text=True,
         timeout=240,
@@ -65,14 +68,14 @@ def test_a_skip_fails_where_a_gpu_has_to_be(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_a_missing_gpu_fails() -> None:
-    done = run_pytest("-x", "-m", "gpu", HERE / "test_gpu.py", WEIGHTLIFT_REQUIRE_GPU="1")
+    done = run_pytest("-x", "-m", "gpu", HERE / "test_gpu_load_file.py", WEIGHTLIFT_REQUIRE_GPU="1")
     assert done.returncode == 1
     assert "no GPU, and WEIGHTLIFT_REQUIRE_GPU is set" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_the_script_says_that_there_is_no_gpu() -> None:
-    script = HERE.parent / "gpu_check.sh"
+    script = HERE.parents[1] / "gpu_check.sh"
     done = subprocess.run(
         ["bash", script],
         env={**os.environ, "PYTHON": sys.executable},

@@ -13,7 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-import test_simulated_engine as simulated
+import simulated
+import support
 
 MIB = 1 << 20
 FILE_BYTES = 512 * MIB
@@ -90,7 +91,7 @@ def run(
     code: str, group: Path, path: Path, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", PRELUDE + code, group, path, Path(__file__).parent],
+        [sys.executable, "-c", PRELUDE + code, group, path, Path(support.__file__).parent],
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -431,6 +431,18 @@ def shapes_and_indices(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[Any, ...
 @settings(max_examples=300)
 @given(case=shapes_and_indices(), dtype=st.sampled_from(["U8", "I16", "F32", "I64", "C64"]))
 def test_random_slices(case: tuple[tuple[int, ...], tuple[Any, ...], int], dtype: str) -> None:
+    check_slice(case, dtype)
+
+
+@pytest.mark.deep
+@settings(max_examples=5000)
+@given(case=shapes_and_indices(), dtype=st.sampled_from(["U8", "I16", "F32", "I64", "C64"]))
+def test_many_random_slices(case: tuple[tuple[int, ...], tuple[Any, ...], int], dtype: str) -> None:
+    check_slice(case, dtype)
+
+
+def check_slice(case: tuple[tuple[int, ...], tuple[Any, ...], int], dtype: str) -> None:
+    """A slice of a file against numpy's slice of the same array."""
     shape, index, pad = case
     count = math.prod(shape)
     torch_dtype = DTYPES[dtype]
