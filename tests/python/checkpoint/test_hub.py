@@ -526,7 +526,6 @@ def test_diffusers_pushes_the_same(hub: HubServer, cls: type[Any]) -> None:
             assert found[0] == found[1]
 
 
-@uploads
 def test_a_config_alone_is_pushed(hub: HubServer, tmp_path: Path) -> None:
     Scheduler(width=3).push_to_hub(tmp_path / "user" / "noise")
     assert main(hub, "user/noise").keys() == {
@@ -540,7 +539,6 @@ def test_a_config_alone_is_pushed(hub: HubServer, tmp_path: Path) -> None:
     assert 'Scheduler.load_config("user/noise")' in head.files["README.md"].decode()
 
 
-@uploads
 def test_a_config_is_pushed_as_it_is_saved(hub: HubServer, tmp_path: Path) -> None:
     folder = tmp_path / "from-here"
     Saved(width=6).save_config(folder, push_to_hub=True, commit_message="first", private=True)
@@ -558,7 +556,6 @@ def test_a_config_is_pushed_as_it_is_saved(hub: HubServer, tmp_path: Path) -> No
     assert main(hub, "user/other").keys() == {".gitattributes"}
 
 
-@uploads
 def test_a_folder_with_its_model_card_is_pushed(hub: HubServer, tmp_path: Path) -> None:
     folder = tmp_path / "trained"
     model = Model(width=9)
@@ -586,7 +583,6 @@ def test_the_card_that_is_there_stays(hub: HubServer) -> None:
     assert card.data.to_dict() == {"library_name": "diffusers", "tags": ["old", "new"]}
 
 
-@uploads
 def test_where_a_push_goes(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "user" / "deep" / "local").mkdir(parents=True)
     (tmp_path / "else" / "local").mkdir(parents=True)
@@ -631,3 +627,9 @@ def test_who_may_not_push(hub: HubServer, repository: Repository) -> None:
 
     with pytest.raises(wl.ArgumentError, match="neither save_pretrained nor save_config"):
         Nothing().push_to_hub(NAME)
+
+
+def test_the_client_warns_of_its_own_call(hub: HubServer) -> None:
+    """What ``uploads`` lets pass is there; without it the mark would hide other warnings."""
+    with pytest.warns(DeprecationWarning, match="Use 'content='"):
+        Model().push_to_hub("user/mine")

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import collections
 import io
+import pickletools
 import random
 import warnings
 import zipfile
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from weightlift import _native
 from weightlift.checkpoint import torch_file
@@ -151,19 +150,30 @@ def test_cut_anywhere() -> None:
     assert not agree(pickle + b".", places)
 
 
-@hypothesis.settings(max_examples=2000, deadline=None)
-@hypothesis.given(st.integers(0, 2**32))
-def test_parts_of_pickles_in_another_order(seed: int) -> None:
+def test_parts_of_pickles_in_another_order() -> None:
+    whole = [saved(STATE), saved(ACCEPTED["module"]), saved(ACCEPTED["nested"])]
+    accepted = sum(agree(*spliced(seed, whole)) for seed in range(2000))
+    assert 0 < accepted < 2000, accepted  # both answers were compared with torch's
+
+
+def spliced(
+    seed: int, whole: list[tuple[bytes, dict[str, tuple[int, int]]]]
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """A pickle in which runs of instructions are repeated or left out."""
     chosen = random.Random(seed)
-    pickle, places = saved(chosen.choice([STATE, ACCEPTED["module"], ACCEPTED["nested"]]))
+    pickle, places = chosen.choice(whole)
     for _ in range(chosen.randint(1, 3)):
-        a, b = sorted(chosen.choices(range(2, len(pickle)), k=2))
-        c = chosen.randrange(2, len(pickle))
-        part = pickle[a : min(b, a + 40)]
+        try:
+            starts = [at for _, _, at in pickletools.genops(pickle) if at is not None][1:]
+        except ValueError:  # not a pickle any more: the last change is tried as it is
+            break
+        first = chosen.randrange(len(starts))
+        begin, end = starts[first], starts[min(first + chosen.randint(0, 3), len(starts) - 1)]
+        at = chosen.choice([chosen.choice(starts), end])
         pickle = chosen.choice(
-            [pickle[:c] + part + pickle[c:], pickle[:a] + pickle[min(b, a + 40) :]]
+            [pickle[:at] + pickle[begin:end] + pickle[at:], pickle[:begin] + pickle[end:]]
         )
-    agree(pickle, places)
+    return pickle, places
 
 
 BEGIN = b"\x80\x02"

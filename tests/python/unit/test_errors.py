@@ -23,6 +23,7 @@ from safetensors.torch import load_file as reference_load_file
 
 import weightlift as wl
 from support import bits, entry, file_bytes, open_files, run_python, sparse_file, tasks
+from weightlift.core import errors as errors_module
 
 MIB = 1 << 20
 BACKENDS = ["mmap", "pread"]
@@ -112,6 +113,7 @@ def test_denied() -> None:
 import os, sys
 import safetensors
 import weightlift as wl
+from weightlift.core import errors as errors_module
 if os.geteuid() == 0:
     os.seteuid(65534)
 for options in ({}, {"mode": "read"}):
@@ -287,7 +289,7 @@ def test_what_catches_what() -> None:
     assert issubclass(wl.ArgumentError, ValueError)
     assert issubclass(wl.CheckpointError, ValueError)
     assert issubclass(wl.OutOfMemoryError, MemoryError)
-    for name in wl.errors.__all__:
+    for name in errors_module.__all__:
         assert issubclass(getattr(wl, name), wl.WeightliftError)
 
 
@@ -384,6 +386,7 @@ def test_no_more_descriptors(tmp_path: Path) -> None:
     code = """
 import os, resource, sys
 import weightlift as wl
+from weightlift.core import errors as errors_module
 wl.load_file(sys.argv[1], mode="read")
 resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
 held = []
@@ -418,6 +421,7 @@ def test_no_more_threads(tmp_path: Path) -> None:
 import os, resource, sys
 import torch
 import weightlift as wl
+from weightlift.core import errors as errors_module
 torch.set_num_threads(1)
 if os.getuid() == 0:
     os.setuid(65534)  # root has no limit
