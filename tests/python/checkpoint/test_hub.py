@@ -631,5 +631,5 @@ def test_who_may_not_push(hub: HubServer, repository: Repository) -> None:
 
 def test_the_client_warns_of_its_own_call(hub: HubServer) -> None:
     """What ``uploads`` lets pass is there; without it the mark would hide other warnings."""
-    with pytest.warns(DeprecationWarning, match="Use 'content='"):
+    with pytest.warns(DeprecationWarning, match="Use 'content="):
         Model().push_to_hub("user/mine")
