@@ -11,59 +11,62 @@
 
 namespace weightlift {
 
-// The closed list of what can go wrong. The group decides the Python exception (error_kind), the
-// name is what users see as `FormatError.code`.
-enum class ErrorCode : std::uint8_t {
-  // The bytes of a file break its format: FormatError.
-  kEmptyFile,
-  kGitLfsPointer,
-  kNotWeights,
-  kHeaderTooSmall,
-  kHeaderTooLarge,
-  kHeaderPastEnd,
-  kHeaderNotUtf8,
-  kHeaderNotJson,
-  kHeaderTooDeep,
-  kHeaderNotObject,
-  kMetadataInvalid,
-  kTensorInvalid,
-  kDuplicateName,
-  kUnknownDtype,
-  kShapeOverflow,
-  kSubByteMisaligned,
-  kSizeMismatch,
-  kOffsetsInvalid,
-  kDataIncomplete,
-  kTrailingBytes,
-  // Those of archives; besides kDuplicateName, kOffsetsInvalid, kSizeMismatch and kTrailingBytes.
-  kNotArchive,
-  kArchiveIncomplete,
-  kArchiveMalformed,
-  kArchiveMismatch,
-  kArchiveUnsupported,
-  kArchiveTooLarge,
-  // The operating system would not give the bytes: ReadError.
-  kNotFound,
-  kPermissionDenied,
-  kIsDirectory,
-  kNotRegularFile,
-  kFileShrank,
-  kFileChanged,
-  kReadFailed,
-  // DeviceError.
-  kNoDriver,
-  kDriverTooOld,
-  kNoSuchDevice,
-  kDriverCallFailed,
-  kForkedProcess,
-  // MemoryError, ValueError and KeyError, KeyboardInterrupt.
-  kOutOfMemory,
-  kInvalidArgument,
-  kUnsupportedDtype,
-  kCancelled,
-};
-
+// What Python raises for an error: FormatError (the bytes of a file break its format), ReadError
+// (the operating system would not give the bytes), DeviceError, MemoryError, ValueError, or what
+// says that the load was cancelled.
 enum class ErrorKind : std::uint8_t { kFormat, kRead, kDevice, kMemory, kArgument, kCancelled };
+
+// The closed list of what can go wrong, X(code, name, kind): the name is what users see as
+// `FormatError.code`.
+// clang-format off
+#define WL_ERROR_CODES(X)                                     \
+  X(kEmptyFile,          "empty_file",          kFormat)      \
+  X(kGitLfsPointer,      "git_lfs_pointer",     kFormat)      \
+  X(kNotWeights,         "not_weights",         kFormat)      \
+  X(kHeaderTooSmall,     "header_too_small",    kFormat)      \
+  X(kHeaderTooLarge,     "header_too_large",    kFormat)      \
+  X(kHeaderPastEnd,      "header_past_end",     kFormat)      \
+  X(kHeaderNotUtf8,      "header_not_utf8",     kFormat)      \
+  X(kHeaderNotJson,      "header_not_json",     kFormat)      \
+  X(kHeaderTooDeep,      "header_too_deep",     kFormat)      \
+  X(kHeaderNotObject,    "header_not_object",   kFormat)      \
+  X(kMetadataInvalid,    "metadata_invalid",    kFormat)      \
+  X(kTensorInvalid,      "tensor_invalid",      kFormat)      \
+  X(kDuplicateName,      "duplicate_name",      kFormat)      \
+  X(kUnknownDtype,       "unknown_dtype",       kFormat)      \
+  X(kShapeOverflow,      "shape_overflow",      kFormat)      \
+  X(kSubByteMisaligned,  "sub_byte_misaligned", kFormat)      \
+  X(kSizeMismatch,       "size_mismatch",       kFormat)      \
+  X(kOffsetsInvalid,     "offsets_invalid",     kFormat)      \
+  X(kDataIncomplete,     "data_incomplete",     kFormat)      \
+  X(kTrailingBytes,      "trailing_bytes",      kFormat)      \
+  X(kNotArchive,         "not_archive",         kFormat)      \
+  X(kArchiveIncomplete,  "archive_incomplete",  kFormat)      \
+  X(kArchiveMalformed,   "archive_malformed",   kFormat)      \
+  X(kArchiveMismatch,    "archive_mismatch",    kFormat)      \
+  X(kArchiveUnsupported, "archive_unsupported", kFormat)      \
+  X(kArchiveTooLarge,    "archive_too_large",   kFormat)      \
+  X(kNotFound,           "not_found",           kRead)        \
+  X(kPermissionDenied,   "permission_denied",   kRead)        \
+  X(kIsDirectory,        "is_directory",        kRead)        \
+  X(kNotRegularFile,     "not_regular_file",    kRead)        \
+  X(kFileShrank,         "file_shrank",         kRead)        \
+  X(kFileChanged,        "file_changed",        kRead)        \
+  X(kReadFailed,         "read_failed",         kRead)        \
+  X(kNoDriver,           "no_driver",           kDevice)      \
+  X(kDriverTooOld,       "driver_too_old",      kDevice)      \
+  X(kNoSuchDevice,       "no_such_device",      kDevice)      \
+  X(kDriverCallFailed,   "driver_call_failed",  kDevice)      \
+  X(kForkedProcess,      "forked_process",      kDevice)      \
+  X(kOutOfMemory,        "out_of_memory",       kMemory)      \
+  X(kInvalidArgument,    "invalid_argument",    kArgument)    \
+  X(kUnsupportedDtype,   "unsupported_dtype",   kArgument)    \
+  X(kCancelled,          "cancelled",           kCancelled)
+// clang-format on
+
+#define WL_ERROR_CODE(code, name, kind) code,
+enum class ErrorCode : std::uint8_t { WL_ERROR_CODES(WL_ERROR_CODE) };
+#undef WL_ERROR_CODE
 
 [[nodiscard]] ErrorKind error_kind(ErrorCode code) noexcept;
 [[nodiscard]] std::string_view error_name(ErrorCode code) noexcept;  // "header_too_large"
@@ -82,6 +85,10 @@ struct Error {
   [[nodiscard]] std::string describe() const;  // one line: path, tensor, offset, message
 };
 
+template <class T>
+class Result;
+using Status = Result<void>;
+
 // A value or an Error. `*result` and `result->` are for callers that have checked `ok()`.
 template <class T>
 class [[nodiscard]] Result {
@@ -98,6 +105,10 @@ class [[nodiscard]] Result {
   [[nodiscard]] Error& error() & noexcept { return *std::get_if<1>(&state_); }
   [[nodiscard]] const Error& error() const& noexcept { return *std::get_if<1>(&state_); }
   [[nodiscard]] Error&& error() && noexcept { return std::move(*std::get_if<1>(&state_)); }
+
+  // Its error, if it has one, without the value.
+  [[nodiscard]] Status status() const&;
+  [[nodiscard]] Status status() &&;
 
  private:
   std::variant<T, Error> state_;
@@ -118,12 +129,18 @@ class [[nodiscard]] Result<void> {
   std::optional<Error> error_;
 };
 
-using Status = Result<void>;
+template <class T>
+Status Result<T>::status() const& {
+  return ok() ? Status() : Status(error());
+}
+template <class T>
+Status Result<T>::status() && {
+  return ok() ? Status() : Status(std::move(*this).error());
+}
 
 }  // namespace weightlift
 
-#define WL_CONCAT_INNER(a, b) a##b
-#define WL_CONCAT(a, b) WL_CONCAT_INNER(a, b)
+// Both are one statement, also in an `if` without braces.
 
 // Leaves the function with the error of `expression`, if it has one.
 #define WL_RETURN_IF_ERROR(expression)                    \
@@ -133,10 +150,12 @@ using Status = Result<void>;
     }                                                     \
   } while (false)
 
-// `WL_ASSIGN_OR_RETURN(auto file, File::open(path));`
-#define WL_ASSIGN_OR_RETURN(declaration, expression) \
-  WL_ASSIGN_OR_RETURN_INNER(WL_CONCAT(wl_result_, __LINE__), declaration, expression)
-#define WL_ASSIGN_OR_RETURN_INNER(name, declaration, expression) \
-  auto name = (expression);                                      \
-  if (!name.ok()) return std::move(name).error();                \
-  declaration = *std::move(name)
+// `WL_ASSIGN_OR_RETURN(auto file, File::open(path));`, which leaves the function with the error or
+// gives `file` the value. A statement expression (gcc and clang), for a declaration and what comes
+// before it cannot be one statement otherwise.
+#define WL_ASSIGN_OR_RETURN(declaration, expression)          \
+  declaration = __extension__({                               \
+    auto wl_result = (expression);                            \
+    if (!wl_result.ok()) return std::move(wl_result).error(); \
+    *std::move(wl_result);                                    \
+  })

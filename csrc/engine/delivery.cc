@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <vector>
+#include <span>
 
 namespace weightlift::engine {
 namespace {
@@ -80,11 +80,11 @@ class RowDelivery {
 
 void deliver_strided(const LoadPlan& plan, const Copy& copy, const Piece& piece,
                      const std::byte* source, std::uint64_t source_begin, std::byte* packed,
-                     const RowDelivery& rows) {
+                     const RowDelivery& rows, Scratch& scratch) {
   const Dimension* const dims = &plan.dimensions[copy.dimensions];
   const std::uint32_t rank = copy.dimension_count;
   const Dimension& inner = dims[rank - 1];
-  std::vector<std::uint64_t> index(rank);
+  const std::span<std::uint64_t> index = scratch.index(rank);
   std::uint64_t rest = piece.first;
   for (std::uint32_t i = rank; i > 0; --i) {
     index[i - 1] = rest % dims[i - 1].extent;
@@ -119,12 +119,13 @@ void deliver_strided(const LoadPlan& plan, const Copy& copy, const Piece& piece,
 }  // namespace
 
 void deliver(const LoadPlan& plan, const Piece& piece, const std::byte* source,
-             std::uint64_t source_begin, std::byte* packed, const convert::Fp8Rules& fp8) {
+             std::uint64_t source_begin, std::byte* packed, const convert::Fp8Rules& fp8,
+             Scratch& scratch) {
   Copy copy = plan.copies[piece.copy];
   if (!piece.host_cast) copy.target_dtype = copy.source_dtype;  // the device casts, if anyone does
   const RowDelivery rows(copy, fp8);
   if (copy.dimension_count != 0) {
-    deliver_strided(plan, copy, piece, source, source_begin, packed, rows);
+    deliver_strided(plan, copy, piece, source, source_begin, packed, rows, scratch);
     return;
   }
   const std::uint64_t from = copy.source - source_begin + piece.first * copy.source_item();

@@ -45,23 +45,23 @@ DeviceLane::~DeviceLane() {
   }
 }
 
-Result<bool> DeviceLane::add_slot(std::uint32_t index) {
+Result<SlotOutcome> DeviceLane::add_slot(std::uint32_t index) {
   WL_ASSIGN_OR_RETURN(const int devices, device::Device::count());
   const std::size_t budget = std::max(kPinnedBudget, settings_.pinned_bytes) *
                              static_cast<std::size_t>(std::max(devices, 1));
   WL_ASSIGN_OR_RETURN(auto memory,
                       device::StagingPool::instance().take(device_, settings_.chunk_bytes, budget));
-  if (!memory) return false;
+  if (!memory) return SlotOutcome::kNoBudget;
   WL_ASSIGN_OR_RETURN(device::Event event, device::Event::create(device_));
   slots_[index].emplace(Slot{.memory = *std::move(memory), .copied = std::move(event)});
-  return true;
+  return SlotOutcome::kAdded;
 }
 
-Status DeviceLane::submit(std::uint32_t slot, const Chunk& chunk) {
+Status DeviceLane::submit(std::uint32_t slot, const Chunk& chunk, Tables& tables) {
   const device::CurrentContext current(device_);
   WL_RETURN_IF_ERROR(current.status());
-  const std::vector<Run> runs = lane_.runs(plan_, chunk);
-  WL_RETURN_IF_ERROR(chunk.scatter ? scatter(slot, chunk, runs) : copy_runs(slot, runs));
+  lane_.find_runs(plan_, chunk, tables.runs);
+  WL_RETURN_IF_ERROR(chunk.scatter ? scatter(slot, chunk, tables) : copy_runs(slot, tables));
   return slots_[slot]->copied.record(stream(slot));
 }
 
@@ -78,9 +78,10 @@ void DeviceLane::settle() noexcept {
   }
 }
 
-Status DeviceLane::scatter(std::uint32_t slot, const Chunk& chunk, const std::vector<Run>& runs) {
-  std::vector<convert::Tile> tiles;
-  for (const Run& run : runs) {
+Status DeviceLane::scatter(std::uint32_t slot, const Chunk& chunk, Tables& tables) {
+  std::vector<convert::Tile>& tiles = tables.tiles;
+  tiles.clear();
+  for (const Run& run : tables.runs) {
     std::uint64_t source_item = 1;
     std::uint64_t target_item = 1;
     if (run.cast != convert::kTileCopy) {
@@ -123,24 +124,26 @@ Status DeviceLane::scatter(std::uint32_t slot, const Chunk& chunk, const std::ve
                "cuLaunchKernel");
 }
 
-Status DeviceLane::copy_runs(std::uint32_t slot, const std::vector<Run>& runs) {
+Status DeviceLane::copy_runs(std::uint32_t slot, Tables& tables) {
+  const std::vector<Run>& runs = tables.runs;
   const device::Driver& driver = device_.driver();
   std::byte* const base = slots_[slot]->memory.data();
   if (runs.size() > 1 && settings_.batch_copies && driver.cuMemcpyBatchAsync != nullptr) {
-    std::vector<CUdeviceptr> targets;
-    std::vector<CUdeviceptr> sources;
-    std::vector<std::size_t> sizes;
+    tables.targets.clear();
+    tables.sources.clear();
+    tables.sizes.clear();
     for (const Run& run : runs) {
-      targets.push_back(run.target);
-      sources.push_back(reinterpret_cast<CUdeviceptr>(base + run.slot_offset));
-      sizes.push_back(run.count);
+      tables.targets.push_back(run.target);
+      tables.sources.push_back(reinterpret_cast<CUdeviceptr>(base + run.slot_offset));
+      tables.sizes.push_back(run.count);
     }
     CUmemcpyAttributes attributes{};
     attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
     std::size_t first = 0;
-    return check(driver.cuMemcpyBatchAsync(targets.data(), sources.data(), sizes.data(),
-                                           runs.size(), &attributes, &first, 1, stream(slot)),
-                 "cuMemcpyBatchAsync");
+    return check(
+        driver.cuMemcpyBatchAsync(tables.targets.data(), tables.sources.data(), tables.sizes.data(),
+                                  runs.size(), &attributes, &first, 1, stream(slot)),
+        "cuMemcpyBatchAsync");
   }
   for (const Run& run : runs) {
     WL_RETURN_IF_ERROR(

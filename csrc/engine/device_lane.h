@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "convert/scatter.h"
 #include "device/context.h"
 #include "device/staging.h"
 #include "engine/plan.h"
@@ -20,6 +21,11 @@
 #include "result.h"
 
 namespace weightlift::engine {
+
+enum class SlotOutcome : std::uint8_t {
+  kAdded,
+  kNoBudget,  // other loads hold all pinned memory for now
+};
 
 class DeviceLane {
  public:
@@ -34,14 +40,23 @@ class DeviceLane {
   // Gives the slots back to the pool; nothing may be in flight.
   ~DeviceLane();
 
-  // Takes slot `index`, below Lane::slots, from the pool; false where others hold the budget.
-  [[nodiscard]] Result<bool> add_slot(std::uint32_t index);
+  // Takes slot `index`, below Lane::slots, from the pool.
+  [[nodiscard]] Result<SlotOutcome> add_slot(std::uint32_t index);
   [[nodiscard]] std::byte* slot(std::uint32_t index) noexcept {
     return slots_[index]->memory.data();
   }
 
+  // Lists of what a chunk becomes; each thread that submits has its own and keeps them.
+  struct Tables {
+    std::vector<Run> runs;
+    std::vector<convert::Tile> tiles;
+    std::vector<CUdeviceptr> targets;
+    std::vector<CUdeviceptr> sources;
+    std::vector<std::size_t> sizes;
+  };
+
   // Queues the copies of a filled slot, and an event behind them.
-  [[nodiscard]] Status submit(std::uint32_t slot, const Chunk& chunk);
+  [[nodiscard]] Status submit(std::uint32_t slot, const Chunk& chunk, Tables& tables);
   // Until the copies of a submitted slot have ended.
   [[nodiscard]] Status wait(std::uint32_t slot) const;
   // After a failed call: waits for everything on the streams, so that the slots can be used again.
@@ -70,9 +85,8 @@ class DeviceLane {
   [[nodiscard]] CUstream stream(std::uint32_t slot) const noexcept {
     return streams_[slot % streams_.size()].get();
   }
-  [[nodiscard]] Status scatter(std::uint32_t slot, const Chunk& chunk,
-                               const std::vector<Run>& runs);
-  [[nodiscard]] Status copy_runs(std::uint32_t slot, const std::vector<Run>& runs);
+  [[nodiscard]] Status scatter(std::uint32_t slot, const Chunk& chunk, Tables& tables);
+  [[nodiscard]] Status copy_runs(std::uint32_t slot, Tables& tables);
   [[nodiscard]] Status check(CUresult result, const char* call) const {
     return device::check(device_.driver(), result, call);
   }

@@ -1,42 +1,17 @@
-// Runs a LoadPlan: reader threads, staging slots, copy streams; progress, cancelling, the report.
+// One run of a LoadPlan, from the schedule to the report. Dispatcher says what is next, Runner does
+// it, ThreadGroup has the threads, report.h tells.
 #pragma once
 
 #include <chrono>
 #include <cstdint>
 #include <memory>
-#include <string>
-#include <vector>
 
 #include "engine/plan.h"
+#include "engine/report.h"
 #include "engine/settings.h"
 #include "result.h"
 
 namespace weightlift::engine {
-
-struct FileReport {
-  std::string path;
-  std::uint64_t bytes = 0;  // of tensors
-  std::string route;        // "mapped", "page cache", "buffered", "direct"
-  std::string reason;
-};
-
-struct DeviceReport {
-  int device = kHostDevice;
-  std::uint64_t bytes = 0;  // of tensors, as they lie in the checkpoint
-};
-
-struct Report {
-  std::uint64_t bytes = 0;         // of tensors, as they lie in the checkpoint
-  std::uint64_t mapped_bytes = 0;  // of these, handed out without a copy
-  std::uint64_t read_bytes = 0;    // moved out of files
-  double seconds = 0;
-  std::vector<FileReport> files;
-  std::vector<DeviceReport> devices;
-  std::uint64_t pinned_bytes = 0;        // of the staging pool, when the load ended
-  std::uint64_t peak_staging_bytes = 0;  // slots this load held at once
-  unsigned threads = 0;
-  std::vector<std::string> fallbacks;
-};
 
 struct Progress {
   std::uint64_t done = 0;  // bytes of tensors

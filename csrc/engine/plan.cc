@@ -56,6 +56,11 @@ DeviceNeeds& LoadPlan::device(int ordinal) {
   return devices.emplace_back(DeviceNeeds{.device = ordinal});
 }
 
+const DeviceNeeds& LoadPlan::needs_of(int ordinal) const {
+  return *std::find_if(devices.begin(), devices.end(),
+                       [ordinal](const DeviceNeeds& needs) { return needs.device == ordinal; });
+}
+
 void LoadPlan::add_copy(Copy copy) {
   if (copy.elements == 0) return;
   if (!copy.casts()) {  // bytes are bytes: pieces may then end anywhere

@@ -100,6 +100,8 @@ struct LoadPlan {
   [[nodiscard]] std::uint32_t add_file(std::shared_ptr<io::File> file);
   [[nodiscard]] std::uint32_t add_name(std::string_view name);
   [[nodiscard]] DeviceNeeds& device(int ordinal);
+  // Of a device that device() has been asked for.
+  [[nodiscard]] const DeviceNeeds& needs_of(int ordinal) const;
 
   // A copy of `elements` elements, contiguous on both sides. Dtypes of fractions of a byte are
   // moved as bytes: give kU8 and the number of bytes.

@@ -233,10 +233,10 @@ class LaneBuilder {
 
   void close_chunk() {
     if (chunk_.unit_count == 0) return;
-    const std::vector<Run> runs = lane_.runs(plan_, chunk_);
-    const bool casts = std::any_of(runs.begin(), runs.end(),
+    lane_.find_runs(plan_, chunk_, runs_);
+    const bool casts = std::any_of(runs_.begin(), runs_.end(),
                                    [](const Run& run) { return run.cast != convert::kTileCopy; });
-    chunk_.scatter = lane_.kernel && (casts || runs.size() > kDirectRuns);
+    chunk_.scatter = lane_.kernel && (casts || runs_.size() > kDirectRuns);
     lane_.chunks.push_back(chunk_);
     chunk_ = {.first_unit = static_cast<std::uint32_t>(lane_.units.size())};
     cursor_ = 0;
@@ -271,12 +271,19 @@ class LaneBuilder {
   Chunk chunk_;
   std::uint32_t cursor_ = 0;
   std::uint32_t tiles_ = 0;
+  std::vector<Run> runs_;  // of the chunk that is closed
 };
 
 }  // namespace
 
-std::vector<Run> Lane::runs(const LoadPlan& plan, const Chunk& chunk) const {
-  std::vector<Run> result;
+std::uint64_t Lane::payload_of(const Chunk& chunk) const noexcept {
+  std::uint64_t bytes = 0;
+  for (std::uint32_t i = 0; i < chunk.unit_count; ++i) bytes += units[chunk.first_unit + i].payload;
+  return bytes;
+}
+
+void Lane::find_runs(const LoadPlan& plan, const Chunk& chunk, std::vector<Run>& runs) const {
+  runs.clear();
   for (std::uint32_t u = chunk.first_unit; u < chunk.first_unit + chunk.unit_count; ++u) {
     for (std::uint32_t i = 0; i < units[u].piece_count; ++i) {
       const Piece& piece = pieces[units[u].first_piece + i];
@@ -287,17 +294,16 @@ std::vector<Run> Lane::runs(const LoadPlan& plan, const Chunk& chunk) const {
               .count = piece.count};
       if (run.cast == convert::kTileCopy) {
         run.count = staged_bytes(copy, piece);
-        if (!result.empty() && result.back().cast == convert::kTileCopy &&
-            result.back().slot_offset + result.back().count == run.slot_offset &&
-            result.back().target + result.back().count == run.target) {
-          result.back().count += run.count;
+        if (!runs.empty() && runs.back().cast == convert::kTileCopy &&
+            runs.back().slot_offset + runs.back().count == run.slot_offset &&
+            runs.back().target + runs.back().count == run.target) {
+          runs.back().count += run.count;
           continue;
         }
       }
-      result.push_back(run);
+      runs.push_back(run);
     }
   }
-  return result;
 }
 
 namespace {

@@ -64,8 +64,9 @@ struct Lane {
   std::uint32_t slots = 0;    // staging slots it may use
   std::vector<std::string> fallbacks;
 
-  // The runs of a chunk, merged where both sides are contiguous.
-  [[nodiscard]] std::vector<Run> runs(const LoadPlan& plan, const Chunk& chunk) const;
+  [[nodiscard]] std::uint64_t payload_of(const Chunk& chunk) const noexcept;
+  // The runs of a chunk, merged where both sides are contiguous, in the place of what is in `runs`.
+  void find_runs(const LoadPlan& plan, const Chunk& chunk, std::vector<Run>& runs) const;
 };
 
 struct Schedule {

@@ -19,13 +19,6 @@ constexpr std::uint64_t kLeaseBytes = 4 << 20;
 
 }  // namespace
 
-Result<std::byte*> Scratch::get(std::size_t bytes) {
-  if (memory_.size() < bytes) {
-    WL_ASSIGN_OR_RETURN(memory_, io::AnonymousMemory::allocate(bytes));
-  }
-  return memory_.data();
-}
-
 Sources::Sources(const LoadPlan& plan, const Settings& settings) : plan_(plan) {
   choose_routes(settings);
   plan_populate();
@@ -152,8 +145,7 @@ Status Sources::populate(const PopulateStep& step) const {
 }
 
 Status Sources::read(const Unit& unit, std::byte* target, Scratch& scratch) {
-  const auto done = read_somewhere(unit, target, scratch);
-  return done.ok() ? Status() : Status(done.error());
+  return read_to(unit, target, scratch).status();
 }
 
 Result<Sources::Bytes> Sources::bytes(const Unit& unit, bool is_cast, Scratch& scratch) {
@@ -169,13 +161,12 @@ Result<Sources::Bytes> Sources::bytes(const Unit& unit, bool is_cast, Scratch& s
       if (hold.data() != nullptr) return Bytes{hold.data(), std::move(hold)};
     }
   }
-  WL_ASSIGN_OR_RETURN(const std::byte* const data, read_somewhere(unit, nullptr, scratch));
+  WL_ASSIGN_OR_RETURN(const std::byte* const data, read_to(unit, nullptr, scratch));
   return Bytes{data, {}};
 }
 
 // To `target`, or into `scratch` where that is null; returns where.
-Result<const std::byte*> Sources::read_somewhere(const Unit& unit, std::byte* target,
-                                                 Scratch& scratch) {
+Result<const std::byte*> Sources::read_to(const Unit& unit, std::byte* target, Scratch& scratch) {
   const io::File& file = *plan_.files[unit.file];
   Source& source = files_[unit.file];
   const std::uint64_t bytes = unit.end - unit.begin;
@@ -188,7 +179,7 @@ Result<const std::byte*> Sources::read_somewhere(const Unit& unit, std::byte* ta
     const bool in_place = target != nullptr && unit.raw && alignment <= io::kPageBytes;
     std::byte* window = target != nullptr ? target - (in_place ? lead : 0) : nullptr;
     if (!in_place) {
-      WL_ASSIGN_OR_RETURN(window, scratch.get(end - begin + io::kPageBytes));
+      WL_ASSIGN_OR_RETURN(window, scratch.bytes(end - begin + io::kPageBytes));
     }
     Status status = source.direct->read(begin, {window, end - begin}, unit.end - begin);
     if (status.ok()) {
@@ -201,7 +192,7 @@ Result<const std::byte*> Sources::read_somewhere(const Unit& unit, std::byte* ta
     if (!source.direct_refused.exchange(true)) source.refusal = status.error().message;
   }
   if (target == nullptr) {
-    WL_ASSIGN_OR_RETURN(target, scratch.get(bytes));
+    WL_ASSIGN_OR_RETURN(target, scratch.bytes(bytes));
   }
   WL_RETURN_IF_ERROR(file.read_exact(unit.begin, {target, bytes}));
   return target;

@@ -12,22 +12,13 @@
 #include "engine/io_path.h"
 #include "engine/plan.h"
 #include "engine/schedule.h"
+#include "engine/scratch.h"
 #include "engine/settings.h"
-#include "io/anonymous_memory.h"
 #include "io/file.h"
 #include "io/leased_mapping.h"
 #include "result.h"
 
 namespace weightlift::engine {
-
-// A thread's own buffer for bytes between a file and where they go.
-class Scratch {
- public:
-  [[nodiscard]] Result<std::byte*> get(std::size_t bytes);
-
- private:
-  io::AnonymousMemory memory_;
-};
 
 // A part of a mapping that is read in at once: between two of them a cancel is noticed.
 struct PopulateStep {
@@ -82,8 +73,8 @@ class Sources {
     std::string refusal;  // written by the one thread that sets direct_refused, or before any
   };
 
-  [[nodiscard]] Result<const std::byte*> read_somewhere(const Unit& unit, std::byte* target,
-                                                        Scratch& scratch);
+  [[nodiscard]] Result<const std::byte*> read_to(const Unit& unit, std::byte* target,
+                                                 Scratch& scratch);
   void choose_routes(const Settings& settings);
   void plan_populate();
   [[nodiscard]] std::vector<PopulateStep> mapped_ranges() const;

@@ -1,0 +1,32 @@
+// A queue that allocates nothing after it was made.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+namespace weightlift::engine {
+
+// First in, first out; of no more than `capacity` items at a time.
+template <class T>
+class BoundedQueue {
+ public:
+  explicit BoundedQueue(std::size_t capacity) : items_(capacity) {}
+
+  [[nodiscard]] bool empty() const noexcept { return size_ == 0; }
+  [[nodiscard]] const T& front() const { return items_[first_]; }
+
+  void push(T item) { items_[(first_ + size_++) % items_.size()] = item; }
+  T pop() {
+    T item = items_[first_];
+    first_ = (first_ + 1) % items_.size();
+    --size_;
+    return item;
+  }
+
+ private:
+  std::vector<T> items_;
+  std::size_t first_ = 0;
+  std::size_t size_ = 0;
+};
+
+}  // namespace weightlift::engine

@@ -1,0 +1,220 @@
+#include "engine/dispatcher.h"
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+namespace weightlift::engine {
+namespace {
+
+// While other loads hold all pinned memory: how often to ask for some.
+constexpr std::chrono::milliseconds kPoolRetry{2};
+
+}  // namespace
+
+Dispatcher::LaneState::LaneState(const Lane& lane_of)
+    : lane(lane_of),
+      staged(lane.device != kHostDevice),
+      slot_limit(lane.slots),
+      chunk_of_slot(lane.slots),
+      units_left(lane.slots),
+      free_slots(lane.slots),
+      submitted_slots(lane.slots) {}
+
+Dispatcher::Dispatcher(const Schedule& schedule, std::uint32_t populate_steps)
+    : populate_steps_(populate_steps) {
+  const MutexLock lock(mutex_);
+  for (const Lane& lane : schedule.lanes) lanes_.emplace_back(lane);
+}
+
+void Dispatcher::stop(Error error) {
+  if (!error_) error_ = std::move(error);
+  stopped_ = true;
+  task_.notify_all();
+  for (LaneState& state : lanes_) state.changed.notify_all();
+}
+
+// --- Reader threads ----------------------------------------------------------------------------
+
+std::optional<Task> Dispatcher::next() {
+  while (!stopped_) {
+    if (auto task = pick()) return task;
+    if (all_given_out()) break;
+    wait_for_task();
+  }
+  return std::nullopt;
+}
+
+void Dispatcher::wait_for_task() {
+  const bool ask_again = std::any_of(lanes_.begin(), lanes_.end(),
+                                     [](const LaneState& state) { return state.no_budget; });
+  if (!ask_again) {
+    task_.wait(mutex_);
+    return;
+  }
+  static_cast<void>(task_.wait_until(mutex_, std::chrono::steady_clock::now() + kPoolRetry));
+  for (LaneState& state : lanes_) state.no_budget = false;
+}
+
+bool Dispatcher::all_given_out() const {
+  return next_populate_ == populate_steps_ &&
+         std::all_of(lanes_.begin(), lanes_.end(),
+                     [](const LaneState& state) { return state.all_given_out(); });
+}
+
+// Of the lanes that can take work, the one that is furthest behind, so that all links stay busy to
+// the end.
+std::optional<Task> Dispatcher::pick() {
+  if (next_populate_ < populate_steps_ && !populating_) {
+    // One at a time: a second caller breaks the sequential read-ahead of the first.
+    populating_ = true;
+    return PopulateTask{.step = next_populate_++};
+  }
+  LaneState* best = nullptr;
+  std::uint32_t best_lane = 0;
+  double best_share = 2;
+  for (std::uint32_t i = 0; i < lanes_.size(); ++i) {
+    LaneState& state = lanes_[i];
+    if (state.all_given_out()) continue;
+    const double share = state.share();
+    if (share >= best_share) continue;
+    if (state.needs_slot() && !state.may_add_slot()) continue;
+    best = &state;
+    best_lane = i;
+    best_share = share;
+  }
+  if (best == nullptr) return std::nullopt;
+  ++best->active;
+  if (best->needs_slot()) {
+    best->adding_slot = true;
+    return AddSlotTask{.lane = best_lane, .slot = best->slot_count};
+  }
+  return take_units(best_lane);
+}
+
+UnitTask Dispatcher::take_units(std::uint32_t lane_index) {
+  LaneState& state = lanes_[lane_index];
+  const std::vector<Unit>& units = state.lane.units;
+  UnitTask task{.lane = lane_index, .first_unit = state.next_unit++};
+  const Unit& first = units[task.first_unit];
+  state.issued += first.payload;
+  if (state.staged) {
+    if (!state.open_slot) open_next_chunk(state);
+    task.slot = *state.open_slot;
+    if (state.next_unit == state.open_chunk_end) state.open_slot.reset();
+    return task;
+  }
+  // Fresh huge pages are faulted in by one thread each: two that touch the same one at the same
+  // time both clear two megabytes, and one of them for nothing (mm/huge_memory.c).
+  while (!state.all_given_out() && units[state.next_unit].target_page == first.target_page) {
+    state.issued += units[state.next_unit++].payload;
+    ++task.unit_count;
+  }
+  return task;
+}
+
+void Dispatcher::open_next_chunk(LaneState& state) {
+  const std::uint32_t slot = state.free_slots.pop();
+  const Chunk& chunk = state.lane.chunks[state.next_chunk];
+  state.chunk_of_slot[slot] = state.next_chunk++;
+  state.units_left[slot] = chunk.unit_count;
+  state.open_slot = slot;
+  state.open_chunk_end = chunk.first_unit + chunk.unit_count;
+}
+
+void Dispatcher::finish(const PopulateTask& /*task*/, Status status) {
+  populating_ = false;
+  if (!status.ok()) stop(std::move(status).error());
+  task_.notify_all();
+}
+
+void Dispatcher::finish(const AddSlotTask& task, Result<SlotOutcome> outcome) {
+  LaneState& state = lanes_[task.lane];
+  state.adding_slot = false;
+  if (!outcome.ok() && state.slot_count == 0) {
+    stop(std::move(outcome).error());
+  } else if (!outcome.ok()) {
+    // Fewer slots are slower, not wrong.
+    state.slot_limit = state.slot_count;
+    state.slot_refusal = std::move(outcome).error();
+  } else if (*outcome == SlotOutcome::kAdded) {
+    state.free_slots.push(task.slot);
+    ++state.slot_count;
+    ++slots_added_;
+  } else if (state.slot_count == 0) {
+    state.no_budget = true;
+  } else {
+    state.slot_limit = state.slot_count;
+  }
+  task_.notify_all();  // for the slot, or to ask again
+  end_task(state);
+}
+
+bool Dispatcher::finish(const UnitTask& task, Status status) {
+  LaneState& state = lanes_[task.lane];
+  if (!status.ok()) {
+    stop(std::move(status).error());
+  } else if (state.staged && --state.units_left[task.slot] == 0 && !stopped_) {
+    return true;
+  }
+  end_task(state);
+  return false;
+}
+
+void Dispatcher::submitted(const UnitTask& task, Status status) {
+  LaneState& state = lanes_[task.lane];
+  if (status.ok()) {
+    state.submitted_slots.push(task.slot);
+    state.changed.notify_one();
+  } else {
+    stop(std::move(status).error());
+  }
+  end_task(state);
+}
+
+// Wakes no reader thread: a unit that is done makes no work, and at a link's speed there are a
+// hundred thousand a second.
+void Dispatcher::end_task(LaneState& state) {
+  if (--state.active == 0 && state.staged) state.changed.notify_one();
+}
+
+// --- A device lane's own thread ----------------------------------------------------------------
+
+std::optional<SubmittedSlot> Dispatcher::oldest_submitted(std::uint32_t lane) {
+  LaneState& state = lanes_[lane];
+  while (state.submitted_slots.empty()) {
+    if (state.chunks_arrived == state.lane.chunks.size()) return std::nullopt;
+    if (stopped_ && state.active == 0) return std::nullopt;
+    state.changed.wait(mutex_);
+  }
+  const std::uint32_t slot = state.submitted_slots.front();
+  return SubmittedSlot{.slot = slot, .chunk = state.chunk_of_slot[slot]};
+}
+
+void Dispatcher::arrived(std::uint32_t lane, Status status) {
+  LaneState& state = lanes_[lane];
+  const std::uint32_t slot = state.submitted_slots.pop();
+  if (!status.ok()) {
+    stop(std::move(status).error());
+    return;
+  }
+  ++state.chunks_arrived;
+  state.free_slots.push(slot);
+  task_.notify_all();
+}
+
+void Dispatcher::wait_until_idle(std::uint32_t lane) {
+  LaneState& state = lanes_[lane];
+  while (state.active != 0) state.changed.wait(mutex_);
+}
+
+std::vector<std::string> Dispatcher::slot_refusals() const {
+  std::vector<std::string> texts;
+  for (const LaneState& state : lanes_) {
+    if (state.slot_refusal)
+      texts.push_back("fewer staging slots: " + std::string(state.slot_refusal->text()));
+  }
+  return texts;
+}
+
+}  // namespace weightlift::engine

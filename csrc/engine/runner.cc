@@ -1,0 +1,167 @@
+#include "engine/runner.h"
+
+#include <new>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include "engine/delivery.h"
+#include "io/file.h"
+
+namespace weightlift::engine {
+namespace {
+
+std::byte* at_address(std::uint64_t address) {
+  return reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(address));
+}
+
+// What a thread does that may need memory: there is nobody to throw to.
+template <class Work>
+auto attempt(const Work& work) -> decltype(work()) try {
+  return work();
+} catch (const std::bad_alloc&) {
+  return Error{.code = ErrorCode::kOutOfMemory};
+}
+
+}  // namespace
+
+Status Runner::open_devices() {
+  for (const Lane& lane : schedule_.lanes) {
+    std::unique_ptr<DeviceLane>& device = devices_.emplace_back();
+    if (lane.device == kHostDevice || lane.chunks.empty()) continue;
+    const DeviceNeeds& needs = plan_.needs_of(lane.device);
+    if (needs.scratch_bytes != 0 && needs.scratch == 0) {
+      return Error{
+          .code = ErrorCode::kInvalidArgument,
+          .message = "no scratch memory was given for cuda:" + std::to_string(lane.device)};
+    }
+    WL_ASSIGN_OR_RETURN(device, DeviceLane::open(plan_, lane, needs, settings_));
+  }
+  return {};
+}
+
+// --- Reader threads ----------------------------------------------------------------------------
+
+void Runner::run_tasks() {
+  Buffers buffers;
+  const MutexLock lock(dispatcher_.mutex());
+  while (const std::optional<Task> task = dispatcher_.next()) {
+    if (const auto* const unit = std::get_if<UnitTask>(&*task)) {
+      run(*unit, buffers);
+    } else if (const auto* const slot = std::get_if<AddSlotTask>(&*task)) {
+      run(*slot);
+    } else if (const auto* const populate = std::get_if<PopulateTask>(&*task)) {
+      run(*populate);
+    }
+  }
+}
+
+void Runner::run(const PopulateTask& task) {
+  const PopulateStep& step = sources_.populate_steps()[task.step];
+  Status status;
+  {
+    const MutexUnlock unlocked(dispatcher_.mutex());
+    status = attempt([&] { return sources_.populate(step); });
+    if (status.ok()) counters_.delivered_bytes += step.payload;
+  }
+  dispatcher_.finish(task, std::move(status));
+}
+
+void Runner::run(const AddSlotTask& task) {
+  Result<SlotOutcome> outcome = SlotOutcome::kNoBudget;
+  {
+    const MutexUnlock unlocked(dispatcher_.mutex());
+    outcome = attempt([&] { return devices_[task.lane]->add_slot(task.slot); });
+  }
+  dispatcher_.finish(task, std::move(outcome));
+}
+
+void Runner::run(const UnitTask& task, Buffers& buffers) {
+  Status status;
+  {
+    const MutexUnlock unlocked(dispatcher_.mutex());
+    status = attempt([&] { return deliver_units(task, buffers.scratch); });
+  }
+  if (!dispatcher_.finish(task, std::move(status))) return;
+  const Chunk& chunk = schedule_.lanes[task.lane].chunks[dispatcher_.chunk_in(task)];
+  {
+    const MutexUnlock unlocked(dispatcher_.mutex());
+    status = submit(task, chunk, buffers);
+  }
+  dispatcher_.submitted(task, std::move(status));
+}
+
+Status Runner::submit(const UnitTask& task, const Chunk& chunk, Buffers& buffers) {
+  DeviceLane& device = *devices_[task.lane];
+  Status status = attempt([&] { return device.submit(task.slot, chunk, buffers.tables); });
+  if (!status.ok()) device.settle();
+  return status;
+}
+
+Status Runner::deliver_units(const UnitTask& task, Scratch& scratch) {
+  const Lane& lane = schedule_.lanes[task.lane];
+  DeviceLane* const device = devices_[task.lane].get();
+  std::byte* const slot = device != nullptr ? device->slot(task.slot) : nullptr;
+  for (std::uint32_t i = 0; i < task.unit_count && !dispatcher_.stopped(); ++i) {
+    const Unit& unit = lane.units[task.first_unit + i];
+    Status status = deliver_unit(unit, lane, slot, scratch);
+    if (!status.ok()) {
+      Error& error = status.error();
+      const Copy& copy = plan_.copies[lane.pieces[unit.first_piece].copy];
+      if (copy.name < plan_.names.size()) error.tensor = plan_.names[copy.name];
+      if (unit.file != kFromMemory) error.path = plan_.files[unit.file]->path();
+      return status;
+    }
+    if (unit.file != kFromMemory) counters_.read_bytes += unit.end - unit.begin;
+    if (device == nullptr) counters_.delivered_bytes += unit.payload;
+  }
+  return {};
+}
+
+// Brings a unit's bytes to the host target, or into the staging slot.
+Status Runner::deliver_unit(const Unit& unit, const Lane& lane, std::byte* slot, Scratch& scratch) {
+  if (unit.raw_target != 0) return sources_.read(unit, at_address(unit.raw_target), scratch);
+  if (slot != nullptr && unit.raw) return sources_.read(unit, slot + unit.slot_offset, scratch);
+  Sources::Bytes bytes;
+  if (unit.file != kFromMemory) {
+    const bool is_cast = lane.pieces[unit.first_piece].host_cast;
+    WL_ASSIGN_OR_RETURN(bytes, sources_.bytes(unit, is_cast, scratch));
+  }
+  for (std::uint32_t i = 0; i < unit.piece_count; ++i) {
+    const Piece& piece = lane.pieces[unit.first_piece + i];
+    std::byte* const packed = slot != nullptr ? slot + piece.slot_offset : nullptr;
+    const std::byte* source = bytes.data;
+    std::uint64_t source_begin = unit.begin;
+    if (unit.file == kFromMemory) {
+      source_begin = plan_.copies[piece.copy].source;
+      source = at_address(source_begin);
+    }
+    deliver(plan_, piece, source, source_begin, packed, settings_.fp8, scratch);
+  }
+  return {};
+}
+
+// --- A device lane's own thread ----------------------------------------------------------------
+
+void Runner::await_copies(std::uint32_t lane_index) {
+  const Lane& lane = schedule_.lanes[lane_index];
+  std::unique_ptr<DeviceLane>& device = devices_[lane_index];
+  {
+    const MutexLock lock(dispatcher_.mutex());
+    while (const auto submitted = dispatcher_.oldest_submitted(lane_index)) {
+      Status status;
+      {
+        const MutexUnlock unlocked(dispatcher_.mutex());
+        status = attempt([&] { return device->wait(submitted->slot); });
+        if (!status.ok()) device->settle();
+      }
+      if (status.ok()) counters_.delivered_bytes += lane.payload_of(lane.chunks[submitted->chunk]);
+      dispatcher_.arrived(lane_index, std::move(status));
+    }
+    dispatcher_.wait_until_idle(lane_index);
+  }
+  device.reset();
+}
+
+}  // namespace weightlift::engine

@@ -1,0 +1,70 @@
+// Does what the dispatcher gives out: reads, casts, fills staging slots and submits them, waits for
+// their copies.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "engine/device_lane.h"
+#include "engine/dispatcher.h"
+#include "engine/plan.h"
+#include "engine/report.h"
+#include "engine/schedule.h"
+#include "engine/scratch.h"
+#include "engine/settings.h"
+#include "engine/sources.h"
+#include "result.h"
+
+namespace weightlift::engine {
+
+class Runner {
+ public:
+  // What is referred to must live as long.
+  Runner(const LoadPlan& plan, const Schedule& schedule, const Settings& settings, Sources& sources,
+         Dispatcher& dispatcher, Counters& counters)
+      : plan_(plan),
+        schedule_(schedule),
+        settings_(settings),
+        sources_(sources),
+        dispatcher_(dispatcher),
+        counters_(counters) {}
+
+  // Opens the devices of the schedule.
+  [[nodiscard]] Status open_devices();
+  [[nodiscard]] bool serves_device(std::uint32_t lane) const noexcept {
+    return devices_[lane] != nullptr;
+  }
+
+  // A reader thread: tasks until there are none left.
+  void run_tasks();
+  // A device lane's own thread: waits for the oldest copies, so that their slots are filled again.
+  // At its end it gives the slots back: a lane of another load may have none, and wait for them.
+  void await_copies(std::uint32_t lane);
+
+ private:
+  // Of one thread.
+  struct Buffers {
+    Scratch scratch;
+    DeviceLane::Tables tables;
+  };
+
+  void run(const UnitTask& task, Buffers& buffers) WL_REQUIRES(dispatcher_.mutex());
+  void run(const AddSlotTask& task) WL_REQUIRES(dispatcher_.mutex());
+  void run(const PopulateTask& task) WL_REQUIRES(dispatcher_.mutex());
+  [[nodiscard]] Status submit(const UnitTask& task, const Chunk& chunk, Buffers& buffers);
+  [[nodiscard]] Status deliver_units(const UnitTask& task, Scratch& scratch);
+  [[nodiscard]] Status deliver_unit(const Unit& unit, const Lane& lane, std::byte* slot,
+                                    Scratch& scratch);
+
+  const LoadPlan& plan_;
+  const Schedule& schedule_;
+  const Settings& settings_;
+  Sources& sources_;
+  Dispatcher& dispatcher_;
+  Counters& counters_;
+  std::vector<std::unique_ptr<DeviceLane>> devices_;  // by lane; null for the host's
+};
+
+}  // namespace weightlift::engine

@@ -1,0 +1,12 @@
+#include "engine/scratch.h"
+
+namespace weightlift::engine {
+
+Result<std::byte*> Scratch::bytes(std::size_t count) {
+  if (memory_.size() < count) {
+    WL_ASSIGN_OR_RETURN(memory_, io::AnonymousMemory::allocate(count));
+  }
+  return memory_.data();
+}
+
+}  // namespace weightlift::engine
