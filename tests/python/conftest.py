@@ -9,7 +9,9 @@ import pytest
 
 import weightlift
 
-pytest.register_assert_rewrite("support")
+pytest.register_assert_rewrite(
+    "support", "backend_support", "simulated", "accelerate_models", "transformers_models"
+)
 
 # No database: a failing example is printed, and the folder of the tests stays as it is.
 hypothesis.settings.register_profile(

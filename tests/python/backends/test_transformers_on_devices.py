@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_backend_transformers import (
+
+import simulated
+import support
+from simulated import Policy, Switch, machine
+from simulated_torch import Allocator
+from transformers_models import (
     MOE,
     conversion_mapping,
     made,
@@ -16,11 +21,6 @@ from test_backend_transformers import (
     transformers,
     walked,
 )
-from test_simulated_models import Allocator
-
-import simulated
-import support
-from simulated import Policy, Switch, machine
 from weightlift.backends.transformers import walk
 from weightlift.backends.transformers import weights as weights_of
 from weightlift.checkpoint.checkpoint import Checkpoint

@@ -12,9 +12,9 @@ import accelerate
 import pytest
 import safetensors
 import safetensors.torch
-import test_backend_accelerate as models
 import torch
 
+import accelerate_models as models
 import weightlift as wl
 from backend_support import engine_moves, tensor_bytes
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_backend_transformers import CALLER, CAUSAL, LLAMA, both, made, transformers
 
 import weightlift as wl
+from transformers_models import CALLER, CAUSAL, LLAMA, both, made, transformers
 
 __all__ = ["made"]
 

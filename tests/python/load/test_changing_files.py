@@ -237,10 +237,11 @@ def rounds(folder: Path, first: int, last: int) -> Counter[str]:
     return outcomes
 
 
+HERE = f"{Path(__file__).parent}:{Path(support.__file__).parent}"
 ROUNDS = """
 import json, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(":")
 import test_changing_files
 found = test_changing_files.rounds(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
 print(json.dumps(found))
@@ -252,9 +253,7 @@ print(json.dumps(found))
 )
 def test_old_bytes_or_an_error(tmp_path: Path, first: int, last: int) -> None:
     """In a process of its own, whose end tells whether there was a signal."""
-    done = run_python(
-        ROUNDS, Path(support.__file__).parent, tmp_path, first, last, timeout=60 + last - first
-    )
+    done = run_python(ROUNDS, HERE, tmp_path, first, last, timeout=60 + last - first)
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout.splitlines()[-1])
     assert sum(outcomes.values()) == last - first

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,27 +12,13 @@ import simulated
 import support
 import weightlift as wl
 from simulated import Policy, Switch, machine
+from simulated_torch import Allocator
 from weightlift.load import loading
 from weightlift.module import fill
 
 __all__ = ["machine"]
 
 pytestmark = simulated.pytestmark
-
-
-class Allocator(simulated.SimulatedAllocator):
-    """Gives tensors of torch whose memory is the device's: to look at their data is a fault."""
-
-    def __init__(self, driver: Any) -> None:
-        super().__init__(driver)
-        self.blocks: dict[int, simulated.SimulatedTensor] = {}
-
-    def empty(self, device: int, shape: Sequence[int], dtype: str) -> tuple[int, Any]:
-        address, block = super().empty(device, shape, dtype)
-        self.blocks[address] = block
-        memory = (ctypes.c_uint8 * block.size).from_address(address)
-        flat = torch.frombuffer(memory, dtype=support.DTYPES[dtype])
-        return address, flat.view(tuple(shape))
 
 
 class Model(wl.ModelMixin, wl.ConfigMixin):
