@@ -19,6 +19,7 @@ from weightlift.core.atomic import flush_file, flush_folder, temporary_beside, u
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.load.loading import load_tensors
+from weightlift.load.options import LoadOptions
 
 if TYPE_CHECKING:
     import torch
@@ -232,7 +233,7 @@ def _write(
         for batch in _batches(entries):
             names = [entry.name for entry in batch]
             tensors = load_tensors(
-                checkpoint, parse_device("cpu"), dtype=dtype, names=names, mode="read"
+                checkpoint, parse_device("cpu"), LoadOptions("read"), dtype=dtype, names=names
             )
             for entry in batch:
                 _write_all(file, _data(tensors.pop(entry.name)))

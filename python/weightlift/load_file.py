@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from weightlift.checkpoint.checkpoint import Checkpoint
@@ -12,8 +11,7 @@ from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError
 from weightlift.load.loading import Loading, load_tensors
-from weightlift.load.options import mode_of_backend
-from weightlift.load.plans import Progress
+from weightlift.load.options import Backend, LoadOptions, Mode, Progress, mode_of_backend
 from weightlift.module.device_map import DeviceMap, assign, parse_device_map
 
 if TYPE_CHECKING:
@@ -31,11 +29,11 @@ def load_file(
     device: torch.device | str | int = "cpu",
     *,
     dtype: torch.dtype | str | None = None,
-    mode: str = "auto",
+    mode: Mode = "auto",
     pin_memory: bool = False,
     verify: bool = False,
-    progress: bool | Callable[[int, int], None] = False,
-    backend: str | None = None,
+    progress: bool | Progress = False,
+    backend: Backend | None = None,
 ) -> dict[str, torch.Tensor]:
     """Loads all tensors of a ``.safetensors`` file.
 
@@ -69,11 +67,8 @@ def load_file(
     return load_tensors(
         checkpoint,
         parse_device(device),
+        LoadOptions(mode_of_backend(mode, backend), pin_memory, verify, progress),
         dtype=dtypes.parse_dtype(dtype),
-        mode=mode_of_backend(mode, backend),
-        pin_memory=pin_memory,
-        verify=verify,
-        progress=progress,
     )
 
 
@@ -82,7 +77,7 @@ def load_checkpoint(
     device_map: DeviceMap = "cpu",
     *,
     dtype: torch.dtype | str | None = None,
-    mode: str = "auto",
+    mode: Mode = "auto",
     pin_memory: bool = False,
     verify: bool = False,
     progress: bool | Progress = False,
@@ -111,9 +106,7 @@ def load_checkpoint(
             raise ArgumentError(f"{sorted(open_arguments)}: this checkpoint is open already")
     else:
         checkpoint = open_checkpoint(path_or_repo_or_checkpoint, **open_arguments)
-    loading = Loading(
-        checkpoint, mode=mode, pin_memory=pin_memory, verify=verify, progress=progress
-    )
+    loading = Loading(checkpoint, LoadOptions(mode, pin_memory, verify, progress))
     name = dtypes.parse_dtype(dtype)
     devices = parse_device_map(device_map)
     if len(set(devices.values())) == 1 and "" in devices:

@@ -6,21 +6,25 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core.report import LoadReport
 from weightlift.load.loading import Loading
-from weightlift.load.plans import Progress
+from weightlift.load.options import LoadOptions, Mode, Progress
 from weightlift.module.device_map import DeviceMap
 from weightlift.module.fill import fill
+from weightlift.module.matching import MatchPolicy
 from weightlift.module.parameters import ParameterRef, dtensor_types, parameter_refs
+from weightlift.module.placement import PlacementPolicy
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+    from weightlift.distributed.rank_group import Scope
 
 
 __all__ = ["load_into"]
@@ -37,13 +41,13 @@ def load_into(
     strict: bool = True,
     ignore_mismatched_sizes: bool = False,
     key_map: Callable[[str], str | None] | Mapping[str, str | None] | None = None,
-    mode: str = "auto",
+    mode: Mode = "auto",
     pin_memory: bool = False,
     memory_format: torch.memory_format | None = None,
     verify: bool = False,
     progress: bool | Progress = False,
     group: ProcessGroup | DeviceMesh | None = None,
-    scope: str = "node",
+    scope: Scope = "node",
 ) -> LoadReport:
     """Fills a model with the tensors of a checkpoint, each read straight to its device.
 
@@ -88,50 +92,41 @@ def load_into(
         CheckpointError: keys or shapes do not match, the model does not fit the devices, or a
             rank failed or is gone.
     """
-    tensors = parameter_refs(model)
-    with _together(model, tensors, group, scope) as new_loading:
-        return _load_into(
+    refs = parameter_refs(model)
+    options = LoadOptions(mode, pin_memory, verify, progress)
+    matching = MatchPolicy(strict, ignore_mismatched_sizes)
+    placement = PlacementPolicy(
+        device_map,
+        max_memory,
+        offload=offload_folder is not None,
+        dtype=dtype,
+        memory_format=memory_format,
+    )
+    with _together(model, refs, group, scope) as new_loading:
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = open_checkpoint(checkpoint)
+        if key_map is not None:
+            rename = key_map if callable(key_map) else _lookup(key_map)
+            checkpoint = checkpoint.renamed(rename)
+        return fill(
             model,
             checkpoint,
-            key_map,
-            tensors=tensors,
-            device_map=device_map,
-            max_memory=max_memory,
-            offload=offload_folder is not None,
-            dtype=dtype,
-            strict=strict,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            mode=mode,
-            pin_memory=pin_memory,
-            memory_format=memory_format,
-            verify=verify,
-            progress=progress,
+            placement,
+            matching,
+            options,
             new_loading=new_loading,
+            refs=refs,
         )
-
-
-def _load_into(
-    model: torch.nn.Module,
-    checkpoint: Checkpoint | str | os.PathLike[str],
-    key_map: Callable[[str], str | None] | Mapping[str, str | None] | None,
-    **options: Any,
-) -> LoadReport:
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = open_checkpoint(checkpoint)
-    if key_map is not None:
-        rename = key_map if callable(key_map) else _lookup(key_map)
-        checkpoint = checkpoint.renamed(rename)
-    return fill(model, checkpoint, **options)
 
 
 def _together(
     model: torch.nn.Module,
-    tensors: Sequence[ParameterRef],
+    refs: Sequence[ParameterRef],
     group: ProcessGroup | DeviceMesh | None,
-    scope: str,
-) -> AbstractContextManager[Callable[..., Loading]]:
+    scope: Scope,
+) -> AbstractContextManager[Callable[[Checkpoint, LoadOptions], Loading]]:
     kinds = dtensor_types()
-    if group is None and not any(isinstance(slot.tensor, kinds) for slot in tensors):
+    if group is None and not any(isinstance(ref.tensor, kinds) for ref in refs):
         return contextlib.nullcontext(Loading)
     from weightlift.distributed.collective import group_load
 

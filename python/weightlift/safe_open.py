@@ -17,7 +17,7 @@ from weightlift.core.report import record
 from weightlift.core.settings import Settings
 from weightlift.load.allocation import TorchAllocator, from_dlpack
 from weightlift.load.loading import load_tensors
-from weightlift.load.options import mode_of_backend
+from weightlift.load.options import Backend, LoadOptions, mode_of_backend
 from weightlift.load.plans import new_plan, run_plan
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class safe_open:
         framework: str = "pt",
         device: torch.device | str | int = "cpu",
         *,
-        backend: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         if framework not in ("pt", "torch", "pytorch"):
             raise ArgumentError(
@@ -126,11 +126,9 @@ class safe_open:
         return load_tensors(
             checkpoint,
             self._device,
-            mode=self._mode,
+            LoadOptions(self._mode, settings=settings, caller=self._caller),
             names=names,
             shared=True,
-            settings=settings,
-            caller=self._caller,
         )
 
     def _get(

@@ -30,6 +30,7 @@ from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core import dtypes
 from weightlift.core.errors import CheckpointError, OutOfMemoryError, WeightliftError
 from weightlift.load.loading import Loading, load_tensors
+from weightlift.load.options import LoadOptions
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +146,7 @@ def _load(
     checkpoint: Checkpoint, groups: Mapping[tuple[torch.device, str | None], list[str]]
 ) -> dict[str, torch.Tensor]:
     def load() -> dict[str, torch.Tensor]:
-        loading = Loading(checkpoint, caller=_NAME)
+        loading = Loading(checkpoint, LoadOptions(caller=_NAME))
         for (device, dtype), names in groups.items():
             loading.add(device, dtype, names)
         loading.start()
@@ -235,7 +236,7 @@ def _load_state_dict(reference: Callable[..., Any]) -> Callable[..., Any]:
             return call.load(checkpoint, checkpoint_file)
         if device_map is not None:
             return stock()
-        return load_tensors(checkpoint, usable_device("cpu"), caller=_NAME)
+        return load_tensors(checkpoint, usable_device("cpu"), LoadOptions(caller=_NAME))
 
     return load_state_dict
 
@@ -305,7 +306,12 @@ def _getitem(reference: Callable[..., Any]) -> Callable[..., Any]:
         wanted = getattr(torch, entry["dtype"]) if "dtype" in entry else dtypes.to_torch(own)
         cast = _cast(own, wanted)
         loaded = load_tensors(
-            checkpoint, device, dtype=cast, names=[name], shared=True, caller=_NAME
+            checkpoint,
+            device,
+            LoadOptions(caller=_NAME),
+            dtype=cast,
+            names=[name],
+            shared=True,
         )
         return loaded[name].to(wanted)
 

@@ -16,7 +16,7 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import WeightliftError
 from weightlift.load.loading import load_tensors
-from weightlift.load.options import mode_of_backend
+from weightlift.load.options import Backend, LoadOptions, mode_of_backend
 from weightlift.safe_open import safe_open
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _safe_open(library: str, reference: Any) -> type:
 
 
 def _load_file(library: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    def load_file(filename: Any, device: Any = "cpu", *, backend: str = "mmap") -> Any:
+    def load_file(filename: Any, device: Any = "cpu", *, backend: Backend = "mmap") -> Any:
         try:
             target = usable_device(device)
             mode = mode_of_backend("auto", backend)
@@ -138,7 +138,7 @@ def _load_file(library: str, reference: Callable[..., Any]) -> Callable[..., Any
         except (StandAside, WeightliftError, TypeError) as error:
             options = {} if backend == "mmap" else {"backend": backend}
             return or_stock(library, error, lambda: reference(filename, device, **options))
-        return load_tensors(checkpoint, target, mode=mode, caller=library)
+        return load_tensors(checkpoint, target, LoadOptions(mode, caller=library))
 
     return load_file
 

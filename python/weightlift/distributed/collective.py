@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,38 +15,63 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from weightlift.core.errors import ArgumentError
-from weightlift.core.report import LoadReport
 from weightlift.distributed.exchange import GroupLoading
-from weightlift.distributed.rank_group import RankGroup, describe, digest, require_same
+from weightlift.distributed.rank_group import RankGroup, Scope, describe, digest, require_same
 from weightlift.load.loading import Loading
+from weightlift.load.options import LoadOptions
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.parallel import ParallelStyle
 
     from weightlift.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["collective_load", "group_load", "tensor_parallel"]
+__all__ = ["TensorParallel", "collective_load", "group_load", "tensor_parallel"]
+
+
+class TensorParallel:
+    """What all ranks of a mesh do together with one model.
+
+    Attributes:
+        new_loading: makes the ``Loading`` of the parts that are this rank's.
+    """
+
+    def __init__(
+        self,
+        device_mesh: DeviceMesh,
+        tp_plan: Mapping[str, ParallelStyle] | None,
+        new_loading: Callable[[Checkpoint, LoadOptions], Loading],
+    ) -> None:
+        self.new_loading = new_loading
+        self._device_mesh = device_mesh
+        self._tp_plan = tp_plan
+
+    def cut(self, model: torch.nn.Module) -> None:
+        """Makes DTensors of the parameters of a model on ``meta``.
+
+        Raises:
+            ArgumentError: neither the caller nor the model has a plan.
+        """
+        plan = self._tp_plan if self._tp_plan is not None else getattr(model, "_tp_plan", None)
+        if not plan:
+            raise ArgumentError(
+                f"device_mesh needs tp_plan=, for {type(model).__name__} has no _tp_plan"
+            )
+        parallelize_module(model, self._device_mesh, dict(plan))
 
 
 @contextlib.contextmanager
 def tensor_parallel(
-    fill: Callable[..., LoadReport],
-    device_mesh: DeviceMesh | None,
-    tp_plan: Mapping[str, ParallelStyle] | None,
-) -> Iterator[Callable[..., LoadReport]]:
+    device_mesh: DeviceMesh | None, tp_plan: Mapping[str, ParallelStyle] | None
+) -> Iterator[TensorParallel]:
     """For ``from_pretrained``: what it does within this, all ranks of the mesh do together.
 
-    It gives the ``fill`` for a model on ``meta``: the model is cut for tensor parallelism, then
-    each rank reads its own parts.
-
     Args:
-        fill: ``modules.fill``.
         device_mesh: 1-D; all ranks, by default.
         tp_plan: module path, with ``*`` as in ``fnmatch`` -> how its parameters are cut; by
             default the model's ``_tp_plan``.
 
     Raises:
-        ArgumentError: no plan, no process group, or a mesh that does not go.
+        ArgumentError: no process group, or a mesh that does not go.
     """
     _require_initialized("device_mesh and tp_plan")
     if device_mesh is None:
@@ -59,21 +84,8 @@ def tensor_parallel(
         )
     if device_mesh.get_coordinate() is None:
         raise ArgumentError(f"device_mesh is {device_mesh}, and rank {dist.get_rank()} not of it")
-
     with _team([device_mesh.get_group()], None) as new_loading:
-
-        def fill_parts(
-            model: torch.nn.Module, checkpoint: Checkpoint, **options: Any
-        ) -> LoadReport:
-            plan = tp_plan if tp_plan is not None else getattr(model, "_tp_plan", None)
-            if not plan:
-                raise ArgumentError(
-                    f"device_mesh needs tp_plan=, for {type(model).__name__} has no _tp_plan"
-                )
-            parallelize_module(model, device_mesh, dict(plan))
-            return fill(model, checkpoint, **{**options, "new_loading": new_loading})
-
-        yield fill_parts
+        yield TensorParallel(device_mesh, tp_plan, new_loading)
 
 
 def _require_initialized(what: str) -> None:
@@ -86,8 +98,8 @@ def _require_initialized(what: str) -> None:
 
 @contextlib.contextmanager
 def group_load(
-    model: torch.nn.Module, group: dist.ProcessGroup | DeviceMesh | None, scope: str = "node"
-) -> Iterator[Callable[..., Loading]]:
+    model: torch.nn.Module, group: dist.ProcessGroup | DeviceMesh | None, scope: Scope = "node"
+) -> Iterator[Callable[[Checkpoint, LoadOptions], Loading]]:
     """Within it, a load that one rank cannot end ends on all with an error.
 
     It makes the ``Loading`` for ``fill``: that of a team, if there is a group or the model has
@@ -178,8 +190,8 @@ def collective_load(model: torch.nn.Module) -> Iterator[CollectiveLoad]:
 
 @contextlib.contextmanager
 def _team(
-    groups: Sequence[dist.ProcessGroup], scope: str | None
-) -> Iterator[Callable[..., Loading]]:
+    groups: Sequence[dist.ProcessGroup], scope: Scope | None
+) -> Iterator[Callable[[Checkpoint, LoadOptions], Loading]]:
     if all(group.size() == 1 for group in groups):
         yield Loading
         return

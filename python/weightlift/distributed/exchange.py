@@ -15,8 +15,8 @@ from weightlift.core import dtypes
 from weightlift.core.report import LoadReport
 from weightlift.distributed.rank_group import RankGroup, describe, digest, require_same
 from weightlift.load.allocation import TorchAllocator
-from weightlift.load.loading import Loading, Ranges
-from weightlift.load.options import check_mode
+from weightlift.load.loading import Loading, SliceRange
+from weightlift.load.options import LoadOptions
 from weightlift.load.plans import progress_callback
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class _Piece:
         return self.tensor.reshape(-1).view(torch.uint8)
 
     @property
-    def ranges(self) -> Ranges:
+    def ranges(self) -> Sequence[SliceRange]:
         ranges = [(0, 1, extent) for extent in self.item.tensor.shape]
         if ranges:
             ranges[self.dimension] = (self.start, 1, self.count)
@@ -69,12 +69,11 @@ class _Piece:
 class GroupLoading(Loading):
     """A load that all ranks of a team do at the same time."""
 
-    def __init__(
-        self, team: RankGroup, checkpoint: Checkpoint, *, verify: bool = False, **options: Any
-    ) -> None:
-        super().__init__(checkpoint, **options)
+    def __init__(self, team: RankGroup, checkpoint: Checkpoint, options: LoadOptions) -> None:
+        # Of the files, each is verified by one rank.
+        super().__init__(checkpoint, dataclasses.replace(options, verify=False))
         self._team = team
-        self._verify = verify
+        self._verify = options.verify
         self._wanted: dict[str, str] = {}
         self._items: list[_Item] = []
         self._exchangers: dist.ProcessGroup | None = None
@@ -88,9 +87,9 @@ class GroupLoading(Loading):
         dtype: str | None = None,
         names: Sequence[str] | None = None,
         targets: Sequence[torch.Tensor] | None = None,
-        parts: Sequence[Ranges] | None = None,
+        parts: Sequence[Sequence[SliceRange]] | None = None,
     ) -> None:
-        check_mode(self._mode, device, dtype, self._pin_memory)
+        self._options.check_target(device, dtype)
         chosen = list(self._checkpoint if names is None else names)
         own: list[int] = []
         for i, name in enumerate(chosen):
@@ -248,10 +247,8 @@ class GroupLoading(Loading):
     def _reading(self, share: Sequence[_Piece]) -> Loading:
         loading = Loading(
             self._checkpoint,
-            mode=self._mode,
-            settings=self._settings,
+            LoadOptions(self._mode, settings=self._settings, caller=self._caller),
             allocator=self._allocator,
-            caller=self._caller,
         )
         by_device: dict[torch.device, list[_Piece]] = {}
         for piece in share:

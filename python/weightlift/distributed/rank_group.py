@@ -8,7 +8,7 @@ import hashlib
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,11 @@ from weightlift.core.errors import CheckpointError
 if TYPE_CHECKING:
     from weightlift.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["RankGroup", "describe", "digest", "require_same"]
+__all__ = ["RankGroup", "Scope", "describe", "digest", "require_same"]
+
+
+# Who exchanges replicated tensors: the ranks of a node, or all.
+Scope: TypeAlias = Literal["node", "group"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,7 @@ class RankGroup:
         scope: who exchanges replicated tensors; ``None``: nobody.
     """
 
-    def __init__(self, groups: Sequence[dist.ProcessGroup], scope: str | None) -> None:
+    def __init__(self, groups: Sequence[dist.ProcessGroup], scope: Scope | None) -> None:
         self.groups = groups
         self.scope = scope
         self.begun = False

@@ -18,6 +18,7 @@ from weightlift.core.atomic import atomic_file
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, FormatError
 from weightlift.load.loading import Loading
+from weightlift.load.options import LoadOptions
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +82,7 @@ def load_file(
             whole.append(name)
 
     cpu = parse_device("cpu")
-    loading = Loading(checkpoint, caller="weightlift.flax")
+    loading = Loading(checkpoint, LoadOptions(caller="weightlift.flax"))
     if whole:
         loading.add(cpu, wanted, whole)
     # A name may be added once for a destination: the first parts of all tensors, the second, ...

@@ -24,6 +24,7 @@ from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, CheckpointError, ReadError, read_error
 from weightlift.flax.files import check_dtype, to_host, to_numpy
 from weightlift.load.loading import load_tensors
+from weightlift.load.options import LoadOptions, Mode
 
 if TYPE_CHECKING:
     import torch
@@ -249,9 +250,12 @@ def _from_torch(
 
 
 def _load(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.Tensor]:
-    def load(mode: str) -> dict[str, torch.Tensor]:
+    def load(mode: Mode) -> dict[str, torch.Tensor]:
         return load_tensors(
-            checkpoint, parse_device("cpu"), names=names, mode=mode, caller="weightlift.flax"
+            checkpoint,
+            parse_device("cpu"),
+            LoadOptions(mode, caller="weightlift.flax"),
+            names=names,
         )
 
     if not names:

@@ -26,8 +26,8 @@ from weightlift.load.allocation import (
     from_dlpack,
     naming_tensor,
 )
-from weightlift.load.options import check_mode
-from weightlift.load.plans import Progress, cancel_plan, new_plan, run_plan, start_plan
+from weightlift.load.options import LoadOptions, Progress
+from weightlift.load.plans import cancel_plan, new_plan, run_plan, start_plan
 
 if TYPE_CHECKING:
     import torch
@@ -35,48 +35,36 @@ if TYPE_CHECKING:
     from weightlift.checkpoint.checkpoint import Checkpoint
     from weightlift.checkpoint.torch_file import View
 
-__all__ = ["Loading", "Ranges", "copy_to_device", "load_tensors"]
+__all__ = ["Loading", "SliceRange", "copy_to_device", "load_tensors"]
 
 # What a load makes: (group, name), or (group, part, position) for what views look at.
 _Key: TypeAlias = "tuple[int, str] | tuple[int, int, int]"
 # (start, step, count) of each dimension: a part of a tensor.
-Ranges: TypeAlias = "Sequence[tuple[int, int, int]]"
+SliceRange: TypeAlias = "tuple[int, int, int]"
 
 
 def load_tensors(
     checkpoint: Checkpoint,
     device: torch.device,
+    options: LoadOptions = LoadOptions(),
     *,
     dtype: str | None = None,
-    mode: str = "auto",
-    pin_memory: bool = False,
     names: Sequence[str] | None = None,
     shared: bool = False,
-    verify: bool = False,
-    progress: bool | Progress = False,
-    settings: Settings | None = None,
     allocator: Allocator | None = None,
-    caller: str = "weightlift",
 ) -> dict[str, Any]:
     """Loads tensors of a checkpoint to one device, in the order of the files; see ``Loading``.
 
     Args:
         checkpoint: what there is.
         device: where to; its index is filled in.
+        options: how.
         dtype: the file's name of a floating-point dtype to cast floating-point tensors to.
         names: which tensors; all by default.
+        shared: others may get the same tensors from ``checkpoint`` while these live.
+        allocator: where memory on CUDA devices comes from; torch, by default.
     """
-    loading = Loading(
-        checkpoint,
-        mode=mode,
-        pin_memory=pin_memory,
-        shared=shared,
-        verify=verify,
-        progress=progress,
-        settings=settings,
-        allocator=allocator,
-        caller=caller,
-    )
+    loading = Loading(checkpoint, options, shared=shared, allocator=allocator)
     loading.add(device, dtype, names)
     loading.start()
     return loading.result()
@@ -139,7 +127,7 @@ class _Group(NamedTuple):
     dtype: str | None
     names: Sequence[str] | None
     targets: Sequence[torch.Tensor] | None
-    parts: Sequence[Ranges] | None
+    parts: Sequence[Sequence[SliceRange]] | None
 
     @property
     def on_host(self) -> bool:
@@ -153,40 +141,31 @@ class Loading:
 
     Args:
         checkpoint: what there is.
-        mode: ``"map"``, ``"read"`` or ``"auto"``.
-        pin_memory: page-locked host memory.
+        options: how it is loaded.
         shared: others may get the same tensors from ``checkpoint`` while these live.
-        verify: compare the SHA-256 of the files with the known ones while they are read.
-        progress: ``True`` for a bar, or a function of bytes done and in all.
-        settings: instead of those that hold now.
         allocator: where memory on CUDA devices comes from; torch, by default.
-        caller: whom ``stats()`` books it on.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
+        options: LoadOptions = LoadOptions(),
         *,
-        mode: str = "auto",
-        pin_memory: bool = False,
         shared: bool = False,
-        verify: bool = False,
-        progress: bool | Progress = False,
-        settings: Settings | None = None,
         allocator: Allocator | None = None,
-        caller: str = "weightlift",
     ) -> None:
         self._checkpoint = checkpoint
-        self._mode = mode
-        self._pin_memory = pin_memory
+        self._options = options
+        self._mode = options.mode
+        self._pin_memory = options.pin_memory
         self._shared = shared
-        self._progress = progress
-        self._settings = settings or Settings.current()
+        self._progress = options.progress
+        self._settings = options.settings or Settings.current()
         self._allocator = allocator
-        self._caller = caller
+        self._caller = options.caller
         self._groups: list[_Group] = []
         self._fallbacks: list[str] = list(checkpoint.fallbacks)
-        self._hashes = HashCheck(checkpoint.files) if verify else None
+        self._hashes = HashCheck(checkpoint.files) if options.verify else None
         self._pin_for: int | None = None
         self._plan: _native.Plan | None = None
         # Of what the plan makes on the host, and of what was allocated: the key of each tensor.
@@ -206,7 +185,7 @@ class Loading:
         dtype: str | None = None,
         names: Sequence[str] | None = None,
         targets: Sequence[torch.Tensor] | None = None,
-        parts: Sequence[Ranges] | None = None,
+        parts: Sequence[Sequence[SliceRange]] | None = None,
     ) -> None:
         """Adds tensors with one destination.
 
@@ -217,7 +196,7 @@ class Loading:
             targets: tensors of the names' shapes on ``device`` to write to; they give the dtypes.
             parts: of each of the names, what is loaded, in memory of its own; steps are positive.
         """
-        check_mode(self._mode, device, dtype, self._pin_memory)
+        self._options.check_target(device, dtype)
         self._groups.append(_Group(device, dtype, names, targets, parts))
 
     @gc_pause.paused()
@@ -370,13 +349,13 @@ class Loading:
         if cut:
             self._fallbacks.append(f"{cut} tensors loaded whole to cut their parts out of them")
 
-    def _cut(self, name: str, ranges: Ranges) -> torch.Tensor:
+    def _cut(self, name: str, ranges: Sequence[SliceRange]) -> torch.Tensor:
         """A part of what only torch can cut, in memory of its own."""
         import torch
 
         cpu = torch.device("cpu")
         whole: torch.Tensor = load_tensors(
-            self._checkpoint, cpu, names=[name], caller=self._caller
+            self._checkpoint, cpu, LoadOptions(caller=self._caller), names=[name]
         )[name]
         for dimension, (start, step, count) in enumerate(ranges):
             whole = whole.narrow(dimension, start, step * (count - 1) + 1 if count else 0)

@@ -2,48 +2,89 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from weightlift.core.errors import ArgumentError
+from weightlift.core.settings import Settings
 
 if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["check_mode", "mode_of_backend"]
+__all__ = ["Backend", "LoadOptions", "Mode", "Progress", "mode_of_backend"]
 
+# Called with the bytes that are done and those in all.
+Progress: TypeAlias = Callable[[int, int], None]
+Mode: TypeAlias = Literal["auto", "map", "read"]
 # What the reference calls its two ways to the bytes.
-_BACKENDS = {"mmap": "map", "pread": "read"}
+Backend: TypeAlias = Literal["mmap", "pread"]
 
 
-def mode_of_backend(mode: str, backend: str | None) -> str:
+@dataclasses.dataclass(frozen=True)
+class LoadOptions:
+    """How bytes move, whatever they are and wherever they go.
+
+    Attributes:
+        mode: ``"map"`` hands out mappings of the files, ``"read"`` memory of its own; ``"auto"``
+            maps where nothing is cast, pinned or moved.
+        pin_memory: page-locked host memory.
+        verify: compare the SHA-256 of the files with the known ones while they are read.
+        progress: ``True`` for a bar, or a function of bytes done and in all.
+        settings: instead of those that hold when the load is planned.
+        caller: whom ``stats()`` books the load on.
+
+    Raises:
+        ArgumentError: a mode that there is not.
+    """
+
+    mode: Mode = "auto"
+    pin_memory: bool = False
+    verify: bool = False
+    progress: bool | Progress = False
+    settings: Settings | None = None
+    caller: str = "weightlift"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", "map", "read"):
+            raise ArgumentError(f"mode is {self.mode!r}; it can be 'auto', 'map' or 'read'")
+
+    def check_target(self, device: torch.device, dtype: str | None) -> None:
+        """Raises an ``ArgumentError`` where tensors cannot go to ``device``, cast to ``dtype``, in
+        this way."""
+        if self.mode == "map":
+            conflicts = [
+                text
+                for text, given in (
+                    (f"dtype={dtype}", dtype is not None),
+                    ("pin_memory=True", self.pin_memory),
+                    (f"device={str(device)!r}", device.type != "cpu"),
+                )
+                if given
+            ]
+            if conflicts:
+                raise ArgumentError(
+                    f"mode='map' hands out the file's own bytes and goes not together with "
+                    f"{' and '.join(conflicts)}; use mode='auto'"
+                )
+        if self.pin_memory and device.type != "cpu":
+            raise ArgumentError(f"pin_memory=True is for the CPU, not for {device}")
+
+
+def mode_of_backend(mode: Mode, backend: Backend | None) -> Mode:
+    """The mode that the reference's name for it means.
+
+    Raises:
+        ArgumentError: there is no such backend, or the mode contradicts it.
+    """
     if backend is None:
         return mode
-    if backend not in _BACKENDS:
+    modes: dict[str, Mode] = {"mmap": "map", "pread": "read"}
+    if backend not in modes:
         raise ArgumentError(f"backend {backend!r} is invalid (expected one of: 'mmap', 'pread')")
-    named = "auto" if backend == "mmap" else _BACKENDS[backend]
-    if mode not in ("auto", _BACKENDS[backend]):
+    if mode not in ("auto", modes[backend]):
         raise ArgumentError(f"backend={backend!r} and mode={mode!r} contradict each other")
-    return named if mode == "auto" else mode
-
-
-def check_mode(mode: str, device: torch.device, dtype: str | None, pin_memory: bool) -> None:
-    if mode not in ("auto", "map", "read"):
-        raise ArgumentError(f"mode is {mode!r}; it can be 'auto', 'map' or 'read'")
-    if mode == "map":
-        against = [
-            text
-            for text, given in (
-                (f"dtype={dtype}", dtype is not None),
-                ("pin_memory=True", pin_memory),
-                (f"device={str(device)!r}", device.type != "cpu"),
-            )
-            if given
-        ]
-        if against:
-            raise ArgumentError(
-                f"mode='map' hands out the file's own bytes and goes not together with "
-                f"{' and '.join(against)}; use mode='auto'"
-            )
-    if pin_memory and device.type != "cpu":
-        raise ArgumentError(f"pin_memory=True is for the CPU, not for {device}")
+    if mode == "auto" and backend == "pread":
+        return "read"
+    return mode

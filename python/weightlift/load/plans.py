@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from weightlift import _native
 from weightlift.core import dtypes, gc_pause
 from weightlift.core.settings import Settings
-from weightlift.load.allocation import Allocator
+from weightlift.load.allocation import Allocator, TorchAllocator
+from weightlift.load.options import Progress
 
 __all__ = [
-    "Progress",
     "cancel_plan",
     "finish_plan",
     "new_plan",
@@ -21,7 +21,6 @@ __all__ = [
     "start_plan",
 ]
 
-Progress = Callable[[int, int], None]
 # How often a waiting caller looks up: for Ctrl-C, and for progress.
 _POLL_SECONDS = 0.05
 
@@ -38,7 +37,7 @@ def start_plan(plan: _native.Plan, allocator: Allocator | None) -> None:
     """Schedules a plan and starts it."""
     scratch = []
     for device, count in plan.prepare():
-        assert allocator is not None
+        allocator = allocator or TorchAllocator()
         scratch.append((device, *allocator.empty(device, (count,), "U8")))
     plan.start(scratch)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
 from weightlift.load.loading import Loading
+from weightlift.load.options import LoadOptions
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +27,12 @@ class PrefetchedLoad:
         device: torch.device,
         dtype: str | None,
         names: Sequence[str] | None = None,
-        **options: Any,
+        options: LoadOptions = LoadOptions(),
     ) -> None:
         self.device = device
         self.dtype = dtype
         self.names = frozenset(checkpoint if names is None else names)
-        self.loading = Loading(checkpoint, **options)
+        self.loading = Loading(checkpoint, options)
         self.loading.add(device, dtype, names)
         self.loading.start()
         self._renamed: Mapping[str, str] = {}

@@ -27,14 +27,17 @@ from weightlift.core import dtypes, gc_pause
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.report import LoadReport
+from weightlift.load.options import LoadOptions, Mode
 from weightlift.load.prefetch import PrefetchedLoad
 from weightlift.models.building import Builder
 from weightlift.module.device_map import single_entry
 from weightlift.module.fill import fill
-from weightlift.module.matching import format_names
+from weightlift.module.matching import MatchPolicy, format_names
 from weightlift.module.parameters import gather
+from weightlift.module.placement import PlacementPolicy
 
 if TYPE_CHECKING:
+    from weightlift.distributed.collective import TensorParallel
     from weightlift.models.quantization import Quantizer
 
 __all__ = ["load_pretrained"]
@@ -91,7 +94,7 @@ def load_pretrained(
         for name, default in _ARGUMENTS.items()
     }
     if given["device_mesh"] is None and given["tp_plan"] is None:
-        return _load(cls, os.fspath(path), given, arguments, fill)
+        return _load(cls, os.fspath(path), given, arguments, None)
     for other in ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit"):
         if given[other]:
             raise ArgumentError(f"{other}= goes not together with device_mesh= and tp_plan=")
@@ -99,8 +102,8 @@ def load_pretrained(
         raise ArgumentError("device_mesh= and tp_plan= need low_cpu_mem_usage=True")
     from weightlift.distributed.collective import tensor_parallel
 
-    with tensor_parallel(fill, given["device_mesh"], given["tp_plan"]) as fill_parts:
-        return _load(cls, os.fspath(path), given, arguments, fill_parts)
+    with tensor_parallel(given["device_mesh"], given["tp_plan"]) as parallel:
+        return _load(cls, os.fspath(path), given, arguments, parallel)
 
 
 def _load(
@@ -108,7 +111,7 @@ def _load(
     path: str,
     given: Mapping[str, Any],
     kwargs: dict[str, Any],
-    fill: Callable[..., LoadReport],
+    parallel: TensorParallel | None,
 ) -> _Model:
     hub = HubArguments.pop_from(kwargs)
     _refuse_unknown(cls, kwargs)
@@ -119,7 +122,7 @@ def _load(
             f"device_map={device_map!r} needs low_cpu_mem_usage=True: built for real, the "
             "model would be on the CPU first"
         )
-    mode = "read" if given["disable_mmap"] and given["mode"] == "auto" else given["mode"]
+    mode: Mode = "read" if given["disable_mmap"] and given["mode"] == "auto" else given["mode"]
     if not os.path.exists(path):  # noqa: PTH110
         hub = hub.pinned(path)
 
@@ -134,30 +137,27 @@ def _load(
             use_safetensors=given["use_safetensors"],
             **dataclasses.asdict(hub),
         )
-    loading = {
-        "mode": mode,
-        "pin_memory": given["pin_memory"],
-        "verify": given["verify"],
-        "progress": given["progress"],
-    }
-    options = {
-        **loading,
-        "device_map": device_map,
-        "max_memory": given["max_memory"],
-        "dtype": dtype,
-        "ignore_mismatched_sizes": given["ignore_mismatched_sizes"],
-        "ignore_unexpected": _matcher(getattr(cls, "_keys_to_ignore_on_load_unexpected", None)),
-        "memory_format": given["memory_format"],
-    }
+    options = LoadOptions(mode, given["pin_memory"], given["verify"], given["progress"])
+    placement = PlacementPolicy(
+        device_map,
+        given["max_memory"],
+        offload=given["offload_folder"] is not None,
+        dtype=dtype,
+        memory_format=given["memory_format"],
+    )
     builder: Builder[_Model] = Builder(
         functools.partial(cls.from_config, config, **overrides),  # type: ignore[attr-defined]
         _built_dtype(dtype, checkpoint),
     )
     early = None
     modules = None
-    whole = given["device_mesh"] is None and given["tp_plan"] is None
-    if checkpoint is not None and quantizer is None and given["low_cpu_mem_usage"] and whole:
-        early = _begin(cls, checkpoint, device_map, dtype, loading)
+    if (
+        checkpoint is not None
+        and quantizer is None
+        and given["low_cpu_mem_usage"]
+        and parallel is None
+    ):
+        early = _begin(cls, checkpoint, device_map, dtype, options)
     try:
         with gc_pause.paused():
             model = builder.build(empty=given["low_cpu_mem_usage"])
@@ -167,20 +167,26 @@ def _load(
             if rename is not None:
                 checkpoint = checkpoint.renamed(rename)
             _refuse_another_model(model, checkpoint)
-            initialize = functools.partial(builder.initialized, model)
+            matching = MatchPolicy(
+                strict=False,
+                ignore_mismatched_sizes=given["ignore_mismatched_sizes"],
+                ignore_unexpected=_matcher(
+                    getattr(cls, "_keys_to_ignore_on_load_unexpected", None)
+                ),
+                initialize=functools.partial(builder.initialized, model),
+            )
             if quantizer is not None:
-                report = quantizer.load(model, checkpoint, initialize=initialize, **options)
-            else:
-                if whole:  # else it is cut first
-                    options["tensors"], modules = gather(model)
+                report = quantizer.load(model, checkpoint, placement, matching, options)
+            elif parallel is not None:
+                parallel.cut(model)
+                new_loading = parallel.new_loading
                 report = fill(
-                    model,
-                    checkpoint,
-                    offload=given["offload_folder"] is not None,
-                    strict=False,
-                    initialize=initialize,
-                    early=early,
-                    **options,
+                    model, checkpoint, placement, matching, options, new_loading=new_loading
+                )
+            else:
+                refs, modules = gather(model)
+                report = fill(
+                    model, checkpoint, placement, matching, options, prefetched=early, refs=refs
                 )
     except BaseException:
         if early is not None:
@@ -292,7 +298,7 @@ def _begin(
     checkpoint: Checkpoint,
     device_map: Any,
     dtype: torch.dtype | str | None,
-    options: Mapping[str, Any],
+    options: LoadOptions,
 ) -> PrefetchedLoad | None:
     """Starts to read while the module is being built, where one device takes it all."""
     alone = single_entry("cpu" if device_map is None else device_map)
@@ -300,7 +306,7 @@ def _begin(
         return None  # or to be refused
     device = parse_device(alone)
     believed = torch.get_default_dtype() if dtype is None else dtype
-    if options["mode"] == "map":
+    if options.mode == "map":
         believed = "auto"  # nothing is cast
     kept = frozenset(getattr(cls, "_keep_in_fp32_modules", None) or ())
     ignored = _matcher(getattr(cls, "_keys_to_ignore_on_load_unexpected", None))
@@ -311,7 +317,7 @@ def _begin(
             for name in checkpoint
             if kept.isdisjoint(name.split(".")) and not (ignored and ignored(name))
         ]
-    return PrefetchedLoad(checkpoint, device, dtypes.parse_dtype(believed), names, **options)
+    return PrefetchedLoad(checkpoint, device, dtypes.parse_dtype(believed), names, options)
 
 
 def _open_flax(path: str, hub: HubArguments, model: torch.nn.Module) -> Checkpoint:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +17,11 @@ from weightlift.core import dtypes
 from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.report import LoadReport, set_last_report
 from weightlift.load.loading import Loading
+from weightlift.load.options import LoadOptions
 from weightlift.module.device_map import assign, resolve_device_map
 from weightlift.module.fill import fill
-from weightlift.module.matching import format_names
+from weightlift.module.matching import MatchPolicy, format_names
+from weightlift.module.placement import PlacementPolicy
 
 __all__ = ["Quantizer", "choose_quantizer", "flattened"]
 
@@ -39,13 +42,11 @@ class Quantizer(Protocol):
         self,
         model: torch.nn.Module,
         checkpoint: Checkpoint,
-        *,
-        dtype: torch.dtype | str | None,
-        device_map: Any,
-        initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]],
-        **options: Any,
+        placement: PlacementPolicy,
+        matching: MatchPolicy,
+        options: LoadOptions,
     ) -> LoadReport:
-        """The options are those of ``fill``."""
+        """As ``fill``."""
 
 
 def choose_quantizer(
@@ -120,21 +121,17 @@ class _BitsAndBytes:
         self,
         model: torch.nn.Module,
         checkpoint: Checkpoint,
-        *,
-        dtype: torch.dtype | str | None,
-        device_map: Any,
-        initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]],
-        max_memory: Mapping[Any, Any] | None = None,
-        ignore_mismatched_sizes: bool = False,
-        **options: Any,
+        placement: PlacementPolicy,
+        matching: MatchPolicy,
+        options: LoadOptions,
     ) -> LoadReport:
-        if dtype is None:
-            dtype = torch.float16  # what the 8-bit product takes, and diffusers' default
+        # float16 is what the 8-bit product takes, and diffusers' default.
+        dtype = torch.float16 if placement.dtype is None else placement.dtype
         linear = [name for name, layer in _linear(model).items() if type(layer) is torch.nn.Linear]
-        devices = _devices(model, device_map, max_memory, dtype, linear)
+        devices = _devices(model, placement, dtype, linear)
         names = self._chosen(linear, checkpoint, devices, _kept(model))
         mismatched = self._mismatched(model, checkpoint, names)
-        if mismatched and not ignore_mismatched_sizes:
+        if mismatched and not matching.ignore_mismatched_sizes:
             raise CheckpointError(_refusal(model, checkpoint, mismatched))
         of_weight: dict[str, list[str]] = {
             name: [name] for name in names if name in checkpoint and name not in mismatched
@@ -143,7 +140,7 @@ class _BitsAndBytes:
             if _is_statistic(name) and (weight := _weight_of(name)) in of_weight:
                 of_weight[weight].append(name)
         absent = [name for name in names if name not in of_weight]
-        fresh = initialize(absent) if absent else {}
+        fresh = matching.initialize(absent) if absent and matching.initialize else {}
         layers = {name: self._replace(model, name) for name in names}
 
         device_of = {
@@ -154,7 +151,7 @@ class _BitsAndBytes:
         cast = None if self._quantized else dtypes.parse_dtype(dtype)
         report = LoadReport()
         for part in _parts(of_weight, layers):
-            loading = Loading(checkpoint, mode=options.get("mode", "auto"))
+            loading = Loading(checkpoint, LoadOptions(options.mode))
             for device in {device_of[weight] for weight in part}:
                 loading.add(
                     device, cast, [n for w in part if device_of[w] == device for n in of_weight[w]]
@@ -173,13 +170,9 @@ class _BitsAndBytes:
         rest = fill(
             model,
             checkpoint.renamed(lambda name: None if name in apart else name),
-            device_map=devices,
-            dtype=dtype,
-            strict=False,
-            ignore_missing=apart.__contains__,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            initialize=initialize,
-            **options,
+            dataclasses.replace(placement, device_map=devices, max_memory=None, dtype=dtype),
+            dataclasses.replace(matching, ignore_missing=apart.__contains__),
+            options,
         )
         report = report.plus(rest)
         report.missing_keys = [n for n in absent if n not in mismatched] + rest.missing_keys
@@ -295,24 +288,21 @@ class _TorchAo:
         self,
         model: torch.nn.Module,
         checkpoint: Checkpoint,
-        *,
-        dtype: torch.dtype | str | None,
-        device_map: Any,
-        initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]],
-        max_memory: Mapping[Any, Any] | None = None,
-        **options: Any,
+        placement: PlacementPolicy,
+        matching: MatchPolicy,
+        options: LoadOptions,
     ) -> LoadReport:
-        if dtype is None:
-            dtype = torch.bfloat16  # diffusers' default for torchao
-        devices = _devices(model, device_map, max_memory, dtype, ())
-        options |= {"device_map": devices, "dtype": dtype, "initialize": initialize}
+        # bfloat16 is diffusers' default for torchao.
+        dtype = torch.bfloat16 if placement.dtype is None else placement.dtype
+        devices = _devices(model, placement, dtype, ())
+        placement = dataclasses.replace(placement, device_map=devices, max_memory=None, dtype=dtype)
         if self._quantized:
-            report = self._load_quantized(model, checkpoint, devices, options)
+            report = self._load_quantized(model, checkpoint, devices, placement, matching, options)
         else:
             chosen = self._chosen(model)
             for device, names in assign(chosen, devices).items():
                 _real(device, names[0])
-            report = fill(model, checkpoint, strict=False, **options)
+            report = fill(model, checkpoint, placement, matching, options)
             self._quantize(model, chosen)
         _mark(model, self._config)
         return report
@@ -340,7 +330,9 @@ class _TorchAo:
         model: torch.nn.Module,
         checkpoint: Checkpoint,
         devices: Mapping[str, torch.device | str],
-        options: Mapping[str, Any],
+        placement: PlacementPolicy,
+        matching: MatchPolicy,
+        options: LoadOptions,
     ) -> LoadReport:
         """What ``flattened`` made, or diffusers."""
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
@@ -366,7 +358,7 @@ class _TorchAo:
                 f"{describe_location(checkpoint)}: parts of quantized tensors are missing: the "
                 "file is not complete:\n" + "\n".join(format_names("missing", absent))
             )
-        loading = Loading(checkpoint, mode=options.get("mode", "auto"))
+        loading = Loading(checkpoint, LoadOptions(options.mode))
         for device, names in assign(parts, devices).items():
             inside = [part for name in names for part in parts[name]]
             loading.add(_real(device, names[0]), None, inside)
@@ -390,9 +382,9 @@ class _TorchAo:
         rest = fill(
             model,
             checkpoint.renamed(lambda name: None if name in apart else name),
-            strict=False,
-            ignore_missing=parts.__contains__,
-            **options,
+            placement,
+            dataclasses.replace(matching, ignore_missing=parts.__contains__),
+            options,
         )
         report = loading.report.plus(rest)
         report.missing_keys, report.unexpected_keys = rest.missing_keys, rest.unexpected_keys
@@ -421,12 +413,12 @@ def _linear(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 def _devices(
     model: torch.nn.Module,
-    device_map: Any,
-    max_memory: Mapping[Any, Any] | None,
+    placement: PlacementPolicy,
     dtype: torch.dtype | str,
     in_bytes: Collection[str],
 ) -> dict[str, torch.device | str]:
     """The device map; ``in_bytes`` are weights of which a number takes no more than a byte."""
+    device_map = placement.device_map
     if device_map is None:
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
     planned = dict.fromkeys(in_bytes, torch.int8)
@@ -435,7 +427,7 @@ def _devices(
     return resolve_device_map(
         model,
         device_map,
-        max_memory=max_memory,
+        max_memory=placement.max_memory,
         dtype=planned,
         keep_in_fp32=_kept(model),
     )

@@ -8,12 +8,12 @@ import torch
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 from weightlift.core.errors import ArgumentError
-from weightlift.load.loading import Ranges
+from weightlift.load.loading import SliceRange
 
 __all__ = ["device_of", "from_local", "initialized", "local_of", "local_part"]
 
 
-def local_part(tensor: DTensor) -> Ranges | None:
+def local_part(tensor: DTensor) -> list[SliceRange] | None:
     """The part of the whole tensor that this rank holds; ``None`` where every rank holds it all.
 
     Raises:

@@ -10,11 +10,11 @@ from weightlift.core import dtypes, gc_pause
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError
 from weightlift.core.report import LoadReport, set_last_report
-from weightlift.load.loading import Loading, Ranges
-from weightlift.load.plans import Progress
+from weightlift.load.loading import Loading, SliceRange
+from weightlift.load.options import LoadOptions
 from weightlift.load.prefetch import PrefetchedLoad
-from weightlift.module.device_map import DeviceMap, assign, resolve_device_map, single_device
-from weightlift.module.matching import check_keys, match
+from weightlift.module.device_map import assign, resolve_device_map, single_device
+from weightlift.module.matching import MatchPolicy, check_keys, match
 from weightlift.module.offload import DiskWeights, dispatch
 from weightlift.module.parameters import (
     ParameterRef,
@@ -24,6 +24,7 @@ from weightlift.module.parameters import (
     set_all,
     set_one,
 )
+from weightlift.module.placement import PlacementPolicy
 
 if TYPE_CHECKING:
     import torch
@@ -36,46 +37,33 @@ __all__ = ["fill"]
 def fill(
     model: torch.nn.Module,
     checkpoint: Checkpoint,
+    placement: PlacementPolicy = PlacementPolicy(),
+    matching: MatchPolicy = MatchPolicy(),
+    options: LoadOptions = LoadOptions(),
     *,
-    device_map: DeviceMap | None = None,
-    max_memory: Mapping[int | str, int | str] | None = None,
-    offload: bool = False,
-    dtype: torch.dtype | str | None = None,
-    keep_in_fp32: Sequence[str] | None = None,
-    strict: bool = True,
-    ignore_mismatched_sizes: bool = False,
-    ignore_missing: Callable[[str], bool] | None = None,
-    ignore_unexpected: Callable[[str], bool] | None = None,
-    mode: str = "auto",
-    pin_memory: bool = False,
-    memory_format: torch.memory_format | None = None,
-    verify: bool = False,
-    progress: bool | Progress = False,
-    initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]] | None = None,
-    early: PrefetchedLoad | None = None,
-    caller: str = "weightlift",
-    new_loading: Callable[..., Loading] = Loading,
-    tensors: Sequence[ParameterRef] | None = None,
+    prefetched: PrefetchedLoad | None = None,
+    new_loading: Callable[[Checkpoint, LoadOptions], Loading] = Loading,
+    refs: Sequence[ParameterRef] | None = None,
 ) -> LoadReport:
     """``load_into`` for callers that have more to say.
 
     Args:
-        keep_in_fp32: path components whose tensors stay in float32; the model's
-            ``_keep_in_fp32_modules`` by default.
-        ignore_missing: names that may be missing.
-        ignore_unexpected: names that may be there.
-        initialize: gives values to tensors on ``meta`` that the checkpoint does not hold, by name;
-            called only if there are any.
-        early: a load of ``checkpoint`` that has begun.
-        caller: whom ``stats()`` books it on.
-        new_loading: makes the ``Loading``; of ``distributed.together``.
-        tensors: of the model, if they are known.
+        model: on ``meta`` or real.
+        checkpoint: what there is.
+        placement: where tensors go.
+        matching: what becomes of those that are on one side alone.
+        options: how they are loaded.
+        prefetched: a load of ``checkpoint`` that runs already.
+        new_loading: makes the ``Loading``; of ``distributed.collective.group_load``.
+        refs: of the model's tensors, if they are known.
     """
+    keep_in_fp32 = placement.keep_in_fp32
     if keep_in_fp32 is None:
         keep_in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+    dtype, device_map, early = placement.dtype, placement.device_map, prefetched
+    memory_format, initialize = placement.memory_format, matching.initialize
     rule = _DtypeRule(dtypes.parse_dtype(dtype), dtype is None, frozenset(keep_in_fp32))
-    if tensors is None:
-        tensors = parameter_refs(model)
+    tensors = parameter_refs(model) if refs is None else refs
     headers = checkpoint.headers()
     matched, rest, missing, mismatched = match(tensors, headers)
     empty = [t.name for t in rest if not t.persistent and t.tensor.is_meta]
@@ -84,13 +72,11 @@ def fill(
         known = {t.name for t in tensors if t.persistent}
         known.update(name for t in tensors if t.ties and t.persistent for name in t.names)
         unexpected = [name for name in headers if name not in known]
-    if ignore_missing is not None:
-        missing = [name for name in missing if not ignore_missing(name)]
-    if ignore_unexpected is not None:
-        unexpected = [name for name in unexpected if not ignore_unexpected(name)]
-    check_keys(
-        checkpoint, model, missing, unexpected, mismatched, empty, strict, ignore_mismatched_sizes
-    )
+    if matching.ignore_missing is not None:
+        missing = [name for name in missing if not matching.ignore_missing(name)]
+    if matching.ignore_unexpected is not None:
+        unexpected = [name for name in unexpected if not matching.ignore_unexpected(name)]
+    check_keys(checkpoint, model, missing, unexpected, mismatched, empty, matching)
     devices: Mapping[str, torch.device | str] | None = None
     if device_map is not None and (alone := single_device(device_map)) is not None:
         devices = {"": alone}
@@ -98,22 +84,15 @@ def fill(
         devices = resolve_device_map(
             model,
             device_map,
-            max_memory=max_memory,
+            max_memory=placement.max_memory,
             dtype=_planned_dtypes(dtype, headers),
             keep_in_fp32=keep_in_fp32,
-            offload=offload,
+            offload=placement.offload,
         )
     where = _devices_of(tensors, devices)
-    reuse = not pin_memory and memory_format is None
+    reuse = not options.pin_memory and memory_format is None
     places = _sort(matched, where, headers, rule, early, reuse)
-    loading = new_loading(
-        checkpoint,
-        mode=mode,
-        pin_memory=pin_memory,
-        verify=verify,
-        progress=progress,
-        caller=caller,
-    )
+    loading = new_loading(checkpoint, options)
     places.add_to(loading, checkpoint)
     arrived, report = _run(loading, early, places.believed)
     views: set[int] = set()
@@ -134,7 +113,7 @@ def fill(
             offloaded = _initialize(bare, where, initialize, rule, memory_format)
     if devices is not None:
         _move_rest(rest, where)
-        dispatch(model, devices, DiskWeights(checkpoint, places.on_disk, caller), offloaded)
+        dispatch(model, devices, DiskWeights(checkpoint, places.on_disk, options.caller), offloaded)
     report.error_msgs = [f"{name}: a buffer on meta that no checkpoint holds" for name in empty]
     report.missing_keys = missing
     report.unexpected_keys = unexpected
@@ -182,7 +161,7 @@ class _Places(NamedTuple):
     """
 
     groups: dict[_Destination, list[tuple[str, ParameterRef]]]
-    parts: dict[str, Ranges]
+    parts: dict[str, Sequence[SliceRange]]
     believed: set[str]
     on_disk: dict[str, tuple[str, str | None]]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from weightlift.checkpoint.checkpoint import Checkpoint, describe_location
@@ -12,10 +13,30 @@ from weightlift.module.parameters import ParameterRef
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_keys", "format_names", "match"]
+__all__ = ["MatchPolicy", "check_keys", "format_names", "match"]
 
 # How many names an error lists before it only counts.
 _LISTED = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchPolicy:
+    """What becomes of tensors that are in the model or in the checkpoint alone.
+
+    Attributes:
+        strict: missing or unexpected names are an error, before anything is read.
+        ignore_mismatched_sizes: leave out tensors of another shape than the model's.
+        ignore_missing: of a name, whether it may be missing.
+        ignore_unexpected: of a name, whether it may be there.
+        initialize: gives values to tensors on ``meta`` that the checkpoint does not hold, by name;
+            called only if there are any.
+    """
+
+    strict: bool = True
+    ignore_mismatched_sizes: bool = False
+    ignore_missing: Callable[[str], bool] | None = None
+    ignore_unexpected: Callable[[str], bool] | None = None
+    initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]] | None = None
 
 
 def match(
@@ -78,17 +99,16 @@ def check_keys(
     unexpected: Sequence[str],
     mismatched: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
     empty: Sequence[str],
-    strict: bool,
-    ignore_mismatched_sizes: bool,
+    policy: MatchPolicy,
 ) -> None:
     problems: list[str] = []
-    if mismatched and not ignore_mismatched_sizes:
+    if mismatched and not policy.ignore_mismatched_sizes:
         problems += format_names(
             "of another shape than the model's (ignore_mismatched_sizes=True leaves them out)",
             [f"{name}: {theirs} in the checkpoint, {ours} in the model"
              for name, theirs, ours in mismatched],
         )  # fmt: skip
-    if strict:
+    if policy.strict:
         problems += format_names("missing in the checkpoint", missing)
         problems += format_names("unexpected: the model has no place for them", unexpected)
         problems += format_names(
@@ -97,7 +117,9 @@ def check_keys(
             empty,
         )
     if problems:
-        hint = "; strict=False loads what matches" if strict and (missing or unexpected) else ""
+        hint = (
+            "; strict=False loads what matches" if policy.strict and (missing or unexpected) else ""
+        )
         raise CheckpointError(
             f"{describe_location(checkpoint)} does not fit {type(model).__name__}{hint}:\n"
             + "\n".join(problems)

@@ -10,6 +10,7 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError
 from weightlift.load.loading import load_tensors
+from weightlift.load.options import LoadOptions
 from weightlift.module.device_map import assign
 
 if TYPE_CHECKING:
@@ -43,10 +44,10 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
         tensor: torch.Tensor = load_tensors(
             self._checkpoint,
             parse_device("cpu"),
+            LoadOptions(caller=self._caller),
             dtype=dtype,
             names=[stored],
             shared=True,
-            caller=self._caller,
         )[stored]
         return tensor
 

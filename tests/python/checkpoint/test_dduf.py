@@ -21,12 +21,13 @@ from weightlift import _native
 from weightlift.checkpoint import dduf as dduf_module
 from weightlift.checkpoint.dduf import Dduf, open_dduf
 from weightlift.load.loading import load_tensors
+from weightlift.load.options import LoadOptions
 
 CASES = hand_made.dduf_cases()
 
 
 def loaded(index: _native.IndexedFile, mode: str) -> dict[str, torch.Tensor]:
-    return load_tensors(wl.Checkpoint([index]), torch.device("cpu"), mode=mode)
+    return load_tensors(wl.Checkpoint([index]), torch.device("cpu"), LoadOptions(mode))
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from weightlift.checkpoint import torch_file
 from weightlift.checkpoint.torch_file import LoadedTorchFile, TorchFile, View, open_torch_file
 from weightlift.core import dtypes
 from weightlift.load.loading import load_tensors
+from weightlift.load.options import LoadOptions
 
 # Some of these tensors are of kinds that torch calls a prototype, or deprecated.
 with warnings.catch_warnings():
@@ -171,7 +172,7 @@ def test_the_engine_reads_it(tmp_path: Path, mode: str) -> None:
     state |= {"turned": torch.randn(6, 4).t(), "none": torch.zeros(0)}
     torch.save(state, tmp_path / "f")
     index = opened(tmp_path / "f").part
-    loaded = load_tensors(wl.Checkpoint([index]), torch.device("cpu"), mode=mode)
+    loaded = load_tensors(wl.Checkpoint([index]), torch.device("cpu"), LoadOptions(mode))
     turned = loaded.pop("turned")
     assert_equal(loaded, {name: state[name] for name in loaded})
     assert torch.equal(turned.view(6, 4).t(), state["turned"])

@@ -16,6 +16,7 @@ import weightlift as wl
 from support import DTYPES, assert_same, assert_same_tensors, entry, file_bytes, sparse_file
 from weightlift import _native
 from weightlift.load.loading import Loading
+from weightlift.load.options import LoadOptions
 
 TENSORS = {
     "unet.a": torch.arange(6.0).reshape(2, 3),
@@ -250,7 +251,7 @@ def test_a_load_that_is_given_up_stops_hashing(tmp_path: Path) -> None:
     size = 8 << 30
     sparse_file(path, {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}, size)
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {path.name}\n")
-    loading = Loading(wl.Checkpoint.of_file(path), verify=True)
+    loading = Loading(wl.Checkpoint.of_file(path), LoadOptions(verify=True))
     loading.add(torch.device("cpu"))
     loading.start()
     loading.cancel()

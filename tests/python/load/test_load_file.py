@@ -29,6 +29,7 @@ from support import (
 )
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.load.loading import Loading, load_tensors
+from weightlift.load.options import LoadOptions
 
 MODES = ["auto", "map", "read"]
 MIB = 1 << 20
@@ -506,7 +507,7 @@ def test_export_without_a_taker(tmp_path: Path) -> None:
     code = """
 import sys
 import weightlift as wl
-from weightlift import _native, materialize
+from weightlift import _native
 path = sys.argv[1]
 plan = _native.Plan(_native.Settings())
 plan.read(_native.IndexedFile.open(path), None, None, None)
@@ -710,7 +711,7 @@ def test_a_part_that_does_not_fit_is_named(tmp_path: Path) -> None:
     count = 1 << 41
     header = {"big": {"dtype": "U8", "shape": [count], "data_offsets": [0, count]}}
     sparse_file(path, header, count)
-    loading = Loading(open_checkpoint(path), mode="read")
+    loading = Loading(open_checkpoint(path), LoadOptions("read"))
     loading.add(torch.device("cpu"), None, ["big"], parts=[[(0, 1, count // 2)]])
     with pytest.raises(wl.OutOfMemoryError, match=r"sparse\.safetensors: tensor 'big'.*load fewer"):
         loading.start()

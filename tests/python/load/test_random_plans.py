@@ -25,6 +25,7 @@ from weightlift import Settings, _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
 from weightlift.load import loading
+from weightlift.load.options import LoadOptions
 
 __all__ = ["machine"]
 pytestmark = simulated.pytestmark
@@ -201,9 +202,8 @@ def check(machine: Switch, plan: Plan) -> None:
         with machine(DEVICES, plan.seed, plan.policy) as driver:
             checkpoint = Checkpoint([_native.IndexedFile.open(str(path)) for path in paths])
             with plan.settings:
-                load = loading.Loading(
-                    checkpoint, mode=plan.mode, allocator=simulated.SimulatedAllocator(driver)
-                )
+                allocator = simulated.SimulatedAllocator(driver)
+                load = loading.Loading(checkpoint, LoadOptions(plan.mode), allocator=allocator)
             for number, group in enumerate(plan.groups):
                 mine = [(name, c.ranges) for name, c in plan.tensors() if c.group == number]
                 load.add(

@@ -31,6 +31,7 @@ from weightlift import Settings, _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
 from weightlift.load import loading, plans
+from weightlift.load.options import LoadOptions
 
 pytestmark = simulated.pytestmark
 
@@ -74,7 +75,10 @@ def _assert_loaded(ours: dict[str, SimulatedTensor], theirs: dict[str, torch.Ten
 
 def _load(path: Path, device: int, driver: Any, **options: Any) -> dict[str, SimulatedTensor]:
     options.setdefault("allocator", SimulatedAllocator(driver))
-    return loading.load_tensors(Checkpoint.of_file(path), torch.device("cuda", device), **options)
+    how = LoadOptions(progress=options.pop("progress", False))
+    return loading.load_tensors(
+        Checkpoint.of_file(path), torch.device("cuda", device), how, **options
+    )
 
 
 # --- One device --------------------------------------------------------------------------------

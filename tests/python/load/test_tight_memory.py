@@ -112,14 +112,14 @@ CUDA = """
 with fault_sweep.machine(0):
     driver = fault_sweep.OnDevice.driver
     driver.set_hashing(False)
-    from weightlift import materialize
-    from weightlift.checkpoint import Checkpoint
+    from weightlift import Checkpoint
+    from weightlift.load.loading import load_tensors
     allocator = fault_sweep.simulated.SimulatedAllocator(driver)
     checkpoint = Checkpoint.of_file(path)
     before = support.anonymous_bytes()
     # The device's memory is this process's: a tensor at a time.
     for name in checkpoint:
-        loaded = materialize.load_tensors(
+        loaded = load_tensors(
             checkpoint, torch.device("cuda", 0), names=[name], allocator=allocator
         )
         (tensor,) = loaded.values()

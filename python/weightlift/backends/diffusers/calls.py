@@ -16,6 +16,7 @@ from weightlift.backends.diffusers.files import castable, engine_device, open_fi
 from weightlift.backends.diffusers.single_file import current_single_file
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.errors import WeightliftError
+from weightlift.load.options import LoadOptions
 from weightlift.load.prefetch import PrefetchedLoad
 from weightlift.module.device_map import single_entry
 
@@ -69,9 +70,7 @@ class Call:
                 self.early["device"],
                 self.early["dtype"],
                 names,
-                mode=self.early["mode"],
-                progress=shards_bar(len(files)),
-                caller=NAME,
+                LoadOptions(self.early["mode"], progress=shards_bar(len(files)), caller=NAME),
             )
 
     def gives_names(self, file: str) -> bool:

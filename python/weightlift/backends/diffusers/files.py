@@ -17,6 +17,7 @@ from weightlift.checkpoint.resolve import CheckpointFiles, ShardFile
 from weightlift.core import dtypes
 from weightlift.core.errors import DeviceError
 from weightlift.load.loading import load_tensors
+from weightlift.load.options import LoadOptions, Mode
 
 if TYPE_CHECKING:
     import torch
@@ -64,11 +65,11 @@ def _index(file: Any) -> _native.IndexedFile:
 
 
 def load_all(opened: Checkpoint, device: torch.device, disable_mmap: bool) -> dict[str, Any]:
-    mode = "read" if disable_mmap else mode_for(opened, device, False)
-    return load_tensors(opened, device, mode=mode, caller=NAME)
+    mode: Mode = "read" if disable_mmap else mode_for(opened, device, False)
+    return load_tensors(opened, device, LoadOptions(mode, caller=NAME))
 
 
-def mode_for(opened: Checkpoint, device: torch.device | None, casts: bool) -> str:
+def mode_for(opened: Checkpoint, device: torch.device | None, casts: bool) -> Mode:
     """How bytes get to a device: torch files are mapped, as by diffusers, where ``"auto"`` reads
     them."""
     on_cpu = device is not None and device.type == "cpu"

@@ -21,7 +21,10 @@ from weightlift.backends.diffusers.files import (
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
 from weightlift.core.errors import WeightliftError
+from weightlift.load.options import LoadOptions
 from weightlift.module.fill import fill
+from weightlift.module.matching import MatchPolicy
+from weightlift.module.placement import PlacementPolicy
 
 if TYPE_CHECKING:
     import torch
@@ -147,12 +150,9 @@ def load_model_dict_into_meta(original: Callable[..., Any]) -> Callable[..., Any
             fill(
                 given["model"],
                 opened.renamed(names.get),
-                device_map=device,
-                dtype=given["dtype"],
-                keep_in_fp32=sorted(keep),
-                strict=False,
-                mode=mode_for(opened, device, casts),
-                caller=NAME,
+                PlacementPolicy(device, dtype=given["dtype"], keep_in_fp32=sorted(keep)),
+                MatchPolicy(strict=False),
+                LoadOptions(mode_for(opened, device, casts), caller=NAME),
             )
         return result
 

@@ -15,7 +15,10 @@ from weightlift.backends.diffusers.state_dicts import Pending
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
+from weightlift.load.options import LoadOptions, Mode
 from weightlift.module.fill import fill
+from weightlift.module.matching import MatchPolicy
+from weightlift.module.placement import PlacementPolicy
 
 if TYPE_CHECKING:
     import torch
@@ -76,15 +79,18 @@ def load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
         fill(
             given["model"],
             opened,
-            device_map=device_map and _known_prefixes(given["model"], device_map),
-            dtype=given["dtype"],
-            keep_in_fp32=given["keep_in_fp32_modules"] or (),
-            strict=False,
-            ignore_mismatched_sizes=True,
-            mode=fit.mode,
-            progress=shards_bar(len(opened.parts)) if early is None else False,
-            early=early,
-            caller=NAME,
+            PlacementPolicy(
+                device_map and _known_prefixes(given["model"], device_map),
+                dtype=given["dtype"],
+                keep_in_fp32=given["keep_in_fp32_modules"] or (),
+            ),
+            MatchPolicy(strict=False, ignore_mismatched_sizes=True),
+            LoadOptions(
+                fit.mode,
+                progress=shards_bar(len(opened.parts)) if early is None else False,
+                caller=NAME,
+            ),
+            prefetched=early,
         )
         if call is not None and device_map and _has_hooks(device_map):
             call.dispatched = given["model"]
@@ -115,7 +121,7 @@ class _Fit:
 
     by_engine: bool
     mismatched: dict[str, torch.Tensor]
-    mode: str
+    mode: Mode
 
     @classmethod
     def of(cls, given: Mapping[str, Any], opened: Checkpoint) -> _Fit:
@@ -141,7 +147,7 @@ class _Fit:
             if tuple(shape) != tuple(tensor.shape):
                 mismatched[name] = torch.empty(shape, dtype=dtypes.to_torch(stored), device="meta")
         device = engine_device(devices.pop()) if len(devices) == 1 else None
-        mode = "read" if given["disable_mmap"] else mode_for(opened, device, casts)
+        mode: Mode = "read" if given["disable_mmap"] else mode_for(opened, device, casts)
         return cls(by_engine, mismatched, mode)
 
 

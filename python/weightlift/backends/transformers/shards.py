@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from weightlift.load.loading import Ranges
+    from weightlift.load.loading import SliceRange
 
 __all__ = ["Cut", "cutter"]
 
@@ -31,7 +31,7 @@ class Cut:
         shape: of the part.
     """
 
-    pieces: tuple[Ranges, ...] | None
+    pieces: tuple[Sequence[SliceRange], ...] | None
     dimension: int
     shape: tuple[int, ...]
 
@@ -41,7 +41,7 @@ class _Noted:
 
     def __init__(self, shape: Sequence[int]) -> None:
         self._shape = tuple(shape)
-        self.taken: list[Ranges] = []
+        self.taken: list[Sequence[SliceRange]] = []
 
     def get_shape(self) -> list[int]:
         return list(self._shape)

@@ -13,8 +13,8 @@ from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import WeightliftError
 from weightlift.load.allocation import Allocator, TorchAllocator
-from weightlift.load.loading import Loading, Ranges
-from weightlift.load.plans import Progress
+from weightlift.load.loading import Loading, SliceRange
+from weightlift.load.options import LoadOptions, Mode, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ class Weights(Mapping[str, "Slice"]):
         report: of all loads so far.
     """
 
-    def __init__(self, checkpoint: Checkpoint, mode: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, mode: Mode) -> None:
         self.checkpoint = checkpoint
         self.headers = checkpoint.headers()
         self.report: LoadReport | None = None
@@ -72,12 +72,11 @@ class Weights(Mapping[str, "Slice"]):
     ) -> Loading:
         """A load of these tensors."""
         on_host = {device.type for device in devices} <= {"cpu"}
+        mode = "auto" if self._mode == "map" and (casts or not on_host) else self._mode
         return Loading(
             self.checkpoint,
-            mode="auto" if self._mode == "map" and (casts or not on_host) else self._mode,
-            progress=progress or False,
+            LoadOptions(mode, progress=progress or False, caller=CALLER),
             allocator=self.allocator if any(d.type == "cuda" for d in devices) else None,
-            caller=CALLER,
         )
 
     def start(self, batch: Batch) -> None:
@@ -155,7 +154,7 @@ class Batch:
         self._weights = weights
         self._progress = progress
         self._groups: dict[tuple[torch.device, str | None], dict[str, None]] = {}
-        self._parts: dict[tuple[torch.device, str | None], dict[str, Ranges]] = {}
+        self._parts: dict[tuple[torch.device, str | None], dict[str, Sequence[SliceRange]]] = {}
         self._into: dict[tuple[torch.device, bool], list[_Into]] = {}
         self._joined: list[tuple[str, int, list[torch.Tensor]]] = []
         self._by_torch: dict[str, torch.dtype] = {}
@@ -200,7 +199,11 @@ class Batch:
         self._joined.append((name, cut.dimension, pieces))
 
     def add_into(
-        self, name: str, device: torch.device, target: torch.Tensor, ranges: Ranges | None
+        self,
+        name: str,
+        device: torch.device,
+        target: torch.Tensor,
+        ranges: Sequence[SliceRange] | None,
     ) -> None:
         """Adds a tensor, or a part of it, that is written to another."""
         into = _Into(name, target, ranges)
@@ -264,4 +267,4 @@ class Batch:
 class _Into:
     name: str
     target: torch.Tensor
-    ranges: Ranges | None
+    ranges: Sequence[SliceRange] | None

@@ -10,7 +10,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightlift.load.options import Mode
 
 __all__ = [
     "Contender",
@@ -56,7 +59,7 @@ class Job:
     files: tuple[str, ...] = ()
     device: str = "cpu"
     dtype: str | None = None
-    mode: str = "auto"
+    mode: Mode = "auto"
     tensor: str | None = None
     what: str = "load"
     folder: str | None = None
