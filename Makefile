@@ -22,7 +22,7 @@ NATIVE := $(wildcard $(shell git ls-files csrc cmake tests/native "*CMakeLists.t
 LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 
-.PHONY: demo readme report test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries wheel gpu-check bench bench-env clean dev release
+.PHONY: demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries wheel gpu-check bench bench-env clean dev release
 
 $(VENV)/.tools: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -101,7 +101,11 @@ bench-env: $(PEERS)
 	$(PIP) --python .bench/$*/bin/python install --only-binary :all: -r $< && touch $@ || \
 	  echo "$* cannot be installed here: the benchmark will say so"
 
-# Draws the newest recorded results and writes them, and what the demo prints, into the README.
+# The machine's summary in benchmarks/results, out of the runs in build/bench-runs.
+summary: release
+	$(BIN)/python benchmarks/summary.py
+
+# Draws the summaries and writes their tables, and what the demo prints, into README and RESULTS.md.
 report: release
 	$(BIN)/python benchmarks/report.py
 
@@ -142,7 +146,7 @@ asan tsan: $(VENV)/.test-tools $(VENV)/.gtest
 	$(BIN)/cmake --build build/$@
 	$(BIN)/ctest --test-dir build/$@ --output-on-failure -j $(JOBS) -E '^Links\.(All|The|One)'
 
-# Of the native and the Python tests together; writes tests/COVERAGE.md.
+# Of the native and the Python tests together; prints the lines that they do not reach.
 coverage: $(VENV)/.gtest $(VENV)/.deep-tools
 	$(BIN)/python tests/measure_coverage.py
 

@@ -7,7 +7,8 @@
 
 Files are made by code and kept under --data. Each measurement is a process of its own, under the
 Python of its contender's environment (`make bench-env`); rounds are interleaved in random order,
-and the figure is the median of the rounds' ratios. The results are written to benchmarks/results.
+and the figure is the median of the rounds' ratios. Runs are written to build/bench-runs;
+`benchmarks/summary.py` makes the machine's summary of them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ import datetime
 import itertools
 import json
 import math
-import platform
-import re
 import shlex
 import sys
 import time
@@ -35,6 +34,7 @@ from rich.table import Table
 
 import ceilings
 from judges import Ceilings, Figure
+from summary import RUNS, first_line, machine_name
 from weightlift.bench.conditions import machine
 from weightlift.bench.measure import Comparison, Job, compare
 from weightlift.bench.plot import format_seconds
@@ -43,7 +43,6 @@ from weightlift.core.report import format_bytes
 from workloads import CPU, CUDA, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 ADAPTERS = Path(__file__).with_name("peers.py")
 ENVIRONMENTS = ROOT / ".bench"
 
@@ -61,7 +60,7 @@ def main() -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        help="instead of benchmarks/results/DATE-MACHINE.json, or -2 where that is",
+        help="instead of build/bench-runs/DATE-MACHINE.json, or -2 where that is",
     )
     arguments = parser.parse_args()
     known = CUDA if arguments.device == "cuda" else CPU
@@ -78,7 +77,7 @@ def main() -> int:
     jobs = make_jobs(chosen, arguments.data, arguments.scale, console)
     found = measure_ceilings(jobs, console)
     now = datetime.datetime.now(datetime.timezone.utc)
-    out = arguments.out or unused(f"{now:%Y-%m-%d}-{short_name(arguments.device)}")
+    out = arguments.out or unused(f"{now:%Y-%m-%d}-{machine_name(machine())}")
     out.parent.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
         "date": now.isoformat(timespec="seconds"),
@@ -114,7 +113,7 @@ def main() -> int:
 def unused(name: str) -> Path:
     """Where the results go: a run is kept beside an earlier one of its day."""
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    paths = (RESULTS / f"{name}.json" for name in names)
+    paths = (RUNS / f"{name}.json" for name in names)
     return next(path for path in paths if not path.exists())
 
 
@@ -274,21 +273,6 @@ def print_methods(
         line = f"  {contender}: {why} ({', '.join(names)})"
         console.print(line, markup=False, soft_wrap=True)
     console.print()
-
-
-def first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:160]
-
-
-def short_name(device: str) -> str:
-    """The machine in a file name: its GPU, or its CPU and how many."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        found = machine()
-        name = f"{found['cpu']} {found['cpus']} cpus"
-    words = re.sub(r"\(.*?\)|processor|cpu @.*", " ", name, flags=re.IGNORECASE)
-    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or platform.machine()
 
 
 if __name__ == "__main__":

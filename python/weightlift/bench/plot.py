@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weightlift.bench.models import NAMES
+
 if TYPE_CHECKING:
     from weightlift.bench.measure import Comparison
 
-__all__ = ["Bar", "Panel", "draw", "format_seconds", "plot"]
+__all__ = ["Bar", "Panel", "draw", "draw_ratios", "format_rate", "format_seconds", "plot"]
 
 # Both have a contrast of more than 3:1 to white and to black; so has the grey of the text.
 _OURS = "#2f8f5b"
@@ -48,6 +50,12 @@ def format_seconds(seconds: float) -> str:
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
+def format_rate(rate: float) -> str:
+    """Bytes a second, in three figures or so; no rate is shown as zero."""
+    unit, factor = ("GB", 1e9) if rate >= 1e8 else ("MB", 1e6) if rate >= 1e5 else ("kB", 1e3)
+    return f"{rate / factor:.2f} {unit}/s"
+
+
 def plot(comparisons: Sequence[Comparison], path: str | Path, title: str) -> None:
     """Draws the median times."""
     draw([_panel_of(found) for found in comparisons if found.samples], path, title)
@@ -59,12 +67,12 @@ def _panel_of(comparison: Comparison) -> Panel:
     for name in comparison.samples:
         notes = []
         if comparison.job.what == "load":
-            notes.append(f"{comparison.rate(name) / 1e9:.2f} GB/s")
+            notes.append(format_rate(comparison.rate(name)))
         if name != own and own in comparison.samples:
             ratio = comparison.time_ratio(name, own)
             notes.append(f"({ratio:.2f}x weightlift's time)")
         note = "   ".join(notes)
-        bars.append(Bar(name, comparison.median(name), note, name == own))
+        bars.append(Bar(NAMES.get(name, name), comparison.median(name), note, name == own))
     return Panel(comparison.name, bars)
 
 
@@ -114,3 +122,43 @@ def _draw_panel(axes: object, panel: Panel) -> None:
     for side in ("top", "right", "bottom"):
         axes.spines[side].set_visible(False)
     axes.spines["left"].set_color(_TEXT)
+
+
+def draw_ratios(rows: Sequence[tuple[str, float]], path: str | Path, title: str) -> None:
+    """Writes a bar for each (label, ratio) on one logarithmic scale, with a line at 1.
+
+    2 and 0.5 are as far from it. Legible at a width of 700 pixels.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    least = min(1.0, *(ratio for _, ratio in rows))
+    most = max(1.0, *(ratio for _, ratio in rows))
+    with mpl.rc_context({"font.family": "sans-serif", "font.size": 11}):
+        figure = Figure(figsize=(7.0, 0.36 * len(rows) + 0.75), dpi=150, layout="constrained")
+        figure.patch.set_alpha(0.0)
+        figure.suptitle(title, x=0.01, ha="left", color=_TEXT, fontweight="bold", fontsize=12)
+        axes = figure.subplots()
+        axes.patch.set_alpha(0.0)
+        axes.set_xscale("log")
+        for place, (_, ratio) in enumerate(rows):
+            color = _OURS if ratio >= 1 else _OTHERS
+            axes.barh(place, ratio - 1, left=1, height=0.62, color=color)
+            axes.text(
+                max(ratio, 1.0) * (most / least) ** 0.015,
+                place,
+                f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x",
+                va="center",
+                color=_TEXT,
+            )
+        axes.axvline(1.0, color=_TEXT, linewidth=1)
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axes.invert_yaxis()
+        axes.set_xlim(least * 0.95, most * (most / least) ** 0.16)
+        axes.xaxis.set_major_locator(NullLocator())
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.tick_params(colors=_TEXT, length=0)
+        for side in ("top", "right", "bottom", "left"):
+            axes.spines[side].set_visible(False)
+        figure.savefig(path, transparent=True)

@@ -52,12 +52,12 @@ def comparison_table(comparison: Comparison, reference: str = "weightlift") -> T
     from rich import box
     from rich.table import Table
 
-    from weightlift.bench.plot import format_seconds
+    from weightlift.bench.plot import format_rate, format_seconds
 
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold"
     )
-    for title in ["", "time", "load", "touch", "GB/s", "CPU", "memory", "ratio"]:
+    for title in ["", "time", "load", "touch", "rate", "CPU", "memory", "ratio"]:
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for name, samples in comparison.samples.items():
         ratio = comparison.time_ratio(name, reference)
@@ -66,14 +66,14 @@ def comparison_table(comparison: Comparison, reference: str = "weightlift") -> T
             format_seconds(comparison.median(name)),
             format_seconds(statistics.median(sample.load_seconds for sample in samples)),
             format_seconds(statistics.median(sample.touch_seconds for sample in samples)),
-            f"{comparison.rate(name) / 1e9:.2f}",
+            format_rate(comparison.rate(name)),
             format_seconds(statistics.median(sample.cpu_seconds for sample in samples)),
             format_bytes(comparison.peak(name)),
             "" if ratio is None else f"{ratio:.2f}",
             style="bold" if name == reference else "",
         )
     table.caption = (
-        "Medians; GB/s of the files' bytes; memory: the peak of what the load took for itself, "
+        "Medians; rate: of the files' bytes; memory: the peak of what the load took for itself, "
         f"beside the page cache; ratio: time over {reference}'s, median of the rounds."
     )
     table.caption_justify = "left"
