@@ -10,7 +10,8 @@ JOBS   ?= $(shell nproc)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
-BUILD_NEEDS := pybind11 scikit-build-core cmake ninja nlohmann-json nvidia-cuda-runtime
+BUILD_NEEDS := pybind11 scikit-build-core cmake ninja nlohmann-json nvidia-cuda-runtime \
+               nvidia-cuda-nvcc-cu12
 RUN_NEEDS   := torch numpy safetensors rich typer matplotlib huggingface_hub accelerate msgpack \
                diffusers transformers
 TEST_NEEDS  := pytest pytest-timeout hypothesis ruff mypy clang-format peft bitsandbytes torchao \

@@ -19,9 +19,9 @@ endif()
 add_library(weightlift_json INTERFACE)
 target_include_directories(weightlift_json SYSTEM INTERFACE ${WEIGHTLIFT_JSON_INCLUDE})
 
-# cuda.h, for prototypes alone
+# cuda.h and cudaTypedefs.h, for prototypes alone
 weightlift_python_path(
-  "import nvidia, pathlib; print(pathlib.Path(next(iter(nvidia.__path__))) / 'cu13/include')"
+  "import glob, nvidia; print(*(f for p in nvidia.__path__ for f in glob.glob(p + '/cu13/include')), sep=';')"
   cuda_hint)
 find_path(WEIGHTLIFT_CUDA_INCLUDE cuda.h
           HINTS ${cuda_hint} /usr/local/cuda/include ENV CUDA_HOME PATH_SUFFIXES include)
@@ -35,6 +35,16 @@ if(cuda_version LESS 13000)
                       "is needed: pip install nvidia-cuda-runtime==13.0.96")
 endif()
 # Copied alone: the toolkit's folder holds thousands of headers that nothing here may include.
-file(COPY ${WEIGHTLIFT_CUDA_INCLUDE}/cuda.h DESTINATION ${CMAKE_BINARY_DIR}/cuda_header)
+file(COPY ${WEIGHTLIFT_CUDA_INCLUDE}/cuda.h ${WEIGHTLIFT_CUDA_INCLUDE}/cudaTypedefs.h
+     DESTINATION ${CMAKE_BINARY_DIR}/cuda_header)
 add_library(weightlift_cuda_header INTERFACE)
 target_include_directories(weightlift_cuda_header SYSTEM INTERFACE ${CMAKE_BINARY_DIR}/cuda_header)
+
+# The ptxas of CUDA 12.9, whose machine code drivers of the 12 series load too: release wheels are
+# built with it (`pip install nvidia-cuda-nvcc-cu12`).
+weightlift_python_path(
+  "import glob, nvidia; print(*(f for p in nvidia.__path__ for f in glob.glob(p + '/cuda_nvcc/bin/ptxas')))"
+  ptxas_hint)
+if(NOT WEIGHTLIFT_PTXAS)  # not kept in the cache: it may come after the first configuration
+  set(WEIGHTLIFT_PTXAS "${ptxas_hint}")
+endif()

@@ -146,7 +146,13 @@ py::dict machine() {
   result["cpus"] = io::usable_cpus();
   result["memory_headroom"] = io::memory_headroom();
   result["isa"] = text(convert::isa_name(convert::best_isa()));
-  result["kernel_image_bytes"] = convert::scatter_image().size();
+  py::list images;
+  for (const convert::KernelImage& image : convert::scatter_images()) {
+    images.append(
+        py::make_tuple(image.architecture, image.is_ptx, image.maker, image.bytes.size()));
+  }
+  result["kernels"] = images;
+  result["kernel_toolkit"] = text(convert::kernel_toolkit());
   return result;
 }
 
@@ -156,15 +162,16 @@ py::dict driver_report() {
   py::dict result;
   result["version"] = table->version;
   result["library"] = table->library;
-  result["batch_copies"] = table->cuMemcpyBatchAsync != nullptr;
+  const char* const batch = table->batch_form();
+  result["batch_copies"] = batch != nullptr ? py::object(text(batch)) : py::object(py::none());
   py::list devices;
   const int count = value_or_raise(device::Device::count());
   for (int ordinal = 0; ordinal < count; ++ordinal) {
     device::Device* const device = value_or_raise(device::Device::get(ordinal));
     const auto kernel = device->scatter_kernel();
-    devices.append(
-        py::make_tuple(device->name(), kernel.ok() ? py::object(py::none())
-                                                   : py::object(py::str(kernel.error().message))));
+    devices.append(py::make_tuple(
+        device->name(), device->kernel_form(),
+        kernel.ok() ? py::object(py::none()) : py::object(py::str(kernel.error().message))));
   }
   result["devices"] = devices;
   return result;

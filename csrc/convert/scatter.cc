@@ -4,27 +4,6 @@
 
 #include "convert/float_formats.h"
 
-#if defined(WEIGHTLIFT_SCATTER_IMAGE)
-// An array in a generated source would be the same bytes through a parser. Aligned for the driver,
-// which reads the image in place.
-asm(".pushsection .rodata\n"
-    ".balign 64\n"
-    ".globl weightlift_scatter_image_begin\n"
-    ".hidden weightlift_scatter_image_begin\n"
-    "weightlift_scatter_image_begin:\n"
-    ".incbin \"" WEIGHTLIFT_SCATTER_IMAGE
-    "\"\n"
-    ".globl weightlift_scatter_image_end\n"
-    ".hidden weightlift_scatter_image_end\n"
-    "weightlift_scatter_image_end:\n"
-    ".byte 0\n"
-    ".popsection\n");
-extern "C" {
-extern const std::byte weightlift_scatter_image_begin[];
-extern const std::byte weightlift_scatter_image_end[];
-}
-#endif
-
 namespace weightlift::convert {
 
 namespace {
@@ -63,18 +42,6 @@ constexpr const Cast* kCasts[kFloatFormatCount] = {
 };
 
 }  // namespace
-
-std::span<const std::byte> scatter_image() noexcept {
-#if defined(WEIGHTLIFT_SCATTER_IMAGE)
-  return {weightlift_scatter_image_begin, weightlift_scatter_image_end};
-#elif defined(WEIGHTLIFT_TESTING)
-  // What the simulated driver takes for an image: it brings the kernel itself.
-  static constexpr char kSimulated[] = "simulated";
-  return std::as_bytes(std::span(kSimulated));
-#else
-  return {};
-#endif
-}
 
 void scatter_on_host(const std::byte* chunk, std::span<const Tile> tiles, const Fp8Rules& rules) {
   const Fp8Codes codes = fp8_codes(rules);

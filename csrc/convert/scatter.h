@@ -34,8 +34,25 @@ inline constexpr std::uint32_t kTileCopy = ~std::uint32_t{0};
 inline constexpr const char* kScatterKernel = "weightlift_scatter";
 inline constexpr std::uint32_t kScatterThreads = 256;
 
-// The fat binary built from scatter.cu; empty where the build had no nvcc.
-[[nodiscard]] std::span<const std::byte> scatter_image() noexcept;
+// The compiled kernel for one architecture, or PTX that a driver compiles for newer ones.
+struct KernelImage {
+  int architecture = 0;  // 90 is compute capability 9.0
+  bool is_ptx = false;
+  const char* maker = "";              // "ptxas 12.9.86", "PTX 8.0"
+  std::span<const std::byte> bytes{};  // an ELF file, or text that a zero follows
+};
+
+// Those built from scatter.cu, by architecture, PTX last; none where the build had no nvcc.
+[[nodiscard]] std::span<const KernelImage> scatter_images() noexcept;
+// What compiled them: "nvcc 13.0.88".
+[[nodiscard]] const char* kernel_toolkit() noexcept;
+
+// Whether a device can run an image: machine code runs within its major version, on what is as new
+// or newer; PTX on all that is (CUDA C++ Programming Guide, "Binary Compatibility").
+[[nodiscard]] constexpr bool runs_on(const KernelImage& image, int capability) noexcept {
+  return image.architecture <= capability &&
+         (image.is_ptx || image.architecture / 10 == capability / 10);
+}
 
 // What the kernel does, on the host: the simulated driver runs it, tests compare with it.
 void scatter_on_host(const std::byte* chunk, std::span<const Tile> tiles, const Fp8Rules& rules);

@@ -93,27 +93,73 @@ std::string Device::name() const {
 
 Result<CUfunction> Device::scatter_kernel() {
   const std::lock_guard lock(kernel_mutex_);
-  if (kernel_) return *kernel_;
-  const auto load = [this]() -> Result<CUfunction> {
-    const auto image = convert::scatter_image();
-    if (image.empty()) {
-      return Error{.code = ErrorCode::kDriverCallFailed,
-                   .message =
-                       "this build of weightlift has no CUDA kernels (it was built without "
-                       "nvcc)"};
-    }
-    const CurrentContext current(*this);
-    WL_RETURN_IF_ERROR(current.status());
-    WL_RETURN_IF_ERROR(
-        check(*driver_, driver_->cuModuleLoadData(&module_, image.data()), "cuModuleLoadData"));
-    CUfunction function = nullptr;
-    WL_RETURN_IF_ERROR(
-        check(*driver_, driver_->cuModuleGetFunction(&function, module_, convert::kScatterKernel),
-              "cuModuleGetFunction"));
-    return function;
-  };
-  kernel_ = load();
+  if (!kernel_) kernel_ = load_kernel();
   return *kernel_;
+}
+
+std::string Device::kernel_form() {
+  const std::lock_guard lock(kernel_mutex_);
+  return kernel_form_;
+}
+
+// The first image that the driver takes: machine code before PTX, and the newest of it.
+Result<CUfunction> Device::load_kernel() {
+  const auto images = convert::scatter_images();
+  if (images.empty()) {
+    return Error{.code = ErrorCode::kDriverCallFailed,
+                 .message =
+                     "this build of weightlift has no CUDA kernels (it was built without "
+                     "nvcc)"};
+  }
+  int major = 0;
+  int minor = 0;
+  const auto ask = [this](int& value, CUdevice_attribute attribute) {
+    return check(*driver_, driver_->cuDeviceGetAttribute(&value, attribute, handle_),
+                 "cuDeviceGetAttribute");
+  };
+  WL_RETURN_IF_ERROR(ask(major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR));
+  WL_RETURN_IF_ERROR(ask(minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR));
+  const CurrentContext current(*this);
+  WL_RETURN_IF_ERROR(current.status());
+  std::optional<Error> refusal;
+  for (const bool ptx : {false, true}) {
+    for (auto image = images.rbegin(); image != images.rend(); ++image) {
+      if (image->is_ptx != ptx || !convert::runs_on(*image, 10 * major + minor)) continue;
+      auto function = load_image(*image);
+      if (function.ok()) return function;
+      if (!refusal) refusal = std::move(function).error();
+    }
+  }
+  if (refusal) return *std::move(refusal);
+  return Error{.code = ErrorCode::kDriverCallFailed,
+               .message = "this build of weightlift has no CUDA kernel for compute capability " +
+                          std::to_string(major) + "." + std::to_string(minor)};
+}
+
+Result<CUfunction> Device::load_image(const convert::KernelImage& image) {
+  std::string form = "sm_" + std::to_string(image.architecture);
+  form =
+      image.is_ptx ? "PTX for " + form + ", compiled by the driver" : form + ", by " + image.maker;
+  const auto refused = [&](CUresult result, const char* call) {
+    Status status = check(*driver_, result, call);
+    status.error().message = form + ": " + status.error().message;
+    return std::move(status).error();
+  };
+  struct Module {
+    const Driver& driver;
+    CUmodule handle = nullptr;
+    ~Module() {
+      if (handle != nullptr) driver.cuModuleUnload(handle);
+    }
+  } loaded{*driver_};
+  CUresult result = driver_->cuModuleLoadData(&loaded.handle, image.bytes.data());
+  if (result != CUDA_SUCCESS) return refused(result, "cuModuleLoadData");
+  CUfunction function = nullptr;
+  result = driver_->cuModuleGetFunction(&function, loaded.handle, convert::kScatterKernel);
+  if (result != CUDA_SUCCESS) return refused(result, "cuModuleGetFunction");
+  module_ = std::exchange(loaded.handle, nullptr);
+  kernel_form_ = std::move(form);
+  return function;
 }
 
 bool uses_driver() noexcept {

@@ -12,6 +12,10 @@
 #include "device/driver.h"
 #include "result.h"
 
+namespace weightlift::convert {
+struct KernelImage;
+}
+
 namespace weightlift::device {
 
 // One device of this process, with its primary context (the one torch uses) retained for the
@@ -31,11 +35,16 @@ class Device {
   // The scatter kernel (convert/scatter.h), loaded at first use; the error says why this device
   // has none, and is remembered.
   [[nodiscard]] Result<CUfunction> scatter_kernel();
+  // Which form of it was loaded: "sm_90, by ptxas 12.9.86". Empty before that.
+  [[nodiscard]] std::string kernel_form();
 
  private:
   friend void forget_devices() noexcept;
   Device(const Driver& table, int ordinal, CUdevice handle)
       : driver_(&table), ordinal_(ordinal), handle_(handle) {}
+
+  [[nodiscard]] Result<CUfunction> load_kernel();
+  [[nodiscard]] Result<CUfunction> load_image(const convert::KernelImage& image);
 
   const Driver* driver_;
   int ordinal_;
@@ -44,6 +53,7 @@ class Device {
   std::mutex kernel_mutex_;
   CUmodule module_ = nullptr;
   std::optional<Result<CUfunction>> kernel_;
+  std::string kernel_form_;
 };
 
 // Makes a device's context the calling thread's for a scope.

@@ -13,7 +13,7 @@ namespace {
 // cuGetProcAddress in the form that reports why a symbol is missing came with CUDA 12.0.
 constexpr int kOldestDriver = 12000;
 
-using GetProcAddress = decltype(&::cuGetProcAddress);
+using GetProcAddress = PFN_cuGetProcAddress_v12000;
 
 Error driver_missing(const std::string& library, const char* reason) {
   return {.code = ErrorCode::kNoDriver,
@@ -54,25 +54,41 @@ Result<std::unique_ptr<const Driver>> load_driver(const std::string& library) {
     return result == CUDA_SUCCESS && found == CU_GET_PROC_ADDRESS_SUCCESS ? symbol : nullptr;
   };
 #define WL_RESOLVE_REQUIRED(name, version)                                           \
-  table->name = reinterpret_cast<decltype(&::name)>(resolve(#name, version));        \
+  table->name = reinterpret_cast<decltype(table->name)>(resolve(#name, version));    \
   if (table->name == nullptr) {                                                      \
     return Error{.code = ErrorCode::kDriverTooOld,                                   \
                  .message = library + " lacks " #name ": update the NVIDIA driver"}; \
   }
-#define WL_RESOLVE_OPTIONAL(name, version) \
-  table->name = reinterpret_cast<decltype(&::name)>(resolve(#name, version));
   WL_DRIVER_REQUIRED(WL_RESOLVE_REQUIRED)
-  WL_DRIVER_OPTIONAL(WL_RESOLVE_OPTIONAL)
 #undef WL_RESOLVE_REQUIRED
-#undef WL_RESOLVE_OPTIONAL
   WL_RETURN_IF_ERROR(
       check(*table, table->cuDriverGetVersion(&table->version), "cuDriverGetVersion"));
+  // Never asked for what is newer than the driver: it might give the form before that, which takes
+  // other arguments. (Since 13.0 it is documented to refuse.)
+#define WL_RESOLVE_OPTIONAL(field, name, since)                                       \
+  if (table->version >= (since)) {                                                    \
+    table->field = reinterpret_cast<decltype(table->field)>(resolve(#name, (since))); \
+  }
+  WL_DRIVER_OPTIONAL(WL_RESOLVE_OPTIONAL)
+#undef WL_RESOLVE_OPTIONAL
   if (table->version < kOldestDriver) {
     return Error{.code = ErrorCode::kDriverTooOld,
                  .message = library + " speaks CUDA " + std::to_string(table->version / 1000) +
                             "; 12.0 is the oldest that works: update the NVIDIA driver"};
   }
   return std::unique_ptr<const Driver>(std::move(table));
+}
+
+CUresult Driver::copy_batch(CUdeviceptr* targets, CUdeviceptr* sources, std::size_t* sizes,
+                            std::size_t count, CUmemcpyAttributes& attributes,
+                            CUstream stream) const {
+  std::size_t first = 0;  // the attributes hold from this copy on
+  if (cuMemcpyBatchAsync != nullptr) {
+    return cuMemcpyBatchAsync(targets, sources, sizes, count, &attributes, &first, 1, stream);
+  }
+  std::size_t failed = 0;
+  return cuMemcpyBatchAsync_12(targets, sources, sizes, count, &attributes, &first, 1, &failed,
+                               stream);
 }
 
 Result<const Driver*> driver() {

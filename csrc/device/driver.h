@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cuda.h>
+#include <cudaTypedefs.h>
 
+#include <cstddef>
 #include <memory>
 #include <string>
 
@@ -11,9 +13,8 @@
 
 namespace weightlift::device {
 
-// X(name, version): a driver function and the CUDA version whose prototype cuda.h gives it. The
-// header renames (cuMemcpyHtoDAsync is _v2 in it), so the type is taken from the header's name and
-// the symbol from cuGetProcAddress with that version.
+// X(name, version): a driver function and the CUDA version that brought the form of it that is
+// meant. cudaTypedefs.h has a type for each form (PFN_cuMemAlloc_v3020), cuGetProcAddress a symbol.
 #define WL_DRIVER_REQUIRED(X)         \
   X(cuInit, 2000)                     \
   X(cuDriverGetVersion, 2020)         \
@@ -52,16 +53,29 @@ namespace weightlift::device {
   X(cuModuleGetFunction, 2000)        \
   X(cuLaunchKernel, 4000)
 
-// Absent from older drivers; the engine does without.
-#define WL_DRIVER_OPTIONAL(X) X(cuMemcpyBatchAsync, 13000)
+// Absent from older drivers; the engine does without. X(field, name, version).
+#define WL_DRIVER_OPTIONAL(X)                      \
+  X(cuMemcpyBatchAsync, cuMemcpyBatchAsync, 13000) \
+  X(cuMemcpyBatchAsync_12, cuMemcpyBatchAsync, 12080)
 
 struct Driver {
-#define WL_DRIVER_FIELD(name, version) decltype(&::name) name = nullptr;
+#define WL_DRIVER_FIELD(name, version) PFN_##name##_v##version name = nullptr;
+#define WL_DRIVER_OPTIONAL_FIELD(field, name, version) PFN_##name##_v##version field = nullptr;
   WL_DRIVER_REQUIRED(WL_DRIVER_FIELD)
-  WL_DRIVER_OPTIONAL(WL_DRIVER_FIELD)
+  WL_DRIVER_OPTIONAL(WL_DRIVER_OPTIONAL_FIELD)
 #undef WL_DRIVER_FIELD
+#undef WL_DRIVER_OPTIONAL_FIELD
   int version = 0;      // 13000 is CUDA 13.0
   std::string library;  // the path that was opened
+
+  // The form of cuMemcpyBatchAsync that there is, by the CUDA version that brought it; null: none.
+  [[nodiscard]] const char* batch_form() const noexcept {
+    if (cuMemcpyBatchAsync != nullptr) return "13.0";
+    return cuMemcpyBatchAsync_12 != nullptr ? "12.8" : nullptr;
+  }
+  // Many copies in one call, with the same attributes, by whichever form there is.
+  CUresult copy_batch(CUdeviceptr* targets, CUdeviceptr* sources, std::size_t* sizes,
+                      std::size_t count, CUmemcpyAttributes& attributes, CUstream stream) const;
 };
 
 // Opens and resolves a driver library; no CUDA call but cuDriverGetVersion is made.

@@ -128,7 +128,7 @@ Status DeviceLane::copy_runs(std::uint32_t slot, Tables& tables) {
   const std::vector<Run>& runs = tables.runs;
   const device::Driver& driver = device_.driver();
   std::byte* const base = slots_[slot]->memory.data();
-  if (runs.size() > 1 && settings_.batch_copies && driver.cuMemcpyBatchAsync != nullptr) {
+  if (runs.size() > 1 && settings_.batch_copies && driver.batch_form() != nullptr) {
     tables.targets.clear();
     tables.sources.clear();
     tables.sizes.clear();
@@ -139,11 +139,9 @@ Status DeviceLane::copy_runs(std::uint32_t slot, Tables& tables) {
     }
     CUmemcpyAttributes attributes{};
     attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
-    std::size_t first = 0;
-    return check(
-        driver.cuMemcpyBatchAsync(tables.targets.data(), tables.sources.data(), tables.sizes.data(),
-                                  runs.size(), &attributes, &first, 1, stream(slot)),
-        "cuMemcpyBatchAsync");
+    return check(driver.copy_batch(tables.targets.data(), tables.sources.data(),
+                                   tables.sizes.data(), runs.size(), attributes, stream(slot)),
+                 "cuMemcpyBatchAsync");
   }
   for (const Run& run : runs) {
     WL_RETURN_IF_ERROR(

@@ -1,6 +1,7 @@
 // Every cast against a reference that shares nothing with the code under test: it lists a format's
 // numbers, finds the two neighbours of an input and compares it with their exact midpoint.
 
+#include <elf.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -660,18 +661,77 @@ TEST(Scatter, CopiesFromAnywhereToAnywhere) {
   EXPECT_EQ(results.by_kernel, results.by_casts);
 }
 
-TEST(Scatter, TheImageIsAFatBinaryOrAbsent) {
-  const auto image = scatter_image();
-  // A test build without nvcc has what the simulated driver takes for an image.
-  if (image.empty() || image.size() == sizeof("simulated")) GTEST_SKIP() << "built without nvcc";
-  ASSERT_GT(image.size(), 16U);
-  std::uint32_t magic = 0;
-  std::uint64_t size = 0;
-  std::memcpy(&magic, image.data(), sizeof(magic));
-  std::memcpy(&size, image.data() + 8, sizeof(size));
-  EXPECT_EQ(magic, 0xba55ed50U);
-  EXPECT_EQ(size + 16, image.size());
-  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(image.data()) % 64, 0U);
+// --- What is built -----------------------------------------------------------------------------
+
+// The images of this build, read as the file formats say; skips where it has none.
+class Images : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (std::string_view(kernel_toolkit()).empty()) GTEST_SKIP() << "built without nvcc";
+  }
+  static Elf64_Ehdr header(const KernelImage& image) {
+    Elf64_Ehdr header{};
+    std::memcpy(&header, image.bytes.data(), sizeof header);
+    return header;
+  }
+};
+
+TEST_F(Images, AreOfTheArchitecturesThatAreStated) {
+  std::vector<int> code;
+  for (const KernelImage& image : scatter_images()) {
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(image.bytes.data()) % 64, 0U);
+    if (!image.is_ptx) code.push_back(image.architecture);
+  }
+  EXPECT_EQ(code, (std::vector<int>{75, 80, 86, 89, 90, 100, 110, 120}));
+}
+
+TEST_F(Images, AreElfOfAnAbiThatTheirDriversRead) {
+  constexpr unsigned kCudaMachine = 190;  // EM_CUDA
+  for (const KernelImage& image : scatter_images()) {
+    if (image.is_ptx) continue;
+    SCOPED_TRACE(image.architecture);
+    // Not compressed: a driver reads the file that begins here.
+    ASSERT_GT(image.bytes.size(), sizeof(Elf64_Ehdr));
+    const Elf64_Ehdr elf = header(image);
+    ASSERT_EQ(std::memcmp(elf.e_ident, ELFMAG, SELFMAG), 0);
+    EXPECT_EQ(elf.e_machine, kCudaMachine);
+    const std::string_view text(reinterpret_cast<const char*>(image.bytes.data()),
+                                image.bytes.size());
+    EXPECT_NE(text.find(kScatterKernel), std::string_view::npos);
+    // Drivers of the 12 series read version 7 alone for what is older than Blackwell.
+    const unsigned abi = elf.e_ident[EI_ABIVERSION];
+    const auto architecture = static_cast<int>((abi < 8 ? elf.e_flags : elf.e_flags >> 8) & 0xff);
+    EXPECT_EQ(architecture, image.architecture);
+    const std::string maker = image.maker;
+    if (image.architecture < 100 && maker.starts_with("ptxas 12.")) {
+      EXPECT_EQ(abi, 7U);
+    } else {
+      EXPECT_EQ(abi, 8U);
+    }
+  }
+}
+
+TEST_F(Images, EndWithPtxThatCuda120Compiles) {
+  const KernelImage& ptx = scatter_images().back();
+  ASSERT_TRUE(ptx.is_ptx);
+  EXPECT_EQ(ptx.architecture, 75);
+  const std::string_view text(reinterpret_cast<const char*>(ptx.bytes.data()), ptx.bytes.size());
+  EXPECT_EQ(text.find('\0'), std::string_view::npos);
+  EXPECT_EQ(text.data()[text.size()], '\0');
+  EXPECT_NE(text.find("\n.version 8.0\n.target sm_75\n"), std::string_view::npos);
+  EXPECT_EQ(text.find("\n.version"), text.rfind("\n.version"));
+}
+
+TEST(ImageChoice, IsByTheMajorVersionAndNothingNewer) {
+  const KernelImage code{.architecture = 86};
+  EXPECT_TRUE(runs_on(code, 86));
+  EXPECT_TRUE(runs_on(code, 89));
+  EXPECT_FALSE(runs_on(code, 80));
+  EXPECT_FALSE(runs_on(code, 90));
+  const KernelImage ptx{.architecture = 75, .is_ptx = true};
+  EXPECT_TRUE(runs_on(ptx, 75));
+  EXPECT_TRUE(runs_on(ptx, 131));
+  EXPECT_FALSE(runs_on(ptx, 70));
 }
 
 }  // namespace

@@ -7,10 +7,13 @@
 #include <array>
 #include <cstring>
 #include <string>
+#include <string_view>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "convert/scatter.h"
 #include "device/context.h"
 #include "device/driver.h"
 #include "device/pinned.h"
@@ -88,20 +91,41 @@ TEST(Driver, AMissingRequiredSymbolIsNamed) {
   }
 }
 
+// That the types are those of cuda.h. Where an older form has the same type, the simulated driver,
+// which goes by cudaTypedefs.h, reports who asks for it.
+#define WL_SAME(name, version) \
+  static_assert(std::is_same_v<decltype(&::name), PFN_##name##_v##version>);
+WL_DRIVER_REQUIRED(WL_SAME)
+WL_SAME(cuMemcpyBatchAsync, 13000)
+#undef WL_SAME
+
 TEST(Driver, OptionalSymbolsMayBeMissing) {
   for (const int how : {SIM_HIDE_NOT_FOUND, SIM_HIDE_NULL}) {
     sim().sim_reset(1, 0, SIM_RANDOM);
     sim().sim_hide_symbol("cuMemcpyBatchAsync", how);
     const auto table = device::load_driver(kLibrary);
     ASSERT_TRUE(table.ok()) << table.error().message;
-    EXPECT_EQ((*table)->cuMemcpyBatchAsync, nullptr);
+    EXPECT_EQ((*table)->batch_form(), nullptr);
   }
   sim().sim_reset(1, 0, SIM_RANDOM);
   const auto table = device::load_driver(kLibrary);
   ASSERT_TRUE(table.ok()) << table.error().message;
-  EXPECT_NE((*table)->cuMemcpyBatchAsync, nullptr);
   EXPECT_GE((*table)->version, 12000);
   EXPECT_EQ((*table)->library, kLibrary);
+}
+
+TEST(Driver, GivesTheFormOfBatchCopiesThatItsVersionHas) {
+  const std::pair<int, std::string_view> kForms[] = {
+      {12000, ""}, {12070, ""}, {12080, "12.8"}, {12090, "12.8"}, {13000, "13.0"}, {13010, "13.0"}};
+  for (const auto& [version, form] : kForms) {
+    sim().sim_reset(1, 0, SIM_RANDOM);
+    sim().sim_set_version(version);
+    const auto table = device::load_driver(kLibrary);
+    ASSERT_TRUE(table.ok()) << table.error().message;
+    const char* const has = (*table)->batch_form();
+    EXPECT_EQ(has != nullptr ? std::string_view(has) : "", form) << version;
+    EXPECT_EQ(sim().violations(), "") << version;
+  }
 }
 
 TEST(Driver, LoadingStartsNothing) {
@@ -221,16 +245,59 @@ TEST(Devices, KernelsAreLoadedOnceFromAnyThread) {
 TEST(Devices, ARefusedKernelIsRemembered) {
   for (const char* const call : {"cuModuleLoadData", "cuModuleGetFunction"}) {
     Machine machine(1);
-    sim().sim_fail_call(call, 1, CUDA_ERROR_NO_BINARY_FOR_GPU, 0);
+    // Of each image that this device could run: machine code and PTX.
+    for (std::uint64_t n = 1; n <= 4; ++n) {
+      sim().sim_fail_call(call, n, CUDA_ERROR_NO_BINARY_FOR_GPU, 0);
+    }
     Device* const device = first_device();
+    std::uint64_t calls = 0;
     for (int i = 0; i < 2; ++i) {
       const auto kernel = device->scatter_kernel();
       ASSERT_FALSE(kernel.ok());
       EXPECT_TRUE(contains(kernel.error().message, call)) << kernel.error().message;
+      EXPECT_EQ(device->kernel_form(), "");
+      if (i == 0) calls = sim().sim_calls("cuModuleLoadData");
     }
-    EXPECT_EQ(sim().sim_calls("cuModuleLoadData"), 1U);
+    EXPECT_EQ(sim().sim_calls("cuModuleLoadData"), calls);
     expect_clean(machine);
   }
+}
+
+// Every driver that we promise to work with and every GPU gets a kernel, as machine code where the
+// driver can read that.
+TEST(Devices, HaveAKernelUnderEachDriver) {
+  const bool real = std::string_view(convert::kernel_toolkit()) != "";
+  bool by_12 = real;
+  for (const convert::KernelImage& image : convert::scatter_images()) {
+    by_12 = by_12 && (image.is_ptx || image.architecture == 110 ||
+                      std::string_view(image.maker).starts_with("ptxas 12."));
+  }
+  for (const int version : {12000, 12020, 12040, 12070, 12080, 12090, 13000}) {
+    for (const int capability : {75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121, 130}) {
+      SCOPED_TRACE(std::to_string(version) + ", " + std::to_string(capability));
+      Machine machine(1);
+      sim().sim_set_version(version);
+      sim().sim_set_attribute(0, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, capability / 10);
+      sim().sim_set_attribute(0, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, capability % 10);
+      Device* const device = first_device();
+      const auto kernel = device->scatter_kernel();
+      ASSERT_TRUE(kernel.ok()) << kernel.error().message;
+      const std::string form = device->kernel_form();
+      const bool code_is_known = version >= 13000 || (by_12 && capability != 110 &&
+                                                      (capability < 100 || version >= 12080));
+      if (!real || capability == 130 || !code_is_known) {
+        EXPECT_TRUE(form.starts_with("PTX for sm_75")) << form;
+      } else {
+        EXPECT_TRUE(form.starts_with("sm_" + std::to_string(capability / 10))) << form;
+      }
+      expect_clean(machine);
+    }
+  }
+  Machine machine(1);
+  sim().sim_set_attribute(0, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, 7);
+  const auto kernel = first_device()->scatter_kernel();  // 7.0, Volta
+  ASSERT_FALSE(kernel.ok());
+  EXPECT_TRUE(contains(kernel.error().message, "compute capability 7.0"));
 }
 
 // --- Contexts, streams, events -----------------------------------------------------------------

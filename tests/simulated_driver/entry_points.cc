@@ -1,14 +1,19 @@
 // The driver's own functions. Each is its work in simulator.cc behind what all have in common
 // (Simulator::call): the lock, the counts, injected faults, initialisation, the current context.
 #include <cuda.h>
+#include <cudaTypedefs.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
+#include <iterator>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <vector>
 
-#include "device/driver.h"  // the list of functions, nothing else
 #include "simulator.h"
+#include "text.h"
 
 using weightlift::simulated::Copy;
 using weightlift::simulated::Device;
@@ -20,6 +25,7 @@ using weightlift::simulated::kRelease;
 using weightlift::simulated::kReleaseInContext;
 using weightlift::simulated::kUncounted;
 using weightlift::simulated::Simulator;
+using weightlift::simulated::text;
 
 namespace {
 
@@ -66,19 +72,69 @@ std::uint64_t number(const void* pointer) {
   X(CUDA_ERROR_SYSTEM_DRIVER_MISMATCH, "system has unsupported driver / library")       \
   X(CUDA_ERROR_UNKNOWN, "unknown error")
 
-CUresult error_text(CUresult error, const char** text, bool name) {
-  if (text == nullptr) return CUDA_ERROR_INVALID_VALUE;
-  *text = nullptr;
+CUresult error_text(CUresult error, const char** is, bool name) {
+  if (is == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  *is = nullptr;
   switch (error) {
 #define SIM_ERROR_CASE(code, description) \
   case code:                              \
-    *text = name ? #code : description;   \
+    *is = name ? #code : description;     \
     return CUDA_SUCCESS;
     SIM_ERRORS(SIM_ERROR_CASE)
 #undef SIM_ERROR_CASE
     default:
       return CUDA_ERROR_INVALID_VALUE;
   }
+}
+
+struct Batch {
+  CUdeviceptr* targets;
+  CUdeviceptr* sources;
+  size_t* bytes;
+  size_t count;
+};
+
+CUresult copy_batch(const Batch& batch, CUmemcpyAttributes* attributes, size_t* attribute_starts,
+                    size_t attribute_count, CUstream stream) {
+  return sim().call("cuMemcpyBatchAsync", kContext, [&](Lock& lock) {
+    // "Must not be legacy NULL stream."
+    if (stream == nullptr || stream == CU_STREAM_LEGACY) return CUDA_ERROR_INVALID_VALUE;
+    if (batch.targets == nullptr || batch.sources == nullptr || batch.bytes == nullptr ||
+        batch.count == 0 || attributes == nullptr || attribute_starts == nullptr ||
+        attribute_count == 0 || attribute_count > batch.count || attribute_starts[0] != 0) {
+      return CUDA_ERROR_INVALID_VALUE;
+    }
+    std::vector<Copy> copies;
+    copies.reserve(batch.count);
+    std::size_t attribute = 0;
+    for (std::size_t i = 0; i < batch.count; ++i) {
+      while (attribute + 1 < attribute_count && attribute_starts[attribute + 1] <= i) {
+        if (attribute_starts[attribute + 1] <= attribute_starts[attribute]) {
+          return CUDA_ERROR_INVALID_VALUE;
+        }
+        ++attribute;
+      }
+      const CUmemcpySrcAccessOrder order = attributes[attribute].srcAccessOrder;
+      if (order < CU_MEMCPY_SRC_ACCESS_ORDER_STREAM || order > CU_MEMCPY_SRC_ACCESS_ORDER_ANY) {
+        return CUDA_ERROR_INVALID_VALUE;
+      }
+      copies.push_back(Copy{batch.targets[i], batch.sources[i], batch.bytes[i], order});
+    }
+    if (attribute + 1 != attribute_count) return CUDA_ERROR_INVALID_VALUE;
+    return sim().copy("cuMemcpyBatchAsync", stream, std::move(copies), Simulator::Direction::kAny,
+                      lock);
+  });
+}
+
+// The form of CUDA 12.8 and 12.9, which says which copy was refused: "The value will be SIZE_MAX if
+// the error doesn't pertain to any specific copy" (cuda.h of 12.9).
+CUresult copy_batch_12080(CUdeviceptr* targets, CUdeviceptr* sources, size_t* bytes, size_t count,
+                          CUmemcpyAttributes* attributes, size_t* attribute_starts,
+                          size_t attribute_count, size_t* failed, CUstream stream) {
+  if (failed == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  *failed = SIZE_MAX;
+  return copy_batch({targets, sources, bytes, count}, attributes, attribute_starts, attribute_count,
+                    stream);
 }
 
 }  // namespace
@@ -127,9 +183,9 @@ CUresult CUDAAPI cuDeviceGetName(char* name, int length, CUdevice device) {
   return sim().call("cuDeviceGetName", kInitialised, [&](Lock&) {
     if (name == nullptr || length <= 0) return CUDA_ERROR_INVALID_VALUE;
     if (sim().device(device) == nullptr) return CUDA_ERROR_INVALID_DEVICE;
-    const std::string text = "Simulated " + std::to_string(device);
-    const std::size_t count = std::min(text.size(), static_cast<std::size_t>(length) - 1);
-    std::memcpy(name, text.data(), count);
+    const std::string is = "Simulated " + std::to_string(device);
+    const std::size_t count = std::min(is.size(), static_cast<std::size_t>(length) - 1);
+    std::memcpy(name, is.data(), count);
     name[count] = '\0';
     return CUDA_SUCCESS;
   });
@@ -138,36 +194,8 @@ CUresult CUDAAPI cuDeviceGetName(char* name, int length, CUdevice device) {
 CUresult CUDAAPI cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
   return sim().call("cuDeviceGetAttribute", kInitialised, [&](Lock&) {
     if (value == nullptr) return CUDA_ERROR_INVALID_VALUE;
-    const Device* is = sim().device(device);
-    if (is == nullptr) return CUDA_ERROR_INVALID_DEVICE;
-    if (const auto found = is->attributes.find(attribute); found != is->attributes.end()) {
-      *value = found->second;
-      return CUDA_SUCCESS;
-    }
-    switch (attribute) {
-      case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
-        *value = 9;
-        break;
-      case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
-        *value = 132;
-        break;
-      case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT:
-        *value = 3;
-        break;
-      case CU_DEVICE_ATTRIBUTE_PCI_BUS_ID:
-        *value = device + 1;
-        break;
-      case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING:
-      case CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY:
-      case CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM:
-      case CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED:
-      case CU_DEVICE_ATTRIBUTE_CONCURRENT_KERNELS:
-        *value = 1;
-        break;
-      default:
-        *value = 0;
-        break;
-    }
+    if (sim().device(device) == nullptr) return CUDA_ERROR_INVALID_DEVICE;
+    *value = sim().attribute(device, attribute);
     return CUDA_SUCCESS;
   });
 }
@@ -347,34 +375,8 @@ CUresult CUDAAPI cuMemcpyBatchAsync(CUdeviceptr* targets, CUdeviceptr* sources, 
                                     size_t count, CUmemcpyAttributes* attributes,
                                     size_t* attribute_starts, size_t attribute_count,
                                     CUstream stream) {
-  return sim().call("cuMemcpyBatchAsync", kContext, [&](Lock& lock) {
-    // "Must not be legacy NULL stream."
-    if (stream == nullptr || stream == CU_STREAM_LEGACY) return CUDA_ERROR_INVALID_VALUE;
-    if (targets == nullptr || sources == nullptr || bytes == nullptr || count == 0 ||
-        attributes == nullptr || attribute_starts == nullptr || attribute_count == 0 ||
-        attribute_count > count || attribute_starts[0] != 0) {
-      return CUDA_ERROR_INVALID_VALUE;
-    }
-    std::vector<Copy> copies;
-    copies.reserve(count);
-    std::size_t attribute = 0;
-    for (std::size_t i = 0; i < count; ++i) {
-      while (attribute + 1 < attribute_count && attribute_starts[attribute + 1] <= i) {
-        if (attribute_starts[attribute + 1] <= attribute_starts[attribute]) {
-          return CUDA_ERROR_INVALID_VALUE;
-        }
-        ++attribute;
-      }
-      const CUmemcpySrcAccessOrder order = attributes[attribute].srcAccessOrder;
-      if (order < CU_MEMCPY_SRC_ACCESS_ORDER_STREAM || order > CU_MEMCPY_SRC_ACCESS_ORDER_ANY) {
-        return CUDA_ERROR_INVALID_VALUE;
-      }
-      copies.push_back(Copy{targets[i], sources[i], bytes[i], order});
-    }
-    if (attribute + 1 != attribute_count) return CUDA_ERROR_INVALID_VALUE;
-    return sim().copy("cuMemcpyBatchAsync", stream, std::move(copies), Simulator::Direction::kAny,
-                      lock);
-  });
+  return copy_batch({targets, sources, bytes, count}, attributes, attribute_starts, attribute_count,
+                    stream);
 }
 
 CUresult CUDAAPI cuModuleLoadData(CUmodule* module, const void* image) {
@@ -403,47 +405,112 @@ CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned int grid_x, unsign
   });
 }
 
+}  // extern "C"
+
+namespace {
+
+struct Form {
+  std::string_view name;
+  int version;
+};
+// Of every function, as cudaTypedefs.h declares them.
+constexpr Form kForms[] = {
+#include "symbols.inc"
+};
+
+// The newest form that came with `version` of CUDA or before it; null where there is none.
+const Form* newest_form(std::string_view name, int version) {
+  const Form* newest = nullptr;
+  for (const Form& form : kForms) {
+    if (form.name != name || form.version > version) continue;
+    if (newest == nullptr || form.version > newest->version) newest = &form;
+  }
+  return newest;
+}
+
+// What is simulated: the forms that cuda.h declares by these names, and the batch copy of 12.8.
+// clang-format off
+#define SIM_FUNCTIONS(X) \
+  X(cuInit, 2000) X(cuDriverGetVersion, 2020) X(cuGetErrorName, 6000) X(cuGetErrorString, 6000) \
+  X(cuGetProcAddress, 12000) X(cuDeviceGetCount, 2000) X(cuDeviceGet, 2000) \
+  X(cuDeviceGetName, 2000) X(cuDeviceGetAttribute, 2000) X(cuDeviceTotalMem, 3020) \
+  X(cuDevicePrimaryCtxRetain, 7000) X(cuDevicePrimaryCtxRelease, 11000) \
+  X(cuDevicePrimaryCtxGetState, 7000) X(cuCtxPushCurrent, 4000) X(cuCtxPopCurrent, 4000) \
+  X(cuCtxSetCurrent, 4000) X(cuCtxGetCurrent, 4000) X(cuCtxGetDevice, 2000) \
+  X(cuCtxSynchronize, 2000) X(cuStreamCreate, 2000) X(cuStreamDestroy, 4000) \
+  X(cuStreamSynchronize, 2000) X(cuStreamQuery, 2000) X(cuStreamWaitEvent, 3020) \
+  X(cuEventCreate, 2000) X(cuEventDestroy, 4000) X(cuEventRecord, 2000) \
+  X(cuEventSynchronize, 2000) X(cuEventQuery, 2000) X(cuMemAlloc, 3020) X(cuMemFree, 3020) \
+  X(cuMemGetInfo, 3020) X(cuMemcpyHtoDAsync, 3020) X(cuMemcpyDtoHAsync, 3020) \
+  X(cuMemcpyDtoDAsync, 3020) X(cuMemcpyBatchAsync, 13000) X(cuMemHostAlloc, 2020) \
+  X(cuMemFreeHost, 2000) X(cuMemHostRegister, 6050) X(cuMemHostUnregister, 4000) \
+  X(cuModuleLoadData, 2000) X(cuModuleUnload, 2000) X(cuModuleGetFunction, 2000) \
+  X(cuLaunchKernel, 4000)
+// clang-format on
+#define SIM_CHECK(function, since) \
+  static_assert(std::is_same_v<decltype(&::function), PFN_##function##_v##since>);
+SIM_FUNCTIONS(SIM_CHECK)
+#undef SIM_CHECK
+
+void* function_of(const Form& form) {
+  if (form.name == "cuMemcpyBatchAsync" && form.version == 12080) {
+    return reinterpret_cast<void*>(&copy_batch_12080);
+  }
+#define SIM_FUNCTION(function, since)                      \
+  if (form.name == #function && form.version == (since)) { \
+    return reinterpret_cast<void*>(&::function);           \
+  }
+  SIM_FUNCTIONS(SIM_FUNCTION)
+#undef SIM_FUNCTION
+  return nullptr;
+}
+
+// As a driver before 13.0 may do it, whose documentation does not say what happens where more is
+// asked for than it knows: the newest form that it has.
+CUresult find_function(std::string_view name, int version, void** function,
+                       CUdriverProcAddressQueryResult& status) {
+  status = CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
+  if (version > sim().version() && sim().version() >= 13000) {
+    // "If the specified CUDA version is greater than the driver version, the API will return
+    // CUDA_ERROR_INVALID_VALUE."
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  if (const auto how = sim().hidden(std::string(name))) {
+    return *how == SIM_HIDE_NULL ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+  }
+  const Form* const form = newest_form(name, std::min(version, sim().version()));
+  if (form == nullptr) {
+    if (newest_form(name, sim().version()) == nullptr) return CUDA_ERROR_NOT_FOUND;
+    status = CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT;
+    return CUDA_ERROR_NOT_FOUND;
+  }
+  if (const Form* const asked = newest_form(name, version); asked != form) {
+    sim().report(text("symbol: {} is asked for in its form of {}, and this driver has that of {}",
+                      name, asked->version, form->version));
+  }
+  *function = function_of(*form);
+  if (*function == nullptr) {
+    sim().report(text("symbol: {} is asked for in its form of {}, which is not cuda.h's", name,
+                      form->version));
+    return CUDA_ERROR_NOT_FOUND;
+  }
+  status = CU_GET_PROC_ADDRESS_SUCCESS;
+  return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+extern "C" {
+
 CUresult CUDAAPI cuGetProcAddress(const char* symbol, void** function, int version,
                                   cuuint64_t /*flags*/, CUdriverProcAddressQueryResult* status) {
-  struct Entry {
-    const char* name;
-    int version;
-    void* function;
-  };
-#define SIM_ENTRY(name, since) Entry{#name, since, reinterpret_cast<void*>(&::name)},
-  // What the product asks for, and some more that a client may.
-  static const Entry entries[] = {
-      WL_DRIVER_REQUIRED(SIM_ENTRY) WL_DRIVER_OPTIONAL(SIM_ENTRY) SIM_ENTRY(cuCtxSetCurrent, 4000)
-          SIM_ENTRY(cuCtxGetCurrent, 4000) SIM_ENTRY(cuCtxGetDevice, 2000)
-              SIM_ENTRY(cuStreamQuery, 2000) SIM_ENTRY(cuEventQuery, 2000)
-                  SIM_ENTRY(cuMemGetInfo, 3020) SIM_ENTRY(cuGetProcAddress, 12000)};
-#undef SIM_ENTRY
   return sim().call("cuGetProcAddress", kUncounted, [&](Lock&) {
     if (symbol == nullptr || function == nullptr) return CUDA_ERROR_INVALID_VALUE;
     *function = nullptr;
-    const auto answer = [&](CUdriverProcAddressQueryResult value, CUresult result) {
-      if (status != nullptr) *status = value;
-      return result;
-    };
-    // "If the specified CUDA version is greater than the driver version, the API will return
-    // CUDA_ERROR_INVALID_VALUE."
-    if (version > sim().version()) {
-      return answer(CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND, CUDA_ERROR_INVALID_VALUE);
-    }
-    if (const auto how = sim().hidden(symbol)) {
-      return answer(CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND,
-                    *how == SIM_HIDE_NULL ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND);
-    }
-    for (const Entry& entry : entries) {
-      if (std::strcmp(entry.name, symbol) != 0) continue;
-      if (entry.version > sim().version()) break;  // this driver is older than the function
-      if (entry.version > version) {
-        return answer(CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT, CUDA_ERROR_NOT_FOUND);
-      }
-      *function = entry.function;
-      return answer(CU_GET_PROC_ADDRESS_SUCCESS, CUDA_SUCCESS);
-    }
-    return answer(CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND, CUDA_ERROR_NOT_FOUND);
+    CUdriverProcAddressQueryResult found{};
+    const CUresult result = find_function(symbol, version, function, found);
+    if (status != nullptr) *status = found;
+    return result;
   });
 }
 

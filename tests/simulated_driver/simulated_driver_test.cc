@@ -504,8 +504,13 @@ TEST(Symbols, AreFoundByNameAndVersion) {
   EXPECT_EQ(get("cuNoSuchThing", &function, 13000, 0, &status), CUDA_ERROR_NOT_FOUND);
   EXPECT_EQ(function, nullptr);
   EXPECT_EQ(status, CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND);
-  EXPECT_EQ(get("cuMemAlloc", &function, 2000, 0, &status), CUDA_ERROR_NOT_FOUND);
+  EXPECT_EQ(get("cuMemcpyBatchAsync", &function, 12070, 0, &status), CUDA_ERROR_NOT_FOUND);
   EXPECT_EQ(status, CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT);
+  EXPECT_EQ(d.violations(), "");
+  // The form of CUDA 2.0 takes other arguments than those of cuda.h.
+  EXPECT_EQ(get("cuMemAlloc", &function, 2000, 0, &status), CUDA_ERROR_NOT_FOUND);
+  EXPECT_EQ(d.violations(),
+            "symbol: cuMemAlloc is asked for in its form of 2000, which is not cuda.h's\n");
   EXPECT_EQ(get("cuInit", &function, 13010, 0, nullptr), CUDA_ERROR_INVALID_VALUE);
 
   d.sim_hide_symbol("cuMemcpyBatchAsync", SIM_HIDE_NOT_FOUND);
@@ -515,8 +520,15 @@ TEST(Symbols, AreFoundByNameAndVersion) {
   EXPECT_EQ(function, nullptr);
 
   d.sim_reset(1, 0, SIM_EAGER);
+  d.sim_set_version(12090);
+  EXPECT_EQ(get("cuMemcpyBatchAsync", &function, 12080, 0, &status), CUDA_SUCCESS);
+  EXPECT_EQ(d.violations(), "");
+  EXPECT_EQ(get("cuMemcpyBatchAsync", &function, 13000, 0, &status), CUDA_SUCCESS);
+  EXPECT_EQ(d.violations(),
+            "symbol: cuMemcpyBatchAsync is asked for in its form of 13000, and this driver has "
+            "that of 12080\n");
   d.sim_set_version(12020);
-  EXPECT_EQ(get("cuMemcpyBatchAsync", &function, 13000, 0, &status), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_EQ(get("cuMemcpyBatchAsync", &function, 13000, 0, &status), CUDA_ERROR_NOT_FOUND);
   EXPECT_EQ(get("cuMemAlloc", &function, 3020, 0, &status), CUDA_SUCCESS);
   int version = 0;
   EXPECT_EQ(d.cuDriverGetVersion(&version), CUDA_SUCCESS);
@@ -568,6 +580,10 @@ TEST(Contexts, StreamsAndEventsOfAnotherOne) {
   CUmodule module = nullptr;
   CUfunction scatter = nullptr;
   EXPECT_EQ(d.cuModuleLoadData(&module, "nothing"), CUDA_ERROR_INVALID_IMAGE);
+  EXPECT_EQ(d.cuModuleLoadData(&module, "//\n.version 9.9\n.target sm_75\n"),
+            CUDA_ERROR_UNSUPPORTED_PTX_VERSION);
+  EXPECT_EQ(d.cuModuleLoadData(&module, "//\n.version 8.0\n.target sm_120\n"),
+            CUDA_ERROR_NO_BINARY_FOR_GPU);
   EXPECT_EQ(d.cuModuleLoadData(&module, d.sim_image()), CUDA_SUCCESS);
   EXPECT_EQ(d.cuModuleGetFunction(&scatter, module, "no_such"), CUDA_ERROR_NOT_FOUND);
   EXPECT_EQ(d.cuModuleGetFunction(&scatter, module, kScatterKernel), CUDA_SUCCESS);

@@ -12,6 +12,7 @@
 #include <iterator>
 #include <utility>
 
+#include "images.h"
 #include "text.h"
 
 namespace weightlift::simulated {
@@ -156,6 +157,36 @@ void Simulator::set_policy(std::uint64_t seed, int policy) {
 Device* Simulator::device(int index) {
   if (index < 0 || index >= device_count_) return nullptr;
   return devices_[static_cast<std::size_t>(index)].get();
+}
+
+int Simulator::attribute(int index, int attribute) const {
+  const auto& attributes = devices_[static_cast<std::size_t>(index)]->attributes;
+  if (const auto found = attributes.find(attribute); found != attributes.end()) {
+    return found->second;
+  }
+  switch (attribute) {
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
+      return 9;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
+      return 132;
+    case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT:
+      return 3;
+    case CU_DEVICE_ATTRIBUTE_PCI_BUS_ID:
+      return index + 1;
+    case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING:
+    case CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY:
+    case CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM:
+    case CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED:
+    case CU_DEVICE_ATTRIBUTE_CONCURRENT_KERNELS:
+      return 1;
+    default:
+      return 0;
+  }
+}
+
+int Simulator::capability(int index) const {
+  return 10 * attribute(index, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) +
+         attribute(index, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
 }
 
 void Simulator::violation(std::string what) {
@@ -930,19 +961,8 @@ CUresult Simulator::copy(const char* name, CUstream stream, std::vector<Copy> co
 
 CUresult Simulator::module_load(CUmodule* module, const void* image) {
   if (module == nullptr || image == nullptr) return CUDA_ERROR_INVALID_VALUE;
-  // Fat binary, its wrapper, ELF, PTX (a comment or a directive), or sim_image().
-  constexpr std::array<std::string_view, 6> kMagic = {"\x50\xED\x55\xBA",
-                                                      "\xB1\x43\x62\x46",
-                                                      "\x7F"
-                                                      "ELF",
-                                                      "//",
-                                                      ".version",
-                                                      "simulated"};
-  const auto* start = static_cast<const char*>(image);
-  const bool known = std::ranges::any_of(kMagic, [&](std::string_view magic) {
-    return std::strncmp(start, magic.data(), magic.size()) == 0;
-  });
-  if (!known) return CUDA_ERROR_INVALID_IMAGE;
+  const CUresult taken = check_image(image, version_, capability(*current()));
+  if (taken != CUDA_SUCCESS) return taken;
   const std::uint64_t value = new_handle(kModuleHandle);
   modules_.emplace(value, *current());
   *module = handle<CUmodule>(value);

@@ -209,9 +209,12 @@ class Simulator {
   [[nodiscard]] Device* device(int index);
   void set_version(int version) { version_ = version; }
   void hide_symbol(const std::string& name, int how) { hidden_[name] = how; }
+  void report(std::string what) { violation(std::move(what)); }
 
   // Driver.
   [[nodiscard]] int version() const { return version_; }
+  [[nodiscard]] int attribute(int index, int attribute) const;
+  [[nodiscard]] int capability(int index) const;  // 90 for 9.0
   [[nodiscard]] std::optional<int> hidden(const std::string& name) const;
   [[nodiscard]] int device_count() const { return device_count_; }
   CUresult init();

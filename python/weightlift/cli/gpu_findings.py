@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightlift import _native
 from weightlift.cli.findings import Finding, format_rate, no_torch
@@ -17,25 +17,13 @@ if TYPE_CHECKING:
 __all__ = ["look_at_gpu"]
 
 _PINNED_BYTES = 256 * 10**6
-# No compiled kernel is as small; a placeholder is.
-_SMALLEST_IMAGE = 256
+# Machine code for what is older: by the ptxas of CUDA 12, all drivers since 12.0 load it.
+_BLACKWELL = 100
 
 
 def look_at_gpu() -> list[Finding]:
     """torch, the driver, its devices, the kernels in this build, and the rate of pinned copies."""
-    image = _native.machine()["kernel_image_bytes"]
-    without = "this build has none"
-    if 0 < image < _SMALLEST_IMAGE:
-        image, without = 0, "this is a test build: its kernels are the simulated driver's"
-    kernels = Finding(
-        "gpu",
-        "kernels",
-        "ok" if image else "missing",
-        f"{format_bytes(image)} in this build" if image else without,
-        "" if image else "many small tensors take a copy each, and casts run on the host",
-        "" if image else "install a release wheel, or build with nvcc on the PATH",
-        image,
-    )
+    kernels = _kernels(_native.machine())
     try:
         import torch
     except ImportError:
@@ -54,19 +42,20 @@ def look_at_gpu() -> list[Finding]:
     findings.append(
         Finding("gpu", "driver", "ok", f"{driver['library']}, for CUDA {major}.{minor}")
     )
+    batch = driver["batch_copies"]
     findings.append(
-        Finding("gpu", "batch copies", "ok", "cuMemcpyBatchAsync")
-        if driver["batch_copies"]
+        Finding("gpu", "batch copies", "ok", f"cuMemcpyBatchAsync of CUDA {batch}")
+        if batch
         else Finding(
             "gpu",
             "batch copies",
             "missing",
             "no cuMemcpyBatchAsync",
             "many small tensors take a call each where the kernels cannot run",
-            "a driver for CUDA 13.0 or later",
+            "a driver for CUDA 12.8 or later",
         )
     )
-    for ordinal, (name, refusal) in enumerate(driver["devices"]):
+    for ordinal, (name, form, refusal) in enumerate(driver["devices"]):
         rate = _pinned_rate(torch.device("cuda", ordinal))
         findings.append(
             Finding(
@@ -77,7 +66,7 @@ def look_at_gpu() -> list[Finding]:
                 value=rate,
             )
         )
-        if image and refusal:
+        if kernels.state != "missing":
             findings.append(
                 Finding(
                     "gpu",
@@ -87,8 +76,44 @@ def look_at_gpu() -> list[Finding]:
                     "many small tensors take a copy each, and casts run on the host",
                     "a wheel that was built for this GPU",
                 )
+                if refusal
+                else Finding("gpu", f"cuda:{ordinal} kernels", "ok", form)
             )
     return [*findings, kernels]
+
+
+def _kernels(machine: dict[str, Any]) -> Finding:
+    """What this build has of the kernel, and which drivers can load it."""
+    images = machine["kernels"]
+    if not machine["kernel_toolkit"]:
+        found = "this is a test build: its kernels are the simulated driver's"
+        return Finding(
+            "gpu",
+            "kernels",
+            "missing",
+            found if images else "this build has none",
+            "many small tensors take a copy each, and casts run on the host",
+            "install a release wheel, or build with nvcc on the PATH",
+            0,
+        )
+    code = [f"sm_{architecture}" for architecture, is_ptx, *_ in images if not is_ptx]
+    text = [maker for _, is_ptx, maker, _ in images if is_ptx]
+    size = sum(image[-1] for image in images)
+    found = f"{', '.join(code)} and {', '.join(text)}, {format_bytes(size)} in this build"
+    if any(
+        architecture < _BLACKWELL and not is_ptx and not maker.startswith("ptxas 12.")
+        for architecture, is_ptx, maker, _ in images
+    ):
+        return Finding(
+            "gpu",
+            "kernels",
+            "info",
+            f"{found}; drivers of the CUDA 12 series compile the PTX",
+            "the first load of a machine takes longer under such a driver",
+            "install a release wheel, or nvidia-cuda-nvcc-cu12 before building",
+            size,
+        )
+    return Finding("gpu", "kernels", "ok", found, value=size)
 
 
 def _why_no_cuda(built_for: str | None) -> tuple[str, str]:

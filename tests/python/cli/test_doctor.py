@@ -205,18 +205,37 @@ def test_why_torch_sees_no_gpu(
     assert remedy in driver.remedy
 
 
+_CODE = (90, False, "ptxas 12.9.86", 60_000)
+_PTX = (75, True, "PTX 8.0", 130_000)
+
+
 @pytest.mark.parametrize(
-    ("size", "state", "found"),
-    [(0, "missing", "has none"), (100, "missing", "a test build"), (3 * MB, "ok", "3.0 MB")],
+    ("toolkit", "kernels", "state", "found"),
+    [
+        ("", [], "missing", "has none"),
+        ("", [(75, True, "the simulated driver", 10)], "missing", "a test build"),
+        ("nvcc 13.0.88", [_CODE, _PTX], "ok", "sm_90 and PTX 8.0"),
+        (
+            "nvcc 13.0.88",
+            [(90, False, "ptxas 13.0.88", 60_000), _PTX],
+            "info",
+            "drivers of the CUDA 12 series",
+        ),
+    ],
 )
 def test_kernels_of_this_build(
-    size: int, state: str, found: str, monkeypatch: pytest.MonkeyPatch
+    toolkit: str,
+    kernels: list[tuple[int, bool, str, int]],
+    state: str,
+    found: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("weightlift._native.machine", lambda: {"kernel_image_bytes": size})
-    kernels = named(gpu_findings.look_at_gpu())["kernels"]
-    assert kernels.state == state
-    assert found in kernels.found
+    machine = {"kernels": kernels, "kernel_toolkit": toolkit}
+    monkeypatch.setattr("weightlift._native.machine", lambda: machine)
+    told = named(gpu_findings.look_at_gpu())["kernels"]
+    assert told.state == state
+    assert found in told.found
 
 
 def test_other_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

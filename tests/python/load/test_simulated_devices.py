@@ -148,7 +148,8 @@ def test_an_older_driver_and_refused_kernels_are_no_obstacle(
     expected = safetensors.torch.load_file(checkpoint_path)
     with machine() as driver:
         driver.hide_symbol("cuMemcpyBatchAsync")
-        driver.fail_call("cuModuleLoadData", code=CudaError.NO_BINARY_FOR_GPU)
+        for n in (1, 2):  # machine code and PTX
+            driver.fail_call("cuModuleLoadData", n, code=CudaError.NO_BINARY_FOR_GPU)
         _assert_loaded(_load(checkpoint_path, 0, driver), expected)
         report = weightlift.last_report()
         assert report is not None
@@ -482,13 +483,14 @@ def test_a_dtype_that_torch_lacks(machine: Switch, tmp_path: Path) -> None:
 def test_what_the_driver_tells(machine: Switch) -> None:
     with machine(3) as driver:
         report = _native.driver_report()
-        assert [name for name, _ in report["devices"]] == [f"Simulated {n}" for n in range(3)]
+        assert [name for name, *_ in report["devices"]] == [f"Simulated {n}" for n in range(3)]
         assert report["library"] == simulated.LIBRARY
         assert report["version"] >= 12_000
-        assert report["batch_copies"]
+        assert report["batch_copies"] == "13.0"
+        assert all("sm_" in form and refusal is None for _, form, refusal in report["devices"])
         driver.hide_symbol("cuMemcpyBatchAsync")
         driver.fail_call("cuDeviceGetName", code=CudaError.UNKNOWN)
         _native.use_driver_for_testing(simulated.LIBRARY)  # as another process would find it
         report = _native.driver_report()
-        assert not report["batch_copies"]
+        assert report["batch_copies"] is None
         assert report["devices"][0][0] == "unknown"
