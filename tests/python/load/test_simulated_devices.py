@@ -26,12 +26,15 @@ from simulated import (
     SimulatedTensor,
     Switch,
     Time,
+    machine,
 )
 from weightlift import Settings, _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
 from weightlift.load import loading, plans
 from weightlift.load.options import LoadOptions
+
+__all__ = ["machine"]
 
 pytestmark = simulated.pytestmark
 
