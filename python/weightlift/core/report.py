@@ -9,6 +9,10 @@ from typing import Any
 
 __all__ = ["FileReport", "LoadReport", "Stats", "last_report", "stats"]
 
+# Names of a kind that a printed report lists.
+_LISTED = 5
+_DISK_WEIGHTS = ", disk weights"
+
 
 @dataclasses.dataclass(frozen=True)
 class FileReport:
@@ -42,6 +46,11 @@ class LoadReport:
         peak_staging_bytes: staging slots that this load held at once.
         threads: that read and cast; 0 where the calling thread did it all.
         fallbacks: what was done another way than the fastest, and why.
+        missing_keys: the model's, that the checkpoint does not have.
+        unexpected_keys: the checkpoint's, that the model does not have.
+        mismatched_keys: name, the checkpoint's shape, the model's shape.
+        error_msgs: what else is wrong with the model.
+        meta_keys: the model's tensors that are still on ``meta``, without data.
     """
 
     bytes: int = 0
@@ -60,6 +69,7 @@ class LoadReport:
     )
     error_msgs: list[str] = dataclasses.field(default_factory=list)
     fallbacks: list[str] = dataclasses.field(default_factory=list)
+    meta_keys: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
     def from_native(cls, native: dict[str, Any]) -> LoadReport:
@@ -104,12 +114,30 @@ class LoadReport:
                 f"  staged through {format_bytes(self.peak_staging_bytes)} of pinned memory"
             )
         lines += [f"  fallback: {text}" for text in self.fallbacks]
+        mismatched = [
+            f"{name} (checkpoint {_shape(stored)}, model {_shape(own)})"
+            for name, stored, own in self.mismatched_keys
+        ]
+        for title, names in (
+            ("missing", self.missing_keys),
+            ("unexpected", self.unexpected_keys),
+            ("mismatched", mismatched),
+            ("still on meta, without data", self.meta_keys),
+        ):
+            if names:
+                lines.append(f"  {len(names):,} {title}: {_shortened(names)}")
+        lines += [f"  {text}" for text in self.error_msgs]
         return "\n".join(lines)
 
 
 @dataclasses.dataclass
 class Stats:
-    """Sums over all loads of this process since import; ``by_caller`` splits them by library."""
+    """Sums over all loads of this process since import.
+
+    Attributes:
+        by_caller: the same by library; what hooks read of weights on the disk, tensor by tensor, is
+            by itself, as in ``"transformers, disk weights"``.
+    """
 
     loads: int = 0
     bytes: int = 0
@@ -128,6 +156,15 @@ class Stats:
         self.fallbacks += fallbacks
 
 
+def _shortened(names: list[str]) -> str:
+    left = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f", and {left:,} more" if left > 0 else "")
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
 _thread = threading.local()
 _lock = threading.Lock()
 _stats = Stats()
@@ -139,11 +176,14 @@ def record(
 ) -> dict[str, Any]:
     """Makes the engine's report this thread's last one and adds it to the sums.
 
-    ``fallbacks`` are those that were decided before the engine ran. Returns the whole report.
+    ``fallbacks`` are those that were decided before the engine ran. What hooks read of weights on
+    the disk (``disk_reads_of``) is summed apart, and is nobody's last load. Returns the whole
+    report.
     """
     if fallbacks:
         native["fallbacks"] = [*native["fallbacks"], *fallbacks]
-    _thread.last = native
+    if not caller.endswith(_DISK_WEIGHTS):
+        _thread.last = native
     with _lock:
         count = len(native["fallbacks"])
         _stats._add(native, count)
@@ -154,6 +194,12 @@ def record(
 def set_last_report(report: LoadReport) -> None:
     """Makes a report that says more than the engine's this thread's last one."""
     _thread.last = report
+
+
+def disk_reads_of(caller: str) -> str:
+    """As whom ``stats().by_caller`` sums what hooks read, during a forward pass, of weights that a
+    load of ``caller`` left on the disk: such as ``"diffusers, disk weights"``."""
+    return caller + _DISK_WEIGHTS
 
 
 def record_fallback(caller: str, reason: str) -> int:

@@ -111,6 +111,10 @@ def fill(
         bare = [t for t in rest if t.persistent and t.tensor.is_meta]
         if bare:
             offloaded = _initialize(bare, where, initialize, rule, memory_format)
+    # What was matched has its data, or is read where it is used.
+    report.meta_keys = [
+        t.name for t in rest if t.tensor.is_meta and getattr(t.module, t.key).is_meta
+    ]
     if devices is not None:
         _move_rest(rest, where)
         dispatch(model, devices, DiskWeights(checkpoint, places.on_disk, options.caller), offloaded)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError
+from weightlift.core.report import disk_reads_of
 from weightlift.load.loading import load_tensors
 from weightlift.load.options import LoadOptions
 from weightlift.module.device_map import assign
@@ -26,7 +27,8 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
     Args:
         checkpoint: where they are.
         names: the model's name -> (the checkpoint's name, the file's name of a dtype to cast to).
-        caller: whom ``stats()`` books the reading on.
+        caller: who loads; ``stats()`` sums what is read here by itself, as ``disk_reads_of`` names
+            it, and ``last_report()`` is not about it.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
     ) -> None:
         self._checkpoint = checkpoint
         self._names = dict(names)
-        self._caller = caller
+        self._caller = disk_reads_of(caller)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         stored, dtype = self._names[name]

@@ -122,3 +122,48 @@ def test_stats_are_a_copy(path: Path) -> None:
     assert wl.stats().loads == kept.loads + 1
     assert kept.loads + 99 == taken.loads
     assert wl.stats().by_caller["weightlift"].loads < taken.by_caller["weightlift"].loads
+
+
+def test_a_report_prints_keys_shortened_and_what_is_on_meta(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(*(torch.nn.Linear(3, 2) for _ in range(8)))
+    own = {f"{n}.weight": entry("F32", [2, 3]) for n in range(1)}
+    others = {f"other.{n}": entry("F32", [1]) for n in range(2)}
+    wrong = {"1.weight": entry("F32", [5])}
+    (tmp_path / "m.safetensors").write_bytes(file_bytes({**own, **others, **wrong}))
+    report = wl.load_into(
+        model, tmp_path / "m.safetensors", strict=False, ignore_mismatched_sizes=True
+    )
+    on_meta = {name for name, tensor in model.named_parameters() if tensor.is_meta}
+    assert set(report.meta_keys) == on_meta
+    assert len(on_meta) == 15
+    text = str(report)
+    assert f"{len(report.missing_keys)} missing: " in text
+    assert f"and {len(report.missing_keys) - 5} more" in text
+    assert "2 unexpected: other.0, other.1" in text
+    assert "1 mismatched: 1.weight (checkpoint 5, model 2 x 3)" in text
+    assert "15 still on meta, without data: " in text
+    assert str(wl.last_report()) == text
+
+
+def test_what_hooks_read_of_the_disk_is_nobodys_last_load(path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = torch.nn.Module()
+    model.a = torch.nn.Parameter(torch.zeros(MIB))
+    model.forward = lambda: model.a.sum()
+    holder = torch.nn.Module()
+    holder.inner = model
+    holder.forward = lambda: holder.inner()
+    entries = {"inner.a": entry("F32", [MIB], 1)}
+    path.write_bytes(file_bytes(entries))
+    wl.load_into(holder, path, device_map={"": "disk"})
+    last, before = wl.last_report(), wl.stats()
+    holder()
+    holder()
+    after = wl.stats()
+    assert wl.last_report() is last
+    assert after.by_caller["weightlift"] == before.by_caller["weightlift"]
+    read = after.by_caller["weightlift, disk weights"]
+    assert read.bytes - before.by_caller.get("weightlift, disk weights", wl.Stats()).bytes == (
+        2 * 4 * MIB
+    )
