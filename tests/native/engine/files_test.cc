@@ -1,0 +1,133 @@
+// Files that change or cannot be read.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstdint>
+#include <thread>
+
+#include "engine/load.h"
+#include "engine/random_plans.h"
+#include "engine/runs.h"
+#include "engine/scenario.h"
+#include "io/residency.h"
+#include "simulated.h"
+
+namespace weightlift::engine::test {
+namespace {
+
+TEST(LoadOfChangedFile, Truncated) {
+  for (std::uint64_t seed = 0; seed < 20; ++seed) {
+    SCOPED_TRACE(seed);
+    Machine machine(1, seed, static_cast<int>(seed % SIM_POLICIES));
+    {
+      Scenario scenario(seed, 1);
+      Random& random = scenario.random;
+      scenario.settings = random_settings(random);
+      const Origin file = scenario.add_file(3 * kMiB);
+      for (std::uint64_t i = 0; i < 12; ++i) {
+        scenario.add(file, 100 + i * 256 * kKiB, 60'000, Dtype::kF32,
+                     random.chance(30) ? Dtype::kBf16 : Dtype::kF32, random.chance(50) ? 0 : -1, 0);
+      }
+      auto load = scenario.prepare();
+      ASSERT_NE(load, nullptr);
+      const auto truncate = [&] {
+        ASSERT_EQ(::truncate(scenario.files[0].path().c_str(),
+                             static_cast<off_t>(random.below(3 * kMiB - 300'000))),
+                  0);
+      };
+      const bool before = random.chance(50);
+      if (before) truncate();
+      ASSERT_TRUE(load->start().ok());
+      if (!before) {
+        std::this_thread::sleep_for(std::chrono::microseconds(random.below(1500)));
+        truncate();
+      }
+      wait_for(*load, "truncated");
+      const auto report = load->finish();
+      ASSERT_FALSE(report.ok());
+      EXPECT_EQ(report.error().code, ErrorCode::kFileShrank) << report.error().describe();
+      EXPECT_EQ(report.error().path, scenario.files[0].path());
+      load.reset();
+      scenario.expect_no_traces("truncated");
+    }
+    expect_machine_clean(machine, "truncated");
+  }
+}
+
+TEST(LoadOfChangedFile, TruncatedMappingIsAnErrorAndNoSignal) {
+  Machine machine(0);
+  Scenario scenario(1, 0);
+  const Origin file = scenario.add_file(2 * kMiB);
+  scenario.add_mapped(file, 1000, 2 * kMiB - 1000);
+  const int fd = ::open(scenario.files[0].path().c_str(), O_WRONLY | O_CLOEXEC);
+  ASSERT_EQ(::fdatasync(fd), 0);
+  io::drop_from_page_cache(*scenario.plan.files[0]);
+  auto load = scenario.prepare();
+  ASSERT_NE(load, nullptr);
+  ASSERT_EQ(::ftruncate(fd, kMiB), 0);
+  ::close(fd);
+  ASSERT_TRUE(load->start().ok());
+  wait_for(*load, "truncated mapping");
+  const auto report = load->finish();
+  ASSERT_FALSE(report.ok());
+  EXPECT_EQ(report.error().code, ErrorCode::kFileShrank) << report.error().describe();
+}
+
+TEST(LoadOfChangedFile, Rewritten) {
+  Machine machine(1);
+  {
+    Scenario scenario(1, 1);
+    fill_with_one_of_everything(scenario);
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    const int fd = ::open(scenario.files[0].path().c_str(), O_WRONLY | O_CLOEXEC);
+    std::this_thread::sleep_for(milliseconds(10));  // past the clock tick of its creation
+    ASSERT_EQ(::pwrite(fd, "x", 1, 500), 1);
+    ::close(fd);
+    ASSERT_TRUE(load->start().ok());
+    wait_for(*load, "rewritten");
+    const auto report = load->finish();
+    ASSERT_FALSE(report.ok());
+    EXPECT_EQ(report.error().code, ErrorCode::kFileChanged) << report.error().describe();
+  }
+  expect_machine_clean(machine, "rewritten");
+}
+
+// What a disk does that has gone bad, or a network that has gone away.
+TEST(LoadOfChangedFile, Unreadable) {
+  for (const int target : {kHostDevice, 0}) {
+    Machine machine(1);
+    {
+      Scenario scenario(1, 1);
+      scenario.settings.io_path = IoPath::kBuffered;
+      const Origin file = scenario.add_file(2 * kMiB);
+      for (std::uint64_t i = 0; i < 4; ++i) {
+        scenario.add(file, i * 400'000, 100'000, Dtype::kF32,
+                     i % 2 == 0 ? Dtype::kF32 : Dtype::kF16, target, 0);
+      }
+      auto load = scenario.prepare();
+      ASSERT_NE(load, nullptr);
+      const int fd = ::open(scenario.files[0].path().c_str(), O_WRONLY | O_CLOEXEC);
+      ASSERT_GE(::dup2(fd, scenario.plan.files[0]->descriptor()), 0);
+      ::close(fd);
+      ASSERT_TRUE(load->start().ok());
+      wait_for(*load, "unreadable");
+      const auto report = load->finish();
+      ASSERT_FALSE(report.ok());
+      EXPECT_EQ(report.error().code, ErrorCode::kReadFailed) << report.error().describe();
+      EXPECT_EQ(report.error().path, scenario.files[0].path());
+      EXPECT_NE(report.error().tensor, "");
+      EXPECT_EQ(report.error().system_errno, EBADF);
+      load.reset();
+      scenario.expect_no_traces("unreadable");
+    }
+    expect_machine_clean(machine, "unreadable");
+  }
+}
+
+}  // namespace
+}  // namespace weightlift::engine::test

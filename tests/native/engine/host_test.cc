@@ -1,0 +1,121 @@
+// Targets in host memory, and host memory that is pinned.
+#include <cuda.h>
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cstdint>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "device/context.h"
+#include "device/staging.h"
+#include "engine/failing_memory.h"
+#include "engine/host_layout.h"
+#include "engine/host_memory.h"
+#include "engine/runs.h"
+#include "engine/scenario.h"
+#include "simulated.h"
+
+namespace weightlift::engine::test {
+namespace {
+
+TEST(LoadToHost, LargeTargets) {
+  Machine machine(0);
+  Scenario scenario(1, 0);
+  scenario.settings.threads = 4;
+  const Origin file = scenario.add_file(8 * kMiB);
+  for (std::uint64_t i = 0; i < 3; ++i) {
+    scenario.add(file, 3 + i, 2 * kMiB - 2, Dtype::kF32, Dtype::kF16, kHostDevice, i);
+    scenario.add(file, i, 8 * kMiB - i, Dtype::kU8, Dtype::kU8, kHostDevice, 2 * i);
+  }
+  run_plainly(scenario, "large");
+}
+
+// Small tensors that follow one another in the file do so in the block, unless that would put one
+// at an address that its elements must not have.
+TEST(HostLayoutAdd, KeepsNeighboursTogether) {
+  const TestFile file(std::vector<std::byte>(4 * kKiB));
+  LoadPlan plan;
+  const std::uint32_t index = plan.add_file(file.open());
+  engine::HostLayout layout(plan);
+  const auto add = [&](std::uint64_t offset, std::uint64_t bytes, Dtype dtype, Dtype target) {
+    return layout.add({.file = index, .dtype = dtype, .offset = offset, .bytes = bytes}, target);
+  };
+  EXPECT_EQ(add(100, 12, Dtype::kF32, Dtype::kF32), 12);
+  EXPECT_EQ(add(112, 6, Dtype::kBf16, Dtype::kBf16), 6);  // neighbour
+  EXPECT_EQ(add(118, 8, Dtype::kF32, Dtype::kF32), 8);    // not at 18
+  EXPECT_EQ(add(126, 8, Dtype::kF32, Dtype::kBf16), 4);   // cast
+  EXPECT_EQ(add(134, 3, Dtype::kF4, Dtype::kF4), 3);      // behind one that is cast
+  EXPECT_EQ(add(137, 0, Dtype::kU8, Dtype::kU8), 0);      // empty
+  EXPECT_EQ(add(200, 16, Dtype::kF64, Dtype::kF64), 16);  // elsewhere in the file
+  constexpr std::array<std::uint64_t, 7> kOffsets = {0, 12, 64, 128, 192, 195, 256};
+  for (std::size_t i = 0; i < kOffsets.size(); ++i) EXPECT_EQ(layout.offset(i), kOffsets.at(i));
+  EXPECT_EQ(layout.bytes(), 272);
+
+  std::vector<std::byte> block(layout.bytes());
+  layout.place_at(block.data());
+  ASSERT_EQ(plan.copies.size(), 6);  // without the empty one
+  EXPECT_EQ(plan.copies[1].target, address_of(block.data()) + 12);
+  EXPECT_EQ(plan.copies[3].target, address_of(block.data()) + 128);
+  EXPECT_EQ(plan.copies[3].elements, 2);
+  EXPECT_EQ(plan.copies[3].source_dtype, Dtype::kF32);
+  EXPECT_EQ(plan.copies[3].target_dtype, Dtype::kBf16);
+  EXPECT_EQ(plan.copies[4].elements, 3);
+}
+
+// torch copies from a pinned tensor and drops it: nothing tells the owner of the memory.
+TEST(HostMemory, IsUnpinnedAfterTheDevicesAreDone) {
+  for (std::uint64_t seed = 0; seed < 12; ++seed) {
+    Machine machine(2, seed, static_cast<int>(seed % SIM_POLICIES));
+    const std::uint64_t target = sim().sim_alloc(1, kMiB);
+    {
+      auto memory = HostMemory::allocate(kMiB, 0, 2);
+      ASSERT_TRUE(memory.ok()) << memory.error().describe();
+      EXPECT_TRUE((*memory)->pinned());
+      EXPECT_EQ(sim().ledger().pinned_bytes, kMiB);
+      auto device = device::Device::get(1);
+      ASSERT_TRUE(device.ok());
+      const device::CurrentContext current(**device);
+      EXPECT_EQ((*device)->driver().cuMemcpyHtoDAsync(target, (*memory)->data(), kMiB, nullptr),
+                CUDA_SUCCESS);
+    }
+    EXPECT_EQ(sim().ledger().pinned_bytes, 0U);
+    sim().sim_free(target);
+    expect_machine_clean(machine, "pinned");
+  }
+}
+
+TEST(HostMemoryAllocate, RefusedPinning) {
+  Machine machine(1);
+  sim().sim_fail_call("cuMemHostRegister", 1, CUDA_ERROR_OUT_OF_MEMORY, 0);
+  const auto memory = HostMemory::allocate(kMiB, 0, 2);
+  ASSERT_FALSE(memory.ok());
+  EXPECT_NE(memory.error().message.find("cuMemHostRegister"), std::string::npos);
+  expect_machine_clean(machine, "pinned");
+}
+
+TEST(HostMemoryAllocate, OutOfMemory) {
+  exhaust("pinned", [](const std::string& what, std::uint64_t n) {
+    Machine machine(2, n);
+    const std::uint64_t of_torch = sim().sim_alloc(1, 100);
+    const Baseline baseline;
+    try {
+      const Watched watched;
+      const auto block = HostMemory::allocate(9 * kMiB, 0, 3);
+      if (!block.ok()) {
+        EXPECT_EQ(block.error().code, ErrorCode::kOutOfMemory) << what;
+      }
+    } catch (const std::bad_alloc&) {
+      EXPECT_LT(heap.left, 1) << what;
+    }
+    EXPECT_EQ(sim().ledger().pinned_bytes, 0U) << what;
+    baseline.expect_same(what);
+    EXPECT_TRUE(HostMemory::allocate(9 * kMiB, 0, 3).ok()) << what;
+    sim().sim_free(of_torch);
+    expect_machine_clean(machine, what);
+  });
+}
+
+}  // namespace
+}  // namespace weightlift::engine::test
