@@ -27,13 +27,13 @@ Result<std::shared_ptr<IndexedFile>> IndexedFile::open(std::shared_ptr<io::File>
   }
   const std::uint64_t size = bytes.value_or(file->size() - begin);
   std::vector<std::byte> first(std::min(kFirstBytes, size));
-  WL_RETURN_IF_ERROR(file->read_exact(begin, first));
+  WL_RETURN_IF_ERROR(file->read_index(begin, first));
   WL_ASSIGN_OR_RETURN(const std::uint64_t length, format::header_length(first, size, path, begin));
   std::vector<std::byte> header(length);
   const std::size_t known = std::min<std::size_t>(length, first.size() - format::kLengthBytes);
   std::copy_n(first.begin() + format::kLengthBytes, known, header.begin());
   WL_RETURN_IF_ERROR(
-      file->read_exact(begin + format::kLengthBytes + known, std::span(header).subspan(known)));
+      file->read_index(begin + format::kLengthBytes + known, std::span(header).subspan(known)));
   WL_ASSIGN_OR_RETURN(auto index, format::parse_header(header, size, path, begin));
   return std::make_shared<IndexedFile>(
       IndexedFile{.file = std::move(file), .index = std::move(index), .mapping = {}});
@@ -57,7 +57,7 @@ Result<std::shared_ptr<io::Mapping>> IndexedFile::map() {
 Result<std::shared_ptr<Archive>> Archive::open(const std::string& path) {
   WL_ASSIGN_OR_RETURN(std::shared_ptr<io::File> file, io::File::open(path));
   std::vector<std::byte> first(std::min(kFirstBytes, file->size()));
-  WL_RETURN_IF_ERROR(file->read_exact(0, first));
+  WL_RETURN_IF_ERROR(file->read_index(0, first));
   WL_ASSIGN_OR_RETURN(const bool zip, format::is_zip(first, file->size(), path));
   if (!zip) {
     return Error{.code = ErrorCode::kNotArchive,
@@ -67,7 +67,7 @@ Result<std::shared_ptr<Archive>> Archive::open(const std::string& path) {
   }
   WL_ASSIGN_OR_RETURN(auto records, format::parse_zip(
                                         [&file](std::uint64_t offset, std::span<std::byte> target) {
-                                          return file->read_exact(offset, target);
+                                          return file->read_index(offset, target);
                                         },
                                         file->size(), path));
   return std::make_shared<Archive>(Archive{.file = std::move(file), .records = std::move(records)});

@@ -137,6 +137,9 @@ py::dict report_dict(const engine::Report& report) {
   py::list fallbacks;
   for (const std::string& fallback : report.fallbacks) fallbacks.append(path_text(fallback));
   result["fallbacks"] = fallbacks;
+  py::list touched;
+  for (const std::string& path : report.touched) touched.append(path_text(path));
+  result["touched"] = touched;
   return result;
 }
 

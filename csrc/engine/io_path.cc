@@ -1,6 +1,8 @@
 #include "engine/io_path.h"
 
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 
 #include "io/machine.h"
 #include "io/residency.h"
@@ -38,10 +40,12 @@ IoChoice choose_io(const io::File& file, std::uint64_t begin, std::uint64_t end,
   if (settings.io_path == IoPath::kDirect) {
     return {.route = IoRoute::kDirect, .reason = "forced by Settings.io_path", .cold = true};
   }
-  const auto share = io::resident_share(file, begin, end - begin);
+  const auto [share, refusal] = io::resident_share(file, begin, end - begin);
   if (!share) {
+    const std::string why =
+        refusal == ENOSYS ? "no cachestat" : std::string("cachestat: ") + std::strerror(refusal);
     return {.route = IoRoute::kBuffered,
-            .reason = "the kernel cannot tell what is resident (no cachestat)",
+            .reason = "the kernel cannot tell what is resident (" + why + ")",
             .cold = true};
   }
   char percent[32];

@@ -37,6 +37,7 @@ class Load::State {
   Status start();
   bool wait(std::chrono::milliseconds limit);
   void cancel() noexcept;
+  Result<std::vector<std::string>> check_files() const;
   Result<Report> finish();
   Progress progress() const noexcept {
     return {.done = counters_.delivered_bytes.load(), .total = total_bytes_};
@@ -153,6 +154,21 @@ void Load::State::cancel() noexcept {
   dispatcher_->stop({.code = ErrorCode::kCancelled});
 }
 
+// What was mapped is what the file holds, whenever that was written; what was copied out of a file
+// whose time has changed may be of two moments.
+Result<std::vector<std::string>> Load::State::check_files() const {
+  std::vector<std::string> touched;
+  for (std::size_t i = 0; i < plan_.files.size(); ++i) {
+    WL_ASSIGN_OR_RETURN(const io::File::Change change, plan_.files[i]->check_unchanged());
+    if (change == io::File::Change::kNone) continue;
+    plan_.files[i]->accept_time();
+    const bool copied = std::any_of(plan_.copies.begin(), plan_.copies.end(),
+                                    [i](const Copy& copy) { return copy.file == i; });
+    if (copied) touched.push_back(plan_.files[i]->path());
+  }
+  return touched;
+}
+
 Result<Report> Load::State::finish() {
   threads_.join();
   const std::chrono::duration<double> seconds = Clock::now() - started_;
@@ -166,9 +182,10 @@ Result<Report> Load::State::finish() {
     staging_bytes = dispatcher_->slots_added() * settings_.chunk_bytes;
   }
   if (error) return *std::move(error);
-  for (const auto& file : plan_.files) WL_RETURN_IF_ERROR(file->check_unchanged());
+  WL_ASSIGN_OR_RETURN(std::vector<std::string> touched, check_files());
 
   Report report = report_of(plan_, schedule_, *sources_);
+  report.touched = std::move(touched);
   report.read_bytes = counters_.read_bytes.load();
   report.seconds = seconds.count();
   report.threads = workers_;

@@ -103,7 +103,8 @@ void Sources::plan_populate() {
   std::vector<PopulateStep> missing;
   std::uint64_t missing_bytes = 0;
   for (const PopulateStep& range : ranges) {
-    const auto share = io::resident_share(*plan_.files[range.file], range.offset, range.bytes);
+    const auto share =
+        io::resident_share(*plan_.files[range.file], range.offset, range.bytes).share;
     if (share && *share >= 1) continue;
     missing.push_back(range);
     missing_bytes += range.bytes;
@@ -137,11 +138,10 @@ bool Sources::cold() const noexcept {
 }
 
 Status Sources::populate(const PopulateStep& step) const {
-  Status status = plan_.mappings[step.file]->populate(step.offset, step.bytes);
-  if (!status.ok() && step.name < plan_.names.size()) {
-    status.error().tensor = plan_.names[step.name];
-  }
-  return status;
+  auto populated = plan_.mappings[step.file]->populate(step.offset, step.bytes);
+  if (populated.ok()) return {};
+  if (step.name < plan_.names.size()) populated.error().tensor = plan_.names[step.name];
+  return populated.error();
 }
 
 Status Sources::read(const Unit& unit, std::byte* target, Scratch& scratch) {

@@ -67,8 +67,11 @@ Status AnonymousMemory::populate(std::size_t offset, std::size_t bytes) const {
   while (begin != end &&
          ::madvise(begin, static_cast<std::size_t>(end - begin), MADV_POPULATE_WRITE) != 0) {
     if (errno == EINTR || errno == EAGAIN) continue;
-    if (errno != EINVAL) return out_of_memory(bytes, errno);
-    for (std::byte* at = begin; at < end; at += kPageBytes) {  // Linux before 5.14
+    if (errno == ENOMEM || errno == EFAULT || errno == EHWPOISON) {
+      return out_of_memory(bytes, errno);
+    }
+    // Linux before 5.14, or a sandbox that refuses it: advice may be refused.
+    for (std::byte* at = begin; at < end; at += kPageBytes) {
       static_cast<volatile std::byte*>(at)[0] = std::byte{0};
     }
     break;

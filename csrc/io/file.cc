@@ -1,12 +1,16 @@
 #include "io/file.h"
 
 #include <fcntl.h>
+#include <pthread.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
+#include <mutex>
 
 namespace weightlift::io {
 namespace {
@@ -28,12 +32,66 @@ Error shrank(const std::string& path, std::uint64_t at) {
 }
 
 // A signal may end it where the file system waits for somebody (open(2), EINTR).
-FileDescriptor open_file(const std::string& path, int flags) {
+FileDescriptor open_path(const std::string& path, int flags) {
   int fd = 0;
   do {
-    fd = ::open(path.c_str(), flags | O_RDONLY | O_CLOEXEC);
+    fd = ::open(path.c_str(), flags | O_CLOEXEC | O_NOCTTY);
   } while (fd < 0 && errno == EINTR);
   return FileDescriptor(fd);
+}
+
+std::string path_of(int descriptor) {
+  return "/proc/self/fd/" + std::to_string(descriptor);  // proc(5)
+}
+
+// O_NONBLOCK: opening a FIFO would wait for a writer; regular files ignore it, unless another
+// process holds a lease on them: then open(2) says EWOULDBLOCK, and without the flag it waits for
+// the lease, as for any other reader. That it is a regular file, an O_PATH descriptor tells.
+FileDescriptor open_file(const std::string& path, int flags) {
+  FileDescriptor fd = open_path(path, flags | O_RDONLY | O_NONBLOCK);
+  if (fd.get() >= 0 || errno != EWOULDBLOCK) return fd;
+  const FileDescriptor name = open_path(path, O_PATH);
+  struct stat status{};
+  if (name.get() < 0 || ::fstat(name.get(), &status) != 0 || !S_ISREG(status.st_mode)) {
+    errno = EWOULDBLOCK;
+    return FileDescriptor();
+  }
+  FileDescriptor waited = open_path(path_of(name.get()), flags | O_RDONLY);
+  if (waited.get() >= 0 || errno != ENOENT) return waited;
+  return open_path(path, flags | O_RDONLY);  // there is no /proc
+}
+
+std::uint64_t hash_of(std::span<const std::byte> bytes) noexcept {
+  std::uint64_t hash = bytes.size();
+  const auto mix = [&hash](std::uint64_t word) {
+    hash = (hash ^ word) * 0x9e37'79b9'7f4a'7c15;
+    hash ^= hash >> 29;
+  };
+  std::size_t at = 0;
+  for (; bytes.size() - at >= sizeof(std::uint64_t); at += sizeof(std::uint64_t)) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, bytes.data() + at, sizeof word);
+    mix(word);
+  }
+  for (; at < bytes.size(); ++at) mix(static_cast<std::uint64_t>(bytes[at]));
+  return hash;
+}
+
+std::string absolute(const std::string& path) {
+  if (path.starts_with('/')) return path;
+  char* const folder = ::getcwd(nullptr, 0);
+  if (folder == nullptr) return path;
+  std::string result = std::string(folder) + "/" + path;
+  std::free(folder);  // NOLINT(*no-malloc)
+  return result;
+}
+
+FileIdentity identity_of(const struct stat& status) noexcept {
+  return {.device = status.st_dev, .inode = status.st_ino};
+}
+
+Error changed(const std::string& path, std::string message) {
+  return {.code = ErrorCode::kFileChanged, .message = std::move(message), .path = path};
 }
 
 }  // namespace
@@ -44,8 +102,12 @@ Error system_error(int error_number, std::string path, const std::string& what) 
   if (error_number == EACCES || error_number == EPERM) code = ErrorCode::kPermissionDenied;
   if (error_number == EISDIR) code = ErrorCode::kIsDirectory;
   if (error_number == ENOMEM) code = ErrorCode::kOutOfMemory;
+  std::string message = what + ": " + std::strerror(error_number);
+  if (error_number == EMFILE) {
+    message += ": this process may open no more; raise the limit with `ulimit -n`";
+  }
   return {.code = code,
-          .message = what + ": " + std::strerror(error_number),
+          .message = std::move(message),
           .path = std::move(path),
           .system_errno = error_number};
 }
@@ -55,14 +117,152 @@ FileDescriptor::~FileDescriptor() {
   if (fd_ >= 0) ::close(fd_);
 }
 
+// --- PooledDescriptor ----------------------------------------------------------------------------
+
+// One mutex for all, and held for a moment only: neither open(2) nor close(2), which may wait for a
+// server, is called under it. A child that is forked meanwhile gets it unlocked.
+class DescriptorPool {
+ public:
+  static DescriptorPool& instance() {
+    static auto* const pool = new DescriptorPool();  // lives as long as any thread
+    return *pool;
+  }
+
+  PooledDescriptor::Handle get(const PooledDescriptor& of) {
+    const std::lock_guard lock(mutex_);
+    return of.fd_;
+  }
+
+  // Keeps a descriptor that was opened; where another thread was first, that one's.
+  PooledDescriptor::Handle add(const PooledDescriptor& of, PooledDescriptor::Handle fd) {
+    Closing closing;
+    PooledDescriptor::Handle kept;
+    {
+      const std::lock_guard lock(mutex_);
+      if (of.fd_ == nullptr) {
+        of.fd_ = std::move(fd);
+        link(of);
+      }
+      kept = of.fd_;
+      collect(descriptor_limit(), closing);
+    }
+    return kept;
+  }
+
+  void remove(const PooledDescriptor& of) {
+    PooledDescriptor::Handle last;
+    const std::lock_guard lock(mutex_);
+    if (of.fd_ != nullptr) unlink(of);
+    last.swap(of.fd_);
+  }
+
+  // Where the process has no descriptor left: all that nobody uses.
+  void close_idle() {
+    Closing closing;
+    const std::lock_guard lock(mutex_);
+    collect(0, closing);
+  }
+
+ private:
+  using Closing = std::vector<PooledDescriptor::Handle>;
+
+  DescriptorPool() {
+    ::pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                     [] { instance().mutex_.unlock(); });
+  }
+
+  void link(const PooledDescriptor& of) noexcept {
+    of.previous_ = last_;
+    of.next_ = nullptr;
+    (last_ != nullptr ? last_->next_ : first_) = &of;
+    last_ = &of;
+    ++count_;
+  }
+
+  void unlink(const PooledDescriptor& of) noexcept {
+    (of.previous_ != nullptr ? of.previous_->next_ : first_) = of.next_;
+    (of.next_ != nullptr ? of.next_->previous_ : last_) = of.previous_;
+    --count_;
+  }
+
+  // Handles are copied under the mutex, or from one that somebody has: with one owner, a
+  // descriptor is idle.
+  void collect(std::size_t most, Closing& closing) {
+    for (const PooledDescriptor* at = first_; at != nullptr && count_ > most;) {
+      const PooledDescriptor& one = *std::exchange(at, at->next_);
+      if (one.keep_ || one.fd_.use_count() > 1) continue;
+      unlink(one);
+      closing.push_back(std::move(one.fd_));
+      one.fd_.reset();
+    }
+  }
+
+  std::mutex mutex_;
+  const PooledDescriptor* first_ = nullptr;
+  const PooledDescriptor* last_ = nullptr;
+  std::size_t count_ = 0;
+};
+
+namespace {
+
+FileDescriptor open_with_room(const std::string& path, int flags) {
+  {
+    FileDescriptor fd = open_file(path, flags);
+    if (fd.get() >= 0 || (errno != EMFILE && errno != ENFILE)) return fd;
+  }
+  DescriptorPool::instance().close_idle();
+  return open_file(path, flags);
+}
+
+}  // namespace
+
+std::size_t descriptor_limit() noexcept {
+  constexpr rlim_t kFewest = 4;
+  constexpr rlim_t kMost = 64;
+  constexpr rlim_t kShare = 8;  // the rest is the caller's
+  struct rlimit allowed{};
+  if (::getrlimit(RLIMIT_NOFILE, &allowed) != 0) return kFewest;
+  return std::clamp(allowed.rlim_cur / kShare, kFewest, kMost);
+}
+
+PooledDescriptor::PooledDescriptor(FileDescriptor fd, std::string path, int flags,
+                                   FileIdentity identity)
+    : path_(absolute(path)), flags_(flags), identity_(identity) {
+  DescriptorPool::instance().add(*this, std::make_shared<const FileDescriptor>(std::move(fd)));
+}
+
+PooledDescriptor::~PooledDescriptor() {
+  DescriptorPool::instance().remove(*this);
+}
+
+PooledDescriptor::Handle PooledDescriptor::if_open() const {
+  return DescriptorPool::instance().get(*this);
+}
+
+Result<PooledDescriptor::Handle> PooledDescriptor::acquire() const {
+  if (Handle fd = if_open()) return fd;
+  FileDescriptor fd = open_with_room(path_, flags_);
+  if (fd.get() < 0) return system_error(errno, path_, "cannot open it again");
+  struct stat status{};
+  if (::fstat(fd.get(), &status) != 0) return system_error(errno, path_, "cannot stat");
+  if (identity_of(status) != identity_) {
+    return changed(path_,
+                   "its name was given to another file since the checkpoint was opened: open the "
+                   "checkpoint again");
+  }
+  return DescriptorPool::instance().add(*this,
+                                        std::make_shared<const FileDescriptor>(std::move(fd)));
+}
+
+// --- File ----------------------------------------------------------------------------------------
+
 Result<std::shared_ptr<File>> File::open(const std::string& path) {
   if (path.find('\0') != std::string::npos) {
     return Error{.code = ErrorCode::kInvalidArgument,
                  .message = "the path holds a NUL character",
                  .path = path};
   }
-  // O_NONBLOCK: opening a FIFO would wait for a writer (open(2)); regular files ignore it.
-  FileDescriptor fd = open_file(path, O_NONBLOCK);
+  FileDescriptor fd = open_with_room(path, 0);
   if (fd.get() < 0) return system_error(errno, path, "cannot open");
   struct stat status{};
   if (::fstat(fd.get(), &status) != 0) return system_error(errno, path, "cannot stat");
@@ -79,19 +279,29 @@ Result<std::shared_ptr<File>> File::open(const std::string& path) {
         .path = path,
         .system_errno = EINVAL};
   }
-  auto file = std::shared_ptr<File>(new File(std::move(fd), path));
-  file->size_ = static_cast<std::uint64_t>(status.st_size);
-  file->inode_ = status.st_ino;
-  file->device_ = status.st_dev;
-  file->modified_ns_ = modified_ns(status);
-  return file;
+  return std::shared_ptr<File>(new File(std::move(fd), path, status));
+}
+
+File::File(FileDescriptor fd, std::string path, const struct stat& status)
+    : path_(std::move(path)),
+      size_(static_cast<std::uint64_t>(status.st_size)),
+      identity_(identity_of(status)),
+      modified_ns_(modified_ns(status)),
+      seen_ns_(modified_ns(status)),
+      fd_(std::make_unique<PooledDescriptor>(std::move(fd), path_, 0, identity_)) {
+  // Those without a name of their own: unlinked, in memory (memfd_create(2)), or somebody's open
+  // descriptor.
+  const std::string& name = fd_->path();
+  if (status.st_nlink == 0 || name.starts_with("/proc/") || name.starts_with("/dev/fd/"))
+    fd_->keep();
 }
 
 Status File::read_exact(std::uint64_t offset, std::span<std::byte> target) const {
+  WL_ASSIGN_OR_RETURN(const PooledDescriptor::Handle fd, descriptor());
   std::size_t done = 0;
   while (done < target.size()) {
     const ssize_t got =
-        ::pread(fd_.get(), target.data() + done, std::min(target.size() - done, kMaxRead),
+        ::pread(fd->get(), target.data() + done, std::min(target.size() - done, kMaxRead),
                 static_cast<off_t>(offset + done));
     if (got > 0) {
       done += static_cast<std::size_t>(got);
@@ -106,29 +316,66 @@ Status File::read_exact(std::uint64_t offset, std::span<std::byte> target) const
   return {};
 }
 
-Status File::check_unchanged() const {
-  struct stat status{};
-  if (::fstat(fd_.get(), &status) != 0) return system_error(errno, path_, "cannot stat");
-  const auto size = static_cast<std::uint64_t>(status.st_size);
-  if (size < size_) return shrank(path_, size);
-  if (size != size_ || status.st_ino != inode_ || status.st_dev != device_ ||
-      modified_ns(status) != modified_ns_) {
-    return Error{.code = ErrorCode::kFileChanged,
-                 .message =
-                     "the file was written to while it was being read, so old and new bytes "
-                     "may be mixed; load it again once its writer is done",
-                 .path = path_};
-  }
+Status File::read_index(std::uint64_t offset, std::span<std::byte> target) {
+  WL_RETURN_IF_ERROR(read_exact(offset, target));
+  index_.push_back({.offset = offset, .bytes = target.size(), .hash = hash_of(target)});
   return {};
 }
 
+bool File::same_index() const {
+  std::vector<std::byte> now;
+  for (const IndexRange& range : index_) {
+    now.resize(range.bytes);
+    if (!read_exact(range.offset, now).ok() || hash_of(now) != range.hash) return false;
+  }
+  return true;
+}
+
+bool File::status_now(struct stat& status) const {
+  if (const PooledDescriptor::Handle fd = fd_->if_open()) return ::fstat(fd->get(), &status) == 0;
+  // Of a file that has lost its name since it was closed there is nothing to see, and whoever
+  // gave the name away did not write into it.
+  return ::stat(fd_->path().c_str(), &status) == 0 && identity_of(status) == identity_;
+}
+
+Result<File::Change> File::check_unchanged() const {
+  struct stat status{};
+  if (!status_now(status)) return Change::kNone;
+  const auto size = static_cast<std::uint64_t>(status.st_size);
+  if (size < size_) return shrank(path_, size);
+  constexpr const char* kMixed =
+      "the file was written to while it was being read, so old and new bytes may be mixed; load it "
+      "again once its writer is done";
+  if (size != size_ || identity_of(status) != identity_) return changed(path_, kMixed);
+  if (modified_ns(status) == modified_ns_) return Change::kNone;
+  seen_ns_ = modified_ns(status);
+  if (!same_index()) return changed(path_, kMixed);
+  return Change::kTime;
+}
+
 FileDescriptor File::reopened(int flags) const {
-  return open_file("/proc/self/fd/" + std::to_string(descriptor()), flags);  // proc(5)
+  const auto fd = descriptor();
+  if (!fd.ok()) {
+    errno = fd.error().system_errno != 0 ? fd.error().system_errno : ESTALE;
+    return FileDescriptor();
+  }
+  FileDescriptor same = open_file(path_of((*fd)->get()), flags);
+  if (same.get() >= 0 || (errno != ENOENT && errno != EACCES && errno != EPERM)) return same;
+  // There is no /proc, or not for us.
+  FileDescriptor named = open_file(fd_->path(), flags);
+  struct stat status{};
+  if (named.get() < 0) return named;
+  if (::fstat(named.get(), &status) == 0 && identity_of(status) == identity_) return named;
+  errno = ESTALE;
+  return FileDescriptor();
 }
 
 void File::advise_sequential() const noexcept {
-  ::posix_fadvise(fd_.get(), 0, 0, POSIX_FADV_SEQUENTIAL);
+  const auto fd = descriptor();
+  if (fd.ok()) ::posix_fadvise((*fd)->get(), 0, 0, POSIX_FADV_SEQUENTIAL);
 }
+
+// --- DirectFile ----------------------------------------------------------------------------------
 
 Result<std::unique_ptr<DirectFile>> DirectFile::open(std::shared_ptr<const File> file) {
   FileDescriptor fd = file->reopened(O_DIRECT);
@@ -147,11 +394,17 @@ Result<std::unique_ptr<DirectFile>> DirectFile::open(std::shared_ptr<const File>
   return std::unique_ptr<DirectFile>(new DirectFile(std::move(fd), std::move(file), alignment));
 }
 
+DirectFile::DirectFile(FileDescriptor fd, std::shared_ptr<const File> file, std::uint32_t alignment)
+    : file_(std::move(file)),
+      fd_(std::move(fd), file_->absolute_path(), O_DIRECT, file_->file_identity()),
+      alignment_(alignment) {}
+
 Status DirectFile::read(std::uint64_t offset, std::span<std::byte> target,
                         std::uint64_t needed) const {
+  WL_ASSIGN_OR_RETURN(const PooledDescriptor::Handle fd, fd_.acquire());
   std::uint64_t done = 0;
   while (done < needed) {
-    const ssize_t got = ::pread(fd_.get(), target.data() + done, target.size() - done,
+    const ssize_t got = ::pread(fd->get(), target.data() + done, target.size() - done,
                                 static_cast<off_t>(offset + done));
     if (got > 0) {
       const std::uint64_t now = done + static_cast<std::uint64_t>(got);

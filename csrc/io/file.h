@@ -3,14 +3,18 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "result.h"
+
+struct stat;
 
 namespace weightlift::io {
 
@@ -31,43 +35,115 @@ class FileDescriptor {
 // ReadError for errno after a failed call on `path`.
 [[nodiscard]] Error system_error(int error_number, std::string path, const std::string& what);
 
+// What a file is, whatever its name leads to by now.
+struct FileIdentity {
+  dev_t device = 0;
+  ino_t inode = 0;
+
+  friend bool operator==(const FileIdentity&, const FileIdentity&) = default;
+};
+
+// A descriptor that is closed while nobody uses it and many others are open, and opened again when
+// it is wanted: a checkpoint may have more files than a process may have descriptors (getrlimit(2),
+// RLIMIT_NOFILE). How many are kept does not grow with the number of files. Any thread.
+class PooledDescriptor {
+ public:
+  // Open as long as it lives.
+  using Handle = std::shared_ptr<const FileDescriptor>;
+
+  // `path` is opened again with `flags`, and must still be the file that `fd` is.
+  PooledDescriptor(FileDescriptor fd, std::string path, int flags, FileIdentity identity);
+  PooledDescriptor(const PooledDescriptor&) = delete;
+  PooledDescriptor& operator=(const PooledDescriptor&) = delete;
+  ~PooledDescriptor();
+
+  // kFileChanged where the name has been given to another file since.
+  [[nodiscard]] Result<Handle> acquire() const;
+  // Without opening it: null where it is closed at the moment.
+  [[nodiscard]] Handle if_open() const;
+  // Not to be closed: it could not be opened again by its name.
+  void keep() noexcept { keep_ = true; }
+  [[nodiscard]] const std::string& path() const noexcept { return path_; }
+
+ private:
+  friend class DescriptorPool;
+
+  std::string path_;  // absolute: the working directory may change
+  int flags_;
+  FileIdentity identity_;
+  bool keep_ = false;
+  // The pool's: those that are open, the one that was opened first in front.
+  mutable std::shared_ptr<const FileDescriptor> fd_;
+  mutable const PooledDescriptor* previous_ = nullptr;
+  mutable const PooledDescriptor* next_ = nullptr;
+};
+
+// How many descriptors of one kind may stay open in this process, however many files there are.
+[[nodiscard]] std::size_t descriptor_limit() noexcept;
+
 class Mapping;
 
 class File {
  public:
-  // Never blocks: a FIFO or a device is refused before it is read.
+  // Refuses a FIFO or a device before it is read, and does not wait for one. Waits where another
+  // process holds a lease on the file (fcntl(2), F_SETLEASE) until that is given back.
   [[nodiscard]] static Result<std::shared_ptr<File>> open(const std::string& path);
 
   [[nodiscard]] const std::string& path() const noexcept { return path_; }
   [[nodiscard]] std::uint64_t size() const noexcept { return size_; }
-  [[nodiscard]] int descriptor() const noexcept { return fd_.get(); }
-  // (device, inode): which file this is, whatever its name leads to by now.
-  [[nodiscard]] std::pair<dev_t, ino_t> identity() const noexcept { return {device_, inode_}; }
+  // (device, inode)
+  [[nodiscard]] std::pair<dev_t, ino_t> identity() const noexcept {
+    return {identity_.device, identity_.inode};
+  }
+  // For a system call on it.
+  [[nodiscard]] Result<PooledDescriptor::Handle> descriptor() const { return fd_->acquire(); }
 
   // Fills `target` from `offset` on; interrupted and short reads are continued. kFileShrank where
   // the file has ended meanwhile.
   [[nodiscard]] Status read_exact(std::uint64_t offset, std::span<std::byte> target) const;
+  // The same for what tells where tensors lie. It is remembered by its hash. Not while other
+  // threads do the same.
+  [[nodiscard]] Status read_index(std::uint64_t offset, std::span<std::byte> target);
 
-  // Compares size, modification time and inode with those at open: a file that was rewritten
-  // during the load may have given a mixture of old and new bytes.
-  [[nodiscard]] Status check_unchanged() const;
+  enum class Change : std::uint8_t {
+    kNone,
+    kTime,  // no more than the time of the last modification; read_index() finds what it found
+  };
+  // Compares size, inode and modification time with those at open: a file that was rewritten
+  // during the load may have given a mixture of old and new bytes. kFileShrank, kFileChanged.
+  [[nodiscard]] Result<Change> check_unchanged() const;
+  // The modification time that check_unchanged() saw is from here on the one to compare with.
+  void accept_time() const noexcept { modified_ns_ = seen_ns_.load(); }
 
   // The very file again, also where its name has been given to another one since; no descriptor
   // (and errno) where that is refused.
   [[nodiscard]] FileDescriptor reopened(int flags) const;
+  [[nodiscard]] FileIdentity file_identity() const noexcept { return identity_; }
+  [[nodiscard]] const std::string& absolute_path() const noexcept { return fd_->path(); }
 
   // Asks the kernel for its largest read-ahead window (posix_fadvise(2), SEQUENTIAL).
   void advise_sequential() const noexcept;
 
  private:
-  File(FileDescriptor fd, std::string path) : fd_(std::move(fd)), path_(std::move(path)) {}
+  struct IndexRange {
+    std::uint64_t offset;
+    std::uint64_t bytes;
+    std::uint64_t hash;
+  };
 
-  FileDescriptor fd_;
+  File(FileDescriptor fd, std::string path, const struct stat& status);
+  // Of the open file, or of what its name leads to if that is the same file; false where there is
+  // nothing to look at.
+  [[nodiscard]] bool status_now(struct stat& status) const;
+  [[nodiscard]] bool same_index() const;
+
   std::string path_;
-  std::uint64_t size_ = 0;
-  ino_t inode_ = 0;
-  dev_t device_ = 0;
-  std::int64_t modified_ns_ = 0;
+  std::uint64_t size_;
+  FileIdentity identity_;
+  mutable std::atomic<std::int64_t> modified_ns_;
+  mutable std::atomic<std::int64_t> seen_ns_;  // by check_unchanged()
+  std::vector<IndexRange> index_;
+  std::unique_ptr<PooledDescriptor> fd_;
 };
 
 // The same file past the page cache (O_DIRECT).
@@ -84,11 +160,10 @@ class DirectFile {
                             std::uint64_t needed) const;
 
  private:
-  DirectFile(FileDescriptor fd, std::shared_ptr<const File> file, std::uint32_t alignment)
-      : fd_(std::move(fd)), file_(std::move(file)), alignment_(alignment) {}
+  DirectFile(FileDescriptor fd, std::shared_ptr<const File> file, std::uint32_t alignment);
 
-  FileDescriptor fd_;
   std::shared_ptr<const File> file_;
+  PooledDescriptor fd_;
   std::uint32_t alignment_;
 };
 

@@ -19,6 +19,8 @@ namespace {
 
 constexpr std::uint64_t kBlock = std::uint64_t{32} << 20;
 
+std::atomic<std::size_t> leases_held = 0;
+
 // Where the only way to a file's bytes is this kernel's own inode: not on network file systems,
 // whose servers have other clients, nor on FUSE or overlays, beneath which there is another file.
 bool knows_all_writers(int fd) {
@@ -42,17 +44,32 @@ bool take_lease(int fd) {
 }  // namespace
 
 std::unique_ptr<LeasedMapping> LeasedMapping::open(const std::shared_ptr<const File>& file) {
+  Place place = Place::take();
+  if (!place.taken()) return nullptr;
   FileDescriptor fd = file->reopened(0);
   if (fd.get() < 0 || !knows_all_writers(fd.get()) || !take_lease(fd.get())) return nullptr;
   auto mapping = Mapping::map(file);
   if (!mapping.ok()) return nullptr;  // with the descriptor, the lease ends
   return std::unique_ptr<LeasedMapping>(
-      new LeasedMapping(std::move(fd), *std::move(mapping), file->size()));
+      new LeasedMapping(std::move(place), std::move(fd), *std::move(mapping), file->size()));
 }
 
-LeasedMapping::LeasedMapping(FileDescriptor fd, std::shared_ptr<Mapping> mapping,
+LeasedMapping::Place LeasedMapping::Place::take() noexcept {
+  if (leases_held.fetch_add(1) < descriptor_limit()) return Place(true);
+  leases_held.fetch_sub(1);
+  return Place(false);
+}
+
+LeasedMapping::Place::~Place() {
+  if (taken_) leases_held.fetch_sub(1);
+}
+
+LeasedMapping::LeasedMapping(Place place, FileDescriptor fd, std::shared_ptr<Mapping> mapping,
                              std::uint64_t bytes)
-    : fd_(std::move(fd)), mapping_(std::move(mapping)), had_(bytes / kBlock + 1) {}
+    : place_(std::move(place)),
+      fd_(std::move(fd)),
+      mapping_(std::move(mapping)),
+      had_(bytes / kBlock + 1) {}
 
 LeasedMapping::~LeasedMapping() {
   if (!wanted_) give_back();
@@ -78,7 +95,9 @@ LeasedMapping::Hold LeasedMapping::hold(std::uint64_t offset, std::uint64_t byte
     wanted_ = true;
     return {};
   }
-  if (!mapping_->populate(offset, bytes).ok()) return {};
+  // Without it, a page that cannot be read would be a SIGBUS.
+  const auto populated = mapping_->populate(offset, bytes);
+  if (!populated.ok() || !*populated) return {};
   hold.data_ = mapping_->data() + offset;
   return hold;
 }

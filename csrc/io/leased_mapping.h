@@ -7,6 +7,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "io/file.h"
 #include "io/mapping.h"
@@ -21,7 +22,7 @@ namespace weightlift::io {
 class LeasedMapping {
  public:
   // Null where there is no lease to be had: the file is another user's, or open for writing, or its
-  // file system is not one of those where all who write must break the lease.
+  // file system is not one of those where all who write must break the lease; or many are held.
   [[nodiscard]] static std::unique_ptr<LeasedMapping> open(const std::shared_ptr<const File>& file);
   LeasedMapping(const LeasedMapping&) = delete;
   LeasedMapping& operator=(const LeasedMapping&) = delete;
@@ -51,10 +52,26 @@ class LeasedMapping {
   [[nodiscard]] Hold hold(std::uint64_t offset, std::uint64_t bytes);
 
  private:
-  LeasedMapping(FileDescriptor fd, std::shared_ptr<Mapping> mapping, std::uint64_t bytes);
+  // One of the descriptors that may hold leases at a time (descriptor_limit()).
+  class Place {
+   public:
+    static Place take() noexcept;
+    Place(Place&& other) noexcept : taken_(std::exchange(other.taken_, false)) {}
+    Place& operator=(Place&&) = delete;
+    ~Place();
+    [[nodiscard]] bool taken() const noexcept { return taken_; }
+
+   private:
+    explicit Place(bool taken) noexcept : taken_(taken) {}
+    bool taken_;
+  };
+
+  LeasedMapping(Place place, FileDescriptor fd, std::shared_ptr<Mapping> mapping,
+                std::uint64_t bytes);
   void let_go(const Hold& hold) noexcept;
   void give_back() noexcept;
 
+  Place place_;
   FileDescriptor fd_;  // the lease is that of this open file, which nothing else uses
   std::shared_ptr<Mapping> mapping_;
   std::mutex mutex_;

@@ -16,8 +16,9 @@ namespace weightlift::io {
 Result<std::shared_ptr<Mapping>> Mapping::map(const std::shared_ptr<const File>& file) {
   std::byte* data = nullptr;
   if (file->size() != 0) {
+    WL_ASSIGN_OR_RETURN(const PooledDescriptor::Handle fd, file->descriptor());
     void* mapped = ::mmap(nullptr, file->size(), PROT_READ | PROT_WRITE,
-                          MAP_PRIVATE | MAP_NORESERVE, file->descriptor(), 0);
+                          MAP_PRIVATE | MAP_NORESERVE, fd->get(), 0);
     if (mapped == MAP_FAILED) return system_error(errno, file->path(), "cannot map the file");
     data = static_cast<std::byte*>(mapped);
   }
@@ -28,26 +29,28 @@ Mapping::~Mapping() {
   if (data_ != nullptr) ::munmap(data_, bytes_);
 }
 
-Status Mapping::populate(std::uint64_t offset, std::uint64_t bytes) const {
+Result<bool> Mapping::populate(std::uint64_t offset, std::uint64_t bytes) const {
   const auto file = file_.lock();
-  if (bytes == 0 || !file) return {};
+  if (bytes == 0) return true;
+  if (!file) return false;
   const std::uint64_t begin = offset / kPageBytes * kPageBytes;
   const std::uint64_t end = std::min(offset + bytes, file->size());
   while (::madvise(data_ + begin, end - begin, MADV_POPULATE_READ) != 0) {
     if (errno == EINTR || errno == EAGAIN) continue;
-    if (errno == EINVAL) break;
-    if (errno == EFAULT || errno == EHWPOISON) {
+    const bool unreadable = errno == EFAULT || errno == EHWPOISON || errno == EIO;
+    // EINVAL from a kernel that does not know it, EPERM, ENOSYS or whatever else from a filter:
+    // advice may be refused.
+    if (!unreadable && errno != ENOMEM) return false;
+    const int number = unreadable ? EIO : errno;
+    if (unreadable) {
       // What a touch would have answered with SIGBUS: the page is past the end, or unreadable.
-      if (Status changed = file->check_unchanged(); !changed.ok()) return changed;
-      Error error = system_error(EIO, file->path(), "cannot read the mapped file");
-      error.offset = begin;
-      return error;
+      if (auto changed = file->check_unchanged(); !changed.ok()) return changed.error();
     }
-    Error error = system_error(errno, file->path(), "cannot populate the mapping");
+    Error error = system_error(number, file->path(), "cannot read the mapped file");
     error.offset = begin;
     return error;
   }
-  return {};
+  return true;
 }
 
 }  // namespace weightlift::io

@@ -23,9 +23,10 @@ class Mapping {
   [[nodiscard]] std::byte* data() const noexcept { return data_; }  // null for an empty file
 
   // Reads the pages of [offset, offset + bytes) in and maps them (madvise(2) MADV_POPULATE_READ):
-  // a truncated file or a bad disk is an error here, where a touch would be a SIGBUS. Does nothing
-  // where the kernel is older than 5.14. The file must still be open.
-  [[nodiscard]] Status populate(std::uint64_t offset, std::uint64_t bytes) const;
+  // a truncated file or a bad disk is an error here, where a touch would be a SIGBUS. False where
+  // that cannot be done: by a kernel older than 5.14, in a sandbox that does not know the advice,
+  // or when the file is gone from the program.
+  [[nodiscard]] Result<bool> populate(std::uint64_t offset, std::uint64_t bytes) const;
 
  private:
   Mapping(const std::shared_ptr<const File>& file, std::byte* data)

@@ -2,9 +2,11 @@
 
 #include <fcntl.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 
 #include "io/anonymous_memory.h"
 
@@ -29,6 +31,25 @@ struct Cachestat {
 constexpr std::uint64_t kSampledBytes = std::uint64_t{32} << 20;
 constexpr std::uint64_t kWindows = 32;
 constexpr std::uint64_t kWindowBytes = std::uint64_t{256} << 10;
+constexpr std::uint64_t kProbeBytes = std::uint64_t{1} << 20;
+
+// A byte in each mebibyte, and as many as there are windows at most: each that is not in the page
+// cache has its page read.
+Residency probed_share(const File& file, std::uint64_t offset, std::uint64_t bytes) noexcept {
+  const auto fd = file.descriptor();
+  if (!fd.ok()) return {.share = std::nullopt, .refusal = EPERM};
+  const std::uint64_t probes = std::clamp<std::uint64_t>(bytes / kProbeBytes, 1, kWindows);
+  std::uint64_t resident = 0;
+  for (std::uint64_t i = 0; i < probes; ++i) {
+    char byte = 0;
+    const struct iovec target{.iov_base = &byte, .iov_len = 1};
+    const std::uint64_t at = offset + (probes == 1 ? 0 : (bytes - 1) / (probes - 1) * i);
+    const ssize_t got = ::preadv2((*fd)->get(), &target, 1, static_cast<off_t>(at), RWF_NOWAIT);
+    if (got < 0 && errno != EAGAIN) return {.share = std::nullopt, .refusal = EPERM};
+    resident += got > 0 ? 1 : 0;
+  }
+  return {.share = static_cast<double>(resident) / static_cast<double>(probes)};
+}
 
 }  // namespace
 
@@ -37,13 +58,14 @@ std::optional<std::uint64_t> resident_bytes(const File& file, std::uint64_t offs
   if (bytes == 0) return 0;
   CachestatRange range{.offset = offset, .length = bytes};
   Cachestat answer{};
-  if (::syscall(kCachestatCall, file.descriptor(), &range, &answer, 0U) != 0) return std::nullopt;
+  const auto fd = file.descriptor();
+  if (!fd.ok()) return std::nullopt;
+  if (::syscall(kCachestatCall, (*fd)->get(), &range, &answer, 0U) != 0) return std::nullopt;
   return std::min(answer.cached * kPageBytes, bytes);
 }
 
-std::optional<double> resident_share(const File& file, std::uint64_t offset,
-                                     std::uint64_t bytes) noexcept {
-  if (bytes == 0) return 1.0;
+Residency resident_share(const File& file, std::uint64_t offset, std::uint64_t bytes) noexcept {
+  if (bytes == 0) return {.share = 1.0};
   const std::uint64_t windows = bytes <= kSampledBytes ? 1 : kWindows;
   const std::uint64_t window = windows == 1 ? bytes : kWindowBytes;
   std::uint64_t resident = 0;
@@ -51,14 +73,18 @@ std::optional<double> resident_share(const File& file, std::uint64_t offset,
     // The first and the last bytes are in it: a file that is being read, or was cut off, shows.
     const std::uint64_t at = windows == 1 ? 0 : (bytes - window) / (windows - 1) * i;
     const auto found = resident_bytes(file, offset + at, window);
-    if (!found) return std::nullopt;
+    if (!found) {
+      if (errno == EPERM) return probed_share(file, offset, bytes);
+      return {.share = std::nullopt, .refusal = errno};
+    }
     resident += *found;
   }
-  return static_cast<double>(resident) / static_cast<double>(windows * window);
+  return {.share = static_cast<double>(resident) / static_cast<double>(windows * window)};
 }
 
 void drop_from_page_cache(const File& file) noexcept {
-  ::posix_fadvise(file.descriptor(), 0, 0, POSIX_FADV_DONTNEED);
+  const auto fd = file.descriptor();
+  if (fd.ok()) ::posix_fadvise((*fd)->get(), 0, 0, POSIX_FADV_DONTNEED);
 }
 
 }  // namespace weightlift::io

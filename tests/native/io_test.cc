@@ -9,7 +9,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
+#include <csignal>
 #include <cstdarg>
 #include <cstddef>
 #include <cstdint>
@@ -22,6 +24,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -138,7 +141,7 @@ TEST_F(IoTest, OpensAFile) {
   const auto file = numbered(12345);
   EXPECT_EQ(file->size(), 12345U);
   EXPECT_EQ(file->path(), (folder_ / "numbered").string());
-  EXPECT_NE(::fcntl(file->descriptor(), F_GETFD) & FD_CLOEXEC, 0);
+  EXPECT_NE(::fcntl((*file->descriptor())->get(), F_GETFD) & FD_CLOEXEC, 0);
 }
 
 TEST_F(IoTest, SaysWhyAFileCannotBeOpened) {
@@ -224,7 +227,7 @@ TEST_F(IoTest, AFileThatEndsEarlyIsAnError) {
 
 TEST_F(IoTest, NoticesThatAFileHasChanged) {
   const auto code = [](const File& file) -> std::optional<ErrorCode> {
-    const Status status = file.check_unchanged();
+    const auto status = file.check_unchanged();
     return status.ok() ? std::nullopt : std::optional(status.error().code);
   };
   auto file = numbered(10'000);
@@ -238,6 +241,19 @@ TEST_F(IoTest, NoticesThatAFileHasChanged) {
 
   file = numbered(10'000);
   const timespec times[2] = {{.tv_sec = 5, .tv_nsec = 0}, {.tv_sec = 5, .tv_nsec = 1}};
+  std::vector<std::byte> index(100);
+  ASSERT_TRUE(file->read_index(50, index).ok());
+  ASSERT_EQ(::utimensat(AT_FDCWD, file->path().c_str(), times, 0), 0);
+  EXPECT_EQ(code(*file), std::nullopt);
+  EXPECT_EQ(*file->check_unchanged(), File::Change::kTime);
+  file->accept_time();
+  EXPECT_EQ(*file->check_unchanged(), File::Change::kNone);
+
+  file = numbered(10'000);
+  ASSERT_TRUE(file->read_index(50, index).ok());
+  const int fd = ::open(file->path().c_str(), O_WRONLY | O_CLOEXEC);
+  ASSERT_EQ(::pwrite(fd, "other", 5, 60), 5);
+  ::close(fd);
   ASSERT_EQ(::utimensat(AT_FDCWD, file->path().c_str(), times, 0), 0);
   EXPECT_EQ(code(*file), ErrorCode::kFileChanged);
 
@@ -361,12 +377,134 @@ TEST_F(IoTest, MapsAFileForReadingAndForWritingOfItsOwn) {
   EXPECT_EQ(text(again), content);
 }
 
+// How many descriptors this process has.
+std::size_t descriptors() {
+  const fs::directory_iterator all("/proc/self/fd");
+  return static_cast<std::size_t>(std::distance(begin(all), fs::end(all)));
+}
+
+class ManyFilesTest : public IoTest {
+ protected:
+  static constexpr std::size_t kFiles = 300;
+  ManyFilesTest() {
+    for (std::size_t i = 0; i < kFiles; ++i) {
+      const auto path = write(std::to_string(i), std::to_string(i));
+      auto file = File::open(path.string());
+      EXPECT_TRUE(file.ok());
+      if (file.ok()) files_.push_back(*std::move(file));
+    }
+  }
+  static std::string content(const File& file) {
+    std::vector<std::byte> bytes(file.size());
+    const Status status = file.read_exact(0, bytes);
+    return status.ok() ? text(bytes) : status.error().message;
+  }
+  std::vector<std::shared_ptr<File>> files_;
+};
+
+TEST_F(ManyFilesTest, FewOfThemAreOpenAtATime) {
+  EXPECT_LE(descriptors(), descriptor_limit() + 20);
+  for (std::size_t i = 0; i < files_.size(); ++i) EXPECT_EQ(content(*files_[i]), std::to_string(i));
+  EXPECT_LE(descriptors(), descriptor_limit() + 20);
+  const auto before = descriptors();
+  files_.clear();
+  EXPECT_LT(descriptors(), before);
+}
+
+TEST_F(ManyFilesTest, OnesThatAreUsedStayOpen) {
+  std::vector<PooledDescriptor::Handle> handles;
+  for (std::size_t i = 0; i < 100; ++i) handles.push_back(*files_[i]->descriptor());
+  for (const auto& file : files_) EXPECT_FALSE(content(*file).empty());
+  for (const auto& handle : handles) EXPECT_NE(::fcntl(handle->get(), F_GETFD), -1);
+}
+
+TEST_F(ManyFilesTest, ThreadsShareThem) {
+  std::vector<std::thread> threads;
+  std::atomic<int> wrong = 0;
+  for (std::size_t t = 0; t < 8; ++t) {
+    threads.emplace_back([this, t, &wrong] {
+      for (std::size_t i = 0; i < 3 * kFiles; ++i) {
+        const std::size_t which = (i * (t + 1)) % kFiles;
+        if (content(*files_[which]) != std::to_string(which)) ++wrong;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST_F(ManyFilesTest, AnotherFileUnderTheNameOfOneThatWasClosedIsAnError) {
+  const std::string name = files_[0]->path();
+  write("other", "0");
+  fs::rename(folder_ / "other", name);
+  std::vector<std::byte> bytes(1);
+  const Status status = files_[0]->read_exact(0, bytes);
+  ASSERT_FALSE(status.ok());
+  EXPECT_EQ(status.error().code, ErrorCode::kFileChanged);
+  EXPECT_TRUE(files_[0]->check_unchanged().ok());  // there is nothing of it to see
+}
+
+TEST_F(ManyFilesTest, NoDescriptorLeftIsMadeRoomFor) {
+  std::vector<FileDescriptor> taken;
+  while (true) {
+    FileDescriptor fd(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+    if (fd.get() < 0) break;
+    taken.push_back(std::move(fd));
+    if (taken.size() > 100'000) break;  // there is no limit
+  }
+  for (std::size_t i = 0; i < files_.size(); ++i) EXPECT_EQ(content(*files_[i]), std::to_string(i));
+}
+
+TEST_F(IoTest, AFileWithoutANameStaysOpen) {
+  const auto gone = numbered(100);
+  const std::string path = "/proc/self/fd/" + std::to_string((*gone->descriptor())->get());
+  const auto again = File::open(path);
+  ASSERT_TRUE(again.ok());
+  fs::remove(gone->path());
+  std::vector<std::shared_ptr<File>> others;
+  for (int i = 0; i < 300; ++i) {
+    others.push_back(*File::open(write(std::to_string(i), "1").string()));
+  }
+  std::vector<std::byte> bytes(100);
+  EXPECT_TRUE((*again)->read_exact(0, bytes).ok());
+}
+
+TEST_F(IoTest, OpeningWaitsForALeaseThatAnotherProcessHolds) {
+  const auto path = write("leased", "content");
+  int ready[2];
+  ASSERT_EQ(::pipe(ready), 0);
+  const pid_t holder = ::fork();
+  if (holder == 0) {
+    sigset_t asked;
+    sigemptyset(&asked);
+    sigaddset(&asked, SIGIO);
+    ::sigprocmask(SIG_BLOCK, &asked, nullptr);
+    const int fd = ::open(path.c_str(), O_RDONLY);
+    const char held = ::fcntl(fd, F_SETLEASE, F_WRLCK) == 0 ? 'y' : 'n';
+    if (::write(ready[1], &held, 1) != 1 || held == 'n') ::_exit(1);
+    int signal = 0;
+    ::sigwait(&asked, &signal);
+    ::usleep(50'000);
+    ::fcntl(fd, F_SETLEASE, F_UNLCK);
+    ::_exit(0);
+  }
+  char held = 'n';
+  ASSERT_EQ(::read(ready[0], &held, 1), 1);
+  const auto file = File::open(path.string());
+  EXPECT_TRUE(file.ok());
+  int status = 0;
+  ::waitpid(holder, &status, 0);
+  EXPECT_TRUE(held != 'y' || status == 0);  // it was asked
+  ::close(ready[0]);
+  ::close(ready[1]);
+}
+
 TEST_F(IoTest, AMappingNeedsNoOpenFile) {
   const std::string content = numbers(10'000);
   auto file = numbered(content.size());
   auto mapping = Mapping::map(file);
   ASSERT_TRUE(mapping.ok());
-  const int fd = file->descriptor();
+  const int fd = (*file->descriptor())->get();
   file.reset();
   EXPECT_EQ(::fcntl(fd, F_GETFD), -1);
   EXPECT_EQ(text({(*mapping)->data(), content.size()}), content);
@@ -402,7 +540,7 @@ TEST_F(IoTest, PopulatingATruncatedFileIsAnErrorAndNoSignal) {
   ASSERT_TRUE(mapping.ok());
   ASSERT_EQ(::truncate(file->path().c_str(), 10 * 4096), 0);
   EXPECT_TRUE((*mapping)->populate(0, 10 * 4096).ok());
-  const Status status = (*mapping)->populate(8 * 4096, 4 * 4096);
+  const auto status = (*mapping)->populate(8 * 4096, 4 * 4096);
   ASSERT_FALSE(status.ok());
   EXPECT_EQ(status.error().code, ErrorCode::kFileShrank);
   EXPECT_EQ(status.error().path, file->path());
@@ -424,16 +562,21 @@ TEST_F(IoTest, PopulatingRetriesAndReports) {
       errno = number;
       return std::optional(-1);
     };
-    const Status status = (*mapping)->populate(4096, 4096);
+    const auto status = (*mapping)->populate(4096, 4096);
     ASSERT_FALSE(status.ok());
     EXPECT_EQ(status.error().system_errno, expected);
     EXPECT_EQ(status.error().offset, 4096U);
   }
-  fake_advice() = [](int) {  // a kernel that does not know it
-    errno = EINVAL;
-    return std::optional(-1);
-  };
-  EXPECT_TRUE((*mapping)->populate(0, 4 * 4096).ok());
+  // A kernel that does not know it, and sandboxes that refuse it.
+  for (const int number : {EINVAL, EPERM, ENOSYS, EACCES, EOPNOTSUPP}) {
+    fake_advice() = [number](int) {
+      errno = number;
+      return std::optional(-1);
+    };
+    const auto populated = (*mapping)->populate(0, 4 * 4096);
+    ASSERT_TRUE(populated.ok());
+    EXPECT_FALSE(*populated);
+  }
 }
 
 // --- LeasedMapping -----------------------------------------------------------------------------
@@ -632,19 +775,19 @@ TEST_F(IoTest, TellsWhatIsInThePageCache) {
   const std::size_t size = 64 * kPageBytes;
   const auto file = numbered(size);
   if (!resident_bytes(*file, 0, size)) {
-    EXPECT_FALSE(resident_share(*file, 0, size));  // Linux before 6.5
+    EXPECT_FALSE(resident_share(*file, 0, size).share);  // Linux before 6.5
     return;
   }
   EXPECT_EQ(resident_bytes(*file, 0, size), size);
   EXPECT_EQ(resident_bytes(*file, 10, 100), 100U);
   EXPECT_EQ(resident_bytes(*file, 0, 0), 0U);
-  EXPECT_EQ(resident_share(*file, 0, size), 1.0);
+  EXPECT_EQ(resident_share(*file, 0, size).share, 1.0);
   drop_from_page_cache(*file);
   const auto left = resident_bytes(*file, 0, size);
   ASSERT_TRUE(left);
   if (*left == size) return;  // a file system in memory
   EXPECT_EQ(*left, 0U);
-  EXPECT_EQ(resident_share(*file, 0, size), 0.0);
+  EXPECT_EQ(resident_share(*file, 0, size).share, 0.0);
   std::vector<std::byte> one(1);
   ASSERT_TRUE(file->read_exact(0, one).ok());
   EXPECT_GE(*resident_bytes(*file, 0, size), kPageBytes);
@@ -655,15 +798,15 @@ TEST_F(IoTest, ResidencyOfAFileThatIsHalfThere) {
   fs::resize_file(path, std::size_t{1} << 30);  // all hole, nothing cached
   const auto file = File::open(path.string());
   ASSERT_TRUE(file.ok());
-  const auto share = resident_share(**file, 0, (*file)->size());
+  const auto share = resident_share(**file, 0, (*file)->size()).share;
   if (!share) return;  // Linux before 6.5
   EXPECT_EQ(*share, 0.0);
   std::vector<std::byte> some(std::size_t{8} << 20);
   for (std::size_t at = 0; at < (std::size_t{64} << 20); at += some.size()) {
     ASSERT_TRUE((*file)->read_exact(at, some).ok());
   }
-  EXPECT_EQ(resident_share(**file, 0, std::size_t{64} << 20), 1.0);
-  EXPECT_LT(*resident_share(**file, 0, (*file)->size()), 0.5);
+  EXPECT_EQ(resident_share(**file, 0, std::size_t{64} << 20).share, 1.0);
+  EXPECT_LT(*resident_share(**file, 0, (*file)->size()).share, 0.5);
 }
 
 // --- Machine -----------------------------------------------------------------------------------

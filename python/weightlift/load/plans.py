@@ -8,6 +8,7 @@ from typing import Any
 
 from weightlift import _native
 from weightlift.core import dtypes, gc_pause
+from weightlift.core.errors import read_error
 from weightlift.core.settings import Settings
 from weightlift.load.allocation import Allocator, TorchAllocator
 from weightlift.load.options import Progress
@@ -42,8 +43,18 @@ def start_plan(plan: _native.Plan, allocator: Allocator | None) -> None:
     plan.start(scratch)
 
 
-def finish_plan(plan: _native.Plan, progress: bool | Progress = False) -> dict[str, Any]:
-    """Waits for a started plan; Ctrl-C stops it, drains what is in flight and goes on up."""
+def finish_plan(
+    plan: _native.Plan, progress: bool | Progress = False, *, check_touched: bool = True
+) -> dict[str, Any]:
+    """Waits for a started plan; Ctrl-C stops it, drains what is in flight and goes on up.
+
+    Args:
+        plan: that was started.
+        progress: ``True`` for a bar, or what to tell how far it is.
+        check_touched: a file whose modification time has changed is an error. Otherwise the
+            report's ``"touched"`` names those files, and the caller finds out whether their bytes
+            have changed.
+    """
     with progress_callback(progress) as show:
         try:
             if not plan.wait(0):
@@ -56,7 +67,15 @@ def finish_plan(plan: _native.Plan, progress: bool | Progress = False) -> dict[s
         except BaseException:
             cancel_plan(plan)
             raise
-    return plan.finish()
+    report = plan.finish()
+    if check_touched and report["touched"]:
+        raise read_error(
+            "file_changed",
+            "the file was written to, or its modification time was changed, while it was being "
+            "read; load it again once its writer is done",
+            report["touched"][0],
+        )
+    return report
 
 
 def cancel_plan(plan: _native.Plan) -> None:
