@@ -68,12 +68,15 @@ def finish_plan(
             cancel_plan(plan)
             raise
     report = plan.finish()
-    if check_touched and report["touched"]:
+    if not check_touched:
+        return report
+    touched = report.pop("touched")
+    if touched:
         raise read_error(
             "file_changed",
             "the file was written to, or its modification time was changed, while it was being "
             "read; load it again once its writer is done",
-            report["touched"][0],
+            touched[0],
         )
     return report
 
