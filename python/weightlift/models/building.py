@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
-import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Generic, TypeVar
 
 import torch
 
 from weightlift.core import gc_pause
+from weightlift.core.errors import WeightliftError
+from weightlift.models.build_context import BuildContext, KeepOffMeta
 
 __all__ = ["Builder"]
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
-# A build changes what holds for the whole process: the default dtype and how parameters register.
+# Torch has one default dtype for the whole process.
 _one_at_a_time = threading.RLock()
 
 
 class Builder(Generic[_Module]):
     """Makes a module without its weights, and afterwards those of its weights that no file has.
+
+    While it builds, ``dtype`` is torch's default for the whole process; builds wait for each other.
 
     Args:
         make: the constructor, with all its arguments.
@@ -35,12 +37,14 @@ class Builder(Generic[_Module]):
         self._registered: list[torch.nn.Parameter] = []
 
     def build(self, empty: bool) -> _Module:
-        """The module; its parameters are on ``meta`` if ``empty``, its buffers are real."""
-        with _default_dtype(self._dtype), gc_pause.paused():
-            if not empty:
-                return self._make()
-            with _on_meta() as self._registered:
-                return self._make()
+        """The module; its parameters are on ``meta`` if ``empty``, its buffers are real.
+
+        Raises:
+            WeightliftError: another library's replacement of ``register_parameter`` is in the way.
+        """
+        model, build = self._construct(() if empty else None)
+        self._registered = build.parameters
+        return model
 
     def initialized(self, model: _Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Tensors as the constructor initializes them, made by a second call of it in which all
@@ -55,14 +59,31 @@ class Builder(Generic[_Module]):
         wanted = {position.get(id(parameters.get(name)), -1) for name in names}
         if -1 not in wanted:
             # A constructor may register other parameters each time, or make one of another.
-            with contextlib.suppress(Exception), _default_dtype(self._dtype), _on_meta(wanted):
-                found = _tensors(self._make(), names)
+            with contextlib.suppress(Exception):
+                found = _tensors(self._construct(wanted)[0], names)
                 if all(
                     tensor.device.type != "meta" and tensor.shape == parameters[name].shape
                     for name, tensor in found.items()
                 ):
                     return found
-        return _tensors(self.build(empty=False), names)
+        return _tensors(self._construct(None)[0], names)
+
+    def _construct(self, real: Container[int] | None) -> tuple[_Module, BuildContext]:
+        """The module, with those of its parameters real that ``BuildContext`` has so."""
+        with _default_dtype(self._dtype), gc_pause.paused():
+            with BuildContext(real) as build:
+                model = self._make()
+            if build.settle(model):
+                return model, build
+            with KeepOffMeta(), BuildContext(real) as build:
+                model = self._make()
+            if build.settle(model):
+                return model, build
+        register = torch.nn.Module.register_parameter
+        raise WeightliftError(
+            f"{type(model).__name__} cannot be made: {register.__module__}.{register.__qualname__} "
+            "is in the place of torch.nn.Module.register_parameter and puts parameters on meta"
+        )
 
 
 def _tensors(model: torch.nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -74,77 +95,12 @@ def _tensors(model: torch.nn.Module, names: Sequence[str]) -> dict[str, torch.Te
 def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
     with _one_at_a_time:
         before = torch.get_default_dtype()
-        if dtype is not None and dtype.itemsize > 1:  # torch refuses 8-bit types as the default
-            torch.set_default_dtype(dtype)
+        if dtype is None or dtype == before or dtype.itemsize == 1:  # torch refuses 8-bit types
+            yield
+            return
+        torch.set_default_dtype(dtype)
         try:
             yield
         finally:
-            torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _on_meta(real: Collection[int] = ()) -> Iterator[list[torch.nn.Parameter]]:
-    """Parameters of modules that this thread makes go to ``meta`` as they are registered; one that
-    is registered twice stays one.
-
-    ``accelerate.init_empty_weights`` makes a new parameter at each registration, which unties tied
-    weights: they would be initialised, moved and saved apart.
-
-    Args:
-        real: which stay as they are, by the order in which they are registered.
-
-    Yields:
-        Those that were registered, in this order.
-    """
-    register = torch.nn.Module.register_parameter
-    thread = threading.get_ident()
-    registered: list[torch.nn.Parameter] = []
-    made: dict[int, tuple[weakref.ref[torch.nn.Parameter], torch.nn.Parameter]] = {}
-
-    def register_empty(
-        module: torch.nn.Module, name: str, param: torch.nn.Parameter | None
-    ) -> None:
-        register(module, name, param)
-        if param is None or param.device.type == "meta" or threading.get_ident() != thread:
-            return
-        known = made.get(id(param))
-        if known is None or known[0]() is not param:  # an id may be another's by now
-            held = param if len(registered) in real else _empty(param)
-            known = made[id(param)] = (weakref.ref(param), held)
-            registered.append(held)
-        module._parameters[name] = known[1]
-
-    initializers = {
-        name: function
-        for name, function in vars(torch.nn.init).items()
-        if name.endswith("_") and not name.startswith("_")
-    }
-    with _one_at_a_time:
-        torch.nn.Module.register_parameter = register_empty  # type: ignore
-        vars(torch.nn.init).update({n: _past_meta(f) for n, f in initializers.items()})
-        try:
-            yield registered
-        finally:
-            torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
-            vars(torch.nn.init).update(initializers)
-
-
-def _past_meta(initialize: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The same without the tensors on ``meta``: what does nothing there takes torch as long as the
-    rest of the construction."""
-
-    @functools.wraps(initialize)
-    def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor: torch.Tensor = args[0] if args else kwargs["tensor"]
-        return tensor if tensor.device.type == "meta" else initialize(*args, **kwargs)
-
-    return skip
-
-
-def _empty(param: torch.nn.Parameter) -> torch.nn.Parameter:
-    data = torch.empty_like(param, device="meta")
-    if type(param) is not torch.nn.Parameter:
-        return type(param)(data, requires_grad=param.requires_grad, **param.__dict__)
-    empty = torch.nn.Parameter(data, requires_grad=param.requires_grad)
-    empty.__dict__.update(param.__dict__)
-    return empty
+            if torch.get_default_dtype() == dtype:  # else another library has set its own
+                torch.set_default_dtype(before)

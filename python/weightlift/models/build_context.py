@@ -1,0 +1,228 @@
+"""What constructors do in a build of ours, seen without a patch that is put in place and taken away.
+
+Two things are touched, once, when this module is imported; both ask a context variable, and whoever
+is in no build of ours finds torch as it was:
+
+- torch's own hook for parameters that are registered;
+- ``torch.nn.init`` gets a class, as Python's reference has it for modules ("Customizing module
+  attribute access"). In a build its functions are torch's own, without what does nothing on
+  ``meta``; what is assigned to them there holds for this build alone. Outside, they are what is in
+  the module's dictionary, whoever put it there.
+
+diffusers, transformers and accelerate replace ``torch.nn.init`` and ``Module.register_parameter``
+for the whole process while they build. Two that do so at the same time put back each other's
+replacement; and where such a replacement held tensors, putting back the original freed them with
+the GIL released and CPython 3.11's method cache stale: a segmentation fault.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import types
+import weakref
+from collections.abc import Callable, Container
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["BuildContext", "KeepOffMeta"]
+
+_Initializer = Callable[..., Any]
+_Place = tuple[torch.nn.Module, str, torch.nn.Parameter]
+
+
+class BuildContext:
+    """A build: the parameters that modules register in a ``with`` block go to ``meta``.
+
+    One that is registered twice stays one. ``accelerate.init_empty_weights`` makes a new parameter
+    at each registration, which unties tied weights.
+
+    Args:
+        real: which stay as they are, by the order in which they are registered; ``None``: all.
+
+    Attributes:
+        parameters: those that were registered, in this order.
+        init_functions: what the build itself assigned to ``torch.nn.init``.
+    """
+
+    def __init__(self, real: Container[int] | None = ()) -> None:
+        self.parameters: list[torch.nn.Parameter] = []
+        self.init_functions: dict[str, Any] = {}
+        self._real = real
+        self._places: list[_Place] = []
+        # Of each that was registered: itself, as its id may be another's by now, and what it became.
+        self._became: dict[int, tuple[weakref.ref[torch.nn.Parameter], torch.nn.Parameter]] = {}
+
+    def __enter__(self) -> BuildContext:
+        self._before = _build.get()
+        _build.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _build.set(self._before)
+
+    def register(
+        self, module: torch.nn.Module, name: str, param: torch.nn.Parameter
+    ) -> torch.nn.Parameter:
+        """What is registered in the place of a parameter."""
+        if not isinstance(param, UninitializedTensorMixin) and not param.is_meta:
+            known = self._became.get(id(param))
+            if known is None or known[0]() is not param:
+                real = self._real is None or len(self.parameters) in self._real
+                held = param if real else _empty(param)
+                known = self._became[id(param)] = (weakref.ref(param), held)
+                self.parameters.append(held)
+            param = known[1]
+        self._places.append((module, name, param))
+        return param
+
+    def settle(self, model: torch.nn.Module) -> bool:
+        """Makes sure that a finished model holds what was registered.
+
+        A parameter may have got past the hook into one module, and by the hook into another that
+        shares it; and another library's replacement of ``register_parameter`` may have made a new
+        one of it, on ``meta``, that shares its storage.
+
+        Returns:
+            ``False``: such a replacement took values, and the model must be made again.
+        """
+        bypassed = {
+            id(param): held
+            for param, held in ((known(), held) for known, held in self._became.values())
+            if param is not None and param is not held
+        }
+        if not bypassed and all(m._parameters.get(name) is p for m, name, p in self._places):
+            return True
+        roots = {
+            storage: param
+            for param in reversed(self.parameters)
+            if (storage := _storage(param)) is not None
+        }
+        registered = {(id(module), name): (module, p) for module, name, p in self._places}
+        disturbed = False
+        for (_, name), (module, param) in registered.items():
+            found = module._parameters.get(name)
+            if found is None or found is param:
+                continue
+            if found.is_meta and not param.is_meta:
+                return False
+            disturbed |= roots.get(_storage(found)) is not None
+        for module in model.modules():
+            for name, found in module._parameters.items():
+                if found is None:
+                    continue
+                root = bypassed.get(id(found))
+                if root is None and disturbed:
+                    root = roots.get(_storage(found))
+                if root is not None and root.shape == found.shape:
+                    module._parameters[name] = root
+        return True
+
+
+class KeepOffMeta(TorchFunctionMode):
+    """For this thread, ``tensor.to("meta")`` is the tensor: what a replacement of
+    ``register_parameter`` makes of a parameter then has its memory and its values."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.to and isinstance(args[0], torch.nn.Parameter):
+            device, *_ = torch._C._nn._parse_to(*args[1:], **(kwargs or {}))
+            if device is not None and device.type == "meta":
+                return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_build: ContextVar[BuildContext | None] = ContextVar("weightlift_build", default=None)
+
+
+def _on_registration(
+    module: torch.nn.Module, name: str, param: torch.nn.Parameter
+) -> torch.nn.Parameter | None:
+    build = _build.get()
+    return None if build is None else build.register(module, name, param)
+
+
+class _InitFunction:
+    """A function of ``torch.nn.init``: in a build its own, outside what the module holds."""
+
+    def __init__(self, name: str, function: _Initializer) -> None:
+        self._name = name
+        self._function = function
+        self._skipping = _skipping_meta(function)
+
+    def __get__(self, module: types.ModuleType, owner: type) -> Any:
+        build = _build.get()
+        if build is not None:
+            return build.init_functions.get(self._name, self._skipping)
+        try:
+            return vars(module)[self._name]
+        except KeyError:
+            raise AttributeError(
+                f"module {module.__name__!r} has no attribute {self._name!r}"
+            ) from None
+
+    def __set__(self, module: types.ModuleType, value: Any) -> None:
+        build = _build.get()
+        if build is not None:
+            build.init_functions[self._name] = value
+        else:  # who looked in a build, and assigns outside, means torch's own
+            vars(module)[self._name] = self._function if value is self._skipping else value
+
+    def __delete__(self, module: types.ModuleType) -> None:
+        del vars(module)[self._name]
+
+
+def _skipping_meta(initialize: _Initializer) -> _Initializer:
+    """The same without the tensors on ``meta``: what does nothing there takes torch as long as the
+    rest of the construction."""
+
+    @functools.wraps(initialize)
+    def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor: torch.Tensor = args[0] if args else kwargs["tensor"]
+        return tensor if tensor.is_meta else initialize(*args, **kwargs)
+
+    return skip
+
+
+def _own_init_functions() -> dict[str, _Initializer]:
+    """Torch's own functions, also where another library has replaced them at the moment."""
+    module = torch.nn.init
+    own = dict(vars(module))
+    names = [name for name in own if name.endswith("_") and not name.startswith("_")]
+    if any(getattr(own[name], "__globals__", None) is not vars(module) for name in names):
+        spec = importlib.util.spec_from_file_location(module.__name__, module.__file__ or "")
+        if spec is not None and spec.loader is not None:
+            copy = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(copy)
+            own.update({name: vars(copy)[name] for name in names if name in vars(copy)})
+    return {name: own[name] for name in names}
+
+
+def _empty(param: torch.nn.Parameter) -> torch.nn.Parameter:
+    data = torch.empty_like(param, device="meta")
+    if type(param) is not torch.nn.Parameter:
+        return type(param)(data, requires_grad=param.requires_grad, **param.__dict__)
+    empty = torch.nn.Parameter(data, requires_grad=param.requires_grad)
+    empty.__dict__.update(param.__dict__)
+    return empty
+
+
+def _storage(tensor: torch.Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # subclasses may have none
+        return None
+
+
+register_module_parameter_registration_hook(_on_registration)
+torch.nn.init.__class__ = type(
+    "_InitModule",
+    (type(torch.nn.init),),
+    {name: _InitFunction(name, function) for name, function in _own_init_functions().items()},
+)
