@@ -1,4 +1,4 @@
-"""What constructors do in a build of ours, seen without a patch that is put in place and taken away.
+"""What constructors do in a build of ours, without a patch that is put in place and taken away.
 
 Two things are touched, once, when this module is imported; both ask a context variable, and whoever
 is in no build of ours finds torch as it was:
@@ -30,6 +30,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.overrides import TorchFunctionMode
 
+from weightlift.module.parameters import assign_parameter
+
 __all__ = ["BuildContext", "KeepOffMeta"]
 
 _Initializer = Callable[..., Any]
@@ -55,7 +57,7 @@ class BuildContext:
         self.init_functions: dict[str, Any] = {}
         self._real = real
         self._places: list[_Place] = []
-        # Of each that was registered: itself, as its id may be another's by now, and what it became.
+        # What each that was registered became; itself, too, as its id may be another's by now.
         self._became: dict[int, tuple[weakref.ref[torch.nn.Parameter], torch.nn.Parameter]] = {}
 
     def __enter__(self) -> BuildContext:
@@ -111,16 +113,16 @@ class BuildContext:
                 continue
             if found.is_meta and not param.is_meta:
                 return False
-            disturbed |= roots.get(_storage(found)) is not None
+            disturbed |= _storage(found) in roots
         for module in model.modules():
-            for name, found in module._parameters.items():
+            for name, found in list(module._parameters.items()):
                 if found is None:
                     continue
                 root = bypassed.get(id(found))
-                if root is None and disturbed:
-                    root = roots.get(_storage(found))
-                if root is not None and root.shape == found.shape:
-                    module._parameters[name] = root
+                if root is None and disturbed and (storage := _storage(found)) is not None:
+                    root = roots.get(storage)
+                if root is not None and root is not found and root.shape == found.shape:
+                    assign_parameter(module, name, root)
         return True
 
 
@@ -149,12 +151,19 @@ def _on_registration(
 
 
 class _InitFunction:
-    """A function of ``torch.nn.init``: in a build its own, outside what the module holds."""
+    """A function of ``torch.nn.init``: in a build its own, outside what the module holds.
+
+    Args:
+        name: its name.
+        function: what it is in a build, for tensors that are not on ``meta``.
+    """
 
     def __init__(self, name: str, function: _Initializer) -> None:
         self._name = name
-        self._function = function
         self._skipping = _skipping_meta(function)
+        found = vars(torch.nn.init).get(name)
+        own = getattr(found, "__globals__", None) is vars(torch.nn.init)
+        self._original = found if own else function
 
     def __get__(self, module: types.ModuleType, owner: type) -> Any:
         build = _build.get()
@@ -172,7 +181,7 @@ class _InitFunction:
         if build is not None:
             build.init_functions[self._name] = value
         else:  # who looked in a build, and assigns outside, means torch's own
-            vars(module)[self._name] = self._function if value is self._skipping else value
+            vars(module)[self._name] = self._original if value is self._skipping else value
 
     def __delete__(self, module: types.ModuleType) -> None:
         del vars(module)[self._name]
@@ -191,17 +200,19 @@ def _skipping_meta(initialize: _Initializer) -> _Initializer:
 
 
 def _own_init_functions() -> dict[str, _Initializer]:
-    """Torch's own functions, also where another library has replaced them at the moment."""
-    module = torch.nn.init
-    own = dict(vars(module))
-    names = [name for name in own if name.endswith("_") and not name.startswith("_")]
-    if any(getattr(own[name], "__globals__", None) is not vars(module) for name in names):
-        spec = importlib.util.spec_from_file_location(module.__name__, module.__file__ or "")
-        if spec is not None and spec.loader is not None:
-            copy = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(copy)
-            own.update({name: vars(copy)[name] for name in names if name in vars(copy)})
-    return {name: own[name] for name in names}
+    """Torch's own functions, from a second execution of their module: another library may have
+    replaced them at the moment, and where a torch function mode is active they look up themselves
+    in their module."""
+    spec = torch.nn.init.__spec__
+    if spec is None or spec.loader is None:
+        raise ImportError("torch.nn.init has no loader to execute it again")
+    own = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    return {
+        name: function
+        for name, function in vars(own).items()
+        if name.endswith("_") and not name.startswith("_")
+    }
 
 
 def _empty(param: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -215,12 +226,14 @@ def _empty(param: torch.nn.Parameter) -> torch.nn.Parameter:
 
 def _storage(tensor: torch.Tensor) -> int | None:
     try:
-        return tensor.untyped_storage()._cdata
+        address: int = tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # subclasses may have none
         return None
+    return address
 
 
-register_module_parameter_registration_hook(_on_registration)
+# Its annotation knows of hooks that only look.
+register_module_parameter_registration_hook(_on_registration)  # type: ignore[arg-type]
 torch.nn.init.__class__ = type(
     "_InitModule",
     (type(torch.nn.init),),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ParameterRef",
+    "assign_parameter",
     "dtensor_types",
     "gather",
     "is_sharded",
@@ -141,17 +142,27 @@ def set_all(
             else:
                 new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
         slot.tensor = new
-        _hang(slot.module, slot.key, slot.is_parameter, new, plain)
+        _assign(slot.module, slot.key, slot.is_parameter, new, plain)
         if slot.ties:
             for _, module, key in slot.ties:
-                _hang(module, key, slot.is_parameter, new, plain)
+                _assign(module, key, slot.is_parameter, new, plain)
 
 
-def _hang(module: torch.nn.Module, key: str, is_parameter: bool, new: Any, plain: Any) -> None:
+def assign_parameter(module: torch.nn.Module, key: str, parameter: torch.nn.Parameter) -> None:
+    """Makes this very parameter the module's, also where another library has replaced
+    ``register_parameter``."""
+    import torch
+
+    _assign(module, key, True, parameter, torch.nn.Module.__setattr__)
+
+
+def _assign(module: torch.nn.Module, key: str, is_parameter: bool, new: Any, plain: Any) -> None:
     if type(module).__setattr__ is plain:
         (module._parameters if is_parameter else module._buffers)[key] = new
     else:  # such as RNNs, which keep a list of their weights
         setattr(module, key, new)
+        # Another library's replacement of register_parameter may have made another of it.
+        (module._parameters if is_parameter else module._buffers)[key] = new
 
 
 def _sharded(slot: ParameterRef, value: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,7 @@ from support import (
     tasks,
 )
 from weightlift.models import model_mixin
+from weightlift.module.offload import whole_state_dict
 
 STEM = "diffusion_pytorch_model"
 VERSIONS = ("_diffusers_version", "_weightlift_version", "_name_or_path")
@@ -557,7 +558,7 @@ def test_what_is_missing_is_initialized_by_the_model(
     assert sorted(info["missing_keys"]) == sorted(missing)
     assert all(name in said[-1] for name in missing)
     if how.get("device_map") == "disk":
-        state_of = wl.offload.whole_state_dict(model)
+        state_of = whole_state_dict(model)
         assert {p.device.type for p in model.parameters()} == {"meta"}
     else:
         state_of = model.state_dict()
