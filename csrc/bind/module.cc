@@ -403,6 +403,17 @@ PYBIND11_MODULE(_native, module) {
           },
           py::arg("source"), py::arg("which"), py::arg("parts"), py::arg("dtype"),
           py::arg("device"), py::arg("address"))
+      .def(
+          "copy_strided",
+          [](PlanBuilder& self, const std::shared_ptr<IndexedFile>& source, std::uint32_t which,
+             std::uint64_t offset,
+             const std::vector<std::tuple<std::uint64_t, std::int64_t, std::int64_t>>& dimensions,
+             const std::string& dtype, int device, std::uint64_t address) {
+            self.copy_strided(source, which, offset, dimensions, parse_dtypes({dtype}).front(),
+                              device, address);
+          },
+          py::arg("source"), py::arg("which"), py::arg("offset"), py::arg("dimensions"),
+          py::arg("dtype"), py::arg("device"), py::arg("address"))
       .def("use_stream", &PlanBuilder::use_stream, py::arg("device"), py::arg("stream"))
       .def("populate", &PlanBuilder::populate, py::arg("now"))
       .def("prepare", &PlanBuilder::prepare)

@@ -25,6 +25,14 @@ Dtype target_dtype(const format::TensorInfo& tensor, std::optional<Dtype> wanted
   return wanted && dtype_is_floating(tensor.dtype) ? *wanted : tensor.dtype;
 }
 
+[[noreturn]] void raise_shared_bytes(const IndexedFile& source, const format::TensorInfo& tensor) {
+  raise({.code = ErrorCode::kUnsupportedDtype,
+         .message = "elements of " + std::string(dtype_name(tensor.dtype)) +
+                    " share bytes, so the tensor can only be loaded whole",
+         .path = source.file->path(),
+         .tensor = std::string(tensor.name)});
+}
+
 engine::StoredTensor stored(const format::TensorInfo& tensor, std::uint32_t file,
                             std::uint32_t name) {
   return {.file = file,
@@ -151,13 +159,7 @@ void PlanBuilder::slice(
   if (parts.size() != tensor.shape.size()) {
     throw py::value_error("one (start, step, count) is needed for each dimension");
   }
-  if (dtype_bits(tensor.dtype) % 8 != 0) {
-    raise({.code = ErrorCode::kUnsupportedDtype,
-           .message = "elements of " + std::string(dtype_name(tensor.dtype)) +
-                      " share bytes, so the tensor can only be loaded whole",
-           .path = source->file->path(),
-           .tensor = std::string(tensor.name)});
-  }
+  if (dtype_bits(tensor.dtype) % 8 != 0) raise_shared_bytes(*source, tensor);
   const Dtype target = target_dtype(tensor, dtype);
   std::vector<engine::Stretch> stretches;
   const auto shape = std::make_shared<std::vector<std::uint64_t>>();
@@ -186,6 +188,46 @@ void PlanBuilder::slice(
                         .release_pages = false});
   }
   plan_.add_slice(stored(tensor, file, name), tensor.shape, stretches, target, device, address);
+}
+
+void PlanBuilder::copy_strided(
+    const std::shared_ptr<IndexedFile>& source, std::uint32_t which, std::uint64_t offset,
+    const std::vector<std::tuple<std::uint64_t, std::int64_t, std::int64_t>>& dimensions,
+    Dtype dtype, int device, std::uint64_t address) {
+  const auto tensors = source->index->tensors();
+  if (which >= tensors.size()) throw py::index_error("no such tensor in the index");
+  const format::TensorInfo& tensor = tensors[which];
+  if (dtype_bits(tensor.dtype) % 8 != 0) raise_shared_bytes(*source, tensor);
+  const std::uint64_t item = dtype_bytes(tensor.dtype);
+  const std::uint64_t count = tensor.bytes / item;
+  std::vector<engine::Dimension> parts;
+  std::uint64_t last = offset;
+  for (const auto& [extent, source_stride, target_stride] : dimensions) {
+    if (extent == 0) return;
+    parts.push_back(
+        {.extent = extent,
+         .source_stride = source_stride * static_cast<std::int64_t>(item),
+         .target_stride = target_stride * static_cast<std::int64_t>(dtype_bytes(dtype))});
+    if (extent == 1) continue;
+    if (source_stride <= 0) throw py::value_error("a tensor's strides must be positive");
+    // Neither can overflow: both are less than the number of elements before they are multiplied.
+    const auto stride = static_cast<std::uint64_t>(source_stride);
+    if (last >= count || stride >= count || extent - 1 > (count - 1 - last) / stride) {
+      throw py::index_error("a strided copy reaches outside its tensor");
+    }
+    last += (extent - 1) * stride;
+  }
+  if (last >= count) throw py::index_error("a strided copy reaches outside its tensor");
+  const std::uint32_t file = plan_.add_file(source->file);
+  plan_.keep_alive.push_back(source->index);
+  plan_.add_strided({.file = file,
+                     .device = device,
+                     .source = tensor.begin + offset * item,
+                     .target = address,
+                     .source_dtype = tensor.dtype,
+                     .target_dtype = dtype,
+                     .name = plan_.add_name(tensor.name)},
+                    parts);
 }
 
 std::vector<std::pair<int, std::uint64_t>> PlanBuilder::prepare() {

@@ -43,6 +43,13 @@ class PlanBuilder {
   void slice(const std::shared_ptr<IndexedFile>& source, std::uint32_t which,
              const std::vector<std::tuple<std::uint64_t, std::int64_t, std::uint64_t>>& parts,
              std::optional<Dtype> dtype, int device, std::uint64_t address);
+  // Elements of one tensor, the first of them `offset` elements into it, to memory that the caller
+  // owns: for each dimension (extent, stride in the tensor, stride at the target), in elements. The
+  // tensor's strides are positive; a device's targets are contiguous.
+  void copy_strided(
+      const std::shared_ptr<IndexedFile>& source, std::uint32_t which, std::uint64_t offset,
+      const std::vector<std::tuple<std::uint64_t, std::int64_t, std::int64_t>>& dimensions,
+      Dtype dtype, int device, std::uint64_t address);
 
   void use_stream(int device, std::uint64_t stream) { plan_.device(device).stream = stream; }
   void populate(bool now) { plan_.populate = now; }

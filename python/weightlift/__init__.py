@@ -61,6 +61,7 @@ __all__ = [
     "load_into",
     "load_state_dict",
     "open_checkpoint",
+    "record",
     "register_to_config",
     "safe_open",
     "save_file",
@@ -69,19 +70,20 @@ __all__ = [
 
 # Imported when they are asked for: they need torch, which the rest does without until it loads.
 _LATER = {
-    "ConfigMixin": "config_mixin",
-    "register_to_config": "config_mixin",
-    "PushToHubMixin": "hub_mixin",
-    "ModelMixin": "model_mixin",
-    "get_parameter_device": "model_mixin",
-    "get_parameter_dtype": "model_mixin",
+    "ConfigMixin": "models.config_mixin",
+    "register_to_config": "models.config_mixin",
+    "PushToHubMixin": "models.hub_mixin",
+    "ModelMixin": "models.model_mixin",
+    "get_parameter_device": "models.model_mixin",
+    "get_parameter_dtype": "models.model_mixin",
+    "record": "module.recording",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(_importlib.import_module(f"weightlift.models.{_LATER[name]}"), name)
+    value = getattr(_importlib.import_module(f"weightlift.{_LATER[name]}"), name)
     globals()[name] = value
     return value
 

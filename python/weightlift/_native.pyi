@@ -110,6 +110,16 @@ class Plan:
         device: int,
         address: int,
     ) -> None: ...
+    def copy_strided(
+        self,
+        source: IndexedFile,
+        which: int,
+        offset: int,
+        dimensions: Sequence[tuple[int, int, int]],
+        dtype: str,
+        device: int,
+        address: int,
+    ) -> None: ...
     def use_stream(self, device: int, stream: int) -> None: ...
     def populate(self, now: bool) -> None: ...
     def prepare(self) -> list[tuple[int, int]]: ...

@@ -1,0 +1,119 @@
+"""Parts of tensors to parts of other tensors, whatever the strides on both sides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from weightlift import _native
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core import dtypes
+from weightlift.core.errors import CheckpointError
+from weightlift.core.report import LoadReport, record
+from weightlift.core.settings import Settings
+from weightlift.load.allocation import Allocator, TorchAllocator
+from weightlift.load.plans import new_plan, run_plan
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Copy", "copy_parts"]
+
+
+@dataclasses.dataclass(slots=True)
+class Copy:
+    """Elements of a checkpoint's tensor that go to a part of a target.
+
+    Attributes:
+        name: of the checkpoint's tensor.
+        offset: of the first element in it; in elements, as all here.
+        shape: of what is copied.
+        strides: in the checkpoint's tensor.
+        target: the part that is written, of this shape; what is copied is cast to its dtype.
+        as_bits: the checkpoint's elements are taken for others of the same size: no cast.
+    """
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    target: torch.Tensor
+    as_bits: bool = False
+
+
+def copy_parts(
+    checkpoint: Checkpoint, copies: Sequence[Copy], caller: str = "weightlift"
+) -> LoadReport:
+    """Copies parts of tensors to their targets, all files and all devices at once.
+
+    Args:
+        checkpoint: whose tensors they are.
+        copies: no two of them write the same byte.
+        caller: whom ``stats()`` books it on.
+    """
+    import torch
+
+    narrow = {dtypes.file_name(copy.target.dtype) for copy in copies} & {"F8_E4M3", "F8_E5M2"}
+    plan = new_plan(Settings.current(), next(iter(narrow), None))
+    devices = {copy.target.device for copy in copies}
+    allocator: Allocator | None = None
+    if any(device.type == "cuda" for device in devices):
+        allocator = TorchAllocator()
+    later: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for copy in copies:
+        _add(plan, checkpoint, copy, later)
+    for device in devices:
+        if device.type == "cuda" and allocator is not None:
+            plan.use_stream(device.index, allocator.stream(device.index))
+    native = run_plan(plan, allocator)
+    fallbacks = []
+    if later:
+        fallbacks.append(f"{len(later)} parts put into place by torch: the engine's are contiguous")
+    with torch.no_grad():
+        for target, value in later:
+            target.copy_(value)
+    return LoadReport.from_native(record(native, fallbacks, caller))
+
+
+def _add(
+    plan: _native.Plan,
+    checkpoint: Checkpoint,
+    copy: Copy,
+    later: list[tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    import torch
+
+    place = checkpoint.place(copy.name)
+    if place is None:
+        raise CheckpointError(f"tensor {copy.name!r} is in memory and cannot be recorded")
+    part, position, view = place
+    file = checkpoint.parts[part]
+    target = copy.target.detach()
+    own = file.dtype(position)
+    wanted = own if copy.as_bits else dtypes.file_name(target.dtype) or own
+    on_host = target.device.type != "cuda"
+    if target.device.type not in ("cpu", "cuda") or (not on_host and not _runs(copy)):
+        order = sorted(range(target.dim()), key=lambda i: -copy.strides[i])
+        device = "cpu" if on_host else target.device
+        dense = torch.empty([target.shape[i] for i in order], dtype=target.dtype, device=device)
+        made = dense.permute([order.index(i) for i in range(target.dim())])
+        later.append((target, made))
+        target = made
+    offset = copy.offset + (0 if view is None else view.offset)
+    dimensions = list(zip(copy.shape, copy.strides, target.stride(), strict=True))
+    index = -1 if on_host else target.device.index
+    plan.copy_strided(file, position, offset, dimensions, wanted, index, target.data_ptr())
+
+
+def _runs(copy: Copy) -> bool:
+    """Whether the target is filled from its first byte to its last, in the order of the source."""
+    expected = 1
+    dimensions = zip(copy.strides, copy.shape, copy.target.stride(), strict=True)
+    for _, count, stride in sorted(dimensions, key=lambda d: d[0]):
+        if count == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= count
+    return True

@@ -1,0 +1,220 @@
+"""``record``: which elements of a checkpoint somebody's own loading code puts where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core.errors import CheckpointError
+from weightlift.core.report import LoadReport, set_last_report
+from weightlift.load.copies import Copy
+from weightlift.load.loading import load_tensors
+from weightlift.module.parameters import parameter_refs, set_all
+from weightlift.module.recording.reader import CheckpointReader, NoReader, sources_of
+from weightlift.module.recording.recorder import Recorder, Source
+
+__all__ = ["Copy", "Recording", "record"]
+
+Headers = Mapping[str, "tuple[str, tuple[int, ...]]"]
+Weights = Iterable["tuple[str, torch.Tensor]"]
+
+
+def record(
+    load_weights: Callable[[Weights], object],
+    headers: Headers,
+    *,
+    module: torch.nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    check: bool = False,
+) -> Recording:
+    """Runs loading code with tensors that have no bytes, and notes which elements of a checkpoint
+    it puts where, so that ``recording.load()`` reads these alone, straight to their places.
+
+    What can be recorded: views of the tensors (``narrow``, ``chunk``, ``select``, indexing by
+    slices, ``t``, ``permute``, ``view``, ...), ``to`` and ``clone`` of them, and ``copy_`` into any
+    part of a tensor, cast where the engine casts. Constants (``fill_``, ``zero_``) and what is
+    copied from elsewhere are written there and then, in order. For everything else (``numpy()``,
+    ``item()``, ``data_ptr()``, arithmetic, ``cat``, ``p.data = tensor``) that tensor is read whole,
+    once, there and then, and the code goes on with the real one; ``recording.whole`` says why.
+    Nothing is run twice. The code must use the tensors in the thread that calls this.
+
+    Args:
+        load_weights: takes an iterable of (name, tensor), as the models of serving engines do. It
+            may keep tensors: ``load()`` makes them real.
+        headers: name -> (dtype of the file, shape), in the order in which the tensors are given
+            out. A ``Checkpoint`` is such a mapping; without one, code that needs bytes is an error.
+        module: whose parameters and buffers are the targets. Only those of a module can be on
+            ``meta``: ``load()`` gives it real ones.
+        device: where ``load_weights`` believes the tensors to be.
+        check: for finding faults: ``load()`` then runs ``load_weights`` again with whole tensors,
+            and compares all bytes of all targets.
+
+    Raises:
+        CheckpointError: it needs bytes, and ``headers`` is no ``Checkpoint``; or it does what a
+            tensor without storage cannot follow.
+    """
+    reader = CheckpointReader(headers) if isinstance(headers, Checkpoint) else NoReader()
+    recorder = Recorder(reader, torch.device(device))
+    slots = [] if module is None else parameter_refs(module)
+    recorder.expect((slot.name, slot.tensor) for slot in slots)
+    sources = sources_of(headers)
+    with recorder.watching():
+        result = load_weights(_weights(recorder, reader, sources))
+    return Recording(recorder, sources, module, result, load_weights if check else None)
+
+
+def _weights(
+    recorder: Recorder, reader: CheckpointReader | NoReader, sources: Mapping[str, Source | None]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, source in sources.items():
+        if source is not None:
+            yield name, recorder.placeholder(name, source)
+        else:
+            recorder.whole[name] = "its elements share bytes, or torch alone reads it"
+            recorder.used.add(name)
+            yield name, reader.tensors([name])[name]
+
+
+class Recording:
+    """What loading code would read and where it would put it.
+
+    Attributes:
+        result: what the loading code returned.
+        copies: the parts of tensors that go to parts of targets, in order.
+        whole: name -> why, of tensors that had to be read whole while it ran.
+        unused: names whose bytes nobody wanted.
+        needed_bytes: what the copies take out of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        sources: Mapping[str, Source | None],
+        module: torch.nn.Module | None,
+        result: object,
+        checked: Callable[[Weights], object] | None = None,
+    ) -> None:
+        self._recorder = recorder
+        self._sources = sources
+        self._module = module
+        self._checked = checked
+        self._loaded = False
+        self.result = result
+
+    @property
+    def copies(self) -> list[Copy]:
+        return [write for write in self._recorder.done if isinstance(write, Copy)]
+
+    @property
+    def whole(self) -> dict[str, str]:
+        return dict(self._recorder.whole)
+
+    @property
+    def unused(self) -> list[str]:
+        return [name for name in self._sources if name not in self._recorder.used]
+
+    @property
+    def needed_bytes(self) -> int:
+        found = 0
+        for copy in self.copies:
+            source = self._sources[copy.name]
+            if source is not None:
+                found += copy.target.numel() * source.dtype.itemsize
+        return found
+
+    def load(self, checkpoint: Checkpoint | None = None) -> LoadReport:
+        """Reads what was recorded, straight to its places; a second call does it all again, as
+        long as the targets' memory is the same.
+
+        Args:
+            checkpoint: another one than ``record`` had, with tensors of the same dtypes and shapes.
+
+        Raises:
+            CheckpointError: there is no checkpoint, or one of other tensors; or something was
+                written that was not recorded, so that it cannot be done again.
+        """
+        recorder = self._recorder
+        known = recorder.reader.checkpoint
+        if checkpoint is None and known is None:
+            raise CheckpointError("the recording has headers alone: give load() a Checkpoint")
+        if checkpoint is not None:
+            self._check(checkpoint)
+            recorder.reader = CheckpointReader(checkpoint)
+        elif known is not None and self._loaded:
+            recorder.reader = CheckpointReader(known)  # with a report of its own
+        if self._loaded:
+            recorder.repeat()
+        else:
+            recorder.allocate()
+            recorder.finish()
+            recorder.give_real_ones()
+            self._hang()
+        self._loaded = True
+        report = recorder.reader.report
+        report.fallbacks = [*report.fallbacks, *_reasons(recorder.whole)]
+        if self._checked is not None:
+            self._compare(self._checked)
+        set_last_report(report)
+        return report
+
+    def _hang(self) -> None:
+        """The real targets into the module, in place of those on ``meta``."""
+        refs = [] if self._module is None else parameter_refs(self._module)
+        values = [
+            (ref, value.data)  # with a version of its own
+            for ref in refs
+            if ref.tensor.is_meta and (value := self._recorder.real_target(ref.tensor)) is not None
+        ]
+        set_all(values)
+
+    def _compare(self, load_weights: Callable[[Weights], object]) -> None:
+        """Loads again with whole tensors."""
+        checkpoint = self._recorder.reader.checkpoint
+        if checkpoint is None:
+            return
+        targets = self._recorder.real_targets()
+        recorded = [_bytes_of(target).clone() for _, target in targets]
+        load_weights((name, _whole(checkpoint, name)) for name in self._sources)
+        wrong = [
+            name
+            for (name, target), before in zip(targets, recorded, strict=True)
+            if not torch.equal(_bytes_of(target), before)
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise CheckpointError(
+                f"{', '.join(wrong[:3])}{more}: whole tensors give other bytes than the recording "
+                "did: this is a fault of the recorder, please report it"
+            )
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        for name in self._recorder.used:
+            source = sources_of(checkpoint, [name]).get(name) if name in checkpoint else None
+            if source != self._sources[name]:
+                raise CheckpointError(
+                    f"tensor {name!r} is not in the checkpoint with the dtype and shape with which "
+                    "it was recorded: record anew"
+                )
+
+
+def _reasons(whole: Mapping[str, str]) -> list[str]:
+    """For the report: reason by reason, the tensors that came whole."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in whole.items():
+        by_reason.setdefault(why, []).append(name)
+    more = {why: ", ..." if len(names) > 3 else "" for why, names in by_reason.items()}
+    return [
+        f"{why}: {len(names)} tensors read whole: {', '.join(names[:3])}{more[why]}"
+        for why, names in by_reason.items()
+    ]
+
+
+def _whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    tensor: torch.Tensor = load_tensors(checkpoint, torch.device("cpu"), names=[name])[name]
+    return tensor
+
+
+def _bytes_of(storage: torch.Tensor) -> torch.Tensor:
+    return storage.view(torch.uint8)

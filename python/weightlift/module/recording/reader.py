@@ -1,0 +1,95 @@
+"""Where the recorder's bytes come from: a checkpoint, through the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
+
+import torch
+
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core import dtypes
+from weightlift.core.errors import CheckpointError
+from weightlift.core.report import FileReport, LoadReport, last_report
+from weightlift.load.copies import Copy, copy_parts
+from weightlift.load.loading import load_tensors
+from weightlift.module.recording.recorder import Source
+
+__all__ = ["CheckpointReader", "NoReader", "sources_of"]
+
+_CPU = torch.device("cpu")
+
+
+class CheckpointReader:
+    """Reads whole tensors and parts of them.
+
+    Attributes:
+        report: of all reads so far.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, caller: str = "weightlift") -> None:
+        self.checkpoint = checkpoint
+        self.report = LoadReport()
+        self._caller = caller
+
+    def tensors(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        found = load_tensors(self.checkpoint, _CPU, names=names, caller=self._caller)
+        if report := last_report():
+            self._add(report)
+        return found
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        if copies:
+            self._add(copy_parts(self.checkpoint, copies, self._caller))
+
+    def _add(self, report: LoadReport) -> None:
+        self.report = self.report.plus(report)
+        files: dict[tuple[str, str], FileReport] = {}  # each once, however often it was read
+        for file in self.report.files:
+            known = files.get((file.path, file.io))
+            count = file.bytes + (known.bytes if known else 0)
+            files[file.path, file.io] = dataclasses.replace(known or file, bytes=count)
+        self.report.files = list(files.values())
+
+
+class NoReader:
+    """Of a recording that has headers alone."""
+
+    checkpoint = None
+
+    def __init__(self) -> None:
+        self.report = LoadReport()
+
+    def tensors(self, names: Sequence[str]) -> NoReturn:
+        raise CheckpointError(
+            f"tensor {names[0]!r}: the loading code asks for its bytes, and there are headers "
+            "alone: give record() a Checkpoint"
+        )
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        if copies:
+            self.tensors([copies[0].name])
+
+
+def sources_of(
+    headers: Mapping[str, tuple[str, tuple[int, ...]]], names: Iterable[str] | None = None
+) -> dict[str, Source | None]:
+    """The tensors of a checkpoint as the recorder wants them; ``None`` for those that it cannot
+    stand for: their elements share bytes, or they are in memory already."""
+    found: dict[str, Source | None] = {}
+    checkpoint = headers if isinstance(headers, Checkpoint) else None
+    if checkpoint is not None and names is None:
+        headers = checkpoint.headers()
+    for name in headers if names is None else names:
+        dtype, shape = headers[name]
+        strides = None
+        if checkpoint is not None and not checkpoint.is_plain:
+            place = checkpoint.place(name)
+            if place is None:
+                found[name] = None
+                continue
+            strides = None if place[2] is None else place[2].stride
+        known = dtype in dtypes.TORCH_NAMES and dtypes.bits(dtype) % 8 == 0
+        found[name] = Source(dtypes.to_torch(dtype), shape, strides) if known else None
+    return found

@@ -1,0 +1,471 @@
+"""The recorder: which elements of a checkpoint somebody's loading code puts where."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core.errors import CheckpointError
+from weightlift.core.report import LoadReport
+from weightlift.load.allocation import empty_on_host
+from weightlift.load.copies import Copy
+from weightlift.module.recording.casts import casts
+from weightlift.module.recording.modes import SeeFunctions, SeeOperators
+from weightlift.module.recording.operators import handler_of, run_on_real
+from weightlift.module.recording.placeholder import Geometry, Memory, Placeholder, geometry_of
+from weightlift.module.recording.targets import (
+    Constant,
+    Target,
+    covers,
+    disjoint,
+    turns_of,
+)
+
+__all__ = ["Reader", "Recorder", "Source"]
+
+_plain_dispatch = torch.Tensor.__torch_dispatch__
+_CPU = torch.device("cpu")
+_META = torch.device("meta")
+_OWN_ATTRIBUTES = frozenset({"_is_param", "ledger", "memory", "source"})
+
+
+class Source(NamedTuple):
+    """A tensor of a checkpoint, for the recorder.
+
+    Attributes:
+        dtype: of its elements.
+        shape: of it.
+        strides: where torch would load it with other than contiguous ones.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+
+
+class Reader(Protocol):
+    """Where bytes come from.
+
+    Attributes:
+        checkpoint: if there is one.
+        report: of all reads so far.
+    """
+
+    @property
+    def checkpoint(self) -> Checkpoint | None: ...
+
+    @property
+    def report(self) -> LoadReport: ...
+
+    def tensors(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        """Whole tensors, in memory that nobody else has."""
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Does these at once; no two write the same byte."""
+
+
+class Recorder:
+    """Runs loading code and notes what it writes.
+
+    Writes of a checkpoint's elements wait; what is written otherwise is done there and then, after
+    what waits for the same memory. So at each moment whoever looks at a target sees what is in it.
+
+    Args:
+        reader: gives bytes to what cannot be recorded.
+        device: where the loading code is to believe the tensors to be.
+    """
+
+    def __init__(self, reader: Reader, device: torch.device = _CPU) -> None:
+        self.reader = reader
+        self._device = device
+        self._thread = threading.get_ident()
+        self._open = False
+        self.targets: dict[int, Target] = {}  # by the address of the storage
+        self.whole: dict[str, str] = {}  # name -> why it came whole
+        self.used: set[str] = set()
+        self.done: list[Copy | Constant] = []  # all writes that can be done again, in order
+        self.once: str | None = None  # a write that cannot
+        self._sources: dict[str, Source] = {}
+        self._forms: dict[Source, torch.Tensor] = {}
+        self._made: list[weakref.ref[Placeholder]] = []
+
+    # Before and after the loading code.
+
+    def expect(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Names targets, and tells those on ``meta`` that are going to be real."""
+        for name, tensor in tensors:
+            storage = _storage_of(tensor)
+            if storage is not None:
+                self.targets.setdefault(storage._cdata, Target(storage, name))
+
+    def placeholder(self, name: str, source: Source) -> Placeholder:
+        """What stands for a tensor of the checkpoint."""
+        self._sources[name] = source
+        # Nobody sees that it is one for all tensors of the same form.
+        lies = self._forms.get(source)
+        if lies is None:
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                lies = _form_of(source)
+            self._forms[source] = lies
+        memory = Memory(name, lies, source.dtype, geometry_of(lies), self._device)
+        return self.derive(memory, lies, source.dtype, memory.geometry)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within it, loading code of this thread is recorded."""
+        self._open = True
+        try:
+            with SeeOperators(self), SeeFunctions(self):
+                yield
+        finally:
+            self._open = False
+
+    def allocate(self) -> None:
+        """Gives memory to the named targets on ``meta`` that are written to.
+
+        Raises:
+            CheckpointError: one of them is written in part only, or is nobody's.
+        """
+        for target in self.targets.values():
+            if target.storage.device != _META or not target.parts:
+                continue
+            if target.name is None:
+                if any(isinstance(write, Copy) for write in target.writes):
+                    raise CheckpointError(
+                        "the loading code fills a tensor on meta that is not of the module: give "
+                        "record() the module, or load onto real tensors"
+                    )
+                continue
+            missing = target.unwritten()
+            if missing:
+                raise CheckpointError(
+                    f"{target.name}: the loading code leaves {missing} of its elements as they "
+                    "are, which on meta are none: load onto a real model"
+                )
+            if target.value is None:
+                target.value = empty_on_host((target.storage.nbytes(),), torch.uint8)
+
+    def real_target(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The memory that was made for a target on ``meta``, if any was."""
+        storage = _storage_of(tensor)
+        target = None if storage is None else self.targets.get(storage._cdata)
+        return None if target is None or target.value is None else self._at(target, tensor)
+
+    def real_targets(self) -> list[tuple[str, torch.Tensor]]:
+        """(name, all its bytes) of what was written to."""
+        found = []
+        for target in self.targets.values():
+            if not target.parts or (target.value is None and target.storage.device == _META):
+                continue
+            value = target.value
+            if value is None:
+                value = torch.empty(0, dtype=torch.uint8, device=target.storage.device)
+                value.set_(target.storage)
+            found.append((target.name or "a target without a name", value))
+        return found
+
+    def repeat(self) -> None:
+        """Does all writes again.
+
+        Raises:
+            CheckpointError: some cannot be done again.
+        """
+        if self.whole or self.once:
+            name, why = next(iter(self.whole.items()), ("", self.once))
+            raise CheckpointError(
+                f"the recording cannot be loaded again: {f'tensor {name!r}: ' * bool(name)}{why}"
+            )
+        waiting: list[Copy] = []
+        for write in self.done:
+            part = self.real_target(write.target) if write.target.is_meta else write.target
+            if part is None:
+                continue
+            if isinstance(write, Copy):
+                waiting.append(dataclasses.replace(write, target=part))
+                continue
+            if any(_meet(part, copy.target) for copy in waiting):
+                self._copy(waiting)
+                waiting = []
+            with torch.no_grad():
+                write.write(part)
+        self._copy(waiting)
+        for copy in waiting:
+            if not copy.target.is_inference():
+                torch.autograd.graph.increment_version(copy.target)
+
+    def give_real_ones(self) -> dict[str, torch.Tensor]:
+        """Puts real tensors in place of the placeholders that somebody has kept, such as those that
+        became parameters: name -> tensor."""
+        kept = [tensor for ref in self._made if (tensor := ref()) is not None]
+        self._made.clear()  # what weak references look at cannot be swapped
+        self.read([tensor.memory for tensor in kept], "kept", note=False)
+        found: dict[str, torch.Tensor] = {}
+        while kept:
+            tensor = kept.pop()
+            real = tensor.with_bytes()
+            if getattr(tensor, "_is_param", False):
+                real = torch.nn.Parameter(real, requires_grad=tensor.requires_grad)
+            elif tensor.requires_grad:
+                real.requires_grad_()
+            extra = {k: v for k, v in tensor.__dict__.items() if k not in _OWN_ATTRIBUTES}
+            found[tensor.memory.name] = tensor
+            with contextlib.suppress(RuntimeError):  # somebody else's C++ holds it: it reads itself
+                torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
+                tensor.__dict__.update(extra)
+        return found
+
+    # What the modes tell.
+
+    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return handler_of(func)(self, func, args, kwargs)
+
+    def after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A placeholder in an operator that no mode saw."""
+        if self._open and threading.get_ident() != self._thread:
+            raise CheckpointError(
+                f"{func}: loading code used a tensor in another thread than the one that is "
+                "recorded; load whole tensors instead"
+            )
+        return run_on_real(self, func, args, kwargs)
+
+    def is_target(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is on ``meta`` now and will be real."""
+        if type(tensor) is Placeholder:
+            return False
+        storage = _storage_of(tensor)
+        target = None if storage is None else self.targets.get(storage._cdata)
+        return target is not None and target.name is not None
+
+    def real(self, tensor: Placeholder, why: str) -> torch.Tensor:
+        """The tensor with its bytes."""
+        self.read([tensor.memory], why)
+        return tensor.with_bytes()
+
+    def become_real(self, tensor: Placeholder, why: str) -> None:
+        """The very object becomes a tensor with bytes."""
+        real = self.real(tensor, why)
+        self._made = [ref for ref in self._made if ref() is not tensor]
+        try:
+            torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"tensor {tensor.memory.name!r}: {why} of a recorded tensor cannot be done "
+                f"({error}); load whole tensors instead"
+            ) from error
+
+    def set_data(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        if isinstance(value, Placeholder):
+            value = self.real(value, "set as .data")
+        if value.is_meta or not self.is_target(tensor) or not tensor.is_meta:
+            tensor.data = value
+            return
+        # torch refuses other memory to a tensor on meta.
+        kind, attributes = type(tensor), dict(tensor.__dict__)
+        new = value
+        if isinstance(tensor, torch.nn.Parameter):
+            new = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
+        torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
+        tensor.__class__ = kind
+        tensor.__dict__.update(attributes)
+
+    def settle(self, tensor: torch.Tensor, *, write: bool = False) -> torch.Tensor:
+        """Does what waits for the memory of a tensor; returns the tensor, or the real one for one
+        on ``meta``.
+
+        Args:
+            tensor: that an operator is about to look at.
+            write: and to write to.
+        """
+        storage = _storage_of(tensor)
+        target = None if storage is None else self.targets.get(storage._cdata)
+        if target is None:
+            return tensor
+        if write:
+            self.once = self.once or "a target was changed in place"
+            target.parts.append(tensor)
+        if not tensor.is_meta:
+            self.finish([target])
+            return tensor
+        if target.value is None:
+            if not target.writes and not write:
+                return tensor  # nothing is known of it
+            target.value = torch.empty(target.storage.nbytes(), dtype=torch.uint8)
+        self.finish([target])
+        return self._at(target, tensor)
+
+    def finish(self, targets: Sequence[Target] | None = None) -> None:
+        """Does all that waits, at once."""
+        waiting: list[Copy] = []
+        for target in self.targets.values() if targets is None else targets:
+            if not target.writes or (target.value is None and target.storage.device == _META):
+                continue
+            writes, target.writes = target.writes, []
+            if target.value is None:
+                waiting += [write for write in writes if isinstance(write, Copy)]
+                continue
+            first = len(waiting)
+            for write in writes:
+                part = self._at(target, write.target)
+                if isinstance(write, Copy):
+                    waiting.append(dataclasses.replace(write, target=part))
+                else:
+                    if any(_meet(part, copy.target) for copy in waiting[first:]):
+                        self._copy(waiting)
+                        waiting = []
+                        first = 0
+                    write.write(part)
+        self._copy(waiting)
+
+    def overwrite(
+        self, tensor: torch.Tensor, write: Callable[[torch.Tensor], object], *, constant: bool
+    ) -> None:
+        """Writes to a part of a target without looking at what was there.
+
+        Args:
+            tensor: the part.
+            write: does it.
+            constant: and does the same at any later time.
+        """
+        storage = _storage_of(tensor)
+        target = None if storage is None else self._target_of(storage, tensor.is_meta)
+        if constant:
+            self.done.append(Constant(tensor, write))
+        else:
+            self.once = self.once or "a target was filled with computed values"
+        if target is None or tensor.numel() == 0:
+            write(tensor)
+            return
+        target.writes = [old for old in target.writes if not covers(tensor, old.target)]
+        target.parts.append(tensor)
+        if not tensor.is_meta:
+            if any(not disjoint(tensor, old.target) for old in target.writes):
+                self.finish([target])
+            write(tensor)
+        elif target.value is None and constant:
+            target.writes.append(Constant(tensor, write))
+        else:
+            write(self.settle(tensor, write=True))
+
+    def record(self, tensor: torch.Tensor, source: Placeholder) -> str | None:
+        """Notes a copy; else says why it cannot be one."""
+        memory = source.memory
+        storage = _storage_of(tensor)
+        if storage is None or type(tensor).__torch_dispatch__ is not _plain_dispatch:
+            return f"copied into a {type(tensor).__name__}"
+        lies = source.source
+        if lies.shape != tensor.shape:
+            # As copy_ would say it, where they do not go together.
+            torch.empty(tensor.shape, device=_META).copy_(lies)
+            lies = lies.expand(tensor.shape)
+        strides = lies.stride()
+        for count, stride, step in zip(tensor.shape, strides, tensor.stride(), strict=True):
+            if count > 1 and (stride == 0 or step == 0):
+                return "copied with elements that repeat"
+        if tensor.is_conj() or tensor.is_neg():
+            return "copied into a conjugated view"
+        as_bits = lies.dtype != self._sources[memory.name].dtype
+        if not casts(lies.dtype, source.dtype, tensor.dtype) or (
+            as_bits and tensor.dtype != lies.dtype
+        ):
+            return f"cast from {lies.dtype} by way of {source.dtype} to {tensor.dtype}"
+        self.used.add(memory.name)
+        if tensor.numel() == 0:
+            return None
+        target = self._target_of(storage, True)
+        if target is None:
+            raise RuntimeError("no target was made")  # a fault of the recorder's
+        into = tensor if target.value is None else self._at(target, tensor)
+        offset = int(lies.storage_offset())
+        copy = Copy(memory.name, offset, tuple(lies.shape), strides, into, as_bits)
+        target.writes.append(copy)
+        target.parts.append(tensor)
+        self.done.append(copy)
+        return None
+
+    def derive(
+        self, memory: Memory, source: torch.Tensor, dtype: torch.dtype, geometry: Geometry
+    ) -> Placeholder:
+        """Another view of a memory."""
+        made = Placeholder(self, memory, source, dtype, geometry)
+        self._made.append(weakref.ref(made))
+        if len(self._made) >= 4096 and len(self._made) & (len(self._made) - 1) == 0:
+            self._made = [ref for ref in self._made if ref() is not None]
+        return made
+
+    def read(self, memories: Sequence[Memory], why: str, *, note: bool = True) -> None:
+        """Gives bytes to these, by one read."""
+        wanted = {id(memory): memory for memory in memories if memory.value is None}
+        if not wanted:
+            return
+        names = list(dict.fromkeys(memory.name for memory in wanted.values()))
+        if note:
+            for name in names:
+                self.whole.setdefault(name, why)
+        self.used.update(names)
+        read = self.reader.tensors(names)
+        taken: set[str] = set()
+        for memory in wanted.values():
+            value = read[memory.name]
+            shape, strides, offset = geometry_of(memory.source)
+            if memory.source.dtype != value.dtype:
+                value = value.view(memory.source.dtype)
+            part = value.as_strided(shape, strides, value.storage_offset() + offset)
+            own_shape, own_strides, _ = memory.geometry
+            alone = memory.name not in taken and part.numel() == value.numel()
+            alone = alone and (shape, strides) == (own_shape, own_strides)
+            taken.add(memory.name)
+            if alone and memory.dtype == part.dtype and memory.device == part.device:
+                memory.value = part
+                continue
+            memory.value = torch.empty_strided(
+                own_shape, own_strides, dtype=memory.dtype, device=_real_device(memory.device)
+            ).copy_(part)
+
+    # Inside.
+
+    def _copy(self, copies: Sequence[Copy]) -> None:
+        for turn in turns_of(copies):
+            self.reader.copy(turn)
+
+    def _target_of(self, storage: torch.UntypedStorage, make: bool) -> Target | None:
+        target = self.targets.get(storage._cdata)
+        if target is None and make:
+            target = self.targets[storage._cdata] = Target(storage)
+        return target
+
+    def _at(self, target: Target, tensor: torch.Tensor) -> torch.Tensor:
+        """The real memory of a tensor on ``meta``."""
+        if target.value is None:
+            raise RuntimeError("a target on meta without memory")  # a fault of the recorder's
+        shape, strides, offset = geometry_of(tensor)
+        return target.value.view(tensor.dtype).as_strided(shape, strides, offset)
+
+
+def _form_of(source: Source) -> torch.Tensor:
+    if source.strides is None:
+        return torch.empty(source.shape, dtype=source.dtype, device=_META)
+    return torch.empty_strided(source.shape, source.strides, dtype=source.dtype, device=_META)
+
+
+def _storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """``None`` for what has none of its own, such as sparse tensors."""
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _real_device(device: torch.device) -> torch.device:
+    return _CPU if device.type == "meta" else device
+
+
+def _meet(one: torch.Tensor, other: torch.Tensor) -> bool:
+    same = one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return same and not disjoint(one, other)

@@ -1,0 +1,191 @@
+"""What was written to which memory, in which order, and what of it can be done at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from weightlift.load.copies import Copy
+
+__all__ = ["Constant", "Target", "covers", "disjoint", "turns_of"]
+
+
+@dataclasses.dataclass(slots=True)
+class Constant:
+    """A write to a part of a target that no checkpoint is needed for.
+
+    Attributes:
+        target: the part.
+        write: does it, to the tensor that it is given instead of the part.
+    """
+
+    target: torch.Tensor
+    write: Callable[[torch.Tensor], object]
+
+
+class Target:
+    """Memory that the loading code writes to: one storage.
+
+    Attributes:
+        storage: kept, for its address is what it is known by.
+        name: of the parameter, where that is known.
+        writes: what is still to be done, in order.
+        parts: what was written, in all.
+        value: on ``meta``, the real memory, from when somebody has looked at it; flat, of bytes.
+    """
+
+    __slots__ = ("name", "parts", "storage", "value", "writes")
+
+    def __init__(self, storage: torch.UntypedStorage, name: str | None = None) -> None:
+        self.storage = storage
+        self.name = name
+        self.parts: list[torch.Tensor] = []
+        self.writes: list[Copy | Constant] = []
+        self.value: torch.Tensor | None = None
+
+    def unwritten(self) -> int:
+        """How many elements no write has reached."""
+        if not self.parts:
+            return 0
+        item = min(part.element_size() for part in self.parts)
+        wanted = self.storage.nbytes() // item
+        # Most targets are written once, by one part or by several that share no element.
+        total = sum(part.numel() * part.element_size() for part in self.parts) // item
+        if total == wanted and len(_turns_of_one([_touch(part) for part in self.parts])) == 1:
+            return 0
+        seen = torch.zeros(self.storage.nbytes(), dtype=torch.bool)
+        for part in self.parts:
+            size = part.element_size()
+            strides = [stride * size for stride in part.stride()]
+            seen.as_strided((*part.shape, size), (*strides, 1), part.storage_offset() * size).fill_(
+                True
+            )
+        return int((~seen).sum()) // item
+
+
+def _touch(part: torch.Tensor) -> Copy:
+    return Copy("", 0, tuple(part.shape), part.stride(), part)
+
+
+def extent_of(part: torch.Tensor) -> tuple[int, int]:
+    """[first, last) of the storage's bytes that a part reaches over, holes included."""
+    item = part.element_size()
+    first = last = int(part.storage_offset())
+    for count, stride in zip(part.shape, part.stride(), strict=True):
+        last += (count - 1) * stride
+    return first * item, (last + 1) * item
+
+
+def covers(part: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether all of another part of the same storage is surely inside this one."""
+    if part.dtype == other.dtype and (
+        (part.shape, part.stride(), part.storage_offset())
+        == (other.shape, other.stride(), other.storage_offset())
+    ):
+        return True
+    first, last = extent_of(part)
+    if last - first != part.numel() * part.element_size():
+        return False  # it has holes
+    begin, end = extent_of(other)
+    return first <= begin and end <= last
+
+
+def disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two parts of one storage surely share no byte.
+
+    Parts that reach over each other, such as the columns of a matrix, are compared as boxes in the
+    coordinates that their strides make, where each stride is a multiple of the next.
+    """
+    first, last = extent_of(one)
+    begin, end = extent_of(other)
+    if last <= begin or end <= first:
+        return True
+    if one.element_size() != other.element_size():
+        return False
+    strides = sorted(
+        {
+            stride
+            for part in (one, other)
+            for count, stride in zip(part.shape, part.stride(), strict=True)
+            if count > 1
+        },
+        reverse=True,
+    )
+    if any(stride <= 0 for stride in strides):
+        return False
+    boxes = [_box(part, strides) for part in (one, other)]
+    a, b = boxes
+    if a is None or b is None:
+        return False
+    return any(s + n <= t or t + m <= s for (s, n), (t, m) in zip(a, b, strict=True))
+
+
+def _box(part: torch.Tensor, strides: Sequence[int]) -> list[tuple[int, int]] | None:
+    """(start, count) along each of the strides, largest first, and within the smallest; ``None``
+    where the part is no box of them."""
+    counts = dict.fromkeys(strides, 1)
+    for count, stride in zip(part.shape, part.stride(), strict=True):
+        if count == 1:
+            continue
+        if counts[stride] != 1:
+            return None
+        counts[stride] = count
+    box = []
+    rest = int(part.storage_offset())
+    outer = None
+    for stride in strides:
+        if outer is not None and outer % stride != 0:
+            return None
+        start, rest = divmod(rest, stride)
+        if outer is not None and start + counts[stride] > outer // stride:
+            return None
+        box.append((start, counts[stride]))
+        outer = stride
+    box.append((rest, 1))
+    return box
+
+
+def turns_of(copies: Sequence[Copy]) -> list[list[Copy]]:
+    """The copies in groups that are done one after the other: within a group no two write the same
+    byte. What is overwritten altogether is left out."""
+    by_storage: dict[int, list[Copy]] = {}
+    for copy in copies:
+        by_storage.setdefault(copy.target.untyped_storage()._cdata, []).append(copy)
+    turns: list[list[Copy]] = []
+    for group in by_storage.values():
+        for turn, members in enumerate(_turns_of_one(group)):
+            if turn == len(turns):
+                turns.append([])
+            turns[turn] += members
+    return turns
+
+
+def _turns_of_one(copies: Sequence[Copy]) -> list[list[Copy]]:
+    if len(copies) == 1:
+        return [list(copies)]
+    by_place = sorted(range(len(copies)), key=lambda i: extent_of(copies[i].target)[0])
+    clusters: list[list[int]] = []
+    reach = -1
+    for i in by_place:
+        first, last = extent_of(copies[i].target)
+        if first >= reach:
+            clusters.append([])
+        clusters[-1].append(i)
+        reach = max(reach, last)
+    turns: list[list[Copy]] = [[]]
+    for cluster in clusters:
+        kept: list[tuple[int, Copy]] = []  # (turn, copy)
+        for i in sorted(cluster):
+            copy = copies[i]
+            kept = [(turn, old) for turn, old in kept if not covers(copy.target, old.target)]
+            turn = 1 + max(
+                (turn for turn, old in kept if not disjoint(copy.target, old.target)), default=-1
+            )
+            kept.append((turn, copy))
+        for turn, copy in kept:
+            while len(turns) <= turn:
+                turns.append([])
+            turns[turn].append(copy)
+    return turns
