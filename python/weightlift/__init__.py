@@ -9,7 +9,8 @@ print(wl.last_report())
 import importlib as _importlib
 from typing import TYPE_CHECKING, Any
 
-from weightlift.backends import disable, enable, enable_from_environment, enabled
+from weightlift.backends import disable, enable, enabled
+from weightlift.backends import enable_from_environment as _enable_from_environment
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core.errors import (
@@ -22,6 +23,7 @@ from weightlift.core.errors import (
     WeightliftError,
 )
 from weightlift.core.report import LoadReport, Stats, last_report, stats
+from weightlift.core.requirements import missing_library as _missing_library
 from weightlift.core.settings import Settings
 from weightlift.core.version import __version__
 from weightlift.load_file import load_checkpoint, load_file, load_state_dict
@@ -83,9 +85,18 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(_importlib.import_module(f"weightlift.{_LATER[name]}"), name)
+    try:
+        value = getattr(_importlib.import_module(f"weightlift.{_LATER[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("weightlift"):
+            raise
+        raise _missing_library(error.name, f"weightlift.{name}") from None
     globals()[name] = value
     return value
 
 
-enable_from_environment()
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+_enable_from_environment()

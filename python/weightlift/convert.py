@@ -18,6 +18,7 @@ from weightlift.core import dtypes
 from weightlift.core.atomic import flush_file, flush_folder, temporary_beside, umask
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, CheckpointError
+from weightlift.core.requirements import require
 from weightlift.load.loading import load_tensors
 from weightlift.load.options import LoadOptions
 
@@ -78,6 +79,7 @@ def convert_checkpoint(
         ArgumentError: the target is there, or a size or name is none.
         CheckpointError: a tensor that safetensors has no dtype for.
     """
+    require("torch", "convert")
     target = Path(target)
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise ArgumentError(f"{target} is there already: remove it, or name another target")

@@ -10,6 +10,7 @@ from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError
+from weightlift.core.requirements import require
 from weightlift.load.loading import Loading, load_tensors
 from weightlift.load.options import Backend, LoadOptions, Mode, Progress, mode_of_backend
 from weightlift.module.device_map import DeviceMap, assign, parse_device_map
@@ -63,6 +64,7 @@ def load_file(
         ArgumentError: arguments that do not go together (also a ``ValueError``).
         OutOfMemoryError: also a ``MemoryError``.
     """
+    require("torch", "load_file")
     checkpoint = Checkpoint.of_file(filename)
     return load_tensors(
         checkpoint,
@@ -100,6 +102,7 @@ def load_checkpoint(
         CheckpointError: there is no such checkpoint, or its index contradicts its files.
         FormatError, ReadError, DeviceError, ArgumentError, OutOfMemoryError: as ``load_file``.
     """
+    require("torch", "load_checkpoint")
     if isinstance(path_or_repo_or_checkpoint, Checkpoint):
         checkpoint = path_or_repo_or_checkpoint
         if open_arguments:
@@ -133,6 +136,7 @@ def load_state_dict(
         map_location: where the tensors go; ``"meta"`` reads none.
         disable_mmap: read into memory of its own.
     """
+    require("torch", "load_state_dict")
     import torch
 
     if isinstance(checkpoint_file, dict):

@@ -14,6 +14,7 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, FormatError, ReadError
 from weightlift.core.report import record
+from weightlift.core.requirements import require
 from weightlift.core.settings import Settings
 from weightlift.load.allocation import TorchAllocator, from_dlpack
 from weightlift.load.loading import load_tensors
@@ -57,6 +58,7 @@ class safe_open:
                 f"framework is {framework!r}; weightlift opens files for 'pt', "
                 "safetensors.safe_open for the others"
             )
+        require("torch", "safe_open")
         self._mode = mode_of_backend("auto", backend)
         self._device = parse_device(device)
         self._settings = Settings.current()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from weightlift.core.atomic import atomic_file
+from weightlift.core.requirements import require
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ def save_file(
         filename: the file.
         metadata: text for the header.
     """
+    require("torch", "save_file")
     from safetensors.torch import save_file as reference_save_file
 
     with atomic_file(filename) as temporary:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 from weightlift.cli import COMMANDS
 from weightlift.cli.run import parse, start
 from weightlift.core.errors import WeightliftError
+from weightlift.core.requirements import missing_library
 
 __all__ = ["main"]
 
@@ -25,16 +27,25 @@ def main() -> None:
         return
     from weightlift.cli.app import app
 
+    debug = os.environ.get("WEIGHTLIFT_DEBUG") == "1"
     try:
         app()
     except (WeightliftError, OSError) as error:
-        if os.environ.get("WEIGHTLIFT_DEBUG") == "1":
+        if debug:
             raise
-        from rich.console import Console
-        from rich.text import Text
+        _exit(error)
+    except ModuleNotFoundError as error:
+        if debug or not error.name or error.name.partition(".")[0] == "weightlift":
+            raise
+        _exit(missing_library(error.name, f"weightlift {' '.join(sys.argv[1:2])}"))
 
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {_one_line(error)}", style="red"))
-        sys.exit(1)
+
+def _exit(error: BaseException) -> NoReturn:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text(f"error: {_one_line(error)}", style="red"))
+    sys.exit(1)
 
 
 def _one_line(error: BaseException) -> str:

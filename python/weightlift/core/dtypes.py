@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,17 @@ TORCH_NAMES = {
 # As torch.Tensor.is_floating_point.
 FLOATING = frozenset(name for name in TORCH_NAMES if name[0] in "FB" and name != "BOOL")
 # What the engine casts among each other; the other floating types are cast by torch.
+# As people write them, besides torch's names and the file's.
+_ALIASES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e4m3fn": "float8_e4m3fn",
+    "float8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}
 CASTABLE = frozenset({"F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"})
 
 
@@ -71,6 +83,9 @@ def parse_dtype(dtype: torch.dtype | str | None) -> str | None:
     """The file's name of a requested dtype; ``None`` (keep each tensor's own) for ``None`` and
     ``"auto"``.
 
+    Names are taken as people write them: ``bfloat16``, ``torch.bfloat16``, ``bf16``, ``BF16``,
+    ``half``, ``fp16``, ``float``, ``fp32``, ``double``, ``fp8_e4m3``.
+
     Raises:
         ArgumentError: not the name of a floating-point dtype.
     """
@@ -80,11 +95,17 @@ def parse_dtype(dtype: torch.dtype | str | None) -> str | None:
         return None
     found = dtype
     if isinstance(dtype, str):
-        found = getattr(torch, dtype.removeprefix("torch."), None)  # type: ignore[assignment]
+        plain = dtype.strip().removeprefix("torch.")
+        torch_name = _ALIASES.get(plain.lower()) or TORCH_NAMES.get(plain.upper(), plain.lower())
+        found = getattr(torch, torch_name, None)  # type: ignore[assignment]
     name = _file_names().get(found) if isinstance(found, torch.dtype) else None
     if name is None or name not in CASTABLE:
-        known = ", ".join(sorted(TORCH_NAMES[known] for known in CASTABLE))
-        raise ArgumentError(f"dtype is {dtype!r}; it can be one of {known}, or 'auto'")
+        known = sorted(TORCH_NAMES[known] for known in CASTABLE)
+        near = difflib.get_close_matches(str(dtype).removeprefix("torch."), known, 1)
+        hint = f" ({near[0]!r} is meant?)" if near else ""
+        raise ArgumentError(
+            f"dtype is {dtype!r}{hint}; it can be one of {', '.join(known)}, or 'auto'"
+        )
     return name
 
 

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import os
-import re
+import warnings
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from weightlift import _native
 from weightlift.core.errors import ArgumentError
+from weightlift.core.sizes import parse_size
 
 __all__ = ["Settings"]
 
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SIZES = ("read_bytes", "chunk_bytes", "pinned_bytes")
+# Read elsewhere than here.
+_OTHER_VARIABLES = (
+    "WEIGHTLIFT_ENABLE",
+    "WEIGHTLIFT_STRICT",
+    "WEIGHTLIFT_REPORT",
+    "WEIGHTLIFT_DEBUG",
+)
+_TEST_VARIABLES = (
+    "WEIGHTLIFT_SEED",
+    "WEIGHTLIFT_SEEDS",
+    "WEIGHTLIFT_SIMULATED_DRIVER",
+    "WEIGHTLIFT_REQUIRE_GPU",
+)
 _TRUE = {"1": True, "true": True, "yes": True, "on": True}
 _FALSE = {"0": False, "false": False, "no": False, "off": False}
 
@@ -24,7 +39,8 @@ class Settings:
     """How loads of this process read, stage and cast; ``None`` leaves the choice to weightlift.
 
     Each field is also an environment variable, ``WEIGHTLIFT_`` and its name in capitals, read when
-    a load begins; sizes may then be written ``"64MiB"``. An instance is a context manager: inside
+    a load begins; another ``WEIGHTLIFT_`` variable is warned of. Sizes may be written ``"64MiB"``,
+    here and there. An instance is a context manager: inside
     ``with Settings(io_path="direct"):`` loads of this thread (or asyncio task) use it, and fields
     that it leaves at ``None`` are those outside. ``Settings.set_default`` is for the whole process.
 
@@ -47,9 +63,9 @@ class Settings:
 
     threads: int | None = None
     io_depth: int | None = None
-    read_bytes: int | None = None
-    chunk_bytes: int | None = None
-    pinned_bytes: int | None = None
+    read_bytes: int | str | None = None
+    chunk_bytes: int | str | None = None
+    pinned_bytes: int | str | None = None
     io_path: str | None = None
     cast_place: str | None = None
     populate: bool | None = None
@@ -59,6 +75,11 @@ class Settings:
     _default: ClassVar[Settings | None] = None
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if isinstance(value, str):
+                size = parse_size(value, f"Settings.{name}", fractions=False)
+                object.__setattr__(self, name, size)
         for name, largest in (
             ("threads", 2**31),
             ("io_depth", 2**31),
@@ -89,6 +110,7 @@ class Settings:
     def current(cls) -> Settings:
         """The settings of a load that begins now: those of the innermost ``with``, then the
         process's default, then the environment."""
+        _warn_of_unknown_variables()
         chosen: dict[str, Any] = {}
         for layer in (*_entered.get()[-1:], cls._default):
             if layer is not None:
@@ -142,7 +164,17 @@ def _parse(name: str, text: str) -> object:
         if text.lower() not in flags:
             raise ArgumentError(f"WEIGHTLIFT_{name.upper()} is {text!r}; it can be 0 or 1")
         return flags[text.lower()]
-    found = re.fullmatch(r"\s*(\d+)\s*([a-zA-Z]*)\s*", text)
-    if found is None or found[2].lower() not in _UNITS:
-        raise ArgumentError(f"WEIGHTLIFT_{name.upper()} is {text!r}; write a number, or 64MiB")
-    return int(found[1]) * _UNITS[found[2].lower()]
+    return parse_size(text, f"WEIGHTLIFT_{name.upper()}", fractions=False)
+
+
+@functools.cache
+def _warn_of_unknown_variables() -> None:
+    """Once a process: a variable that nobody reads is a mistake in its name."""
+    known = [*_VARIABLES.values(), *_OTHER_VARIABLES]
+    begins = "WEIGHTLIFT_"
+    for name in sorted(os.environ):
+        if name.startswith(begins) and name not in (*known, *_TEST_VARIABLES):
+            ends = [one.removeprefix(begins) for one in known]
+            near = difflib.get_close_matches(name.removeprefix(begins), ends, 1)
+            hint = f"; {begins}{near[0]} is meant?" if near else f"; there are {', '.join(known)}"
+            warnings.warn(f"the environment's {name} is not known{hint}", stacklevel=3)

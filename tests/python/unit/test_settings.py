@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -275,3 +277,51 @@ def test_populate_is_a_choice(tmp_path: Path) -> None:
     assert resident(True) >= 8 * MIB
     assert "populated" in wl.last_report().files[0].reason
     assert resident(None) >= 8 * MIB
+
+
+@pytest.mark.parametrize("name", ["read_bytes", "chunk_bytes", "pinned_bytes"])
+def test_sizes_are_text_here_too(name: str) -> None:
+    assert getattr(Settings(**{name: "32MB"}), name) == 32_000_000
+    assert Settings(**{name: "1 MiB"}) == Settings(**{name: MIB})
+    with pytest.raises(wl.ArgumentError, match=rf"Settings\.{name} is '1 parsec'; write bytes"):
+        Settings(**{name: "1 parsec"})
+
+
+def test_a_variable_that_nobody_reads_is_warned_of() -> None:
+    code = (
+        "import warnings, weightlift as wl; warnings.simplefilter('always')\n"
+        "for _ in range(2): wl.Settings.current()\n"
+    )
+    environment = {**os.environ, "WEIGHTLIFT_THREAD": "3", "WEIGHTLIFT_ZZZ": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+    )
+    said = [line for line in done.stderr.splitlines() if "not known" in line]
+    assert len(said) == 2
+    assert "WEIGHTLIFT_THREAD is not known; WEIGHTLIFT_THREADS is meant?" in said[0]
+    assert "WEIGHTLIFT_ZZZ is not known; there are " in said[1]
+
+
+@pytest.mark.parametrize(
+    ("written", "dtype"),
+    [
+        ("bf16", torch.bfloat16), ("BF16", torch.bfloat16), ("torch.bfloat16", torch.bfloat16),
+        ("fp16", torch.float16), ("half", torch.float16), ("F16", torch.float16),
+        ("fp32", torch.float32), ("float", torch.float32), ("F32", torch.float32),
+        ("double", torch.float64), ("fp8_e4m3", torch.float8_e4m3fn),
+    ],
+)  # fmt: skip
+def test_dtypes_as_people_write_them(tmp_path: Path, written: str, dtype: torch.dtype) -> None:
+    reference_save_file({"w": torch.tensor([1.5, -2.0])}, tmp_path / "f.safetensors")
+    found = wl.load_file(tmp_path / "f.safetensors", dtype=written)["w"]
+    assert found.dtype == dtype
+    assert found.float().tolist() == [1.5, -2.0]
+
+
+def test_a_dtype_with_a_mistake_gets_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(file_bytes({"w": entry("F32", [3])}))
+    with pytest.raises(wl.ArgumentError, match=r"'bflot16' .'bfloat16' is meant"):
+        wl.load_file(tmp_path / "f", dtype="bflot16")
+    for wrong in ("int8", "fp8", "cuda", ""):
+        with pytest.raises(wl.ArgumentError, match="it can be one of"):
+            wl.load_file(tmp_path / "f", dtype=wrong)

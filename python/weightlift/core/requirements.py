@@ -1,0 +1,46 @@
+"""Libraries that are needed at run time and may not be installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from weightlift.core.errors import WeightliftError
+
+__all__ = ["MissingLibraryError", "missing_library", "require"]
+
+# Library -> how it is brought in.
+_REMEDIES = {
+    "torch": "pip install torch (pytorch.org has builds for each CUDA), or 'weightlift[torch]'",
+    "accelerate": "pip install 'weightlift[accelerate]'",
+    "matplotlib": "pip install 'weightlift[plot]'",
+    "jax": "pip install 'weightlift[flax]'",
+    "flax": "pip install 'weightlift[flax]'",
+    "diffusers": "pip install diffusers",
+    "transformers": "pip install transformers",
+}
+
+
+class MissingLibraryError(WeightliftError, ModuleNotFoundError):
+    """A library that a call needs is not installed; also a ``ModuleNotFoundError``."""
+
+
+def missing_library(name: str, what: str = "this") -> MissingLibraryError:
+    """The error for a library that is not there; ``what`` needs it."""
+    library = name.partition(".")[0]
+    remedy = _REMEDIES.get(library, f"pip install {library}")
+    return MissingLibraryError(
+        f"{what} needs {library}, which is not installed: {remedy}", name=library
+    )
+
+
+def require(library: str, what: str) -> None:
+    """Raises ``MissingLibraryError`` where ``library`` cannot be imported; imports nothing."""
+    if library in sys.modules:
+        return
+    try:
+        found = importlib.util.find_spec(library) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise missing_library(library, what)
