@@ -15,7 +15,7 @@ from weightlift.load.options import LoadOptions
 from weightlift.load.prefetch import PrefetchedLoad
 from weightlift.module.device_map import assign, resolve_device_map, single_device
 from weightlift.module.matching import MatchPolicy, check_keys, match
-from weightlift.module.offload import DiskWeights, dispatch
+from weightlift.module.offload import DiskWeights
 from weightlift.module.parameters import (
     ParameterRef,
     is_sharded,
@@ -117,7 +117,8 @@ def fill(
     ]
     if devices is not None:
         _move_rest(rest, where)
-        dispatch(model, devices, DiskWeights(checkpoint, places.on_disk, options.caller), offloaded)
+        on_disk = DiskWeights(checkpoint, places.on_disk, options.caller)
+        placement.dispatch(model, devices, on_disk, offloaded)
     report.error_msgs = [f"{name}: a buffer on meta that no checkpoint holds" for name in empty]
     report.missing_keys = missing
     report.unexpected_keys = unexpected

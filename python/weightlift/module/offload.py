@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.devices import parse_device
@@ -17,7 +17,14 @@ from weightlift.module.device_map import assign
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DiskWeights", "dispatch", "whole_state_dict"]
+__all__ = [
+    "DiskWeights",
+    "Dispatch",
+    "disjoint_map",
+    "dispatch",
+    "offloaded_weights",
+    "whole_state_dict",
+]
 
 
 class DiskWeights(Mapping[str, "torch.Tensor"]):
@@ -63,6 +70,18 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
         return name in self._names
 
 
+# (model, its device map, what stays on the disk, what was given a value and is not on a device)
+Dispatch: TypeAlias = Callable[
+    [
+        "torch.nn.Module",
+        Mapping[str, "torch.device | str"],
+        DiskWeights,
+        Mapping[str, "torch.Tensor"],
+    ],
+    None,
+]
+
+
 def dispatch(
     model: torch.nn.Module,
     devices: Mapping[str, torch.device | str],
@@ -74,26 +93,37 @@ def dispatch(
     if len(spread) < 2 and "disk" not in spread:
         return
     from accelerate import dispatch_model
-    from accelerate.utils import extract_submodules_state_dict
 
     named: dict[str, int | str] = {
         name: str(device) if str(device) in ("cpu", "disk") else _ordinal(device)
-        for name, device in _disjoint(model, devices).items()
+        for name, device in disjoint_map(model, devices).items()
     }
-    on_cpu = [name for name, device in named.items() if device == "cpu"]
-    host: dict[str, torch.Tensor] = dict(initialized)
-    if on_cpu and any(device not in ("cpu", "disk") for device in named.values()):
-        host.update(extract_submodules_state_dict(model.state_dict(), on_cpu))
     with warnings.catch_warnings():
         # A tensor of a module whose children are elsewhere stands in the map by its own name.
         warnings.filterwarnings("ignore", "The following device_map keys do not match")
         dispatch_model(
             model,
             device_map=named,
-            state_dict=_Chained(host, on_disk) if host or on_disk else None,
+            state_dict=offloaded_weights(model, named, on_disk, initialized),
             offload_index={} if "disk" in spread else None,
             skip_keys=getattr(model, "_skip_keys", None),
         )
+
+
+def offloaded_weights(
+    model: torch.nn.Module,
+    device_map: Mapping[str, int | str],
+    on_disk: DiskWeights,
+    initialized: Mapping[str, torch.Tensor],
+) -> Mapping[str, torch.Tensor] | None:
+    """What accelerate's hooks read from: the tensors that are on no device that computes."""
+    from accelerate.utils import extract_submodules_state_dict
+
+    on_cpu = [name for name, device in device_map.items() if str(device) == "cpu"]
+    host: dict[str, torch.Tensor] = dict(initialized)
+    if on_cpu and any(str(device) not in ("cpu", "disk") for device in device_map.values()):
+        host.update(extract_submodules_state_dict(model.state_dict(), on_cpu))
+    return _Chained(host, on_disk) if host or on_disk else None
 
 
 def whole_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -114,7 +144,7 @@ def whole_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def _disjoint(
+def disjoint_map(
     model: torch.nn.Module, devices: Mapping[str, torch.device | str]
 ) -> dict[str, torch.device | str]:
     """The same map without a prefix of another: accelerate's hook on a module takes all below."""

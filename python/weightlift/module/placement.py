@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from weightlift.module.device_map import DeviceMap
+from weightlift.module.offload import Dispatch, dispatch
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,8 @@ class PlacementPolicy:
         keep_in_fp32: path components whose tensors stay in float32; ``None``: the model's
             ``_keep_in_fp32_modules``.
         memory_format: of 4-D tensors, such as ``torch.channels_last``.
+        dispatch: gives the model the hooks that bring tensors to where they are used; who has
+            hooks of its own takes what stays on the disk here.
     """
 
     device_map: DeviceMap | None = None
@@ -35,3 +38,4 @@ class PlacementPolicy:
     dtype: torch.dtype | str | None = None
     keep_in_fp32: Sequence[str] | None = None
     memory_format: torch.memory_format | None = None
+    dispatch: Dispatch = dispatch

@@ -19,6 +19,7 @@ from weightlift.core.errors import WeightliftError
 from weightlift.load.options import LoadOptions
 from weightlift.load.prefetch import PrefetchedLoad
 from weightlift.module.device_map import single_entry
+from weightlift.module.offload import DiskWeights
 
 __all__ = [
     "Call",
@@ -42,7 +43,7 @@ class Call:
         checkpoint: in ``files``, once they are known.
         begun: the load that has begun.
         by_diffusers: whether diffusers reads the tensors itself.
-        dispatched: the model, if it has accelerate's hooks already.
+        on_disk: the model that the engine has filled, and what stays in its files.
     """
 
     cls: Any
@@ -52,7 +53,7 @@ class Call:
     checkpoint: Checkpoint | None = None
     begun: PrefetchedLoad | None = None
     by_diffusers: bool = False
-    dispatched: Any = None
+    on_disk: tuple[Any, DiskWeights] | None = None
 
     def found(self, files: Sequence[str], *, sharded: bool) -> None:
         """Takes note of the files, and begins to read them."""
@@ -87,6 +88,14 @@ class Call:
         if self.begun is not None:
             self.begun.loading.cancel()
             self.begun = None
+
+    def keep_on_disk(self, model: Any, devices: Any, on_disk: DiskWeights, given: Any) -> None:
+        """Takes note of what diffusers' ``dispatch_model`` gives its hooks to read from."""
+        self.on_disk = model, on_disk
+
+    def take_on_disk(self, model: Any) -> DiskWeights | None:
+        held, self.on_disk = self.on_disk, None
+        return None if held is None or held[0] is not model else held[1]
 
     def take(self) -> PrefetchedLoad | None:
         begun, self.begun = self.begun, None

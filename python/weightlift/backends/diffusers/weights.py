@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightlift.backends import stand_aside
-from weightlift.backends.diffusers.calls import current_call, shards_bar
+from weightlift.backends.diffusers.calls import Call, current_call, shards_bar
 from weightlift.backends.diffusers.context import NAME
 from weightlift.backends.diffusers.files import arrives_as, engine_device, load_all, mode_for
 from weightlift.backends.diffusers.state_dicts import Pending
@@ -18,6 +18,7 @@ from weightlift.core.devices import parse_device
 from weightlift.load.options import LoadOptions, Mode
 from weightlift.module.fill import fill
 from weightlift.module.matching import MatchPolicy
+from weightlift.module.offload import disjoint_map, offloaded_weights
 from weightlift.module.placement import PlacementPolicy
 
 if TYPE_CHECKING:
@@ -29,84 +30,114 @@ __all__ = ["dispatch_model", "load_pretrained_model"]
 def load_pretrained_model(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
-    def load(*args: Any, **kwargs: Any) -> Any:
+    def _load_pretrained_model(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        given = bound.arguments
+        return _Load(original, bound, current_call.get()).run()
 
-        def stock(**changes: Any) -> Any:
-            given.update(changes)
-            return original(*bound.args, **bound.kwargs)
+    return _load_pretrained_model
 
-        pending = given["state_dict"]
-        call = current_call.get()
+
+class _Load:
+    """One call of ``_load_pretrained_model``."""
+
+    def __init__(
+        self, original: Callable[..., Any], bound: inspect.BoundArguments, call: Call | None
+    ) -> None:
+        self._original, self._bound, self._call = original, bound, call
+        self._given = bound.arguments
+
+    def run(self) -> Any:
+        """Places all weights, or leaves that to diffusers; returns what diffusers returns."""
+        pending = self._given["state_dict"]
         if pending is not None and not isinstance(pending, Pending):
-            return stock()
-        reason = _reason_for_stock(given)
+            return self._by_diffusers()
+        reason = self._reason_for_fallback()
         if reason is not None:
             stand_aside(NAME, reason, warn=False)
-            if call is not None:
-                call.by_diffusers = True
-            return stock(state_dict=None if pending is None else pending.by_diffusers())
-        renamed = None
+            if self._call is not None:
+                self._call.by_diffusers = True
+            return self._by_diffusers(None if pending is None else pending.by_diffusers())
+        renamed = None if pending is None else pending.renamed
         if pending is not None:
-            renamed = pending.renamed
             opened = pending.checkpoint(renamed)
-        elif call is not None and call.checkpoint is not None:
-            opened = call.checkpoint
+        elif self._call is not None and self._call.checkpoint is not None:
+            opened = self._call.checkpoint
         else:
-            return stock()  # a broken shard: diffusers meets it, or takes it
-        fit = _Fit.of(given, opened)
+            return self._by_diffusers()  # a broken shard: diffusers meets it, or takes it
+        fit = _Fit.of(self._given, opened)
         if not fit.by_engine:
             # Tensors from the engine, placed by diffusers; of shards, `_load_shard_file` asks.
-            if pending is not None:
-                pending = load_all(opened, parse_device("cpu"), given["disable_mmap"])
-            return stock(state_dict=pending)
+            if pending is None:
+                return self._by_diffusers()
+            return self._by_diffusers(
+                load_all(opened, parse_device("cpu"), self._given["disable_mmap"])
+            )
+        if fit.mismatched and not self._given["ignore_mismatched_sizes"]:
+            self._report(fit)  # raises
+        self._fill(opened, fit, renamed)
+        return self._report(fit)
 
-        # diffusers compares names and shapes: with what does not fit, and on no device.
-        only_talk = {
-            "state_dict": fit.mismatched,
-            "device_map": None,
-            "offload_state_dict": None,
-            "is_parallel_loading_enabled": False,
-        }
+    def _reason_for_fallback(self) -> str | None:
+        if self._given["hf_quantizer"] is not None:
+            return "quantized weights are made by diffusers' quantizers"
+        if self._given.get("tp_shard_specs") is not None:
+            return "tensor parallel shards are read by diffusers"
+        if self._given.get("dduf_entries"):
+            return "DDUF entries are read by diffusers"
+        if self._call is None and "disk" in (self._given["device_map"] or {}).values():
+            return "offload to the disk outside of from_pretrained"
+        return None
+
+    def _by_diffusers(self, state_dict: Mapping[str, Any] | None = None) -> Any:
+        if state_dict is not None or isinstance(self._given["state_dict"], Pending):
+            self._given["state_dict"] = state_dict
+        return self._original(*self._bound.args, **self._bound.kwargs)
+
+    def _report(self, fit: _Fit) -> Any:
+        """diffusers' keys, warnings and errors: it compares names and shapes with what does not
+        fit, and places nothing."""
+        self._given.update(
+            state_dict=fit.mismatched,
+            device_map=None,
+            offload_state_dict=None,
+            is_parallel_loading_enabled=False,
+        )
+        return self._original(*self._bound.args, **self._bound.kwargs)
+
+    def _keep_in_fp32(self) -> Sequence[str]:
+        """Components whose tensors stay in float32. With weights on the disk there are none: what
+        diffusers then carries to the disk and back takes the dtype that the model was built in."""
+        on_disk = "disk" in (self._given["device_map"] or {}).values()
+        if on_disk and self._given["offload_state_dict"] is not False:
+            return ()
+        return self._given["keep_in_fp32_modules"] or ()
+
+    def _fill(self, opened: Checkpoint, fit: _Fit, renamed: Mapping[str, str] | None) -> None:
+        given, call = self._given, self._call
+        prefetched = None if call is None else call.take()
+        if prefetched is not None and renamed is not None:
+            prefetched.rename(renamed)
         device_map = given["device_map"]
-        if fit.mismatched and not given["ignore_mismatched_sizes"]:
-            stock(**only_talk)  # raises
-        early = None if call is None else call.take()
-        if early is not None and renamed is not None:
-            early.rename(renamed)
+        placement = PlacementPolicy(
+            device_map and _known_prefixes(given["model"], device_map),
+            dtype=given["dtype"],
+            keep_in_fp32=self._keep_in_fp32(),
+        )
+        if call is not None:  # diffusers dispatches the model itself, at the end
+            placement = dataclasses.replace(placement, dispatch=call.keep_on_disk)
         fill(
             given["model"],
             opened,
-            PlacementPolicy(
-                device_map and _known_prefixes(given["model"], device_map),
-                dtype=given["dtype"],
-                keep_in_fp32=given["keep_in_fp32_modules"] or (),
-            ),
+            placement,
             MatchPolicy(strict=False, ignore_mismatched_sizes=True),
             LoadOptions(
                 fit.mode,
-                progress=shards_bar(len(opened.parts)) if early is None else False,
+                progress=shards_bar(len(opened.parts)) if prefetched is None else False,
                 caller=NAME,
             ),
-            prefetched=early,
+            prefetched=prefetched,
         )
-        if call is not None and device_map and _has_hooks(device_map):
-            call.dispatched = given["model"]
-        return stock(**only_talk)
-
-    return load
-
-
-def _reason_for_stock(given: Mapping[str, Any]) -> str | None:
-    if given["hf_quantizer"] is not None:
-        return "quantized weights are made by diffusers' quantizers"
-    if given.get("tp_shard_specs") is not None:
-        return "tensor parallel shards are read by diffusers"
-    if given.get("dduf_entries"):
-        return "DDUF entries are read by diffusers"
-    return None
 
 
 @dataclasses.dataclass
@@ -159,20 +190,34 @@ def _known_prefixes(model: torch.nn.Module, device_map: Mapping[str, Any]) -> di
     return {prefix: device for prefix, device in device_map.items() if prefix in names}
 
 
-def _has_hooks(device_map: Mapping[str, Any]) -> bool:
-    devices = set(device_map.values())
-    return "disk" in devices or len({engine_device(device) for device in devices}) > 1
-
-
 def dispatch_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Not again: tensors on the disk were given their hooks with their places in the file."""
+    """With the places of the weights on the disk in the checkpoint's files: nothing was written to
+    the offload folder."""
 
     def dispatch_model(model: Any, device_map: Any, *args: Any, **kwargs: Any) -> Any:
-        call = current_call.get()
-        if call is None or call.dispatched is not model:
+        call, given = current_call.get(), device_map
+        on_disk = None if call is None else call.take_on_disk(model)
+        if on_disk is None:
             return original(model, device_map, *args, **kwargs)
-        call.dispatched = None
-        model.hf_device_map = dict(device_map)
-        return model
+        if len(set(device_map.values())) > 1 and _overlaps(device_map):
+            # accelerate's hook on a module takes all below it.
+            device_map = disjoint_map(model, device_map)
+        weights = offloaded_weights(model, device_map, on_disk, {})
+        if weights is not None:
+            kwargs["state_dict"] = weights
+        if "disk" in device_map.values():
+            kwargs["offload_index"] = {}
+        result = original(model, device_map, *args, **kwargs)
+        if hasattr(model, "hf_device_map"):
+            model.hf_device_map = dict(given)
+        return result
 
     return dispatch_model
+
+
+def _overlaps(device_map: Mapping[str, Any]) -> bool:
+    return any(
+        other != name and (not name or other.startswith(f"{name}."))
+        for name in device_map
+        for other in device_map
+    )

@@ -175,6 +175,7 @@ class _Fill:
         if self._on_disk and not config.offload_buffers:
             self._buffers = {name for name, _ in model.named_buffers()}
         self._dtypes = _dtypes(core, state, config)
+        self._is_watched = _is_watched()
         self._modules: dict[str, torch.nn.Module] = {}
         self._find_modules(model, "")
 
@@ -396,7 +397,7 @@ class _Fill:
             return
         path, _, key = name.rpartition(".")
         module = self._modules[path]
-        if target.cuts is not None or not _sets_plainly(module):
+        if target.cuts is not None or self._is_watched or not _sets_plainly(module):
             self._core.set_param_for_module(self._model, name, value, self._info, None)
         elif key in module._parameters:
             if not isinstance(value, torch.nn.Parameter):
@@ -417,6 +418,22 @@ def _sets_plainly(module: torch.nn.Module) -> bool:
     from torch.nn import Module
 
     return type(module).__setattr__ is Module.__setattr__
+
+
+def _is_watched() -> bool:
+    """Whether somebody sees to what is registered with modules: a model whose constructor loads
+    this one while it is built on ``meta``, or a hook of torch."""
+    from torch.nn.modules import module
+
+    own = getattr(module.Module.__setattr__, "__code__", None)
+    put = getattr(module.Module.register_parameter, "__code__", None)
+    return (
+        own is None
+        or put is None
+        or own.co_filename != put.co_filename
+        or bool(module._global_parameter_registration_hooks)
+        or bool(module._global_buffer_registration_hooks)
+    )
 
 
 def _dtypes(core: Any, state: Mapping[str, Any], config: Any) -> Callable[[str], torch.dtype]:

@@ -51,6 +51,8 @@ class Weights(Mapping[str, "Slice"]):
         self._mode = mode
         self._batch: Batch | None = None
         self._ahead: Batch | None = None
+        self._claimed: set[str] = set()
+        self._arrived: dict[str, torch.Tensor] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
 
@@ -89,19 +91,23 @@ class Weights(Mapping[str, "Slice"]):
         batch.start()
         self._ahead = batch
 
-    def is_ahead(self, name: str, device: torch.device, cast: str | None) -> bool:
-        """Whether a tensor is on its way to where it is wanted."""
-        return self._ahead is not None and self._ahead.brings(name, device, cast)
+    def claim(self, name: str, device: torch.device, cast: str | None) -> bool:
+        """Whether a tensor is on its way to where it is wanted; it is the caller's from then on."""
+        if self._ahead is None or name in self._claimed:
+            return False
+        if not self._ahead.brings(name, device, cast):
+            return False
+        self._claimed.add(name)
+        return True
 
-    def take_ahead(
-        self, names: Sequence[str], progress: Progress | None
-    ) -> dict[str, torch.Tensor]:
-        """Waits for what was begun; what is not named is let go."""
-        assert self._ahead is not None
-        batch, self._ahead = self._ahead, None
-        batch.show(progress)
-        tensors = batch.result()
-        return {name: tensors[name] for name in names}
+    def claimed(self, names: Sequence[str], progress: Progress | None) -> dict[str, torch.Tensor]:
+        """Waits for tensors that were claimed: each is given out once."""
+        if self._ahead is not None:
+            batch, self._ahead = self._ahead, None
+            batch.show(progress)
+            arrived = batch.result()
+            self._arrived = {name: arrived[name] for name in self._claimed}
+        return {name: self._arrived.pop(name) for name in names}
 
     def tensor(self, name: str) -> torch.Tensor:
         # The library's threads ask, all at once.
@@ -179,7 +185,7 @@ class Batch:
         else:
             cast = None
         if cut is None or cut.pieces is None:
-            if self._weights.is_ahead(name, device, cast):
+            if self._weights.claim(name, device, cast):
                 self._begun.append(name)
             else:
                 self._groups.setdefault((device, cast), {})[name] = None
@@ -244,7 +250,7 @@ class Batch:
 
         tensors: dict[str, torch.Tensor] = {}
         if self._begun:
-            tensors = self._weights.take_ahead(self._begun, self._progress)
+            tensors = self._weights.claimed(self._begun, self._progress)
         loading, self._loading = self._loading, None
         if loading is not None:
             tensors |= loading.result()
