@@ -23,7 +23,7 @@ NATIVE := $(wildcard $(shell git ls-files csrc cmake tests/native "*CMakeLists.t
 LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 
-.PHONY: demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries wheel gpu-check bench bench-env clean dev release
+.PHONY: demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-architectures wheel gpu-check bench bench-env clean dev release
 
 $(VENV)/.tools: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -177,6 +177,11 @@ test-matrix: dev
 # The libraries' own tests, with the backends off and on.
 test-libraries: dev
 	$(BIN)/python tests/libraries/run.py $(SUITES)
+
+# Every architecture of transformers and diffusers, tiny, by the library alone and with the backend:
+# every two options together, and all combinations with FULL=1.
+test-architectures: dev
+	$(BIN)/python tests/libraries/architectures/run.py --jobs $(JOBS)
 
 wheel: $(VENV)/.tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w dist \

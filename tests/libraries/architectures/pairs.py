@@ -1,0 +1,44 @@
+"""Rows of options in which every two values of two options meet."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["every", "pairs"]
+
+_TRIES = 60
+
+
+def every(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """All combinations."""
+    return [dict(zip(options, row, strict=True)) for row in itertools.product(*options.values())]
+
+
+def pairs(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Few rows with every pair of values of two options; the same at every call."""
+    chosen = random.Random(0)
+    names = list(options)
+    missing = {
+        (a, x, b, y)
+        for a, b in itertools.combinations(names, 2)
+        for x in range(len(options[a]))
+        for y in range(len(options[b]))
+    }
+    rows = []
+    while missing:
+        first = min(missing)  # a row never comes to nothing
+        best: tuple[set[Any], dict[str, int]] | None = None
+        for _ in range(_TRIES):
+            row = {name: chosen.randrange(len(options[name])) for name in names}
+            row[first[0]], row[first[2]] = first[1], first[3]
+            found = {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)} & missing
+            if best is None or len(found) > len(best[0]):
+                best = found, row
+        if best is None:
+            break
+        missing -= best[0]
+        rows.append({name: options[name][number] for name, number in best[1].items()})
+    return rows
