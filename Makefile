@@ -16,6 +16,7 @@ RUN_NEEDS   := torch numpy safetensors rich typer matplotlib huggingface_hub acc
                diffusers transformers
 TEST_NEEDS  := pytest pytest-timeout hypothesis ruff mypy clang-format peft bitsandbytes torchao \
                'jax; python_version >= "3.11"' 'flax; python_version >= "3.11"'
+DOCS_NEEDS  := sphinx furo myst-parser sphinx-copybutton
 DEEP_NEEDS  := clang-tidy gcovr coverage
 
 NATIVE := $(wildcard $(shell git ls-files csrc cmake tests/native "*CMakeLists.txt" \
@@ -32,6 +33,10 @@ $(VENV)/.tools: constraints.txt
 
 $(VENV)/.test-tools: $(VENV)/.tools
 	$(PIP) install -c constraints.txt $(TEST_NEEDS)
+	@touch $@
+
+$(VENV)/.docs-tools: $(VENV)/.tools
+	$(PIP) install -c constraints.txt $(DOCS_NEEDS)
 	@touch $@
 
 $(VENV)/.deep-tools: $(VENV)/.test-tools
@@ -111,6 +116,13 @@ report: release
 	$(BIN)/python benchmarks/report.py
 
 readme: demo report
+
+# The documentation site, in build/docs; a warning is an error.
+.PHONY: docs
+docs: $(VENV)/.docs-tools
+	@[ -e $(VENV)/.dev ] || [ -e $(VENV)/.release ] || $(MAKE) release
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
 
 test: dev lint native-tests python-tests
 	$(BIN)/python tests/perf/run.py --quick

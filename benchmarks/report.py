@@ -5,7 +5,7 @@
 
 Reads benchmarks/results/*.json, which `benchmarks/summary.py` makes, and draws two pictures beside
 each: the headline ratios, and all workloads. README has the headlines of the machine that was
-measured last, and what `make demo` printed (.demo/demo.txt, where that is).
+measured last; RESULTS.md has what `make demo` printed (.demo/demo.txt, where that is).
 """
 
 from __future__ import annotations
@@ -60,15 +60,21 @@ def main() -> None:
         draw_pictures(name, summary)
         if arguments.pages is not None:
             draw_pages(arguments.pages, name, summary)
-    PAGE.write_text(page(summaries), encoding="utf-8")
+    PAGE.write_text(page(summaries) + demo_section(), encoding="utf-8")
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     if summaries:
         text = replace(text, "figures", headlines(*next(iter(summaries.items()))))
+    readme.write_text(text, encoding="utf-8")
+
+
+def demo_section() -> str:
+    """What `make demo` printed last: here, or when the page was written before."""
     if DEMO.exists():
         lines = [line.rstrip() for line in DEMO.read_text(encoding="utf-8").splitlines()]
-        text = replace(text, "demo", "`make demo` prints:\n\n```\n" + "\n".join(lines) + "\n```")
-    readme.write_text(text, encoding="utf-8")
+        return "\n".join(["\n## make demo", "", "```text", *lines, "```", ""])
+    found = re.search(r"\n## make demo\n.*", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    return found[0] if found else ""
 
 
 def read_summaries() -> dict[str, Summary]:

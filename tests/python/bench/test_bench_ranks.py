@@ -1,4 +1,4 @@
-"""The examples of README.md under torchrun, ``weightlift bench --distributed``, and the model of a
+"""``weightlift bench --distributed``, and the model of a
 cluster against what processes really move."""
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import support
 import weightlift as wl
-from distributed_model import MyModel, Net
 from support import run_python
 from weightlift.bench.measure_ranks import CONTENDERS
 from weightlift.bench.ranks import measure_ranks
@@ -44,62 +43,6 @@ def cluster_model() -> ModuleType:
     sys.modules["cm"] = module
     spec.loader.exec_module(module)
     return module
-
-
-# What each rank does behind an example: the whole tensors are those of the checkpoint.
-_CHECK = """
-import os, safetensors.torch
-from pathlib import Path
-for file in Path("checkpoint").glob("*.safetensors"):
-    expected = safetensors.torch.load_file(file)
-state = model.state_dict()
-assert state.keys() == expected.keys()
-for name, value in state.items():
-    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-    assert torch.equal(whole, expected[name].to(whole.dtype)), name
-kinds = {type(value).__name__ for value in model.parameters()}
-kinds |= {type(value.data).__name__ for value in model.parameters()}
-dtypes = {str(value.dtype) for value in model.parameters()}
-Path(f"kinds-{torch.distributed.get_rank()}").write_text(f"{sorted(kinds)} {sorted(dtypes)}")
-torch.distributed.barrier()
-os._exit(0)  # gloo may abort a rank whose peers close their connections first
-"""
-
-
-def test_readme_examples(tmp_path: Path) -> None:
-    """Replicated, FSDP2 and tensor parallel, each as it stands there."""
-    section = (ROOT / "README.md").read_text().split("## Several processes")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 3
-    torch.manual_seed(0)
-    running = []
-    for number, block in enumerate(blocks):
-        assert len(block.splitlines()) <= 6
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        if "MyModel" in block:
-            MyModel().save_pretrained(folder / "checkpoint")
-        else:
-            (folder / "checkpoint").mkdir()
-            file = folder / "checkpoint" / "model.safetensors"
-            safetensors.torch.save_file(Net().state_dict(), file)
-        text = "import torch\nfrom distributed_model import MyModel, Net\n" + block + _CHECK
-        (folder / "load.py").write_text(text)
-        command = [*TORCHRUN, "2", "load.py"]
-        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        running.append(
-            (folder, subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **options))
-        )
-    found = []
-    for folder, process in running:
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, out
-        assert (folder / "kinds-0").read_text() == (folder / "kinds-1").read_text()
-        found.append((folder / "kinds-0").read_text())
-    assert "DTensor" not in found[0]
-    assert "torch.bfloat16" in found[0]
-    assert "DTensor" in found[1]
-    assert "DTensor" in found[2]
 
 
 def write_file(path: Path, megabytes: int) -> int:

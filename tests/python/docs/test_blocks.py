@@ -124,32 +124,48 @@ def test_its_blocks_run(page: Path, tmp_path: Path) -> None:
 
 
 RANKS = [block for block in BLOCKS if block.mark.startswith("torchrun")]
+# What each rank does behind an example: the whole tensors are those of the checkpoint.
 _CHECK = """
-import os
+import os, safetensors.torch
 from pathlib import Path
-import safetensors.torch, torch
-expected = safetensors.torch.load_file(next(Path("checkpoint").glob("*.safetensors")))
+for file in Path("checkpoint").glob("*.safetensors"):
+    expected = safetensors.torch.load_file(file)
 state = model.state_dict()
 assert state.keys() == expected.keys()
 for name, value in state.items():
     whole = value.full_tensor() if hasattr(value, "full_tensor") else value
     assert torch.equal(whole, expected[name].to(whole.dtype)), name
+kinds = {type(value).__name__ for value in model.parameters()}
+kinds |= {type(value.data).__name__ for value in model.parameters()}
+dtypes = {str(value.dtype) for value in model.parameters()}
+Path(f"kinds-{torch.distributed.get_rank()}").write_text(f"{sorted(kinds)} {sorted(dtypes)}")
 torch.distributed.barrier()
 os._exit(0)  # gloo may abort a rank whose peers close their connections first
 """
 
 
-@pytest.mark.parametrize("block", RANKS, ids=named)
-def test_it_runs_under_torchrun(block: Block, tmp_path: Path) -> None:
-    write_inputs(tmp_path)
-    if "MyModel" in block.text:
-        (tmp_path / "checkpoint" / "model.safetensors").unlink()
-        MyModel().save_pretrained(tmp_path / "checkpoint")
-    text = "import torch\nfrom distributed_model import MyModel, Net\n" + block.text + _CHECK
-    (tmp_path / "load.py").write_text(text)
-    ranks = block.mark.split()[1]
-    run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks,
-         "load.py"], tmp_path)  # fmt: skip
+def test_they_run_under_torchrun(tmp_path: Path) -> None:
+    """Replicated, FSDP2 and tensor parallel, each as it stands there."""
+    found = []
+    for number, block in enumerate(RANKS):
+        assert len(block.text.splitlines()) <= 6
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_inputs(folder)
+        if "MyModel" in block.text:
+            (folder / "checkpoint" / "model.safetensors").unlink()
+            MyModel().save_pretrained(folder / "checkpoint")
+        text = "import torch\nfrom distributed_model import MyModel, Net\n" + block.text + _CHECK
+        (folder / "load.py").write_text(text)
+        ranks = block.mark.split()[1]
+        run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+             ranks, "load.py"], folder)  # fmt: skip
+        assert (folder / "kinds-0").read_text() == (folder / "kinds-1").read_text()
+        found.append((folder / "kinds-0").read_text())
+    assert "DTensor" not in found[0]
+    assert "torch.bfloat16" in found[0]
+    assert "DTensor" in found[1]
+    assert "DTensor" in found[2]
 
 
 FLAX = [block for block in BLOCKS if block.mark == "flax"]
