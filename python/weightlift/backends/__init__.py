@@ -30,6 +30,7 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
+from weightlift.backends.children import pass_on
 from weightlift.core.errors import ArgumentError, OutOfMemoryError, WeightliftError
 from weightlift.core.report import record_fallback
 
@@ -326,6 +327,7 @@ def _apply() -> list[str]:
     global _active
     with _lock:
         _active = frozenset(_explicit.union(*([name] for name in KNOWN if _held[name])))
+        pass_on(_active)
         for patch in reversed(_patches):
             if patch.library in _active:
                 continue
@@ -441,7 +443,8 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _modules():
+        # Of a library, not of ours, which `_modules` imports.
+        if fullname.partition(".")[0] not in KNOWN or fullname not in _modules():
             return None
         others = list(sys.meta_path)
         for finder in others[others.index(self) + 1 :] if self in others else []:

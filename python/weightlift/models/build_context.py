@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from weightlift.module.parameters import assign_parameter
@@ -72,7 +72,7 @@ class BuildContext:
         self, module: torch.nn.Module, name: str, param: torch.nn.Parameter
     ) -> torch.nn.Parameter:
         """What is registered in the place of a parameter."""
-        if not isinstance(param, UninitializedTensorMixin) and not param.is_meta:
+        if not is_lazy(param) and not param.is_meta:
             known = self._became.get(id(param))
             if known is None or known[0]() is not param:
                 real = self._real is None or len(self.parameters) in self._real

@@ -208,8 +208,7 @@ def test_the_default_dtype_of_another_library_stays(folder: Path) -> None:
 
 
 def test_the_first_import_within_another_librarys_patch() -> None:
-    run_python(
-        """
+    code = """
         import torch
         from diffusers.models.modeling_utils import no_init_weights
         import weightlift as wl
@@ -225,7 +224,8 @@ def test_the_first_import_within_another_librarys_patch() -> None:
             assert (Builder(make, None).build(empty=False).weight == 2).all()
         assert torch.nn.init.constant_ is before
         """
-    )
+    child = run_python(textwrap.dedent(code))
+    assert child.returncode == 0, child.stderr
 
 
 STRESS = '''
