@@ -38,6 +38,7 @@ Status check_not_forked(const Registry& state) {
 
 Result<const Driver*> initialized_driver(Registry& state) {
   WL_ASSIGN_OR_RETURN(const Driver* table, driver());
+  const OutsideCaptures outside(*table);
   WL_RETURN_IF_ERROR(check(*table, table->cuInit(0), "cuInit"));
   state.process = ::getpid();
   return table;
@@ -73,6 +74,7 @@ Result<Device*> Device::get(int ordinal) {
                             ": this process sees " + std::to_string(count) +
                             " (CUDA_VISIBLE_DEVICES may hide some)"};
   }
+  const OutsideCaptures outside(*table);
   CUdevice handle = 0;
   WL_RETURN_IF_ERROR(check(*table, table->cuDeviceGet(&handle, ordinal), "cuDeviceGet"));
   // All memory first: nothing may throw between the context and its owner.
@@ -167,11 +169,13 @@ bool uses_driver() noexcept {
 }
 
 // Without a Device of each, which would need memory: this is called by destructors.
-void wait_for_devices() noexcept {
-  if (!uses_driver()) return;
+bool wait_for_devices() noexcept {
+  if (!uses_driver()) return true;
   const Driver& table = **driver();
+  const OutsideCaptures outside(table);
   int count = 0;
-  if (table.cuDeviceGetCount(&count) != CUDA_SUCCESS) return;
+  if (table.cuDeviceGetCount(&count) != CUDA_SUCCESS) return true;
+  bool waited = true;
   for (int ordinal = 0; ordinal < count; ++ordinal) {
     CUdevice handle = 0;
     unsigned flags = 0;
@@ -181,11 +185,13 @@ void wait_for_devices() noexcept {
     if (table.cuDevicePrimaryCtxGetState(handle, &flags, &in_use) != CUDA_SUCCESS) continue;
     if (in_use == 0 || table.cuDevicePrimaryCtxRetain(&context, handle) != CUDA_SUCCESS) continue;
     if (table.cuCtxPushCurrent(context) == CUDA_SUCCESS) {
-      table.cuCtxSynchronize();
+      const CUresult result = table.cuCtxSynchronize();
+      if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) waited = false;
       table.cuCtxPopCurrent(&context);
     }
     table.cuDevicePrimaryCtxRelease(handle);
   }
+  return waited;
 }
 
 CurrentContext::~CurrentContext() {
@@ -201,6 +207,21 @@ Result<Stream> Stream::create(Device& device) {
                            device.driver().cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING),
                            "cuStreamCreate"));
   return Stream(device, stream);
+}
+
+Status Stream::check_not_capturing(Device& device, CUstream stream) {
+  const CurrentContext current(device);
+  WL_RETURN_IF_ERROR(current.status());
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  const CUresult result = device.driver().cuStreamIsCapturing(stream, &status);
+  // Of the default stream, while a stream that waits for it is capturing.
+  const bool implied = result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  if (!implied) WL_RETURN_IF_ERROR(check(device.driver(), result, "cuStreamIsCapturing"));
+  if (!implied && status == CU_STREAM_CAPTURE_STATUS_NONE) return {};
+  return Error{.code = ErrorCode::kDriverCallFailed,
+               .message = "the current stream of cuda:" + std::to_string(device.ordinal()) +
+                          " is capturing a CUDA graph (cuStreamIsCapturing), and what is loaded "
+                          "inside a capture is not copied: load before it, or on another stream"};
 }
 
 Stream::~Stream() {

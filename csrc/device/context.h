@@ -56,11 +56,32 @@ class Device {
   std::string kernel_form_;
 };
 
-// Makes a device's context the calling thread's for a scope.
+// For a scope, calls of this thread do not break a graph capture that is going on in this process:
+// nothing that the engine does belongs into one (cuThreadExchangeStreamCaptureMode).
+class OutsideCaptures {
+ public:
+  explicit OutsideCaptures(const Driver& driver) noexcept
+      : driver_(driver),
+        changed_(driver.cuThreadExchangeStreamCaptureMode(&mode_) == CUDA_SUCCESS) {}
+  OutsideCaptures(const OutsideCaptures&) = delete;
+  OutsideCaptures& operator=(const OutsideCaptures&) = delete;
+  ~OutsideCaptures() {
+    if (changed_) driver_.cuThreadExchangeStreamCaptureMode(&mode_);
+  }
+
+ private:
+  const Driver& driver_;
+  CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;  // afterwards what it was before
+  bool changed_;
+};
+
+// Makes a device's context the calling thread's for a scope, outside of captures.
 class CurrentContext {
  public:
   explicit CurrentContext(Device& device)
-      : device_(device), result_(device.driver().cuCtxPushCurrent(device.context())) {}
+      : device_(device),
+        outside_captures_(device.driver()),
+        result_(device.driver().cuCtxPushCurrent(device.context())) {}
   CurrentContext(const CurrentContext&) = delete;
   CurrentContext& operator=(const CurrentContext&) = delete;
   ~CurrentContext();
@@ -72,6 +93,7 @@ class CurrentContext {
 
  private:
   Device& device_;
+  OutsideCaptures outside_captures_;
   CUresult result_;
 };
 
@@ -85,6 +107,10 @@ class Stream {
   ~Stream();
 
   [[nodiscard]] CUstream get() const noexcept { return stream_; }
+
+  // Refuses a stream of the caller's that is part of a graph capture: what is ordered after it
+  // would be recorded, and copy nothing.
+  [[nodiscard]] static Status check_not_capturing(Device& device, CUstream stream);
 
  private:
   Stream(Device& device, CUstream stream) : device_(&device), stream_(stream) {}
@@ -117,9 +143,9 @@ class Event {
 [[nodiscard]] bool uses_driver() noexcept;
 
 // Waits for every device in use, by whomever: others may be copying from memory that is about to be
-// unpinned, and torch records no event for memory that is not its own. Tolerates a driver that is
-// shut down.
-void wait_for_devices() noexcept;
+// unpinned, and torch records no event for memory that is not its own. False where a graph capture
+// on a device does not allow it. Tolerates a driver that is shut down.
+bool wait_for_devices() noexcept;
 
 #ifdef WEIGHTLIFT_TESTING
 void forget_devices() noexcept;  // for device/testing.cc: releases the contexts

@@ -51,7 +51,9 @@ namespace weightlift::device {
   X(cuModuleLoadData, 2000)           \
   X(cuModuleUnload, 2000)             \
   X(cuModuleGetFunction, 2000)        \
-  X(cuLaunchKernel, 4000)
+  X(cuLaunchKernel, 4000)             \
+  X(cuStreamIsCapturing, 10000)       \
+  X(cuThreadExchangeStreamCaptureMode, 10010)
 
 // Absent from older drivers; the engine does without. X(field, name, version).
 #define WL_DRIVER_OPTIONAL(X)                      \

@@ -1,32 +1,98 @@
 #include "device/pinned.h"
 
+#include <chrono>
+#include <exception>
+#include <thread>
+#include <utility>
+
+#include "mutex.h"
+
 namespace weightlift::device {
+
+namespace {
+
+constexpr std::chrono::milliseconds kCaptureRetry{100};
+constexpr std::chrono::seconds kPatience{10};
+
+// What was handed to release_later(). Its thread lives while there is something.
+struct Releases {
+  Mutex mutex;
+  ConditionVariable done;
+  std::list<PinnedMemory> waiting WL_GUARDED_BY(mutex);
+  bool running WL_GUARDED_BY(mutex) = false;
+  std::thread thread WL_GUARDED_BY(mutex);
+
+  // After it has said that it no longer runs: it takes no lock any more.
+  void join() WL_REQUIRES(mutex) {
+    if (thread.joinable()) thread.join();
+  }
+};
+
+Releases& releases() {
+  static auto* const instance = new Releases;  // outlives every other static
+  return *instance;
+}
+
+void release_all(Releases& state) noexcept {
+  const MutexLock lock(state.mutex);
+  while (!state.waiting.empty()) {
+    std::list<PinnedMemory> gone;
+    gone.swap(state.waiting);
+    const MutexUnlock unlocked(state.mutex);
+    while (!wait_for_devices()) std::this_thread::sleep_for(kCaptureRetry);
+    gone.clear();
+  }
+  state.running = false;
+  state.done.notify_all();
+}
+
+}  // namespace
+
+void release_later(std::list<PinnedMemory> memory) noexcept {
+  if (!uses_driver()) return;  // a child: its parent's lock may be held for ever
+  Releases& state = releases();
+  {
+    const MutexLock lock(state.mutex);
+    state.waiting.splice(state.waiting.end(), memory);
+    if (state.running) return;
+    state.join();
+    state.running = true;
+    try {
+      state.thread = std::thread([&state] { release_all(state); });
+      return;
+    } catch (const std::exception&) {  // no more threads to be had
+    }
+  }
+  release_all(state);
+}
+
+void wait_for_releases() noexcept {
+  if (!uses_driver()) return;
+  Releases& state = releases();
+  const MutexLock lock(state.mutex);
+  const auto end = std::chrono::steady_clock::now() + kPatience;
+  while (state.running) {
+    if (state.done.wait_until(state.mutex, end) == std::cv_status::timeout) return;
+  }
+  state.join();
+}
 
 Result<PinnedMemory> PinnedMemory::adopt(Device& device, io::AnonymousMemory memory) {
   const CurrentContext current(device);
   WL_RETURN_IF_ERROR(current.status());
   const Driver& table = device.driver();
-  WL_RETURN_IF_ERROR(check(
-      table, table.cuMemHostRegister(memory.data(), memory.size(), CU_MEMHOSTREGISTER_PORTABLE),
-      "cuMemHostRegister"));
-  std::byte* const data = memory.data();
   const std::size_t bytes = memory.size();
-  return PinnedMemory(device, std::move(memory), data, bytes);
-}
+  std::byte* const own = memory.data();
+  const Status registered = check(
+      table, table.cuMemHostRegister(own, bytes, CU_MEMHOSTREGISTER_PORTABLE), "cuMemHostRegister");
+  if (registered.ok()) return PinnedMemory(device, std::move(memory), own, bytes);
 
-Result<PinnedMemory> PinnedMemory::allocate(Device& device, std::size_t bytes) {
-  WL_ASSIGN_OR_RETURN(io::AnonymousMemory memory, io::AnonymousMemory::allocate(bytes));
-  memory.keep_from_children();
-  WL_RETURN_IF_ERROR(memory.populate(0, memory.size()));
-  auto registered = adopt(device, std::move(memory));
-  if (registered.ok()) return registered;
-
-  const CurrentContext current(device);
-  WL_RETURN_IF_ERROR(current.status());
+  {
+    const io::AnonymousMemory gone = std::move(memory);
+  }  // never both at once
   void* data = nullptr;
-  Status allocated =
-      check(device.driver(), device.driver().cuMemHostAlloc(&data, bytes, CU_MEMHOSTALLOC_PORTABLE),
-            "cuMemHostAlloc");
+  const Status allocated =
+      check(table, table.cuMemHostAlloc(&data, bytes, CU_MEMHOSTALLOC_PORTABLE), "cuMemHostAlloc");
   if (!allocated.ok()) {
     Error error = registered.error();
     error.message += "; " + allocated.error().message +
@@ -34,6 +100,13 @@ Result<PinnedMemory> PinnedMemory::allocate(Device& device, std::size_t bytes) {
     return error;
   }
   return PinnedMemory(device, io::AnonymousMemory(), static_cast<std::byte*>(data), bytes);
+}
+
+Result<PinnedMemory> PinnedMemory::allocate(Device& device, std::size_t bytes) {
+  WL_ASSIGN_OR_RETURN(io::AnonymousMemory memory, io::AnonymousMemory::allocate(bytes));
+  memory.keep_from_children();
+  WL_RETURN_IF_ERROR(memory.populate(0, memory.size()));
+  return adopt(device, std::move(memory));
 }
 
 PinnedMemory::~PinnedMemory() {

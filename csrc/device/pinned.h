@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <list>
 #include <utility>
 
 #include "device/context.h"
@@ -16,7 +17,8 @@ class PinnedMemory {
   // cuMemHostAlloc takes 492 (cudf issue 23457). Where registering is refused, cuMemHostAlloc.
   [[nodiscard]] static Result<PinnedMemory> allocate(Device& device, std::size_t bytes);
 
-  // Registers memory that exists and is backed; it must outlive the registration.
+  // The same with memory that exists and is backed; where registering is refused, the driver's own
+  // takes its place.
   [[nodiscard]] static Result<PinnedMemory> adopt(Device& device, io::AnonymousMemory memory);
 
   PinnedMemory(PinnedMemory&& other) noexcept
@@ -40,5 +42,14 @@ class PinnedMemory {
   std::byte* data_;
   std::size_t bytes_;
 };
+
+// Lets go of memory that others may still be copying from, for torch records no event for memory
+// that is not its own: on a thread that first waits for every device in use. Whoever drops the last
+// tensor need not wait, nor synchronise a device in the middle of what it does. Noexcept in all:
+// the list brings its node.
+void release_later(std::list<PinnedMemory> memory) noexcept;
+
+// Until all of that has been let go of, or for ten seconds: a device may never be done.
+void wait_for_releases() noexcept;
 
 }  // namespace weightlift::device

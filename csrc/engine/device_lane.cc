@@ -22,10 +22,11 @@ Result<std::unique_ptr<DeviceLane>> DeviceLane::open(const LoadPlan& plan, const
                                                      const DeviceNeeds& needs,
                                                      const Settings& settings) {
   WL_ASSIGN_OR_RETURN(device::Device * device, device::Device::get(lane.device));
+  auto* const allocating = reinterpret_cast<CUstream>(static_cast<std::uintptr_t>(needs.stream));
+  WL_RETURN_IF_ERROR(device::Stream::check_not_capturing(*device, allocating));
   WL_ASSIGN_OR_RETURN(device::Stream even, device::Stream::create(*device));
   WL_ASSIGN_OR_RETURN(device::Stream odd, device::Stream::create(*device));
   WL_ASSIGN_OR_RETURN(device::Event allocated, device::Event::create(*device));
-  auto* const allocating = reinterpret_cast<CUstream>(static_cast<std::uintptr_t>(needs.stream));
   WL_RETURN_IF_ERROR(allocated.record(allocating));
   const device::CurrentContext current(*device);
   WL_RETURN_IF_ERROR(current.status());

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <list>
 #include <new>
 #include <optional>
 #include <string>
@@ -30,12 +31,12 @@ class PageableMemory final : public HostMemory {
 
 class PageLockedMemory final : public HostMemory {
  public:
-  explicit PageLockedMemory(device::PinnedMemory memory)
-      : HostMemory(memory.data(), true), memory_(std::move(memory)) {}
-  ~PageLockedMemory() override { device::wait_for_devices(); }
+  explicit PageLockedMemory(std::list<device::PinnedMemory> memory)
+      : HostMemory(memory.front().data(), true), memory_(std::move(memory)) {}
+  ~PageLockedMemory() override { device::release_later(std::move(memory_)); }
 
  private:
-  device::PinnedMemory memory_;
+  std::list<device::PinnedMemory> memory_;  // of one: giving it away then needs no memory
 };
 
 Status populate(const io::AnonymousMemory& memory, unsigned threads) {
@@ -71,7 +72,11 @@ Result<std::shared_ptr<HostMemory>> HostMemory::allocate(std::size_t bytes,
                                                          std::optional<int> pin_for,
                                                          unsigned threads) {
   if (bytes >= kCheckedBytes) {
-    const std::uint64_t headroom = io::memory_headroom();
+    std::uint64_t headroom = io::memory_headroom();
+    if (bytes > headroom) {  // what others have dropped may be on its way
+      device::wait_for_releases();
+      headroom = io::memory_headroom();
+    }
     if (bytes > headroom) {
       return Error{.code = ErrorCode::kOutOfMemory,
                    .message = "the tensors need " + std::to_string(bytes) +
@@ -88,7 +93,9 @@ Result<std::shared_ptr<HostMemory>> HostMemory::allocate(std::size_t bytes,
   WL_RETURN_IF_ERROR(populate(memory, threads));
   WL_ASSIGN_OR_RETURN(device::PinnedMemory pinned,
                       device::PinnedMemory::adopt(*device, std::move(memory)));
-  return std::shared_ptr<HostMemory>(new PageLockedMemory(std::move(pinned)));
+  std::list<device::PinnedMemory> owned;
+  owned.push_back(std::move(pinned));
+  return std::shared_ptr<HostMemory>(new PageLockedMemory(std::move(owned)));
 }
 
 }  // namespace weightlift::engine

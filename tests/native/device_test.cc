@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstring>
+#include <list>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -495,6 +496,71 @@ TEST(Pinned, WaitingForDevicesMakesUnpinningSafe) {
     sim().sim_free(target);
     expect_clean(machine);
   }
+}
+
+// Whoever drops it does not wait for the devices; the memory is let go of when all of them, device
+// 0 too, have done with it.
+TEST(Pinned, IsReleasedLaterByAThreadOfItsOwn) {
+  for (const int used : {0, 1, 2}) {
+    for (int policy = 0; policy < SIM_POLICIES; ++policy) {
+      SCOPED_TRACE(std::to_string(used) + ", " + simulation::kPolicyNames[policy]);
+      Machine machine(3, 1, policy);
+      Device* const device = first_device();
+      Device& other = **Device::get(used);
+      const std::uint64_t target = sim().sim_alloc(used, kSlot);
+      std::list<PinnedMemory> memory;
+      memory.push_back(*PinnedMemory::allocate(*device, kSlot));
+      {
+        const CurrentContext current(other);
+        EXPECT_EQ(other.driver().cuMemcpyHtoDAsync(target, memory.front().data(), kSlot, nullptr),
+                  CUDA_SUCCESS);
+      }
+      device::release_later(std::move(memory));
+      device::wait_for_releases();
+      EXPECT_EQ(sim().ledger().pinned_ranges, 0U);
+      sim().sim_free(target);
+      expect_clean(machine);
+    }
+  }
+}
+
+TEST(Pinned, WhoDropsItDoesNotWait) {
+  Machine machine(1);
+  Device* const device = first_device();
+  const std::uint64_t target = sim().sim_alloc(0, kSlot);
+  std::list<PinnedMemory> memory;
+  memory.push_back(*PinnedMemory::allocate(*device, kSlot));
+  sim().sim_set_link(0, 4 * kSlot);  // the copy takes a quarter of a second
+  sim().sim_set_time(SIM_TIME_REAL);
+  {
+    const CurrentContext current(*device);
+    EXPECT_EQ(device->driver().cuMemcpyHtoDAsync(target, memory.front().data(), kSlot, nullptr),
+              CUDA_SUCCESS);
+  }
+  device::release_later(std::move(memory));
+  EXPECT_EQ(sim().ledger().pending, 1U);
+  device::wait_for_releases();
+  EXPECT_EQ(sim().ledger().pending, 0U);
+  EXPECT_EQ(sim().ledger().pinned_ranges, 0U);
+  sim().sim_set_time(SIM_TIME_NONE);
+  sim().sim_free(target);
+  expect_clean(machine);
+}
+
+TEST(Pinned, MemoryThatCannotBeRegisteredIsTheDriversOwn) {
+  Machine machine(1);
+  sim().sim_fail_call("cuMemHostRegister", 1, CUDA_ERROR_NOT_SUPPORTED, 0);
+  auto own = io::AnonymousMemory::allocate(kSlot);
+  ASSERT_TRUE(own.ok());
+  {
+    const auto memory = PinnedMemory::adopt(*first_device(), *std::move(own));
+    ASSERT_TRUE(memory.ok()) << memory.error().message;
+    EXPECT_EQ(memory->size(), kSlot);
+    std::memset(memory->data(), 1, kSlot);
+    EXPECT_EQ(sim().ledger().pinned_bytes, kSlot);
+    EXPECT_EQ(sim().sim_calls("cuMemHostAlloc"), 1U);
+  }
+  expect_clean(machine);
 }
 
 // --- The staging pool --------------------------------------------------------------------------

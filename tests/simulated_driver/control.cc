@@ -147,6 +147,21 @@ void sim_link(int device, SimLink* link) {
   if (const Device* is = sim().device(device)) *link = is->traffic;
 }
 
+int sim_begin_capture(int device, std::uint64_t stream, int mode) {
+  const auto lock = sim().lock();
+  return sim().begin_capture(device, stream, mode) ? 1 : 0;
+}
+
+int sim_end_capture(int device, std::uint64_t stream) {
+  const auto lock = sim().lock();
+  return sim().end_capture(device, stream) ? 1 : 0;
+}
+
+void sim_allow(int blocking_streams, int spinning_events) {
+  const auto lock = sim().lock();
+  sim().allow(blocking_streams != 0, spinning_events != 0);
+}
+
 void sim_set_hashing(int on) {
   const auto lock = sim().lock();
   sim().set_hashing(on != 0);

@@ -21,6 +21,7 @@ using weightlift::simulated::kContext;
 using weightlift::simulated::kInitialised;
 using weightlift::simulated::kNothing;
 using weightlift::simulated::kPush;
+using weightlift::simulated::kRelaxing;
 using weightlift::simulated::kRelease;
 using weightlift::simulated::kReleaseInContext;
 using weightlift::simulated::kUncounted;
@@ -39,37 +40,42 @@ std::uint64_t number(const void* pointer) {
   return reinterpret_cast<std::uint64_t>(pointer);
 }
 
-#define SIM_ERRORS(X)                                                                   \
-  X(CUDA_SUCCESS, "no error")                                                           \
-  X(CUDA_ERROR_INVALID_VALUE, "invalid argument")                                       \
-  X(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")                                          \
-  X(CUDA_ERROR_NOT_INITIALIZED, "initialization error")                                 \
-  X(CUDA_ERROR_DEINITIALIZED, "driver shutting down")                                   \
-  X(CUDA_ERROR_STUB_LIBRARY, "CUDA driver is a stub library")                           \
-  X(CUDA_ERROR_DEVICE_UNAVAILABLE, "CUDA-capable device(s) is/are busy or unavailable") \
-  X(CUDA_ERROR_NO_DEVICE, "no CUDA-capable device is detected")                         \
-  X(CUDA_ERROR_INVALID_DEVICE, "invalid device ordinal")                                \
-  X(CUDA_ERROR_INVALID_IMAGE, "device kernel image is invalid")                         \
-  X(CUDA_ERROR_INVALID_CONTEXT, "invalid device context")                               \
-  X(CUDA_ERROR_NO_BINARY_FOR_GPU, "no kernel image is available for execution")         \
-  X(CUDA_ERROR_ECC_UNCORRECTABLE, "uncorrectable ECC error encountered")                \
-  X(CUDA_ERROR_INVALID_PTX, "a PTX JIT compilation failed")                             \
-  X(CUDA_ERROR_UNSUPPORTED_PTX_VERSION, "the provided PTX has an unsupported version")  \
-  X(CUDA_ERROR_INVALID_SOURCE, "device kernel image is invalid")                        \
-  X(CUDA_ERROR_OPERATING_SYSTEM, "OS call failed or operation not supported")           \
-  X(CUDA_ERROR_INVALID_HANDLE, "invalid resource handle")                               \
-  X(CUDA_ERROR_NOT_FOUND, "named symbol not found")                                     \
-  X(CUDA_ERROR_NOT_READY, "device not ready")                                           \
-  X(CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal memory access was encountered")             \
-  X(CUDA_ERROR_CONTEXT_IS_DESTROYED, "context is destroyed")                            \
-  X(CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED, "memory is already registered")          \
-  X(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED, "memory is not registered")                  \
-  X(CUDA_ERROR_LAUNCH_FAILED, "unspecified launch failure")                             \
-  X(CUDA_ERROR_MISALIGNED_ADDRESS, "misaligned address")                                \
-  X(CUDA_ERROR_NOT_PERMITTED, "operation not permitted")                                \
-  X(CUDA_ERROR_NOT_SUPPORTED, "operation not supported")                                \
-  X(CUDA_ERROR_SYSTEM_NOT_READY, "system not yet initialized")                          \
-  X(CUDA_ERROR_SYSTEM_DRIVER_MISMATCH, "system has unsupported driver / library")       \
+#define SIM_ERRORS(X)                                                                          \
+  X(CUDA_SUCCESS, "no error")                                                                  \
+  X(CUDA_ERROR_INVALID_VALUE, "invalid argument")                                              \
+  X(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")                                                 \
+  X(CUDA_ERROR_NOT_INITIALIZED, "initialization error")                                        \
+  X(CUDA_ERROR_DEINITIALIZED, "driver shutting down")                                          \
+  X(CUDA_ERROR_STUB_LIBRARY, "CUDA driver is a stub library")                                  \
+  X(CUDA_ERROR_DEVICE_UNAVAILABLE, "CUDA-capable device(s) is/are busy or unavailable")        \
+  X(CUDA_ERROR_NO_DEVICE, "no CUDA-capable device is detected")                                \
+  X(CUDA_ERROR_INVALID_DEVICE, "invalid device ordinal")                                       \
+  X(CUDA_ERROR_INVALID_IMAGE, "device kernel image is invalid")                                \
+  X(CUDA_ERROR_INVALID_CONTEXT, "invalid device context")                                      \
+  X(CUDA_ERROR_NO_BINARY_FOR_GPU, "no kernel image is available for execution")                \
+  X(CUDA_ERROR_ECC_UNCORRECTABLE, "uncorrectable ECC error encountered")                       \
+  X(CUDA_ERROR_INVALID_PTX, "a PTX JIT compilation failed")                                    \
+  X(CUDA_ERROR_UNSUPPORTED_PTX_VERSION, "the provided PTX has an unsupported version")         \
+  X(CUDA_ERROR_INVALID_SOURCE, "device kernel image is invalid")                               \
+  X(CUDA_ERROR_OPERATING_SYSTEM, "OS call failed or operation not supported")                  \
+  X(CUDA_ERROR_INVALID_HANDLE, "invalid resource handle")                                      \
+  X(CUDA_ERROR_NOT_FOUND, "named symbol not found")                                            \
+  X(CUDA_ERROR_NOT_READY, "device not ready")                                                  \
+  X(CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal memory access was encountered")                    \
+  X(CUDA_ERROR_CONTEXT_IS_DESTROYED, "context is destroyed")                                   \
+  X(CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED, "memory is already registered")                 \
+  X(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED, "memory is not registered")                         \
+  X(CUDA_ERROR_LAUNCH_FAILED, "unspecified launch failure")                                    \
+  X(CUDA_ERROR_MISALIGNED_ADDRESS, "misaligned address")                                       \
+  X(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "operation not permitted when stream is capturing") \
+  X(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED,                                                     \
+    "operation failed due to a previous error during capture")                                 \
+  X(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT,                                                        \
+    "operation would make the legacy stream depend on a capturing blocking stream")            \
+  X(CUDA_ERROR_NOT_PERMITTED, "operation not permitted")                                       \
+  X(CUDA_ERROR_NOT_SUPPORTED, "operation not supported")                                       \
+  X(CUDA_ERROR_SYSTEM_NOT_READY, "system not yet initialized")                                 \
+  X(CUDA_ERROR_SYSTEM_DRIVER_MISMATCH, "system has unsupported driver / library")              \
   X(CUDA_ERROR_UNKNOWN, "unknown error")
 
 CUresult error_text(CUresult error, const char** is, bool name) {
@@ -290,6 +296,16 @@ CUresult CUDAAPI cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int 
                     [&](Lock&) { return sim().stream_wait(stream, event, flags); });
 }
 
+CUresult CUDAAPI cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+  return sim().call("cuThreadExchangeStreamCaptureMode", kRelaxing,
+                    [&](Lock&) { return sim().exchange_capture_mode(mode); });
+}
+
+CUresult CUDAAPI cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  return sim().call("cuStreamIsCapturing", kContext,
+                    [&](Lock&) { return sim().is_capturing(stream, status); });
+}
+
 CUresult CUDAAPI cuEventCreate(CUevent* event, unsigned int flags) {
   return sim().call("cuEventCreate", kContext,
                     [&](Lock&) { return sim().event_create(event, flags); });
@@ -445,7 +461,8 @@ const Form* newest_form(std::string_view name, int version) {
   X(cuMemcpyDtoDAsync, 3020) X(cuMemcpyBatchAsync, 13000) X(cuMemHostAlloc, 2020) \
   X(cuMemFreeHost, 2000) X(cuMemHostRegister, 6050) X(cuMemHostUnregister, 4000) \
   X(cuModuleLoadData, 2000) X(cuModuleUnload, 2000) X(cuModuleGetFunction, 2000) \
-  X(cuLaunchKernel, 4000)
+  X(cuLaunchKernel, 4000) X(cuThreadExchangeStreamCaptureMode, 10010) \
+  X(cuStreamIsCapturing, 10000)
 // clang-format on
 #define SIM_CHECK(function, since) \
   static_assert(std::is_same_v<decltype(&::function), PFN_##function##_v##since>);

@@ -81,6 +81,12 @@ void sim_synchronize(int device); /* torch.cuda.synchronize() */
  * (0: the device's default stream) when the memory is handed out. */
 int sim_pending_write(int device, uint64_t stream, uint64_t address, uint64_t bytes);
 
+/* Stream capture by the calling thread, as torch.cuda.graph does it; the modes are CUDA's. What is
+ * queued on a capturing stream never runs. `sim_end_capture` says whether nothing broke it. */
+enum { SIM_CAPTURE_GLOBAL = 0, SIM_CAPTURE_THREAD_LOCAL = 1, SIM_CAPTURE_RELAXED = 2 };
+int sim_begin_capture(int device, uint64_t stream, int mode);
+int sim_end_capture(int device, uint64_t stream);
+
 /* By the host, now: violations where the host does not know what was queued to be complete. */
 int sim_read_device(uint64_t address, void* target, uint64_t bytes);
 int sim_write_device(uint64_t address, const void* source, uint64_t bytes);
@@ -106,6 +112,9 @@ double sim_now(void);                                   /* seconds */
 void sim_set_link(int device, double bytes_per_second); /* each direction; 0: unlimited */
 void sim_set_host_memory(double bytes_per_second);      /* all links together; 0: unlimited */
 void sim_link(int device, SimLink* link);
+/* What is a violation unless a test asks for it: streams that wait for the default stream, and
+ * events that are waited for without CU_EVENT_BLOCKING_SYNC. */
+void sim_allow(int blocking_streams, int spinning_events);
 void sim_set_hashing(int on); /* of host bytes in flight; on unless turned off for timed runs */
 
 void sim_ledger(SimLedger* ledger);

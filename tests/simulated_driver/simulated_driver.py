@@ -31,6 +31,14 @@ class Time(enum.IntEnum):
     VIRTUAL = 2
 
 
+class Capture(enum.IntEnum):
+    """CUDA's modes of stream capture."""
+
+    GLOBAL = 0
+    THREAD_LOCAL = 1
+    RELAXED = 2
+
+
 class Hide(enum.IntEnum):
     NOT_FOUND = 0
     NULL = 1
@@ -146,6 +154,9 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sim_stream_destroy": (c_int, [c_uint64]),
     "sim_synchronize": (None, [c_int]),
     "sim_pending_write": (c_int, [c_int, c_uint64, c_uint64, c_uint64]),
+    "sim_begin_capture": (c_int, [c_int, c_uint64, c_int]),
+    "sim_end_capture": (c_int, [c_int, c_uint64]),
+    "sim_allow": (None, [c_int, c_int]),
     "sim_read_device": (c_int, [c_uint64, c_void_p, c_uint64]),
     "sim_write_device": (c_int, [c_uint64, c_void_p, c_uint64]),
     "sim_read_on": (c_int, [c_int, c_uint64, c_uint64, c_void_p, c_uint64]),
@@ -232,6 +243,18 @@ class SimulatedDriver:
     def pending_write(self, device: int, address: int, size: int, *, stream: int = 0) -> None:
         if not self._library.sim_pending_write(device, stream, address, size):
             raise ValueError(f"{size} bytes at {address:#x} are not inside an allocation")
+
+    @contextlib.contextmanager
+    def capturing(self, device: int, stream: int, mode: Capture) -> Iterator[None]:
+        """As inside ``torch.cuda.graph``; raises AssertionError where something broke it."""
+        if not self._library.sim_begin_capture(device, stream, mode):
+            raise ValueError(f"cannot capture {stream:#x}")
+        try:
+            yield
+        finally:
+            whole = self._library.sim_end_capture(device, stream)
+        if not whole:
+            raise AssertionError("the capture was broken")
 
     # Bytes.
 

@@ -46,7 +46,7 @@ Function symbol(const char* name) {
   X(sim_read_device) X(sim_write_device) X(sim_read_on) X(sim_set_memory) X(sim_set_attribute) \
   X(sim_set_version) X(sim_hide_symbol) X(sim_fail_call) X(sim_faults_left) X(sim_exit) \
   X(sim_set_time) X(sim_now) X(sim_set_link) X(sim_set_host_memory) X(sim_link) \
-  X(sim_set_hashing) X(sim_ledger) X(sim_calls) X(sim_drain) X(sim_violations) \
+  X(sim_set_hashing) X(sim_begin_capture) X(sim_end_capture) X(sim_allow) X(sim_ledger) X(sim_calls) X(sim_drain) X(sim_violations) \
   X(sim_violation_text) X(sim_image)
 // clang-format on
 
@@ -62,7 +62,8 @@ Function symbol(const char* name) {
   X(cuMemcpyDtoHAsync, 3020) X(cuMemcpyDtoDAsync, 3020) X(cuMemcpyBatchAsync, 13000) \
   X(cuMemHostAlloc, 2020) X(cuMemFreeHost, 2000) X(cuMemHostRegister, 6050) \
   X(cuMemHostUnregister, 4000) X(cuModuleLoadData, 2000) X(cuModuleUnload, 2000) \
-  X(cuModuleGetFunction, 2000) X(cuLaunchKernel, 4000)
+  X(cuModuleGetFunction, 2000) X(cuLaunchKernel, 4000) X(cuThreadExchangeStreamCaptureMode, 10010) \
+  X(cuStreamIsCapturing, 10000)
 // clang-format on
 
 template <class Function>
@@ -231,9 +232,10 @@ class Client {
     std::vector<CUevent> free_again(kSlots);
     check(d.cuStreamCreate(&copies, CU_STREAM_NON_BLOCKING));
     check(d.cuStreamCreate(&kernels, CU_STREAM_NON_BLOCKING));
-    check(d.cuEventCreate(&ready, CU_EVENT_DISABLE_TIMING));
-    check(d.cuEventCreate(&done, CU_EVENT_DISABLE_TIMING));
-    for (CUevent& event : free_again) check(d.cuEventCreate(&event, CU_EVENT_DISABLE_TIMING));
+    check(d.cuEventCreate(&ready, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC));
+    check(d.cuEventCreate(&done, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC));
+    for (CUevent& event : free_again)
+      check(d.cuEventCreate(&event, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC));
     CUmodule module = nullptr;
     CUfunction scatter = nullptr;
     check(d.cuModuleLoadData(&module, d.sim_image()));
@@ -590,7 +592,7 @@ TEST(Contexts, StreamsAndEventsOfAnotherOne) {
   {
     const Current second(1);
     CUevent event = nullptr;
-    EXPECT_EQ(d.cuEventCreate(&event, 0), CUDA_SUCCESS);
+    EXPECT_EQ(d.cuEventCreate(&event, CU_EVENT_BLOCKING_SYNC), CUDA_SUCCESS);
     EXPECT_EQ(d.cuEventRecord(event, stream), CUDA_ERROR_INVALID_HANDLE);
     EXPECT_EQ(d.cuEventRecord(event, nullptr), CUDA_SUCCESS);
     EXPECT_EQ(d.cuStreamWaitEvent(stream, event, 0), CUDA_SUCCESS);
@@ -685,10 +687,11 @@ class Streams : public testing::Test {
  protected:
   void start(int policy, std::uint64_t seed = 0, unsigned int flags = CU_STREAM_NON_BLOCKING) {
     d.sim_reset(1, seed, policy);
+    if (flags == CU_STREAM_DEFAULT) d.sim_allow(1, 0);
     current.emplace(0);
     EXPECT_EQ(d.cuStreamCreate(&one, flags), CUDA_SUCCESS);
     EXPECT_EQ(d.cuStreamCreate(&two, flags), CUDA_SUCCESS);
-    EXPECT_EQ(d.cuEventCreate(&event, 0), CUDA_SUCCESS);
+    EXPECT_EQ(d.cuEventCreate(&event, CU_EVENT_BLOCKING_SYNC), CUDA_SUCCESS);
     EXPECT_EQ(d.cuMemAlloc(&buffer, 8), CUDA_SUCCESS);
     void* memory = nullptr;
     EXPECT_EQ(d.cuMemHostAlloc(&memory, 4096, CU_MEMHOSTALLOC_PORTABLE), CUDA_SUCCESS);
@@ -898,7 +901,7 @@ TEST_F(Streams, ManyThreadsAtOnce) {
         CUevent done = nullptr;
         CUdeviceptr mine = 0;
         EXPECT_EQ(d.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING), CUDA_SUCCESS);
-        EXPECT_EQ(d.cuEventCreate(&done, 0), CUDA_SUCCESS);
+        EXPECT_EQ(d.cuEventCreate(&done, CU_EVENT_BLOCKING_SYNC), CUDA_SUCCESS);
         EXPECT_EQ(d.cuMemAlloc(&mine, 4), CUDA_SUCCESS);
         for (int round = 0; round < 100; ++round) {
           host[i] = round;
@@ -935,7 +938,7 @@ TEST_F(Streams, TheNthCallFails) {
   EXPECT_EQ(d.cuStreamSynchronize(one), CUDA_ERROR_UNKNOWN);
   // A release that reports an error has released.
   CUevent other = nullptr;
-  EXPECT_EQ(d.cuEventCreate(&other, 0), CUDA_SUCCESS);
+  EXPECT_EQ(d.cuEventCreate(&other, CU_EVENT_BLOCKING_SYNC), CUDA_SUCCESS);
   d.sim_fail_call("cuEventDestroy", 1, CUDA_ERROR_UNKNOWN, 0);
   EXPECT_EQ(d.cuEventDestroy(other), CUDA_ERROR_UNKNOWN);
   EXPECT_EQ(d.ledger().events, 1u);
@@ -1029,6 +1032,121 @@ double seconds_for(int devices, std::size_t bytes, bool together) {
   EXPECT_EQ(d.cuMemFreeHost(host), CUDA_SUCCESS);
   EXPECT_EQ(d.sim_violations(), 0u) << d.violations();
   return seconds;
+}
+
+// --- Captures ----------------------------------------------------------------------------------
+
+class Captures : public ::testing::Test {
+ protected:
+  static CUresult exchange(CUstreamCaptureMode mode) {
+    return sim().cuThreadExchangeStreamCaptureMode(&mode);
+  }
+  static CUresult allocate() {
+    CUdeviceptr pointer = 0;
+    const CUresult result = sim().cuMemAlloc(&pointer, 64);
+    if (result == CUDA_SUCCESS) sim().cuMemFree(pointer);
+    return result;
+  }
+  void SetUp() override {
+    sim().sim_reset(1, 0, SIM_EAGER);
+    user = sim().sim_stream_create(0);
+  }
+  std::uint64_t user = 0;
+};
+
+TEST_F(Captures, AreBrokenByUnsafeCallsAsTheThreadsModeSays) {
+  const Current here;
+  const struct {
+    int capture;
+    CUstreamCaptureMode thread;
+    bool own;  // by the thread that captures
+    bool breaks;
+  } kCases[] = {
+      {SIM_CAPTURE_GLOBAL, CU_STREAM_CAPTURE_MODE_GLOBAL, true, true},
+      {SIM_CAPTURE_GLOBAL, CU_STREAM_CAPTURE_MODE_GLOBAL, false, true},
+      {SIM_CAPTURE_GLOBAL, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, false, false},
+      {SIM_CAPTURE_GLOBAL, CU_STREAM_CAPTURE_MODE_RELAXED, true, false},
+      {SIM_CAPTURE_GLOBAL, CU_STREAM_CAPTURE_MODE_RELAXED, false, false},
+      {SIM_CAPTURE_THREAD_LOCAL, CU_STREAM_CAPTURE_MODE_GLOBAL, true, true},
+      {SIM_CAPTURE_THREAD_LOCAL, CU_STREAM_CAPTURE_MODE_GLOBAL, false, false},
+      {SIM_CAPTURE_RELAXED, CU_STREAM_CAPTURE_MODE_GLOBAL, true, false},
+  };
+  for (const auto& each : kCases) {
+    SCOPED_TRACE(std::to_string(each.capture) + std::to_string(each.thread) +
+                 std::to_string(static_cast<int>(each.own)));
+    const std::uint64_t before = sim().sim_violations();
+    ASSERT_EQ(sim().sim_begin_capture(0, user, each.capture), 1);
+    const auto call = [&] {
+      exchange(each.thread);
+      EXPECT_EQ(allocate(), each.breaks ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS);
+      exchange(CU_STREAM_CAPTURE_MODE_GLOBAL);
+    };
+    if (each.own) {
+      call();
+    } else {
+      std::thread([&] {
+        exchange(CU_STREAM_CAPTURE_MODE_RELAXED);
+        const Current there;
+        call();
+        exchange(CU_STREAM_CAPTURE_MODE_RELAXED);
+      }).join();
+    }
+    EXPECT_EQ(sim().sim_end_capture(0, user), each.breaks ? 0 : 1);
+    EXPECT_EQ(sim().sim_violations() - before, each.breaks ? 1U : 0U) << sim().violations();
+  }
+}
+
+TEST_F(Captures, AWaitForACapturedEventJoinsAndNothingRuns) {
+  const Current here;
+  exchange(CU_STREAM_CAPTURE_MODE_RELAXED);
+  CUstream own = nullptr;
+  CUevent event = nullptr;
+  ASSERT_EQ(sim().cuStreamCreate(&own, CU_STREAM_NON_BLOCKING), CUDA_SUCCESS);
+  ASSERT_EQ(sim().cuEventCreate(&event, CU_EVENT_BLOCKING_SYNC), CUDA_SUCCESS);
+  const std::uint64_t target = sim().sim_alloc(0, 64);
+  ASSERT_EQ(sim().sim_begin_capture(0, user, SIM_CAPTURE_GLOBAL), 1);
+  CUstreamCaptureStatus status{};
+  EXPECT_EQ(sim().cuStreamIsCapturing(own, &status), CUDA_SUCCESS);
+  EXPECT_EQ(status, CU_STREAM_CAPTURE_STATUS_NONE);
+  EXPECT_EQ(sim().cuEventRecord(event, reinterpret_cast<CUstream>(user)), CUDA_SUCCESS);
+  EXPECT_EQ(sim().cuStreamWaitEvent(own, event, 0), CUDA_SUCCESS);
+  EXPECT_EQ(sim().cuStreamIsCapturing(own, &status), CUDA_SUCCESS);
+  EXPECT_EQ(status, CU_STREAM_CAPTURE_STATUS_ACTIVE);
+  const std::uint64_t operations = sim().ledger().operations;
+  EXPECT_EQ(sim().cuMemcpyDtoDAsync(target, target + 32, 32, own), CUDA_SUCCESS);
+  EXPECT_EQ(sim().ledger().operations, operations);
+  EXPECT_EQ(sim().violations().find("capture: cuMemcpyDtoDAsync"), 0U) << sim().violations();
+  // What conflicts does so in every mode.
+  EXPECT_EQ(sim().cuEventSynchronize(event), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(sim().sim_end_capture(0, user), 0);
+  EXPECT_EQ(sim().cuStreamIsCapturing(own, &status), CUDA_SUCCESS);
+  EXPECT_EQ(status, CU_STREAM_CAPTURE_STATUS_NONE);
+  exchange(CU_STREAM_CAPTURE_MODE_GLOBAL);
+  sim().cuEventDestroy(event);
+  sim().cuStreamDestroy(own);
+  sim().sim_free(target);
+}
+
+TEST_F(Captures, AreBrokenByASynchronisedContextInAnyMode) {
+  const Current here;
+  exchange(CU_STREAM_CAPTURE_MODE_RELAXED);
+  ASSERT_EQ(sim().sim_begin_capture(0, user, SIM_CAPTURE_RELAXED), 1);
+  EXPECT_EQ(sim().cuCtxSynchronize(), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+  EXPECT_EQ(sim().sim_end_capture(0, user), 0);
+  exchange(CU_STREAM_CAPTURE_MODE_GLOBAL);
+}
+
+TEST_F(Captures, SpinningAndBlockingAreReported) {
+  const Current here;
+  CUstream stream = nullptr;
+  CUevent event = nullptr;
+  ASSERT_EQ(sim().cuStreamCreate(&stream, CU_STREAM_DEFAULT), CUDA_SUCCESS);
+  ASSERT_EQ(sim().cuEventCreate(&event, CU_EVENT_DISABLE_TIMING), CUDA_SUCCESS);
+  EXPECT_EQ(sim().cuEventSynchronize(event), CUDA_SUCCESS);
+  EXPECT_EQ(sim().violations().find("blocking: "), 0U);
+  EXPECT_NE(sim().violations().find("\nspin: "), std::string::npos);
+  sim().cuEventDestroy(event);
+  sim().cuStreamDestroy(stream);
 }
 
 TEST(Time, LinksRunInParallelUpToTheHostsMemory) {

@@ -50,6 +50,14 @@ std::string range(std::uint64_t begin, std::uint64_t bytes) {
   return text("{} bytes at {:#x}", bytes, begin);
 }
 
+// Whether all of it is: mincore says ENOMEM of what is not.
+bool mapped(std::uint64_t begin, std::uint64_t bytes) {
+  const std::uint64_t first = begin / kPage * kPage;
+  const std::uint64_t pages = (begin + bytes - first + kPage - 1) / kPage;
+  std::vector<unsigned char> resident(pages);
+  return mincore(reinterpret_cast<void*>(first), pages * kPage, resident.data()) == 0;
+}
+
 }  // namespace
 
 std::uint64_t Random::next() {
@@ -95,6 +103,7 @@ void Simulator::reset(int devices, std::uint64_t seed, int policy) {
   moving_.clear();
   stream_handles_.clear();
   events_.clear();
+  captures_.clear();
   modules_.clear();
   functions_.clear();
   streams_.clear();
@@ -122,6 +131,7 @@ void Simulator::reset(int devices, std::uint64_t seed, int policy) {
   host_clock_ = Clock{};
   host_number_ = 0;
   hashing_ = true;
+  allow_blocking_ = allow_spinning_ = false;
   faults_.clear();
   calls_.clear();
   call_count_ = operations_ = 0;
@@ -382,6 +392,7 @@ std::optional<CUresult> Simulator::enter(const char* name, Need need, CUresult& 
     }
   }
   if (injected != CUDA_SUCCESS && !need.releases) return injected;
+  if (prohibited(name)) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   if (need.initialised && !initialised_) return CUDA_ERROR_NOT_INITIALIZED;
   if (need.context) {
     if (!context) return CUDA_ERROR_INVALID_CONTEXT;
@@ -531,6 +542,7 @@ CUresult Simulator::set_current(CUcontext context) {
 
 CUresult Simulator::context_synchronize(Lock& held) {
   const int index = *current();
+  if (context_conflicts(index, "cuCtxSynchronize")) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   synchronize_device(index, held);
   return device(index)->error;
 }
@@ -588,6 +600,9 @@ CUresult Simulator::stream_create(CUstream* stream, unsigned int flags) {
     return CUDA_ERROR_INVALID_VALUE;
   }
   const bool blocking = (flags & CU_STREAM_NON_BLOCKING) == 0;
+  if (blocking && !allow_blocking_) {
+    violation("blocking: a stream is created that waits for the default stream, and it for that");
+  }
   *stream =
       handle<CUstream>(new_stream(*current(), blocking, false, new_handle(kStreamHandle)).handle);
   return CUDA_SUCCESS;
@@ -610,12 +625,14 @@ CUresult Simulator::stream_destroy(CUstream stream) {
 CUresult Simulator::stream_synchronize(CUstream stream, Lock& held) {
   Stream* on = find_stream(stream);
   if (on == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  if (conflicts(on->capture, "cuStreamSynchronize")) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   return complete(submit(*on, Kind::kMarker, "a stream synchronisation"), held);
 }
 
 CUresult Simulator::stream_query(CUstream stream) {
   Stream* on = find_stream(stream);
   if (on == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  if (conflicts(on->capture, "cuStreamQuery")) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   if (on->last && !on->last->done && ++polls_ % kPatience == 0 && !timed()) force(on->last);
   if (on->last && !on->last->done) return CUDA_ERROR_NOT_READY;
   if (on->last) learn(*on->last);
@@ -630,6 +647,8 @@ CUresult Simulator::stream_wait(CUstream stream, CUevent event, unsigned int fla
   // "Before the first call to cuEventRecord(), an event represents an empty set of work"; and waits
   // "use the most recently captured state at the time of the API call, and are not affected by
   // later calls to cuEventRecord()". "hEvent may be from a different context or device".
+  if (is->capture && !on->capture) on->capture = is->capture;  // it joins, as the graph's next node
+  if (on->capture) return CUDA_SUCCESS;
   if (is->record) submit(*on, Kind::kMarker, "a wait", {is->record});
   return CUDA_SUCCESS;
 }
@@ -639,7 +658,10 @@ CUresult Simulator::event_create(CUevent* event, unsigned int flags) {
       CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING | CU_EVENT_INTERPROCESS;
   if (event == nullptr || (flags & ~kKnown) != 0) return CUDA_ERROR_INVALID_VALUE;
   const std::uint64_t value = new_handle(kEventHandle);
-  events_.emplace(value, Event{*current(), nullptr});
+  events_.emplace(value, Event{.device = *current(),
+                               .record = nullptr,
+                               .sleeps = (flags & CU_EVENT_BLOCKING_SYNC) != 0,
+                               .capture = nullptr});
   *event = handle<CUevent>(value);
   return CUDA_SUCCESS;
 }
@@ -655,6 +677,8 @@ CUresult Simulator::event_record(CUevent event, CUstream stream) {
   if (on == nullptr || is == nullptr) return CUDA_ERROR_INVALID_HANDLE;
   // "hEvent and hStream must be from the same context otherwise CUDA_ERROR_INVALID_HANDLE".
   if (on->device != is->device) return CUDA_ERROR_INVALID_HANDLE;
+  is->capture = on->capture;
+  if (on->capture) return CUDA_SUCCESS;
   is->record = submit(*on, Kind::kMarker, "an event");
   return CUDA_SUCCESS;
 }
@@ -663,6 +687,10 @@ CUresult Simulator::event_synchronize(CUevent event, Lock& held) {
   const Event* is = find_event(event);
   if (is == nullptr) return CUDA_ERROR_INVALID_HANDLE;
   const int index = is->device;
+  if (conflicts(is->capture, "cuEventSynchronize")) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  if (!is->sleeps && !allow_spinning_) {
+    violation("spin: cuEventSynchronize on an event without CU_EVENT_BLOCKING_SYNC");
+  }
   if (!is->record) return CUDA_SUCCESS;
   const OperationPointer record = is->record;  // the event may be destroyed during the wait
   complete(record, held);
@@ -672,6 +700,7 @@ CUresult Simulator::event_synchronize(CUevent event, Lock& held) {
 CUresult Simulator::event_query(CUevent event) {
   const Event* is = find_event(event);
   if (is == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  if (conflicts(is->capture, "cuEventQuery")) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   if (!is->record) return CUDA_SUCCESS;
   if (!is->record->done && ++polls_ % kPatience == 0 && !timed()) force(is->record);
   if (!is->record->done) return CUDA_ERROR_NOT_READY;
@@ -753,7 +782,15 @@ CUresult Simulator::host_register(void* address, std::size_t bytes, unsigned int
   if (address == nullptr || bytes == 0 || (flags & ~kKnown) != 0) return CUDA_ERROR_INVALID_VALUE;
   const std::uint64_t begin = number(address);
   if (device_of(begin) >= 0) return CUDA_ERROR_INVALID_VALUE;
-  if (overlaps_pinned(begin, begin + bytes)) return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
+  if (!mapped(begin, bytes)) return CUDA_ERROR_INVALID_VALUE;
+  if (overlaps_pinned(begin, begin + bytes)) {
+    for (const auto& [at, pinned] : pinned_) {
+      if (!mapped(at, pinned.bytes)) {
+        violation(text("unmapped: {} are registered still", range(at, pinned.bytes)));
+      }
+    }
+    return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
+  }
   pinned_.emplace(begin,
                   Pinned{bytes, *current(), (flags & CU_MEMHOSTREGISTER_PORTABLE) != 0, false});
   pinned_bytes_ += bytes;
@@ -768,6 +805,10 @@ CUresult Simulator::host_unregister(void* address) {
     return CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED;
   }
   const std::uint64_t end = found->first + found->second.bytes;
+  if (!mapped(found->first, found->second.bytes)) {
+    violation(text("unmapped: {} are unregistered after they were unmapped",
+                   range(found->first, found->second.bytes)));
+  }
   check_unused("unpinned in use: cuMemHostUnregister", found->first, end);
   cancel(found->first, end);
   accesses_.forget(found->first, end);
@@ -854,6 +895,11 @@ CUresult Simulator::copy(const char* name, CUstream stream, std::vector<Copy> co
   if (on == nullptr) return CUDA_ERROR_INVALID_HANDLE;
   std::erase_if(copies, [](const Copy& copy) { return copy.bytes == 0; });
   if (copies.empty()) return CUDA_SUCCESS;
+  if (on->capture) {
+    violation(text("capture: {} on {}, which is part of the one on {}", name, on->name,
+                   on->capture->name));
+    return CUDA_SUCCESS;  // a node of a graph
+  }
 
   bool synchronous = false;
   const auto check_side = [&](std::uint64_t address, const Copy& copy, bool may_be_device,
@@ -1009,6 +1055,11 @@ CUresult Simulator::launch(CUfunction function, std::array<unsigned int, 3> grid
   if (std::ranges::any_of(grid, [](unsigned int size) { return size == 0; }) ||
       std::ranges::any_of(block, [](unsigned int size) { return size == 0; })) {
     return CUDA_ERROR_INVALID_VALUE;
+  }
+  if (on->capture) {
+    violation(text("capture: a kernel on {}, which is part of the one on {}", on->name,
+                   on->capture->name));
+    return CUDA_SUCCESS;
   }
   // The parameters are read now, as the driver does: clients keep them on their stack.
   Launch launch;

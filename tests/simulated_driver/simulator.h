@@ -19,6 +19,7 @@
 #include <set>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -98,6 +99,13 @@ struct Operation {
   double left = 0;
 };
 
+struct Capture {
+  CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
+  std::thread::id thread;
+  bool broken = false;
+  std::string name;  // of the stream that it began on
+};
+
 struct Stream {
   std::uint64_t handle = 0;
   int device = 0;
@@ -112,11 +120,14 @@ struct Stream {
   std::uint64_t rank = 0;     // who stalls
   std::int64_t priority = 0;  // pct
   std::string name;
+  std::shared_ptr<Capture> capture;
 };
 
 struct Event {
   int device = 0;
   OperationPointer record;
+  bool sleeps = false;               // who waits for it does
+  std::shared_ptr<Capture> capture;  // that it was last recorded in
 };
 
 struct Pinned {
@@ -158,6 +169,8 @@ inline constexpr Need kInitialised{true, false, false, true};
 // Pushing a live context does not fail of itself, and who cannot push cannot release: "any
 // function" leaves it alone, its own name does not.
 inline constexpr Need kPush{true, false, false, false};
+// A thread's own flag: "any function" leaves it alone, too.
+inline constexpr Need kRelaxing{false, false, false, false};
 inline constexpr Need kContext{true, true, false, true};
 inline constexpr Need kReleaseInContext{true, true, true, true};
 inline constexpr Need kRelease{true, false, true, true};
@@ -194,6 +207,8 @@ class Simulator {
   bool host_access(std::uint64_t address, void* target, const void* source, std::uint64_t bytes);
   bool read_on(int device, std::uint64_t stream, std::uint64_t address, void* target,
                std::uint64_t bytes, Lock& lock);
+  bool begin_capture(int device, std::uint64_t stream, int mode);
+  bool end_capture(int device, std::uint64_t stream);  // false: it was broken
   void add_fault(Fault fault) { faults_.push_back(std::move(fault)); }
   [[nodiscard]] std::uint64_t faults_left() const { return faults_.size(); }
   void exit() { exited_ = true; }
@@ -201,6 +216,10 @@ class Simulator {
   [[nodiscard]] double now() const;
   void set_host_memory(double rate) { host_rate_ = rate; }
   void set_hashing(bool on) { hashing_ = on; }
+  void allow(bool blocking, bool spinning) {
+    allow_blocking_ = blocking;
+    allow_spinning_ = spinning;
+  }
   void drain();
   void ledger(SimLedger& out) const;
   [[nodiscard]] std::uint64_t calls(const std::string& name) const;
@@ -232,6 +251,8 @@ class Simulator {
   CUresult stream_synchronize(CUstream stream, Lock& lock);
   CUresult stream_query(CUstream stream);
   CUresult stream_wait(CUstream stream, CUevent event, unsigned int flags);
+  CUresult exchange_capture_mode(CUstreamCaptureMode* mode);
+  CUresult is_capturing(CUstream stream, CUstreamCaptureStatus* status);
   CUresult event_create(CUevent* event, unsigned int flags);
   CUresult event_destroy(CUevent event);
   CUresult event_record(CUevent event, CUstream stream);
@@ -262,6 +283,12 @@ class Simulator {
   std::optional<CUresult> enter(const char* name, Need need, CUresult& injected);
   void lose_context(int index, CUresult code);
   void violation(std::string what);
+
+  // Captures: captures.cc.
+  void break_capture(Capture& capture, std::string_view call);
+  [[nodiscard]] bool prohibited(std::string_view call);
+  [[nodiscard]] bool conflicts(const std::shared_ptr<Capture>& capture, std::string_view call);
+  [[nodiscard]] bool context_conflicts(int index, std::string_view call);
 
   [[nodiscard]] std::uint64_t new_handle(std::uint64_t kind);
   Stream& new_stream(int device, bool blocking, bool external, std::uint64_t handle);
@@ -322,6 +349,7 @@ class Simulator {
   std::vector<std::unique_ptr<Stream>> streams_;
   std::unordered_map<std::uint64_t, Stream*> stream_handles_;
   std::unordered_map<std::uint64_t, Event> events_;
+  std::vector<std::shared_ptr<Capture>> captures_;
   std::unordered_map<std::uint64_t, int> modules_;              // their device
   std::unordered_map<std::uint64_t, std::uint64_t> functions_;  // their module
   std::map<std::uint64_t, Pinned> pinned_;
@@ -333,6 +361,8 @@ class Simulator {
   std::uint64_t host_number_ = 0;
   AccessMap accesses_;
   bool hashing_ = true;
+  bool allow_blocking_ = false;
+  bool allow_spinning_ = false;
 
   int policy_ = SIM_EAGER;
   std::uint64_t seed_ = 0;
