@@ -24,7 +24,26 @@ NATIVE := $(wildcard $(shell git ls-files csrc cmake tests/native "*CMakeLists.t
 LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 
-.PHONY: demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-architectures wheel gpu-check bench bench-env clean dev release
+.DEFAULT_GOAL := help
+.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-architectures wheel gpu-check bench bench-env clean dev release
+
+help:
+	@printf '%s\n' \
+	  'make demo            build, load a real model and a 2 GB one, compare with the reference' \
+	  'make test            build, linters, C++ and Python tests, the simulated CUDA driver' \
+	  'make test-deep       what takes minutes or hours: sanitizers, all versions, fuzzing' \
+	  'make lint            ruff, mypy, clang-format' \
+	  'make check-perf      instructions, system calls and allocations against their budgets' \
+	  'make coverage        lines that the tests do not reach' \
+	  'make fuzz            the parsers under libFuzzer; FUZZ_SECONDS=60 a target' \
+	  'make test-libraries  the own tests of diffusers, transformers, ... with the backends on' \
+	  'make test-matrix     with the versions that tests/matrix locks' \
+	  'make gpu-check       tests and measures on a machine with a GPU' \
+	  'make bench           the benchmark, into build/bench-runs; then make summary report' \
+	  'make summary         the summary of this machine, in benchmarks/results' \
+	  'make report          its tables and pictures' \
+	  'make wheel           one wheel for machines with and without a GPU, in dist' \
+	  'make clean           remove what the others made'
 
 $(VENV)/.tools: constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -7,4 +7,4 @@ nothing of the command line is in the way of a script that it runs.
 __all__ = ["COMMANDS"]
 
 # Each is the function of its name in the module of its name.
-COMMANDS = ("inspect", "verify", "convert", "doctor", "bench", "run")
+COMMANDS = ("inspect", "verify", "convert", "diff", "estimate", "doctor", "bench", "run")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
+from collections.abc import Callable
 
 import typer
 
@@ -15,12 +18,23 @@ app = typer.Typer(
     help="Loads model weights as fast as the hardware allows.",
     epilog="weightlift SCRIPT.py ARGS..., weightlift -m MODULE ARGS...: see `weightlift run -h`.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _help(function: Callable[..., None]) -> str:
+    """The docstring, a line for each paragraph: the terminal wraps it, and nobody before it."""
+    text = inspect.getdoc(function) or ""
+    return "\n\n".join(
+        part if part.startswith(" ") else " ".join(part.split())
+        for part in re.split(r"\n\n+", text)
+    )
+
+
 for _name in COMMANDS:
-    app.command(_name)(getattr(importlib.import_module(f"weightlift.cli.{_name}"), _name))
+    _function = getattr(importlib.import_module(f"weightlift.cli.{_name}"), _name)
+    app.command(_name, help=_help(_function))(_function)
 
 
 @app.callback(invoke_without_command=True)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weightlift.cli.sources import OpenOptions, expand, open_all
+
 if TYPE_CHECKING:
     from weightlift.bench.measure import Comparison
 
@@ -21,13 +23,14 @@ class Device(enum.Enum):
 
 
 def bench(
-    files: Annotated[
+    paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE...",
+            metavar="PATH...",
             show_default=False,
-            help="The files of one checkpoint; they are loaded together. With --from-pretrained: "
-            "the folder of a model or pipeline; module:Class after it where its configuration "
+            help="Files of one checkpoint, a folder, a pipeline's folder, or the id of a "
+            "repository on the Hub: its files are loaded together. With --from-pretrained: a "
+            "model's or pipeline's folder or id; module:Class after it where its configuration "
             "names no class, or alone, for a model made by default.",
         ),
     ],
@@ -60,7 +63,7 @@ def bench(
         Path | None,
         typer.Option(
             metavar="FILE.py",
-            help="A Python file with further libraries for --against; see weightlift/bench.",
+            help="A Python file with further libraries for --against.",
         ),
     ] = None,
     cold: Annotated[
@@ -91,19 +94,20 @@ def bench(
 
     Each measurement is a process of its own that has imported what it needs before the clock
     starts; it loads all tensors and touches all pages (on CUDA: synchronises).
+
+    Examples:
+
+      weightlift bench model.safetensors --dtype bfloat16
+
+      weightlift bench --from-pretrained org/model --cold --json out.json
     """
     from weightlift.bench.runs import to_json
 
-    paths = [Path(file) for file in files]
-    if not from_pretrained:
-        for path in paths:
-            if not path.exists():
-                raise typer.BadParameter(f"{path} does not exist", param_hint="FILE")
     for out in (json_out, plot_out):
         if out is not None and not out.absolute().parent.is_dir():
             raise FileNotFoundError(2, "its folder does not exist; make it first", str(out))
     if distributed is not None:
-        _bench_ranks(paths, distributed, repeat or 5, json_out)
+        _bench_ranks([Path(path) for path in paths], distributed, repeat or 5, json_out)
         return
     dtype = None if dtype is None else _dtype(dtype)
     if device is Device.CUDA:
@@ -112,11 +116,13 @@ def bench(
         TorchAllocator()  # says why there is none
     if from_pretrained:
         states = [True, False] if cold is None else [cold]
-        found = _bench_models(files, device.value, dtype, states, repeat or 3)
+        found = _bench_models(_local(paths), device.value, dtype, states, repeat or 3)
     else:
         contenders = ["weightlift", *_others(against, adapters)]
         found = [
-            _bench_files(paths, device.value, dtype, contenders, bool(cold), repeat or 5, adapters)
+            _bench_files(
+                _files(paths), device.value, dtype, contenders, bool(cold), repeat or 5, adapters
+            )
         ]
     if json_out is not None:
         content = to_json(comparisons=[one.to_json() for one in found])
@@ -128,6 +134,34 @@ def bench(
         plot(found, plot_out, f"Time to load, median of {rounds_of(found)}")
     if not all(one.job.contender in one.samples for one in found):
         raise typer.Exit(1)
+
+
+def _files(paths: list[str]) -> list[Path]:
+    """The weights' files of what was named: files as they are, all of a folder, pipeline or id."""
+    found: dict[str, None] = {}
+    for path in expand(paths):
+        if Path(path).is_file():
+            found[path] = None
+        else:
+            for _, checkpoint in open_all(path, OpenOptions()):
+                found.update(dict.fromkeys(checkpoint.paths))
+    return [Path(path) for path in found]
+
+
+def _local(paths: list[str]) -> list[str]:
+    """Ids of the Hub as folders of its cache, with what ``from_pretrained`` needs in them."""
+    from weightlift.checkpoint.hub import HubArguments, list_files, snapshot
+
+    found = []
+    for path in paths:
+        if Path(path).exists() or ":" in path or path.count("/") != 1:
+            found.append(path)
+            continue
+        names = list_files(path, HubArguments())
+        kind = "safetensors" if any(name.endswith(".safetensors") for name in names) else "bin"
+        patterns = ["*.json", "*.txt", "*.model", f"*.{kind}"]
+        found.append(str(snapshot(path, patterns, HubArguments())))
+    return found
 
 
 def _others(against: str, adapters: Path | None) -> list[str]:
@@ -176,9 +210,6 @@ def _bench_files(
     from weightlift.bench.runs import compare_files
     from weightlift.bench.tables import comparison_table, describe_run, notes
 
-    folders = [path for path in paths if path.is_dir()]
-    if folders:
-        raise typer.BadParameter(f"{folders[0]} is a folder: add --from-pretrained")
     found = compare_files(
         paths, device, dtype, contenders, cold=cold, repeat=repeat, adapters=adapters
     )

@@ -1,13 +1,29 @@
-"""``weightlift convert``: a checkpoint of any form becomes safetensors."""
+"""``weightlift convert``: checkpoints of any form become safetensors."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.cli.sources import (
+    SOURCE_HELP,
+    Bin,
+    OpenOptions,
+    Prefix,
+    Revision,
+    StateDictKey,
+    Subfolder,
+    Variant,
+    components_of,
+    expand,
+)
 from weightlift.core.report import format_bytes
 
 __all__ = ["convert"]
@@ -16,75 +32,284 @@ __all__ = ["convert"]
 _COMPANIONS = (".json", ".txt", ".model")
 # Of a companion: a tokenizer may have tens of megabytes.
 _MOST_BYTES = 1 << 28
+_OTHER_FORMATS = (
+    *(".bin", ".pt", ".pth", ".ckpt", ".dduf", ".gguf", ".msgpack", ".h5", ".onnx", ".npz"),
+    *(".json", ".pkl"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is asked of the files that are written."""
+
+    dtype: str | None
+    max_shard_size: str
+    stem: str | None
+    variant: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """One checkpoint that was written.
+
+    Attributes:
+        files: names below ``target``; of a target that is a file, its own.
+        bytes: of the files.
+    """
+
+    source: str
+    target: str
+    tensors: int
+    files: list[str]
+    bytes: int
 
 
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(help="A file, a folder, a .dduf file, or the id of a repository."),
-    ],
-    target: Annotated[
-        Path, typer.Argument(help="A .safetensors file, or a folder; not one that is there.")
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE... TARGET", help=SOURCE_HELP, show_default=False),
     ],
     dtype: Annotated[
-        str | None, typer.Option(help="Cast floating-point tensors, such as bfloat16.")
+        str | None,
+        typer.Option(help="Cast floating-point tensors, such as bfloat16.", show_default=False),
     ] = None,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file of a folder, such as 5GB.")
     ] = "10GB",
-    subfolder: Annotated[
-        str | None, typer.Option(help="In a folder or repository; of a .dduf file, the component.")
+    subfolder: Subfolder = None,
+    variant: Variant = None,
+    to_variant: Annotated[
+        str | None, typer.Option(help="Of the target.", show_default=False)
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="Of the source, such as fp16.")] = None,
-    to_variant: Annotated[str | None, typer.Option(help="Of the target.")] = None,
     stem: Annotated[
-        str | None, typer.Option(help="What the names in a folder begin with; the source's.")
+        str | None,
+        typer.Option(
+            help="What the names in a folder begin with; the source's.", show_default=False
+        ),
     ] = None,
-    state_dict_key: Annotated[
-        str | None, typer.Option(help="Where in a torch file the tensors are.")
-    ] = None,
-    prefix: Annotated[
-        str | None, typer.Option(help="Of the names that are wanted; it is stripped.")
-    ] = None,
-    use_bin: Annotated[bool, typer.Option("--bin", help="Take .bin, not safetensors.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Of a repository.")] = None,
+    state_dict_key: StateDictKey = None,
+    prefix: Prefix = None,
+    use_bin: Bin = False,
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
-    """Write a checkpoint as safetensors: from .bin, to other shards, to another dtype.
+    """Write checkpoints as safetensors: from .bin, to other shards, to another dtype.
 
-    Tensors are streamed, so that a checkpoint may be larger than the memory; nothing is left
-    behind if it fails, and nothing is overwritten.
+    TARGET is a .safetensors file, or a folder; neither may be there. Of a pipeline every component
+    is converted, and all else is copied; of several SOURCEs, each becomes a file in the folder.
+
+    Tensors are streamed, so that a checkpoint may be larger than the memory; nothing is left behind
+    if it fails, and nothing is overwritten.
+
+    Examples:
+
+      weightlift convert pytorch_model.bin model.safetensors
+
+      weightlift convert org/model out/ --dtype bf16 --max-shard-size 5GB
+
+      weightlift convert 'checkpoints/*.bin' out/
     """
-    from rich import progress
-    from rich.console import Console
+    from weightlift.core.requirements import require
 
+    require("torch", "weightlift convert")
+    if len(sources) < 2:
+        raise typer.BadParameter("name a source, and where it goes", param_hint="SOURCE... TARGET")
+    *given, last = sources
+    paths, target = expand(given), Path(last)
+    wanted = Target(dtype, max_shard_size, stem, to_variant)
+    options = OpenOptions(subfolder, variant, use_bin, state_dict_key, prefix, revision)
+    is_file = _is_file(target)
+    if is_file and len(paths) > 1:
+        raise typer.BadParameter(
+            f"{len(paths)} sources need a folder, and {target} is a file", param_hint="TARGET"
+        )
+    parts = [] if subfolder is not None else components_of(paths[0], revision)
+    if parts and is_file:
+        raise typer.BadParameter(
+            f"{paths[0]} is a pipeline: name a folder, or a component by --subfolder "
+            f"({', '.join(parts)})",
+            param_hint="TARGET",
+        )
+    with _Bar(as_json or quiet) as progress:
+        if len(paths) > 1:
+            written = _convert_files(paths, target, wanted, options, progress)
+        elif parts:
+            written = _convert_pipeline(paths[0], parts, target, wanted, options, progress)
+        else:
+            written = [_convert(paths[0], target, wanted, options, None, progress)]
+    if as_json:
+        print(json.dumps([dataclasses.asdict(one) for one in written], indent=2))
+    elif not quiet:
+        for one in written:
+            print(
+                f"{one.target}: {one.tensors:,} tensor{'s' * (one.tensors != 1)}, "
+                f"{format_bytes(one.bytes)} in {len(one.files)} file{'s' * (len(one.files) != 1)}"
+            )
+
+
+def _is_file(target: Path) -> bool:
+    if target.suffix == ".safetensors":
+        return True
+    if target.suffix.lower() in _OTHER_FORMATS:
+        raise typer.BadParameter(
+            f"{target} is neither a .safetensors file nor a folder: only safetensors are written",
+            param_hint="TARGET",
+        )
+    return False
+
+
+class _Bar:
+    """A bar on stderr, of the bytes of the checkpoint that is written now."""
+
+    def __init__(self, hidden: bool) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        columns = (progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn())
+        self._progress = progress.Progress(
+            "[bold]{task.description}",
+            *columns,
+            transient=True,
+            console=Console(stderr=True),
+            disable=hidden or not Console(stderr=True).is_terminal,
+        )
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def of(self, what: str) -> Callable[[int, int], None]:
+        task = self._progress.add_task(what, total=None)
+        return lambda done, total: self._progress.update(task, completed=done, total=total)
+
+
+def _convert(
+    path: str,
+    target: Path,
+    wanted: Target,
+    options: OpenOptions,
+    component: str | None,
+    bar: _Bar,
+) -> Written:
     from weightlift.convert import convert_checkpoint
 
-    checkpoint = open_checkpoint(
-        source,
-        subfolder=subfolder,
-        variant=variant,
-        use_safetensors=False if use_bin else None,
-        state_dict_key=state_dict_key,
-        prefix=prefix,
-        revision=revision,
+    checkpoint = options.open(path, component)
+    subfolder = options.subfolder if component is None else component
+    if not Path(path).exists():
+        from weightlift.checkpoint.hub import HubArguments, snapshot
+
+        beside = f"{subfolder}/" if subfolder else ""
+        patterns = [f"{beside}*{suffix}" for suffix in _COMPANIONS]
+        snapshot(path, patterns, HubArguments(revision=options.revision))
+    files = convert_checkpoint(
+        checkpoint,
+        target,
+        dtype=wanted.dtype,
+        max_shard_size=wanted.max_shard_size,
+        stem=wanted.stem or _stem(checkpoint.paths, subfolder),
+        variant=wanted.variant,
+        companions=_companions(checkpoint.paths, subfolder),
+        progress=bar.of(component or Path(path).name),
     )
-    columns = (progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn())
-    console = Console(stderr=True)
-    with progress.Progress("[bold]converting", *columns, transient=True, console=console) as bar:
-        task = bar.add_task("converting", total=None)
-        files = convert_checkpoint(
-            checkpoint,
-            target,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            stem=stem or _stem(checkpoint.paths, subfolder),
-            variant=to_variant,
-            companions=_companions(checkpoint.paths, subfolder),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
     where = target.parent if target.suffix == ".safetensors" else target
     size = sum((where / file).stat().st_size for file in files)
-    print(f"{target}: {len(checkpoint)} tensors, {format_bytes(size)} in {len(files)} files")
+    title = path if component is None else f"{path} [{component}]"
+    return Written(title, str(target), len(checkpoint), list(files), size)
+
+
+def _convert_files(
+    paths: list[str], target: Path, wanted: Target, options: OpenOptions, bar: _Bar
+) -> list[Written]:
+    """Each source becomes a file of its name in the folder ``target``."""
+    names: dict[str, str] = {}
+    for path in paths:
+        name = f"{Path(path).stem if Path(path).is_file() else Path(path).name}.safetensors"
+        if name in names:
+            raise typer.BadParameter(f"{names[name]} and {path} would both become {name}")
+        names[name] = path
+    with _NewFolder(target) as folder:
+        made = [
+            _convert(path, folder / name, wanted, options, None, bar)
+            for name, path in names.items()
+        ]
+    return [_moved(one, folder, target) for one in made]
+
+
+def _convert_pipeline(
+    path: str, parts: list[str], target: Path, wanted: Target, options: OpenOptions, bar: _Bar
+) -> list[Written]:
+    """Each component into a folder of its name; what has no weights is copied as it is."""
+    with _NewFolder(target) as folder:
+        made = [_convert(path, folder / part, wanted, options, part, bar) for part in parts]
+        for name, content in _rest_of_pipeline(path, parts, options.revision):
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+    return [_moved(one, folder, target) for one in made]
+
+
+def _moved(written: Written, folder: Path, target: Path) -> Written:
+    place = target / Path(written.target).relative_to(folder)
+    return dataclasses.replace(written, target=str(place))
+
+
+class _NewFolder:
+    """A folder beside ``target`` that takes its place when all is well, and goes when not."""
+
+    def __init__(self, target: Path) -> None:
+        from weightlift.core.errors import ArgumentError
+
+        if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+            raise ArgumentError(f"{target} is there already: remove it, or name another target")
+        self._target = target
+
+    def __enter__(self) -> Path:
+        from weightlift.core.atomic import temporary_beside
+
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = temporary_beside(self._target)
+        self._folder.mkdir()
+        return self._folder
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            return
+        self._folder.rename(self._target)  # over an empty folder too: rename(2)
+
+
+def _rest_of_pipeline(
+    path: str, parts: list[str], revision: str | None
+) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the small files that are in no component with weights."""
+    if Path(path).suffix.lower() == ".dduf":
+        from weightlift.checkpoint.dduf import open_dduf
+
+        archive = open_dduf(path)
+        for name in archive.entries:
+            if name.partition("/")[0] not in parts and name.endswith(_COMPANIONS):
+                yield name, archive.read(name)
+        return
+    root = Path(path)
+    if not root.is_dir():
+        from weightlift.checkpoint.hub import HubArguments, snapshot
+
+        patterns = [f"*{suffix}" for suffix in _COMPANIONS]
+        root = snapshot(path, patterns, HubArguments(revision=revision))
+    for file in sorted(root.rglob("*")):
+        name = file.relative_to(root).as_posix()
+        if (
+            file.is_file()
+            and name.partition("/")[0] not in parts
+            and not any(part.startswith(".") for part in Path(name).parts)
+            and file.suffix in _COMPANIONS
+            and file.stat().st_size <= _MOST_BYTES
+        ):
+            yield name, file.read_bytes()
 
 
 def _stem(paths: list[str], subfolder: str | None) -> str:

@@ -7,14 +7,27 @@ import enum
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from weightlift import _native
 from weightlift.checkpoint.checkpoint import Checkpoint
-from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.cli.sources import (
+    SOURCE_HELP,
+    OpenOptions,
+    Revision,
+    Subfolder,
+    Variant,
+    components_of,
+    name_width,
+    safe_text,
+    shorten,
+)
 from weightlift.core.report import format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["inspect"]
 
@@ -57,42 +70,53 @@ _ORDERS: dict[Sort, Any] = {
 
 
 def inspect(
-    path: Annotated[
-        str,
-        typer.Argument(
-            metavar="PATH", help="A file (.safetensors, .bin, .ckpt, .dduf, ...), or its folder."
-        ),
-    ],
+    path: Annotated[str, typer.Argument(metavar="PATH", help=SOURCE_HELP, show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
     sort: Annotated[Sort, typer.Option(help="The order of the tensors.")] = Sort.OFFSET,
     limit: Annotated[
         int, typer.Option(min=0, help="List at most this many tensors; 0 lists all.")
     ] = 40,
-    subfolder: Annotated[
-        str | None, typer.Option(help="Within the folder; of a .dduf file, the component.")
-    ] = None,
-    variant: Annotated[str | None, typer.Option(help='Such as "fp16".')] = None,
+    subfolder: Subfolder = None,
+    variant: Variant = None,
+    revision: Revision = None,
 ) -> None:
-    """Show what is in a checkpoint; no tensor is read."""
-    found = describe(path, subfolder, variant)
-    entries: list[TensorEntry] = sorted(found.pop("tensors"), key=_ORDERS[sort])
-    if as_json:
-        found["tensors"] = [dataclasses.asdict(entry) for entry in entries]
-        print(json.dumps(found, indent=2))
-    else:
-        _show(found, entries, limit)
+    """Show what is in a checkpoint; no tensor is read.
 
+    Of a pipeline, each component is shown; of a repository on the Hub, the weights are downloaded.
 
-def describe(path: str, subfolder: str | None = None, variant: str | None = None) -> dict[str, Any]:
-    """Everything that ``inspect`` shows; sizes and offsets in bytes.
+    Examples:
 
-    Only what is on this machine: a path that is not there is an error, not a repository's id.
+      weightlift inspect model.safetensors --sort size --limit 10
+
+      weightlift inspect pipeline/ --subfolder unet --json
     """
-    plain = subfolder is None and variant is None and _is_lone(path)
-    if plain or not Path(path).exists():
+    options = OpenOptions(subfolder, variant, revision=revision)
+    found = {name: describe(path, options, name) for name in _components(path, options)}
+    orders = {name: sorted(one.pop("tensors"), key=_ORDERS[sort]) for name, one in found.items()}
+    if as_json:
+        for name, one in found.items():
+            one["tensors"] = [dataclasses.asdict(entry) for entry in orders[name]]
+        whole = {"path": path, "components": {str(name): one for name, one in found.items()}}
+        print(json.dumps(found.get(None, whole), indent=2))
+        return
+    for number, (name, one) in enumerate(found.items()):
+        if name is not None:
+            print(f"{chr(10) if number else ''}{safe_text(name)}")
+        _show(one, orders[name], limit)
+
+
+def _components(path: str, options: OpenOptions) -> list[str | None]:
+    if options.subfolder is not None:
+        return [None]
+    return [*components_of(path, options.revision)] or [None]
+
+
+def describe(path: str, options: OpenOptions, component: str | None = None) -> dict[str, Any]:
+    """Everything that ``inspect`` shows; sizes and offsets in bytes."""
+    if options.subfolder is None and options.variant is None and _is_lone(path):
         checkpoint = Checkpoint.of_file(path)
     else:
-        checkpoint = open_checkpoint(path, subfolder=subfolder, variant=variant)
+        checkpoint = options.open(path, component)
     entries = [_entry(checkpoint, name) for name in checkpoint]
     totals: dict[str, dict[str, int]] = {}
     for entry in entries:
@@ -132,9 +156,9 @@ def describe(path: str, subfolder: str | None = None, variant: str | None = None
 
 
 def _is_lone(path: str) -> bool:
-    """Whatever has no name of torch's or of a DDUF is taken for safetensors."""
-    archives = (".bin", ".pt", ".pth", ".ckpt", ".dduf")
-    return not Path(path).is_dir() and not path.lower().endswith(archives)
+    """A file that has no name of torch's or of a DDUF is taken for safetensors."""
+    archives = (".bin", ".pt", ".pth", ".ckpt", ".dduf", ".json")
+    return Path(path).is_file() and not path.lower().endswith(archives)
 
 
 def _entry(checkpoint: Checkpoint, name: str) -> TensorEntry:
@@ -166,31 +190,58 @@ def _alignment(entries: list[TensorEntry]) -> int | None:
     return common if entries else None
 
 
-def _plain(text: str) -> str:
-    """Names come from strangers: no escape sequence reaches the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def _table(*columns: tuple[str, str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
+    for title, side in columns:
+        made.add_column(
+            title,
+            justify="right" if side == ">" else "left",
+            no_wrap=title not in ("metadata", ""),
+            overflow="fold",
+            header_style="bold",
+        )
+    return made
 
 
 def _show(found: dict[str, Any], entries: list[TensorEntry], limit: int) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console(highlight=False)
+    console.print(_facts(found, len(entries)))
+    console.print()
+    totals = _table(("dtype", "<"), ("tensors", ">"), ("parameters", ">"), ("size", ">"))
+    for dtype, total in found["totals"].items():
+        totals.add_row(
+            dtype,
+            f"{total['tensors']:,}",
+            count_text(total["parameters"]),
+            format_bytes(total["bytes"]),
+        )
+    console.print(totals)
+    if found["metadata"]:
+        console.print()
+        console.print(_metadata(found["metadata"], limit))
+    if not entries:
+        return
+    console.print()
+    listed = entries if limit == 0 else entries[:limit]
+    number_of = {Path(file["path"]).name: str(n) for n, file in enumerate(found["files"], 1)}
+    console.print(_tensors(listed, number_of, console.width))
+    left = entries[len(listed) :]
+    if left:
+        console.print(
+            f"... and {len(left):,} more, {format_bytes(sum(entry.bytes for entry in left))}; "
+            "--limit 0 lists all",
+            style="dim",
+        )
 
-    def table(*columns: tuple[str, str]) -> Table:
-        made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
-        for title, side in columns:
-            wraps = title in ("name", "metadata", "")
-            made.add_column(
-                title,
-                justify="right" if side == ">" else "left",
-                no_wrap=not wraps,
-                overflow="fold",
-                header_style="bold",
-            )
-        return made
+
+def _facts(found: dict[str, Any], tensors: int) -> Table:
+    from rich.table import Table
+    from rich.text import Text
 
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
@@ -201,69 +252,57 @@ def _show(found: dict[str, Any], entries: list[TensorEntry], limit: int) -> None
 
     parameters = sum(total["parameters"] for total in found["totals"].values())
     files = found["files"]
-    fact("path", _plain(found["path"]))
+    fact("path", safe_text(found["path"]))
     if len(files) > 1:
         for number, file in enumerate(files, 1):
-            shown = f"{_plain(Path(file['path']).name)}, {format_bytes(file['bytes'])}"
-            fact(f"file {number}", shown)
+            name = safe_text(Path(file["path"]).name)
+            fact(f"file {number}", f"{name}, {format_bytes(file['bytes'])}")
     fact("size", f"{format_bytes(found['file_bytes'])} ({found['file_bytes']:,} bytes)")
-    fact("tensors", f"{len(entries):,}, {_count(parameters)} parameters")
+    fact("tensors", f"{tensors:,}, {count_text(parameters)} parameter{'s' * (parameters != 1)}")
     headers = [file["header_bytes"] for file in files if file["header_bytes"] is not None]
     if headers:
         fact("header" if len(headers) == 1 else "headers", format_bytes(sum(headers)))
     fact("alignment", _alignment_text(found))
     fact("page cache", _residency_text(found))
     for fallback in found["fallbacks"]:
-        fact("note", _plain(fallback))
-    console.print(facts)
+        fact("note", safe_text(fallback))
+    return facts
 
-    console.print()
-    totals = table(("dtype", "<"), ("tensors", ">"), ("parameters", ">"), ("size", ">"))
-    for dtype, total in found["totals"].items():
-        totals.add_row(
-            dtype,
-            f"{total['tensors']:,}",
-            _count(total["parameters"]),
-            format_bytes(total["bytes"]),
-        )
-    console.print(totals)
 
-    if found["metadata"]:
-        console.print()
-        metadata = table(("metadata", "<"), ("", "<"))
-        for key, value in sorted(found["metadata"].items()):
-            shown = _plain(value)
-            if limit and len(shown) > 300:
-                shown = f"{shown[:300]}... ({len(shown):,} characters)"
-            metadata.add_row(Text(_plain(key)), Text(shown))
-        console.print(metadata)
+def _metadata(metadata: dict[str, str], limit: int) -> Table:
+    from rich.text import Text
 
-    if not entries:
-        return
-    console.print()
-    shown_entries = entries if limit == 0 else entries[:limit]
-    number_of = {Path(file["path"]).name: str(n) for n, file in enumerate(files, 1)}
-    several = len(files) > 1
-    columns = [("name", "<"), ("dtype", "<"), ("shape", "<"), ("size", ">"), ("offset", ">")]
-    tensors = table(*columns, *([("file", ">")] if several else []))
-    for entry in shown_entries:
-        shares = "" if entry.shares is None else f" = {_plain(entry.shares)}"
-        tensors.add_row(
-            Text(_plain(entry.name) + shares),
+    table = _table(("metadata", "<"), ("", "<"))
+    for key, value in sorted(metadata.items()):
+        text = safe_text(value)
+        if limit and len(text) > 300:
+            text = f"{text[:300]}... ({len(text):,} characters)"
+        table.add_row(Text(safe_text(key)), Text(text))
+    return table
+
+
+def _tensors(entries: list[TensorEntry], number_of: dict[str, str], width: int) -> Table:
+    """Long names lose their middle, so that no column is cut."""
+    from rich.text import Text
+
+    rows = [
+        [
             entry.dtype,
             " x ".join(map(str, entry.shape)) or "scalar",
             format_bytes(entry.bytes),
             "" if entry.offset is None else f"{entry.offset:,}",
-            *([number_of.get(entry.file, "")] if several else []),
-        )
-    console.print(tensors)
-    left = entries[len(shown_entries) :]
-    if left:
-        console.print(
-            f"... and {len(left):,} more, {format_bytes(sum(entry.bytes for entry in left))}; "
-            "--limit 0 lists all",
-            style="dim",
-        )
+            *([number_of.get(entry.file, "")] if len(number_of) > 1 else []),
+        ]
+        for entry in entries
+    ]
+    titles = ["dtype", "shape", "size", "offset", *(["file"] if len(number_of) > 1 else [])]
+    left = name_width(width, titles, rows)
+    sides = {"dtype": "<", "shape": "<"}
+    table = _table(("name", "<"), *((title, sides.get(title, ">")) for title in titles))
+    for entry, row in zip(entries, rows, strict=True):
+        shares = "" if entry.shares is None else f" = {safe_text(entry.shares)}"
+        table.add_row(Text(shorten(safe_text(entry.name) + shares, left)), *row)
+    return table
 
 
 def _alignment_text(found: dict[str, Any]) -> str:
@@ -286,7 +325,7 @@ def _residency_text(found: dict[str, Any]) -> str:
     return f"{share:.0%} of the file ({format_bytes(resident)})"
 
 
-def _count(number: int) -> str:
+def count_text(number: int) -> str:
     """``1536`` as ``"1.5 K"``: how parameters are counted."""
     if number < 1000:
         return str(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import NoReturn
 
@@ -12,6 +13,12 @@ from weightlift.core.errors import WeightliftError
 from weightlift.core.requirements import missing_library
 
 __all__ = ["main"]
+
+# Of Python's calls, that are options of the same name here.
+_ARGUMENTS = (
+    *("subfolder", "variant", "state_dict_key", "prefix", "revision", "dtype", "max_shard_size"),
+    *("stem", "device"),
+)
 
 
 def main() -> None:
@@ -29,7 +36,7 @@ def main() -> None:
 
     debug = os.environ.get("WEIGHTLIFT_DEBUG") == "1"
     try:
-        app()
+        app(prog_name="weightlift")
     except (WeightliftError, OSError) as error:
         if debug:
             raise
@@ -53,4 +60,15 @@ def _one_line(error: BaseException) -> str:
         text = f"{error.filename}: {error.strerror}"
     else:
         text = str(error) or type(error).__name__
-    return " ".join(text.split())
+    return _as_options(" ".join(text.split()))
+
+
+def _as_options(text: str) -> str:
+    """What an error says of Python's arguments, in the words of the command line."""
+    text = text.replace("use_safetensors=False", "--bin").replace("variant=None", "no --variant")
+
+    def option(found: re.Match[str]) -> str:
+        value = found[2].strip("'\"")
+        return f"--{found[1].replace('_', '-')} {value}".rstrip()
+
+    return re.sub(rf"\b({'|'.join(_ARGUMENTS)})=('[^']*'|\"[^\"]*\"|\w+)", option, text)

@@ -122,12 +122,15 @@ def _print_report() -> None:
 
     sums = stats()
     lines = []
-    for name, own in [("weightlift", sums), *sorted(sums.by_caller.items())]:
+    rows = [*sorted(sums.by_caller.items()), ("in all", sums)]
+    width = max(len(name) for name, _ in rows)
+    for name, own in rows:
         lines.append(
-            f"{name:<14}{own.loads:>7} loads {format_bytes(own.bytes):>10} "
-            f"{format_bytes(own.mapped_bytes):>10} mapped {format_bytes(own.read_bytes):>10} read "
-            f"{own.seconds:>9.3f} s {own.fallbacks:>5} fallbacks"
+            f"{name:<{width}} {own.loads:>6,} load{'s' if own.loads != 1 else ' '} "
+            f"{format_bytes(own.bytes):>9}: {format_bytes(own.mapped_bytes):>9} mapped, "
+            f"{format_bytes(own.read_bytes):>9} read; {own.seconds:.3f} s"
+            + (f"; {own.fallbacks} fallback{'s' * (own.fallbacks != 1)}" if own.fallbacks else "")
         )
     for (caller, reason), count in sorted(fallback_reasons().items()):
-        lines.append(f"  {caller}, {count} x the stock way: {reason}")
+        lines.append(f"  {caller}, {count} x by the library itself: {reason}")
     print("\n".join(lines), file=sys.stderr)

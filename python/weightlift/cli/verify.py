@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from weightlift import _native
-from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.integrity import Identity, known_sha256, verify_file
-from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.cli.sources import (
+    SOURCE_HELP,
+    OpenOptions,
+    Revision,
+    Subfolder,
+    Variant,
+    open_all,
+)
 from weightlift.core.errors import CheckpointError, FormatError
 from weightlift.core.report import format_bytes
 
@@ -24,64 +28,98 @@ _PIECE = 1 << 24
 
 
 def verify(
-    path: Annotated[
-        str, typer.Argument(help="A file, a folder, a pipeline's folder, or a .dduf file.")
-    ],
-    subfolder: Annotated[str | None, typer.Option(help="Within the folder.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Such as fp16.")] = None,
+    path: Annotated[str, typer.Argument(help=SOURCE_HELP, show_default=False)],
+    subfolder: Subfolder = None,
+    variant: Variant = None,
+    revision: Revision = None,
     require_hashes: Annotated[
         bool, typer.Option("--require-hashes", help="A file whose hash nobody knows is an error.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing; the exit status tells.")
     ] = False,
 ) -> None:
     """Check headers, indexes, checksums and SHA-256 hashes; no tensor is loaded.
 
     Hashes are compared with what the Hub cache or a SHA256SUMS file beside the weights says. Exit
     status 1 if anything is wrong.
+
+    Examples:
+
+      weightlift verify model/
+
+      weightlift verify org/model --require-hashes --json
     """
-    problems = 0
-    unknown = 0
+    found: list[dict[str, Any]] = []
     seen: set[str] = set()
-    for title, checkpoint in _checkpoints(path, subfolder, variant):
+    options = OpenOptions(subfolder, variant, revision=revision)
+    for component, checkpoint in open_all(path, options):
         total = sum(sum(part.sizes()) for part in checkpoint.parts)
         total += sum(tensor.nbytes for tensor in checkpoint.in_memory.values())
-        print(
-            f"{title}: {len(checkpoint)} tensors, {format_bytes(total)}; "
-            "headers and index are consistent"
-        )
-        files = [(path, identity) for path, identity in checkpoint.files if path not in seen]
-        seen.update(path for path, _ in files)
+        title = path if component is None else f"{path} [{component}]"
+        one: dict[str, Any] = {
+            "title": title,
+            "tensors": len(checkpoint),
+            "bytes": total,
+            "files": [],
+        }
+        found.append(one)
+        if not as_json and not quiet:
+            print(
+                f"{title}: {len(checkpoint):,} tensor{'s' * (len(checkpoint) != 1)}, "
+                f"{format_bytes(total)}; headers and index are consistent"
+            )
+        files = [(file, identity) for file, identity in checkpoint.files if file not in seen]
+        seen.update(file for file, _ in files)
         with ThreadPoolExecutor(max(1, int(_native.machine()["cpus"]))) as pool:
-            for (file, _), (said, wrong, known) in zip(
-                files, pool.map(lambda file: _check(*file), files), strict=True
-            ):
-                print(f"  {file}: {said}")
-                problems += wrong
-                unknown += not known
-    if unknown:
-        print(
-            f"{unknown} of the files are in no Hub cache and have no SHA256SUMS beside them: "
-            "whether they are what was published is not known"
-        )
-    if problems or (require_hashes and unknown):
+            results = pool.map(lambda file: _check(*file), files)
+            for (file, _), (result, damaged, known) in zip(files, results, strict=True):
+                one["files"].append(
+                    {"path": file, "result": result, "damaged": damaged, "hash_known": known}
+                )
+                if not as_json and not quiet:
+                    print(f"  {file}: {result}")
+    every = [file for one in found for file in one["files"]]
+    damaged_files = sum(file["damaged"] for file in every)
+    unknown = sum(not file["hash_known"] for file in every)
+    if as_json:
+        content = {"path": path, "checkpoints": found, "damaged": damaged_files}
+        print(json.dumps({**content, "hashes_unknown": unknown}, indent=2))
+    elif unknown and not quiet:
+        print(_unknown_text(unknown, len(every)))
+    if damaged_files or (require_hashes and unknown):
         raise typer.Exit(1)
+
+
+def _unknown_text(unknown: int, files: int) -> str:
+    if files == 1:
+        return (
+            "the file is in no Hub cache and has no SHA256SUMS beside it: whether it is what was "
+            "published is not known"
+        )
+    return (
+        f"{unknown} of the {files} files are in no Hub cache and have no SHA256SUMS beside them: "
+        "whether they are what was published is not known"
+    )
 
 
 def _check(path: str, identity: Identity) -> tuple[str, bool, bool]:
     """What to say of a file, whether it is damaged, and whether its hash is known."""
     known = known_sha256(path)
-    said = []
+    results = []
     try:
         records = _check_records(path)
         if records:
-            said.append(f"{records} checksums match")
+            results.append(f"{records} checksums match")
         if known is not None:
             verify_file(path, identity)
-            said.append(f"SHA-256 as {known[1]} says")
+            results.append(f"SHA-256 as {known[1]} says")
         else:
-            said.append("SHA-256 not known")
+            results.append("SHA-256 not known")
     except (FormatError, CheckpointError) as error:
         return f"DAMAGED: {error}", True, known is not None
-    return ", ".join(said), False, known is not None
+    return ", ".join(results), False, known is not None
 
 
 def _check_records(path: str) -> int:
@@ -109,30 +147,3 @@ def _check_records(path: str) -> int:
             )
         checked += 1
     return checked
-
-
-def _checkpoints(
-    path: str, subfolder: str | None, variant: str | None
-) -> Iterator[tuple[str, Checkpoint]]:
-    components: list[str | None] = [subfolder]
-    folder = Path(path)
-    if subfolder is None and folder.suffix == ".dduf":
-        from weightlift.checkpoint.dduf import open_dduf
-
-        archive = open_dduf(path)
-        components = [
-            name
-            for name in archive.folders()
-            if any(e.startswith(f"{name}/") and e.endswith(".safetensors") for e in archive.entries)
-        ]
-    elif subfolder is None and (folder / "model_index.json").is_file():
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        components = [
-            name
-            for name in index
-            if (folder / name).is_dir()
-            and any(p.suffix in (".safetensors", ".bin") for p in (folder / name).iterdir())
-        ]
-    for component in components:
-        title = path if component is None else f"{path} [{component}]"
-        yield title, open_checkpoint(path, subfolder=component, variant=variant)

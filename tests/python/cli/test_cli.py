@@ -22,8 +22,9 @@ import support
 from weightlift.bench.conditions import page_cache, prepare_files, read_program, settle
 from weightlift.bench.measure import Job, compare, target_bytes
 from weightlift.bench.measure_child import checksum, page_runs, touch
-from weightlift.cli.inspect import _count, _plain, _residency_text
+from weightlift.cli.inspect import _residency_text, count_text
 from weightlift.cli.main import main
+from weightlift.cli.sources import safe_text
 
 RunHere = Callable[..., "tuple[int, str, str]"]
 
@@ -203,7 +204,7 @@ def test_inspect_where_the_kernel_does_not_tell() -> None:
     ],
 )
 def test_how_parameters_are_counted(number: int, text: str) -> None:
-    assert _count(number) == text
+    assert count_text(number) == text
 
 
 def test_inspect_truncates_long_listings_and_says_so(checkpoint: Path) -> None:
@@ -228,7 +229,7 @@ def test_inspect_starts_without_torch(checkpoint: Path) -> None:
 
 
 def test_names_reach_the_terminal_without_escape_sequences() -> None:
-    assert _plain("a\x1b[31m\n\u202e") == "a\\x1b[31m\\n\\u202e"
+    assert safe_text("a\x1b[31m\n\u202e") == "a\\x1b[31m\\n\\u202e"
 
 
 def test_errors_are_one_line_that_names_the_file(tmp_path: Path) -> None:
@@ -253,8 +254,8 @@ def test_version() -> None:
 
 def test_what_bench_cannot_do(checkpoint: Path, tmp_path: Path, run_here: RunHere) -> None:
     for arguments, status, said in (
-        (["nowhere.safetensors"], 2, "nowhere.safetensors does not exist"),
-        ([checkpoint.parent], 2, "is a folder: add --from-pretrained"),
+        (["nowhere.safetensors"], 1, "nowhere.safetensors: there is no such file"),
+        ([tmp_path], 1, "the folder is empty"),
         ([checkpoint, "--dtype", "auto"], 2, "leave it out to keep the file's dtypes"),
         ([checkpoint, "--json", tmp_path / "no" / "out.json"], 1, "its folder does not exist"),
         ([checkpoint, "--plot", tmp_path / "no" / "out.png"], 1, "its folder does not exist"),

@@ -154,12 +154,12 @@ def test_report(folder: Path) -> None:
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (3, "", "")
     done = run(folder, "--report", "loads.py", "load")
     assert (done.returncode, done.stdout) == (3, "")
-    total, diffusers, safetensors, reason = done.stderr.splitlines()
-    assert total.split()[:5] == ["weightlift", "1", "loads", "2.0", "MB"]
-    assert safetensors.split()[:5] == ["safetensors", "1", "loads", "2.0", "MB"]
-    assert diffusers.split()[:5] == ["diffusers", "0", "loads", "0", "B"]
-    assert total.split()[-2:] == diffusers.split()[-2:] == ["1", "fallbacks"]
-    assert safetensors.split()[-2:] == ["0", "fallbacks"]
+    diffusers, safetensors, total, reason = done.stderr.splitlines()
+    assert total.split()[:6] == ["in", "all", "1", "load", "2.0", "MB:"]
+    assert safetensors.split()[:5] == ["safetensors", "1", "load", "2.0", "MB:"]
+    assert diffusers.split()[:5] == ["diffusers", "0", "loads", "0", "B:"]
+    assert total.split()[-2:] == diffusers.split()[-2:] == ["1", "fallback"]
+    assert "fallback" not in safetensors
     assert "diffusers" in reason
     assert "a reason" in reason
     for done in (

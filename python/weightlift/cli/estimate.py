@@ -1,0 +1,163 @@
+"""``weightlift estimate``: the memory that a checkpoint's model takes, by dtype and by device."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.cli.sources import (
+    SOURCE_HELP,
+    OpenOptions,
+    Revision,
+    Subfolder,
+    Variant,
+    open_all,
+)
+from weightlift.core import dtypes
+from weightlift.core.report import format_bytes
+
+__all__ = ["estimate"]
+
+# Bits of a floating-point element.
+_BITS = {"float32": 32, "bfloat16, float16": 16, "8 bits": 8, "4 bits": 4}
+# Of Adam, all in the dtype of the weights: these, their gradients, and two moments.
+_COPIES_TO_TRAIN = 4
+
+
+def estimate(
+    path: Annotated[str, typer.Argument(help=SOURCE_HELP, show_default=False)],
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help='A map from the beginnings of names to devices, such as \'{"layers": 0, "": "cpu"}'
+            "' or the name of a file with one: the bytes of each device.",
+            show_default=False,
+        ),
+    ] = None,
+    subfolder: Subfolder = None,
+    variant: Variant = None,
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say how much memory the weights of a checkpoint take; no tensor is read.
+
+    With each dtype: all weights, the largest tensor, and what training with Adam takes beside the
+    activations (weights, gradients and two moments, all in that dtype). Weights that the checkpoint
+    keeps in integers stay as they are. Activations and caches come on top.
+
+    Examples:
+
+      weightlift estimate org/model
+
+      weightlift estimate model/ --device-map '{"model.layers": 0, "": "cpu"}'
+    """
+    options = OpenOptions(subfolder, variant, revision=revision)
+    checkpoints = [checkpoint for _, checkpoint in open_all(path, options)]
+    found = describe(path, checkpoints)
+    if device_map is not None:
+        found["devices"] = _by_device(checkpoints, _device_map(device_map))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _show(found)
+
+
+def describe(path: str, checkpoints: list[Checkpoint]) -> dict[str, Any]:
+    """Sizes in bytes."""
+    floating: list[int] = []
+    others: list[int] = []
+    own: list[int] = []
+    for checkpoint in checkpoints:
+        for dtype, shape in _unique(checkpoint):
+            elements = math.prod(shape)
+            size = elements * dtypes.bits(dtype) // 8
+            own.append(size)
+            if dtype in dtypes.FLOATING:
+                floating.append(elements)
+            else:
+                others.append(size)
+    rows = {"as stored": _row(sum(own), max(own, default=0))}
+    for name, bits in _BITS.items():
+        total = sum(elements * bits // 8 for elements in floating) + sum(others)
+        largest = max([*(elements * bits // 8 for elements in floating), *others], default=0)
+        rows[name] = _row(total, largest)
+    return {"path": path, "parameters": sum(floating), "tensors": len(own), "dtypes": rows}
+
+
+def _row(total: int, largest: int) -> dict[str, int]:
+    return {"weights": total, "largest_tensor": largest, "training": total * _COPIES_TO_TRAIN}
+
+
+def _unique(checkpoint: Checkpoint) -> list[tuple[str, tuple[int, ...]]]:
+    """dtype and shape of each tensor; of tensors that share their bytes, of one."""
+    found = []
+    for name, header in checkpoint.items():
+        place = checkpoint.place(name)
+        view = None if place is None else place[2]
+        if view is None or view.base == name:
+            found.append(header)
+    return found
+
+
+def _device_map(given: str) -> dict[str, str | int]:
+    text = Path(given).read_text(encoding="utf-8") if Path(given).is_file() else given
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"it is no JSON: {error}", param_hint="--device-map") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(
+            'it is a JSON object, such as {"layers": 0, "": "cpu"}', param_hint="--device-map"
+        )
+    return found
+
+
+def _by_device(checkpoints: list[Checkpoint], device_map: dict[str, str | int]) -> dict[str, int]:
+    """Bytes as stored; the longest beginning of a name counts.
+
+    Raises:
+        typer.BadParameter: a tensor has no device.
+    """
+    found: dict[str, int] = {}
+    for checkpoint in checkpoints:
+        for name, (dtype, shape) in checkpoint.items():
+            parts = name.split(".")
+            beginnings = [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
+            fit = next((one for one in beginnings if one in device_map), None)
+            if fit is None:
+                raise typer.BadParameter(
+                    f'{name} has no device; add "" for all that is left',
+                    param_hint="--device-map",
+                )
+            device = str(device_map[fit])
+            device = f"cuda:{device}" if device.isdigit() else device
+            size = math.prod(shape) * dtypes.bits(dtype) // 8
+            found[device] = found.get(device, 0) + size
+    return found
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from weightlift.cli.inspect import count_text
+
+    console = Console(highlight=False)
+    tensors = f"{found['tensors']:,} tensor{'s' * (found['tensors'] != 1)}"
+    console.print(f"{found['path']}: {tensors}, {count_text(found['parameters'])} parameters\n")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
+    for title in ("dtype", "weights", "largest tensor", "training with Adam"):
+        side = "left" if title == "dtype" else "right"
+        table.add_column(title, justify=side, no_wrap=True, header_style="bold")  # type: ignore[arg-type]
+    for name, row in found["dtypes"].items():
+        table.add_row(name, *(format_bytes(size) for size in row.values()))
+    console.print(table)
+    for device, size in found.get("devices", {}).items():
+        console.print(f"{device}: {format_bytes(size)} as stored")
