@@ -9,7 +9,7 @@ import os
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, FormatError, ReadError

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.bench import measure_child
 from weightlift.core.version import __version__
 

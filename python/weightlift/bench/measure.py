@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.bench.conditions import (
     RUN_CHILD,
     BackedMemory,

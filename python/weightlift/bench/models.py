@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.core.errors import CheckpointError
 from weightlift.core.report import format_bytes
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.checkpoint.integrity import Identity
 from weightlift.checkpoint.torch_file import View
 from weightlift.core.errors import ArgumentError, CheckpointError

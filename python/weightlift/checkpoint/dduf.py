@@ -7,7 +7,7 @@ import os
 import zlib
 from typing import Any
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.core.errors import CheckpointError, FormatError
 
 __all__ = ["Dduf", "open_dduf"]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.core.errors import CheckpointError, FormatError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.hub import HubArguments
 from weightlift.checkpoint.integrity import Identity

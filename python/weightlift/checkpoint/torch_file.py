@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.checkpoint.integrity import Identity, identity_of
 from weightlift.core import dtypes
 from weightlift.core.errors import CheckpointError, FormatError, OutOfMemoryError, WeightliftError

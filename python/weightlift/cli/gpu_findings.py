@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.cli.findings import Finding, format_rate, no_torch
 from weightlift.core.report import format_bytes
 

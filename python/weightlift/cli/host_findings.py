@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.cli.findings import Finding, format_rate
 from weightlift.core.report import format_bytes
 

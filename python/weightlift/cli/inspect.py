@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.cli.sources import (
     SOURCE_HELP,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.checkpoint.integrity import Identity, known_sha256, verify_file
 from weightlift.cli.sources import (
     SOURCE_HELP,

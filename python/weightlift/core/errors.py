@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from weightlift import _native
+import weightlift._native as _native
 
 __all__ = [
     "ArgumentError",

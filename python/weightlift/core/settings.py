@@ -10,7 +10,7 @@ import warnings
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.core.errors import ArgumentError
 from weightlift.core.sizes import parse_size
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.core import dtypes
 from weightlift.core.errors import DeviceError, OutOfMemoryError
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
 from weightlift.core.errors import CheckpointError

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.checkpoint.integrity import HashCheck
 from weightlift.core import dtypes, gc_pause
 from weightlift.core.errors import (

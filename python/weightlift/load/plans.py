@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.core import dtypes, gc_pause
 from weightlift.core.errors import read_error
 from weightlift.core.settings import Settings

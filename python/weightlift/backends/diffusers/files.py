@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.backends import StandAside
 from weightlift.backends.diffusers.archive import current_archive
 from weightlift.backends.diffusers.context import NAME

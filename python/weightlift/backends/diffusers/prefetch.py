@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.checkpoint.resolve import resolve
 from weightlift.core.errors import WeightliftError
 from weightlift.core.settings import Settings

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.backends import StandAside, or_stock, stand_aside
 from weightlift.backends.diffusers.context import NAME, during
 from weightlift.backends.diffusers.files import (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.backends.transformers import known
 from weightlift.backends.transformers.weights import Weights
 from weightlift.checkpoint.checkpoint import Checkpoint

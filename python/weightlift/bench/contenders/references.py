@@ -58,7 +58,7 @@ def empty(job: Job) -> Load:
     """No library: a bare loop of torch.empty, the floor of what many small tensors cost."""
     import torch
 
-    from weightlift import _native
+    import weightlift._native as _native
     from weightlift.core import dtypes
 
     wanted = []
