@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("weightlift")
 
-__all__ = ["Checkpoint", "describe_location"]
+__all__ = ["Checkpoint", "Place", "describe_location"]
 
 # (part, position in it, how the tensor looks at what lies there)
 Place = tuple[int, int, "View | None"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -58,6 +59,16 @@ def get_parameter_dtype(module: torch.nn.Module) -> torch.dtype | None:
         if tensor.is_floating_point():
             return tensor.dtype
     return last
+
+
+@contextlib.contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Also in inference mode, where new tensors can never be trained."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _tensor_attributes(module: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -141,7 +152,8 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             ArgumentError: an argument that nobody knows, or that contradicts another.
             FormatError, ReadError, DeviceError, OutOfMemoryError: as ``load_file``.
         """
-        return load_pretrained(cls, pretrained_model_name_or_path, kwargs)
+        with _ordinary_tensors():
+            return load_pretrained(cls, pretrained_model_name_or_path, kwargs)
 
     def save_pretrained(
         self,

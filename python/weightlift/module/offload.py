@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift import _native
+from weightlift.checkpoint.checkpoint import Checkpoint, Place
+from weightlift.checkpoint.integrity import Identity
 from weightlift.core.devices import parse_device
-from weightlift.core.errors import ArgumentError
+from weightlift.core.errors import ArgumentError, CheckpointError, WeightliftError
 from weightlift.core.report import disk_reads_of
 from weightlift.load.loading import load_tensors
 from weightlift.load.options import LoadOptions
@@ -27,9 +34,16 @@ __all__ = [
 ]
 
 
+_log = logging.getLogger("weightlift")
+
+
 class DiskWeights(Mapping[str, "torch.Tensor"]):
     """Tensors that stay in their file and are read when they are asked for; their files are held
     open, so that a save over them does not change what is read.
+
+    A copy reads the same open files. A pickle holds the paths of safetensors files, and whoever
+    unpickles it must find these files unchanged; of other files, and of those that another has
+    taken the place of, it holds the tensors.
 
     Args:
         checkpoint: where they are.
@@ -68,6 +82,75 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
+
+    def __deepcopy__(self, memo: object) -> DiskWeights:
+        return self  # nothing of it changes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        checkpoint = self._checkpoint
+        if checkpoint.formats == ["safetensors"] * len(checkpoint.files):
+            with contextlib.suppress(OSError, WeightliftError):
+                files = [_UnchangedFile.of(part) for part in checkpoint.parts]
+                places = {stored: checkpoint.place(stored) for stored, _ in self._names.values()}
+                return _reopened, (files, places, self._names, self._caller)
+        read: dict[tuple[str, str | None], torch.Tensor] = {}
+        for name, at in self._names.items():
+            if at not in read:
+                read[at] = self[name]
+        return dict, ({name: read[at] for name, at in self._names.items()},)
+
+
+class _UnchangedFile(NamedTuple):
+    """A safetensors file, to be found again by its path.
+
+    Attributes:
+        identity: its device and inode; of a file that is mounted elsewhere, another.
+        state: its bytes and the time of its last change, in nanoseconds.
+    """
+
+    path: str
+    identity: Identity
+    state: tuple[int, int]
+
+    @classmethod
+    def of(cls, part: _native.IndexedFile) -> _UnchangedFile:
+        """Raises a ``CheckpointError`` where the path does not lead to the whole of the part."""
+        path = str(Path(part.path).absolute())
+        found = _native.IndexedFile.open(path)
+        last = len(part) - 1
+        if found.identity != part.identity or len(found) != len(part):
+            raise CheckpointError(f"{path}: is another file by now")
+        if last >= 0 and found.range(last) != part.range(last):  # such as a file in an archive
+            raise CheckpointError(f"{path}: is not only this checkpoint's")
+        return cls(path, part.identity, cls._state_of(path))
+
+    @staticmethod
+    def _state_of(path: str) -> tuple[int, int]:
+        status = Path(path).stat()
+        return status.st_size, status.st_mtime_ns
+
+    def open(self) -> _native.IndexedFile:
+        """Raises a ``CheckpointError`` for a changed file."""
+        found = _native.IndexedFile.open(self.path)
+        if self._state_of(self.path) != self.state and (
+            found.identity != self.identity or found.size != self.state[0]
+        ):
+            raise CheckpointError(
+                f"{self.path}: is another file than the one from which the pickled model reads its "
+                "weights: pickle a model without weights on the disk, or keep the file"
+            )
+        return found
+
+
+def _reopened(
+    files: Sequence[_UnchangedFile],
+    places: Mapping[str, Place | None],
+    names: Mapping[str, tuple[str, str | None]],
+    caller: str,
+) -> DiskWeights:
+    weights = DiskWeights(Checkpoint([file.open() for file in files], names=places), names)
+    weights._caller = caller
+    return weights
 
 
 # (model, its device map, what stays on the disk, what was given a value and is not on a device)
@@ -108,6 +191,48 @@ def dispatch(
             offload_index={} if "disk" in spread else None,
             skip_keys=getattr(model, "_skip_keys", None),
         )
+    _make_picklable(model)
+
+
+def _make_picklable(model: torch.nn.Module) -> None:
+    """Puts what pickle can write in the place of the functions that accelerate gives to modules:
+    they are local ones."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if "_hf_hook" in vars(module) and isinstance(forward, functools.partial):
+            vars(module)["forward"] = _HookedForward(forward.func, module)
+            functools.update_wrapper(vars(module)["forward"], vars(module)["_old_forward"])
+    for name in ("to", "cuda"):
+        if name in vars(model):
+            vars(model)[name] = functools.partial(_refuse_move, model, name)
+
+
+class _HookedForward(functools.partial[Any]):
+    """What accelerate makes a module's ``forward``; a pickle of it makes it again."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _hooked_forward, self.args
+
+
+def _hooked_forward(module: torch.nn.Module) -> _HookedForward:
+    import torch
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    function = add_hook_to_module(torch.nn.Identity(), ModelHook()).forward.func
+    made = _HookedForward(function, module)
+    functools.update_wrapper(made, types.MethodType(type(module).forward, module))
+    return made
+
+
+def _refuse_move(model: torch.nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    """``model.to`` and ``model.cuda``, as accelerate has them for a dispatched model."""
+    import torch
+
+    if name != "to" or torch._C._nn._parse_to(*args, **kwargs)[0] is not None:
+        _log.warning("You shouldn't move a model that is dispatched using accelerate hooks.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise RuntimeError("You can't move a model that has some modules offloaded to cpu or disk.")
+    return getattr(type(model), name)(model, *args, **kwargs)
 
 
 def offloaded_weights(
