@@ -13,6 +13,7 @@ from weightlift.core.errors import CheckpointError
 from weightlift.core.report import LoadReport, record
 from weightlift.core.settings import Settings
 from weightlift.load.allocation import Allocator, TorchAllocator
+from weightlift.load.options import LoadOptions
 from weightlift.load.plans import new_plan, run_plan
 
 if TYPE_CHECKING:
@@ -43,19 +44,19 @@ class Copy:
 
 
 def copy_parts(
-    checkpoint: Checkpoint, copies: Sequence[Copy], caller: str = "weightlift"
+    checkpoint: Checkpoint, copies: Sequence[Copy], options: LoadOptions = LoadOptions()
 ) -> LoadReport:
     """Copies parts of tensors to their targets, all files and all devices at once.
 
     Args:
         checkpoint: whose tensors they are.
         copies: no two of them write the same byte.
-        caller: whom ``stats()`` books it on.
+        options: how; memory is where the targets are.
     """
     import torch
 
     narrow = {dtypes.file_name(copy.target.dtype) for copy in copies} & {"F8_E4M3", "F8_E5M2"}
-    plan = new_plan(Settings.current(), next(iter(narrow), None))
+    plan = new_plan(options.settings or Settings.current(), next(iter(narrow), None))
     devices = {copy.target.device for copy in copies}
     allocator: Allocator | None = None
     if any(device.type == "cuda" for device in devices):
@@ -66,14 +67,14 @@ def copy_parts(
     for device in devices:
         if device.type == "cuda" and allocator is not None:
             plan.use_stream(device.index, allocator.stream(device.index))
-    native = run_plan(plan, allocator)
+    native = run_plan(plan, allocator, options.progress)
     fallbacks = []
     if later:
         fallbacks.append(f"{len(later)} parts put into place by torch: the engine's are contiguous")
     with torch.no_grad():
         for target, value in later:
             target.copy_(value)
-    return LoadReport.from_native(record(native, fallbacks, caller))
+    return LoadReport.from_native(record(native, fallbacks, options.caller))
 
 
 def _add(

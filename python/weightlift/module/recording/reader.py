@@ -14,6 +14,7 @@ from weightlift.core.errors import CheckpointError
 from weightlift.core.report import FileReport, LoadReport, last_report
 from weightlift.load.copies import Copy, copy_parts
 from weightlift.load.loading import load_tensors
+from weightlift.load.options import LoadOptions
 from weightlift.module.recording.recorder import Source
 
 __all__ = ["CheckpointReader", "NoReader", "sources_of"]
@@ -28,20 +29,20 @@ class CheckpointReader:
         report: of all reads so far.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, caller: str = "weightlift") -> None:
+    def __init__(self, checkpoint: Checkpoint, options: LoadOptions = LoadOptions()) -> None:
         self.checkpoint = checkpoint
         self.report = LoadReport()
-        self._caller = caller
+        self.options = options
 
     def tensors(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        found = load_tensors(self.checkpoint, _CPU, names=names, caller=self._caller)
+        found = load_tensors(self.checkpoint, _CPU, self.options, names=names)
         if report := last_report():
             self._add(report)
         return found
 
     def copy(self, copies: Sequence[Copy]) -> None:
         if copies:
-            self._add(copy_parts(self.checkpoint, copies, self._caller))
+            self._add(copy_parts(self.checkpoint, copies, self.options))
 
     def _add(self, report: LoadReport) -> None:
         self.report = self.report.plus(report)
