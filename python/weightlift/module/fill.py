@@ -16,6 +16,11 @@ from weightlift.load.prefetch import PrefetchedLoad
 from weightlift.module.device_map import assign, resolve_device_map, single_device
 from weightlift.module.matching import MatchPolicy, check_keys, match
 from weightlift.module.offload import DiskWeights
+from weightlift.module.own_loading import (
+    OwnLoading,
+    modules_with_own_loading,
+    record_own_loading,
+)
 from weightlift.module.parameters import (
     ParameterRef,
     is_sharded,
@@ -65,18 +70,17 @@ def fill(
     rule = _DtypeRule(dtypes.parse_dtype(dtype), dtype is None, frozenset(keep_in_fp32))
     tensors = parameter_refs(model) if refs is None else refs
     headers = checkpoint.headers()
-    matched, rest, missing, mismatched = match(tensors, headers)
+    own = None
+    if special := modules_with_own_loading(model, headers):
+        own = record_own_loading(model, special, checkpoint, headers, options)
+        tensors = own.refs
+    matched, rest, missing, unexpected, mismatched, errors = _match(tensors, headers, own)
     empty = [t.name for t in rest if not t.persistent and t.tensor.is_meta]
-    unexpected = []
-    if len(matched) < len(headers):
-        known = {t.name for t in tensors if t.persistent}
-        known.update(name for t in tensors if t.ties and t.persistent for name in t.names)
-        unexpected = [name for name in headers if name not in known]
     if matching.ignore_missing is not None:
         missing = [name for name in missing if not matching.ignore_missing(name)]
     if matching.ignore_unexpected is not None:
         unexpected = [name for name in unexpected if not matching.ignore_unexpected(name)]
-    check_keys(checkpoint, model, missing, unexpected, mismatched, empty, matching)
+    check_keys(checkpoint, model, missing, unexpected, mismatched, empty, matching, errors)
     devices: Mapping[str, torch.device | str] | None = None
     if device_map is not None and (alone := single_device(device_map)) is not None:
         devices = {"": alone}
@@ -99,18 +103,28 @@ def fill(
 
     def taken(name: str) -> torch.Tensor:
         value = arrived.pop(name)
+        if name in places.recast:
+            return value.to(places.recast[name])
         return _apart(value, views) if checkpoint.is_view(name) else value
 
-    take = arrived.pop if checkpoint.is_plain else taken
-    own = checkpoint.is_plain and new_loading is Loading  # nobody else has what it makes
+    take = arrived.pop if checkpoint.is_plain and not places.recast else taken
+    alone = checkpoint.is_plain and new_loading is Loading  # nobody else has what it makes
     for (_, _, in_place, _), group in places.groups.items():
         if not in_place:
-            set_all(((slot, take(name)) for name, slot in group), memory_format, adopt=own)
+            set_all(((slot, take(name)) for name, slot in group), memory_format, adopt=alone)
     offloaded: dict[str, torch.Tensor] = {}
+    recorded: frozenset[int] = frozenset()
+    if own is not None:
+        offloaded.update(_place_own(own, where, rule, memory_format))
+        report = report.plus(own.report)
+        recorded = frozenset(id(ref) for _, ref in own.matched)  # whose versions have moved on
+    for (_, _, in_place, _), group in places.groups.items():
+        if in_place:
+            _move_versions_on((r for _, r in group if id(r) not in recorded), headers)
     if initialize is not None:
         bare = [t for t in rest if t.persistent and t.tensor.is_meta]
         if bare:
-            offloaded = _initialize(bare, where, initialize, rule, memory_format)
+            offloaded |= _initialize(bare, where, initialize, rule, memory_format)
     # What was matched has its data, or is read where it is used.
     report.meta_keys = [
         t.name for t in rest if t.tensor.is_meta and getattr(t.module, t.key).is_meta
@@ -125,6 +139,42 @@ def fill(
     report.mismatched_keys = mismatched
     set_last_report(report)
     return report
+
+
+def _match(
+    tensors: Sequence[ParameterRef],
+    headers: Mapping[str, tuple[str, tuple[int, ...]]],
+    own: OwnLoading | None,
+) -> tuple[
+    list[tuple[str, ParameterRef]],
+    list[ParameterRef],
+    list[str],
+    list[str],
+    list[tuple[str, tuple[int, ...], tuple[int, ...]]],
+    list[str],
+]:
+    """(name in the checkpoint, tensor of the model) for all that is to be loaded; the model's other
+    tensors; missing names; unexpected ones; mismatched ones; what modules complain about."""
+    claimed = frozenset() if own is None else own.claimed
+    others = tensors if own is None else own.others()
+    free = headers if own is None else {n: h for n, h in headers.items() if n not in claimed}
+    matched, rest, missing, mismatched = match(others, free)
+    unexpected: list[str] = []
+    if len(matched) < len(free):
+        known = {t.name for t in tensors if t.persistent}
+        known.update(name for t in tensors if t.ties and t.persistent for name in t.names)
+        unexpected = [name for name in free if name not in known]
+    if own is None:
+        return matched, rest, missing, unexpected, mismatched, []
+    inside, errors = own.mismatched(headers)
+    return (
+        [*own.matched, *matched],
+        [*rest, *own.rest()],
+        [*own.missing, *missing],
+        [*own.unexpected, *unexpected],
+        [*inside, *mismatched],
+        errors,
+    )
 
 
 class _DtypeRule(NamedTuple):
@@ -163,12 +213,15 @@ class _Places(NamedTuple):
         parts: of each DTensor's name, what this rank has of it.
         believed: names of what an early load brings as it is wanted.
         on_disk: what stays in its file: name in the model -> name there, dtype at use.
+        recast: of names whose dtype or whose tensor's is not a floating one, the tensor's: as
+            ``copy_`` does.
     """
 
     groups: dict[_Destination, list[tuple[str, ParameterRef]]]
     parts: dict[str, Sequence[SliceRange]]
     believed: set[str]
     on_disk: dict[str, tuple[str, str | None]]
+    recast: dict[str, torch.dtype]
 
     def add_to(self, loading: Loading, checkpoint: Checkpoint) -> None:
         for (device, target, in_place, in_parts), group in self.groups.items():
@@ -191,7 +244,7 @@ def _sort(
     early: PrefetchedLoad | None,
     reuse: bool,
 ) -> _Places:
-    places = _Places({}, {}, set(), {})
+    places = _Places({}, {}, set(), {}, {})
     groups, parts, believed = places.groups, places.parts, places.believed
     cpu = parse_device("cpu")
     begun = frozenset() if early is None else early.names
@@ -199,6 +252,7 @@ def _sort(
     usual = None
     group: list[tuple[str, ParameterRef]] = []
     suited = False
+    recast: torch.dtype | None = None
     for (name, slot), device in zip(matched, where(slot for _, slot in matched), strict=True):
         file_dtype = headers[name][0]
         tensor = slot.tensor
@@ -208,7 +262,10 @@ def _sort(
             group.append((name, slot))
             if suited and name in begun:
                 believed.add(name)
+            if recast is not None:
+                places.recast[name] = recast
             continue
+        recast = _recast(file_dtype, tensor.dtype)
         target = rule.target(name, tensor, file_dtype)
         if isinstance(device, str) and not slot.is_parameter:
             device = cpu  # buffers are not offloaded (accelerate's offload_buffers=False)
@@ -239,6 +296,8 @@ def _sort(
             believed.add(name)
         elif reuse and not on_meta and device == tensor.device:
             in_place = rule.own or tensor.dtype == dtypes.to_torch(target or file_dtype)
+        if recast is not None and not in_place:
+            places.recast[name] = recast
         group = groups.setdefault((device, target, in_place, in_part), [])
         group.append((name, slot))
         # What is in place depends on its device, what stays on the disk on whether it is a
@@ -246,6 +305,45 @@ def _sort(
         alike = on_meta and kind[-1] != "disk" and not rule.keep and not is_sharded(tensor)
         usual = kind if alike else None
     return places
+
+
+def _recast(file_dtype: str, own: torch.dtype) -> torch.dtype | None:
+    """What an integer or a boolean becomes, or a number that goes into one; ``None`` for the rest,
+    which the engine casts."""
+    floating = own.is_floating_point or own.is_complex
+    if floating and (file_dtype in dtypes.FLOATING or file_dtype[0] == "C"):
+        return None
+    return None if dtypes.file_name(own) == file_dtype else own
+
+
+def _place_own(
+    own: OwnLoading,
+    where: Callable[[Iterable[ParameterRef]], Iterator[torch.device | str | None]],
+    rule: _DtypeRule,
+    memory_format: torch.memory_format | None,
+) -> dict[str, torch.Tensor]:
+    """What modules made themselves goes where it belongs; those that stay on disk are returned."""
+    made = dict(own.values_by_name())
+    if not rule.own:
+        made.update((ref.name, ref.tensor.detach()) for ref in own.filled)
+    refs = [ref for ref in own.refs if ref.name in made]
+    return _initialize(refs, where, lambda names: {n: made[n] for n in names}, rule, memory_format)
+
+
+def _move_versions_on(refs: Iterable[ParameterRef], names: Collection[str]) -> None:
+    """Tells autograd that tensors were written to: as often as torch writes to them, which is once
+    for each name that a checkpoint has."""
+    import torch
+
+    tensors = [
+        ref.tensor
+        for ref in refs
+        if not ref.tensor.is_inference()
+        for name in (ref.names if ref.ties else (ref.name,))
+        if not ref.ties or name in names
+    ]
+    if tensors:
+        torch.autograd.graph.increment_version(tensors)
 
 
 def _initialize(

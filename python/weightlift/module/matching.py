@@ -78,7 +78,7 @@ def match(
             theirs = header[1]
             if header[0] == "F4":  # two numbers are one element of torch's dtype
                 theirs = (*theirs[:-1], theirs[-1] // 2)
-            if theirs != shape:
+            if theirs != shape and not (shape == () and theirs == (1,)):
                 mismatched.append((name, theirs, shape))
                 wrong = True
             elif found is None:
@@ -100,8 +100,24 @@ def check_keys(
     mismatched: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
     empty: Sequence[str],
     policy: MatchPolicy,
+    errors: Sequence[str] = (),
 ) -> None:
-    problems: list[str] = []
+    """Raises where a checkpoint does not fit a model.
+
+    Args:
+        checkpoint: for the message.
+        model: for the message.
+        missing: names of the model's tensors.
+        unexpected: names in the checkpoint.
+        mismatched: (name, shape in the checkpoint, shape in the model).
+        empty: names of buffers on ``meta`` that no checkpoint holds.
+        policy: what is allowed.
+        errors: what the model's modules say.
+
+    Raises:
+        CheckpointError: with all that is wrong.
+    """
+    problems = format_names("errors of the modules' own loading", errors)
     if mismatched and not policy.ignore_mismatched_sizes:
         problems += format_names(
             "of another shape than the model's (ignore_mismatched_sizes=True leaves them out)",

@@ -118,6 +118,8 @@ def set_all(
         elif not value.is_contiguous():
             value = value.contiguous()
         old = slot.tensor
+        if value.dim() != old.dim():  # [1] for a scalar
+            value = value.reshape(old.shape)
         new: Any = value
         if kinds and isinstance(old, kinds):
             new = _sharded(slot, value)

@@ -194,7 +194,7 @@ class Placeholder(torch.Tensor):
         ledger = next(arg.ledger for arg in flat(args, kwargs) if isinstance(arg, Placeholder))
         return ledger.after(func, args, kwargs or {})
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.ledger.real(self, "repr()"))
 
     def with_bytes(self) -> torch.Tensor:

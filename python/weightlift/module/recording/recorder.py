@@ -71,6 +71,16 @@ class Reader(Protocol):
         """Does these at once; no two write the same byte."""
 
 
+class IdentitySet:
+    """Tensors, as objects."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._members = {id(tensor): tensor for tensor in tensors}
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return id(tensor) in self._members
+
+
 class Recorder:
     """Runs loading code and notes what it writes.
 
@@ -126,6 +136,40 @@ class Recorder:
                 yield
         finally:
             self._open = False
+
+    def is_written(self, tensor: torch.Tensor) -> bool:
+        """Whether anything is or was written to a tensor."""
+        storage = _storage_of(tensor)
+        target = None if storage is None else self.targets.get(storage._cdata)
+        return target is not None and bool(target.parts)
+
+    def take_whole(
+        self, tensor: torch.Tensor, headers: Mapping[str, tuple[str, tuple[int, ...]]]
+    ) -> str | None:
+        """The name of the checkpoint's tensor that is all that a tensor gets, as it is; then it is
+        the caller's to load."""
+        storage = _storage_of(tensor)
+        target = None if storage is None else self.targets.get(storage._cdata)
+        if storage is None or target is None or target.value is not None or not target.writes:
+            return None
+        *before, last = target.writes
+        if not isinstance(last, Copy) or last.as_bits or not tensor.is_contiguous():
+            return None
+        whole = last.target.numel() * last.target.element_size() == storage.nbytes()
+        if not whole or any(not covers(last.target, write.target) for write in before):
+            return None
+        shape = headers[last.name][1]
+        if last.shape != shape or last.offset or tensor.shape != shape:
+            return None
+        expected = 1
+        for count, stride in zip(reversed(shape), reversed(last.strides), strict=True):
+            if count > 1 and stride != expected:
+                return None
+            expected *= count
+        if last.target.dtype != tensor.dtype or not last.target.is_contiguous():
+            return None
+        target.writes, target.parts = [], []
+        return last.name
 
     def allocate(self) -> None:
         """Gives memory to the named targets on ``meta`` that are written to.
@@ -199,6 +243,10 @@ class Recorder:
         for copy in waiting:
             if not copy.target.is_inference():
                 torch.autograd.graph.increment_version(copy.target)
+
+    def kept(self) -> IdentitySet:
+        """The placeholders that somebody has kept."""
+        return IdentitySet(tensor for ref in self._made if (tensor := ref()) is not None)
 
     def give_real_ones(self) -> dict[str, torch.Tensor]:
         """Puts real tensors in place of the placeholders that somebody has kept, such as those that
@@ -458,7 +506,7 @@ def _storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
     """``None`` for what has none of its own, such as sparse tensors."""
     try:
         return tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, ValueError):  # ValueError: of lazy modules
         return None
 
 
