@@ -108,10 +108,10 @@ def fill(
         return _apart(value, views) if checkpoint.is_view(name) else value
 
     take = arrived.pop if checkpoint.is_plain and not places.recast else taken
-    alone = checkpoint.is_plain and new_loading is Loading  # nobody else has what it makes
+    unshared = checkpoint.is_plain and new_loading is Loading  # nobody else has what it makes
     for (_, _, in_place, _), group in places.groups.items():
         if not in_place:
-            set_all(((slot, take(name)) for name, slot in group), memory_format, adopt=alone)
+            set_all(((slot, take(name)) for name, slot in group), memory_format, adopt=unshared)
     offloaded: dict[str, torch.Tensor] = {}
     recorded: frozenset[int] = frozenset()
     if own is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -241,13 +240,18 @@ def _module_class() -> type[torch.nn.Module]:
     return Module
 
 
-@functools.cache
+_special: dict[type, bool] = {}  # by class, for a model has many modules of few classes
+
+
 def _is_special(kind: type[torch.nn.Module]) -> bool:
-    base = _module_class()
-    return (
-        kind._load_from_state_dict is not base._load_from_state_dict
-        or kind.set_extra_state is not base.set_extra_state
-    )
+    known = _special.get(kind)
+    if known is None:
+        base = _module_class()
+        known = _special[kind] = (
+            kind._load_from_state_dict is not base._load_from_state_dict
+            or kind.set_extra_state is not base.set_extra_state
+        )
+    return known
 
 
 def _matters(module: torch.nn.Module, prefix: str, headers: Headers) -> bool:
