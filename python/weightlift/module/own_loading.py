@@ -196,11 +196,12 @@ def _sort_out(
     filled: list[ParameterRef] = []
     hanging: list[ParameterRef] = []
     kept = recorder.kept()
+    taken: set[str] = set()
     for ref in refs:
         if ref.tensor in kept:
             filled.append(ref)
             continue
-        name = recorder.take_whole(ref.tensor, headers)
+        name = recorder.take_whole(ref.tensor, headers, taken)
         if name is not None:
             matched.append((name, ref))
         elif recorder.is_written(ref.tensor):

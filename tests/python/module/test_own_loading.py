@@ -196,6 +196,10 @@ def joined(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any)
         state[prefix + "lin.weight"] = torch.cat(parts)  # type: ignore[arg-type]
 
 
+def doubled(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    state[prefix + "other.weight"] = state[prefix + "lin.weight"]
+
+
 def scaled(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
     state[prefix + "lin.weight"] = state[prefix + "lin.weight"] * 2
 
@@ -317,6 +321,10 @@ CASES: dict[str, tuple[Make, Callable[[], dict[str, Tensor]]]] = {
         lambda: {f"{name}.weight": torch.rand(2, 2) for name in "qkv"},
     ),
     "pre-hook that computes": (lambda: PreHook(scaled), lambda: {"lin.weight": torch.rand(2, 2)}),
+    "pre-hook that gives one twice": (
+        lambda: PreHook(doubled, other=True),
+        lambda: {"lin.weight": torch.rand(2, 2)},
+    ),
     "pre-hook that turns": (
         lambda: PreHook(transposed, 3),
         lambda: {"lin.weight": torch.rand(2, 3)},

@@ -144,16 +144,21 @@ class Recorder:
         return target is not None and bool(target.parts)
 
     def take_whole(
-        self, tensor: torch.Tensor, headers: Mapping[str, tuple[str, tuple[int, ...]]]
+        self,
+        tensor: torch.Tensor,
+        headers: Mapping[str, tuple[str, tuple[int, ...]]],
+        taken: set[str],
     ) -> str | None:
         """The name of the checkpoint's tensor that is all that a tensor gets, as it is; then it is
-        the caller's to load."""
+        the caller's to load. Each of them once: ``taken``."""
         storage = _storage_of(tensor)
         target = None if storage is None else self.targets.get(storage._cdata)
         if storage is None or target is None or target.value is not None or not target.writes:
             return None
         *before, last = target.writes
         if not isinstance(last, Copy) or last.as_bits or not tensor.is_contiguous():
+            return None
+        if last.name in taken:
             return None
         whole = last.target.numel() * last.target.element_size() == storage.nbytes()
         if not whole or any(not covers(last.target, write.target) for write in before):
@@ -169,6 +174,7 @@ class Recorder:
         if last.target.dtype != tensor.dtype or not last.target.is_contiguous():
             return None
         target.writes, target.parts = [], []
+        taken.add(last.name)
         return last.name
 
     def allocate(self) -> None:
