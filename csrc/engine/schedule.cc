@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <numeric>
+#include <optional>
 
 #include "device/context.h"
 #include "io/anonymous_memory.h"
@@ -28,12 +29,6 @@ std::uint64_t staged_bytes(const Copy& copy, const Piece& piece) {
   return piece.count * (piece.host_cast ? copy.target_item() : copy.source_item());
 }
 
-bool casts_on_host(const Copy& copy, const Lane& lane, const Settings& settings) {
-  if (lane.device == kHostDevice || !lane.kernel) return true;
-  if (settings.cast_place != CastPlace::kAuto) return settings.cast_place == CastPlace::kHost;
-  return copy.target_item() < copy.source_item();
-}
-
 std::uint32_t tile_bound(std::uint64_t staged_bytes) {
   // Widening to eight times the size makes eight times the tiles.
   return static_cast<std::uint32_t>(8 * staged_bytes / convert::kTileBytes + 1);
@@ -42,8 +37,13 @@ std::uint32_t tile_bound(std::uint64_t staged_bytes) {
 // Builds one lane from copies in the order of their source.
 class LaneBuilder {
  public:
-  LaneBuilder(const LoadPlan& plan, const Settings& settings, Lane& lane)
-      : plan_(plan), settings_(settings), read_bytes_(settings.read_bytes), lane_(lane) {
+  // `device` is the lane's; null for the host.
+  LaneBuilder(const LoadPlan& plan, const Settings& settings, device::Device* device, Lane& lane)
+      : plan_(plan),
+        settings_(settings),
+        read_bytes_(settings.read_bytes),
+        device_(device),
+        lane_(lane) {
     // Several threads fill one slot, and a unit with its table of tiles must fit into it.
     if (lane.device != kHostDevice) {
       read_bytes_ = std::min(read_bytes_, settings.chunk_bytes / 8);
@@ -65,6 +65,28 @@ class LaneBuilder {
   }
 
  private:
+  bool casts_on_host(const Copy& copy) {
+    if (device_ == nullptr) return true;
+    const bool better_there = settings_.cast_place == CastPlace::kAuto
+                                  ? copy.target_item() < copy.source_item()
+                                  : settings_.cast_place == CastPlace::kHost;
+    return better_there || !has_kernel();
+  }
+
+  // Loaded for the first plan that needs it, for that takes a millisecond or more.
+  bool has_kernel() {
+    if (kernel_) return *kernel_;
+    kernel_ = false;
+    if (device_ == nullptr || !settings_.kernels) return false;
+    const auto kernel = device_->scatter_kernel();
+    kernel_ = kernel.ok();
+    if (!kernel.ok()) {
+      lane_.fallbacks.push_back("cuda:" + std::to_string(lane_.device) +
+                                ": no kernels, casts run on the host: " + kernel.error().message);
+    }
+    return *kernel_;
+  }
+
   void add_contiguous(std::uint32_t index, const Copy& copy) {
     const std::uint64_t item = copy.source_item();
     const std::uint64_t limit = unit_limit(copy);
@@ -135,7 +157,7 @@ class LaneBuilder {
                  std::uint64_t begin, std::uint64_t end) {
     Piece piece{.copy = index, .first = first, .count = count};
     if (copy.casts()) {
-      piece.host_cast = casts_on_host(copy, lane_, settings_);
+      piece.host_cast = casts_on_host(copy);
       if (!piece.host_cast) {
         piece.device_cast = convert::tile_cast(*convert::float_format(copy.source_dtype),
                                                *convert::float_format(copy.target_dtype));
@@ -236,7 +258,7 @@ class LaneBuilder {
     lane_.find_runs(plan_, chunk_, runs_);
     const bool casts = std::any_of(runs_.begin(), runs_.end(),
                                    [](const Run& run) { return run.cast != convert::kTileCopy; });
-    chunk_.scatter = lane_.kernel && (casts || runs_.size() > kDirectRuns);
+    chunk_.scatter = (casts || runs_.size() > kDirectRuns) && has_kernel();
     lane_.chunks.push_back(chunk_);
     chunk_ = {.first_unit = static_cast<std::uint32_t>(lane_.units.size())};
     cursor_ = 0;
@@ -263,7 +285,9 @@ class LaneBuilder {
   const LoadPlan& plan_;
   const Settings& settings_;
   std::uint64_t read_bytes_;
+  device::Device* device_;
   Lane& lane_;
+  std::optional<bool> kernel_;
   Unit unit_;
   bool open_ = false;
   bool as_it_is_ = false;
@@ -364,19 +388,11 @@ Result<Schedule> Schedule::make(LoadPlan& plan, const Settings& settings) {
     }
     Lane& lane = schedule.lanes.emplace_back();
     lane.device = ordinal;
+    device::Device* device = nullptr;
     if (ordinal != kHostDevice) {
-      WL_ASSIGN_OR_RETURN(device::Device * device, device::Device::get(ordinal));
-      if (settings.kernels) {
-        const auto kernel = device->scatter_kernel();
-        lane.kernel = kernel.ok();
-        if (!kernel.ok()) {
-          lane.fallbacks.push_back(
-              "cuda:" + std::to_string(ordinal) +
-              ": no kernels, casts run on the host: " + kernel.error().message);
-        }
-      }
+      WL_ASSIGN_OR_RETURN(device, device::Device::get(ordinal));
     }
-    LaneBuilder builder(plan, settings, lane);
+    LaneBuilder builder(plan, settings, device, lane);
     for (const std::uint32_t index : order) builder.add(index);
     builder.finish();
     if (ordinal == kHostDevice) continue;

@@ -56,7 +56,6 @@ struct Run {
 // The work of one destination, in order.
 struct Lane {
   int device = kHostDevice;
-  bool kernel = false;  // the device has the scatter kernel
   std::vector<Piece> pieces;
   std::vector<Unit> units;
   std::vector<Chunk> chunks;  // device lanes
@@ -72,7 +71,8 @@ struct Lane {
 struct Schedule {
   std::vector<Lane> lanes;  // the host's first, if it has work
 
-  // Fills in DeviceNeeds::scratch_bytes of `plan`. Asks the devices for their kernels.
+  // Fills in DeviceNeeds::scratch_bytes of `plan`. Asks the devices for their kernels where it
+  // needs them.
   [[nodiscard]] static Result<Schedule> make(LoadPlan& plan, const Settings& settings);
 };
 

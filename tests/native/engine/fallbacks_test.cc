@@ -19,6 +19,22 @@
 namespace weightlift::engine::test {
 namespace {
 
+// A module takes a millisecond or more to load: only plans that need the kernel load it.
+TEST(LoadOfLargePlainTensors, LoadsNoModule) {
+  Machine machine(2);
+  {
+    Scenario scenario(3, 2);
+    const Origin file = scenario.add_file(2 * kMiB);
+    for (const int device : {0, 1}) {
+      scenario.add(file, 5, kMiB, Dtype::kU8, Dtype::kU8, device, 3);
+      scenario.add(file, kMiB + 7, 200 * kKiB, Dtype::kF32, Dtype::kBf16, device, 0);
+    }
+    run_plainly(scenario, "plain, and narrowed on the host");
+  }
+  EXPECT_EQ(sim().sim_calls("cuModuleLoadData"), 0U);
+  expect_machine_clean(machine, "plain");
+}
+
 TEST(LoadWithoutKernels, CastsOnTheHostTheSame) {
   for (const char* const call : {"cuModuleLoadData", "cuModuleGetFunction"}) {
     Machine machine(1);
