@@ -40,6 +40,8 @@ def modules() -> dict[str, Path]:
     """Dotted name below the package -> file; ``""`` is the package itself."""
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
+        if path.parent.name == "startup":  # Python executes it at its start: no module of these
+            continue
         parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
