@@ -1,6 +1,7 @@
 #include "device/staging.h"
 
 #include <algorithm>
+#include <string>
 #include <utility>
 
 namespace weightlift::device {
@@ -11,51 +12,74 @@ StagingPool& StagingPool::instance() {
 }
 
 StagingSlot::~StagingSlot() {
+  if (memory_.empty()) return;
   StagingPool& pool = StagingPool::instance();
-  const std::lock_guard lock(pool.mutex_);
+  const MutexLock lock(pool.mutex_);
+  pool.busy_bytes_ -= size();
   pool.free_.splice(pool.free_.end(), memory_);
+  ++pool.changes_;
 }
 
 void StagingSlot::abandon() noexcept {
+  if (memory_.empty()) return;
   StagingPool& pool = StagingPool::instance();
-  const std::lock_guard lock(pool.mutex_);
+  const MutexLock lock(pool.mutex_);
+  pool.busy_bytes_ -= size();
+  pool.abandoned_bytes_ += size();
   pool.abandoned_.splice(pool.abandoned_.end(), memory_);
+  ++pool.changes_;
+}
+
+StagingPool::Waiting::Waiting(StagingPool& pool) : pool_(pool) {
+  const MutexLock lock(pool_.mutex_);
+  ++pool_.waiting_;
+}
+
+StagingPool::Waiting::~Waiting() {
+  const MutexLock lock(pool_.mutex_);
+  --pool_.waiting_;
+  ++pool_.changes_;
 }
 
 Result<std::optional<StagingSlot>> StagingPool::take(Device& device, std::size_t bytes,
-                                                     std::size_t budget) {
+                                                     std::size_t budget, SlotClaim claim) {
   std::list<PinnedMemory> memory;
   {
-    std::unique_lock lock(mutex_);
+    const MutexLock lock(mutex_);
+    if (claim == SlotClaim::kFurther && waiting_ != 0) return std::optional<StagingSlot>();
     while (true) {
       const auto found =
           std::find_if(free_.begin(), free_.end(),
                        [bytes](const PinnedMemory& slot) { return slot.size() == bytes; });
       if (found != free_.end()) {
         memory.splice(memory.end(), free_, found);
-        lock.unlock();  // the slot takes it when it dies
-        return std::optional(StagingSlot(std::move(memory)));
+        busy_bytes_ += bytes;
+        break;
       }
-      if (pinned_bytes_ + bytes <= budget) break;
-      // Those of other sizes make room, and count until they are unpinned.
-      if (free_.empty()) return std::optional<StagingSlot>();
-      std::optional<PinnedMemory> unfit(std::move(free_.front()));
-      free_.pop_front();
-      const std::size_t room = unfit->size();
-      lock.unlock();
-      unfit.reset();
-      lock.lock();
-      pinned_bytes_ -= room;
+      if (pinned_bytes_ + bytes <= budget + std::min(abandoned_bytes_, budget)) break;
+      if (free_.empty()) {
+        if (auto error = why_nothing_comes_back(budget)) return *std::move(error);
+        return std::optional<StagingSlot>();
+      }
+      unpin_a_free_slot();  // of another size
     }
-    pinned_bytes_ += bytes;
+    if (memory.empty()) {
+      pinned_bytes_ += bytes;
+      busy_bytes_ += bytes;
+    }
   }
+  if (!memory.empty()) return std::optional(StagingSlot(std::move(memory)));
+
   // Counted back, whichever way this ends without a slot.
   struct Reserved {
     StagingPool& pool;
     std::size_t bytes;
     ~Reserved() {
-      const std::lock_guard lock(pool.mutex_);
+      if (bytes == 0) return;
+      const MutexLock lock(pool.mutex_);
       pool.pinned_bytes_ -= bytes;
+      pool.busy_bytes_ -= bytes;
+      ++pool.changes_;
     }
   } reserved{*this, bytes};
   WL_ASSIGN_OR_RETURN(PinnedMemory made, PinnedMemory::allocate(device, bytes));
@@ -64,22 +88,49 @@ Result<std::optional<StagingSlot>> StagingPool::take(Device& device, std::size_t
   return std::optional(StagingSlot(std::move(memory)));
 }
 
+// Makes room, which counts as taken until it is unpinned. Unpinning takes long: without the lock.
+void StagingPool::unpin_a_free_slot() {
+  std::optional<PinnedMemory> unfit(std::move(free_.front()));
+  free_.pop_front();
+  const std::size_t room = unfit->size();
+  busy_bytes_ += room;
+  {
+    const MutexUnlock unlocked(mutex_);
+    unfit.reset();
+  }
+  pinned_bytes_ -= room;
+  busy_bytes_ -= room;
+  ++changes_;
+}
+
+std::optional<Error> StagingPool::why_nothing_comes_back(std::size_t budget) const {
+  if (busy_bytes_ != 0) return std::nullopt;
+  return Error{.code = ErrorCode::kDriverCallFailed,
+               .message = std::to_string(abandoned_bytes_ >> 20) +
+                          " MiB of pinned memory were given up after copies to a device that could "
+                          "not be waited for, and no more than " +
+                          std::to_string(budget >> 20) +
+                          " MiB besides may be pinned: start the process again"};
+}
+
+unsigned StagingPool::waiting() const {
+  const MutexLock lock(mutex_);
+  return waiting_;
+}
+
 std::size_t StagingPool::pinned_bytes() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return pinned_bytes_;
 }
 
+std::size_t StagingPool::abandoned_bytes() const {
+  const MutexLock lock(mutex_);
+  return abandoned_bytes_;
+}
+
 void StagingPool::clear() {
-  std::list<PinnedMemory> gone;
-  {
-    const std::lock_guard lock(mutex_);
-    gone.swap(free_);
-  }
-  std::size_t bytes = 0;
-  for (const PinnedMemory& slot : gone) bytes += slot.size();
-  gone.clear();
-  const std::lock_guard lock(mutex_);
-  pinned_bytes_ -= bytes;
+  const MutexLock lock(mutex_);
+  while (!free_.empty()) unpin_a_free_slot();
 }
 
 }  // namespace weightlift::device

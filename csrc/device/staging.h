@@ -2,14 +2,15 @@
 // alone at exit.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <list>
-#include <mutex>
 #include <optional>
 #include <utility>
 
 #include "device/pinned.h"
+#include "mutex.h"
 #include "result.h"
 
 namespace weightlift::device {
@@ -17,7 +18,7 @@ namespace weightlift::device {
 // A slot on loan: it goes back to the pool when it dies.
 class StagingSlot {
  public:
-  StagingSlot(StagingSlot&& other) = default;
+  StagingSlot(StagingSlot&& other) noexcept = default;
   StagingSlot& operator=(StagingSlot&& other) = delete;
   ~StagingSlot();
 
@@ -34,17 +35,45 @@ class StagingSlot {
   std::list<PinnedMemory> memory_;  // of one: it moves between lists, which needs no memory
 };
 
+// Whose turn it is where the budget is short: loads that have no slot come before those that could
+// use one more.
+enum class SlotClaim : std::uint8_t { kFirst, kFurther };
+
 class StagingPool {
  public:
   [[nodiscard]] static StagingPool& instance();
 
   // A slot of `bytes`: a free one, or a new one while no more than `budget` bytes are pinned;
-  // nothing where others hold the budget. Pins without holding the lock: several threads make the
-  // slots of a first load at the same time.
+  // nothing where others hold the budget, or wait for a first slot when this is a further one. Pins
+  // without holding the lock: several threads make the slots of a first load at the same time.
+  //
+  // What was abandoned does not count, so that a load need not wait for what never comes back, but
+  // for no more than the budget once more: beyond that, and where nobody holds what could come
+  // back, kDriverCallFailed says so.
   [[nodiscard]] Result<std::optional<StagingSlot>> take(Device& device, std::size_t bytes,
-                                                        std::size_t budget);
+                                                        std::size_t budget,
+                                                        SlotClaim claim = SlotClaim::kFirst);
 
-  [[nodiscard]] std::size_t pinned_bytes() const;
+  // Whoever has no slot and waits for one, as long as this lives.
+  class Waiting {
+   public:
+    explicit Waiting(StagingPool& pool);
+    Waiting(const Waiting&) = delete;
+    Waiting& operator=(const Waiting&) = delete;
+    ~Waiting();
+
+   private:
+    StagingPool& pool_;
+  };
+
+  // How many wait.
+  [[nodiscard]] unsigned waiting() const;
+
+  // Another number whenever take() might answer differently. Asking costs nothing.
+  [[nodiscard]] std::uint64_t changes() const noexcept { return changes_.load(); }
+
+  [[nodiscard]] std::size_t pinned_bytes() const;  // what was abandoned included
+  [[nodiscard]] std::size_t abandoned_bytes() const;
 
   void clear();  // unpins the free slots
 
@@ -52,10 +81,18 @@ class StagingPool {
   friend class StagingSlot;
   StagingPool() = default;
 
-  mutable std::mutex mutex_;
-  std::list<PinnedMemory> free_;
-  std::list<PinnedMemory> abandoned_;
-  std::size_t pinned_bytes_ = 0;
+  void unpin_a_free_slot() WL_REQUIRES(mutex_);
+  [[nodiscard]] std::optional<Error> why_nothing_comes_back(std::size_t budget) const
+      WL_REQUIRES(mutex_);
+
+  mutable Mutex mutex_;
+  std::list<PinnedMemory> free_ WL_GUARDED_BY(mutex_);
+  std::list<PinnedMemory> abandoned_ WL_GUARDED_BY(mutex_);
+  std::size_t pinned_bytes_ WL_GUARDED_BY(mutex_) = 0;
+  std::size_t abandoned_bytes_ WL_GUARDED_BY(mutex_) = 0;  // of these
+  std::size_t busy_bytes_ WL_GUARDED_BY(mutex_) = 0;       // of these: lent, pinned or unpinned now
+  unsigned waiting_ WL_GUARDED_BY(mutex_) = 0;
+  std::atomic<std::uint64_t> changes_ = 0;
 };
 
 }  // namespace weightlift::device

@@ -50,9 +50,14 @@ Result<SlotOutcome> DeviceLane::add_slot(std::uint32_t index) {
   WL_ASSIGN_OR_RETURN(const int devices, device::Device::count());
   const std::size_t budget = std::max(kPinnedBudget, settings_.pinned_bytes) *
                              static_cast<std::size_t>(std::max(devices, 1));
-  WL_ASSIGN_OR_RETURN(auto memory,
-                      device::StagingPool::instance().take(device_, settings_.chunk_bytes, budget));
-  if (!memory) return SlotOutcome::kNoBudget;
+  auto& pool = device::StagingPool::instance();
+  const auto claim = index == 0 ? device::SlotClaim::kFirst : device::SlotClaim::kFurther;
+  WL_ASSIGN_OR_RETURN(auto memory, pool.take(device_, settings_.chunk_bytes, budget, claim));
+  if (!memory) {
+    if (index == 0 && !waiting_) waiting_.emplace(pool);
+    return SlotOutcome::kNoBudget;
+  }
+  waiting_.reset();
   WL_ASSIGN_OR_RETURN(device::Event event, device::Event::create(device_));
   slots_[index].emplace(Slot{.memory = *std::move(memory), .copied = std::move(event)});
   return SlotOutcome::kAdded;

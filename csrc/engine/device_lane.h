@@ -97,6 +97,7 @@ class DeviceLane {
   const Settings& settings_;
   device::Device& device_;
   Streams streams_;
+  std::optional<device::StagingPool::Waiting> waiting_;  // for the first slot
   std::vector<std::optional<Slot>> slots_;  // never resized: threads fill some while one is added
   std::atomic<bool> lost_ = false;          // set by whichever thread a call failed on
 };

@@ -4,10 +4,12 @@
 #include <chrono>
 #include <utility>
 
+#include "device/staging.h"
+
 namespace weightlift::engine {
 namespace {
 
-// While other loads hold all pinned memory: how often to ask for some.
+// While other loads hold all pinned memory: how often to look whether some has come back.
 constexpr std::chrono::milliseconds kPoolRetry{2};
 
 }  // namespace
@@ -46,14 +48,30 @@ std::optional<Task> Dispatcher::next() {
 }
 
 void Dispatcher::wait_for_task() {
-  const bool ask_again = std::any_of(lanes_.begin(), lanes_.end(),
-                                     [](const LaneState& state) { return state.no_budget; });
-  if (!ask_again) {
+  const bool is_starved = std::any_of(lanes_.begin(), lanes_.end(), [](const LaneState& state) {
+    return state.no_budget && state.slot_count == 0;
+  });
+  ++idle_;
+  if (is_starved) {
+    static_cast<void>(task_.wait_until(mutex_, std::chrono::steady_clock::now() + kPoolRetry));
+  } else {
     task_.wait(mutex_);
+  }
+  --idle_;
+}
+
+// As many as there is something to do for: one that finds nothing has cost a switch and the lock.
+void Dispatcher::wake(std::uint32_t threads) {
+  if (threads >= idle_) {
+    task_.notify_all();
     return;
   }
-  static_cast<void>(task_.wait_until(mutex_, std::chrono::steady_clock::now() + kPoolRetry));
-  for (LaneState& state : lanes_) state.no_budget = false;
+  for (; threads > 0; --threads) task_.notify_one();
+}
+
+// Those that wait for a task then end.
+void Dispatcher::wake_if_all_given_out() {
+  if (all_given_out()) task_.notify_all();
 }
 
 bool Dispatcher::all_given_out() const {
@@ -62,13 +80,26 @@ bool Dispatcher::all_given_out() const {
                      [](const LaneState& state) { return state.all_given_out(); });
 }
 
+bool Dispatcher::LaneState::may_add_slot() const {
+  if (adding_slot || slot_count == slot_limit) return false;
+  return !no_budget || device::StagingPool::instance().changes() != pool_changes;
+}
+
+// The units of the chunk that goes into it, and one more slot.
+std::uint32_t Dispatcher::LaneState::tasks_of_a_slot() const {
+  if (all_given_out() || next_chunk == lane.chunks.size()) return 0;
+  return lane.chunks[next_chunk].unit_count + (may_add_slot() ? 1 : 0);
+}
+
 // Of the lanes that can take work, the one that is furthest behind, so that all links stay busy to
 // the end.
 std::optional<Task> Dispatcher::pick() {
   if (next_populate_ < populate_steps_ && !populating_) {
     // One at a time: a second caller breaks the sequential read-ahead of the first.
     populating_ = true;
-    return PopulateTask{.step = next_populate_++};
+    const PopulateTask task{.step = next_populate_++};
+    wake_if_all_given_out();
+    return task;
   }
   LaneState* best = nullptr;
   std::uint32_t best_lane = 0;
@@ -87,6 +118,7 @@ std::optional<Task> Dispatcher::pick() {
   ++best->active;
   if (best->needs_slot()) {
     best->adding_slot = true;
+    best->pool_changes = device::StagingPool::instance().changes();
     return AddSlotTask{.lane = best_lane, .slot = best->slot_count};
   }
   return take_units(best_lane);
@@ -102,6 +134,7 @@ UnitTask Dispatcher::take_units(std::uint32_t lane_index) {
     if (!state.open_slot) open_next_chunk(state);
     task.slot = *state.open_slot;
     if (state.next_unit == state.open_chunk_end) state.open_slot.reset();
+    if (state.all_given_out()) wake_if_all_given_out();
     return task;
   }
   // Fresh huge pages are faulted in by one thread each: two that touch the same one at the same
@@ -110,6 +143,7 @@ UnitTask Dispatcher::take_units(std::uint32_t lane_index) {
     state.issued += units[state.next_unit++].payload;
     ++task.unit_count;
   }
+  if (state.all_given_out()) wake_if_all_given_out();
   return task;
 }
 
@@ -125,28 +159,30 @@ void Dispatcher::open_next_chunk(LaneState& state) {
 void Dispatcher::finish(const PopulateTask& /*task*/, Status status) {
   populating_ = false;
   if (!status.ok()) stop(std::move(status).error());
-  task_.notify_all();
 }
 
 void Dispatcher::finish(const AddSlotTask& task, Result<SlotOutcome> outcome) {
   LaneState& state = lanes_[task.lane];
   state.adding_slot = false;
+  state.no_budget = false;
   if (!outcome.ok() && state.slot_count == 0) {
     stop(std::move(outcome).error());
   } else if (!outcome.ok()) {
     // Fewer slots are slower, not wrong.
     state.slot_limit = state.slot_count;
     state.slot_refusal = std::move(outcome).error();
-  } else if (*outcome == SlotOutcome::kAdded) {
+  } else if (*outcome == SlotOutcome::kNoBudget) {
+    // Asked again when something has come back; where this is the first slot, by a thread that
+    // looks for it while this one may have other work.
+    state.no_budget = true;
+    if (state.slot_count == 0) wake(1);
+  } else {
     state.free_slots.push(task.slot);
     ++state.slot_count;
     ++slots_added_;
-  } else if (state.slot_count == 0) {
-    state.no_budget = true;
-  } else {
-    state.slot_limit = state.slot_count;
+    const std::uint32_t tasks = state.tasks_of_a_slot();
+    if (tasks > 1) wake(tasks - 1);  // this thread takes one
   }
-  task_.notify_all();  // for the slot, or to ask again
   end_task(state);
 }
 
@@ -200,7 +236,7 @@ void Dispatcher::arrived(std::uint32_t lane, Status status) {
   }
   ++state.chunks_arrived;
   state.free_slots.push(slot);
-  task_.notify_all();
+  wake(state.tasks_of_a_slot());
 }
 
 void Dispatcher::wait_until_idle(std::uint32_t lane) {

@@ -104,7 +104,8 @@ class Dispatcher {
     std::uint32_t slot_count = 0;
     std::uint32_t slot_limit = 0;
     bool adding_slot = false;
-    bool no_budget = false;                  // when it last asked for a slot
+    bool no_budget = false;                  // when it last asked for a slot,
+    std::uint64_t pool_changes = 0;          // which was then
     std::optional<std::uint32_t> open_slot;  // being filled: its chunk's units are given out
     std::uint32_t open_chunk_end = 0;        // unit behind that chunk's last
     std::optional<Error> slot_refusal;
@@ -119,16 +120,18 @@ class Dispatcher {
     [[nodiscard]] double share() const {
       return static_cast<double>(issued) / static_cast<double>(lane.payload);
     }
+    // Tasks that a slot that has just become free makes.
+    [[nodiscard]] std::uint32_t tasks_of_a_slot() const;
     [[nodiscard]] bool needs_slot() const { return staged && !open_slot && free_slots.empty(); }
-    [[nodiscard]] bool may_add_slot() const {
-      return !adding_slot && !no_budget && slot_count < slot_limit;
-    }
+    [[nodiscard]] bool may_add_slot() const;
   };
 
   [[nodiscard]] std::optional<Task> pick() WL_REQUIRES(mutex_);
   [[nodiscard]] UnitTask take_units(std::uint32_t lane) WL_REQUIRES(mutex_);
   void open_next_chunk(LaneState& state) WL_REQUIRES(mutex_);
   void wait_for_task() WL_REQUIRES(mutex_);
+  void wake(std::uint32_t threads) WL_REQUIRES(mutex_);
+  void wake_if_all_given_out() WL_REQUIRES(mutex_);
   void end_task(LaneState& state) WL_REQUIRES(mutex_);
 
   Mutex mutex_;
@@ -137,6 +140,7 @@ class Dispatcher {
   const std::uint32_t populate_steps_;
   std::uint32_t next_populate_ WL_GUARDED_BY(mutex_) = 0;
   bool populating_ WL_GUARDED_BY(mutex_) = false;
+  std::uint32_t idle_ WL_GUARDED_BY(mutex_) = 0;  // reader threads that wait for a task
   std::uint32_t slots_added_ WL_GUARDED_BY(mutex_) = 0;
   std::optional<Error> error_ WL_GUARDED_BY(mutex_);
   std::atomic<bool> stopped_ = false;  // written with the lock held

@@ -94,7 +94,7 @@ unsigned Load::State::wanted_workers() const {
 
 Status Load::State::spawn_lane_threads() {
   for (std::uint32_t lane = 0; lane < schedule_.lanes.size(); ++lane) {
-    if (!runner_->serves_device(lane)) continue;
+    if (runner_->device_of(lane) == nullptr) continue;
     if (threads_.spawn([this, lane] { runner_->await_copies(lane); })) continue;
     return Error{.code = ErrorCode::kOutOfMemory,
                  .message =

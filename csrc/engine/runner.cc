@@ -27,16 +27,17 @@ auto attempt(const Work& work) -> decltype(work()) try {
 }  // namespace
 
 Status Runner::open_devices() {
-  for (const Lane& lane : schedule_.lanes) {
-    std::unique_ptr<DeviceLane>& device = devices_.emplace_back();
+  for (std::size_t i = 0; i < schedule_.lanes.size(); ++i) {
+    const Lane& lane = schedule_.lanes[i];
     if (lane.device == kHostDevice || lane.chunks.empty()) continue;
+    devices_.resize(schedule_.lanes.size());  // a load to the host alone needs none
     const DeviceNeeds& needs = plan_.needs_of(lane.device);
     if (needs.scratch_bytes != 0 && needs.scratch == 0) {
       return Error{
           .code = ErrorCode::kInvalidArgument,
           .message = "no scratch memory was given for cuda:" + std::to_string(lane.device)};
     }
-    WL_ASSIGN_OR_RETURN(device, DeviceLane::open(plan_, lane, needs, settings_));
+    WL_ASSIGN_OR_RETURN(devices_[i], DeviceLane::open(plan_, lane, needs, settings_));
   }
   return {};
 }
@@ -101,7 +102,7 @@ Status Runner::submit(const UnitTask& task, const Chunk& chunk, Buffers& buffers
 
 Status Runner::deliver_units(const UnitTask& task, Scratch& scratch) {
   const Lane& lane = schedule_.lanes[task.lane];
-  DeviceLane* const device = devices_[task.lane].get();
+  DeviceLane* const device = device_of(task.lane);
   std::byte* const slot = device != nullptr ? device->slot(task.slot) : nullptr;
   for (std::uint32_t i = 0; i < task.unit_count && !dispatcher_.stopped(); ++i) {
     const Unit& unit = lane.units[task.first_unit + i];

@@ -33,8 +33,9 @@ class Runner {
 
   // Opens the devices of the schedule.
   [[nodiscard]] Status open_devices();
-  [[nodiscard]] bool serves_device(std::uint32_t lane) const noexcept {
-    return devices_[lane] != nullptr;
+  // Null for the host's lane.
+  [[nodiscard]] DeviceLane* device_of(std::uint32_t lane) const noexcept {
+    return lane < devices_.size() ? devices_[lane].get() : nullptr;
   }
 
   // A reader thread: tasks until there are none left.
@@ -64,7 +65,7 @@ class Runner {
   Sources& sources_;
   Dispatcher& dispatcher_;
   Counters& counters_;
-  std::vector<std::unique_ptr<DeviceLane>> devices_;  // by lane; null for the host's
+  std::vector<std::unique_ptr<DeviceLane>> devices_;  // by lane; empty where there are none
 };
 
 }  // namespace weightlift::engine

@@ -5,10 +5,13 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "device/context.h"
+#include "device/staging.h"
 #include "engine/load.h"
 #include "engine/pinned_hoard.h"
 #include "engine/random_plans.h"
@@ -109,6 +112,78 @@ TEST(ConcurrentLoads, DoNotWaitForEachOthersSlots) {
     }
     expect_machine_clean(machine, "crossed slots");
   }
+}
+
+// A load that began with one slot takes more when others give theirs back.
+TEST(ConcurrentLoads, GrowWhenOthersGiveBack) {
+  Machine machine(1);
+  {
+    Scenario scenario(1, 1);
+    scenario.settings.threads = 4;
+    scenario.settings.chunk_bytes = 256 * kKiB;
+    scenario.settings.pinned_bytes = 4 * scenario.settings.chunk_bytes;
+    const Origin file = scenario.add_file(4 * kMiB);
+    for (int i = 0; i < 3; ++i) {
+      scenario.add(file, 0, 4 * kMiB, Dtype::kU8, Dtype::kU8, 0, 0);
+    }
+    sim().sim_set_time(SIM_TIME_REAL);
+    sim().sim_set_link(0, 40e6);  // 0.3 s
+    Hoard hoard(1, scenario.settings.chunk_bytes);
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    ASSERT_TRUE(load->start().ok());
+    while (load->progress().done == 0) EXPECT_FALSE(load->wait(milliseconds(1)));
+    hoard.give_back();
+    wait_for(*load, "growing");
+    const auto report = load->finish();
+    ASSERT_TRUE(report.ok()) << report.error().describe();
+    EXPECT_EQ(report->peak_staging_bytes, scenario.settings.pinned_bytes);
+    scenario.expect_everything(*load, *report, "growing");
+  }
+  expect_machine_clean(machine, "growing");
+}
+
+// What comes back goes to a load that has nothing before one that has something and wants more.
+TEST(ConcurrentLoads, ServeThoseWithoutASlotFirst) {
+  Machine machine(1);
+  {
+    Scenario large(1, 1);
+    Scenario small(2, 1);
+    for (Scenario* const scenario : {&large, &small}) {
+      scenario->settings.threads = 4;
+      scenario->settings.chunk_bytes = 256 * kKiB;
+      scenario->settings.pinned_bytes = 4 * scenario->settings.chunk_bytes;
+    }
+    const Origin file = large.add_file(4 * kMiB);
+    for (int i = 0; i < 5; ++i) large.add(file, 0, 4 * kMiB, Dtype::kU8, Dtype::kU8, 0, 0);
+    small.add(small.add_file(100 * kKiB), 0, 100 * kKiB, Dtype::kU8, Dtype::kU8, 0, 0);
+    sim().sim_set_time(SIM_TIME_REAL);
+    sim().sim_set_link(0, 40e6);  // 0.5 s
+    const Hoard hoard(1, 2 * 256 * kKiB);
+    std::optional one =
+        device::StagingPool::instance().take(**device::Device::get(0), 256 * kKiB, 64 * kMiB);
+    ASSERT_TRUE(one->ok());
+    auto first = large.prepare();
+    auto second = small.prepare();
+    ASSERT_NE(first, nullptr);
+    ASSERT_NE(second, nullptr);
+    ASSERT_TRUE(first->start().ok());
+    while (first->progress().done == 0) EXPECT_FALSE(first->wait(milliseconds(1)));
+    ASSERT_TRUE(second->start().ok());
+    while (device::StagingPool::instance().waiting() == 0) {
+      EXPECT_FALSE(second->wait(milliseconds(1)));
+    }
+    one.reset();
+    wait_for(*second, "small");
+    EXPECT_LT(first->progress().done, first->progress().total) << "the small load came last";
+    wait_for(*first, "large");
+    for (auto* const load : {first.get(), second.get()}) {
+      const auto report = load->finish();
+      ASSERT_TRUE(report.ok()) << report.error().describe();
+      (load == first.get() ? large : small).expect_everything(*load, *report, "both");
+    }
+  }
+  expect_machine_clean(machine, "served first");
 }
 
 }  // namespace

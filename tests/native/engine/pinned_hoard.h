@@ -19,7 +19,7 @@ class Hoard {
     constexpr std::size_t kSlot = 32 * kMiB;
     auto& pool = device::StagingPool::instance();
     const std::size_t budget = 64 * kMiB * static_cast<std::size_t>(devices);
-    std::size_t bytes = budget - left - pool.pinned_bytes();
+    std::size_t bytes = budget + pool.abandoned_bytes() - left - pool.pinned_bytes();
     while (bytes > 0) {
       const std::size_t slot = std::min(kSlot, bytes);
       auto taken = pool.take(**device::Device::get(0), slot, budget);

@@ -1,0 +1,146 @@
+// Which thread gets what, and who is woken for it.
+#include "engine/dispatcher.h"
+
+#include <gtest/gtest.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <fstream>
+#include <optional>
+#include <string>
+#include <thread>
+#include <variant>
+#include <vector>
+
+#include "engine/bounded_queue.h"
+#include "engine/schedule.h"
+
+namespace weightlift::engine::test {
+namespace {
+
+using std::chrono::milliseconds;
+
+TEST(BoundedQueue, GivesBackInOrderAroundItsEnd) {
+  BoundedQueue<int> queue(3);
+  EXPECT_TRUE(queue.empty());
+  int next = 0;
+  int expected = 0;
+  for (int round = 0; round < 5; ++round) {
+    queue.push(next++);
+    queue.push(next++);
+    EXPECT_EQ(queue.front(), expected);
+    EXPECT_EQ(queue.pop(), expected++);
+    EXPECT_EQ(queue.pop(), expected++);
+    EXPECT_TRUE(queue.empty());
+  }
+}
+
+// Chunks of `units` units each, for one device and one slot.
+Schedule chunks_of(std::uint32_t units, std::uint32_t chunks) {
+  Schedule schedule;
+  Lane& lane = schedule.lanes.emplace_back();
+  lane.device = 0;
+  lane.slots = 1;
+  for (std::uint32_t i = 0; i < chunks; ++i) {
+    lane.chunks.push_back({.first_unit = i * units, .unit_count = units});
+  }
+  for (std::uint32_t i = 0; i < units * chunks; ++i) lane.units.push_back({.payload = 1});
+  lane.payload = units * chunks;
+  return schedule;
+}
+
+// Of one thread: sleeps that it was woken from (proc(5)).
+std::uint64_t sleeps_of(pid_t thread) {
+  std::ifstream status("/proc/self/task/" + std::to_string(thread) + "/status");
+  const std::string field = "voluntary_ctxt_switches:";
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with(field)) return std::stoull(line.substr(field.size()));
+  }
+  return 0;
+}
+
+// A reader thread that takes its tasks and does nothing with them.
+struct Reader {
+  std::atomic<pid_t> id = 0;
+  std::atomic<std::uint32_t> units = 0;
+  std::thread thread;
+
+  void run(Dispatcher& dispatcher) {
+    thread = std::thread([this, &dispatcher] {
+      id = static_cast<pid_t>(::syscall(SYS_gettid));
+      const MutexLock lock(dispatcher.mutex());
+      while (const std::optional<Task> task = dispatcher.next()) {
+        const auto* const unit = std::get_if<UnitTask>(&*task);
+        ASSERT_NE(unit, nullptr);
+        ++units;
+        if (dispatcher.finish(*unit, {})) dispatcher.submitted(*unit, {});
+      }
+    });
+  }
+};
+
+std::uint64_t sleeps_of(const std::vector<Reader>& readers) {
+  std::uint64_t all = 0;
+  for (const Reader& reader : readers) all += sleeps_of(reader.id);
+  return all;
+}
+
+// Until nobody has been woken for a while.
+std::uint64_t settled_sleeps(const std::vector<Reader>& readers) {
+  std::uint64_t before = sleeps_of(readers);
+  for (int quiet = 0; quiet < 20;) {
+    std::this_thread::sleep_for(milliseconds(5));
+    const std::uint64_t now = sleeps_of(readers);
+    quiet = now == before ? quiet + 1 : 0;
+    before = now;
+  }
+  return before;
+}
+
+TEST(DispatcherNext, WakesOneThreadAUnit) {
+  constexpr std::uint32_t kUnits = 2;
+  constexpr std::uint32_t kChunks = 6;
+  const Schedule schedule = chunks_of(kUnits, kChunks);
+  Dispatcher dispatcher(schedule, 0);
+  AddSlotTask slot;
+  {
+    const MutexLock lock(dispatcher.mutex());
+    const auto task = dispatcher.next();
+    ASSERT_TRUE(task && std::holds_alternative<AddSlotTask>(*task));
+    slot = std::get<AddSlotTask>(*task);
+  }
+  std::vector<Reader> readers(16);
+  for (Reader& reader : readers) reader.run(dispatcher);
+  for (const Reader& reader : readers) {
+    while (reader.id == 0) std::this_thread::yield();
+  }
+  std::uint64_t before = settled_sleeps(readers);
+  for (std::uint32_t chunk = 0; chunk < kChunks; ++chunk) {
+    {
+      const MutexLock lock(dispatcher.mutex());
+      if (chunk == 0) {
+        dispatcher.finish(slot, SlotOutcome::kAdded);
+      } else {
+        ASSERT_TRUE(dispatcher.oldest_submitted(0).has_value());
+        dispatcher.arrived(0, {});
+      }
+    }
+    if (chunk + 1 == kChunks) break;  // then all end
+    const std::uint64_t now = settled_sleeps(readers);
+    // Who is woken may sleep once more, for the lock.
+    EXPECT_LE(now - before, 4 * kUnits) << "chunk " << chunk;
+    before = now;
+  }
+  std::uint32_t units = 0;
+  for (Reader& reader : readers) {
+    reader.thread.join();
+    units += reader.units;
+  }
+  EXPECT_EQ(units, kUnits * kChunks);
+}
+
+}  // namespace
+}  // namespace weightlift::engine::test
