@@ -25,7 +25,7 @@ LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-architectures wheel gpu-check bench bench-env clean dev release
+.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-architectures wheel gpu-check gpu-rehearsal bench bench-env clean dev release
 
 help:
 	@printf '%s\n' \
@@ -39,6 +39,7 @@ help:
 	  'make test-libraries  the own tests of diffusers, transformers, ... with the backends on' \
 	  'make test-matrix     with the versions that tests/matrix locks' \
 	  'make gpu-check       tests and measures on a machine with a GPU' \
+	  'make gpu-rehearsal   the same here, on the simulated driver' \
 	  'make bench           the benchmark, into build/bench-runs; then make summary report' \
 	  'make summary         the summary of this machine, in benchmarks/results' \
 	  'make report          its tables and pictures' \
@@ -219,10 +220,14 @@ wheel: $(VENV)/.tools
 	  -C cmake.define.WEIGHTLIFT_CUDA=ON .
 	@ls -l dist/*.whl
 
-# One machine with a GPU, offline, with the Python at hand: builds, runs every GPU test (a skip
-# fails), then the GPU benchmark.
+# One machine with a GPU, offline, with the Python at hand: fifteen minutes in two commands, the
+# first look first (tests/gpu_check/run.py --help). A skipped test fails.
 gpu-check:
-	tests/gpu_check.sh
+	$(PYTHON) tests/gpu_check/run.py $(GPU_CHECK)
+
+# The whole of it here, on the simulated driver, with parts that hang and break on purpose.
+gpu-rehearsal: dev
+	$(BIN)/python tests/gpu_check/run.py --rehearsal $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) .bench build dist .demo

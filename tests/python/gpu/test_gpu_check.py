@@ -73,15 +73,41 @@ def test_a_missing_gpu_fails() -> None:
     assert "no GPU, and WEIGHTLIFT_REQUIRE_GPU is set" in done.stdout
 
 
+CHECK = HERE.parents[1] / "gpu_check" / "run.py"
+
+
+def run_check(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(CHECK), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_the_script_says_that_there_is_no_gpu() -> None:
-    script = HERE.parents[1] / "gpu_check.sh"
-    done = subprocess.run(
-        ["bash", script],
-        env={**os.environ, "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def test_nothing_runs_without_a_gpu(tmp_path: Path) -> None:
+    done = run_check("--results", tmp_path)
     assert done.returncode == 1
-    assert "torch sees no GPU here: `make gpu-check` needs one" in done.stderr
+    assert "torch sees no GPU here: `make gpu-check` needs one" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00-machine.log", "summary.txt"]
+
+
+def test_what_goes_wrong_costs_its_own_part_alone(tmp_path: Path) -> None:
+    parts = ("hangs on purpose", "breaks on purpose", "dies on purpose", "machine")
+    done = run_check("--rehearsal", "--results", tmp_path, "--only", *parts)
+    assert done.returncode == 0, done.stdout
+    told = (tmp_path / "summary.txt").read_text()
+    for part, outcome in zip(
+        ("machine", "hangs on purpose", "breaks on purpose", "dies on purpose"),
+        (" ok ", "stopped, 3 s", "status 2", "status -6"),
+        strict=True,
+    ):
+        line = next(line for line in told.splitlines() if part in line)
+        assert outcome in line
+    assert "hangs" in (tmp_path / "04-hangs-on-purpose.log").read_text()
+
+
+def test_a_bound_that_is_past_begins_nothing(tmp_path: Path) -> None:
+    done = run_check("--rehearsal", "--results", tmp_path, "--minutes", -1)
+    assert done.returncode == 0
+    assert (
+        done.stdout.count("not begun: no time left")
+        == len((tmp_path / "summary.txt").read_text().splitlines()) - 1
+    )
