@@ -25,7 +25,7 @@ LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-architectures wheel gpu-check gpu-rehearsal bench bench-env clean dev release
+.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-architectures wheel gpu-check gpu-rehearsal kernel-report bench bench-env clean dev release
 
 help:
 	@printf '%s\n' \
@@ -199,8 +199,11 @@ check-perf: dev $(VENV)/.valgrind
 
 # Under ASan and UBSan; so many seconds each of the targets.
 FUZZ_SECONDS ?= 60
-fuzz: $(VENV)/.clang
+fuzz: dev $(VENV)/.clang
 	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+	for arm in kernel kernel_cuda_arm; do \
+	  WEIGHTLIFT_KERNEL_SECONDS=$(FUZZ_SECONDS) build/dev/tests/native/$${arm}_test || exit 1; \
+	done
 
 # With each version that tests/matrix/*.txt locks: `make test-matrix MATRIX="oldest newest"`.
 test-matrix: dev
@@ -219,6 +222,13 @@ wheel: $(VENV)/.tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w dist \
 	  -C cmake.define.WEIGHTLIFT_CUDA=ON .
 	@ls -l dist/*.whl
+
+# Registers, spills and sizes of the kernel by architecture, into tests/KERNELS.md.
+kernel-report: $(VENV)/.tools
+	$(BIN)/python cmake/build_kernels.py --nvcc nvcc --include csrc --out build/kernel-report \
+	  --ptxas "$$($(BIN)/python -c 'import glob, nvidia; print(*(f for p in nvidia.__path__ for f in glob.glob(p + "/cuda_nvcc/bin/ptxas")))')" \
+	  --report tests/KERNELS.md csrc/convert/scatter.cu \
+	  $$(sed -n 's/^set(WEIGHTLIFT_KERNEL_ARCHITECTURES "\([0-9;]*\)".*/\1/p' CMakeLists.txt | tr ';' ' ')
 
 # One machine with a GPU, offline, with the Python at hand: fifteen minutes in two commands, the
 # first look first (tests/gpu_check/run.py --help). A skipped test fails.

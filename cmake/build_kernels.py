@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--host-compiler", default="", help="for nvcc")
     parser.add_argument("--include", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--report", type=Path, help="a Markdown file of registers and spills")
     parser.add_argument("--all", action="store_true", help="fail where an architecture is unknown")
     parser.add_argument("source")
     parser.add_argument("architectures", type=int, nargs="+")
@@ -162,6 +163,22 @@ def main() -> None:
             f"{size:7,} bytes  {image.usage}"
         )
     print(f"PTX {PTX_VERSION} for sm_{oldest}, by {toolkit}, {ptx.stat().st_size:,} bytes")
+    if arguments.report is not None:
+        rows = [
+            f"| sm_{image.architecture} | {image.maker} | {image.abi} | "
+            f"{image.path.stat().st_size:,} | {image.usage} |"
+            for image in images
+        ]
+        head = [
+            "# The kernel by architecture",
+            "",
+            f"Compiled by {toolkit} to PTX {PTX_VERSION} for sm_{oldest}; `make kernel-report` "
+            "writes this page.",
+            "",
+            "| architecture | assembled by | ELF ABI | bytes | what ptxas -v says |",
+            "|---|---|---|---|---|",
+        ]
+        arguments.report.write_text("\n".join([*head, *rows, ""]))
 
 
 if __name__ == "__main__":
