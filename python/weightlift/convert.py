@@ -19,7 +19,7 @@ from weightlift.core.atomic import flush_file, flush_folder, temporary_beside, u
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.requirements import require
-from weightlift.load.loading import load_tensors
+from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError
 from weightlift.core.requirements import require
-from weightlift.load.loading import Loading, load_tensors
+from weightlift.load.load_plan import LoadPlan
+from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import Backend, LoadOptions, Mode, Progress, mode_of_backend
 from weightlift.module.device_map import DeviceMap, assign, parse_device_map
 
@@ -109,16 +110,15 @@ def load_checkpoint(
             raise ArgumentError(f"{sorted(open_arguments)}: this checkpoint is open already")
     else:
         checkpoint = open_checkpoint(path_or_repo_or_checkpoint, **open_arguments)
-    loading = Loading(checkpoint, LoadOptions(mode, pin_memory, verify, progress))
+    plan = LoadPlan(checkpoint, LoadOptions(mode, pin_memory, verify, progress))
     name = dtypes.parse_dtype(dtype)
     devices = parse_device_map(device_map)
     if len(set(devices.values())) == 1 and "" in devices:
-        loading.add(devices[""], name)
+        plan.add(devices[""], name)
     else:
         for device, names in assign(checkpoint, devices).items():
-            loading.add(device, name, names)
-    loading.start()
-    return loading.result()
+            plan.add(device, name, names)
+    return plan.start().result()
 
 
 def load_state_dict(

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core.report import LoadReport
-from weightlift.load.loading import Loading
+from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions, Mode, Progress
 from weightlift.module.device_map import DeviceMap
-from weightlift.module.fill import fill
+from weightlift.module.fill import NewLoad, fill
 from weightlift.module.matching import MatchPolicy
 from weightlift.module.parameters import ParameterRef, dtensor_types, parameter_refs
 from weightlift.module.placement import PlacementPolicy
@@ -102,7 +102,7 @@ def load_into(
         dtype=dtype,
         memory_format=memory_format,
     )
-    with _together(model, refs, group, scope) as new_loading:
+    with _together(model, refs, group, scope) as new_load:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
         if key_map is not None:
@@ -114,7 +114,7 @@ def load_into(
             placement,
             matching,
             options,
-            new_loading=new_loading,
+            new_load=new_load,
             refs=refs,
         )
 
@@ -124,10 +124,10 @@ def _together(
     refs: Sequence[ParameterRef],
     group: ProcessGroup | DeviceMesh | None,
     scope: Scope,
-) -> AbstractContextManager[Callable[[Checkpoint, LoadOptions], Loading]]:
+) -> AbstractContextManager[NewLoad]:
     kinds = dtensor_types()
     if group is None and not any(isinstance(ref.tensor, kinds) for ref in refs):
-        return contextlib.nullcontext(Loading)
+        return contextlib.nullcontext(LoadPlan)
     from weightlift.distributed.collective import group_load
 
     return group_load(model, group, scope)

@@ -17,7 +17,7 @@ from weightlift.core.report import record
 from weightlift.core.requirements import require
 from weightlift.core.settings import Settings
 from weightlift.load.allocation import TorchAllocator, from_dlpack
-from weightlift.load.loading import load_tensors
+from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import Backend, LoadOptions, mode_of_backend
 from weightlift.load.plans import new_plan, run_plan
 

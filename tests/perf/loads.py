@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import weightlift as wl
 from weightlift import _native
 from weightlift.checkpoint.checkpoint import Checkpoint
-from weightlift.load import loading
+from weightlift.load.load_tensors import load_tensors
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -257,7 +257,7 @@ def _to_device(given: tuple[Path, SimulatedMemory], dtype: str | None = None) ->
     path, allocator = given
     # A chunk a MiB. Two slots: how many more a load would take is chance.
     with wl.Settings(chunk_bytes=1 << 20, pinned_bytes=2 << 20):
-        return loading.load_tensors(
+        return load_tensors(
             Checkpoint.of_file(path), torch.device("cuda", 0), dtype=dtype, allocator=allocator
         )
 

@@ -29,7 +29,8 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core import dtypes
 from weightlift.core.errors import CheckpointError, OutOfMemoryError, WeightliftError
-from weightlift.load.loading import Loading, load_tensors
+from weightlift.load.load_plan import LoadPlan
+from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 
 if TYPE_CHECKING:
@@ -146,11 +147,10 @@ def _load(
     checkpoint: Checkpoint, groups: Mapping[tuple[torch.device, str | None], list[str]]
 ) -> dict[str, torch.Tensor]:
     def load() -> dict[str, torch.Tensor]:
-        loading = Loading(checkpoint, LoadOptions(caller=_NAME))
+        plan = LoadPlan(checkpoint, LoadOptions(caller=_NAME))
         for (device, dtype), names in groups.items():
-            loading.add(device, dtype, names)
-        loading.start()
-        return loading.result()
+            plan.add(device, dtype, names)
+        return plan.start().result()
 
     # Not within `except`: the error holds on to what was loaded until there.
     with contextlib.suppress(OutOfMemoryError):

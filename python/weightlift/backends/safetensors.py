@@ -15,7 +15,7 @@ from weightlift.backends import Hook, StandAside, is_enabled, or_stock, stand_as
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import WeightliftError
-from weightlift.load.loading import load_tensors
+from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import Backend, LoadOptions, mode_of_backend
 from weightlift.safe_open import safe_open
 

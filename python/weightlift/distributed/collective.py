@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,15 +15,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from weightlift.core.errors import ArgumentError
-from weightlift.distributed.exchange import GroupLoading
+from weightlift.distributed.group_load import GroupLoadPlan
 from weightlift.distributed.rank_group import RankGroup, Scope, describe, digest, require_same
-from weightlift.load.loading import Loading
-from weightlift.load.options import LoadOptions
+from weightlift.load.load_plan import LoadPlan
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.parallel import ParallelStyle
 
     from weightlift.checkpoint.checkpoint import Checkpoint
+    from weightlift.module.fill import NewLoad
 
 __all__ = ["TensorParallel", "collective_load", "group_load", "tensor_parallel"]
 
@@ -32,16 +32,16 @@ class TensorParallel:
     """What all ranks of a mesh do together with one model.
 
     Attributes:
-        new_loading: makes the ``Loading`` of the parts that are this rank's.
+        new_load: makes the plan of a load, of the parts that are this rank's.
     """
 
     def __init__(
         self,
         device_mesh: DeviceMesh,
         tp_plan: Mapping[str, ParallelStyle] | None,
-        new_loading: Callable[[Checkpoint, LoadOptions], Loading],
+        new_load: NewLoad,
     ) -> None:
-        self.new_loading = new_loading
+        self.new_load = new_load
         self._device_mesh = device_mesh
         self._tp_plan = tp_plan
 
@@ -84,8 +84,8 @@ def tensor_parallel(
         )
     if device_mesh.get_coordinate() is None:
         raise ArgumentError(f"device_mesh is {device_mesh}, and rank {dist.get_rank()} not of it")
-    with _team([device_mesh.get_group()], None) as new_loading:
-        yield TensorParallel(device_mesh, tp_plan, new_loading)
+    with _rank_group([device_mesh.get_group()], None) as new_load:
+        yield TensorParallel(device_mesh, tp_plan, new_load)
 
 
 def _require_initialized(what: str) -> None:
@@ -99,11 +99,11 @@ def _require_initialized(what: str) -> None:
 @contextlib.contextmanager
 def group_load(
     model: torch.nn.Module, group: dist.ProcessGroup | DeviceMesh | None, scope: Scope = "node"
-) -> Iterator[Callable[[Checkpoint, LoadOptions], Loading]]:
+) -> Iterator[NewLoad]:
     """Within it, a load that one rank cannot end ends on all with an error.
 
-    It makes the ``Loading`` for ``fill``: that of a team, if there is a group or the model has
-    DTensors.
+    It gives what makes the load for ``fill``: one of a rank group, if there is a group or the model
+    has DTensors.
     """
     if scope not in ("node", "group"):
         raise ArgumentError(f"scope is {scope!r}; it can be 'node' or 'group'")
@@ -112,8 +112,8 @@ def group_load(
         _require_within(groups[0], model)
     else:
         groups = _groups_of(model)
-    with _team(groups, scope if group is not None else None) as new_loading:
-        yield new_loading
+    with _rank_group(groups, scope if group is not None else None) as new_load:
+        yield new_load
 
 
 def _groups_of(model: torch.nn.Module) -> list[dist.ProcessGroup]:
@@ -139,33 +139,34 @@ def _require_within(group: dist.ProcessGroup, model: torch.nn.Module) -> None:
 class CollectiveLoad:
     """A load that the ranks of a model's meshes do at the same time, each by itself."""
 
-    def __init__(self, team: RankGroup) -> None:
-        self._team = team
+    def __init__(self, rank_group: RankGroup) -> None:
+        self._rank_group = rank_group
         self.ended = False
 
     def begin(
         self,
         checkpoint: Checkpoint | None,
         error: BaseException | None,
-        wanted: Mapping[str, str],
+        outcomes: Mapping[str, str],
     ) -> bool:
         """Waits for all ranks; ``False`` where none of them could open the checkpoint.
 
         Args:
             checkpoint: must be the same on all ranks.
             error: why there is none.
-            wanted: the name of a tensor -> what becomes of it, the same on all ranks.
+            outcomes: the name of a tensor -> what becomes of it, the same on all ranks.
         """
         self.ended = True  # unless it is got through
         failure = None if error is None else f"{type(error).__name__}: {error}"
-        known = None if checkpoint is None else describe(checkpoint)
-        payload = (failure, known, digest(sorted(wanted.items())))
-        said = self._team.agree(None, payload)
-        if all(reason is not None for reason, _, _ in said.values()):
+        described = None if checkpoint is None else describe(checkpoint)
+        payload = (failure, described, digest(sorted(outcomes.items())))
+        answers = self._rank_group.agree(None, payload)
+        if all(reason is not None for reason, _, _ in answers.values()):
             self.ended = False
             return False
-        self._team.refuse({rank: reason for rank, (reason, _, _) in said.items()}, error)
-        require_same(self._team, {rank: rest for rank, (_, *rest) in said.items()}, wanted)
+        self._rank_group.refuse({rank: reason for rank, (reason, _, _) in answers.items()}, error)
+        same = {rank: rest for rank, (_, *rest) in answers.items()}
+        require_same(self._rank_group, same, outcomes)
         self.ended = False
         return True
 
@@ -177,33 +178,31 @@ def collective_load(model: torch.nn.Module) -> Iterator[CollectiveLoad]:
     Raises:
         CheckpointError: on every rank, at the latest when it is left.
     """
-    team = RankGroup([group for group in _groups_of(model) if group.size() > 1], None)
-    meeting = CollectiveLoad(team)
+    rank_group = RankGroup([group for group in _groups_of(model) if group.size() > 1], None)
+    load = CollectiveLoad(rank_group)
     try:
-        yield meeting
+        yield load
     except Exception as error:
-        if not meeting.ended:
-            team.agree(error)
+        if not load.ended:
+            rank_group.agree(error)
         raise
-    team.agree(None)
+    rank_group.agree(None)
 
 
 @contextlib.contextmanager
-def _team(
-    groups: Sequence[dist.ProcessGroup], scope: Scope | None
-) -> Iterator[Callable[[Checkpoint, LoadOptions], Loading]]:
+def _rank_group(groups: Sequence[dist.ProcessGroup], scope: Scope | None) -> Iterator[NewLoad]:
     if all(group.size() == 1 for group in groups):
-        yield Loading
+        yield LoadPlan
         return
-    team = RankGroup(groups, scope)
+    rank_group = RankGroup(groups, scope)
     try:
-        yield functools.partial(GroupLoading, team)
+        yield functools.partial(GroupLoadPlan, rank_group)
     except Exception as error:
-        if not team.begun:  # the others wait for the beginning
-            team.agree(error)
+        if not rank_group.load_started:  # the others wait there
+            rank_group.agree(error)
         raise
     finally:
-        team.close()
+        rank_group.close()
 
 
 def _all_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

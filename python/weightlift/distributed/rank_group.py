@@ -26,8 +26,13 @@ Scope: TypeAlias = Literal["node", "group"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Said:
-    """What a rank tells the others at a point that all of them reach."""
+class Answer:
+    """What a rank tells the others at a point that all of them reach.
+
+    Attributes:
+        failure: what has failed there, in words.
+        payload: what it gives.
+    """
 
     failure: str | None
     payload: Any
@@ -37,14 +42,17 @@ class RankGroup:
     """The ranks that load together.
 
     Args:
-        groups: over which a word goes to all of them, one after the other (those of a mesh).
+        groups: over which a message goes to all of them, one after the other (those of a mesh).
         scope: who exchanges replicated tensors; ``None``: nobody.
+
+    Attributes:
+        load_started: whether all ranks have met at the start of the load.
     """
 
     def __init__(self, groups: Sequence[dist.ProcessGroup], scope: Scope | None) -> None:
         self.groups = groups
         self.scope = scope
-        self.begun = False
+        self.load_started = False
         self._node: dist.ProcessGroup | None = None
         self._lost: CheckpointError | None = None
 
@@ -54,9 +62,9 @@ class RankGroup:
         Raises:
             CheckpointError: on every rank, where one has an error.
         """
-        said = self.gather(self.groups, error, payload)
-        self.refuse({rank: one.failure for rank, one in said.items()}, error)
-        return {rank: one.payload for rank, one in said.items()}
+        answers = self.gather(self.groups, error, payload)
+        self.refuse({rank: answer.failure for rank, answer in answers.items()}, error)
+        return {rank: answer.payload for rank, answer in answers.items()}
 
     @staticmethod
     def refuse(failures: Mapping[int, str | None], error: BaseException | None) -> None:
@@ -72,22 +80,22 @@ class RankGroup:
         groups: Sequence[dist.ProcessGroup],
         error: BaseException | None,
         payload: Any = None,
-    ) -> dict[int, _Said]:
-        """What all ranks of these groups say, by rank."""
+    ) -> dict[int, Answer]:
+        """The answers of all ranks of these groups, by rank."""
         if self._lost is not None:
             raise self._lost
         failure = None if error is None else f"{type(error).__name__}: {error}"
-        said = {dist.get_rank(): _Said(failure, payload)}
+        answers = {dist.get_rank(): Answer(failure, payload)}
         for group in groups:
-            heard: list[Any] = [None] * group.size()
-            with self.naming_the_lost(group, failure):
-                dist.all_gather_object(heard, said, group)
-            for one in heard:
-                said.update(one)
-        return dict(sorted(said.items()))
+            gathered: list[Any] = [None] * group.size()
+            with self.naming_lost_ranks(group, failure):
+                dist.all_gather_object(gathered, answers, group)
+            for answers_of_rank in gathered:
+                answers.update(answers_of_rank)
+        return dict(sorted(answers.items()))
 
     @contextlib.contextmanager
-    def naming_the_lost(
+    def naming_lost_ranks(
         self, group: dist.ProcessGroup, failure: str | None = None
     ) -> Iterator[None]:
         """Within it, a rank that does not answer is a ``CheckpointError``."""
@@ -102,15 +110,14 @@ class RankGroup:
             )
             raise self._lost from error
 
-    def exchangers(self) -> dist.ProcessGroup:
-        """Those who share the reading: all, or of this node."""
+    def readers(self) -> dist.ProcessGroup:
+        """Those who share the reading: all ranks, or those of this node."""
         (group,) = self.groups
         if self.scope == "node":
             nodes = self.agree(None, _node_id())
             mine = [rank for rank, node in nodes.items() if node == nodes[dist.get_rank()]]
             if len(mine) < len(nodes):
-                made = dist.new_group(mine, use_local_synchronization=True)
-                assert isinstance(made, dist.ProcessGroup)
+                made: Any = dist.new_group(mine, use_local_synchronization=True)
                 self._node = group = made
         return group
 
@@ -152,24 +159,30 @@ def digest(value: object) -> str:
 
 
 def require_same(
-    team: RankGroup, said: Mapping[int, Sequence[Any]], wanted: Mapping[str, str]
+    rank_group: RankGroup, answers: Mapping[int, Sequence[Any]], outcomes: Mapping[str, str]
 ) -> None:
-    """Raises, on all ranks alike, where the ranks are to load different things."""
-    first = min(said)
-    for rank, ((digest, text), _) in said.items():
-        if digest != said[first][0][0]:
+    """Raises, on all ranks alike, where the ranks are to load different things.
+
+    Args:
+        rank_group: who loads.
+        answers: of each rank, ``describe`` of its checkpoint and the digest of its outcomes.
+        outcomes: of each tensor's name, what becomes of it on this rank.
+    """
+    first = min(answers)
+    for rank, ((digest, text), _) in answers.items():
+        if digest != answers[first][0][0]:
             raise CheckpointError(
-                f"the ranks have different checkpoints: rank {first} has {said[first][0][1]}, "
+                f"the ranks have different checkpoints: rank {first} has {answers[first][0][1]}, "
                 f"rank {rank} has {text}; names, shapes and sizes of the files must be the same"
             )
-    if all(digest == said[first][1] for _, digest in said.values()):
+    if all(digest == answers[first][1] for _, digest in answers.values()):
         return
-    everyone = team.agree(None, dict(wanted))
+    everyone = rank_group.agree(None, dict(outcomes))
     for rank, names in everyone.items():
         for name in sorted(names.keys() | everyone[first].keys()):
             here, there = names.get(name), everyone[first].get(name)
             # Without an exchange, a rank may have modules that the others have not.
-            if here != there and (team.scope is not None or None not in (here, there)):
+            if here != there and (rank_group.scope is not None or None not in (here, there)):
                 raise CheckpointError(
                     f"the ranks load different things: {name!r} is to be {there or 'nowhere'} on "
                     f"rank {first} and {here or 'nowhere'} on rank {rank}"

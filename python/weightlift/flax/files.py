@@ -17,7 +17,7 @@ from weightlift.core import dtypes
 from weightlift.core.atomic import atomic_file
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, FormatError
-from weightlift.load.loading import Loading
+from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ def load_file(
             whole.append(name)
 
     cpu = parse_device("cpu")
-    loading = Loading(checkpoint, LoadOptions(caller="weightlift.flax"))
+    plan = LoadPlan(checkpoint, LoadOptions(caller="weightlift.flax"))
     if whole:
-        loading.add(cpu, wanted, whole)
+        plan.add(cpu, wanted, whole)
     # A name may be added once for a destination: the first parts of all tensors, the second, ...
     for number in range(max(map(len, cut.values()), default=0)):
         at = [
@@ -92,15 +92,14 @@ def load_file(
             for name, parts in cut.items()
             if number < len(parts)
         ]
-        loading.add(
+        plan.add(
             cpu,
             None,
             [name for name, _, _ in at],
             [target for _, _, target in at],
             [ranges for _, ranges, _ in at],
         )
-    loading.start()
-    loaded = loading.result()
+    loaded = plan.start().result()
 
     arrays = {}
     for name, (_, shape) in headers.items():

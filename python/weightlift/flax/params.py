@@ -23,7 +23,7 @@ from weightlift.core.atomic import atomic_file
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, CheckpointError, ReadError, read_error
 from weightlift.flax.files import check_dtype, to_host, to_numpy
-from weightlift.load.loading import load_tensors
+from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions, Mode
 
 if TYPE_CHECKING:

@@ -95,7 +95,9 @@ class TorchAllocator:
                 return  # in pieces it may still fit
 
 
-def empty_on_host(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def empty_on_host(
+    shape: Sequence[int], dtype: torch.dtype, *, pin_memory: bool = False
+) -> torch.Tensor:
     """A CPU tensor, on huge pages where it fills one: on small ones, most of the time of a load
     into it goes into page faults.
 
@@ -105,8 +107,8 @@ def empty_on_host(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     import torch
 
     size = math.prod(shape) * dtype.itemsize
-    if size < _HUGE_PAGE_BYTES:
-        return torch.empty(tuple(shape), dtype=dtype)
+    if pin_memory or size < _HUGE_PAGE_BYTES:
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=pin_memory)
     memory: torch.Tensor = from_dlpack()(_native.host_memory(size))
     return memory.view(dtype).reshape(tuple(shape))
 

@@ -12,6 +12,7 @@ from weightlift.core.errors import read_error
 from weightlift.core.settings import Settings
 from weightlift.load.allocation import Allocator, TorchAllocator
 from weightlift.load.options import Progress
+from weightlift.load.phases import enter_phase
 
 __all__ = [
     "cancel_plan",
@@ -55,6 +56,7 @@ def finish_plan(
             report's ``"touched"`` names those files, and the caller finds out whether their bytes
             have changed.
     """
+    enter_phase("wait")
     with progress_callback(progress) as show:
         try:
             if not plan.wait(0):
@@ -67,6 +69,7 @@ def finish_plan(
         except BaseException:
             cancel_plan(plan)
             raise
+    enter_phase("deliver")
     report = plan.finish()
     if not check_touched:
         return report

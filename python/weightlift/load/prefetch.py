@@ -2,56 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
-from weightlift.load.loading import Loading
+from weightlift.load.load_plan import LoadPlan, Running
 from weightlift.load.options import LoadOptions
 
 if TYPE_CHECKING:
     import torch
 
+    from weightlift.checkpoint.checkpoint import Checkpoint
+    from weightlift.core.report import LoadReport
 
 __all__ = ["PrefetchedLoad"]
 
 
+@dataclasses.dataclass(frozen=True)
 class PrefetchedLoad:
-    """A load that began before its model was there, in the belief that everything goes to one
-    device in one dtype; ``fill`` takes from it what turns out to be as believed."""
+    """A load that runs before its module is there, of tensors that are expected to go to one
+    device in one dtype; ``fill`` takes from it those that do.
 
-    def __init__(
-        self,
+    Attributes:
+        running: the load.
+        device: where its tensors go.
+        dtype: the file's name of the dtype that floating-point tensors are cast to, if any.
+        names: of its tensors.
+        renames: the checkpoint's names -> those that its tensors have here, where they differ.
+    """
+
+    running: Running
+    device: torch.device
+    dtype: str | None
+    names: frozenset[str]
+    renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def start(
+        cls,
         checkpoint: Checkpoint,
         device: torch.device,
         dtype: str | None,
         names: Sequence[str] | None = None,
         options: LoadOptions = LoadOptions(),
-    ) -> None:
-        self.device = device
-        self.dtype = dtype
-        self.names = frozenset(checkpoint if names is None else names)
-        self.loading = Loading(checkpoint, options)
-        self.loading.add(device, dtype, names)
-        self.loading.start()
-        self._renamed: Mapping[str, str] = {}
+    ) -> PrefetchedLoad:
+        """Starts to load; ``names`` are all by default."""
+        plan = LoadPlan(checkpoint, options)
+        plan.add(device, dtype, names)
+        return cls(plan.start(), device, dtype, frozenset(checkpoint if names is None else names))
 
-    def rename(self, names: Mapping[str, str]) -> None:
-        """From now on under the names that ``checkpoint.renamed`` gives."""
-        self.names = frozenset(names.get(name, name) for name in self.names)
-        self._renamed = names
+    def renamed(self, renames: Mapping[str, str]) -> PrefetchedLoad:
+        """The same load under the names that ``Checkpoint.renamed`` gives."""
+        names = frozenset(renames.get(name, name) for name in self.names)
+        return dataclasses.replace(self, names=names, renames=renames)
 
-    def suits(self, device: torch.device, file_dtype: str, target: str | None) -> bool:
-        """Whether what it loads comes as it is wanted: there, and cast to ``target``, if to any."""
+    def delivers(self, device: torch.device, file_dtype: str, cast_to: str | None) -> bool:
+        """Whether a tensor of a file's dtype comes to this device, and in the dtype that it is to
+        be cast to, if to any."""
         if device != self.device:
             return False
         if file_dtype not in dtypes.FLOATING:
             return True
-        return (target or file_dtype) == (self.dtype or file_dtype)
+        return (cast_to or file_dtype) == (self.dtype or file_dtype)
 
-    def result(self) -> dict[str, torch.Tensor]:
-        tensors = self.loading.result()
-        if self._renamed:
-            return {self._renamed.get(name, name): t for name, t in tensors.items()}
+    def result(self) -> dict[str, Any]:
+        """Waits for the end: name -> tensor."""
+        tensors = self.running.result()
+        if self.renames:
+            return {self.renames.get(name, name): tensor for name, tensor in tensors.items()}
         return tensors
+
+    def cancel(self) -> None:
+        """Stops it, and waits until nothing is in flight."""
+        self.running.cancel()
+
+    @property
+    def report(self) -> LoadReport:
+        """What it did, when it has ended."""
+        return self.running.report

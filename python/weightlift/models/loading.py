@@ -179,10 +179,8 @@ def _load(
                 report = quantizer.load(model, checkpoint, placement, matching, options)
             elif parallel is not None:
                 parallel.cut(model)
-                new_loading = parallel.new_loading
-                report = fill(
-                    model, checkpoint, placement, matching, options, new_loading=new_loading
-                )
+                new_load = parallel.new_load
+                report = fill(model, checkpoint, placement, matching, options, new_load=new_load)
             else:
                 refs, modules = gather(model)
                 report = fill(
@@ -190,7 +188,7 @@ def _load(
                 )
     except BaseException:
         if early is not None:
-            early.loading.cancel()
+            early.cancel()
         raise
     _warn_of_keys(cls, path, report)
     if device_map is not None and "hf_device_map" not in vars(model):
@@ -317,7 +315,7 @@ def _begin(
             for name in checkpoint
             if kept.isdisjoint(name.split(".")) and not (ignored and ignored(name))
         ]
-    return PrefetchedLoad(checkpoint, device, dtypes.parse_dtype(believed), names, options)
+    return PrefetchedLoad.start(checkpoint, device, dtypes.parse_dtype(believed), names, options)
 
 
 def _open_flax(path: str, hub: HubArguments, model: torch.nn.Module) -> Checkpoint:

@@ -16,7 +16,7 @@ from weightlift.checkpoint.checkpoint import Checkpoint, describe_location
 from weightlift.core import dtypes
 from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.report import LoadReport, set_last_report
-from weightlift.load.loading import Loading
+from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions
 from weightlift.module.device_map import assign, resolve_device_map
 from weightlift.module.fill import fill
@@ -151,12 +151,12 @@ class _BitsAndBytes:
         cast = None if self._quantized else dtypes.parse_dtype(dtype)
         report = LoadReport()
         for part in _parts(of_weight, layers):
-            loading = Loading(checkpoint, LoadOptions(options.mode))
+            plan = LoadPlan(checkpoint, LoadOptions(options.mode))
             for device in {device_of[weight] for weight in part}:
-                loading.add(
+                plan.add(
                     device, cast, [n for w in part if device_of[w] == device for n in of_weight[w]]
                 )
-            loading.start()
+            loading = plan.start()
             tensors = loading.result()
             report = report.plus(loading.report)
             for weight in part:
@@ -358,11 +358,11 @@ class _TorchAo:
                 f"{describe_location(checkpoint)}: parts of quantized tensors are missing: the "
                 "file is not complete:\n" + "\n".join(format_names("missing", absent))
             )
-        loading = Loading(checkpoint, LoadOptions(options.mode))
+        plan = LoadPlan(checkpoint, LoadOptions(options.mode))
         for device, names in assign(parts, devices).items():
             inside = [part for name in names for part in parts[name]]
-            loading.add(_real(device, names[0]), None, inside)
-        loading.start()
+            plan.add(_real(device, names[0]), None, inside)
+        loading = plan.start()
         tensors = loading.result()
         mismatched = {}
         for name, inside in parts.items():  # one at a time: torchao goes through all for each

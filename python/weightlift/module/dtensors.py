@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 from weightlift.core.errors import ArgumentError
-from weightlift.load.loading import SliceRange
+from weightlift.load.destination import SliceRange
 
 __all__ = ["device_of", "from_local", "initialized", "local_of", "local_part"]
 

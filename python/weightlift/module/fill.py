@@ -10,7 +10,8 @@ from weightlift.core import dtypes, gc_pause
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError
 from weightlift.core.report import LoadReport, set_last_report
-from weightlift.load.loading import Loading, SliceRange
+from weightlift.load.destination import SliceRange
+from weightlift.load.load_plan import LoadPlan, Planned
 from weightlift.load.options import LoadOptions
 from weightlift.load.prefetch import PrefetchedLoad
 from weightlift.module.device_map import assign, resolve_device_map, single_device
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["fill"]
+__all__ = ["NewLoad", "fill"]
+
+# Makes the plan of a load; with the ranks of a group, one that they share.
+NewLoad: TypeAlias = Callable[[Checkpoint, LoadOptions], Planned]
 
 
 @gc_pause.paused()
@@ -47,7 +51,7 @@ def fill(
     options: LoadOptions = LoadOptions(),
     *,
     prefetched: PrefetchedLoad | None = None,
-    new_loading: Callable[[Checkpoint, LoadOptions], Loading] = Loading,
+    new_load: NewLoad = LoadPlan,
     refs: Sequence[ParameterRef] | None = None,
 ) -> LoadReport:
     """``load_into`` for callers that have more to say.
@@ -59,7 +63,7 @@ def fill(
         matching: what becomes of those that are on one side alone.
         options: how they are loaded.
         prefetched: a load of ``checkpoint`` that runs already.
-        new_loading: makes the ``Loading``; of ``distributed.collective.group_load``.
+        new_load: makes the plan of the load; of ``distributed.collective.group_load``.
         refs: of the model's tensors, if they are known.
     """
     keep_in_fp32 = placement.keep_in_fp32
@@ -96,9 +100,9 @@ def fill(
     where = _devices_of(tensors, devices)
     reuse = not options.pin_memory and memory_format is None
     places = _sort(matched, where, headers, rule, early, reuse)
-    loading = new_loading(checkpoint, options)
-    places.add_to(loading, checkpoint)
-    arrived, report = _run(loading, early, places.believed)
+    plan = new_load(checkpoint, options)
+    places.add_to(plan, checkpoint)
+    arrived, report = _run(plan, early, places.believed)
     views: set[int] = set()
 
     def taken(name: str) -> torch.Tensor:
@@ -108,7 +112,7 @@ def fill(
         return _apart(value, views) if checkpoint.is_view(name) else value
 
     take = arrived.pop if checkpoint.is_plain and not places.recast else taken
-    unshared = checkpoint.is_plain and new_loading is Loading  # nobody else has what it makes
+    unshared = checkpoint.is_plain and new_load is LoadPlan  # nobody else has what it makes
     for (_, _, in_place, _), group in places.groups.items():
         if not in_place:
             set_all(((slot, take(name)) for name, slot in group), memory_format, adopt=unshared)
@@ -223,17 +227,17 @@ class _Places(NamedTuple):
     on_disk: dict[str, tuple[str, str | None]]
     recast: dict[str, torch.dtype]
 
-    def add_to(self, loading: Loading, checkpoint: Checkpoint) -> None:
+    def add_to(self, plan: Planned, checkpoint: Checkpoint) -> None:
         for (device, target, in_place, in_parts), group in self.groups.items():
             names = [name for name, _ in group if name not in self.believed]
             ranges = [self.parts[name] for name in names] if in_parts else None
             if in_place:
                 targets = [local_tensor(slot.tensor) for _, slot in group]
-                loading.add(device, None, names, targets, ranges)
+                plan.add(device, None, names, targets, ranges)
             elif len(names) == len(checkpoint) and not in_parts:
-                loading.add(device, target)  # in the order of the files, which is planned sooner
+                plan.add(device, target)  # in the order of the files, which is planned sooner
             elif names:
-                loading.add(device, target, names, parts=ranges)
+                plan.add(device, target, names, parts=ranges)
 
 
 def _sort(
@@ -291,7 +295,7 @@ def _sort(
         device = device or (cpu if on_meta else tensor.device)
         in_part = name in parts
         in_place = False
-        suited = early is not None and not in_part and early.suits(device, file_dtype, target)
+        suited = early is not None and not in_part and early.delivers(device, file_dtype, target)
         if suited and name in begun:
             believed.add(name)
         elif reuse and not on_meta and device == tensor.device:
@@ -375,21 +379,20 @@ def _initialize(
 
 
 def _run(
-    loading: Loading, early: PrefetchedLoad | None, believed: Collection[str]
+    plan: Planned, early: PrefetchedLoad | None, believed: Collection[str]
 ) -> tuple[dict[str, torch.Tensor], LoadReport]:
     """Runs what was not begun early, and brings in what was."""
     if early is not None and not believed:
-        early.loading.cancel()
+        early.cancel()
     if early is None or not believed:
-        loading.start()
-        tensors = loading.result()
-        return tensors, loading.report
+        running = plan.start()
+        return running.result(), running.report
     tensors = early.result()
-    report = early.loading.report
-    if loading.has_work:
-        loading.start()
-        tensors.update(loading.result())
-        report = report.plus(loading.report)
+    report = early.report
+    if not plan.is_empty:
+        running = plan.start()
+        tensors.update(running.result())
+        report = report.plus(running.report)
     return tensors, report
 
 

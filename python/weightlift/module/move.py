@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from weightlift.core import dtypes
-from weightlift.load.loading import copy_to_device
+from weightlift.load.load_tensors import copy_to_device
 from weightlift.module.parameters import parameter_refs, set_all
 
 if TYPE_CHECKING:

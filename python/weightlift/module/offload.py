@@ -17,7 +17,7 @@ from weightlift.checkpoint.integrity import Identity
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, CheckpointError, WeightliftError
 from weightlift.core.report import disk_reads_of
-from weightlift.load.loading import load_tensors
+from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 from weightlift.module.device_map import assign
 

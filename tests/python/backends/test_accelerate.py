@@ -418,17 +418,17 @@ def test_neither_cache_nor_garbage_is_looked_at_for_every_file(
 
 
 def test_memory_that_garbage_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weightlift.load.loading import Loading
+    from weightlift.load.load_plan import LoadPlan
 
     checkpoint = write(tmp_path / "checkpoint", "safetensors")
-    real, failures = Loading.start, [wl.OutOfMemoryError("full")]
+    real, failures = LoadPlan.start, [wl.OutOfMemoryError("full")]
 
-    def start(self: Loading) -> None:
+    def start(self: LoadPlan) -> Any:
         if failures:
             raise failures.pop()
-        real(self)
+        return real(self)
 
-    monkeypatch.setattr(Loading, "start", start)
+    monkeypatch.setattr(LoadPlan, "start", start)
     with wl.enabled(CALLER), engine_moves(tensor_bytes(checkpoint), CALLER):
         accelerate.load_checkpoint_in_model(build(True), checkpoint, {"": "cpu"})
     assert failures == []

@@ -21,7 +21,7 @@ from weightlift.bench.contenders import CONTENDERS, Job
 from weightlift.bench.measure_child import _forward
 from weightlift.bench.models import bench_folder, model_job
 from weightlift.core.errors import CheckpointError
-from weightlift.load import loading, plans
+from weightlift.load.phases import observe_phases
 
 
 def bench(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -187,11 +187,10 @@ def test_bad_input(
 
 @pytest.mark.parametrize("mode", ["map", "read"])
 def test_which_file_of_a_folder_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+    tmp_path: Path, request: pytest.FixtureRequest, mode: str
 ) -> None:
     # Whose phases are booked in the measured process, for good.
-    monkeypatch.setattr(loading.Loading, "start", loading.Loading.start)
-    monkeypatch.setattr(plans, "finish_plan", plans.finish_plan)
+    request.addfinalizer(lambda: observe_phases(None))
     torch.manual_seed(0)
     model = AutoencoderTiny(
         encoder_block_out_channels=(4, 4, 4, 4), decoder_block_out_channels=(4, 4, 4, 4)

@@ -22,17 +22,16 @@ from support import PEERS, assert_same, assert_same_tensors
 from weightlift.bench import contenders
 from weightlift.bench.contenders import CONTENDERS, Job
 from weightlift.bench.measure_child import _measure, _tensors
-from weightlift.load import loading, plans
+from weightlift.load.phases import observe_phases
 
 
 @pytest.fixture(autouse=True)
-def _of_this_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _of_this_test() -> Iterator[None]:
     """In a measured process phases are booked for good."""
-    monkeypatch.setattr(loading.Loading, "start", loading.Loading.start)
-    monkeypatch.setattr(plans, "finish_plan", plans.finish_plan)
     contenders.reports.clear()
     yield
     wl.disable()
+    observe_phases(None)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from support import assert_same_tensors, open_files
 from weightlift import _native
 from weightlift.checkpoint import dduf as dduf_module
 from weightlift.checkpoint.dduf import Dduf, open_dduf
-from weightlift.load.loading import load_tensors
+from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 
 CASES = hand_made.dduf_cases()

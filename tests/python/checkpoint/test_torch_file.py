@@ -29,7 +29,7 @@ from weightlift import _native
 from weightlift.checkpoint import torch_file
 from weightlift.checkpoint.torch_file import LoadedTorchFile, TorchFile, View, open_torch_file
 from weightlift.core import dtypes
-from weightlift.load.loading import load_tensors
+from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 
 # Some of these tensors are of kinds that torch calls a prototype, or deprecated.

@@ -27,7 +27,7 @@ import support
 import weightlift as wl
 from weightlift import _native
 from weightlift.checkpoint.checkpoint import Checkpoint
-from weightlift.load import loading, plans
+from weightlift.load import load_tensors, plans
 from weightlift.models.saving import save_weights
 
 SHORT = -1
@@ -168,7 +168,7 @@ class OnDevice:
 
     def __call__(self, path: Path) -> dict[str, bytes]:
         allocator = simulated.SimulatedAllocator(self.driver)
-        loaded = loading.load_tensors(
+        loaded = load_tensors.load_tensors(
             Checkpoint.of_file(path), torch.device("cuda", 0), dtype=self.dtype, allocator=allocator
         )
         return {name: tensor.bits() for name, tensor in loaded.items()}

@@ -87,7 +87,7 @@ class SimulatedTensor:
 
 
 class SimulatedAllocator:
-    """``loading.Allocator``: each block comes with its previous owner's kernel still queued."""
+    """``allocation.Allocator``: each block comes with its previous owner's kernel still queued."""
 
     kind = SimulatedTensor
 

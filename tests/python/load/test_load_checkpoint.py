@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import weightlift as wl
 from support import DTYPES, assert_same, assert_same_tensors, entry, file_bytes, sparse_file
 from weightlift import _native
-from weightlift.load.loading import Loading
+from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions
 
 TENSORS = {
@@ -229,16 +229,15 @@ def test_parts(tmp_path: Path, stored: str, wanted: str | None, into: str | None
         empty = torch.zeros(shape if into == "contiguous" else shape[::-1], dtype=torch.uint8)
         target = empty.to(expected.dtype) if stored != "F4" else empty.view(expected.dtype)
         targets = [target if into == "contiguous" else target.t()]
-    loading = Loading(wl.Checkpoint.of_file(path))
-    loading.add(
+    plan = LoadPlan(wl.Checkpoint.of_file(path))
+    plan.add(
         torch.device("cpu"),
         wanted if into is None else None,
         ["w"],
         targets,
         [[(1, 2, 3), (0, 1, 6 // packed)]],
     )
-    loading.start()
-    loaded = loading.result()["w"]
+    loaded = plan.start().result()["w"]
     assert targets is None or loaded is targets[0]
     assert_same(loaded, expected)
 
@@ -251,9 +250,9 @@ def test_a_load_that_is_given_up_stops_hashing(tmp_path: Path) -> None:
     size = 8 << 30
     sparse_file(path, {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}, size)
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {path.name}\n")
-    loading = Loading(wl.Checkpoint.of_file(path), LoadOptions(verify=True))
-    loading.add(torch.device("cpu"))
-    loading.start()
+    plan = LoadPlan(wl.Checkpoint.of_file(path), LoadOptions(verify=True))
+    plan.add(torch.device("cpu"))
+    loading = plan.start()
     loading.cancel()
     assert loading._hashes is not None
     for check in loading._hashes._checks:

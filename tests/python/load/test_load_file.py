@@ -28,7 +28,8 @@ from support import (
     sparse_file,
 )
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
-from weightlift.load.loading import Loading, load_tensors
+from weightlift.load.load_plan import LoadPlan
+from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 
 MODES = ["auto", "map", "read"]
@@ -711,7 +712,7 @@ def test_a_part_that_does_not_fit_is_named(tmp_path: Path) -> None:
     count = 1 << 41
     header = {"big": {"dtype": "U8", "shape": [count], "data_offsets": [0, count]}}
     sparse_file(path, header, count)
-    loading = Loading(open_checkpoint(path), LoadOptions("read"))
-    loading.add(torch.device("cpu"), None, ["big"], parts=[[(0, 1, count // 2)]])
+    plan = LoadPlan(open_checkpoint(path), LoadOptions("read"))
+    plan.add(torch.device("cpu"), None, ["big"], parts=[[(0, 1, count // 2)]])
     with pytest.raises(wl.OutOfMemoryError, match=r"sparse\.safetensors: tensor 'big'.*load fewer"):
-        loading.start()
+        plan.start()

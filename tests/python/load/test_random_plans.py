@@ -24,7 +24,7 @@ from support import DTYPES, bits, entry, file_bytes, open_files
 from weightlift import Settings, _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
-from weightlift.load import loading
+from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions
 
 __all__ = ["machine"]
@@ -203,7 +203,7 @@ def check(machine: Switch, plan: Plan) -> None:
             checkpoint = Checkpoint([_native.IndexedFile.open(str(path)) for path in paths])
             with plan.settings:
                 allocator = simulated.SimulatedAllocator(driver)
-                load = loading.Loading(checkpoint, LoadOptions(plan.mode), allocator=allocator)
+                load = LoadPlan(checkpoint, LoadOptions(plan.mode), allocator=allocator)
             for number, group in enumerate(plan.groups):
                 mine = [(name, c.ranges) for name, c in plan.tensors() if c.group == number]
                 load.add(
@@ -213,8 +213,8 @@ def check(machine: Switch, plan: Plan) -> None:
                     [name for name, _ in mine],
                     parts=[cut for _, cut in mine] if group.parts else None,
                 )  # fmt: skip
-            load.start()
-            loaded = load.result()
+            running = load.start()
+            loaded = running.result()
             assert loaded.keys() == theirs.keys()
             for name, tensor in loaded.items():
                 other = theirs[name]
@@ -227,9 +227,9 @@ def check(machine: Switch, plan: Plan) -> None:
                     packed = 2 if tensor.dtype == "F4" else 1
                     assert math.prod(tensor.shape) == other.numel() * packed, name
                     assert tensor.bits() == bits(other), name
-            assert load.report.bytes == delivered_bytes(plan)
+            assert running.report.bytes == delivered_bytes(plan)
             tensor = None
-            del loaded, tensor, load, checkpoint
+            del loaded, tensor, load, running, checkpoint
     assert open_files() == before
 
 

@@ -31,7 +31,8 @@ from simulated import (
 from weightlift import Settings, _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
-from weightlift.load import loading, plans
+from weightlift.load import load_tensors, plans
+from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions
 
 __all__ = ["machine"]
@@ -79,7 +80,7 @@ def _assert_loaded(ours: dict[str, SimulatedTensor], theirs: dict[str, torch.Ten
 def _load(path: Path, device: int, driver: Any, **options: Any) -> dict[str, SimulatedTensor]:
     options.setdefault("allocator", SimulatedAllocator(driver))
     how = LoadOptions(progress=options.pop("progress", False))
-    return loading.load_tensors(
+    return load_tensors.load_tensors(
         Checkpoint.of_file(path), torch.device("cuda", device), how, **options
     )
 
@@ -168,14 +169,13 @@ def _to_devices(
     """All tensors in one plan, tensor ``i`` to device ``place(i)``."""
     checkpoint = Checkpoint.of_file(path)
     with Settings(threads=2, chunk_bytes=512 * 1024):
-        load = loading.Loading(checkpoint, allocator=allocator)
+        load = LoadPlan(checkpoint, allocator=allocator)
     names: dict[int, list[str]] = {}
     for i, name in enumerate(checkpoint):
         names.setdefault(place(i), []).append(name)
     for device, chosen in names.items():
         load.add(torch.device("cuda", device), dtype, chosen)
-    load.start()
-    return load.result()
+    return load.start().result()
 
 
 def test_one_plan_for_eight_devices(machine: Switch, checkpoint_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_tensors_in_memory_go_through_the_ring(machine: Switch, dtype: str | Non
         with machine(2, seed, policy) as driver, settings:
             used = SimulatedAllocator(driver)
             target = torch.device("cuda", 1)
-            loaded = loading.copy_to_device(tensors, target, dtype, allocator=used)
+            loaded = load_tensors.copy_to_device(tensors, target, dtype, allocator=used)
             for name, tensor in loaded.items():
                 assert tensor.bits() == support.bits(expected[name]), name
             assert used.reserved == {1: sum(t.nbytes for t in expected.values())}

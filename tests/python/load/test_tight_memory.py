@@ -113,7 +113,7 @@ with fault_sweep.machine(0):
     driver = fault_sweep.OnDevice.driver
     driver.set_hashing(False)
     from weightlift import Checkpoint
-    from weightlift.load.loading import load_tensors
+    from weightlift.load.load_tensors import load_tensors
     allocator = fault_sweep.simulated.SimulatedAllocator(driver)
     checkpoint = Checkpoint.of_file(path)
     before = support.anonymous_bytes()

@@ -23,7 +23,7 @@ from hub_server import HubServer, hub
 from support import DTYPES, assert_same_tensors, bits, entry, file_bytes, run_python
 from weightlift.bench.contenders import CONTENDERS, Job
 from weightlift.bench.measure_child import _tensors, checksum
-from weightlift.load import loading, plans
+from weightlift.load.phases import observe_phases
 
 jax = pytest.importorskip("jax", reason="jax is installed for Python 3.11 and later")
 
@@ -263,12 +263,11 @@ def test_a_unet_from_torch_computes_the_same(torch_unet: tuple[TorchUNet, Path])
 
 
 def test_what_bench_compares(
-    torch_unet: tuple[TorchUNet, Path], monkeypatch: pytest.MonkeyPatch
+    torch_unet: tuple[TorchUNet, Path], request: pytest.FixtureRequest
 ) -> None:
     """The loop that users of safetensors write gives the model's parameters; so does weightlift."""
     # In a measured process phases are booked for good.
-    monkeypatch.setattr(loading.Loading, "start", loading.Loading.start)
-    monkeypatch.setattr(plans, "finish_plan", plans.finish_plan)
+    request.addfinalizer(lambda: observe_phases(None))
     theirs, folder = torch_unet
     (file,) = folder.glob("*.safetensors")
     job = Job("", (str(file),), folder=str(folder))

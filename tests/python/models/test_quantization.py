@@ -426,12 +426,12 @@ def test_a_few_weights_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     expected = load(folder, load_in_4bit=True)
     started: list[list[str]] = []
 
-    class Loading(quantization.Loading):
-        def start(self) -> None:
-            started.append([name for group in self._groups for name in group.names or ()])
-            super().start()
+    class LoadPlan(quantization.LoadPlan):
+        def start(self) -> Any:
+            started.append([name for group in self._destinations for name in group.names or ()])
+            return super().start()
 
-    monkeypatch.setattr(quantization, "Loading", Loading)
+    monkeypatch.setattr(quantization, "LoadPlan", LoadPlan)
     monkeypatch.setattr(quantization, "_AT_ONCE", 1)
     model = load(folder, load_in_4bit=True)
     assert started == [[f"{name}.weight"] for name in QUANTIZED]

@@ -66,7 +66,7 @@ class Call:
                 return
             keep = self.early["keep"]
             names = [n for n in self.checkpoint if keep.isdisjoint(n.split("."))] if keep else None
-            self.begun = PrefetchedLoad(
+            self.begun = PrefetchedLoad.start(
                 self.checkpoint,
                 self.early["device"],
                 self.early["dtype"],
@@ -86,7 +86,7 @@ class Call:
 
     def cancel(self) -> None:
         if self.begun is not None:
-            self.begun.loading.cancel()
+            self.begun.cancel()
             self.begun = None
 
     def keep_on_disk(self, model: Any, devices: Any, on_disk: DiskWeights, given: Any) -> None:

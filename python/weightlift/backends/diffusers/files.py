@@ -16,7 +16,7 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.resolve import CheckpointFiles, ShardFile
 from weightlift.core import dtypes
 from weightlift.core.errors import DeviceError
-from weightlift.load.loading import load_tensors
+from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions, Mode
 
 if TYPE_CHECKING:

@@ -117,7 +117,7 @@ class _Load:
         given, call = self._given, self._call
         prefetched = None if call is None else call.take()
         if prefetched is not None and renamed is not None:
-            prefetched.rename(renamed)
+            prefetched = prefetched.renamed(renamed)
         device_map = given["device_map"]
         placement = PlacementPolicy(
             device_map and _known_prefixes(given["model"], device_map),

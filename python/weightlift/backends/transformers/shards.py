@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from weightlift.load.loading import SliceRange
+    from weightlift.load.destination import SliceRange
 
 __all__ = ["Cut", "cutter"]
 

@@ -3,7 +3,7 @@
 What ``transformers.core_model_loading.convert_and_load_state_dict_in_model`` does tensor by tensor,
 with a regex, a future and a conversion object for each, is done here for all of them at once: the
 library's own functions say what each tensor is called in the model and who converts it, then one
-``Loading`` brings every tensor to its device and dtype. Tensors that the library only stacks or
+``LoadPlan`` brings every tensor to its device and dtype. Tensors that the library only stacks or
 concatenates (the experts of a mixture) are written straight to their place in the result; other
 conversions are the library's, on tensors that arrive a few at a time.
 """

@@ -13,8 +13,10 @@ from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import WeightliftError
 from weightlift.load.allocation import Allocator, TorchAllocator
-from weightlift.load.loading import Loading, SliceRange
+from weightlift.load.destination import SliceRange
+from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions, Mode, Progress
+from weightlift.load.running_load import RunningLoad
 
 if TYPE_CHECKING:
     import torch
@@ -69,13 +71,11 @@ class Weights(Mapping[str, "Slice"]):
     def allocator(self) -> Allocator:
         return TorchAllocator()
 
-    def loading(
-        self, devices: set[torch.device], casts: bool, progress: Progress | None
-    ) -> Loading:
+    def plan(self, devices: set[torch.device], casts: bool, progress: Progress | None) -> LoadPlan:
         """A load of these tensors."""
         on_host = {device.type for device in devices} <= {"cpu"}
         mode = "auto" if self._mode == "map" and (casts or not on_host) else self._mode
-        return Loading(
+        return LoadPlan(
             self.checkpoint,
             LoadOptions(mode, progress=progress or False, caller=CALLER),
             allocator=self.allocator if any(d.type == "cuda" for d in devices) else None,
@@ -165,7 +165,7 @@ class Batch:
         self._joined: list[tuple[str, int, list[torch.Tensor]]] = []
         self._by_torch: dict[str, torch.dtype] = {}
         self._begun: list[str] = []
-        self._loading: Loading | None = None
+        self._running: RunningLoad | None = None
 
     def add(
         self, name: str, device: torch.device, dtype: torch.dtype | None, cut: Cut | None = None
@@ -219,21 +219,20 @@ class Batch:
         if not self._groups and not self._parts and not self._into:
             return
         every = [*self._groups, *self._parts]
-        loading = self._weights.loading(
+        plan = self._weights.plan(
             {device for device, _ in (*every, *self._into)},
             any(cast is not None for _, cast in every),
             self._progress,
         )
         for (device, cast), names in self._groups.items():
-            loading.add(device, cast, list(names))
+            plan.add(device, cast, list(names))
         for (device, cast), parts in self._parts.items():
-            loading.add(device, cast, list(parts), parts=list(parts.values()))
+            plan.add(device, cast, list(parts), parts=list(parts.values()))
         for (device, _), into in self._into.items():
             ranges = [one.ranges for one in into if one.ranges is not None]
             targets = [one.target for one in into]
-            loading.add(device, None, [one.name for one in into], targets, ranges or None)
-        loading.start()
-        self._loading = loading
+            plan.add(device, None, [one.name for one in into], targets, ranges or None)
+        self._running = plan.start()
 
     def brings(self, name: str, device: torch.device, cast: str | None) -> bool:
         """Whether this is where the batch takes a tensor to; it was started."""
@@ -241,8 +240,8 @@ class Batch:
 
     def show(self, progress: Progress | None) -> None:
         """Tells this, from now on, how far the load is; it was started."""
-        if progress is not None and self._loading is not None:
-            self._loading.show(progress)
+        if progress is not None and self._running is not None:
+            self._running.show(progress)
 
     def result(self) -> dict[str, torch.Tensor]:
         """Waits: name -> tensor."""
@@ -251,10 +250,10 @@ class Batch:
         tensors: dict[str, torch.Tensor] = {}
         if self._begun:
             tensors = self._weights.claimed(self._begun, self._progress)
-        loading, self._loading = self._loading, None
-        if loading is not None:
-            tensors |= loading.result()
-            report, before = loading.report, self._weights.report
+        running, self._running = self._running, None
+        if running is not None:
+            tensors |= running.result()
+            report, before = running.report, self._weights.report
             self._weights.report = report if before is None else before.plus(report)
         while self._joined:
             name, dimension, pieces = self._joined.pop()
@@ -264,9 +263,9 @@ class Batch:
         return tensors
 
     def cancel(self) -> None:
-        if self._loading is not None:
-            self._loading.cancel()
-            self._loading = None
+        if self._running is not None:
+            self._running.cancel()
+            self._running = None
 
 
 @dataclasses.dataclass(slots=True)

@@ -13,24 +13,11 @@ __all__ = ["safe_open", "twin", "weightlift", "with_phases"]
 def with_phases() -> None:
     """Has weightlift's loads book their phases: index (with opening) until the plan is made;
     allocate until the engine starts; build, what is done while it runs; move until it has ended."""
-    from weightlift.load import loading, plans
+    from weightlift.load.phases import observe_phases
 
-    start, finish = loading.Loading.start, plans.finish_plan
-
-    def booked_start(loading: Any) -> None:
-        phases.mark("index")
-        start(loading)
-        phases.mark("allocate")
-
-    def booked_finish(*args: Any, **kwargs: Any) -> Any:
-        phases.mark("build")
-        try:
-            return finish(*args, **kwargs)
-        finally:
-            phases.mark("move")
-
-    loading.Loading.start = booked_start  # type: ignore[method-assign, assignment]
-    plans.finish_plan = booked_finish
+    # What has been done when a phase is entered.
+    done = {"plan": "index", "run": "allocate", "wait": "build", "deliver": "move"}
+    observe_phases(lambda phase: phases.mark(done[phase]))
 
 
 def weightlift(job: Job) -> Load:

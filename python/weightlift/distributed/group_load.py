@@ -1,0 +1,247 @@
+"""A load that all ranks of a group do at the same time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from weightlift.checkpoint.integrity import HashCheck
+from weightlift.core import dtypes
+from weightlift.core.report import LoadReport
+from weightlift.core.settings import Settings
+from weightlift.distributed.exchange import Exchange, SharedTensor
+from weightlift.distributed.rank_group import RankGroup, describe, digest, require_same
+from weightlift.load.allocation import TorchAllocator, empty_on_host, naming_tensor
+from weightlift.load.load_plan import LoadPlan
+from weightlift.load.options import LoadOptions
+
+if TYPE_CHECKING:
+    from weightlift.checkpoint.checkpoint import Checkpoint
+    from weightlift.load.destination import SliceRange
+    from weightlift.load.running_load import RunningLoad
+
+__all__ = ["GroupLoadPlan", "RunningGroupLoad"]
+
+
+class GroupLoadPlan:
+    """What goes where on this rank, of a load that all ranks of a group do: what each of them
+    needs whole is read once and exchanged, the rest is read by each rank alone.
+
+    Args:
+        rank_group: who loads.
+        checkpoint: the same on all ranks.
+        options: how; the same on all ranks.
+    """
+
+    def __init__(self, rank_group: RankGroup, checkpoint: Checkpoint, options: LoadOptions) -> None:
+        self._rank_group = rank_group
+        self._checkpoint = checkpoint
+        self._options = dataclasses.replace(
+            options, settings=options.settings or Settings.current()
+        )
+        # Each file is verified by one rank, which is not known yet.
+        self._own = LoadPlan(checkpoint, dataclasses.replace(self._options, verify=False))
+        # On `meta` until the load starts, where they are new.
+        self._shared: list[SharedTensor] = []
+        # Of each name, what becomes of it: the same on all ranks.
+        self._outcomes: dict[str, str] = {}
+
+    def add(
+        self,
+        device: torch.device,
+        dtype: str | None = None,
+        names: Sequence[str] | None = None,
+        targets: Sequence[torch.Tensor] | None = None,
+        parts: Sequence[Sequence[SliceRange]] | None = None,
+    ) -> None:
+        """As ``LoadPlan.add``."""
+        self._options.check_target(device, dtype)
+        chosen = list(self._checkpoint if names is None else names)
+        own: list[int] = []
+        for i, name in enumerate(chosen):
+            stored, shape = self._checkpoint[name]
+            if targets is not None:
+                tensor = targets[i]
+            else:
+                kind = dtypes.to_torch(dtype if dtype and stored in dtypes.FLOATING else stored)
+                tensor = torch.empty(shape, dtype=kind, device="meta")
+            is_shared = parts is None and self._is_shared(name, stored, device, tensor)
+            way = "read once for all" if is_shared else "read by each rank"
+            self._outcomes[name] = f"{tensor.dtype} on {device.type}, {way}"
+            if is_shared:
+                self._shared.append(SharedTensor(name, device, tensor))
+            else:
+                own.append(i)
+        if own:
+            self._own.add(
+                device,
+                dtype,
+                [chosen[i] for i in own],
+                None if targets is None else [targets[i] for i in own],
+                None if parts is None else [parts[i] for i in own],
+            )
+
+    @property
+    def is_empty(self) -> bool:
+        """Never: the other ranks wait for this one."""
+        return False
+
+    def start(self) -> RunningGroupLoad:
+        """Waits for all ranks, and starts to load on each.
+
+        Raises:
+            CheckpointError: on all ranks, where they are to load different things.
+        """
+        rank_group = self._rank_group
+        rank_group.load_started = True
+        outcomes = digest(sorted(self._outcomes.items()))
+        answers = rank_group.agree(None, (describe(self._checkpoint), outcomes))
+        require_same(rank_group, answers, self._outcomes)
+        readers = rank_group.readers() if self._shared else None
+        own: RunningLoad | Exception
+        hashes = None
+        shared = self._shared
+        try:
+            if self._options.verify:
+                first, step = sorted(answers).index(dist.get_rank()), len(answers)
+                hashes = HashCheck(self._checkpoint.files[first::step])
+                hashes.start()
+            shared = self._allocate()
+            own = self._own.start()
+        except Exception as error:  # the others learn of it in result()
+            own = error
+        exchange = None
+        if readers is not None:
+            exchange = Exchange(self._checkpoint, self._options, shared, rank_group, readers)
+        return RunningGroupLoad(rank_group, own, shared, exchange, hashes)
+
+    def _is_shared(
+        self, name: str, stored: str, device: torch.device, tensor: torch.Tensor
+    ) -> bool:
+        """Whether the ranks exchange a tensor: where it is copied, and the engine can do it."""
+        scope, options = self._rank_group.scope, self._options
+        place = self._checkpoint.place(name)
+        wanted = dtypes.file_name(tensor.dtype)
+        if scope is None or place is None or place[2] is not None:
+            return False
+        castable = stored in dtypes.CASTABLE and wanted in dtypes.CASTABLE
+        if (
+            dtypes.bits(stored) % 8
+            or not (stored == wanted or castable)
+            or device.type not in ("cpu", "cuda")
+            or not tensor.is_contiguous()
+        ):
+            return False
+        # What would be mapped needs no exchange on one node: its ranks share the page cache.
+        is_copied = device.type == "cuda" or not tensor.is_meta or stored != wanted
+        rewritten = options.mode == "auto" and self._checkpoint.formats[place[0]] == "torch"
+        is_read = rewritten or options.mode == "read" or options.pin_memory
+        return is_copied or is_read or scope == "group"
+
+    def _allocate(self) -> list[SharedTensor]:
+        """The shared tensors, with memory for those that are new."""
+        new = [shared for shared in self._shared if shared.tensor.is_meta]
+        sizes: dict[int, list[int]] = {}
+        for shared in new:
+            if shared.device.type == "cuda":
+                sizes.setdefault(shared.device.index, []).append(shared.tensor.nbytes)
+        for index, of_device in sizes.items():
+            TorchAllocator().reserve(index, of_device)
+        return [self._allocated(t) if t.tensor.is_meta else t for t in self._shared]
+
+    def _allocated(self, shared: SharedTensor) -> SharedTensor:
+        place = self._checkpoint.place(shared.name)
+        path = "" if place is None else self._checkpoint.parts[place[0]].path
+        shape, dtype = shared.tensor.shape, shared.tensor.dtype
+        with naming_tensor(path, shared.name):
+            if shared.device.type == "cuda":
+                name = str(dtypes.file_name(dtype))
+                _, made = TorchAllocator().empty(shared.device.index, shape, name)
+            else:
+                made = empty_on_host(shape, dtype, pin_memory=self._options.pin_memory)
+        return dataclasses.replace(shared, tensor=made)
+
+
+class RunningGroupLoad:
+    """What ``GroupLoadPlan.start`` has started; all ranks of the group wait for its ``result``.
+
+    Args:
+        rank_group: who loads.
+        own: what this rank reads for itself, or why it does not.
+        shared: what is read once for all ranks.
+        exchange: that brings it.
+        hashes: of the files that this rank verifies.
+    """
+
+    def __init__(
+        self,
+        rank_group: RankGroup,
+        own: RunningLoad | Exception,
+        shared: Sequence[SharedTensor],
+        exchange: Exchange | None,
+        hashes: HashCheck | None,
+    ) -> None:
+        self._rank_group = rank_group
+        self._own = own
+        self._shared = shared
+        self._exchange = exchange
+        self._hashes = hashes
+        self._exchanged: LoadReport | None = None
+
+    def result(self) -> dict[str, Any]:
+        """Waits for the end on all ranks: name -> tensor.
+
+        Raises:
+            CheckpointError: on all ranks, where one has failed or is gone.
+        """
+        failure = None
+        tensors: dict[str, Any] = {}
+        try:
+            tensors = self._load()
+        except Exception as error:
+            failure = error
+        self._rank_group.agree(failure)
+        tensors.update((shared.name, shared.tensor) for shared in self._shared)
+        return tensors
+
+    def _load(self) -> dict[str, Any]:
+        own, exchange = self._own, self._exchange
+        if isinstance(own, Exception):
+            if exchange is not None:
+                exchange.refuse(own)
+            raise own
+        has_ended = False
+        try:
+            if exchange is not None:
+                self._exchanged = exchange.run()
+                if self._exchanged is None:  # another rank has failed
+                    return {}
+            tensors = own.result()
+            has_ended = True
+            if self._hashes is not None:
+                self._hashes.result()
+            return tensors
+        finally:
+            if not has_ended:
+                own.cancel()
+            if self._hashes is not None:
+                self._hashes.stop()
+
+    def cancel(self) -> None:
+        """Stops what this rank does, and waits until nothing is in flight."""
+        if self._hashes is not None:
+            self._hashes.stop()
+        if not isinstance(self._own, Exception):
+            self._own.cancel()
+
+    @property
+    def report(self) -> LoadReport:
+        """What this rank has read and got, when the load has ended."""
+        if isinstance(self._own, Exception):
+            raise RuntimeError("a load that has failed has no report") from self._own
+        report = self._own.report
+        return report if self._exchanged is None else report.plus(self._exchanged)

@@ -1,0 +1,100 @@
+"""Tensors on one device, at once: of a checkpoint, or of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from weightlift.core import dtypes
+from weightlift.core.report import record
+from weightlift.core.settings import Settings
+from weightlift.load.allocation import Allocator, TorchAllocator
+from weightlift.load.load_plan import LoadPlan
+from weightlift.load.options import LoadOptions
+from weightlift.load.plans import new_plan, run_plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightlift.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["copy_to_device", "load_tensors"]
+
+
+def load_tensors(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    options: LoadOptions = LoadOptions(),
+    *,
+    dtype: str | None = None,
+    names: Sequence[str] | None = None,
+    shared: bool = False,
+    allocator: Allocator | None = None,
+) -> dict[str, Any]:
+    """Loads tensors of a checkpoint to one device, in the order of the files; see ``LoadPlan``.
+
+    Args:
+        checkpoint: what there is.
+        device: where to; its index is filled in.
+        options: how.
+        dtype: the file's name of a floating-point dtype to cast floating-point tensors to.
+        names: which tensors; all by default.
+        shared: others may get the same tensors from ``checkpoint`` while these live.
+        allocator: where memory on CUDA devices comes from; torch, by default.
+    """
+    plan = LoadPlan(checkpoint, options, shared=shared, allocator=allocator)
+    plan.add(device, dtype, names)
+    return plan.start().result()
+
+
+def copy_to_device(
+    tensors: Mapping[str, torch.Tensor],
+    device: torch.device,
+    dtype: str | None = None,
+    *,
+    settings: Settings | None = None,
+    allocator: Allocator | None = None,
+    caller: str = "weightlift",
+) -> dict[str, Any]:
+    """Copies contiguous CPU tensors to a CUDA device, through the staging ring.
+
+    Args:
+        tensors: of dtypes that the format has; they must not change meanwhile.
+        device: its index is filled in.
+        dtype: the file's name of a dtype to cast to what the engine casts.
+        settings: instead of those that hold now.
+        allocator: where memory on CUDA devices comes from; torch, by default.
+        caller: whom ``stats()`` books it on.
+    """
+    plan = new_plan(settings or Settings.current(), dtype)
+    allocator = allocator or TorchAllocator()
+    sources = [dtypes.file_name(tensor.dtype) for tensor in tensors.values()]
+    found = [source for source in sources if source is not None]
+    targets = [dtype if dtype and own in dtypes.CASTABLE else own for own in found]
+    # Of F4, an element of torch's is two of the format's.
+    doubled = [2 if own == "F4" else 1 for own in found]
+    shapes = [
+        (*t.shape[:-1], t.shape[-1] * n) if n != 1 else tuple(t.shape)
+        for t, n in zip(tensors.values(), doubled, strict=True)
+    ]
+    sizes = [
+        t.numel() * dtypes.to_torch(target).itemsize
+        for t, target in zip(tensors.values(), targets, strict=True)
+    ]
+    allocator.reserve(device.index, sizes)
+    made = [
+        allocator.empty(device.index, shape, target)
+        for shape, target in zip(shapes, targets, strict=True)
+    ]
+    plan.copy_memory(
+        list(tensors),
+        [tensor.data_ptr() for tensor in tensors.values()],
+        [tensor.numel() * n for tensor, n in zip(tensors.values(), doubled, strict=True)],
+        found,
+        device.index,
+        [address for address, _ in made],
+        targets,
+    )
+    plan.use_stream(device.index, allocator.stream(device.index))
+    record(run_plan(plan, allocator), caller=caller)
+    return {name: owner for name, (_, owner) in zip(tensors, made, strict=True)}

@@ -1,0 +1,92 @@
+"""What a load hands out, and what torch still does to it when the engine has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from weightlift.core import dtypes
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightlift.checkpoint.torch_file import View
+
+__all__ = ["Outputs"]
+
+
+class Outputs:
+    """Tensors by number, and the names under which they are handed out.
+
+    A number is a tensor's place in ``tensors``. Several names may have one number: what shares
+    memory in a torch file is loaded once, and each name is a view of it.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Any] = []
+        self._names: list[str] = []
+        self._numbers: list[int] = []
+        self._views: list[tuple[int, View]] = []
+        self._made_by_engine: list[int] = []
+        # What the engine does not do: casts between rare dtypes, copies into targets that are not
+        # contiguous or of a dtype that it does not cast to, and other devices than CUDA's.
+        self._casts: list[tuple[int, str]] = []
+        self._copies: list[tuple[int, torch.Tensor]] = []
+        self._moves: list[tuple[range, torch.device]] = []
+
+    def new(self, tensor: Any = None) -> int:
+        """A number for a tensor, which may come later."""
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+    def hand_out(self, name: str, number: int, view: View | None = None) -> int:
+        """Hands out a tensor, or a view of it, under a name; returns what ``copy`` takes."""
+        if view is not None:
+            self._views.append((len(self._names), view))
+        self._names.append(name)
+        self._numbers.append(number)
+        return len(self._names) - 1
+
+    def hand_out_all(self, names: Sequence[str]) -> Sequence[int]:
+        """Numbers for tensors that come later, each under its name."""
+        numbers = range(len(self.tensors), len(self.tensors) + len(names))
+        self.tensors += [None] * len(names)
+        self._names += names
+        self._numbers += numbers
+        return numbers
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """The next tensors that the engine makes have these numbers."""
+        self._made_by_engine += numbers
+
+    def cast(self, number: int, dtype: str) -> None:
+        """Has torch cast a tensor, before it is viewed."""
+        self._casts.append((number, dtype))
+
+    def copy(self, entry: int, target: torch.Tensor) -> None:
+        """Has torch copy what is handed out into ``target``, which is handed out in its place."""
+        self._copies.append((entry, target))
+
+    def move(self, numbers: range, device: torch.device) -> None:
+        """Has torch move tensors, before they are cast."""
+        self._moves.append((numbers, device))
+
+    def deliver(self, made: Sequence[Any]) -> dict[str, Any]:
+        """Name -> tensor, with the tensors that the engine has made."""
+        tensors = self.tensors
+        for number, tensor in zip(self._made_by_engine, made, strict=True):
+            tensors[number] = tensor
+        for numbers, device in self._moves:
+            for number in numbers:
+                tensors[number] = tensors[number].to(device)
+        for number, dtype in self._casts:
+            if tensors[number].is_floating_point():
+                tensors[number] = tensors[number].to(dtypes.to_torch(dtype))
+        handed_out = [tensors[number] for number in self._numbers]
+        for entry, view in self._views:
+            base = handed_out[entry]
+            handed_out[entry] = base.as_strided(view.shape, view.stride, view.offset)
+        for entry, target in self._copies:
+            handed_out[entry] = target.copy_(handed_out[entry])
+        tensors.clear()  # whoever keeps the load does not keep them
+        return dict(zip(self._names, handed_out, strict=True))

@@ -1,0 +1,412 @@
+"""Destinations become entries of the engine's plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from weightlift.checkpoint.integrity import HashCheck
+from weightlift.core import dtypes
+from weightlift.core.errors import (
+    ArgumentError,
+    DeviceError,
+    FormatError,
+    OutOfMemoryError,
+    ReadError,
+)
+from weightlift.core.settings import Settings
+from weightlift.load.allocation import Allocator, TorchAllocator, empty_on_host, naming_tensor
+from weightlift.load.destination import Destination, SliceRange
+from weightlift.load.options import LoadOptions
+from weightlift.load.outputs import Outputs
+from weightlift.load.plans import new_plan, start_plan
+from weightlift.load.running_load import RunningLoad
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightlift import _native
+    from weightlift.checkpoint.checkpoint import Checkpoint
+
+__all__ = ["PlanWriter"]
+
+
+class _Selection(NamedTuple):
+    """Tensors of one file, and their numbers in the outputs.
+
+    Attributes:
+        file: the indexed file.
+        positions: of the tensors in it; ``None`` for all of them.
+        numbers: of each.
+    """
+
+    file: _native.IndexedFile
+    positions: Sequence[int] | None
+    numbers: Sequence[int]
+
+    def take(self, indices: Sequence[int]) -> _Selection:
+        """Some of them, by their place in ``numbers``."""
+        positions = self.positions
+        return _Selection(
+            self.file,
+            indices if positions is None else [positions[i] for i in indices],
+            [self.numbers[i] for i in indices],
+        )
+
+    def name(self, index: int) -> str:
+        """In the file."""
+        return self.file.names([index if self.positions is None else self.positions[index]])[0]
+
+
+class PlanWriter:
+    """Writes destinations into a plan of the engine's; ``add`` them, then ``start``.
+
+    Args:
+        checkpoint: what there is.
+        options: how it is loaded.
+        settings: that hold for this load.
+        shared: others may get the same tensors from ``checkpoint`` while these live.
+        allocator: of memory on CUDA devices; torch, by default.
+        cast_to: the dtypes that tensors are cast to.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: LoadOptions,
+        settings: Settings,
+        *,
+        shared: bool = False,
+        allocator: Allocator | None = None,
+        cast_to: Sequence[str | None] = (),
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._options = options
+        self._settings = settings
+        self._shared = shared
+        self._given_allocator = allocator
+        self._pin_for = _pinning_device() if options.pin_memory else None
+        fp8 = next((dtype for dtype in cast_to if dtype and dtype.startswith("F8")), None)
+        self._native = new_plan(settings, fp8)
+        self._outputs = Outputs()
+        self._fallbacks = list(checkpoint.fallbacks)
+
+    @property
+    def _allocator(self) -> Allocator:
+        if self._given_allocator is None:
+            self._given_allocator = TorchAllocator()
+        return self._given_allocator
+
+    def add(self, destination: Destination) -> None:
+        """Plans what goes to one destination, and allocates for it."""
+        first = len(self._outputs.tensors)
+        checkpoint = self._checkpoint
+        is_whole = all(given is None for given in destination[2:])
+        if is_whole and checkpoint.is_plain:
+            for number, file in enumerate(checkpoint.parts):
+                numbers = self._outputs.hand_out_all(file.names())
+                self._add_file(destination, number, _Selection(file, None, numbers))
+        else:
+            names = list(checkpoint) if destination.names is None else destination.names
+            if destination.parts is None:
+                self._add_names(destination, names)
+            else:
+                self._add_parts(destination, names, destination.parts)
+        if not destination.is_native:
+            device = destination.device
+            self._fallbacks.append(f"{device}: loaded to the CPU, then moved by torch")
+            self._outputs.move(range(first, len(self._outputs.tensors)), device)
+
+    def start(self, hashes: HashCheck | None = None) -> RunningLoad:
+        """Starts the engine; ``hashes`` are computed meanwhile."""
+        if hashes is not None:
+            hashes.start()
+        try:
+            start_plan(self._native, self._given_allocator)
+        except BaseException:
+            if hashes is not None:
+                hashes.stop()
+            raise
+        return RunningLoad(self._native, self._outputs, self._fallbacks, self._options, hashes)
+
+    def _add_names(self, destination: Destination, names: Sequence[str]) -> None:
+        """Plans whole tensors, file by file."""
+        # Of each file, position -> number; and what is written to a target as it is.
+        chosen: dict[int, dict[int, int]] = {}
+        in_place: dict[int, dict[int, torch.Tensor]] = {}
+        outputs = self._outputs
+        for i, name in enumerate(names):
+            target = None if destination.targets is None else destination.targets[i]
+            place = self._checkpoint.place(name)
+            if place is None:
+                self._add_in_memory(destination, name, target)
+                continue
+            part, position, view = place
+            if target is not None and view is None:
+                own = self._checkpoint.parts[part].dtype(position)
+                if _writes_directly(own, target, destination):
+                    in_place.setdefault(part, {})[position] = target
+                    outputs.hand_out(name, outputs.new(target))
+                    continue
+            positions = chosen.setdefault(part, {})
+            number = positions.get(position)
+            if number is None:
+                number = positions[position] = outputs.new()
+            entry = outputs.hand_out(name, number, view)
+            if target is not None:
+                outputs.copy(entry, target)
+        for part in sorted({*chosen, *in_place}):
+            if part in in_place:
+                self._write_in_place(destination, part, in_place[part])
+            if part in chosen:
+                ordered = sorted(chosen[part])
+                numbers = [chosen[part][position] for position in ordered]
+                file = self._checkpoint.parts[part]
+                self._add_file(destination, part, _Selection(file, ordered, numbers))
+
+    def _add_in_memory(
+        self, destination: Destination, name: str, target: torch.Tensor | None
+    ) -> None:
+        """Hands out a tensor that torch read when the checkpoint was opened."""
+        outputs = self._outputs
+        number = outputs.new(self._checkpoint.in_memory[name].to(destination.device))
+        entry = outputs.hand_out(name, number)
+        if target is not None:
+            outputs.copy(entry, target)
+        elif destination.dtype is not None:
+            outputs.cast(number, destination.dtype)
+
+    def _write_in_place(
+        self, destination: Destination, part: int, targets: dict[int, torch.Tensor]
+    ) -> None:
+        positions = sorted(targets)
+        self._native.copy_to(
+            self._checkpoint.parts[part],
+            positions,
+            destination.device_index,
+            [targets[position].data_ptr() for position in positions],
+            [str(dtypes.file_name(targets[position].dtype)) for position in positions],
+        )
+        self._use_stream(destination)
+
+    def _add_file(self, destination: Destination, part: int, selection: _Selection) -> None:
+        """Plans tensors of one file, into memory of their own or a mapping."""
+        casts = []
+        if destination.dtype is not None:
+            casts = self._note_casts(selection, destination.dtype)
+        if not destination.on_host:
+            self._add_on_device(destination, selection, casts)
+            return
+        if casts:
+            self._read(selection.take(casts), destination.dtype)
+            kept = {*range(len(selection.numbers))}.difference(casts)
+            if not kept:
+                return
+            selection = selection.take(sorted(kept))
+        if selection.positions is None or selection.numbers:
+            self._add_on_host(part, selection)
+
+    def _note_casts(self, selection: _Selection, dtype: str) -> list[int]:
+        """Which of them the engine casts; what only torch can cast is noted."""
+        casts = []
+        by_torch = 0
+        for i, own in enumerate(selection.file.dtypes(selection.positions)):
+            if own == dtype:
+                continue
+            if own in dtypes.CASTABLE:
+                casts.append(i)
+            elif own == "F4":
+                raise ArgumentError(
+                    f"{selection.file.path}: tensor {selection.name(i)!r}: F4 packs two numbers "
+                    "into a byte and cannot be cast to one dtype; load it without dtype="
+                )
+            elif own in dtypes.FLOATING:
+                self._outputs.cast(selection.numbers[i], dtype)
+                by_torch += 1
+        if by_torch:
+            self._fallbacks.append(f"{selection.file.path}: {by_torch} tensors cast by torch")
+        return casts
+
+    def _add_on_host(self, part: int, selection: _Selection) -> None:
+        """Maps tensors as they are, or reads them."""
+        mode = self._options.mode
+        # People torch.save back onto the very file they loaded, which truncates it.
+        rewritten = mode == "auto" and self._checkpoint.formats[part] == "torch"
+        if mode == "read" or rewritten or self._pin_for is not None:
+            self._read(selection, None)
+            return
+        try:
+            self._native.map(selection.file, selection.positions, self._shared)
+        except ReadError as error:
+            # A file system that cannot map (ENODEV), or no address space left.
+            if mode == "map":
+                raise
+            self._fallbacks.append(f"read, because mapping was refused: {error}")
+            self._read(selection, None)
+        else:
+            self._outputs.expect(selection.numbers)
+
+    def _read(self, selection: _Selection, dtype: str | None) -> None:
+        self._native.read(selection.file, selection.positions, dtype, self._pin_for)
+        self._outputs.expect(selection.numbers)
+
+    def _add_on_device(
+        self, destination: Destination, selection: _Selection, casts: Sequence[int]
+    ) -> None:
+        """Allocates on a CUDA device, and has it filled."""
+        file, positions = selection.file, selection.positions
+        shapes, made_dtypes = file.shapes(positions), file.dtypes(positions)
+        sizes = file.sizes(positions)
+        if casts and destination.dtype is not None:
+            width = dtypes.to_torch(destination.dtype).itemsize
+            made_dtypes, sizes = list(made_dtypes), list(sizes)
+            for i in casts:
+                made_dtypes[i] = destination.dtype
+                sizes[i] = math.prod(shapes[i]) * width
+        for i, dtype in enumerate(made_dtypes):
+            if dtype not in dtypes.TORCH_NAMES:
+                text = f"torch has no dtype for {dtype}"
+                raise FormatError("unsupported_dtype", text, file.path, tensor=selection.name(i))
+        index, allocator = destination.device_index, self._allocator
+        allocator.reserve(index, sizes)
+        empty = allocator.empty
+        made: list[tuple[int, Any]] = []
+        try:
+            for shape, dtype in zip(shapes, made_dtypes, strict=True):
+                made.append(empty(index, shape, dtype))
+        except OutOfMemoryError:
+            missing = len(made)
+            made.clear()  # the traceback would keep them, and a second try find no more room
+            with naming_tensor(file.path, selection.name(missing)):
+                raise
+        addresses = [address for address, _ in made]
+        self._native.copy_to(file, positions, index, addresses, made_dtypes)
+        self._use_stream(destination)
+        tensors = self._outputs.tensors
+        for number, (_, owner) in zip(selection.numbers, made, strict=True):
+            tensors[number] = owner
+
+    def _use_stream(self, destination: Destination) -> None:
+        if not destination.on_host:
+            index = destination.device_index
+            self._native.use_stream(index, self._allocator.stream(index))
+
+    def _add_parts(
+        self,
+        destination: Destination,
+        names: Sequence[str],
+        parts: Sequence[Sequence[SliceRange]],
+    ) -> None:
+        """Plans parts of tensors: what the engine can cut goes straight to its place."""
+        if not destination.on_host and destination.targets is None:
+            self._reserve_parts(destination, names, parts)
+        whole = 0
+        for i, (name, ranges) in enumerate(zip(names, parts, strict=True)):
+            target = None if destination.targets is None else destination.targets[i]
+            whole += not self._add_part(destination, name, ranges, target)
+        self._use_stream(destination)
+        if whole:
+            self._fallbacks.append(f"{whole} tensors loaded whole to cut their parts out of them")
+
+    def _reserve_parts(
+        self,
+        destination: Destination,
+        names: Sequence[str],
+        parts: Sequence[Sequence[SliceRange]],
+    ) -> None:
+        sizes = [
+            _elements(ranges) * dtypes.bits(destination.dtype or self._checkpoint[name][0]) // 8
+            for name, ranges in zip(names, parts, strict=True)
+        ]
+        self._allocator.reserve(destination.device_index, sizes)
+
+    def _add_part(
+        self,
+        destination: Destination,
+        name: str,
+        ranges: Sequence[SliceRange],
+        target: torch.Tensor | None,
+    ) -> bool:
+        """Plans a part of a tensor; ``False`` where only torch can cut it out of the whole."""
+        outputs = self._outputs
+        own = self._checkpoint[name][0]
+        place = self._checkpoint.find(name) if dtypes.bits(own) % 8 == 0 else None
+        final = destination.dtype if destination.dtype and own in dtypes.FLOATING else own
+        if target is not None:
+            final = own  # unless the target takes it, torch casts while it copies
+            if place is not None and _writes_directly(own, target, destination):
+                outputs.hand_out(name, outputs.new(target))
+                self._slice(place, ranges, destination, target, dtypes.file_name(target.dtype))
+                return True
+        made = own
+        if place is None:
+            tensor = self._cut(name, ranges).to(destination.device)
+        else:
+            made = final if {own, final} <= dtypes.CASTABLE else own
+            with naming_tensor(place[0].path, name):
+                tensor = self._empty(destination, [count for _, _, count in ranges], made)
+            self._slice(place, ranges, destination, tensor, made)
+        number = outputs.new(tensor)
+        entry = outputs.hand_out(name, number)
+        if made != final:
+            outputs.cast(number, final)
+        if target is not None:
+            outputs.copy(entry, target)
+        return place is not None
+
+    def _slice(
+        self,
+        place: tuple[_native.IndexedFile, int],
+        ranges: Sequence[SliceRange],
+        destination: Destination,
+        tensor: torch.Tensor,
+        dtype: str | None,
+    ) -> None:
+        """Has the engine cut a part of a tensor out of its file."""
+        file, position = place
+        cast = None if dtype == file.dtype(position) else dtype
+        if tensor.numel() > 0:
+            index = destination.device_index
+            self._native.slice(file, position, ranges, cast, index, tensor.data_ptr())
+
+    def _empty(self, destination: Destination, shape: Sequence[int], dtype: str) -> torch.Tensor:
+        if destination.on_host:
+            pin_memory = self._options.pin_memory
+            return empty_on_host(shape, dtypes.to_torch(dtype), pin_memory=pin_memory)
+        made: torch.Tensor = self._allocator.empty(destination.device_index, shape, dtype)[1]
+        return made
+
+    def _cut(self, name: str, ranges: Sequence[SliceRange]) -> torch.Tensor:
+        """A part of what only torch can cut, in memory of its own."""
+        import torch
+
+        writer = PlanWriter(
+            self._checkpoint, LoadOptions(caller=self._options.caller), self._settings
+        )
+        writer.add(Destination(torch.device("cpu"), names=[name]))
+        whole: torch.Tensor = writer.start().result()[name]
+        for dimension, (start, step, count) in enumerate(ranges):
+            whole = whole.narrow(dimension, start, step * (count - 1) + 1 if count else 0)
+            whole = whole[(slice(None),) * dimension + (slice(None, None, step),)]
+        return whole.clone(memory_format=torch.contiguous_format)
+
+
+def _writes_directly(own: str, target: torch.Tensor, destination: Destination) -> bool:
+    """Whether the engine can write a tensor of the file's dtype ``own`` to a target."""
+    wanted = dtypes.file_name(target.dtype)
+    castable = own in dtypes.CASTABLE and wanted in dtypes.CASTABLE
+    return (own == wanted or castable) and target.is_contiguous() and destination.is_native
+
+
+def _elements(ranges: Sequence[SliceRange]) -> int:
+    return math.prod(count for _, _, count in ranges)
+
+
+def _pinning_device() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DeviceError("pin_memory=True needs a CUDA driver and a GPU: there is none")
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    return torch.cuda.current_device()
