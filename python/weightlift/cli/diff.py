@@ -150,7 +150,7 @@ def _batches(
 
 def _compare_values(one: Checkpoint, other: Checkpoint, names: list[str]) -> Iterator[Difference]:
     from weightlift.core.devices import parse_device
-    from weightlift.load.loading import load_tensors
+    from weightlift.load.load_tensors import load_tensors
 
     cpu = parse_device("cpu")
     ours, theirs = (load_tensors(part, cpu, names=names) for part in (one, other))

@@ -26,7 +26,7 @@ from weightlift.load.running_load import RunningLoad
 if TYPE_CHECKING:
     import torch
 
-    from weightlift import _native
+    import weightlift._native as _native
     from weightlift.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["PlanWriter"]

@@ -10,7 +10,7 @@ from weightlift.load.allocation import from_dlpack
 from weightlift.load.plans import cancel_plan, finish_plan
 
 if TYPE_CHECKING:
-    from weightlift import _native
+    import weightlift._native as _native
     from weightlift.checkpoint.integrity import HashCheck
     from weightlift.load.options import LoadOptions, Progress
     from weightlift.load.outputs import Outputs

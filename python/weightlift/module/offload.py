@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from weightlift import _native
+import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint, Place
 from weightlift.checkpoint.integrity import Identity
 from weightlift.core.devices import parse_device

@@ -13,8 +13,8 @@ import support
 import weightlift as wl
 from simulated import Policy, Switch, machine
 from simulated_torch import Allocator
-from weightlift.load import loading
-from weightlift.module import fill
+from weightlift.load import load_tensors
+from weightlift.module.move import move
 
 __all__ = ["machine"]
 
@@ -47,8 +47,8 @@ def test_move(
     parameters = dict(model.named_parameters())
     with machine(2, seed, Policy.RANDOM) as driver:
         allocator = Allocator(driver)
-        monkeypatch.setattr(loading, "TorchAllocator", lambda: allocator)
-        fill.move(model, torch.device("cuda", 1), dtype)
+        monkeypatch.setattr(load_tensors, "TorchAllocator", lambda: allocator)
+        move(model, torch.device("cuda", 1), dtype)
         assert all(model.get_parameter(name) is p for name, p in parameters.items())
         assert model.tied.weight is model.first.weight
         moved = dict(model.state_dict())
@@ -72,8 +72,8 @@ def test_what_has_nothing_to_copy(machine: Switch, monkeypatch: pytest.MonkeyPat
     model = torch.nn.Module()
     model.turned = torch.nn.Parameter(torch.randn(4, 6).t())
     with machine() as driver:
-        monkeypatch.setattr(loading, "TorchAllocator", lambda: Allocator(driver))
-        fill.move(model, torch.device("cuda", 0))
+        monkeypatch.setattr(load_tensors, "TorchAllocator", lambda: Allocator(driver))
+        move(model, torch.device("cuda", 0))
         assert driver.ledger().external_allocations == 0
 
 
@@ -99,7 +99,7 @@ def test_models_go_through_the_ring(
             found.append((torch.device(device), allocator.blocks[self.first.bias.data_ptr()]))
             return self
 
-        monkeypatch.setattr(loading, "TorchAllocator", lambda: allocator)
+        monkeypatch.setattr(load_tensors, "TorchAllocator", lambda: allocator)
         monkeypatch.setattr(torch.nn.Module, "to", to)
         assert call(model) is model
         ((device, block),) = found

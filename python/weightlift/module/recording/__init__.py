@@ -10,7 +10,7 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.errors import CheckpointError
 from weightlift.core.report import LoadReport, set_last_report
 from weightlift.load.copies import Copy
-from weightlift.load.loading import load_tensors
+from weightlift.load.load_tensors import load_tensors
 from weightlift.module.parameters import parameter_refs, set_all
 from weightlift.module.recording.reader import CheckpointReader, NoReader, sources_of
 from weightlift.module.recording.recorder import Recorder, Source

@@ -13,7 +13,7 @@ from weightlift.core import dtypes
 from weightlift.core.errors import CheckpointError
 from weightlift.core.report import FileReport, LoadReport, last_report
 from weightlift.load.copies import Copy, copy_parts
-from weightlift.load.loading import load_tensors
+from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 from weightlift.module.recording.recorder import Source
 
