@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import weightlift._native as _native
@@ -70,6 +70,48 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
             ReadError: it cannot be read; a missing file is a ``FileNotFoundError`` too.
         """
         return cls([_native.IndexedFile.open(_text(path))])
+
+    @classmethod
+    def joined(cls, checkpoints: Iterable[tuple[Checkpoint, Mapping[str, str]]]) -> Checkpoint:
+        """One index over several.
+
+        Args:
+            checkpoints: each with the tensors that are wanted of it: name -> name in the new one.
+
+        Raises:
+            CheckpointError: two tensors get one name.
+        """
+        parts: list[_native.IndexedFile] = []
+        formats: list[str] = []
+        in_memory: dict[str, torch.Tensor] = {}
+        loaded: list[tuple[str, Identity]] = []
+        fallbacks: list[str] = []
+        names: dict[str, Place | None] = {}
+        for checkpoint, wanted in checkpoints:
+            for name, new in wanted.items():
+                place = checkpoint.place(name)
+                if new in names:
+                    raise CheckpointError(
+                        f"{describe_location(checkpoint)}: tensor {name!r} would be called {new!r} "
+                        "as another one is"
+                    )
+                if place is None:
+                    names[new] = None
+                    in_memory[new] = checkpoint.in_memory[name]
+                else:
+                    names[new] = place[0] + len(parts), place[1], place[2]
+            parts += checkpoint.parts
+            formats += checkpoint.formats
+            loaded += checkpoint.loaded
+            fallbacks += checkpoint.fallbacks
+        return cls(
+            parts,
+            formats=formats,
+            in_memory=in_memory,
+            loaded=loaded,
+            fallbacks=fallbacks,
+            names=names,
+        )
 
     @property
     def paths(self) -> list[str]:

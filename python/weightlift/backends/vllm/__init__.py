@@ -1,0 +1,67 @@
+"""vLLM: ``vllm serve MODEL --load-format weightlift``, wherever weightlift is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__ = ["LOAD_FORMAT", "register"]
+
+LOAD_FORMAT = "weightlift"
+_LOADERS = "vllm.model_executor.model_loader"
+_log = logging.getLogger("weightlift")
+
+
+def register() -> None:
+    """The entry point of the group ``vllm.general_plugins``: makes the load format known in this
+    process, any number of times. vLLM's loaders take seconds to import and not every process needs
+    them, so they are waited for."""
+    if _LOADERS in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _register() -> None:
+    try:
+        loaders = importlib.import_module(_LOADERS)
+        if LOAD_FORMAT in loaders._LOAD_FORMAT_TO_MODEL_LOADER:
+            return
+        from weightlift.backends.vllm.loader import WeightliftModelLoader
+
+        loaders.register_model_loader(LOAD_FORMAT)(WeightliftModelLoader)
+    except (ImportError, AttributeError, TypeError) as error:
+        _log.warning(
+            "this version of vLLM takes no load format of ours (%s: %s): --load-format auto serves",
+            type(error).__name__,
+            error,
+        )
+
+
+class _AfterImport(MetaPathFinder):
+    """Registers when the import of vLLM's loaders ends; finds nothing itself."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _LOADERS:
+            return None
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        execute = getattr(spec.loader, "exec_module", None) if spec is not None else None
+        if spec is None or spec.loader is None or execute is None:
+            return None
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _register()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,81 @@
+"""Tensors one by one, while those that come next are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core import dtypes
+from weightlift.load.loading import Loading
+from weightlift.load.options import LoadOptions
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["read_ahead"]
+
+# Of one group; two are in memory at a time, and what the caller keeps.
+_GROUP_BYTES = 256 << 20
+
+
+def read_ahead(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    options: LoadOptions = LoadOptions(),
+    *,
+    group_bytes: int = _GROUP_BYTES,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, CPU tensor) in the order of ``names``; the engine reads a group while the one before
+    is used. Each tensor is memory of the caller's.
+
+    Args:
+        checkpoint: what there is.
+        names: which tensors.
+        options: how; they are read, not mapped, whatever the mode.
+        group_bytes: how much is read at once; a larger tensor is a group of its own.
+    """
+
+    options = dataclasses.replace(options, mode="read")
+    groups = _groups(checkpoint, names, group_bytes)
+    running: Loading | None = None
+    try:
+        for number, group in enumerate(groups):
+            loading = running or _start(checkpoint, group, options)
+            running = loading
+            tensors = loading.result()
+            running = None
+            if number + 1 < len(groups):
+                running = _start(checkpoint, groups[number + 1], options)
+            for name in group:
+                tensor: torch.Tensor = tensors.pop(name)
+                yield name, tensor
+    finally:
+        if running is not None:
+            running.cancel()
+
+
+def _start(checkpoint: Checkpoint, names: Sequence[str], options: LoadOptions) -> Loading:
+    import torch
+
+    loading = Loading(checkpoint, options)
+    loading.add(torch.device("cpu"), None, names)
+    loading.start()
+    return loading
+
+
+def _groups(checkpoint: Checkpoint, names: Sequence[str], limit: int) -> list[list[str]]:
+    groups: list[list[str]] = []
+    size = limit
+    for name in names:
+        dtype, shape = checkpoint[name]
+        count = dtypes.bits(dtype) // 8 or 1
+        for extent in shape:
+            count *= extent
+        if size + count > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += count
+    return groups

@@ -1,0 +1,211 @@
+"""The loader for vLLM against a small stand-in of vLLM's; ``make test-serving`` has vLLM."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import weightlift as wl
+from weightlift.load.read_ahead import read_ahead
+
+STAND_IN = Path(__file__).parents[1] / "helpers" / "fake_vllm"
+LOADERS = "vllm.model_executor.model_loader"
+
+
+@pytest.fixture
+def loaders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(STAND_IN))
+    from weightlift.backends.vllm import register
+
+    before = list(sys.meta_path)
+    register()
+    register()
+    yield importlib.import_module(LOADERS)
+    for name in [n for n in sys.modules if n == "vllm" or n.startswith("vllm.")]:
+        del sys.modules[name]
+    sys.modules.pop("weightlift.backends.vllm.loader", None)
+    assert sys.meta_path == before
+
+
+class Rank(nn.Module):
+    """Of two, with a merged weight, experts, and one that the checkpoint lacks a place for."""
+
+    def __init__(self, rank: int = 1) -> None:
+        super().__init__()
+        self.rank = rank
+        self.qkv = nn.Parameter(torch.zeros(96, 64, dtype=torch.bfloat16), requires_grad=False)
+        self.experts = nn.Parameter(torch.zeros(4, 32, 64), requires_grad=False)
+        self.scale = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loaded = set()
+        for name, tensor in weights:
+            if name[:1] in "qkv":
+                at = "qkv".index(name[0]) * 32
+                self.qkv.data[at : at + 32].copy_(tensor[self.rank * 32 : self.rank * 32 + 32])
+                loaded.add("qkv")
+            elif ".experts." in name:
+                expert = int(name.split(".")[2])
+                self.experts.data[expert].copy_(tensor.narrow(0, self.rank * 32, 32))
+                loaded.add("experts")
+            elif name == "scale":
+                self.scale.data.fill_(tensor.item())
+                loaded.add("scale")
+        return loaded
+
+
+TENSORS = {
+    **{f"{name}.weight": torch.randn(64, 64) for name in "qkv"},
+    **{f"mlp.experts.{i}.w": torch.randn(64, 64) for i in range(4)},
+    "scale": torch.tensor(3.0),
+    "unused": torch.ones(1000),
+}
+
+
+def config(**extra: Any) -> SimpleNamespace:
+    return SimpleNamespace(load_format="weightlift", model_loader_extra_config=extra)
+
+
+def folder_of(path: Path) -> Path:
+    names = list(TENSORS)
+    for i in range(2):
+        part = {name: TENSORS[name].clone() for name in names[i::2]}
+        save_file(part, path / f"model-{i + 1}-of-2.safetensors")
+    return path
+
+
+def loaded(loaders: Any, folder: Path, model: Rank, kind: str = "weightlift", **extra: Any) -> Any:
+    stock = importlib.import_module(f"{LOADERS}.default_loader").DefaultModelLoader
+    given = config(**extra)
+    if kind == "auto":
+        given.load_format = "auto"
+    loader = (loaders._LOAD_FORMAT_TO_MODEL_LOADER["weightlift"] if kind != "auto" else stock)(
+        given
+    )
+    loader.load_weights(model, SimpleNamespace(model=str(folder), quantization=None))
+    return loader
+
+
+def assert_same(found: nn.Module, wanted: nn.Module) -> None:
+    for (name, left), (_, right) in zip(
+        found.named_parameters(), wanted.named_parameters(), strict=True
+    ):
+        assert torch.equal(left, right), name
+
+
+def test_it_is_registered_once_and_when_the_loaders_are_imported(loaders: Any) -> None:
+    assert loaders.registrations == ["weightlift"]
+
+
+def test_nothing_is_imported_before(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from weightlift.backends.vllm import register\n"
+        "register()\n"
+        "assert not any(name.startswith('vllm') for name in sys.modules)\n"
+        f"sys.path.insert(0, {str(STAND_IN)!r})\n"
+        f"import {LOADERS} as loaders\n"
+        "assert loaders.registrations == ['weightlift']\n"
+        "register()\n"
+        "assert loaders.registrations == ['weightlift']\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_a_version_that_is_not_known_is_left_alone(
+    loaders: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from weightlift.backends.vllm import register
+
+    monkeypatch.delattr(loaders, "_LOAD_FORMAT_TO_MODEL_LOADER")
+    register()
+    assert "takes no load format of ours" in caplog.text
+
+
+@pytest.mark.parametrize("extra", [{}, {"slices": False}, {"check": True}])
+def test_the_same_as_the_stock_loader(loaders: Any, extra: Any, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    wanted, found = Rank(), Rank()
+    loaded(loaders, folder, wanted, "auto")
+    loader = loaded(loaders, folder, found, **extra)
+    assert_same(found, wanted)
+    if not extra:
+        slices = 3 * 32 * 64 * 4 + 4 * 32 * 64 * 4 + 4
+        assert loader._reader.report.bytes == slices
+        assert loader._reader.offered == sum(t.numel() * 4 for t in TENSORS.values())
+
+
+def test_what_is_read_is_said_in_the_log(
+    loaders: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    loaded(loaders, folder_of(tmp_path), Rank())
+    assert "weightlift read 57.3 kB of 118.7 kB for this rank" in caplog.text
+    assert "1 tensors came whole (item())" in caplog.text
+
+
+@pytest.mark.parametrize("slices", [True, False])
+def test_experts_of_other_ranks_are_skipped(loaders: Any, slices: bool, tmp_path: Path) -> None:
+    found = Rank()
+    kind = loaders._LOAD_FORMAT_TO_MODEL_LOADER["weightlift"]
+    loader = kind(config(slices=slices))
+    loader.local_expert_ids = {1, 3}
+    folder = folder_of(tmp_path)
+    loader.load_weights(found, SimpleNamespace(model=str(folder), quantization=None))
+    assert not found.experts[0].any()
+    assert torch.equal(found.experts[3], TENSORS["mlp.experts.3.w"][32:])
+
+
+@pytest.mark.parametrize("slices", [True, False])
+def test_secondary_weights_and_torch_files(loaders: Any, slices: bool, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second" / "sub"
+    first.mkdir()
+    second.mkdir(parents=True)
+    torch.save({f"{n}.weight": TENSORS[f"{n}.weight"] for n in "qk"}, first / "pytorch_model.bin")
+    rest = {n: t for n, t in TENSORS.items() if not n.startswith(("q.", "k."))}
+    save_file({n.removeprefix("x."): t for n, t in rest.items()}, second / "m.safetensors")
+    stock = importlib.import_module(f"{LOADERS}.default_loader").DefaultModelLoader
+    found = Rank()
+    found.secondary_weights = [stock.Source(str(tmp_path / "second"), subfolder="sub")]
+    loaded(loaders, first, found, slices=slices)
+    wanted = Rank()
+    wanted.load_weights(TENSORS.items())
+    assert_same(found, wanted)
+
+
+def test_errors_are_those_of_the_engine(loaders: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Unexpected extra config keys"):
+        loaded(loaders, tmp_path, Rank(), nonsense=True)
+    with pytest.raises(ValueError, match="slices must be true or false"):
+        loaded(loaders, tmp_path, Rank(), slices="yes")
+    with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+        loaded(loaders, tmp_path, Rank())
+    save_file({"q.weight": torch.zeros(64, 64)}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="not initialized from checkpoint"):
+        loaded(loaders, tmp_path, Rank())
+    save_file({"q.weight": torch.zeros(64, 60)}, tmp_path / "m.safetensors")
+    with pytest.raises(RuntimeError, match="must match the size"):
+        loaded(loaders, tmp_path, Rank())
+
+
+def test_reading_ahead_gives_all_in_order_and_stops_when_it_is_left(tmp_path: Path) -> None:
+    checkpoint = wl.open_checkpoint(folder_of(tmp_path) / "model-1-of-2.safetensors")
+    names = list(reversed(list(checkpoint)))
+    for limit in (1, 20_000, 1 << 30):
+        found = list(read_ahead(checkpoint, names, group_bytes=limit))
+        assert [name for name, _ in found] == names
+        assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in found)
+    running = read_ahead(checkpoint, names, group_bytes=1)
+    next(running)
+    running.close()
+    assert list(read_ahead(checkpoint, [])) == []
