@@ -41,6 +41,8 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
     tensors that are read ahead, and ``{"check": true}``, which loads both ways and compares.
     """
 
+    counter_before_loading_weights: float
+
     def __init__(self, load_config: Any) -> None:
         config = copy.copy(load_config)
         config.load_format = "auto"
