@@ -91,7 +91,7 @@ Enum parse_choice(const std::string& value, const char* option,
 engine::Settings settings_from(unsigned threads, unsigned io_depth, std::size_t read_bytes,
                                std::size_t chunk_bytes, std::size_t pinned_bytes,
                                const std::string& io_path, const std::string& cast_place,
-                               bool kernels, bool batch_copies,
+                               const std::string& huge_pages, bool kernels, bool batch_copies,
                                const std::tuple<bool, bool, bool>& fp8) {
   engine::Settings settings;
   settings.threads = threads;
@@ -107,6 +107,10 @@ engine::Settings settings_from(unsigned threads, unsigned io_depth, std::size_t 
                                                         {{"auto", engine::CastPlace::kAuto},
                                                          {"host", engine::CastPlace::kHost},
                                                          {"device", engine::CastPlace::kDevice}});
+  settings.huge_pages = parse_choice<engine::HugePages>(huge_pages, "huge_pages",
+                                                        {{"auto", engine::HugePages::kAuto},
+                                                         {"always", engine::HugePages::kAlways},
+                                                         {"never", engine::HugePages::kNever}});
   settings.kernels = kernels;
   settings.batch_copies = batch_copies;
   settings.fp8 = {.e4m3_saturates = std::get<0>(fp8),
@@ -133,6 +137,7 @@ py::dict report_dict(const engine::Report& report) {
   result["devices"] = devices;
   result["pinned_bytes"] = report.pinned_bytes;
   result["peak_staging_bytes"] = report.peak_staging_bytes;
+  result["memory"] = report.memory;
   result["threads"] = report.threads;
   py::list fallbacks;
   for (const std::string& fallback : report.fallbacks) fallbacks.append(path_text(fallback));
@@ -224,7 +229,8 @@ PYBIND11_MODULE(_native, module) {
   py::class_<engine::Settings>(module, "Settings")
       .def(py::init(&settings_from), py::kw_only(), py::arg("threads") = 0, py::arg("io_depth") = 0,
            py::arg("read_bytes") = 0, py::arg("chunk_bytes") = 0, py::arg("pinned_bytes") = 0,
-           py::arg("io_path") = "auto", py::arg("cast_place") = "auto", py::arg("kernels") = true,
+           py::arg("io_path") = "auto", py::arg("cast_place") = "auto",
+           py::arg("huge_pages") = "auto", py::arg("kernels") = true,
            py::arg("batch_copies") = true, py::arg("fp8") = std::make_tuple(false, false, false));
 
   py::class_<IndexedFile, std::shared_ptr<IndexedFile>>(module, "IndexedFile")

@@ -70,11 +70,13 @@ std::shared_ptr<engine::HostMemory> PlanBuilder::allocate(std::size_t bytes,
                                                           std::optional<int> pin_for) {
   auto memory = [&] {
     const UnlockedGil unlocked;  // pinning touches every page
-    return engine::HostMemory::allocate(bytes, pin_for, settings_.resolved().threads);
+    return engine::HostMemory::allocate(bytes, pin_for, settings_.resolved().threads,
+                                        settings_.huge_pages);
   }();
   if (!memory.ok() && !plan_.files.empty()) memory.error().path = plan_.files.back()->path();
   auto block = value_or_raise(std::move(memory));
   plan_.keep_alive.push_back(block);
+  blocks_.push_back(block);
   return block;
 }
 
@@ -279,6 +281,13 @@ engine::Report PlanBuilder::finish() {
     return load_->finish();
   }();
   scratch_.clear();
+  if (report.ok()) {
+    for (const auto& block : blocks_) {
+      const auto memory = block.lock();
+      std::string pages = memory ? memory->pages() : std::string();
+      if (!pages.empty()) report->memory.push_back(std::move(pages));
+    }
+  }
   return value_or_raise(std::move(report));
 }
 

@@ -83,6 +83,7 @@ class PlanBuilder {
   engine::Settings settings_;
   engine::LoadPlan plan_;
   std::vector<Output> outputs_;
+  std::vector<std::weak_ptr<const engine::HostMemory>> blocks_;
   std::vector<std::shared_ptr<std::vector<std::uint64_t>>> shapes_;
   std::vector<pybind11::object> scratch_;  // before the load, which ends first
   std::unique_ptr<engine::Load> load_;

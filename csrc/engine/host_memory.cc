@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "device/pinned.h"
+#include "engine/page_choice.h"
 #include "io/anonymous_memory.h"
 #include "io/machine.h"
 
@@ -20,13 +21,27 @@ namespace {
 // Smaller requests are not worth reading the limits for.
 constexpr std::size_t kCheckedBytes = std::size_t{64} << 20;
 
+// Smaller blocks take huge pages unasked: a probe would cost about what they may lose.
+constexpr std::size_t kWatchedBytes = std::size_t{16} << 20;
+
 class PageableMemory final : public HostMemory {
  public:
-  explicit PageableMemory(io::AnonymousMemory memory)
-      : HostMemory(memory.data(), false), memory_(std::move(memory)) {}
+  PageableMemory(io::AnonymousMemory memory, HugePages huge_pages)
+      : HostMemory(memory.data(), false), memory_(std::move(memory)) {
+    if (memory_.size() < kWatchedBytes) return;
+    if (huge_pages == HugePages::kAuto) {
+      watch_.emplace(memory_);
+    } else {
+      pages_ = huge_pages == HugePages::kAlways ? "huge pages, as set" : "small pages, as set";
+    }
+  }
+
+  [[nodiscard]] std::string pages() const override { return watch_ ? watch_->reason() : pages_; }
 
  private:
   io::AnonymousMemory memory_;
+  std::string pages_;
+  std::optional<PageWatch> watch_;  // goes before the memory
 };
 
 class PageLockedMemory final : public HostMemory {
@@ -70,7 +85,7 @@ Status populate(const io::AnonymousMemory& memory, unsigned threads) {
 
 Result<std::shared_ptr<HostMemory>> HostMemory::allocate(std::size_t bytes,
                                                          std::optional<int> pin_for,
-                                                         unsigned threads) {
+                                                         unsigned threads, HugePages huge_pages) {
   if (bytes >= kCheckedBytes) {
     std::uint64_t headroom = io::memory_headroom();
     if (bytes > headroom) {  // what others have dropped may be on its way
@@ -85,9 +100,13 @@ Result<std::shared_ptr<HostMemory>> HostMemory::allocate(std::size_t bytes,
                               "use a smaller dtype, or mode=\"map\""};
     }
   }
-  WL_ASSIGN_OR_RETURN(io::AnonymousMemory memory, io::AnonymousMemory::allocate(bytes));
-  if (!pin_for || bytes == 0)
-    return std::shared_ptr<HostMemory>(new PageableMemory(std::move(memory)));
+  const bool pageable = !pin_for || bytes == 0;
+  WL_ASSIGN_OR_RETURN(
+      io::AnonymousMemory memory,
+      io::AnonymousMemory::allocate(bytes, !pageable || huge_pages != HugePages::kNever));
+  if (pageable) {
+    return std::shared_ptr<HostMemory>(new PageableMemory(std::move(memory), huge_pages));
+  }
   WL_ASSIGN_OR_RETURN(device::Device * device, device::Device::get(*pin_for));
   memory.keep_from_children();
   WL_RETURN_IF_ERROR(populate(memory, threads));

@@ -4,7 +4,9 @@
 #include <cstddef>
 #include <memory>
 #include <optional>
+#include <string>
 
+#include "engine/settings.h"
 #include "result.h"
 
 namespace weightlift::engine {
@@ -13,16 +15,20 @@ class HostMemory {
  public:
   // kOutOfMemory where `bytes` are more than the process can still have (its cgroup's limit
   // counts): an error now instead of the kernel's killer later. With `pin_for`, page-locked for all
-  // devices through that one, backed by `threads` threads.
-  [[nodiscard]] static Result<std::shared_ptr<HostMemory>> allocate(std::size_t bytes,
-                                                                    std::optional<int> pin_for,
-                                                                    unsigned threads);
+  // devices through that one, backed by `threads` threads; that is on huge pages, as a GPU wants
+  // it.
+  [[nodiscard]] static Result<std::shared_ptr<HostMemory>> allocate(
+      std::size_t bytes, std::optional<int> pin_for, unsigned threads,
+      HugePages huge_pages = HugePages::kAuto);
   HostMemory(const HostMemory&) = delete;
   HostMemory& operator=(const HostMemory&) = delete;
   virtual ~HostMemory() = default;
 
   [[nodiscard]] std::byte* data() const noexcept { return data_; }
   [[nodiscard]] bool pinned() const noexcept { return pinned_; }
+
+  // On which pages it lies, and why, in words; "" of a block that is too small to matter.
+  [[nodiscard]] virtual std::string pages() const { return {}; }
 
  protected:
   HostMemory(std::byte* data, bool pinned) : data_(data), pinned_(pinned) {}

@@ -34,6 +34,7 @@ struct Report {
   std::uint64_t pinned_bytes = 0;        // of the staging pool, when the load ended
   std::uint64_t peak_staging_bytes = 0;  // slots this load held at once
   unsigned threads = 0;
+  std::vector<std::string> memory;  // on which pages new memory lies, and why
   std::vector<std::string> fallbacks;
   // Files that were read while, or before which, their modification time changed, and no more that
   // can be seen: whether the bytes did, only reading them again can tell.

@@ -16,6 +16,9 @@ enum class IoPath : std::uint8_t { kAuto, kBuffered, kDirect };
 // else on the device.
 enum class CastPlace : std::uint8_t { kAuto, kHost, kDevice };
 
+// On which pages memory for tensors lies. kAuto: see page_choice.h.
+enum class HugePages : std::uint8_t { kAuto, kAlways, kNever };
+
 struct Settings {
   unsigned threads = 0;          // that read and cast; 0: the processors this process may use
   unsigned io_depth = 0;         // reads in flight on a cold or direct file; 0: 8
@@ -24,6 +27,7 @@ struct Settings {
   std::size_t pinned_bytes = 0;  // staging slots of one device at the most; 0: 32 MiB
   IoPath io_path = IoPath::kAuto;
   CastPlace cast_place = CastPlace::kAuto;
+  HugePages huge_pages = HugePages::kAuto;
   bool kernels = true;       // false: as on a device without the CUDA kernels
   bool batch_copies = true;  // false: as with a driver without cuMemcpyBatchAsync
   convert::Fp8Rules fp8;

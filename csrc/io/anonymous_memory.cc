@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <string>
@@ -26,7 +27,7 @@ Error out_of_memory(std::size_t bytes, int error_number) {
 
 }  // namespace
 
-Result<AnonymousMemory> AnonymousMemory::allocate(std::size_t bytes) {
+Result<AnonymousMemory> AnonymousMemory::allocate(std::size_t bytes, bool huge_pages) {
   if (bytes == 0) return AnonymousMemory();
   if (bytes > (std::size_t{1} << 47)) return out_of_memory(bytes, ENOMEM);
   const bool huge = bytes >= kHugePageBytes;
@@ -44,7 +45,7 @@ Result<AnonymousMemory> AnonymousMemory::allocate(std::size_t bytes) {
     if (tail != 0) ::munmap(data + head + length, tail);
     data += head;
     // A hint: where transparent huge pages are off, small pages serve.
-    ::madvise(data, length, MADV_HUGEPAGE);
+    ::madvise(data, length, huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
   }
   return AnonymousMemory(data, length);
 }
@@ -77,6 +78,18 @@ Status AnonymousMemory::populate(std::size_t offset, std::size_t bytes) const {
     break;
   }
   return {};
+}
+
+void AnonymousMemory::use_small_pages(std::size_t offset, std::size_t bytes) const noexcept {
+  const std::size_t begin = round_up(offset, kPageBytes);
+  const std::size_t end = std::min(bytes_, offset + bytes) / kPageBytes * kPageBytes;
+  if (begin < end) ::madvise(data_ + begin, end - begin, MADV_NOHUGEPAGE);
+}
+
+bool AnonymousMemory::is_backed(std::size_t offset) const noexcept {
+  unsigned char resident = 0;
+  std::byte* const page = data_ + offset / kPageBytes * kPageBytes;
+  return ::mincore(page, kPageBytes, &resident) == 0 && (resident & 1) != 0;
 }
 
 void AnonymousMemory::keep_from_children() noexcept {

@@ -16,7 +16,7 @@ class AnonymousMemory {
  public:
   // Zero bytes, not yet backed; aligned to a huge page from one huge page on. kOutOfMemory where
   // the system refuses.
-  [[nodiscard]] static Result<AnonymousMemory> allocate(std::size_t bytes);
+  [[nodiscard]] static Result<AnonymousMemory> allocate(std::size_t bytes, bool huge_pages = true);
 
   AnonymousMemory() = default;
   AnonymousMemory(AnonymousMemory&& other) noexcept
@@ -29,6 +29,12 @@ class AnonymousMemory {
 
   // Backs the pages of [offset, offset + bytes) now, by this thread.
   [[nodiscard]] Status populate(std::size_t offset, std::size_t bytes) const;
+
+  // Has what is not yet backed of [offset, offset + bytes) backed by small pages from now on.
+  void use_small_pages(std::size_t offset, std::size_t bytes) const noexcept;
+
+  // Whether the page at `offset` is backed.
+  [[nodiscard]] bool is_backed(std::size_t offset) const noexcept;
 
   // Keeps the pages out of children (madvise(2) MADV_DONTFORK): a copy-on-write fault in the parent
   // after fork() would move pages away under a device that reads them.

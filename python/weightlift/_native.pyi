@@ -14,6 +14,7 @@ class Settings:
         pinned_bytes: int = 0,
         io_path: str = "auto",
         cast_place: str = "auto",
+        huge_pages: str = "auto",
         kernels: bool = True,
         batch_copies: bool = True,
         fp8: tuple[bool, bool, bool] = (False, False, False),

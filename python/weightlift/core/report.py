@@ -45,6 +45,7 @@ class LoadReport:
         pinned_bytes: pinned by the process's staging pool when the load ended.
         peak_staging_bytes: staging slots that this load held at once.
         threads: that read and cast; 0 where the calling thread did it all.
+        memory: of each larger block of new memory, on which pages it lies, and why.
         fallbacks: what was done another way than the fastest, and why.
         missing_keys: the model's, that the checkpoint does not have.
         unexpected_keys: the checkpoint's, that the model does not have.
@@ -70,6 +71,7 @@ class LoadReport:
     error_msgs: list[str] = dataclasses.field(default_factory=list)
     fallbacks: list[str] = dataclasses.field(default_factory=list)
     meta_keys: list[str] = dataclasses.field(default_factory=list)
+    memory: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
     def from_native(cls, native: dict[str, Any]) -> LoadReport:
@@ -94,6 +96,7 @@ class LoadReport:
             pinned_bytes=max(self.pinned_bytes, other.pinned_bytes),
             peak_staging_bytes=max(self.peak_staging_bytes, other.peak_staging_bytes),
             threads=max(self.threads, other.threads),
+            memory=[*self.memory, *other.memory],
             fallbacks=[*self.fallbacks, *other.fallbacks],
         )
 
@@ -113,6 +116,7 @@ class LoadReport:
             lines.append(
                 f"  staged through {format_bytes(self.peak_staging_bytes)} of pinned memory"
             )
+        lines += [f"  new memory: {text}" for text in dict.fromkeys(self.memory)]
         lines += [f"  fallback: {text}" for text in self.fallbacks]
         mismatched = [
             f"{name} (checkpoint {_shape(stored)}, model {_shape(own)})"

@@ -55,6 +55,10 @@ class Settings:
             (``O_DIRECT``). Only ``"auto"`` casts from the page cache itself, without a copy.
         cast_place: where casts for a device run: ``"auto"`` (narrowing on the host, all else on the
             device), ``"host"`` or ``"device"``.
+        huge_pages: on which pages new memory of 16 MiB and more lies: ``"always"``, ``"never"``, or
+            ``"auto"``: huge ones, as long as they do not come slower than small ones, as they do in
+            a virtual machine whose host has taken its free memory. Page-locked memory is always on
+            huge pages.
         populate: whether a mapped file that is not resident is read in before the load returns
             (``True``), or at the first touch.
         kernels: ``False`` does without the CUDA kernels.
@@ -68,6 +72,7 @@ class Settings:
     pinned_bytes: int | str | None = None
     io_path: str | None = None
     cast_place: str | None = None
+    huge_pages: str | None = None
     populate: bool | None = None
     kernels: bool | None = None
     batch_copies: bool | None = None
@@ -97,6 +102,7 @@ class Settings:
         for name, known in (
             ("io_path", ("auto", "buffered", "direct")),
             ("cast_place", ("auto", "host", "device")),
+            ("huge_pages", ("auto", "always", "never")),
         ):
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -157,7 +163,7 @@ def _given(settings: Settings) -> dict[str, Any]:
 
 
 def _parse(name: str, text: str) -> object:
-    if name in ("io_path", "cast_place"):
+    if name in ("io_path", "cast_place", "huge_pages"):
         return text.lower()
     if name in ("populate", "kernels", "batch_copies"):
         flags = {**_TRUE, **_FALSE}

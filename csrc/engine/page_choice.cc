@@ -1,0 +1,133 @@
+#include "engine/page_choice.h"
+
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <ctime>
+#include <exception>
+#include <utility>
+
+namespace weightlift::engine {
+namespace {
+
+// Slower than this, small pages are asked, too.
+constexpr double kFast = 2e9;
+constexpr std::size_t kSmallProbeBytes = io::kHugePageBytes / 2;
+constexpr std::size_t kSectionBytes = std::size_t{64} << 20;
+constexpr std::chrono::milliseconds kPoll{1};
+// A load that has not come further for so long has ended, or waits for something else.
+constexpr std::chrono::seconds kPatience{10};
+
+double seconds_of(clockid_t clock) {
+  timespec now{};
+  ::clock_gettime(clock, &now);
+  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
+}
+
+long preemptions() {
+  rusage usage{};
+  ::getrusage(RUSAGE_THREAD, &usage);
+  return usage.ru_nivcsw;
+}
+
+// What the pages took, not what other threads took of this one's processor: a host that fetches
+// memory lets this thread's own time run on.
+template <class Work>
+double cost_of(const Work& work) {
+  const long before = preemptions();
+  const double wall = seconds_of(CLOCK_MONOTONIC);
+  const double own = seconds_of(CLOCK_THREAD_CPUTIME_ID);
+  work();
+  const double own_taken = seconds_of(CLOCK_THREAD_CPUTIME_ID) - own;
+  const double taken = seconds_of(CLOCK_MONOTONIC) - wall;
+  return std::max(preemptions() == before ? taken : own_taken, 1e-9);
+}
+
+std::string rate_text(double rate) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f GB/s", rate * 1e-9);
+  return text;
+}
+
+}  // namespace
+
+PageRates probe_pages(const Touch& touch, std::size_t offset) {
+  PageRates rates{.huge = touch(offset, io::kHugePageBytes, false)};
+  if (rates.huge < kFast) {
+    rates.small = touch(offset + io::kHugePageBytes, kSmallProbeBytes, true);
+  }
+  return rates;
+}
+
+PageWatch::PageWatch(const io::AnonymousMemory& memory, Touch touch)
+    : memory_(memory), touch_(std::move(touch)), process_(::getpid()), small_from_(memory.size()) {
+  if (memory.size() < kProbeBytes || probe(0)) return;
+  if (memory.size() < 2 * kSectionBytes) return;
+  try {
+    thread_ = std::thread([this] { run(); });
+  } catch (const std::exception&) {  // no thread to be had: what the first pages said holds
+  }
+}
+
+PageWatch::~PageWatch() {
+  if (!thread_.joinable()) return;
+  if (::getpid() != process_) {  // in a child, where this thread never was
+    thread_.detach();
+    return;
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    stopped_ = true;
+  }
+  changed_.notify_all();
+  thread_.join();
+}
+
+std::string PageWatch::reason() const {
+  const std::lock_guard lock(mutex_);
+  if (small_from_ == memory_.size()) return "huge pages";
+  const std::string rates = "huge pages came at " + rate_text(rates_.huge) + ", small ones at " +
+                            rate_text(rates_.small) +
+                            ": the machine's host has not backed its free memory";
+  if (small_from_ <= kProbeBytes) return "small pages: " + rates;
+  return "huge pages, small ones after " + std::to_string(small_from_ >> 20) + " MiB: " + rates;
+}
+
+void PageWatch::run() {
+  for (std::size_t at = kSectionBytes; at + kProbeBytes <= memory_.size(); at += kSectionBytes) {
+    if (!wait_until_backed(at - kSectionBytes / 2) || probe(at)) return;
+  }
+}
+
+bool PageWatch::probe(std::size_t offset) {
+  const PageRates rates = probe_pages(
+      [&](std::size_t begin, std::size_t bytes, bool small) {
+        if (small) memory_.use_small_pages(begin, io::kHugePageBytes);
+        if (touch_) return touch_(begin, bytes, small);
+        // Where memory has run out, the load says so.
+        return static_cast<double>(bytes) /
+               cost_of([&] { (void)memory_.populate(begin, bytes).ok(); });
+      },
+      offset);
+  if (!rates.small_is_faster()) return false;
+  memory_.use_small_pages(offset + io::kHugePageBytes, memory_.size());
+  const std::lock_guard lock(mutex_);
+  rates_ = rates;
+  small_from_ = offset + io::kHugePageBytes;
+  return true;
+}
+
+bool PageWatch::wait_until_backed(std::size_t offset) {
+  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  std::unique_lock lock(mutex_);
+  while (!stopped_ && !memory_.is_backed(offset)) {
+    if (std::chrono::steady_clock::now() > deadline) return false;
+    changed_.wait_for(lock, kPoll);
+  }
+  return !stopped_;
+}
+
+}  // namespace weightlift::engine

@@ -1,0 +1,126 @@
+// Which pages new memory gets, by what they are said to cost.
+#include "engine/page_choice.h"
+
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <fstream>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace weightlift::engine {
+namespace {
+
+constexpr std::size_t kMiB = std::size_t{1} << 20;
+
+// Whether the kernel was told to use no huge pages at an address: proc(5), smaps, VmFlags "nh".
+bool has_small_pages(const std::byte* address) {
+  std::ifstream smaps("/proc/self/smaps");
+  const auto wanted = reinterpret_cast<std::uintptr_t>(address);
+  bool inside = false;
+  for (std::string line; std::getline(smaps, line);) {
+    unsigned long begin = 0;
+    unsigned long end = 0;
+    if (std::sscanf(line.c_str(), "%lx-%lx ", &begin, &end) == 2) {
+      inside = begin <= wanted && wanted < end;
+    } else if (inside && line.rfind("VmFlags:", 0) == 0) {
+      return line.find(" nh") != std::string::npos;
+    }
+  }
+  return false;
+}
+
+io::AnonymousMemory block(std::size_t bytes) {
+  auto made = io::AnonymousMemory::allocate(bytes);
+  EXPECT_TRUE(made.ok());
+  return std::move(*made);
+}
+
+TEST(PageChoice, FastHugePagesAreNotComparedWithSmallOnes) {
+  std::vector<bool> asked;
+  const PageRates rates = probe_pages(
+      [&](std::size_t, std::size_t, bool small) {
+        asked.push_back(small);
+        return 5e9;
+      },
+      0);
+  EXPECT_EQ(asked, std::vector<bool>{false});
+  EXPECT_FALSE(rates.small_is_faster());
+}
+
+TEST(PageChoice, SlowHugePagesLoseToFasterSmallOnesAlone) {
+  for (const auto& [huge, small, wanted] :
+       {std::tuple{3e8, 9e8, true}, {3e8, 3.2e8, false}, {1e9, 5e8, false}}) {
+    const PageRates rates =
+        probe_pages([&](std::size_t, std::size_t, bool one) { return one ? small : huge; }, 0);
+    EXPECT_EQ(rates.small_is_faster(), wanted) << huge << " " << small;
+  }
+}
+
+TEST(PageChoice, TheRestOfABlockGetsSmallPagesFromTheStart) {
+  const io::AnonymousMemory memory = block(256 * kMiB);
+  const PageWatch watch(memory,
+                        [](std::size_t, std::size_t, bool small) { return small ? 8e8 : 1e8; });
+  EXPECT_TRUE(has_small_pages(memory.data() + 100 * kMiB));
+  EXPECT_EQ(watch.reason().rfind("small pages: huge pages came at 0.1 GB/s, small ones at 0.8", 0),
+            0U);
+}
+
+TEST(PageChoice, ABlockWhosePagesBecomeDearIsSwitchedWhileItFills) {
+  const io::AnonymousMemory memory = block(512 * kMiB);
+  const PageWatch watch(memory, [](std::size_t offset, std::size_t, bool small) {
+    return offset < 128 * kMiB ? 5e9 : small ? 8e8 : 1e8;
+  });
+  EXPECT_EQ(watch.reason(), "huge pages");
+  // One page here and there stands for a load that has come so far.
+  for (std::size_t at = 0; at < 512 * kMiB; at += 32 * kMiB) {
+    ASSERT_TRUE(memory.populate(at, 4096).ok());
+  }
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (watch.reason() == "huge pages" && std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_EQ(watch.reason().rfind("huge pages, small ones after 130 MiB: ", 0), 0U)
+      << watch.reason();
+  EXPECT_FALSE(has_small_pages(memory.data() + 100 * kMiB));
+  EXPECT_TRUE(has_small_pages(memory.data() + 400 * kMiB));
+}
+
+TEST(PageChoice, AWatchOfMemoryThatNobodyFillsEndsAtOnce) {
+  const auto start = std::chrono::steady_clock::now();
+  {
+    const io::AnonymousMemory memory = block(512 * kMiB);
+    const PageWatch watch(memory, [](std::size_t, std::size_t, bool) { return 5e9; });
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+}
+
+TEST(PageChoice, AChildDropsAWatchWhoseThreadItDoesNotHave) {
+  const io::AnonymousMemory memory = block(512 * kMiB);
+  auto watch =
+      std::make_unique<PageWatch>(memory, [](std::size_t, std::size_t, bool) { return 5e9; });
+  const pid_t child = ::fork();
+  if (child == 0) {
+    watch.reset();
+    ::_exit(0);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+TEST(PageChoice, WhatIsReallyTouchedHasARate) {
+  const io::AnonymousMemory memory = block(8 * kMiB);
+  const PageWatch watch(memory);
+  EXPECT_TRUE(memory.is_backed(0));
+  EXPECT_FALSE(memory.is_backed(6 * kMiB));
+  EXPECT_FALSE(watch.reason().empty());
+}
+
+}  // namespace
+}  // namespace weightlift::engine

@@ -1,0 +1,81 @@
+"""On which pages new memory lies: as it is set, and as the report says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import weightlift as wl
+from support import assert_same
+
+SIZE = 24 << 20  # elements of the tensor: 96 MiB as float32
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("huge") / "model.safetensors"
+    save_file({"w": torch.arange(SIZE, dtype=torch.int32).to(torch.bfloat16)}, path)
+    return path
+
+
+def huge_bytes(address: int) -> int:
+    """Bytes on huge pages of the mapping at an address: proc(5), smaps."""
+    found = 0
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+def has_huge_pages() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text()
+
+
+@pytest.mark.parametrize("huge_pages", ["always", "never", "auto"])
+def test_pages_are_as_they_are_set(
+    path: Path, huge_pages: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEIGHTLIFT_HUGE_PAGES", huge_pages)
+    tensor = wl.load_file(path, dtype="float32")["w"]
+    assert_same(tensor, torch.arange(SIZE, dtype=torch.int32).to(torch.bfloat16).float())
+    report = wl.last_report()
+    assert report is not None
+    (reason,) = report.memory
+    assert f"new memory: {reason}" in str(report)
+    huge = huge_bytes(tensor.data_ptr() + tensor.nbytes // 2)
+    if huge_pages == "never":
+        assert (reason, huge) == ("small pages, as set", 0)
+    elif huge_pages == "always":
+        assert reason == "huge pages, as set"
+        assert huge > 0 or not has_huge_pages()
+    else:
+        assert re.fullmatch(
+            r"huge pages|(small pages|huge pages, small ones after \d+ MiB): huge pages came at "
+            r"\d+\.\d GB/s, small ones at \d+\.\d GB/s: .*",
+            reason,
+        )
+
+
+def test_what_is_mapped_or_small_takes_no_choice(path: Path, tmp_path: Path) -> None:
+    wl.load_file(path)
+    report = wl.last_report()
+    assert report is not None
+    assert report.memory == []
+    save_file({"w": torch.ones(1000)}, tmp_path / "small.safetensors")
+    wl.load_file(tmp_path / "small.safetensors", mode="read")
+    report = wl.last_report()
+    assert report is not None
+    assert report.memory == []
+
+
+def test_a_choice_that_is_none() -> None:
+    with pytest.raises(wl.ArgumentError, match="huge_pages is 'sometimes'; it can be one of"):
+        wl.Settings(huge_pages="sometimes")
