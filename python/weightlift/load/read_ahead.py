@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
-from weightlift.load.loading import Loading
+from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions
+from weightlift.load.running_load import RunningLoad
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ def read_ahead(
 
     options = dataclasses.replace(options, mode="read")
     groups = _groups(checkpoint, names, group_bytes)
-    running: Loading | None = None
+    running: RunningLoad | None = None
     try:
         for number, group in enumerate(groups):
             loading = running or _start(checkpoint, group, options)
@@ -56,13 +57,12 @@ def read_ahead(
             running.cancel()
 
 
-def _start(checkpoint: Checkpoint, names: Sequence[str], options: LoadOptions) -> Loading:
+def _start(checkpoint: Checkpoint, names: Sequence[str], options: LoadOptions) -> RunningLoad:
     import torch
 
-    loading = Loading(checkpoint, options)
-    loading.add(torch.device("cpu"), None, names)
-    loading.start()
-    return loading
+    plan = LoadPlan(checkpoint, options)
+    plan.add(torch.device("cpu"), None, names)
+    return plan.start()
 
 
 def _groups(checkpoint: Checkpoint, names: Sequence[str], limit: int) -> list[list[str]]:
