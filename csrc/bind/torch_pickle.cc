@@ -1,5 +1,6 @@
 #include "bind/torch_pickle.h"
 
+#include <algorithm>
 #include <string_view>
 #include <vector>
 
@@ -36,9 +37,9 @@ class Converter {
       case Kind::kText:
         return py::str(pickle_.texts[value.at]);
       case Kind::kList:
-        return py::list();
+        return held(pickle_.lists[value.at]);
       case Kind::kTuple:
-        return py::tuple();
+        return py::tuple(held(pickle_.held_by_tuples[value.at]));
       case Kind::kDict:
         return filled(py::dict(), value);
       case Kind::kOrderedDict:
@@ -59,6 +60,16 @@ class Converter {
       dict[(*this)(key)] = (*this)(item);
     }
     return dict;
+  }
+
+  // One of its tensors, as often as it has tensors.
+  py::list held(const format::TorchPickle::Held& held) {
+    constexpr std::uint64_t kMost = 10'000;
+    py::list result;
+    if (held.count == 0) return result;
+    const py::object one = tensor(pickle_.tensors[held.one]);
+    for (std::uint64_t i = 0; i < std::min(held.count, kMost); ++i) result.append(one);
+    return result;
   }
 
   py::object tensor(const format::PickledTensor& tensor) {

@@ -101,6 +101,101 @@ std::optional<Error> empty_file(std::uint64_t file_size) {
   return make_error(ErrorCode::kEmptyFile, "the file is empty: download it or save it again", 0);
 }
 
+namespace {
+
+// Bytes at a place of the file, and what it is then.
+struct Magic {
+  std::size_t at;
+  std::string_view bytes;
+  std::string_view what;
+};
+
+using namespace std::string_view_literals;
+
+constexpr std::string_view kGgml =
+    "this is a GGML file (of llama.cpp from before GGUF): convert it to GGUF with llama.cpp, or "
+    "download the model's safetensors";
+constexpr std::string_view kPacked = "this is a compressed file: unpack it, and load what is in it";
+
+constexpr Magic kMagics[] = {
+    {0, "GGUF"sv,
+     "this is a GGUF file (of llama.cpp), which is not read here: load it with transformers' "
+     "from_pretrained(gguf_file=...) or diffusers' from_single_file, or download the model's "
+     "safetensors"},
+    {0, "lmgg"sv, kGgml},
+    {0, "ggml"sv, kGgml},
+    {0, "fmgg"sv, kGgml},
+    {0, "tjgg"sv, kGgml},
+    {0, "algg"sv, kGgml},
+    {0, "# xet version"sv,
+     "this is a Xet pointer, not the weights: download the file itself with huggingface_hub (or "
+     "`git xet` in its repository)"},
+    {0, "sys_info\0"sv,
+     "this is torch's tar format of before 2017: load it with torch.load(weights_only=False) where "
+     "it is trusted, and save its state dict again"},
+    {257, "ustar"sv,
+     "this is a tar archive: unpack it, and load what is in it (a file of torch from before 2017 "
+     "is one too: load it with torch.load(weights_only=False) where it is trusted, and save it "
+     "again)"},
+    {0, "\x1f\x8b"sv, kPacked},
+    {0, "BZh"sv, kPacked},
+    {0,
+     "\xfd"
+     "7zXZ\0"sv,
+     kPacked},
+    {0, "\x28\xb5\x2f\xfd"sv, kPacked},
+    {0, "7z\xbc\xaf\x27\x1c"sv, kPacked},
+    {0, "Rar!\x1a\x07"sv, kPacked},
+    {0, "\x89HDF\r\n\x1a\n"sv,
+     "this is an HDF5 file (of Keras or TensorFlow): load it with h5py or Keras, and save its "
+     "tensors again"},
+    {0, "\x93NUMPY"sv, "this is an array of numpy: load it with numpy.load"},
+    {4, "TFL3"sv, "this is a TensorFlow Lite model: its own library runs it"},
+    {4, "ET12"sv, "this is a program of ExecuTorch: its own library runs it"},
+    {0,
+     "\x7f"
+     "ELF"sv,
+     "this is a program or a shared library, not weights"},
+    {0, "%PDF"sv, "this is a PDF document, not weights"},
+};
+
+// Texts by their beginnings, in lower case, behind blanks.
+struct Text {
+  std::string_view beginnings[4];
+  std::string_view what;
+};
+
+constexpr Text kTexts[] = {
+    {{"<!doctype", "<html", "<head", "<body"},
+     "a web page was saved instead of the weights: download again, and look whether the link asks "
+     "for a login"},
+    {{"<?xml", "<error"},
+     "a web page or a server's answer (XML) was saved instead of the weights: look what it says, "
+     "and "
+     "download again"},
+    {{"{\"error", "{ \"error", "{\"message", "{\"detail"},
+     "an error of the server (JSON) was saved instead of the weights: look what it says, and "
+     "download again"},
+    {{"{\"", "{\n", "{ ", "{\r"},
+     "this is JSON text, not weights: give the file of the weights themselves, or an index by a "
+     "name that ends in .index.json"},
+    {{"entry not found", "repository not found", "invalid username", "access to model"},
+     "an error of the Hub was saved instead of the weights: look what it says, and download again"},
+    {{"access denied", "forbidden", "unauthorized", "not found"},
+     "an error of a server was saved instead of the weights: download again"},
+    {{"/annex/objects/", "../.git/annex", ".git/annex", ""},
+     "this is a git-annex pointer, not the weights: run `git annex get` in its repository"},
+};
+
+bool starts_with(std::string_view text, std::string_view prefix) {
+  return text.size() >= prefix.size() &&
+         std::equal(prefix.begin(), prefix.end(), text.begin(), [](char wanted, char found) {
+           return wanted == (found >= 'A' && found <= 'Z' ? found - 'A' + 'a' : found);
+         });
+}
+
+}  // namespace
+
 std::optional<Error> foreign_file(std::string_view first) {
   if (first.starts_with("version https://git-lfs.github.com/spec/")) {
     return make_error(ErrorCode::kGitLfsPointer,
@@ -108,21 +203,22 @@ std::optional<Error> foreign_file(std::string_view first) {
                       "repository, or download the file itself",
                       0);
   }
+  // A length and the header's first byte: whatever the length looks like, this is safetensors.
+  if (first.size() > 8 && first.substr(4, 5) == "\0\0\0\0{"sv) return std::nullopt;
+  for (const Magic& magic : kMagics) {
+    if (first.size() > magic.at && first.substr(magic.at).starts_with(magic.bytes)) {
+      return make_error(ErrorCode::kNotWeights, std::string(magic.what), 0);
+    }
+  }
   std::string_view text = first;
   if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);
   text.remove_prefix(std::min(text.find_first_not_of(" \t\r\n"), text.size()));
-  const auto starts_with = [text](std::string_view prefix) {
-    return text.size() >= prefix.size() &&
-           std::equal(prefix.begin(), prefix.end(), text.begin(), [](char wanted, char found) {
-             return wanted == (found >= 'A' && found <= 'Z' ? found - 'A' + 'a' : found);
-           });
-  };
-  if (starts_with("<!doctype") || starts_with("<html") || starts_with("<?xml")) {
-    return make_error(
-        ErrorCode::kNotWeights,
-        "a web page was saved instead of the weights: download again, and look whether the link "
-        "asks for a login",
-        0);
+  for (const auto& [beginnings, what] : kTexts) {
+    for (const std::string_view beginning : beginnings) {
+      if (!beginning.empty() && starts_with(text, beginning)) {
+        return make_error(ErrorCode::kNotWeights, std::string(what), 0);
+      }
+    }
   }
   return std::nullopt;
 }

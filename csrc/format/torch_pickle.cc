@@ -151,7 +151,7 @@ class Reader {
       case kEmptyDict:
         return push_new(Kind::kDict, result_.dicts, {});
       case kEmptyList:
-        return push({Kind::kList, 0});
+        return push_new(Kind::kList, result_.lists, {});
       case kEmptyTuple:
         return push_tuple(0);
       case kTuple1:
@@ -293,14 +293,47 @@ class Reader {
     if (available() < count) return false;
     const auto items = last(count);
     std::vector<PickledValue> tuple(items.begin(), items.end());
+    Held held;
+    for (const PickledValue item : items) add_held(held, item);
+    result_.held_by_tuples.push_back(held);
     drop(count);
     return push_new(Kind::kTuple, result_.tuples, std::move(tuple));
   }
 
+  using Held = TorchPickle::Held;
+
   bool append(std::size_t count) {
     if (available() < count + 1 || last(count + 1)[0].kind != Kind::kList) return false;
+    Held& held = result_.lists[last(count + 1)[0].at];
+    for (const PickledValue item : last(count)) add_held(held, item);
     drop(count);
     return true;
+  }
+
+  // Of a list and of a tuple no more is kept than how many tensors they hold, and one of them.
+  void add_held(Held& held, PickledValue value) const {
+    const auto add = [&held](const Held& more) {
+      if (more.count == 0) return;
+      if (held.count == 0) held.one = more.one;
+      // Tuples may be in tuples over and over.
+      if (__builtin_add_overflow(held.count, more.count, &held.count)) {
+        held.count = ~std::uint64_t{0};
+      }
+    };
+    switch (value.kind) {
+      case Kind::kTensor:
+        return add({1, value.at});
+      case Kind::kList:
+        return add(result_.lists[value.at]);
+      case Kind::kTuple:
+        return add(result_.held_by_tuples[value.at]);
+      case Kind::kDict:
+      case Kind::kOrderedDict:
+        for (const auto& [key, item] : result_.dicts[value.at].items) add_held(held, item);
+        return;
+      default:
+        return;
+    }
   }
 
   [[nodiscard]] static bool is_dict(PickledValue value) {

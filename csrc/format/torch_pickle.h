@@ -23,7 +23,7 @@ struct PickledTensor {
   [[nodiscard]] bool contiguous() const noexcept;  // as torch's is_contiguous()
 };
 
-// What a state dict may hold; of lists and tuples only that they are there.
+// What a state dict may hold; of lists and tuples no more than how many tensors they hold.
 struct PickledValue {
   enum class Kind : std::uint8_t {
     kNone,
@@ -31,7 +31,7 @@ struct PickledValue {
     kInt,          // `at` is into `ints`, and so on
     kFloat,        // in `floats`
     kText,         // in `texts`
-    kList,         // nowhere
+    kList,         // in `lists`
     kTuple,        // in `tuples`
     kDict,         // in `dicts`
     kOrderedDict,  // in `dicts`
@@ -57,11 +57,17 @@ struct TorchPickle {
     std::vector<std::pair<PickledValue, PickledValue>> items;  // keys are texts or ints
     std::uint32_t depth = 1;
   };
+  struct Held {
+    std::uint64_t count = 0;  // tensors, in whatever is inside
+    std::uint32_t one = 0;    // of `tensors`
+  };
   PickledValue value;  // a dict, which holds no dict twice, nor itself
   std::vector<std::int64_t> ints;
   std::vector<double> floats;
   std::vector<std::string_view> texts;  // ASCII
   std::vector<std::vector<PickledValue>> tuples;
+  std::vector<Held> held_by_tuples;
+  std::vector<Held> lists;
   std::vector<Dict> dicts;
   std::vector<PickledStorage> storages;
   std::vector<PickledTensor> tensors;

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
+import logging
 import math
 import os
 import re
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.checkpoint import Checkpoint, describe_location
+from weightlift.checkpoint.safetensors_writer import (
+    Entry,
+    bytes_of,
+    header_of,
+    in_order,
+    write_safetensors,
+)
 from weightlift.core import dtypes
-from weightlift.core.atomic import flush_file, flush_folder, temporary_beside, umask
+from weightlift.core.atomic import (
+    flush_file,
+    flush_folder,
+    naming_target,
+    put_in_place,
+    temporary_beside,
+)
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.requirements import require
@@ -27,21 +40,13 @@ if TYPE_CHECKING:
 
 __all__ = ["convert_checkpoint"]
 
+_log = logging.getLogger("weightlift")
+
 # Tensor bytes that are in memory at once, if no tensor alone has more.
 _AT_ONCE = 256 << 20
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 # Shards are named so by transformers, diffusers and huggingface_hub.
 _SHARD = "{stem}{variant}-{number:05}-of-{count:05}.safetensors"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Entry:
-    """A tensor as it will be in the new file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
 
 
 def convert_checkpoint(
@@ -69,7 +74,8 @@ def convert_checkpoint(
             has more: bytes, or text such as ``"5GB"`` (10^9 bytes).
         stem: what the names in a folder begin with.
         variant: ``"fp16"`` gives ``model.fp16.safetensors``.
-        companions: file name -> content, of files that go into the folder too.
+        companions: file name -> content, of files that go into the folder too. The dtype that a
+            configuration among them states becomes ``dtype``.
         progress: called with the bytes done and in all.
 
     Returns:
@@ -88,74 +94,178 @@ def convert_checkpoint(
             raise ArgumentError(f"{part!r} must be a part of a file name")
     name = dtypes.parse_dtype(dtype)
     entries, tied = _entries(checkpoint, name)
-    header = {"format": "pt", **_texts(checkpoint.metadata), **tied}
-    done = 0
-    total = sum(entry.bytes for entry in entries)
-
-    def show(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
-    show(0)
+    _warn_of_left_out(checkpoint)
+    written = _Written(
+        checkpoint,
+        entries,
+        name,
+        {"format": "pt", **_texts(checkpoint.metadata), **tied},
+        _Progress(sum(entry.bytes for entry in entries), progress),
+    )
     if target.suffix == ".safetensors":
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_beside(target)
-        try:
-            _write(checkpoint, entries, name, header, temporary, show)
-            flush_file(temporary)
-            temporary.rename(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        flush_folder(target.parent)
+        _write_file(written, target)
         return [target.name]
+    names = _NamesOfShards(stem, variant, _bytes(max_shard_size))
+    return _write_folder(written, target, names, _fitting(companions or {}, name))
 
-    shards = list(_split(entries, _bytes(max_shard_size)))
-    files = _names(stem, variant, len(shards))
+
+class _Progress:
+    """Tells how many bytes are done."""
+
+    def __init__(self, total: int, callback: Callable[[int, int], None] | None) -> None:
+        self.total = total
+        self._done = 0
+        self._callback = callback
+        self.add(0)
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if self._callback is not None:
+            self._callback(self._done, self.total)
+
+
+class _Written(NamedTuple):
+    """What is written.
+
+    Attributes:
+        source: where it comes from.
+        entries: all tensors, in the order of a file.
+        dtype: the file's name of the dtype to cast to.
+        header: text for the header of a single file, or for the index.
+        progress: is told.
+    """
+
+    source: Checkpoint
+    entries: list[Entry]
+    dtype: str | None
+    header: dict[str, str]
+    progress: _Progress
+
+
+class _NamesOfShards(NamedTuple):
+    stem: str
+    variant: str | None
+    largest: int
+
+
+def _write_file(written: _Written, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(target)
+    with naming_target(target, temporary):
+        try:
+            _write(written, written.entries, written.header, temporary)
+            put_in_place(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+    flush_folder(target.parent)
+
+
+def _write_folder(
+    written: _Written, target: Path, names: _NamesOfShards, companions: Mapping[str, bytes]
+) -> list[str]:
+    shards = list(_split(written.entries, names.largest))
+    files = _names(names.stem, names.variant, len(shards))
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = temporary_beside(target)
-    folder.mkdir()
-    try:
-        for file, shard in zip(files, shards, strict=True):
-            alone = header if len(shards) == 1 else {"format": "pt"}
-            _write(checkpoint, shard, name, alone, folder / file, show)
-            flush_file(folder / file)
-        if len(shards) > 1:
-            index = {
-                "metadata": {**{k: v for k, v in header.items() if k != "format"},
-                             "total_size": total},
-                "weight_map": {
-                    entry.name: file
-                    for file, shard in zip(files, shards, strict=True)
-                    for entry in shard
-                },
-            }  # fmt: skip
-            of_variant = f".{variant}" if variant else ""
-            files.append(f"{stem}.safetensors.index{of_variant}.json")
-            (folder / files[-1]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        for file, content in (companions or {}).items():
-            (folder / file).write_bytes(content)
-            files.append(file)
-        for file in files[len(shards) :]:
-            flush_file(folder / file)
-        flush_folder(folder)
-        folder.chmod(0o777 & ~umask())
-        folder.rename(target)  # over an empty folder too: rename(2)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with naming_target(target, folder):
+        folder.mkdir()
+        try:
+            for file, shard in zip(files, shards, strict=True):
+                header = written.header if len(shards) == 1 else {"format": "pt"}
+                _write(written, shard, header, folder / file)
+            contents = dict(companions)
+            if len(shards) > 1:
+                of_variant = f".{names.variant}" if names.variant else ""
+                index = f"{names.stem}.safetensors.index{of_variant}.json"
+                contents = {index: _index(written, files, shards), **contents}
+            for file, content in contents.items():
+                (folder / file).write_bytes(content)
+                flush_file(folder / file)
+            flush_folder(folder)
+            folder.rename(target)  # over an empty folder too: rename(2)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     flush_folder(target.parent)
-    return files
+    return [*files, *contents]
+
+
+def _index(written: _Written, files: Sequence[str], shards: Sequence[Sequence[Entry]]) -> bytes:
+    index = {
+        "metadata": {
+            **{key: value for key, value in written.header.items() if key != "format"},
+            "total_size": written.progress.total,
+        },
+        "weight_map": {
+            entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard
+        },
+    }
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _warn_of_left_out(checkpoint: Checkpoint) -> None:
+    if checkpoint.left_out:
+        named = ", ".join(f"{name!r} ({count})" for name, count in checkpoint.left_out.items())
+        _log.warning(
+            "%s: not converted are the tensors in %s: state_dict_key= chooses others",
+            describe_location(checkpoint),
+            named,
+        )
+
+
+def _fitting(companions: Mapping[str, bytes], dtype: str | None) -> dict[str, bytes]:
+    """Companions, with the dtype that the weights have now: transformers casts to what is in
+    config.json when it loads."""
+    if dtype is None:
+        return dict(companions)
+    return {name: _with_dtype(name, content, dtype) for name, content in companions.items()}
+
+
+def _with_dtype(name: str, content: bytes, dtype: str) -> bytes:
+    if not name.endswith(".json") or b"dtype" not in content:
+        return content
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError):
+        _log.warning("%s: is no JSON, and was copied as it is: look whether it names a dtype", name)
+        return content
+    if not isinstance(config, dict):
+        return content
+    if "quantization_config" in config:
+        _log.warning(
+            "%s: the model is quantized, and dtype= has cast what was not: its quantization_config "
+            "was copied as it is",
+            name,
+        )
+    if not _set_dtype(config, dtypes.TORCH_NAMES[dtype]):
+        return content
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
+    """Sets the dtype of a configuration and of those in it: whether there was one."""
+    changed = False
+    todo = [config]
+    while todo:
+        one = todo.pop()
+        for key, value in one.items():
+            if key in ("dtype", "torch_dtype") and isinstance(value, str):
+                prefix = "torch." if value.startswith("torch.") else ""
+                one[key] = prefix + dtype
+                changed = True
+            elif isinstance(value, dict) and key != "quantization_config":
+                todo.append(value)
+    return changed
 
 
 def _texts(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key != "not_tensors"}
 
 
-def _entries(checkpoint: Checkpoint, dtype: str | None) -> tuple[list[_Entry], dict[str, str]]:
-    """In the order of the reference's writer: by alignment, then by name; and what is tied."""
+def _entries(checkpoint: Checkpoint, dtype: str | None) -> tuple[list[Entry], dict[str, str]]:
+    """In the order of the reference's writer; and what is tied."""
     kept: dict[object, str] = {}
     tied: dict[str, str] = {}
     entries = []
@@ -175,13 +285,12 @@ def _entries(checkpoint: Checkpoint, dtype: str | None) -> tuple[list[_Entry], d
             )
         target = dtype if dtype and own in dtypes.FLOATING and own != "F4" else own
         size = math.prod(shape) * dtypes.bits(target) // 8
-        entries.append(_Entry(name, target, shape, size))
-    entries.sort(key=lambda entry: (-dtypes.bits(entry.dtype), entry.name))
-    return entries, tied
+        entries.append(Entry(name, target, shape, size))
+    return in_order(entries), tied
 
 
-def _split(entries: Sequence[_Entry], largest: int) -> Iterator[list[_Entry]]:
-    shard: list[_Entry] = []
+def _split(entries: Sequence[Entry], largest: int) -> Iterator[list[Entry]]:
+    shard: list[Entry] = []
     held = 0
     for entry in entries:
         if shard and held + entry.bytes > largest:
@@ -212,50 +321,25 @@ def _bytes(size: int | str) -> int:
 
 
 def _write(
-    checkpoint: Checkpoint,
-    entries: Sequence[_Entry],
-    dtype: str | None,
-    metadata: Mapping[str, str],
-    path: Path,
-    show: Callable[[int], None],
+    written: _Written, entries: Sequence[Entry], metadata: Mapping[str, str], path: Path
 ) -> None:
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for entry in entries:
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [end, end + entry.bytes],
-        }
-        end += entry.bytes
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file:
-        _write_all(file, struct.pack("<Q", len(text)) + text)
-        for batch in _batches(entries):
-            names = [entry.name for entry in batch]
-            tensors = load_tensors(
-                checkpoint, parse_device("cpu"), LoadOptions("read"), dtype=dtype, names=names
-            )
-            for entry in batch:
-                _write_all(file, _data(tensors.pop(entry.name)))
-                show(entry.bytes)
+    write_safetensors(
+        path, header_of(entries, metadata), _data(written, entries), show=written.progress.add
+    )
 
 
-def _batches(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
+def _data(written: _Written, entries: Sequence[Entry]) -> Iterator[memoryview]:
+    for batch in _batches(entries):
+        tensors = load_tensors(
+            written.source,
+            parse_device("cpu"),
+            dtype=written.dtype,
+            names=[entry.name for entry in batch],
+            options=LoadOptions(mode="read"),
+        )
+        for entry in batch:
+            yield bytes_of(tensors.pop(entry.name))
+
+
+def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     yield from _split(list(entries), _AT_ONCE)
-
-
-def _data(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())  # type: ignore[arg-type]
-
-
-def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
-    left = memoryview(data)
-    while left:  # write(2) moves at most 2 GiB a call
-        left = left[file.write(left) :]

@@ -1,40 +1,192 @@
-"""``save_file``: all of a file or nothing."""
+"""``save_file``, ``save``, ``save_model``: all of a file or nothing."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weightlift.core.atomic import atomic_file
+from weightlift.checkpoint.safetensors_writer import (
+    Entry,
+    bytes_of,
+    header_of,
+    in_order,
+    write_safetensors,
+)
+from weightlift.core import dtypes
+from weightlift.core.atomic import (
+    atomic_file,
+    flush_folder,
+    naming_target,
+    put_in_place,
+    temporary_beside,
+)
+from weightlift.core.errors import ArgumentError
 from weightlift.core.requirements import require
 
 if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["save_file"]
+__all__ = ["save", "save_file", "save_model"]
 
 
 def save_file(
     tensors: Mapping[str, torch.Tensor],
     filename: str | os.PathLike[str],
-    metadata: dict[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Saves tensors as a ``.safetensors`` file, all of it or nothing.
 
     The file is written under a temporary name in the same folder, flushed to the disk, given the
-    mode that the umask allows, and renamed; the folder is flushed too. Killed anywhere, the old
-    file or the new one is there. Saving over a file whose mapping is in use is safe: the mapping
-    keeps the old one.
+    mode of the file that it replaces (a new one has what the umask allows), and renamed; the folder
+    is flushed too. Killed anywhere, the old file or the new one is there. Saving over a file whose
+    mapping is in use is safe: the mapping keeps the old one.
 
     Args:
-        tensors: contiguous tensors that share no memory, as ``safetensors.torch.save_file`` wants.
+        tensors: contiguous tensors that share no memory, on any device, as
+            ``safetensors.torch.save_file`` wants them.
         filename: the file.
         metadata: text for the header.
+
+    Raises:
+        ValueError: a value that is no tensor, or is sparse or not contiguous, or whose dtype
+            safetensors does not have.
+        RuntimeError: tensors that share memory; ``save_model`` saves a model with tied weights.
+        OSError: of ``filename``: ``FileNotFoundError`` (no such folder), ``PermissionError``,
+            ``IsADirectoryError``, a full disk, ...
     """
     require("torch", "save_file")
-    from safetensors.torch import save_file as reference_save_file
+    path = Path(filename)
+    entries = _entries(tensors, str(path))
+    header = header_of(entries, metadata)
+    if path.is_dir():
+        raise IsADirectoryError(21, "is a directory: name a file in it", str(path))
+    temporary = temporary_beside(path)
+    with naming_target(path, temporary):
+        try:
+            write_safetensors(temporary, header, _data(entries, tensors), replaces=path)
+            put_in_place(temporary, path)
+        except BaseException:
+            _remove(temporary)
+            raise
+    flush_folder(path.parent)
+
+
+def save(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The bytes that ``save_file`` would write.
+
+    Args:
+        tensors, metadata: as in ``save_file``.
+
+    Raises:
+        ValueError, RuntimeError: as ``save_file``.
+    """
+    require("torch", "save")
+    entries = _entries(tensors, "save")
+    return b"".join([header_of(entries, metadata), *_data(entries, tensors)])
+
+
+def save_model(
+    model: torch.nn.Module,
+    filename: str | os.PathLike[str],
+    metadata: dict[str, str] | None = None,
+    force_contiguous: bool = True,
+) -> None:
+    """Saves a model's state dict as a ``.safetensors`` file, all of it or nothing.
+
+    Of names that share memory (tied weights) one is saved, and the metadata says which stands for
+    which, as ``safetensors.torch.save_model`` does it, which does it here; ``load_model`` ties them
+    again.
+
+    Args:
+        model: on any device.
+        filename: the file.
+        metadata: text for the header.
+        force_contiguous: save tensors that are not contiguous as if they were.
+
+    Raises:
+        ValueError, RuntimeError, OSError: as ``save_file``.
+    """
+    require("torch", "save_model")
+    from safetensors.torch import save_model as reference_save_model
 
     with atomic_file(filename) as temporary:
-        reference_save_file(dict(tensors), temporary, metadata=metadata)
+        reference_save_model(model, str(temporary), metadata, force_contiguous)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _entries(tensors: Mapping[str, torch.Tensor], what: str) -> list[Entry]:
+    """In the order of the file.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as ``safetensors.torch.save_file`` raises them.
+    """
+    import torch
+
+    if not isinstance(tensors, Mapping):
+        raise ArgumentError(
+            f"{what}: the tensors are a mapping of names to tensors, not {type(tensors).__name__}; "
+            "save_model saves a module"
+        )
+    entries = []
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{what}: the name of a tensor is text, not {name!r}")
+        if not isinstance(tensor, torch.Tensor):
+            raise _refused(what, name, f"is {type(tensor).__name__}, not a tensor: leave it out")
+        if tensor.layout is not torch.strided:
+            raise _refused(what, name, f"is of layout {tensor.layout}: save tensor.to_dense()")
+        if not tensor.is_contiguous():
+            raise _refused(
+                what,
+                name,
+                "is not contiguous: save tensor.contiguous(), or of views of one tensor that one",
+            )
+        dtype = dtypes.file_name(tensor.dtype)
+        if dtype in (None, "C32", "C128"):
+            raise _refused(
+                what, name, f"is of {tensor.dtype}, which safetensors does not have: cast it"
+            )
+        shape = tuple(tensor.shape)
+        if dtype == "F4":  # an element of torch's is two of the format's
+            shape = (*shape[:-1], shape[-1] * 2)
+        entries.append(Entry(name, str(dtype), shape, tensor.nbytes))
+    _check_sharing(tensors, what)
+    return in_order(entries)
+
+
+def _refused(what: str, name: str, why: str) -> ArgumentError:
+    return ArgumentError(f"{what}: tensor {name!r} {why}; nothing was saved")
+
+
+def _check_sharing(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    spans: dict[tuple[torch.device, int], list[tuple[int, int, str]]] = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta" or tensor.numel() == 0:
+            continue
+        storage = (tensor.device, tensor.untyped_storage().data_ptr())
+        begin = tensor.data_ptr()
+        spans.setdefault(storage, []).append((begin, begin + tensor.nbytes, name))
+    for sharing in spans.values():
+        sharing.sort()
+        for (_, end, name), (begin, _, other) in itertools.pairwise(sharing):
+            if begin < end:
+                raise RuntimeError(
+                    f"{what}: tensors {name!r} and {other!r} share memory, and would be two "
+                    "tensors when they are loaded: save one of them, or copies (tensor.clone()); "
+                    "weightlift.save_model saves a model whose weights are tied. Nothing was saved"
+                )
+
+
+def _data(entries: list[Entry], tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
+    for entry in entries:
+        # Of tensors on devices one is in the host's memory at a time.
+        yield bytes_of(tensors[entry.name].detach().to("cpu").resolve_conj().resolve_neg())

@@ -36,6 +36,8 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         in_memory: tensors of files that only torch can read, which are loaded when it is opened.
         loaded: those files, with their identities.
         fallbacks: what could not be done the fast way, and why.
+        left_out: what a torch file holds besides the state dict that is a tensor or holds some ->
+            how many.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         metadata: Mapping[str, str] | None = None,
         fallbacks: Sequence[str] = (),
         names: Mapping[str, Place | None] | None = None,
+        left_out: Mapping[str, int] | None = None,
     ) -> None:
         self.parts = list(parts)
         self.formats = list(formats) if formats is not None else ["safetensors"] * len(parts)
@@ -56,6 +59,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         self.loaded = list(loaded)
         self.metadata = dict(metadata or {})
         self.fallbacks = list(fallbacks)
+        self.left_out = dict(left_out or {})
         self._views = list(views) if views is not None else [{} for _ in parts]
         # Whether the tensors are those of the parts, under their own names.
         self.is_plain = names is None and not any(self._views) and not self.in_memory
@@ -254,6 +258,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
             metadata=self.metadata,
             fallbacks=self.fallbacks,
             names=names,
+            left_out=self.left_out,
         )
 
 

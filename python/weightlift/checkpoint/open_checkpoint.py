@@ -13,7 +13,7 @@ import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.hub import HubArguments
 from weightlift.checkpoint.integrity import Identity
-from weightlift.checkpoint.resolve import CheckpointFiles, resolve
+from weightlift.checkpoint.resolve import CheckpointFiles, ShardFile, resolve
 from weightlift.checkpoint.torch_file import LoadedTorchFile, View, open_torch_file
 from weightlift.core.errors import ArgumentError, CheckpointError
 
@@ -41,6 +41,7 @@ def open_checkpoint(
     local_files_only: bool = False,
     force_download: bool = False,
     mirror: str | None = None,
+    strict_index: bool = False,
 ) -> Checkpoint:
     """Opens a checkpoint of any form: reads its index, not its tensors.
 
@@ -52,7 +53,9 @@ def open_checkpoint(
         variant: such as ``"fp16"``, for ``model.fp16.safetensors``.
         use_safetensors: ``None`` takes ``.bin`` where there is no safetensors, ``True`` does not,
             ``False`` takes ``.bin``.
-        state_dict_key: where in a torch file the tensors are; ``None`` finds the only place.
+        state_dict_key: where in a torch file the tensors are, dotted; ``""`` is the top level.
+            ``None`` takes the only dictionary of tensors that may be meant; where there are
+            several it is an error that names them.
         prefix: of the names that are wanted; it is stripped, tensors without it are left out.
         ignore: tensors to leave out: beginnings of their names, or patterns with ``*``.
         revision: a branch, tag or commit.
@@ -61,9 +64,13 @@ def open_checkpoint(
         local_files_only: do not ask the Hub.
         force_download: again, whatever the cache holds.
         mirror: the endpoint to ask instead of the Hub; it gets no token but an explicit one.
+        strict_index: an index that contradicts its files, or a tensor that is in two of them, is
+            an error. By default the tensors of all files that the index lists are taken, of equal
+            names the last, as the libraries do whose files they are, and a warning says so.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or its index contradicts its files.
+        CheckpointError: there is no such checkpoint, or, with ``strict_index``, its index
+            contradicts its files.
         FormatError: a file breaks its format.
         ReadError: a file cannot be read.
     """
@@ -80,8 +87,9 @@ def open_checkpoint(
             revision=revision,
             mirror=mirror,
         ),
+        strict_index=strict_index,
     )
-    checkpoint = open_files(files, state_dict_key)
+    checkpoint = open_files(files, state_dict_key, strict_index=strict_index)
     if prefix is not None or ignore is not None:
         checkpoint = checkpoint.renamed(_renaming(prefix, ignore))
         if not checkpoint:
@@ -91,88 +99,134 @@ def open_checkpoint(
     return checkpoint
 
 
-def open_files(files: CheckpointFiles, state_dict_key: str | None) -> Checkpoint:
-    parts: list[_native.IndexedFile] = []
-    formats: list[str] = []
-    views: list[Mapping[str, View]] = []
-    in_memory: dict[str, torch.Tensor] = {}
-    loaded: list[tuple[str, Identity]] = []
-    metadata: dict[str, str] = {}
-    not_tensors: dict[str, str] = {}
-    fallbacks: list[str] = []
-    holder: dict[str, str] = {}
-    order: list[str] = []
-    for shard in files.files:
-        if shard.format == "safetensors":
-            part = _native.IndexedFile.open(shard.path, shard.begin, shard.bytes)
-            names = part.names()
-            parts.append(part)
-            views.append({})
-            metadata.update(part.metadata() or {})
-        else:
-            opened = open_torch_file(shard.path, state_dict_key=state_dict_key)
-            not_tensors.update(opened.not_tensors)
-            if isinstance(opened, LoadedTorchFile):
-                names = list(opened.tensors)
-                in_memory.update(opened.tensors)
-                loaded.append((shard.path, opened.identity))
-                fallbacks.append(f"{shard.path}: loaded by torch: {opened.reason}")
-            else:
-                names = opened.names
-                parts.append(opened.part)
-                views.append(opened.views)
-        if len(formats) < len(parts):
-            formats.append(shard.format)
-        order += names
-        if not holder.keys().isdisjoint(names):
-            name = next(name for name in names if name in holder)
-            raise CheckpointError(
-                f"{files.folder}: tensor {name!r} is in {holder[name]} and in {shard.name}: "
-                "one of them is not of this checkpoint; save or download it again"
-            )
-        holder.update(dict.fromkeys(names, shard.name))
-    _check_index(files, holder)
-    if not_tensors:
-        metadata["not_tensors"] = json.dumps(not_tensors)
+def open_files(
+    files: CheckpointFiles, state_dict_key: str | None, *, strict_index: bool = False
+) -> Checkpoint:
+    """Opens the files of a checkpoint; see ``open_checkpoint``."""
     if state_dict_key is not None and files.format != "torch":
         raise ArgumentError(
             f"{files.folder}: state_dict_key={state_dict_key!r} is for torch files, and this "
             "checkpoint is safetensors"
         )
-    checkpoint = Checkpoint(
-        parts,
-        formats=formats,
-        views=views,
-        in_memory=in_memory,
-        loaded=loaded,
-        metadata=metadata,
-        fallbacks=fallbacks,
-    )
-    # A state dict has an order of its own, which its storages need not be in.
-    return checkpoint if list(checkpoint) == order else checkpoint.ordered(order)
-
-
-def _check_index(files: CheckpointFiles, holder: Mapping[str, str]) -> None:
-    """Every tensor is where the index says."""
+    opened = _OpenedFiles()
+    for shard in files.files:
+        opened.add(shard, state_dict_key)
+    notes = [*_twice(opened), *_misplaced(files, opened.holders)]
+    if notes and strict_index:
+        place = files.index_path or files.folder
+        raise CheckpointError(f"{place}: {notes[0]}; save or download it again")
     if files.unlisted:
+        are = " is" if len(files.unlisted) == 1 else " are"
         _log.warning(
             "%s: %s not in the index %s, and left out",
             files.folder,
-            ", ".join(files.unlisted) + (" is" if len(files.unlisted) == 1 else " are"),
+            ", ".join(files.unlisted) + are,
             files.index_path,
         )
-    wrong = [
-        f"{name!r} in {shard}, and it is "
-        + (f"in {holder[name]}" if name in holder else "in none of its files")
-        for name, shard in (files.weight_map or {}).items()
-        if holder.get(name) != shard
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 1} more such" if len(wrong) > 1 else ""
-        raise CheckpointError(
-            f"{files.index_path}: the index says tensor {wrong[0]}{more}: index and shards are of "
-            "different checkpoints; save or download it again"
+    for note in (*files.notes, *notes):
+        _log.warning("%s: %s", files.index_path or files.folder, note)
+    return opened.checkpoint()
+
+
+class _OpenedFiles:
+    """Files that become one checkpoint; of tensors of one name the last holds, as for everyone who
+    updates one dictionary with the tensors of one file after the other."""
+
+    def __init__(self) -> None:
+        self.parts: list[_native.IndexedFile] = []
+        self.formats: list[str] = []
+        self.views: list[Mapping[str, View]] = []
+        self.in_memory: dict[str, torch.Tensor] = {}
+        self.loaded: list[tuple[str, Identity]] = []
+        self.metadata: dict[str, str] = {}
+        self.not_tensors: dict[str, str] = {}
+        self.left_out: dict[str, int] = {}
+        self.fallbacks: list[str] = []
+        # Tensor -> the shards that have it, in their order.
+        self.holders: dict[str, list[str]] = {}
+        self._from_memory: dict[str, bool] = {}
+
+    def add(self, shard: ShardFile, state_dict_key: str | None) -> None:
+        if shard.format == "safetensors":
+            part = _native.IndexedFile.open(shard.path, shard.begin, shard.bytes)
+            self.metadata.update(part.metadata() or {})
+            self._add_part(part, {}, shard.format)
+            names = part.names()
+        else:
+            opened = open_torch_file(shard.path, state_dict_key=state_dict_key)
+            self.not_tensors.update(opened.not_tensors)
+            self.left_out.update(opened.left_out)
+            if isinstance(opened, LoadedTorchFile):
+                names = list(opened.tensors)
+                self.in_memory.update(opened.tensors)
+                self.loaded.append((shard.path, opened.identity))
+                self.fallbacks.append(f"{shard.path}: loaded by torch: {opened.reason}")
+            else:
+                names = opened.names
+                self._add_part(opened.part, opened.views, shard.format)
+        in_memory = bool(self.loaded) and self.loaded[-1][0] == shard.path
+        for name in names:
+            self.holders.setdefault(name, []).append(shard.name)
+            self._from_memory[name] = in_memory
+
+    def _add_part(self, part: _native.IndexedFile, views: Mapping[str, View], format: str) -> None:
+        self.parts.append(part)
+        self.views.append(views)
+        self.formats.append(format)
+
+    def checkpoint(self) -> Checkpoint:
+        if self.not_tensors:
+            self.metadata["not_tensors"] = json.dumps(self.not_tensors)
+        for name in [name for name in self.in_memory if not self._from_memory[name]]:
+            del self.in_memory[name]  # a later file has it
+        checkpoint = Checkpoint(
+            self.parts,
+            formats=self.formats,
+            views=self.views,
+            in_memory=self.in_memory,
+            loaded=self.loaded,
+            metadata=self.metadata,
+            fallbacks=self.fallbacks,
+            left_out=self.left_out,
         )
+        # A state dict has an order of its own, which its storages need not be in.
+        order = list(self.holders)
+        return checkpoint if list(checkpoint) == order else checkpoint.ordered(order)
+
+
+def _twice(opened: _OpenedFiles) -> list[str]:
+    """What to say of tensors that are in several files."""
+    twice = [(name, files) for name, files in opened.holders.items() if len(files) > 1]
+    if not twice:
+        return []
+    name, files = twice[0]
+    more = f", and {len(twice) - 1} more are so" if len(twice) > 1 else ""
+    return [
+        f"tensor {name!r} is in {' and in '.join(files)}{more}; the last of them is taken, as by "
+        "the libraries that load shard after shard"
+    ]
+
+
+def _misplaced(files: CheckpointFiles, holders: Mapping[str, list[str]]) -> list[str]:
+    """What to say where the index and its files do not agree."""
+    absent = []
+    elsewhere = []
+    for name, shard in (files.weight_map or {}).items():
+        found = holders.get(name)
+        if found is None:
+            absent.append(f"{name!r} in {shard}, and it is in none of its files")
+        elif shard not in found:
+            elsewhere.append(f"{name!r} in {shard}, and it is in {found[-1]}")
+    return [
+        f"the index says tensor {wrong[0]}"
+        + (f", and {len(wrong) - 1} more such" if len(wrong) > 1 else "")
+        + f": index and shards are of different checkpoints{consequence}"
+        for wrong, consequence in (
+            (elsewhere, "; what the files hold is taken"),
+            (absent, "; these tensors are missing"),
+        )
+        if wrong
+    ]
 
 
 def _renaming(

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from weightlift.checkpoint import hub as _hub
 from weightlift.checkpoint.hub import HubArguments
+from weightlift.checkpoint.torch_errors import is_safetensors
 from weightlift.core.errors import ArgumentError, CheckpointError, ReadError, read_error
 
 __all__ = ["CheckpointFiles", "ShardFile", "resolve"]
@@ -84,6 +85,7 @@ class CheckpointFiles(NamedTuple):
         index_path: that index; the archive, if it is an entry of one.
         index_metadata: what it says besides.
         unlisted: files that are named like the index's shards, but are not listed in it.
+        notes: what a user should be warned of.
     """
 
     files: tuple[ShardFile, ...]
@@ -93,6 +95,7 @@ class CheckpointFiles(NamedTuple):
     index_path: str | None = None
     index_metadata: Mapping[str, Any] = MappingProxyType({})
     unlisted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def resolve(
@@ -102,11 +105,14 @@ def resolve(
     variant: str | None = None,
     use_safetensors: bool | None = None,
     hub: HubArguments | None = None,
+    strict_index: bool = False,
 ) -> CheckpointFiles:
     """The files of a checkpoint; those of a repository are downloaded, and no others of it.
 
-    In a folder, an index goes before a single file, ``diffusion_pytorch_model`` before ``model``,
-    and any safetensors before ``.bin``.
+    In a folder, any safetensors go before ``.bin``, and ``diffusion_pytorch_model`` before
+    ``model``. Where there are an index and a single file of one name, the one is taken that the
+    library takes whose name it is, with a warning: of diffusers' names the index, of others the
+    single file.
 
     Args:
         path_or_repo: a file, an index, a ``.dduf`` file, a folder, or, where there is no such path,
@@ -117,6 +123,7 @@ def resolve(
         use_safetensors: ``None`` takes safetensors where there are some, else ``.bin``; ``True``
             takes nothing but safetensors, ``False`` nothing but ``.bin``.
         hub: how to get at the repository.
+        strict_index: an index that names a tensor twice is an error.
 
     Raises:
         CheckpointError: there are no such weights, and what there is; or an index is broken.
@@ -133,7 +140,7 @@ def resolve(
     hub = hub or HubArguments()
     folder = posixpath.normpath((hub.subfolder if subfolder is None else subfolder) or ".")
     folder = "" if folder == "." else folder
-    wish = _Wish(variant, use_safetensors)
+    wish = _Wish(variant, use_safetensors, strict_index)
     path = Path(text)
     try:
         exists = text != "" and path.exists()
@@ -156,6 +163,7 @@ def resolve(
 class _Wish(NamedTuple):
     variant: str | None
     use_safetensors: bool | None
+    strict_index: bool = False
 
     def takes(self, format: Format) -> bool:
         return self.use_safetensors in (None, format == "safetensors")
@@ -176,6 +184,9 @@ class _Source(Protocol):
     def find(self, folder: str, names: Sequence[str], format: Format) -> list[ShardFile]:
         """Files of a folder, downloaded if need be."""
 
+    def has(self, folder: str, name: str) -> bool:
+        """Whether there is a file, perhaps in a folder of the folder."""
+
     def read(self, folder: str, file: ShardFile) -> bytes:
         """The beginning of a file, or all that an index can have of it."""
         try:
@@ -189,6 +200,13 @@ class _Source(Protocol):
         return CheckpointError(
             f"{self.place('')}: there is no subfolder {folder!r}; there is: {there}"
         )
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle, or to where one may not look
+        return False
 
 
 class _Folder(_Source):
@@ -206,7 +224,7 @@ class _Folder(_Source):
         try:
             with os.scandir(self.root / folder) as entries:
                 for entry in entries:
-                    (folders if entry.is_dir() else files).add(entry.name)
+                    (folders if _is_folder(entry) else files).add(entry.name)
         except OSError as error:
             if folder and isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 raise self.no_folder(folder) from None
@@ -216,11 +234,23 @@ class _Folder(_Source):
     def find(self, folder: str, names: Sequence[str], format: Format) -> list[ShardFile]:
         found = [(name, self.root / folder / name) for name in names]
         for _, path in found:
-            if not path.exists():
+            if not _exists(path):
                 raise CheckpointError(
                     f"{path}: is a link to {path.readlink()}, which is not there; download it again"
+                    if path.is_symlink()
+                    else f"{path}: is not there; {self.incomplete}"
                 )
         return [ShardFile(name, str(path), format) for name, path in found]
+
+    def has(self, folder: str, name: str) -> bool:
+        return os.path.lexists(self.root / folder / name)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 class _Listed(_Source, Protocol):
@@ -237,6 +267,9 @@ class _Listed(_Source, Protocol):
         return {name for name, slash, _ in split if not slash}, {
             name for name, slash, _ in split if slash
         }
+
+    def has(self, folder: str, name: str) -> bool:
+        return posixpath.join(folder, name) in self.paths
 
 
 class _Repository(_Listed):
@@ -348,29 +381,66 @@ def _of_source(source: _Source, folder: str, wish: _Wish) -> CheckpointFiles:
             f"{source.place(folder)}: {_why_nothing(source, folder, names, folders, weights, wish)}"
         )
     if chosen.kind == "index":
-        return _of_index(source, folder, names, chosen.name, chosen.format)
+        indexed = _of_index(source, folder, names, chosen.name, chosen.format, wish)
+        return indexed._replace(notes=(*_other_forms(weights, chosen), *indexed.notes))
     files = source.find(folder, [chosen.name], chosen.format)
-    return CheckpointFiles(tuple(files), source.format or chosen.format, _folder_of(files))
+    return CheckpointFiles(
+        tuple(files),
+        source.format or chosen.format,
+        _folder_of(files),
+        notes=_other_forms(weights, chosen),
+    )
 
 
 def _choose(weights: Sequence[_Weights], wish: _Wish) -> _Weights | None:
     order = (*_MODELS, *_ADAPTERS)
     fit = [
-        (order.index((found.format, found.stem)), found.spelling, found)
+        (order.index((found.format, found.stem)), _later(found), found.spelling, found)
         for found in weights
         if found.kind != "shard" and found.variant == wish.variant and wish.takes(found.format)
     ]
-    return min(fit, key=lambda item: item[:2])[2] if fit else None
+    return min(fit, key=lambda item: item[:3])[3] if fit else None
+
+
+def _later(weights: _Weights) -> bool:
+    """diffusers looks for an index first, transformers and accelerate for a single file."""
+    first = "index" if weights.stem == "diffusion_pytorch_model" else "single"
+    return weights.kind != first
+
+
+def _other_forms(weights: Sequence[_Weights], chosen: _Weights) -> tuple[str, ...]:
+    """What to say where the same weights are there in the other form."""
+    others = [
+        one.name
+        for one in weights
+        if one.kind not in ("shard", chosen.kind)
+        and (one.format, one.stem, one.variant) == (chosen.format, chosen.stem, chosen.variant)
+    ]
+    if not others:
+        return ()
+    library = "diffusers" if chosen.stem == "diffusion_pytorch_model" else "transformers"
+    return (
+        f"{chosen.name} is taken, as by {library}, and {_listed(others)} beside it is not: remove "
+        "one of them",
+    )
 
 
 def _of_index(
-    source: _Source, folder: str, names: set[str], index_name: str, format: Format
+    source: _Source,
+    folder: str,
+    names: set[str],
+    index_name: str,
+    format: Format,
+    wish: _Wish,
 ) -> CheckpointFiles:
     place = f"{source.place(folder)}/{index_name}"
     index = source.find(folder, [index_name], format)
-    weight_map, metadata = _parse_index(source.read(folder, index[0]), place, format)
+    text = source.read(folder, index[0])
+    weight_map, metadata, notes = _parse_index(text, place, format, wish.strict_index)
     shards = sorted(set(weight_map.values()))
-    missing = [name for name in shards if name not in names]
+    missing = [
+        name for name in shards if not (source.has(folder, name) if "/" in name else name in names)
+    ]
     if missing:
         raise CheckpointError(
             f"{place}: {len(missing)} of the {len(shards)} files that it lists are missing: "
@@ -378,7 +448,7 @@ def _of_index(
         )
     files = source.find(folder, shards, format)
     parsed = {name: _parse(name) for name in names if name.endswith(_EXTENSIONS[format])}
-    series = {_series(parsed[name]) for name in shards} - {None}
+    series = {_series(parsed.get(name)) for name in shards} - {None}
     unlisted = sorted(
         name for name in parsed.keys() - set(shards) if _series(parsed[name]) in series
     )
@@ -390,6 +460,7 @@ def _of_index(
         index[0].path,
         metadata,
         tuple(unlisted),
+        notes,
     )
 
 
@@ -399,13 +470,19 @@ def _series(weights: _Weights | None) -> tuple[str, str | None, int] | None:
     return weights.stem, weights.variant, weights.shards
 
 
-def _parse_index(text: bytes, place: str, format: Format) -> tuple[dict[str, str], dict[str, Any]]:
+def _parse_index(
+    text: bytes, place: str, format: Format, strict: bool
+) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
+    """(tensor -> file, what the index says besides, what to warn of)"""
     if len(text) > _LARGEST_INDEX:
         raise CheckpointError(f"{place}: has more than {_LARGEST_INDEX} bytes, as no index has")
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{place}: is a git-lfs pointer: fetch the file with `git lfs pull`")
+    twice: list[str] = []
     try:
-        found = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        found = json.loads(
+            text.decode(), object_pairs_hook=lambda pairs: _object(pairs, twice, strict)
+        )
     except (RecursionError, ValueError) as error:
         raise CheckpointError(f"{place}: is no JSON that an index can be: {error}") from None
     weight_map = found.get("weight_map") if isinstance(found, dict) else None
@@ -419,28 +496,42 @@ def _parse_index(text: bytes, place: str, format: Format) -> tuple[dict[str, str
                 f"{place}: tensor {tensor!r}: its file is {name!r}; it must be the name of one"
             )
     for name in sorted(set(weight_map.values())):
-        # Knows both kinds of separators, and drives, on every system.
-        if PureWindowsPath(name).name != name or name in ("", ".", "..") or "\0" in name:
-            raise CheckpointError(
-                f"{place}: lists the file {name!r}; it must be the plain name of a file beside it"
-            )
-        if not name.endswith(_EXTENSIONS[format]):
-            raise CheckpointError(
-                f"{place}: lists the file {name!r}; those of this index end in "
-                f"{_EXTENSIONS[format]!r}"
-            )
+        _check_shard_name(name, place, format)
     metadata = found.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{place}: its metadata is {metadata!r}; it must be an object")
-    return weight_map, metadata
+    notes = (f"{twice[0]!r} is in it twice; the last entry holds",) if twice else ()
+    return weight_map, metadata, notes
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _check_shard_name(name: str, place: str, format: Format) -> None:
+    """Refuses what leads out of the index's folder, or is of another format."""
+    # Knows both kinds of separators, and drives, on every system.
+    windows = PureWindowsPath(name)
+    if (
+        "\\" in name
+        or "\0" in name
+        or windows.drive
+        or any(part in ("", ".", "..") for part in name.split("/"))
+    ):
+        raise CheckpointError(
+            f"{place}: lists the file {name!r}; it must be the plain name of a file beside it, or "
+            "of one in a folder beside it"
+        )
+    if not name.endswith(_EXTENSIONS[format]):
+        raise CheckpointError(
+            f"{place}: lists the file {name!r}; those of this index end in {_EXTENSIONS[format]!r}"
+        )
+
+
+def _object(pairs: list[tuple[str, Any]], twice: list[str], strict: bool) -> dict[str, Any]:
+    """A JSON object; of a key that is there twice the last value holds, as in Python's own."""
     made = dict(pairs)
     if len(made) != len(pairs):
         keys = sorted(key for key, _ in pairs)
-        twice = next(a for a, b in itertools.pairwise(keys) if a == b)
-        raise ValueError(f"{twice!r} is in it twice")
+        twice += [a for a, b in itertools.pairwise(keys) if a == b]
+        if strict:
+            raise ValueError(f"{twice[0]!r} is in it twice")
     return made
 
 
@@ -449,13 +540,17 @@ def _of_file(path: Path, wish: _Wish) -> CheckpointFiles:
         format = _format_of_index(path)
         _check_format(path, format, wish)
         source = _Folder(path.parent)
-        return _of_index(source, "", source.entries("")[0], path.name, format)
+        return _of_index(source, "", source.entries("")[0], path.name, format, wish)
     if path.name.startswith(_FLAX):
         raise CheckpointError(f"{path}: holds Flax weights, which are read with from_flax=True")
-    format = _FILE_FORMATS.get(path.suffix.lower()) or _format_of_bytes(path)
+    named = _FILE_FORMATS.get(path.suffix.lower())
+    format = named if named == "safetensors" else _format_of_bytes(path, named)
     _check_format(path, format, wish)
     files = [ShardFile(path.name, str(path), format)]
-    return CheckpointFiles(tuple(files), format, _folder_of(files))
+    notes: tuple[str, ...] = ()
+    if named is not None and format != named:
+        notes = (f"{path.name} holds safetensors, and is read as that whatever its name says",)
+    return CheckpointFiles(tuple(files), format, _folder_of(files), notes=notes)
 
 
 def _format_of_index(path: Path) -> Format:
@@ -468,17 +563,24 @@ def _format_of_index(path: Path) -> Format:
     )
 
 
-def _format_of_bytes(path: Path) -> Format:
-    """Of a file whose name does not tell, such as a blob of a Hub cache."""
+def _format_of_bytes(path: Path, named: Format | None) -> Format:
+    """Of a file whose name does not tell, such as a blob of a Hub cache; or whose name says torch,
+    where it is no safetensors."""
     if not path.is_file():  # opening a pipe would wait for its writer
         raise CheckpointError(f"{path}: is no regular file")
     try:
+        if is_safetensors(str(path)):
+            return "safetensors"
+        if named is not None:
+            return named
         with path.open("rb") as file:
             head = file.read(4)
     except OSError as error:
         raise _os_error(error, str(path)) from None
-    # Zip's magic, and pickle's PROTO. What else it may be, the reader of safetensors can tell.
-    return "torch" if head == b"PK\x03\x04" or head[:1] == b"\x80" else "safetensors"
+    # Zip's magic, and the pickles of all protocols. What else it may be, the reader of safetensors
+    # can tell.
+    pickled = head[:1] == b"\x80" or head[:2] in (b"(d", b"(l", b"(c", b"cc", b"cr", b"ct")
+    return "torch" if head == b"PK\x03\x04" or pickled else "safetensors"
 
 
 def _check_format(path: Path, format: Format, wish: _Wish) -> None:
@@ -534,17 +636,32 @@ def _why_nothing(
         commits = sorted(source.entries(posixpath.join(folder, "snapshots"))[1])
         there = _listed(f"snapshots/{commit}" for commit in commits)
         return f"is a repository of a Hub cache; open one of its snapshots: {there or 'none'}"
+    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
+        return (
+            "is a checkpoint of torch.distributed.checkpoint: make one file of it with "
+            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`"
+        )
     looked_for = ", ".join(_looked_for(wish))
     if not names and not folders:
         return f"the folder is empty; looked for {looked_for}"
     there = _listed([*sorted(names), *(f"{name}/" for name in sorted(folders))])
     other = any(Path(name).suffix in _FILE_FORMATS for name in names)
     hint = "; a file of another name is opened by its own path" if other else ""
-    return f"there are no weights: looked for {looked_for}; there is: {there}{hint}"
+    gguf = ""
+    if any(name.lower().endswith(".gguf") for name in names):
+        gguf = (
+            " (GGUF is not read here: transformers' from_pretrained(gguf_file=...) and diffusers' "
+            "from_single_file read it)"
+        )
+    return f"there are no weights: looked for {looked_for}{gguf}; there is: {there}{hint}"
 
 
 def _has_weights(source: _Source, folder: str) -> bool:
-    return any(_parse(name) or name in _FLAX for name in source.entries(folder)[0])
+    try:
+        names = source.entries(folder)[0]
+    except (ReadError, CheckpointError):  # a folder that may not be read
+        return False
+    return any(_parse(name) or name in _FLAX for name in names)
 
 
 def _looked_for(wish: _Wish) -> Iterable[str]:

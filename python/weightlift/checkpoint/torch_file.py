@@ -3,23 +3,30 @@ weights-only unpickler does not run."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
-import itertools
+import logging
 import os
-import pickle
-from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import weightlift._native as _native
 from weightlift.checkpoint.integrity import Identity, identity_of
+from weightlift.checkpoint.state_dicts import (
+    Found,
+    find_state_dict,
+    key_text,
+    type_name,
+)
+from weightlift.checkpoint.state_dicts import StoredTensor as _Tensor
+from weightlift.checkpoint.torch_errors import errors_of_torch, explained, is_safetensors
 from weightlift.core import dtypes
-from weightlift.core.errors import CheckpointError, FormatError, OutOfMemoryError, WeightliftError
+from weightlift.core.errors import FormatError
 
 if TYPE_CHECKING:
     import torch
+
+_log = logging.getLogger("weightlift")
 
 __all__ = ["LoadedTorchFile", "TorchFile", "View", "open_torch_file"]
 
@@ -53,12 +60,14 @@ class TorchFile(NamedTuple):
         names: of all tensors, in the order of the state dict.
         not_tensors: key -> name of its type, for everything else in the state dict, and for what is
             beside it in the file (dotted where that is further in).
+        left_out: of these what is a tensor or holds some -> how many.
     """
 
     part: _native.IndexedFile
     views: dict[str, View]
     names: list[str]
     not_tensors: dict[str, str]
+    left_out: dict[str, int]
 
 
 class LoadedTorchFile(NamedTuple):
@@ -66,13 +75,14 @@ class LoadedTorchFile(NamedTuple):
 
     Attributes:
         tensors: on the CPU, in the order of the state dict.
-        not_tensors: as in ``TorchFile``.
+        not_tensors, left_out: as in ``TorchFile``.
         reason: why, to be shown in a report.
         identity: of the file.
     """
 
     tensors: dict[str, torch.Tensor]
     not_tensors: dict[str, str]
+    left_out: dict[str, int]
     reason: str
     identity: Identity
 
@@ -85,8 +95,9 @@ def open_torch_file(
     Args:
         path: the file.
         state_dict_key: where in the file the state dict is, such as ``"state_dict"`` or
-            ``"model.ema"``. By default the whole file where it has tensors at the top, otherwise
-            the one mapping in it that has.
+            ``"model.ema"``, or ``""`` for the whole. By default the one reading that there is; a
+            number beside a state dict, or the state of a random generator, is no other. Tensors
+            that are left out so are named in a warning.
 
     Raises:
         FormatError: the file is damaged, not of torch, or has what the weights-only unpickler
@@ -101,25 +112,38 @@ def open_torch_file(
     try:
         archive = _native.Archive.open(path)
     except FormatError as error:
-        if error.code != "not_archive":
-            raise
-        _refuse_safetensors(path)
-        return _loaded(path, state_dict_key, "torch's format from before 1.6", mmap=False)
-    places = _places(archive)
+        if error.code == "not_archive":
+            if is_safetensors(path):
+                raise FormatError(
+                    "not_weights", "this is a safetensors file: rename it to .safetensors", path
+                ) from None
+            return _loaded(path, state_dict_key, "torch's format from before 1.6", mmap=False)
+        raise explained(error, path) from None
+    try:
+        places = _places(archive)
+    except FormatError as error:
+        raise (explained(error, path) if error.code == "not_weights" else error) from None
     data = archive.read(*places["data.pkl"])
-    with _errors_of_torch(path):
+    with errors_of_torch(path, data):
         value = _value_of(data, places)
     describe: _Describe = _described
     if value is None:
         if not _unpickles():
             reason = "the unpickler of this torch is not the one that is known"
             return _loaded(path, state_dict_key, reason, mmap=True)
-        with _errors_of_torch(path):
+        with errors_of_torch(path, data):
             unpickled = _Unpickled(data, places, path)
         value, describe = unpickled.value, unpickled.describe
-    state_dict, beside = _state_dict(value, state_dict_key, path)
-    file = _Indexer(archive, places, describe).index(state_dict)
-    return file._replace(not_tensors=beside | file.not_tensors)
+    found = _find(value, state_dict_key, path)
+    file = _Indexer(archive, places, describe).index(found.state_dict)
+    return file._replace(not_tensors=found.beside | file.not_tensors, left_out=found.left_out)
+
+
+def _find(value: Any, state_dict_key: str | None, path: str) -> Found:
+    found = find_state_dict(value, state_dict_key, path)
+    if note := found.note():
+        _log.warning("%s: %s", path, note)
+    return found
 
 
 # --- The file ------------------------------------------------------------------------------------
@@ -169,24 +193,6 @@ def _places(archive: _native.Archive) -> _Places:
             archive.path,
         )
     return places
-
-
-class _Tensor(NamedTuple):
-    """A tensor as its pickle describes it.
-
-    Attributes:
-        record: its storage is ``data/<this>`` in the archive.
-        dtype: the file's name, such as ``"BF16"``.
-        offset: into the storage; this, shape and stride are in elements of the torch dtype.
-        contiguous: as ``torch.Tensor.is_contiguous``.
-    """
-
-    record: str
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    contiguous: bool
 
 
 # A tensor of the unpickled value, under its name.
@@ -309,141 +315,26 @@ def _unpickles() -> bool:
 def _loaded(path: str, state_dict_key: str | None, reason: str, mmap: bool) -> LoadedTorchFile:
     import torch
 
-    with _errors_of_torch(path):
+    with errors_of_torch(path):
         identity = identity_of(os.stat(path))  # noqa: PTH116
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     tensors = {}
-    state_dict, not_tensors = _state_dict(loaded, state_dict_key, path)
-    for name, value in dict.items(state_dict):
+    found = _find(loaded, state_dict_key, path)
+    not_tensors = found.beside
+    for name, value in dict.items(found.state_dict):
         if isinstance(value, torch.Tensor):
             tensors[_name(name, path)] = torch.Tensor.detach(value)
         else:
-            not_tensors[_text(name)] = _type_name(value)
-    return LoadedTorchFile(tensors, not_tensors, reason, identity)
+            not_tensors[key_text(name)] = type_name(value)
+    return LoadedTorchFile(tensors, not_tensors, found.left_out, reason, identity)
 
 
-def _refuse_safetensors(path: str) -> None:
-    with Path(path).open("rb") as file:
-        first = file.read(9)
-    if first[8:] == b"{" and int.from_bytes(first[:8], "little") < Path(path).stat().st_size:
-        raise FormatError(
-            "not_weights", "this is a safetensors file: rename it to .safetensors", path
-        )
-
-
-@contextlib.contextmanager
-def _errors_of_torch(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (WeightliftError, OSError):
-        raise
-    except pickle.UnpicklingError as error:
-        # torch.load wraps it into advice to load with weights_only=False.
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-        reason = reason.partition(" Please use `torch.serialization")[0]
-        raise FormatError(
-            "unsafe_pickle",
-            f"torch's weights-only unpickler refuses it: {reason[:300]} Save the plain state dict, "
-            "or, where the file is trusted, allow the name by torch.serialization.add_safe_globals",
-            path,
-        ) from error
-    except NotImplementedError as error:
-        raise FormatError(
-            "unsupported_tensor",
-            f"it holds tensors that cannot be indexed (quantized or nested, perhaps): "
-            f"{str(error)[:200]}",
-            path,
-        ) from error
-    except MemoryError as error:
-        raise OutOfMemoryError(f"{path}: no memory for what its pickle asks for") from error
-    except Exception as error:
-        # Whatever a pickle may do to torch's functions: IndexError, KeyError, TypeError, ...
-        raise FormatError(
-            "malformed_pickle",
-            f"torch cannot unpickle it ({type(error).__name__}: {str(error)[:200]}): the file is "
-            "damaged, so download it or save it again",
-            path,
-        ) from error
-
-
-# --- The state dict ------------------------------------------------------------------------------
-
-# A pickle may give dictionaries and tensors attributes of any name, so that methods are called by
-# their class.
-
-
-def _has_tensors(value: object) -> bool:
-    import torch
-
-    return isinstance(value, dict) and any(
-        isinstance(one, (_Tensor, torch.Tensor)) for one in dict.values(value)
-    )
-
-
-def _state_dict(loaded: Any, key: str | None, path: str) -> tuple[dict[Any, Any], dict[str, str]]:
-    """The state dict, and the names and types of what is beside it."""
-    beside: dict[str, str] = {}
-    if key is not None:
-        loaded = _at(loaded, key, path, beside)
-    if not isinstance(loaded, dict):
-        raise CheckpointError(
-            f"{path}: {'it' if key is None else repr(key)} is a {_type_name(loaded)}, not a "
-            "mapping of names to tensors"
-        )
-    if key is not None or not loaded or _has_tensors(loaded):
-        return loaded, beside
-    inner = [name for name, value in dict.items(loaded) if _has_tensors(value)]
-    if len(inner) == 1:
-        found: dict[Any, Any] = loaded[inner[0]]
-        return found, _types(loaded, "", inner[0])
-    raise CheckpointError(
-        f"{path}: it holds several state dicts: {_keys(inner)}; choose one by state_dict_key"
-        if inner
-        else f"{path}: it holds no tensors, but {_keys(loaded)}; state_dict_key may lead further in"
-    )
-
-
-def _at(loaded: Any, key: str, path: str, beside: dict[str, str]) -> Any:
-    """The value at a dotted key; of keys that have dots themselves the longest goes first."""
-    value, rest = loaded, key
-    while rest:
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{path}: {key!r} leads through a {_type_name(value)}")
-        head = rest
-        while head not in value:
-            head, dot, _ = head.rpartition(".")
-            if not dot:
-                raise CheckpointError(f"{path}: there is no {key!r} in it, but {_keys(value)}")
-        beside.update(_types(value, key[: len(key) - len(rest)], head))
-        value, rest = value[head], rest[len(head) + 1 :]
-    return value
-
-
-def _types(mapping: dict[Any, Any], prefix: str, but: object) -> dict[str, str]:
-    return {
-        prefix + _text(key): _type_name(value) for key, value in dict.items(mapping) if key != but
-    }
-
-
-def _keys(keys: Collection[Any]) -> str:
-    shown = [repr(_text(key)[:60]) for key in itertools.islice(keys, 10)]
-    return ", ".join(shown) + (", ..." if len(keys) > len(shown) else "")
-
-
-def _text(key: object) -> str:
-    # Not repr: a tuple may be nested as deep as the pickle is long.
-    if isinstance(key, str):
-        return key
-    return str(key) if isinstance(key, int) else f"a {_type_name(key)}"
-
-
-def _type_name(value: object) -> str:
-    return "Tensor" if isinstance(value, _Tensor) else type(value).__name__
+# --- The tensors ---------------------------------------------------------------------------------
 
 
 def _name(name: object, path: str) -> str:
     if not isinstance(name, str):
-        raise FormatError("tensor_invalid", f"a tensor's key is {_text(name)}, not text", path)
+        raise FormatError("tensor_invalid", f"a tensor's key is {key_text(name)}, not text", path)
     if not name.isascii():
         try:
             name.encode()
@@ -451,9 +342,6 @@ def _name(name: object, path: str) -> str:
             message = f"a tensor's name is not UTF-8: {name[:60]!r}"
             raise FormatError("tensor_invalid", message, path) from None
     return name
-
-
-# --- The tensors ---------------------------------------------------------------------------------
 
 
 class _Span(NamedTuple):
@@ -493,11 +381,11 @@ class _Indexer:
                 spans.setdefault(begin, []).append(span)
                 names.append(name)
             else:
-                not_tensors[_text(key)] = _type_name(value)
+                not_tensors[key_text(key)] = type_name(value)
         for begin, sharing in spans.items():
             self._add(begin, sharing)
         index = self._archive.index(self._bases)
-        return TorchFile(index, self._views, names, not_tensors)
+        return TorchFile(index, self._views, names, not_tensors, {})
 
     def _span(self, name: str, tensor: _Tensor, order: int) -> tuple[int, _Span]:
         """A tensor's storage, by its begin in the file, and its place in it."""

@@ -333,12 +333,13 @@ def test_what_is_no_dduf_file(tmp_path: Path) -> None:
 MODELS_IN_ORDER = [
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
-    "model.safetensors.index.json",
+    # transformers and accelerate look for the single file first.
     "model.safetensors",
+    "model.safetensors.index.json",
     "diffusion_pytorch_model.bin.index.json",
     "diffusion_pytorch_model.bin",
-    "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 ]
 ADAPTERS_IN_ORDER = [
     "adapter_model.safetensors",
@@ -575,7 +576,8 @@ def bad_index(folder: Path, text: str | bytes, end: str = "safetensors") -> Path
         ".",
         "",
         "/etc/model.safetensors",
-        "sub/model.safetensors",
+        "sub/../model.safetensors",
+        "sub//model.safetensors",
         "./model.safetensors",
         "sub\\model.safetensors",
         "C:model.safetensors",
@@ -585,7 +587,7 @@ def bad_index(folder: Path, text: str | bytes, end: str = "safetensors") -> Path
     ],
 )
 def test_shards_are_plain_names(tmp_path: Path, name: str) -> None:
-    touch(tmp_path, "model.safetensors", "sub/model.safetensors")
+    touch(tmp_path, "sub/model.safetensors")
     path = bad_index(tmp_path, json.dumps({"weight_map": {"w": name}}))
     with pytest.raises(CheckpointError, match="must be the plain name of a file") as raised:
         resolve(tmp_path)
@@ -613,8 +615,6 @@ def test_shards_are_of_the_index_format(tmp_path: Path, name: str) -> None:
         ('{"weight_map": {}}', "is an index of nothing: its weight_map is empty"),
         ('{"weight_map": {"w": 1}}', "tensor 'w': its file is 1; it must be the name of one"),
         ('{"weight_map": {"w": null}}', "tensor 'w': its file is None"),
-        ('{"weight_map": {"w": "a", "v": "b", "w": "a"}}', "'w' is in it twice"),
-        ('{"weight_map": {"w": "a"}, "weight_map": {"w": "b"}}', "'weight_map' is in it twice"),
         (
             '{"metadata": [1], "weight_map": {"w": "m.safetensors"}}',
             r"its metadata is \[1\]; it must be an object",
@@ -623,7 +623,7 @@ def test_shards_are_of_the_index_format(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_broken_indexes(tmp_path: Path, text: str | bytes, says: str) -> None:
-    touch(tmp_path, "m.safetensors", "model.safetensors", "a", "b")
+    touch(tmp_path, "m.safetensors", "a", "b")
     path = bad_index(tmp_path, text)
     with pytest.raises(CheckpointError, match=says) as raised:
         resolve(tmp_path)

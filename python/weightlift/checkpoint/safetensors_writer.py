@@ -1,0 +1,166 @@
+"""A safetensors file is written in one pass, and on its way to the disk while that lasts."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weightlift.core import dtypes
+from weightlift.core.atomic import flush_descriptor, keep_mode
+from weightlift.core.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Entry", "bytes_of", "header_of", "in_order", "write_safetensors"]
+
+# Of one write(2), and of what the kernel is told to begin with writing back.
+_STEP = 16 << 20
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+_LARGEST_HEADER = 100_000_000  # MAX_HEADER_SIZE of the reference
+
+# From the last to the first: the reference's writer puts tensors so, and equal ones by name.
+_ORDER = {name: number for number, name in enumerate(dtypes.TORCH_NAMES)}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor as it will be in the file.
+
+    Attributes:
+        name: its name.
+        dtype: the file's name, such as ``"BF16"``.
+        shape: in elements of that dtype.
+        bytes: how many it takes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def in_order(entries: Iterable[Entry]) -> list[Entry]:
+    """As the reference's writer puts them."""
+    return sorted(entries, key=lambda entry: (-_ORDER[entry.dtype], entry.name))
+
+
+def header_of(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> bytes:
+    """The first bytes of a file with these tensors in this order, padded to eight.
+
+    Raises:
+        ArgumentError: a name that no tensor may have, or more than a header may hold.
+        TypeError: names or metadata that are no text.
+    """
+    header: dict[str, object] = {}
+    if metadata:
+        for key, value in metadata.items():
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise TypeError(f"metadata is text for text, and {key!r} is {value!r}")
+        header["__metadata__"] = dict(metadata)
+    end = 0
+    for entry in entries:
+        if not isinstance(entry.name, str):
+            raise TypeError(f"the name of a tensor is text, not {entry.name!r}")
+        if entry.name == "__metadata__":
+            raise ArgumentError("a tensor may not be called '__metadata__', which is the metadata")
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + entry.bytes],
+        }
+        end += entry.bytes
+    try:
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"a name or the metadata is no text that UTF-8 has: {error}") from None
+    if len(text) > _LARGEST_HEADER:
+        raise ArgumentError(
+            f"the header has {len(text)} bytes, and {_LARGEST_HEADER} is the most that loaders "
+            "take: save the tensors as several files"
+        )
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_safetensors(
+    path: Path,
+    header: bytes,
+    data: Iterable[memoryview],
+    *,
+    replaces: Path | None = None,
+    show: Callable[[int], None] | None = None,
+) -> None:
+    """Writes a file and flushes it to the disk. The kernel begins with that while it is written, so
+    that the flush at the end has little left to wait for.
+
+    Args:
+        path: a file that is not there yet.
+        header: of ``header_of``.
+        data: the tensors' bytes, in the order of the header.
+        replaces: the file whose place it will take; it gets its mode.
+        show: told how many bytes of tensors were written, each time.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        if replaces is not None:
+            keep_mode(descriptor, replaces)
+        written = 0
+        for part, counted in _parts(header, data):
+            _write_all(descriptor, part)
+            _begin_writing_back(descriptor, written, len(part))
+            written += len(part)
+            if show is not None and counted:
+                show(len(part))
+        flush_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _parts(header: bytes, data: Iterable[memoryview]) -> Iterator[tuple[memoryview, bool]]:
+    """(bytes, whether they are of tensors)"""
+    yield memoryview(header), False
+    for whole in data:
+        for begin in range(0, len(whole), _STEP):
+            yield whole[begin : begin + _STEP], True
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _begin_writing_back(descriptor: int, offset: int, count: int) -> None:
+    """Advice: refused by some file systems and sandboxes, and not missed there."""
+    call = _sync_file_range()
+    if call is not None and count == _STEP:
+        call(descriptor, offset, count, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        call = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):  # not of every C library
+        return None
+    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    found: Callable[[int, int, int, int], int] = call
+    return found
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, which it must outlive."""
+    import torch
+
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]

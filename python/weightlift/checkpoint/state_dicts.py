@@ -1,0 +1,291 @@
+"""Which dictionary in a torch file is the state dict: taken where it is clear, asked for where not.
+
+A pickle may give dictionaries and tensors attributes of any name, so that methods are called by
+their class.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from weightlift.core import dtypes
+from weightlift.core.errors import CheckpointError
+
+__all__ = ["Found", "StoredTensor", "count_tensors", "find_state_dict", "key_text", "type_name"]
+
+# How deep the search for tensors goes, and how many values it looks at, in what is not taken.
+_DEEPEST = 8
+_MOST_VALUES = 1_000_000
+# What training scripts call the state dict of a model.
+_MODELS = frozenset(
+    {
+        "model",
+        "model_state",
+        "model_state_dict",
+        "module",
+        "net",
+        "network",
+        "params",
+        "state_dict",
+        "weights",
+    }
+)
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as its pickle describes it.
+
+    Attributes:
+        record: its storage is ``data/<this>`` in the archive.
+        dtype: the file's name, such as ``"BF16"``.
+        offset: into the storage; this, shape and stride are in elements of the torch dtype.
+        contiguous: as ``torch.Tensor.is_contiguous``.
+    """
+
+    record: str
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    contiguous: bool
+
+
+class Found(NamedTuple):
+    """A state dict in what a file holds.
+
+    Attributes:
+        state_dict: name -> tensor, and whatever else is in it.
+        key: where it is, dotted; ``""`` for the whole.
+        beside: name -> name of its type, of what is beside it.
+        left_out: those of ``beside`` that are tensors or hold some: name -> how many.
+        chosen: by the caller, with ``state_dict_key``.
+    """
+
+    state_dict: dict[Any, Any]
+    key: str
+    beside: dict[str, str]
+    left_out: dict[str, int]
+    chosen: bool
+
+    def note(self) -> str | None:
+        """What to say where tensors are left out that nobody left out on purpose."""
+        if self.chosen or not self.left_out:
+            return None
+        where = f"taken are the tensors of {self.key!r}" if self.key else "taken is the top level"
+        return (
+            f"{where} ({_direct(self.state_dict)}); left out are tensors in "
+            f"{_counted(self.left_out)}: state_dict_key= chooses"
+        )
+
+
+def find_state_dict(loaded: Any, key: str | None, path: str) -> Found:
+    """The state dict in what ``torch.load`` would return.
+
+    Args:
+        loaded: that.
+        key: ``state_dict_key``; ``None`` takes the only reading there is, ``""`` the top level.
+        path: for errors.
+
+    Raises:
+        CheckpointError: there is none, or several may be meant; it says which.
+    """
+    beside: dict[str, str] = {}
+    left_out: dict[str, int] = {}
+    if key is not None:
+        loaded = _at(loaded, key, path, beside, left_out)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(
+            f"{path}: {repr(key) if key else 'it'} is a {type_name(loaded)}, not a "
+            "mapping of names to tensors"
+        )
+    if key is not None or not loaded:
+        return _found(loaded, key or "", beside, left_out, True)
+    name = _only_reading(loaded, path)
+    if name is None:
+        return _found(loaded, "", beside, left_out, False)
+    _note_beside(loaded, "", name, beside, left_out)
+    return _found(loaded[name], key_text(name), beside, left_out, False)
+
+
+def _found(
+    state_dict: dict[Any, Any],
+    key: str,
+    beside: dict[str, str],
+    left_out: dict[str, int],
+    chosen: bool,
+) -> Found:
+    for name, value in dict.items(state_dict):
+        if not _is_tensor(value) and (count := count_tensors(value)):
+            left_out[key_text(name)] = count
+    return Found(state_dict, key, beside, left_out, chosen)
+
+
+def _only_reading(loaded: dict[Any, Any], path: str) -> Any:
+    """The key of the dictionary that is meant; ``None`` for the top level."""
+    top = [value for value in dict.values(loaded) if _is_tensor(value)]
+    inner = {
+        name: value
+        for name, value in dict.items(loaded)
+        if _direct(value) and not str(key_text(name)).endswith("_extra_state")
+    }
+    # A learning rate, a step, the state of a random generator: kept beside a model, and none.
+    models = {name: value for name, value in inner.items() if not all(map(_is_note, _of(value)))}
+    inner = models or inner
+    whole = bool(top) and not (models and all(map(_is_note, top)))
+    if whole and not any(key_text(name).lower() in _MODELS for name in inner):
+        return None
+    if len(inner) == 1 and not whole:
+        return next(iter(inner))
+    raise CheckpointError(_question(loaded, top, inner, path))
+
+
+def _question(
+    loaded: dict[Any, Any], top: Collection[Any], inner: dict[Any, Any], path: str
+) -> str:
+    if not top and not inner:
+        deeper = _listed(
+            f"{name!r} ({_plural(count)})" for name, count in itertools.islice(_deeper(loaded), 10)
+        )
+        further = f": there are tensors in {deeper}" if deeper else ""
+        return (
+            f"{path}: it holds no tensors, but {_keys(loaded)}; state_dict_key may lead further "
+            f"in{further}"
+        )
+    sizes = _listed(_direct(value) for value in itertools.islice(inner.values(), 10))
+    found = f"it holds several state dicts: {_keys(inner)} ({sizes})"
+    if top:
+        names = [name for name, value in dict.items(loaded) if _is_tensor(value)]
+        found = (
+            f"it holds {_plural(len(top))} at the top ({_keys(names)}) and in {_keys(inner)} "
+            f"({sizes})"
+        )
+    whole = ", '' for the top" if top else ""
+    return f"{path}: {found}; choose what is meant by state_dict_key{whole}"
+
+
+def _deeper(loaded: dict[Any, Any]) -> Iterator[tuple[str, int]]:
+    """Dictionaries of tensors further in, by their dotted keys."""
+    todo: list[tuple[str, Any, int]] = [("", loaded, 0)]
+    seen: set[int] = set()
+    while todo and len(seen) < 1000:
+        prefix, value, depth = todo.pop(0)
+        if not isinstance(value, dict) or id(value) in seen or depth > _DEEPEST:
+            continue
+        seen.add(id(value))
+        if depth and (count := sum(map(_is_tensor, dict.values(value)))):
+            yield prefix, count
+            continue
+        todo += [
+            (f"{prefix}.{key_text(name)}" if prefix else key_text(name), inner, depth + 1)
+            for name, inner in itertools.islice(dict.items(value), 1000)
+        ]
+
+
+def _is_tensor(value: object) -> bool:
+    import torch
+
+    return isinstance(value, (StoredTensor, torch.Tensor))
+
+
+def _of(mapping: dict[Any, Any]) -> list[Any]:
+    return [value for value in dict.values(mapping) if _is_tensor(value)]
+
+
+def _direct(value: object) -> str:
+    """How many tensors a dictionary holds, in words; empty where it holds none."""
+    count = len(_of(value)) if isinstance(value, dict) else 0
+    return _plural(count) if count else ""
+
+
+def _is_note(tensor: Any) -> bool:
+    """A number, or the state of a random generator."""
+    import torch
+
+    if isinstance(tensor, StoredTensor):
+        return math.prod(tensor.shape) <= 1 or tensor.dtype not in dtypes.FLOATING
+    shape = torch.Tensor.size(tensor)
+    return math.prod(shape) <= 1 or not torch.Tensor.is_floating_point(tensor)
+
+
+def count_tensors(value: object) -> int:
+    """How many tensors a value is or holds, however they are nested."""
+    count, looked_at = 0, 0
+    todo: list[object] = [value]
+    seen: set[int] = set()
+    while todo and looked_at < _MOST_VALUES:
+        one = todo.pop()
+        looked_at += 1
+        if _is_tensor(one):
+            count += 1
+        elif isinstance(one, (dict, list, tuple, set, frozenset)) and id(one) not in seen:
+            seen.add(id(one))
+            todo += dict.values(one) if isinstance(one, dict) else one
+    return count
+
+
+def _at(loaded: Any, key: str, path: str, beside: dict[str, str], left_out: dict[str, int]) -> Any:
+    """The value at a dotted key; of keys that have dots themselves the longest goes first."""
+    value, rest = loaded, key
+    while rest:
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path}: {key!r} leads through a {type_name(value)}")
+        head = rest
+        while head not in value:
+            head, dot, _ = head.rpartition(".")
+            if not dot:
+                raise CheckpointError(f"{path}: there is no {key!r} in it, but {_keys(value)}")
+        _note_beside(value, key[: len(key) - len(rest)], head, beside, left_out)
+        value, rest = value[head], rest[len(head) + 1 :]
+    return value
+
+
+def _note_beside(
+    mapping: dict[Any, Any],
+    prefix: str,
+    but: object,
+    beside: dict[str, str],
+    left_out: dict[str, int],
+) -> None:
+    for key, value in dict.items(mapping):
+        if key == but:
+            continue
+        name = prefix + key_text(key)
+        beside[name] = type_name(value)
+        if count := count_tensors(value):
+            left_out[name] = count
+
+
+def _counted(left_out: dict[str, int]) -> str:
+    return _listed(
+        f"{name[:60]!r} ({_plural(count)})"
+        for name, count in itertools.islice(left_out.items(), 10)
+    ) + (f" and {len(left_out) - 10} more" if len(left_out) > 10 else "")
+
+
+def _plural(count: int) -> str:
+    return f"{count} tensor" if count == 1 else f"{count} tensors"
+
+
+def _listed(texts: Any) -> str:
+    return ", ".join(texts)
+
+
+def _keys(keys: Collection[Any]) -> str:
+    shown = [repr(key_text(key)[:60]) for key in itertools.islice(keys, 10)]
+    return ", ".join(shown) + (", ..." if len(keys) > len(shown) else "")
+
+
+def key_text(key: object) -> str:
+    """A key, to be shown."""
+    # Not repr: a tuple may be nested as deep as the pickle is long.
+    if isinstance(key, str):
+        return key
+    return str(key) if isinstance(key, int) else f"a {type_name(key)}"
+
+
+def type_name(value: object) -> str:
+    """The name of a value's type, to be shown."""
+    return "Tensor" if isinstance(value, StoredTensor) else type(value).__name__

@@ -1,0 +1,187 @@
+"""What is wrong with a file that torch should read: what the file is, and what helps."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from weightlift.core.errors import FormatError, OutOfMemoryError, WeightliftError
+
+__all__ = ["errors_of_torch", "explained", "is_safetensors"]
+
+# What a safetensors header may begin with, behind its length: blanks are allowed.
+_BLANKS = b" \t\r\n"
+_LARGEST_HEADER = 100_000_000
+_TORCHSCRIPT = (
+    "this is a TorchScript archive, which holds code: load it with torch.jit.load where it is "
+    "trusted, and save its state_dict()"
+)
+
+
+def is_safetensors(path: str) -> bool:
+    """Whether a file's first bytes are those of a safetensors file, whatever its name."""
+    with Path(path).open("rb") as file:
+        first = file.read(1024)
+        size = file.seek(0, 2)
+    length = int.from_bytes(first[:8], "little")
+    if len(first) < 9 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+        return False
+    return first[8 : 8 + length].lstrip(_BLANKS)[:1] in (b"{", b"")
+
+
+def explained(error: FormatError, path: str) -> FormatError:
+    """A fault in an archive, as what the archive is where that can be told."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:
+        return error
+    inside = {name.partition("/")[2] for name in names} | set(names)
+    if "constants.pkl" in inside or any("/code/" in f"/{name}" for name in names):
+        return FormatError("torchscript", _TORCHSCRIPT, path)
+    if names and all(name.endswith(".npy") for name in names):
+        message = "this is an archive of numpy arrays: load it with numpy.load"
+        return FormatError("not_weights", message, path)
+    if "[Content_Types].xml" in inside or "config.json" in inside:
+        message = "this is a zip archive of other things: unpack it, and load what is in it"
+        return FormatError("not_weights", message, path)
+    return error
+
+
+@contextlib.contextmanager
+def errors_of_torch(path: str, data: bytes | None = None) -> Iterator[None]:
+    """Makes ``FormatError`` of whatever torch's unpickler raises.
+
+    Args:
+        path: the file.
+        data: its pickle, where that is a part of it.
+    """
+    try:
+        yield
+    except (WeightliftError, OSError):
+        raise
+    except Warning as error:  # that the caller made errors of
+        if "pickle protocol" not in str(error):
+            raise
+        raise FormatError("unsafe_pickle", _refused("", path, data), path) from error
+    except MemoryError as error:
+        raise OutOfMemoryError(f"{path}: no memory for what its pickle asks for") from error
+    except NotImplementedError as error:
+        raise FormatError(
+            "unsupported_tensor",
+            f"it holds tensors that cannot be indexed (quantized or nested, perhaps): "
+            f"{str(error)[:200]}",
+            path,
+        ) from error
+    except pickle.UnpicklingError as error:
+        # torch.load wraps it into advice to load with weights_only=False.
+        text = str(error)
+        reason = text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        reason = reason.partition(" Please use `torch.serialization")[0]
+        raise FormatError("unsafe_pickle", _refused(reason, path, data), path) from error
+    except Exception as error:
+        # Whatever a pickle may do to torch's functions: IndexError, KeyError, TypeError, ...
+        raise FormatError("malformed_pickle", _failed(error), path) from error
+
+
+def _refused(reason: str, path: str, data: bytes | None) -> str:
+    first = _first(path) if data is None else data[:2]
+    trusted = "load it with torch.load(weights_only=False) where the file is trusted, and save"
+    if first[:1] == b"\x80" and len(first) > 1 and first[1] not in (2, 3):
+        return (
+            f"it was saved with pickle_protocol={first[1]}, and torch's weights-only unpickler "
+            f"reads protocol 2: {trusted} the state dict again with torch's own protocol"
+        )
+    if "DTensor" in reason or "torch.distributed" in reason:
+        return (
+            "it holds DTensors, the parts of a model that several processes share: import "
+            "torch.distributed.tensor before it is loaded, or save whole tensors "
+            "(tensor.full_tensor(), or get_model_state_dict with full_state_dict=True)"
+        )
+    if first[:1] == b"(" or (data is not None and first[:1] != b"\x80"):
+        return (
+            "it is a pickle of protocol 0 or 1, and torch's weights-only unpickler reads protocol "
+            f"2: {trusted} the state dict again with torch's own protocol"
+        )
+    if first[:1] != b"\x80":
+        return (
+            f"this is no file of torch.save: it begins with {first[:8]!r}, not with a zip "
+            "archive or a pickle; look what it is, or download it again"
+        )
+    if data is None and not _is_legacy(path):
+        return (
+            "this is a pickle that torch.save did not write (of pickle.dump or joblib): "
+            f"{trusted} the state dict with torch.save or weightlift.save_file"
+        )
+    if re.search(r"Unsupported (global|class|function)", reason):
+        reason = _whole_object(reason)
+    return (
+        f"torch's weights-only unpickler refuses it: {reason[:300]} Save the plain state dict, or, "
+        "where the file is trusted, allow the name by torch.serialization.add_safe_globals"
+    )
+
+
+def _whole_object(reason: str) -> str:
+    found = re.search(r"GLOBAL ([\w.]+)", reason)
+    name = found[1] if found else ""
+    if ".nn.modules." in name or name.rpartition(".")[2][:1].isupper():
+        return f"{reason} (a whole object was saved, perhaps a module, and not its state dict)."
+    return reason
+
+
+def _failed(error: Exception) -> str:
+    said = f"{type(error).__name__}: {str(error)[:200]}"
+    if isinstance(error, UnicodeDecodeError):
+        return (
+            "it holds text of Python 2, whose encoding the file does not say: load it with "
+            "torch.load(path, weights_only=True, encoding='latin1') (or encoding='bytes'), and "
+            "save the state dict again"
+        )
+    if "Invalid magic number" in said:
+        return (
+            "this is a pickle that torch.save did not write (of pickle.dump or joblib): load it "
+            "with pickle where it is trusted, and save the state dict with torch.save or "
+            "weightlift.save_file"
+        )
+    if "legacy .tar format" in said:
+        return (
+            "this is torch's tar format of before 2017: load it with torch.load(weights_only="
+            "False) where it is trusted, and save its state dict again"
+        )
+    if isinstance(error, AttributeError) and "UntypedStorage" in said:
+        return (
+            "it is in torch's format from before 1.6 and has dtypes that are younger (float8, "
+            "unsigned integers), which the weights-only unpickler cannot load from it: load it "
+            "with torch.load(weights_only=False) where the file is trusted, and save it again "
+            "without _use_new_zipfile_serialization=False"
+        )
+    return (
+        f"torch cannot unpickle it ({said}): the file is damaged, so download it or save it again"
+    )
+
+
+def _first(path: str) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(16)
+    except OSError:
+        return b""
+
+
+def _is_legacy(path: str) -> bool:
+    """Whether a file begins as torch.save wrote before 1.6: with its magic number."""
+    try:
+        with Path(path).open("rb") as file:
+            for opcode, argument, _ in pickletools.genops(file.read(64)):
+                if opcode.name in ("LONG1", "LONG"):
+                    return bool(argument == 0x1950A86A20F9469CFC6C)
+                if opcode.name == "STOP":
+                    return False
+    except Exception:
+        return False
+    return False
