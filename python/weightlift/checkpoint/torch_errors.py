@@ -36,6 +36,8 @@ def is_safetensors(path: str) -> bool:
 
 def explained(error: FormatError, path: str) -> FormatError:
     """A fault in an archive, as what the archive is where that can be told."""
+    if "torch's tar format" in error.message:  # a pickle, if not one that may be read
+        return FormatError("malformed_pickle", error.message, path, error.offset)
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
