@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class FlaxModelMixin(PushToHubMixin):
         config_name: the name of the configuration's file.
     """
 
-    config_name = "config.json"
+    config_name: ClassVar[str | None] = "config.json"
     _automatically_saved_args = ["_weightlift_version", "_class_name", "_name_or_path"]  # noqa: RUF012
 
     def init_weights(self, rng: jax.Array) -> dict[str, Any]:

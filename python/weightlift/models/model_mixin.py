@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -89,7 +89,7 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         _skip_keys: arguments of ``forward`` that accelerate's hooks do not move.
     """
 
-    config_name = "config.json"
+    config_name: ClassVar[str | None] = "config.json"
     _automatically_saved_args = ["_weightlift_version", "_class_name", "_name_or_path"]  # noqa: RUF012
     _supports_gradient_checkpointing = False
     _keys_to_ignore_on_load_unexpected: list[str] | None = None

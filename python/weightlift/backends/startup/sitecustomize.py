@@ -28,7 +28,7 @@ class _Enabler(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         with contextlib.suppress(ModuleNotFoundError):  # another Python, which has none
-            import weightlift  # noqa: F401
+            import weightlift.backends  # noqa: F401
         return importlib.util.find_spec(fullname)
 
 
