@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -27,14 +27,25 @@ class Builder(Generic[_Module]):
     While it builds, ``dtype`` is torch's default for the whole process; builds wait for each other.
 
     Args:
-        make: the constructor, with all its arguments.
+        cls: the module's class, which has a ``from_config``.
+        config: its configuration.
+        overrides: what takes the place of the configuration's values.
         dtype: of new floating-point tensors; ``None`` for the one that holds.
     """
 
-    def __init__(self, make: Callable[[], _Module], dtype: torch.dtype | None) -> None:
-        self._make = make
+    def __init__(
+        self,
+        cls: type[_Module],
+        config: Mapping[str, Any],
+        overrides: Mapping[str, Any],
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._cls: Any = cls
+        self._config = config
+        self._overrides = dict(overrides)
         self._dtype = dtype
-        self._registered: list[torch.nn.Parameter] = []
+        self._model: _Module
+        self._parameters: list[torch.nn.Parameter] = []
 
     def build(self, empty: bool) -> _Module:
         """The module; its parameters are on ``meta`` if ``empty``, its buffers are real.
@@ -43,19 +54,18 @@ class Builder(Generic[_Module]):
             WeightliftError: another library's replacement of ``register_parameter`` is in the way.
         """
         model, build = self._construct(() if empty else None)
-        self._registered = build.parameters
+        self._model, self._parameters = model, build.parameters
         return model
 
-    def initialized(self, model: _Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Tensors as the constructor initializes them, made by a second call of it in which all
-        others are on ``meta`` again.
+    def initialized(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Tensors of the module that was built last, as its constructor initializes them: made by
+        a second call of it in which all others are on ``meta`` again.
 
         Args:
-            model: from ``build(empty=True)``, with these parameters as they were.
-            names: of the tensors.
+            names: of the tensors; parameters must be those of ``build(empty=True)`` still.
         """
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        position = {id(parameter): n for n, parameter in enumerate(self._registered)}
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        position = {id(parameter): n for n, parameter in enumerate(self._parameters)}
         wanted = {position.get(id(parameters.get(name)), -1) for name in names}
         if -1 not in wanted:
             # A constructor may register other parameters each time, or make one of another.
@@ -67,6 +77,10 @@ class Builder(Generic[_Module]):
                 ):
                     return found
         return _tensors(self._construct(None)[0], names)
+
+    def _make(self) -> _Module:
+        model: _Module = self._cls.from_config(self._config, **self._overrides)
+        return model
 
     def _construct(self, real: Container[int] | None) -> tuple[_Module, BuildContext]:
         """The module, with those of its parameters real that ``BuildContext`` has so."""
@@ -81,7 +95,7 @@ class Builder(Generic[_Module]):
                 return model, build
         register = torch.nn.Module.register_parameter
         raise WeightliftError(
-            f"{type(model).__name__} cannot be made: {register.__module__}.{register.__qualname__} "
+            f"{self._cls.__name__} cannot be made: {register.__module__}.{register.__qualname__} "
             "is in the place of torch.nn.Module.register_parameter and puts parameters on meta"
         )
 

@@ -1,19 +1,18 @@
-"""What ``ModelMixin.from_pretrained`` decides: what its arguments mean and which contradict each
-other, which configuration and checkpoint belong together, whether reading may begin before the
-module is built, who fills it (one process, a rank of several, a quantizer), and what is said of
-weights that are missing or left over."""
+"""``ModelMixin.from_pretrained``: the configuration, the module, and its weights.
+
+Which configuration and checkpoint belong together, whether reading may begin before the module is
+built, who fills it (one process, a rank of several, a quantizer), and what is said of weights that
+are missing or left over.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import difflib
-import functools
-import inspect
 import itertools
 import logging
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,14 +26,14 @@ from weightlift.core import dtypes, gc_pause
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.report import LoadReport
-from weightlift.load.options import LoadOptions, Mode
 from weightlift.load.prefetch import PrefetchedLoad
+from weightlift.models.arguments import PretrainedArguments
 from weightlift.models.building import Builder
+from weightlift.models.loadable import LoadableModel
 from weightlift.module.device_map import single_entry
 from weightlift.module.fill import fill
 from weightlift.module.matching import MatchPolicy, format_names
 from weightlift.module.parameters import gather
-from weightlift.module.placement import PlacementPolicy
 
 if TYPE_CHECKING:
     from weightlift.distributed.collective import TensorParallel
@@ -43,177 +42,121 @@ if TYPE_CHECKING:
 __all__ = ["load_pretrained"]
 
 _log = logging.getLogger("weightlift")
-_Model = TypeVar("_Model", bound=torch.nn.Module)
+_Model = TypeVar("_Model", bound=LoadableModel)
 
 _FLAX_NAMES = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
-# Arguments of from_pretrained with their defaults, apart from those of the Hub.
-_ARGUMENTS: dict[str, Any] = {
-    "torch_dtype": None,
-    "dtype": None,
-    "device_map": None,
-    "device_mesh": None,
-    "tp_plan": None,
-    "max_memory": None,
-    "offload_folder": None,
-    "offload_state_dict": None,
-    "low_cpu_mem_usage": True,
-    "ignore_mismatched_sizes": False,
-    "output_loading_info": False,
-    "variant": None,
-    "use_safetensors": None,
-    "from_flax": False,
-    "quantization_config": None,
-    "load_in_8bit": False,
-    "load_in_4bit": False,
-    "disable_mmap": False,
-    "mode": "auto",
-    "pin_memory": False,
-    "memory_format": None,
-    "verify": False,
-    "progress": False,
-}
-# Of these, those that diffusers does not have: a class may have arguments of these names.
-_OURS = (
-    "device_mesh",
-    "tp_plan",
-    "mode",
-    "pin_memory",
-    "memory_format",
-    "verify",
-    "progress",
-)
 
 
 def load_pretrained(
-    cls: type[_Model], path: str | os.PathLike[str], arguments: dict[str, Any]
-) -> _Model:
-    """``cls.from_pretrained(path, **arguments)``; the arguments are used up."""
-    own = inspect.signature(cls.__init__).parameters
-    given = {
-        name: default if name in _OURS and name in own else arguments.pop(name, default)
-        for name, default in _ARGUMENTS.items()
-    }
-    if given["device_mesh"] is None and given["tp_plan"] is None:
-        return _load(cls, os.fspath(path), given, arguments, None)
-    for other in ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit"):
-        if given[other]:
-            raise ArgumentError(f"{other}= goes not together with device_mesh= and tp_plan=")
-    if not given["low_cpu_mem_usage"]:
-        raise ArgumentError("device_mesh= and tp_plan= need low_cpu_mem_usage=True")
-    from weightlift.distributed.collective import tensor_parallel
-
-    with tensor_parallel(given["device_mesh"], given["tp_plan"]) as parallel:
-        return _load(cls, os.fspath(path), given, arguments, parallel)
-
-
-def _load(
-    cls: type[_Model],
-    path: str,
-    given: Mapping[str, Any],
-    kwargs: dict[str, Any],
-    parallel: TensorParallel | None,
-) -> _Model:
-    hub = HubArguments.pop_from(kwargs)
-    _refuse_unknown(cls, kwargs)
-    dtype = _parse_dtype(given["dtype"], given["torch_dtype"])
-    device_map = given["device_map"]
-    if device_map is not None and not given["low_cpu_mem_usage"]:
-        raise ArgumentError(
-            f"device_map={device_map!r} needs low_cpu_mem_usage=True: built for real, the "
-            "model would be on the CPU first"
+    cls: type[_Model], path: str, keywords: Mapping[str, Any]
+) -> tuple[_Model, LoadReport, PretrainedArguments]:
+    """The model of ``cls.from_pretrained(path, **keywords)``, and what was loaded."""
+    arguments = PretrainedArguments.parse(cls, path, keywords)
+    with _tensor_parallel(arguments) as parallel:
+        arguments = arguments.pinned()
+        source = _open(cls, arguments)
+        builder = Builder(
+            cls,
+            source.config,
+            source.overrides,
+            _built_dtype(arguments.placement.dtype, source.checkpoint),
         )
-    mode: Mode = "read" if given["disable_mmap"] and given["mode"] == "auto" else given["mode"]
-    if not os.path.exists(path):  # noqa: PTH110
-        hub = hub.pinned(path)
-
-    config, overrides = _load_config(cls, path, hub, kwargs)
-    quantizer = _quantizer(given, config)
-    if given["from_flax"]:
-        checkpoint = None
-    else:
-        checkpoint = open_checkpoint(
-            path,
-            variant=given["variant"],
-            use_safetensors=given["use_safetensors"],
-            **dataclasses.asdict(hub),
-        )
-    options = LoadOptions(mode, given["pin_memory"], given["verify"], given["progress"])
-    placement = PlacementPolicy(
-        device_map,
-        given["max_memory"],
-        offload=given["offload_folder"] is not None,
-        dtype=dtype,
-        memory_format=given["memory_format"],
-    )
-    builder: Builder[_Model] = Builder(
-        functools.partial(cls.from_config, config, **overrides),  # type: ignore[attr-defined]
-        _built_dtype(dtype, checkpoint),
-    )
-    early = None
-    modules = None
-    if (
-        checkpoint is not None
-        and quantizer is None
-        and given["low_cpu_mem_usage"]
-        and parallel is None
-    ):
-        early = _begin(cls, checkpoint, device_map, dtype, options)
-    try:
-        with gc_pause.paused():
-            model = builder.build(empty=given["low_cpu_mem_usage"])
-            if checkpoint is None:
-                checkpoint = _open_flax(path, hub, model)
-            rename = _former_attention_names(model, checkpoint)
-            if rename is not None:
-                checkpoint = checkpoint.renamed(rename)
-            _refuse_another_model(model, checkpoint)
-            matching = MatchPolicy(
-                strict=False,
-                ignore_mismatched_sizes=given["ignore_mismatched_sizes"],
-                ignore_unexpected=_matcher(
-                    getattr(cls, "_keys_to_ignore_on_load_unexpected", None)
-                ),
-                initialize=functools.partial(builder.initialized, model),
-            )
-            if quantizer is not None:
-                report = quantizer.load(model, checkpoint, placement, matching, options)
-            elif parallel is not None:
-                parallel.cut(model)
-                new_load = parallel.new_load
-                report = fill(model, checkpoint, placement, matching, options, new_load=new_load)
-            else:
-                refs, modules = gather(model)
-                report = fill(
-                    model, checkpoint, placement, matching, options, prefetched=early, refs=refs
-                )
-    except BaseException:
-        if early is not None:
-            early.cancel()
-        raise
+        prefetched = _prefetch(cls, source, arguments)
+        try:
+            with gc_pause.paused():
+                model = builder.build(empty=arguments.low_cpu_mem_usage)
+                report = _fill(model, builder, source, arguments, parallel, prefetched)
+        except BaseException:
+            if prefetched is not None:
+                prefetched.cancel()
+            raise
     _warn_of_keys(cls, path, report)
-    if device_map is not None and "hf_device_map" not in vars(model):
+    if arguments.placement.device_map is not None and "hf_device_map" not in vars(model):
         # As accelerate's dispatch_model has it, which was not needed for one device.
         first = next(itertools.chain(model.parameters(), model.buffers()), None)
         vars(model)["hf_device_map"] = {} if first is None else {"": first.device}
-    model.register_to_config(_name_or_path=path)  # type: ignore[operator]
-    _evaluate(model, modules)
-    if given["output_loading_info"]:
-        return model, {  # type: ignore[return-value]
-            "missing_keys": report.missing_keys,
-            "unexpected_keys": report.unexpected_keys,
-            "mismatched_keys": report.mismatched_keys,
-            "error_msgs": report.error_msgs,
-        }
-    return model
+    model.register_to_config(_name_or_path=path)
+    return model, report, arguments
 
 
-def _parse_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype | str | None:
-    wanted = dtype if dtype is not None else torch_dtype
-    if wanted is None or (isinstance(wanted, str) and wanted == "auto"):
-        return wanted
-    name = dtypes.parse_dtype(wanted)
-    assert name is not None
-    return dtypes.to_torch(name)
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What a model is made of.
+
+    Attributes:
+        config: the configuration.
+        overrides: what the caller has in the place of its values.
+        checkpoint: the weights; ``None`` for those of Flax, which are read by the model's shapes.
+        quantizer: who fills the model.
+    """
+
+    config: Mapping[str, Any]
+    overrides: Mapping[str, Any]
+    checkpoint: Checkpoint | None
+    quantizer: Quantizer | None
+
+
+@contextlib.contextmanager
+def _tensor_parallel(arguments: PretrainedArguments) -> Iterator[TensorParallel | None]:
+    if not arguments.tensor_parallel:
+        yield None
+        return
+    from weightlift.distributed.collective import tensor_parallel
+
+    with tensor_parallel(arguments.device_mesh, arguments.tp_plan) as parallel:
+        yield parallel
+
+
+def _open(cls: type[LoadableModel], arguments: PretrainedArguments) -> _Source:
+    config, overrides = _load_config(cls, arguments)
+    quantizer = _quantizer(arguments, config)
+    checkpoint = None
+    if not arguments.from_flax:
+        checkpoint = open_checkpoint(
+            arguments.path,
+            variant=arguments.variant,
+            use_safetensors=arguments.use_safetensors,
+            **dataclasses.asdict(arguments.hub),
+        )
+    return _Source(config, overrides, checkpoint, quantizer)
+
+
+def _load_config(
+    cls: type[LoadableModel], arguments: PretrainedArguments
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The configuration, and the caller's values for it."""
+    path, hub = arguments.path, arguments.hub
+    if path.endswith(".dduf"):
+        from weightlift.checkpoint.dduf import open_dduf
+
+        entry = f"{hub.subfolder}/{cls.config_name}" if hub.subfolder else str(cls.config_name)
+        return open_dduf(path).read_json(entry), arguments.config_overrides
+    folder = str(Path(path).parent) if Path(path).is_file() else path
+    config, unused, _ = cls.load_config(
+        folder,
+        return_unused_kwargs=True,
+        return_commit_hash=True,
+        **dataclasses.asdict(hub),
+        **arguments.config_overrides,
+    )
+    return dict(config), unused
+
+
+def _quantizer(arguments: PretrainedArguments, config: Mapping[str, Any]) -> Quantizer | None:
+    saved = config.get("quantization_config")
+    wanted = arguments.quantization
+    if saved is None and not wanted.names:
+        return None
+    if not arguments.low_cpu_mem_usage:
+        raise ArgumentError("quantizing while loading needs low_cpu_mem_usage=True")
+    from weightlift.models.quantization import choose_quantizer
+
+    return choose_quantizer(
+        wanted.config,
+        saved,
+        load_in_8bit=wanted.load_in_8bit,
+        load_in_4bit=wanted.load_in_4bit,
+    )
 
 
 def _built_dtype(
@@ -229,85 +172,24 @@ def _built_dtype(
     return None
 
 
-def _load_config(
-    cls: type[Any], path: str, hub: HubArguments, kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configuration, and what of ``kwargs`` is not one of its overrides."""
-    if path.endswith(".dduf"):
-        from weightlift.checkpoint.dduf import open_dduf
-
-        entry = f"{hub.subfolder}/{cls.config_name}" if hub.subfolder else cls.config_name
-        return open_dduf(path).read_json(entry), kwargs
-    folder = str(Path(path).parent) if Path(path).is_file() else path
-    config, unused, _ = cls.load_config(
-        folder,
-        return_unused_kwargs=True,
-        return_commit_hash=True,
-        **dataclasses.asdict(hub),
-        **kwargs,
-    )
-    return dict(config), unused
-
-
-def _refuse_unknown(cls: type[torch.nn.Module], arguments: Mapping[str, Any]) -> None:
-    """What is neither an argument of ``from_pretrained`` nor of the config."""
-    taken = [
-        name
-        for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    ignored = getattr(cls, "ignore_for_config", ())
-    known = {*taken, *getattr(cls, "_deprecated_kwargs", ())} - {*ignored}
-    for name in arguments:
-        if name in ignored:
-            raise ArgumentError(
-                f"{cls.__name__}.from_pretrained takes no {name!r}: the class leaves it out of its "
-                "config (ignore_for_config)"
-            )
-        if name not in known:
-            hub = HubArguments.__dataclass_fields__
-            near = difflib.get_close_matches(name, [*known, *_ARGUMENTS, *hub], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ArgumentError(
-                f"{cls.__name__}.from_pretrained has no argument {name!r}, nor has "
-                f"{cls.__name__}.__init__{hint}"
-            )
-
-
-def _quantizer(given: Mapping[str, Any], config: Mapping[str, Any]) -> Quantizer | None:
-    saved = config.get("quantization_config")
-    names = ("quantization_config", "load_in_8bit", "load_in_4bit")
-    if saved is None and not any(given[name] for name in names):
-        return None
-    if not given["low_cpu_mem_usage"]:
-        raise ArgumentError("quantizing while loading needs low_cpu_mem_usage=True")
-    from weightlift.models.quantization import choose_quantizer
-
-    return choose_quantizer(
-        given["quantization_config"],
-        saved,
-        load_in_8bit=given["load_in_8bit"],
-        load_in_4bit=given["load_in_4bit"],
-    )
-
-
-def _begin(
-    cls: type[torch.nn.Module],
-    checkpoint: Checkpoint,
-    device_map: Any,
-    dtype: torch.dtype | str | None,
-    options: LoadOptions,
+def _prefetch(
+    cls: type[LoadableModel], source: _Source, arguments: PretrainedArguments
 ) -> PrefetchedLoad | None:
     """Starts to read while the module is being built, where one device takes it all."""
-    alone = single_entry("cpu" if device_map is None else device_map)
+    checkpoint, placement = source.checkpoint, arguments.placement
+    if checkpoint is None or source.quantizer is not None:
+        return None
+    if arguments.tensor_parallel or not arguments.low_cpu_mem_usage:
+        return None
+    alone = single_entry("cpu" if placement.device_map is None else placement.device_map)
     if not isinstance(alone, (str, int, torch.device)):
         return None  # or to be refused
     device = parse_device(alone)
-    believed = torch.get_default_dtype() if dtype is None else dtype
-    if options.mode == "map":
-        believed = "auto"  # nothing is cast
-    kept = frozenset(getattr(cls, "_keep_in_fp32_modules", None) or ())
-    ignored = _matcher(getattr(cls, "_keys_to_ignore_on_load_unexpected", None))
+    expected = torch.get_default_dtype() if placement.dtype is None else placement.dtype
+    if arguments.options.mode == "map":
+        expected = "auto"  # nothing is cast
+    kept = frozenset(cls._keep_in_fp32_modules or ())
+    ignored = _matcher(cls._keys_to_ignore_on_load_unexpected)
     names = None
     if kept or ignored:
         names = [
@@ -315,7 +197,48 @@ def _begin(
             for name in checkpoint
             if kept.isdisjoint(name.split(".")) and not (ignored and ignored(name))
         ]
-    return PrefetchedLoad.start(checkpoint, device, dtypes.parse_dtype(believed), names, options)
+    return PrefetchedLoad.start(
+        checkpoint, device, dtypes.parse_dtype(expected), names, arguments.options
+    )
+
+
+def _fill(
+    model: _Model,
+    builder: Builder[_Model],
+    source: _Source,
+    arguments: PretrainedArguments,
+    parallel: TensorParallel | None,
+    prefetched: PrefetchedLoad | None,
+) -> LoadReport:
+    """The model gets its weights, and goes into evaluation mode."""
+    checkpoint = source.checkpoint
+    if checkpoint is None:
+        checkpoint = _open_flax(arguments.path, arguments.hub, model)
+    rename = _former_attention_names(model, checkpoint)
+    if rename is not None:
+        checkpoint = checkpoint.renamed(rename)
+    _refuse_another_model(model, checkpoint)
+    placement, options = arguments.placement, arguments.options
+    matching = MatchPolicy(
+        strict=False,
+        ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
+        ignore_unexpected=_matcher(model._keys_to_ignore_on_load_unexpected),
+        initialize=builder.initialized,
+    )
+    if source.quantizer is not None:
+        report = source.quantizer.load(model, checkpoint, placement, matching, options)
+        model.eval()
+    elif parallel is not None:
+        parallel.cut(model)
+        report = fill(model, checkpoint, placement, matching, options, new_load=parallel.new_load)
+        model.eval()
+    else:
+        refs, modules = gather(model)
+        report = fill(
+            model, checkpoint, placement, matching, options, prefetched=prefetched, refs=refs
+        )
+        _evaluate(model, modules)
+    return report
 
 
 def _open_flax(path: str, hub: HubArguments, model: torch.nn.Module) -> Checkpoint:
@@ -373,10 +296,10 @@ def _refuse_another_model(model: torch.nn.Module, checkpoint: Checkpoint) -> Non
     )
 
 
-def _evaluate(model: torch.nn.Module, modules: Sequence[torch.nn.Module] | None) -> None:
-    """``eval()``; where the modules are known and none has one of its own, without the way through
-    ``__setattr__``, which looks at three dictionaries for each."""
-    if modules is not None and all(
+def _evaluate(model: torch.nn.Module, modules: Sequence[torch.nn.Module]) -> None:
+    """``eval()``; where no module has one of its own, without the way through ``__setattr__``,
+    which looks at three dictionaries for each."""
+    if all(
         getattr(kind, name) is getattr(torch.nn.Module, name)
         for kind in {*map(type, modules)}
         for name in ("eval", "train", "__setattr__")

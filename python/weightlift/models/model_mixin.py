@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 
@@ -152,8 +152,18 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             ArgumentError: an argument that nobody knows, or that contradicts another.
             FormatError, ReadError, DeviceError, OutOfMemoryError: as ``load_file``.
         """
+        path = os.fspath(pretrained_model_name_or_path)
         with _ordinary_tensors():
-            return load_pretrained(cls, pretrained_model_name_or_path, kwargs)
+            model, report, arguments = load_pretrained(cast("Any", cls), path, kwargs)
+        if not arguments.output_loading_info:
+            return cast("_Self", model)
+        info = {
+            "missing_keys": report.missing_keys,
+            "unexpected_keys": report.unexpected_keys,
+            "mismatched_keys": report.mismatched_keys,
+            "error_msgs": report.error_msgs,
+        }
+        return cast("_Self", (model, info))
 
     def save_pretrained(
         self,
@@ -197,7 +207,7 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
                 max_shard_size=max_shard_size,
                 save_function=save_function,
                 metadata=metadata,
-                companions={self.config_name: config},
+                companions={str(self.config_name): config},
             )
             if push_to_hub:
                 self._push_folder(folder, kwargs)

@@ -58,6 +58,12 @@ class Model(wl.ModelMixin, wl.ConfigMixin):
         """Where a test waits in the middle of a constructor."""
 
 
+def builder(make: Callable[[], Any], dtype: torch.dtype | None = None) -> building.Builder[Any]:
+    """Of a module that is made without a configuration."""
+    made: Any = type("Made", (), {"from_config": staticmethod(lambda config: make())})
+    return building.Builder(made, {}, {}, dtype)
+
+
 NEW = ("new.weight", "new.bias")
 
 
@@ -151,7 +157,7 @@ def test_what_is_not_in_a_build_is_as_it_was() -> None:
             made.append(nn.init.kaiming_uniform_)
             self.own = nn.Linear(3, 3)
 
-    model = building.Builder(Other, None).build(empty=True)
+    model = builder(Other).build(empty=True)
     assert model.own.weight.is_meta
     assert made[0].weight.device.type == "cpu"
     assert made[0].weight.abs().sum() > 0
@@ -186,8 +192,8 @@ def test_a_replacement_that_nothing_gets_past_is_named(monkeypatch: pytest.Monke
             module._parameters[name] = nn.Parameter(torch.empty_like(param, device="meta"))
 
     monkeypatch.setattr(nn.Module, "register_parameter", on_meta)
-    with pytest.raises(WeightliftError, match=r"Linear cannot be made.*on_meta"):
-        building.Builder(lambda: nn.Linear(2, 2), None).build(empty=False)
+    with pytest.raises(WeightliftError, match=r"Made cannot be made.*on_meta"):
+        builder(lambda: nn.Linear(2, 2)).build(empty=False)
 
 
 def test_the_default_dtype_of_another_library_stays(folder: Path) -> None:
@@ -199,9 +205,9 @@ def test_the_default_dtype_of_another_library_stays(folder: Path) -> None:
             torch.set_default_dtype(torch.float64)
 
     try:
-        building.Builder(Meanwhile, None).build(empty=True)
+        builder(Meanwhile).build(empty=True)
         assert torch.get_default_dtype() == torch.float64
-        building.Builder(Meanwhile, torch.float16).build(empty=True)
+        builder(Meanwhile, torch.float16).build(empty=True)
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
@@ -215,13 +221,15 @@ def test_the_first_import_within_another_librarys_patch() -> None:
         before = torch.nn.init.constant_
         with no_init_weights():
             from weightlift.models.building import Builder
-        def make():
-            layer = torch.nn.Linear(3, 3)
-            torch.nn.init.constant_(layer.weight, 2.0)
-            return layer
+        class Layer(torch.nn.Linear):
+            @classmethod
+            def from_config(cls, config):
+                layer = cls(3, 3)
+                torch.nn.init.constant_(layer.weight, 2.0)
+                return layer
         assert torch.nn.init.constant_ is before
         with no_init_weights():
-            assert (Builder(make, None).build(empty=False).weight == 2).all()
+            assert (Builder(Layer, {}, {}, None).build(empty=False).weight == 2).all()
         assert torch.nn.init.constant_ is before
         """
     child = run_python(textwrap.dedent(code))

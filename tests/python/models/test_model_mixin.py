@@ -275,7 +275,7 @@ def test_the_dtype_of_the_checkpoint(folder: Path) -> None:
     assert built.normal.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", ["flot16", "fp16", 7, torch.int8, "torch.int8", "load_file"])
+@pytest.mark.parametrize("dtype", ["flot16", "fp17", 7, torch.int8, "torch.int8", "load_file"])
 def test_what_is_no_dtype(dtype: Any, folder: Path) -> None:
     made(OURS, "Nested").save_pretrained(folder)
     with pytest.raises(ValueError, match=r"bfloat16, float16, float32.* or 'auto'"):

@@ -114,7 +114,7 @@ def construction(job: Job) -> Load:
 
     cls = _mixin_class(job)
     config = cls.load_config(job.folder)
-    return lambda: Builder(lambda: cls.from_config(config), dtype_of(job)).build(empty=True)
+    return lambda: Builder(cls, config, {}, dtype_of(job)).build(empty=True)
 
 
 def reading(job: Job) -> Load:

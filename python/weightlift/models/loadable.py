@@ -1,0 +1,26 @@
+"""What ``from_pretrained`` uses of a model's class."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from weightlift.models.config_mixin import ConfigMixin
+
+__all__ = ["LoadableModel"]
+
+
+class LoadableModel(torch.nn.Module, ConfigMixin):
+    """A class that ``from_pretrained`` loads is one of these to the type checker: it derives from
+    ``ModelMixin`` and from ``ConfigMixin``, this package's or diffusers'.
+
+    Attributes:
+        config_name: the name of the configuration's file.
+        _keys_to_ignore_on_load_unexpected: patterns of names that may be in a checkpoint.
+        _keep_in_fp32_modules: components of names whose tensors stay in float32.
+    """
+
+    config_name: ClassVar[str | None] = "config.json"
+    _keys_to_ignore_on_load_unexpected: list[str] | None = None
+    _keep_in_fp32_modules: list[str] | None = None
