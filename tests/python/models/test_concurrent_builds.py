@@ -16,8 +16,8 @@ import accelerate
 import diffusers.models.modeling_utils as diffusers_utils
 import pytest
 import torch
-import transformers.initialization
 from torch import nn
+from transformers.initialization import guard_torch_init_functions, no_init_weights
 
 import weightlift as wl
 from support import run_python
@@ -97,8 +97,8 @@ def empty_by_accelerate() -> Iterator[None]:
 PATCHES: dict[str, Callable[[], Any]] = {
     "accelerate": empty_by_accelerate,
     "diffusers": diffusers_utils.no_init_weights,
-    "transformers": transformers.initialization.no_init_weights,
-    "guarded": transformers.initialization.guard_torch_init_functions,
+    "transformers": no_init_weights,
+    "guarded": guard_torch_init_functions,
 }
 
 
