@@ -25,7 +25,7 @@ LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-architectures wheel gpu-check gpu-rehearsal kernel-report bench bench-env clean dev release
+.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-serving test-architectures wheel gpu-check gpu-rehearsal kernel-report bench bench-env clean dev release
 
 help:
 	@printf '%s\n' \
@@ -191,6 +191,7 @@ test-deep: dev
 	tests/pythons.sh
 	$(MAKE) tidy asan tsan check-perf
 	$(MAKE) test-libraries
+	$(MAKE) test-serving
 	$(MAKE) fuzz
 
 # What loads cost in instructions, system calls and allocations, against the budgets.
@@ -210,6 +211,9 @@ test-matrix: dev
 	tests/matrix/run.sh $(MATRIX)
 
 # The libraries' own tests, with the backends off and on.
+test-serving: dev
+	tests/serving/run.sh
+
 test-libraries: dev
 	$(BIN)/python tests/libraries/run.py $(SUITES)
 
