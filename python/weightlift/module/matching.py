@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from weightlift.checkpoint.checkpoint import Checkpoint, describe_location
 from weightlift.core.errors import CheckpointError
+from weightlift.module.own_loading import Headers, OwnLoading
 from weightlift.module.parameters import ParameterRef
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MatchPolicy", "check_keys", "format_names", "match"]
+__all__ = ["Match", "MatchPolicy", "check_keys", "format_names", "match"]
 
 # How many names an error lists before it only counts.
 _LISTED = 20
@@ -39,103 +40,151 @@ class MatchPolicy:
     initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]] | None = None
 
 
+class Match(NamedTuple):
+    """Which tensor of a checkpoint is which of a model.
+
+    Attributes:
+        pairs: (name in the checkpoint, tensor of the model) for all that is to be loaded.
+        unmatched: the model's other tensors.
+        missing: names of the model's that are not in the checkpoint.
+        unexpected: names in the checkpoint that are not the model's.
+        mismatched: (name, shape in the checkpoint, shape in the model) of those left out for it.
+        errors: what modules that load in a way of their own complain about.
+    """
+
+    pairs: list[tuple[str, ParameterRef]]
+    unmatched: list[ParameterRef]
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    errors: list[str]
+
+    def empty_buffers(self) -> list[str]:
+        """Names of buffers on ``meta`` that no checkpoint holds."""
+        return [ref.name for ref in self.unmatched if not ref.persistent and ref.tensor.is_meta]
+
+
 def match(
-    tensors: Sequence[ParameterRef], headers: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> tuple[
-    list[tuple[str, ParameterRef]],
-    list[ParameterRef],
-    list[str],
-    list[tuple[str, tuple[int, ...], tuple[int, ...]]],
-]:
-    """(name in the checkpoint, tensor of the model) for all that match; the model's other tensors;
-    missing names; mismatched ones."""
-    matched = []
-    rest = []
-    missing = []
-    mismatched = []
-    for slot in tensors:
-        header = headers.get(slot.name)
+    model: torch.nn.Module,
+    refs: Sequence[ParameterRef],
+    checkpoint: Checkpoint,
+    headers: Headers,
+    policy: MatchPolicy,
+    own: OwnLoading | None = None,
+) -> Match:
+    """Finds the model's tensors in a checkpoint, by their names and shapes.
+
+    Args:
+        model: for messages.
+        refs: its tensors.
+        checkpoint: for messages.
+        headers: of it.
+        policy: what may be on one side alone.
+        own: what modules with a loading of their own made of it.
+
+    Raises:
+        CheckpointError: the two do not fit, and the policy does not allow for that.
+    """
+    found = _match_names(refs, headers, own)
+    missing, unexpected = found.missing, found.unexpected
+    if policy.ignore_missing is not None:
+        missing = [name for name in missing if not policy.ignore_missing(name)]
+    if policy.ignore_unexpected is not None:
+        unexpected = [name for name in unexpected if not policy.ignore_unexpected(name)]
+    found = found._replace(missing=missing, unexpected=unexpected)
+    check_keys(checkpoint, model, found, policy)
+    return found
+
+
+def _match_names(refs: Sequence[ParameterRef], headers: Headers, own: OwnLoading | None) -> Match:
+    by_name, free = refs, headers
+    if own is not None:
+        by_name = own.others()
+        free = {name: header for name, header in headers.items() if name not in own.claimed}
+    found = Match([], [], [], [], [], [])
+    for ref in by_name:
+        header = free.get(ref.name)
         # Most of them. Of tied ones, other names may be of other shapes.
         if (
             header is not None
-            and header[1] == slot.tensor.shape
+            and header[1] == ref.tensor.shape
             and header[0] != "F4"
-            and slot.persistent
-            and not slot.ties
+            and ref.persistent
+            and not ref.ties
         ):
-            matched.append((slot.name, slot))
+            found.pairs.append((ref.name, ref))
+        elif not ref.persistent:
+            found.unmatched.append(ref)
+        else:
+            _match_one(ref, free, found)
+    if len(found.pairs) < len(free):
+        names = {ref.name for ref in refs if ref.persistent}
+        names.update(name for ref in refs if ref.ties and ref.persistent for name in ref.names)
+        found.unexpected.extend(name for name in free if name not in names)
+    if own is None:
+        return found
+    mismatched, errors = own.mismatched(headers)
+    return Match(
+        [*own.matched, *found.pairs],
+        [*found.unmatched, *own.rest()],
+        [*own.missing, *found.missing],
+        [*own.unexpected, *found.unexpected],
+        [*mismatched, *found.mismatched],
+        errors,
+    )
+
+
+def _match_one(ref: ParameterRef, headers: Headers, found: Match) -> None:
+    """Matches a tensor that may have several names; the last one is loaded, as by
+    ``load_state_dict``."""
+    shape = tuple(ref.tensor.shape)
+    match = None
+    is_mismatched = False
+    for name in ref.names:
+        header = headers.get(name)
+        if header is None:
             continue
-        if not slot.persistent:
-            rest.append(slot)
-            continue
-        shape = tuple(slot.tensor.shape)
-        found = None
-        wrong = False
-        for name in slot.names:
-            header = headers.get(name)
-            if header is None:
-                continue
-            theirs = header[1]
-            if header[0] == "F4":  # two numbers are one element of torch's dtype
-                theirs = (*theirs[:-1], theirs[-1] // 2)
-            if theirs != shape and not (shape == () and theirs == (1,)):
-                mismatched.append((name, theirs, shape))
-                wrong = True
-            elif found is None:
-                found = name
-        if found is not None:
-            matched.append((found, slot))
-            continue
-        rest.append(slot)
-        if not wrong:
-            missing += slot.names
-    return matched, rest, missing, mismatched
+        theirs = header[1]
+        if header[0] == "F4":  # two numbers are one element of torch's dtype
+            theirs = (*theirs[:-1], theirs[-1] // 2)
+        if theirs == shape:
+            match = name
+        else:
+            found.mismatched.append((name, theirs, shape))
+            is_mismatched = True
+    if match is not None:
+        found.pairs.append((match, ref))
+        return
+    found.unmatched.append(ref)
+    if not is_mismatched:
+        found.missing.extend(ref.names)
 
 
 def check_keys(
-    checkpoint: Checkpoint,
-    model: torch.nn.Module,
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    mismatched: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
-    empty: Sequence[str],
-    policy: MatchPolicy,
-    errors: Sequence[str] = (),
+    checkpoint: Checkpoint, model: torch.nn.Module, found: Match, policy: MatchPolicy
 ) -> None:
-    """Raises where a checkpoint does not fit a model.
-
-    Args:
-        checkpoint: for the message.
-        model: for the message.
-        missing: names of the model's tensors.
-        unexpected: names in the checkpoint.
-        mismatched: (name, shape in the checkpoint, shape in the model).
-        empty: names of buffers on ``meta`` that no checkpoint holds.
-        policy: what is allowed.
-        errors: what the model's modules say.
-
-    Raises:
-        CheckpointError: with all that is wrong.
-    """
-    problems = format_names("errors of the modules' own loading", errors)
-    if mismatched and not policy.ignore_mismatched_sizes:
+    """Raises a ``CheckpointError`` with all that does not fit, and that the policy forbids."""
+    problems = format_names("errors of the modules' own loading", found.errors)
+    if found.mismatched and not policy.ignore_mismatched_sizes:
         problems += format_names(
             "of another shape than the model's (ignore_mismatched_sizes=True leaves them out)",
-            [f"{name}: {theirs} in the checkpoint, {ours} in the model"
-             for name, theirs, ours in mismatched],
-        )  # fmt: skip
+            [
+                f"{name}: {theirs} in the checkpoint, {ours} in the model"
+                for name, theirs, ours in found.mismatched
+            ],
+        )
+    hint = ""
     if policy.strict:
-        problems += format_names("missing in the checkpoint", missing)
-        problems += format_names("unexpected: the model has no place for them", unexpected)
+        problems += format_names("missing in the checkpoint", found.missing)
+        problems += format_names("unexpected: the model has no place for them", found.unexpected)
         problems += format_names(
             "buffers on meta that no checkpoint holds (non-persistent); build the model with "
             "accelerate.init_empty_weights(include_buffers=False)",
-            empty,
+            found.empty_buffers(),
         )
+        if found.missing or found.unexpected:
+            hint = "; strict=False loads what matches"
     if problems:
-        hint = (
-            "; strict=False loads what matches" if policy.strict and (missing or unexpected) else ""
-        )
         raise CheckpointError(
             f"{describe_location(checkpoint)} does not fit {type(model).__name__}{hint}:\n"
             + "\n".join(problems)

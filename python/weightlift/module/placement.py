@@ -1,18 +1,34 @@
-"""Where the tensors of a model are to be."""
+"""Where the tensors of a model are to be: what callers say of it, and what follows for each."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from weightlift.module.device_map import DeviceMap
-from weightlift.module.offload import Dispatch, dispatch
+from weightlift.core import dtypes
+from weightlift.core.devices import parse_device
+from weightlift.core.errors import ArgumentError
+from weightlift.load.destination import SliceRange
+from weightlift.load.prefetch import PrefetchedLoad
+from weightlift.module.device_map import (
+    AUTOMATIC,
+    DeviceMap,
+    assign,
+    resolve_device_map,
+    single_device,
+)
+from weightlift.module.offload import Dispatch, disjoint_map, dispatch
+from weightlift.module.own_loading import Headers
+from weightlift.module.parameters import ParameterRef, is_sharded
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PlacementPolicy"]
+__all__ = ["Devices", "DtypeRule", "Placement", "PlacementPolicy", "decide", "place"]
+
+# "disk" for what stays in its file; ``None`` for where a tensor is.
+Device: TypeAlias = "torch.device | str | None"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,3 +55,311 @@ class PlacementPolicy:
     keep_in_fp32: Sequence[str] | None = None
     memory_format: torch.memory_format | None = None
     dispatch: Dispatch = dispatch
+
+
+class DtypeRule(NamedTuple):
+    """In which dtype floating-point tensors are wanted.
+
+    Attributes:
+        wanted: the file's name of it; ``None`` for the file's own.
+        keep_models: rather that of each tensor of the model.
+        in_fp32: path components under which it is float32, whatever is wanted.
+    """
+
+    wanted: str | None
+    keep_models: bool
+    in_fp32: frozenset[str]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, policy: PlacementPolicy) -> DtypeRule:
+        keep = policy.keep_in_fp32
+        if keep is None:
+            keep = getattr(model, "_keep_in_fp32_modules", None) or ()
+        return cls(dtypes.parse_dtype(policy.dtype), policy.dtype is None, frozenset(keep))
+
+    def target(self, name: str, tensor: torch.Tensor, file_dtype: str) -> str | None:
+        """What to cast to; ``None`` for nothing."""
+        if file_dtype not in dtypes.FLOATING:
+            return None
+        if self.keep_models and tensor.is_floating_point():
+            target = dtypes.file_name(tensor.dtype)
+        elif self.is_kept(name):
+            target = "F32"
+        else:
+            target = self.wanted
+        return None if target == file_dtype else target
+
+    def is_kept(self, name: str) -> bool:
+        return bool(self.in_fp32) and not self.in_fp32.isdisjoint(name.split("."))
+
+
+class Devices:
+    """The device of each tensor of a model.
+
+    Attributes:
+        by_prefix: module prefix -> device or ``"disk"``; ``None`` where all stay where they are.
+    """
+
+    def __init__(
+        self, refs: Sequence[ParameterRef], by_prefix: Mapping[str, torch.device | str] | None
+    ) -> None:
+        self.by_prefix = by_prefix
+        self._by_name: dict[str, torch.device | str] | None = None
+        if by_prefix is not None and set(by_prefix) != {""}:
+            self._by_name = {}
+            names = (name for ref in refs for name in ref.names)
+            for device, assigned in assign(names, by_prefix).items():
+                self._by_name.update(dict.fromkeys(assigned, device))
+
+    @classmethod
+    def resolve(
+        cls,
+        model: torch.nn.Module,
+        refs: Sequence[ParameterRef],
+        policy: PlacementPolicy,
+        headers: Headers,
+        rule: DtypeRule,
+    ) -> Devices:
+        """Those that a device map gives; see ``resolve_device_map``."""
+        if policy.device_map is None:
+            return cls(refs, None)
+        if (alone := single_device(policy.device_map)) is not None:
+            return cls(refs, {"": alone})
+        by_prefix = resolve_device_map(
+            model,
+            policy.device_map,
+            max_memory=policy.max_memory,
+            dtype=_dtypes_in_map(policy.dtype, headers),
+            keep_in_fp32=rule.in_fp32,
+            offload=policy.offload,
+        )
+        if "disk" in by_prefix.values() and policy.dispatch is dispatch:
+            by_prefix = _without_lone_tensors(model, by_prefix, policy.device_map)
+        return cls(refs, by_prefix)
+
+    def of(self, refs: Iterable[ParameterRef]) -> Iterator[Device]:
+        """The device of each. Of a tied tensor some of whose names are on the disk, it is that of
+        the others: it is in memory anyway."""
+        by_name = self._by_name
+        if by_name is None:
+            everywhere = None if self.by_prefix is None else self.by_prefix[""]
+            for _ in refs:
+                yield everywhere
+            return
+        for ref in refs:
+            device = by_name[ref.name]
+            if ref.ties and device == "disk":
+                in_memory = (by_name[name] for name in ref.names if by_name[name] != "disk")
+                device = next(in_memory, device)
+            yield device
+
+    def on_disk_elsewhere(self, refs: Iterable[ParameterRef]) -> Iterator[tuple[str, ParameterRef]]:
+        """Names that the map leaves on the disk, of tied tensors that are in memory for another
+        name: hooks ask for them."""
+        by_name = self._by_name
+        if by_name is not None:
+            for ref in refs:
+                devices = [by_name[name] for name in ref.names] if ref.ties else []
+                if "disk" in devices and set(devices) != {"disk"}:
+                    for name, device in zip(ref.names, devices, strict=True):
+                        if device == "disk":
+                            yield name, ref
+
+
+def _without_lone_tensors(
+    model: torch.nn.Module, devices: Mapping[str, torch.device | str], given: DeviceMap
+) -> dict[str, torch.device | str]:
+    """The map with single tensors in memory that an automatic one leaves on the disk: hooks bring
+    whole modules."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    alone = [
+        name
+        for name, device in disjoint_map(model, devices).items()
+        if device == "disk" and name in parameters
+    ]
+    changed = dict(devices)
+    for name in alone:
+        if not (isinstance(given, str) and given in AUTOMATIC):
+            raise ArgumentError(
+                f"device_map leaves the tensor {name!r} on the disk and the rest of its module "
+                "not; hooks bring whole modules: name the module, or give the tensor a device"
+            )
+        in_memory = (device for device in devices.values() if device != "disk")
+        changed[name] = next(in_memory, parse_device("cpu"))
+    return changed
+
+
+def _dtypes_in_map(
+    dtype: torch.dtype | str | None, headers: Headers
+) -> torch.dtype | dict[str, torch.dtype] | None:
+    """What a tensor will count in an automatic device map."""
+    if dtype is None:
+        return None
+    name = dtypes.parse_dtype(dtype)
+    if name is not None:
+        return dtypes.to_torch(name)
+    return {
+        key: dtypes.to_torch(own) for key, (own, _) in headers.items() if own in dtypes.CASTABLE
+    }
+
+
+class Decision(NamedTuple):
+    """What becomes of one tensor of a model.
+
+    Attributes:
+        device: where it goes; ``None``: it stays in its file.
+        cast_to: the file's name of the dtype that it is cast to, if to any.
+        in_place: it is written to the memory that the model has.
+        part: what is loaded of it, where that is not all.
+        recast: the dtype that torch gives it in the end, as ``copy_`` does: of integers and
+            booleans, and of what goes into such.
+    """
+
+    device: torch.device | None
+    cast_to: str | None
+    in_place: bool = False
+    part: Sequence[SliceRange] | None = None
+    recast: torch.dtype | None = None
+
+
+def decide(
+    name: str, ref: ParameterRef, file_dtype: str, device: Device, rule: DtypeRule, reuse: bool
+) -> Decision:
+    """Decides where a tensor goes.
+
+    Args:
+        name: in the checkpoint.
+        ref: in the model.
+        file_dtype: in the checkpoint.
+        device: that the device map gives it.
+        rule: in which dtype it is wanted.
+        reuse: the model's memory may be written to.
+
+    Raises:
+        ArgumentError: the map gives a device to a DTensor.
+    """
+    tensor = ref.tensor
+    cast_to = rule.target(name, tensor, file_dtype)
+    if isinstance(device, str):  # "disk"
+        if ref.is_parameter:
+            return Decision(None, cast_to)
+        device = parse_device("cpu")  # buffers stay (accelerate's offload_buffers=False)
+    part = None
+    if is_sharded(tensor):
+        from weightlift.module.dtensors import device_of, local_part
+
+        if device is not None:
+            raise ArgumentError(
+                f"device_map={str(device)!r} goes not together with DTensors such as "
+                f"{ref.name!r}: their mesh says where they are"
+            )
+        device, part = device_of(tensor), local_part(tensor)
+    if device is None:
+        device = parse_device("cpu") if tensor.is_meta else tensor.device
+    in_place = (
+        reuse
+        and not tensor.is_meta
+        and device == tensor.device
+        and (rule.keep_models or tensor.dtype == dtypes.to_torch(cast_to or file_dtype))
+    )
+    return Decision(device, cast_to, in_place, part, _recast(file_dtype, tensor.dtype))
+
+
+def _recast(file_dtype: str, own: torch.dtype) -> torch.dtype | None:
+    """What torch casts to: integers and booleans, and numbers that go into one; the engine casts
+    the rest."""
+    is_number = own.is_floating_point or own.is_complex
+    if is_number and (file_dtype in dtypes.FLOATING or file_dtype[0] == "C"):
+        return None
+    return None if dtypes.file_name(own) == file_dtype else own
+
+
+class Group(NamedTuple):
+    """Tensors of a model that go the same way.
+
+    Attributes:
+        device: where to.
+        cast_to: the file's name of the dtype that they are cast to, if to any.
+        in_place: they are written to the memory that the model has.
+        in_parts: of each, a part is loaded.
+    """
+
+    device: torch.device
+    cast_to: str | None
+    in_place: bool
+    in_parts: bool
+
+
+class Placement(NamedTuple):
+    """What goes where.
+
+    Attributes:
+        groups: (name in the checkpoint, tensor of the model) of all that go the same way.
+        parts: by name in the checkpoint, what is loaded of a DTensor.
+        prefetched: names of what a prefetched load brings as it is wanted.
+        on_disk: what stays in its file: (name there, tensor of the model, dtype at use).
+        recast: by name in the checkpoint, the dtype that torch gives a tensor in the end.
+    """
+
+    groups: dict[Group, list[tuple[str, ParameterRef]]]
+    parts: dict[str, Sequence[SliceRange]]
+    prefetched: set[str]
+    on_disk: list[tuple[str, ParameterRef, str | None]]
+    recast: dict[str, torch.dtype]
+
+
+def place(
+    pairs: Sequence[tuple[str, ParameterRef]],
+    headers: Headers,
+    devices: Devices,
+    rule: DtypeRule,
+    prefetched: PrefetchedLoad | None,
+    *,
+    reuse: bool,
+) -> Placement:
+    """Decides for all tensors of a model; see ``decide``."""
+    placement = Placement({}, {}, set(), [], {})
+    on_their_way = frozenset() if prefetched is None else prefetched.names
+    # Most tensors are of the same kind as the one before, and go where that one went.
+    last_kind = None
+    members: list[tuple[str, ParameterRef]] = []
+    arrives = False
+    recast: torch.dtype | None = None
+    for (name, ref), device in zip(pairs, devices.of(ref for _, ref in pairs), strict=True):
+        tensor = ref.tensor
+        file_dtype = headers[name][0]
+        kind = (tensor.is_meta, type(tensor), tensor.dtype, file_dtype, device)
+        if kind != last_kind:
+            decision = decide(name, ref, file_dtype, device, rule, reuse)
+            target, cast_to, in_place, part, recast = decision
+            if target is None:
+                placement.on_disk.append((name, ref, cast_to))
+                continue
+            arrives = (
+                prefetched is not None
+                and part is None
+                and prefetched.delivers(target, file_dtype, cast_to)
+            )
+            if in_place and arrives and name in on_their_way:
+                in_place = False
+            if in_place:
+                recast = None
+            if part is not None:
+                placement.parts[name] = part
+            group = Group(target, cast_to, in_place, part is not None)
+            members = placement.groups.setdefault(group, [])
+            last_kind = kind if _is_decided_by_kind(ref, device, rule) else None
+        members.append((name, ref))
+        if arrives and name in on_their_way:
+            placement.prefetched.add(name)
+        if recast is not None:
+            placement.recast[name] = recast
+    return placement
+
+
+def _is_decided_by_kind(ref: ParameterRef, device: Device, rule: DtypeRule) -> bool:
+    """Whether all tensors on ``meta`` of this class, these dtypes and this device go the same way:
+    not where that depends on names, on a mesh, or on whether it is a parameter."""
+    return (
+        ref.tensor.is_meta and device != "disk" and not rule.in_fp32 and not is_sharded(ref.tensor)
+    )

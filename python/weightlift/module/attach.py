@@ -1,0 +1,139 @@
+"""Loaded tensors into a module, and what becomes of those that were not loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core import dtypes
+from weightlift.module.own_loading import OwnLoading
+from weightlift.module.parameters import ParameterRef, is_sharded, set_all, set_one
+from weightlift.module.placement import Devices, DtypeRule, Placement
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["attach", "attach_own", "bump_versions", "initialize", "move_unmatched"]
+
+Initialize = Callable[[Sequence[str]], Mapping[str, "torch.Tensor"]]
+
+
+def attach(
+    placement: Placement,
+    tensors: dict[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    memory_format: torch.memory_format | None,
+    *,
+    exclusive: bool,
+) -> None:
+    """Gives the model its tensors; what stays in a file is on ``meta`` then.
+
+    Args:
+        placement: what goes where.
+        tensors: name in the checkpoint -> tensor; used up.
+        checkpoint: they are from.
+        memory_format: of those with 4 dimensions.
+        exclusive: nobody else has what a plain checkpoint's load makes.
+    """
+    storages: set[int] = set()
+
+    def take(name: str) -> torch.Tensor:
+        tensor = tensors.pop(name)
+        if name in placement.recast:
+            return tensor.to(placement.recast[name])
+        return _apart(tensor, storages) if checkpoint.is_view(name) else tensor
+
+    taken = tensors.pop if checkpoint.is_plain and not placement.recast else take
+    for group, members in placement.groups.items():
+        if not group.in_place:
+            values = ((ref, taken(name)) for name, ref in members)
+            set_all(values, memory_format, adopt=exclusive and checkpoint.is_plain)
+    for name, ref, cast_to in placement.on_disk:
+        # accelerate's hooks cast what they read to the dtype of what they replace.
+        held = dtypes.to_torch(cast_to or checkpoint[name][0])
+        if ref.tensor.dtype != held or not ref.tensor.is_meta:
+            set_one(ref, ref.tensor.detach().to("meta", held), None)
+
+
+def _apart(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
+    """Tensors that share memory in the file are separate parameters where the model has them so."""
+    address = tensor.untyped_storage().data_ptr()
+    if address in storages:
+        return tensor.clone()
+    storages.add(address)
+    return tensor
+
+
+def bump_versions(placement: Placement, own: OwnLoading | None, names: Collection[str]) -> None:
+    """Tells autograd which tensors were written to: as often as torch writes to them, which is once
+    for each of their ``names``. Those of modules with a loading of their own know."""
+    import torch
+
+    told = frozenset() if own is None else frozenset(id(ref) for _, ref in own.matched)
+    tensors = [
+        ref.tensor
+        for group, members in placement.groups.items()
+        if group.in_place
+        for _, ref in members
+        if id(ref) not in told and not ref.tensor.is_inference()
+        for name in (ref.names if ref.ties else (ref.name,))
+        if not ref.ties or name in names
+    ]
+    if tensors:
+        torch.autograd.graph.increment_version(tensors)
+
+
+def attach_own(
+    own: OwnLoading,
+    devices: Devices,
+    rule: DtypeRule,
+    memory_format: torch.memory_format | None,
+) -> dict[str, torch.Tensor]:
+    """What modules made themselves goes where it belongs; those that stay on disk are returned."""
+    made = dict(own.values_by_name())
+    if not rule.keep_models:
+        made.update((ref.name, ref.tensor.detach()) for ref in own.filled)
+    refs = [ref for ref in own.refs if ref.name in made]
+    return initialize(refs, lambda names: {n: made[n] for n in names}, devices, rule, memory_format)
+
+
+def initialize(
+    refs: Sequence[ParameterRef],
+    values_of: Initialize,
+    devices: Devices,
+    rule: DtypeRule,
+    memory_format: torch.memory_format | None,
+) -> dict[str, torch.Tensor]:
+    """Gives values to what the checkpoint does not hold; those that stay on disk are returned."""
+    offloaded: dict[str, torch.Tensor] = {}
+    values = values_of([ref.name for ref in refs])
+    for ref, device in zip(refs, devices.of(refs), strict=True):
+        value = values[ref.name].detach()
+        if is_sharded(ref.tensor):
+            from weightlift.module.dtensors import device_of, initialized
+
+            value, device = initialized(value, ref.tensor), device_of(ref.tensor)
+        target = "F32" if rule.is_kept(ref.name) else rule.wanted
+        if value.is_floating_point() and not rule.keep_models and target is not None:
+            value = value.to(dtypes.to_torch(target))
+        if device == "disk" and ref.is_parameter:
+            offloaded.update(dict.fromkeys(ref.names, value))
+            set_one(ref, ref.tensor.detach().to("meta", value.dtype), None)
+        else:
+            on_host = device is None or device == "disk"
+            set_one(ref, value.to("cpu" if on_host else device), memory_format)
+    return offloaded
+
+
+def move_unmatched(refs: Sequence[ParameterRef], devices: Devices) -> None:
+    """What the checkpoint does not hold goes where its module goes."""
+    for ref, device in zip(refs, devices.of(refs), strict=True):
+        tensor = ref.tensor
+        if device is None or device == "disk" or tensor.is_meta:
+            continue
+        if tensor.device != device:
+            if ref.is_parameter:
+                tensor.data = tensor.data.to(device)
+            else:
+                set_one(ref, tensor.to(device), None)
