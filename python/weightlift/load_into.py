@@ -94,7 +94,7 @@ def load_into(
     """
     refs = parameter_refs(model)
     options = LoadOptions(mode, pin_memory, verify, progress)
-    matching = MatchPolicy(strict, ignore_mismatched_sizes)
+    matching = MatchPolicy(strict, ignore_mismatched_sizes, compare_ties=True)
     placement = PlacementPolicy(
         device_map,
         max_memory,

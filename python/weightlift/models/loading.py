@@ -224,6 +224,7 @@ def _fill(
         ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
         ignore_unexpected=_matcher(model._keys_to_ignore_on_load_unexpected),
         initialize=builder.initialized,
+        compare_ties=True,
     )
     if source.quantizer is not None:
         report = source.quantizer.load(model, checkpoint, placement, matching, options)

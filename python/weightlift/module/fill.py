@@ -29,6 +29,7 @@ from weightlift.module.placement import (
     PlacementPolicy,
     place,
 )
+from weightlift.module.ties import warn_of_unequal_ties
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,8 @@ def fill(
         own = record_own_loading(model, modules, checkpoint, headers, options)
         refs = own.refs
     found = match(model, refs, checkpoint, headers, matching, own)
+    if matching.compare_ties:
+        warn_of_unequal_ties(found.pairs, checkpoint, headers, options)
 
     rule = DtypeRule.of(model, placement)
     devices = Devices.resolve(model, refs, placement, headers, rule)

@@ -31,6 +31,7 @@ class MatchPolicy:
         ignore_unexpected: of a name, whether it may be there.
         initialize: gives values to tensors on ``meta`` that the checkpoint does not hold, by name;
             called only if there are any.
+        compare_ties: warn where the checkpoint has different values for the names of one tensor.
     """
 
     strict: bool = True
@@ -38,6 +39,7 @@ class MatchPolicy:
     ignore_missing: Callable[[str], bool] | None = None
     ignore_unexpected: Callable[[str], bool] | None = None
     initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]] | None = None
+    compare_ties: bool = False
 
 
 class Match(NamedTuple):
