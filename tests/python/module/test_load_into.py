@@ -250,7 +250,7 @@ def test_an_index_over_shards(original: Model, tmp_path: Path) -> None:
     files[names[0]] = files[names[1]]
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(wl.CheckpointError, match=names[0]):
-        wl.open_checkpoint(tmp_path)
+        wl.open_checkpoint(tmp_path, strict_index=True)
 
 
 class TestDisk:
