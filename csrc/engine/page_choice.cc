@@ -103,20 +103,26 @@ void PageWatch::run() {
 }
 
 bool PageWatch::probe(std::size_t offset) {
-  const PageRates rates = probe_pages(
-      [&](std::size_t begin, std::size_t bytes, bool small) {
-        if (small) memory_.use_small_pages(begin, io::kHugePageBytes);
-        if (touch_) return touch_(begin, bytes, small);
-        // Where memory has run out, the load says so.
-        return static_cast<double>(bytes) /
-               cost_of([&] { (void)memory_.populate(begin, bytes).ok(); });
-      },
-      offset);
-  if (!rates.small_is_faster()) return false;
-  memory_.use_small_pages(offset + io::kHugePageBytes, memory_.size());
+  const Touch touch = [&](std::size_t begin, std::size_t bytes, bool small) {
+    if (touch_) return touch_(begin, bytes, small);
+    if (small) {
+      if (memory_.is_backed(begin)) return 0.0;  // the load was here first: nothing is known
+      memory_.use_small_pages(begin, io::kHugePageBytes);
+    }
+    // Where memory has run out, the load says so.
+    return static_cast<double>(bytes) / cost_of([&] { (void)memory_.populate(begin, bytes).ok(); });
+  };
+  PageRates rates;
+  std::size_t end = offset;
+  for (std::size_t i = 0; i < kProbes; ++i, end += 2 * io::kHugePageBytes) {
+    rates = probe_pages(touch, end);
+    if (!rates.small_is_faster()) return false;
+  }
+  end -= io::kHugePageBytes;
+  memory_.use_small_pages(end, memory_.size());
   const std::lock_guard lock(mutex_);
   rates_ = rates;
-  small_from_ = offset + io::kHugePageBytes;
+  small_from_ = end;
   return true;
 }
 

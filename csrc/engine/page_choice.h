@@ -32,8 +32,9 @@ struct PageRates {
 // Touches a huge page at `offset` and, where it comes slowly, small ones behind it.
 [[nodiscard]] PageRates probe_pages(const Touch& touch, std::size_t offset);
 
-// Bytes that one probe touches at most.
-inline constexpr std::size_t kProbeBytes = 2 * io::kHugePageBytes;
+// One slow page may be another's doing: so many say the same before small pages are taken.
+inline constexpr std::size_t kProbes = 3;
+inline constexpr std::size_t kProbeBytes = kProbes * 2 * io::kHugePageBytes;
 
 // Probes a block when it is made and, in a thread of its own, while it fills; gives the rest of it
 // small pages where these come faster.

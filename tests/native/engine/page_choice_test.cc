@@ -85,10 +85,21 @@ TEST(PageChoice, ABlockWhosePagesBecomeDearIsSwitchedWhileItFills) {
   while (watch.reason() == "huge pages" && std::chrono::steady_clock::now() < deadline) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
-  EXPECT_EQ(watch.reason().rfind("huge pages, small ones after 130 MiB: ", 0), 0U)
+  EXPECT_EQ(watch.reason().rfind("huge pages, small ones after 138 MiB: ", 0), 0U)
       << watch.reason();
   EXPECT_FALSE(has_small_pages(memory.data() + 100 * kMiB));
   EXPECT_TRUE(has_small_pages(memory.data() + 400 * kMiB));
+}
+
+TEST(PageChoice, OneSlowPageIsNotEnough) {
+  const io::AnonymousMemory memory = block(64 * kMiB);
+  int touched = 0;
+  const PageWatch watch(memory, [&](std::size_t, std::size_t, bool small) {
+    return small ? 2.5e9 : ++touched == 1 ? 1e8 : 5e9;
+  });
+  EXPECT_EQ(touched, 2);
+  EXPECT_EQ(watch.reason(), "huge pages");
+  EXPECT_FALSE(has_small_pages(memory.data() + 32 * kMiB));
 }
 
 TEST(PageChoice, AWatchOfMemoryThatNobodyFillsEndsAtOnce) {
@@ -115,10 +126,10 @@ TEST(PageChoice, AChildDropsAWatchWhoseThreadItDoesNotHave) {
 }
 
 TEST(PageChoice, WhatIsReallyTouchedHasARate) {
-  const io::AnonymousMemory memory = block(8 * kMiB);
+  const io::AnonymousMemory memory = block(64 * kMiB);
   const PageWatch watch(memory);
   EXPECT_TRUE(memory.is_backed(0));
-  EXPECT_FALSE(memory.is_backed(6 * kMiB));
+  EXPECT_FALSE(memory.is_backed(32 * kMiB));
   EXPECT_FALSE(watch.reason().empty());
 }
 
