@@ -26,6 +26,7 @@ from support import run_python
 from weightlift import backends
 from weightlift.backends import Hook, StandAside, or_stock, signature_text, stand_aside
 from weightlift.core.errors import OutOfMemoryError
+from weightlift.core.report import fallback_reasons
 
 LIBRARY = {
     "__init__.py": """
@@ -364,7 +365,7 @@ def test_standing_aside(library: Callable[..., None], monkeypatch: pytest.Monkey
         assert told[0].filename == __file__
         with stock_way("diffusers"):  # counted, but told once
             assert io.load("f", fast=True, more=1) == expected
-        assert wl.report.fallback_reasons()["diffusers", "the moon is full"] == 2
+        assert fallback_reasons()["diffusers", "the moon is full"] == 2
         monkeypatch.setenv("WEIGHTLIFT_STRICT", "1")
         with pytest.raises(wl.WeightliftError, match="moon is full"):
             io.load("f")

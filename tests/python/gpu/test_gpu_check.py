@@ -36,7 +36,7 @@ def run_pytest(*arguments: object, **environment: str) -> subprocess.CompletedPr
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return subprocess.run(
         command,
-        env={**kept, "PYTHONPATH": str(HELPERS), **environment},
+        env={**kept, "PYTHONPATH": f"{HERE.parent}:{HELPERS}", **environment},
         capture_output=True,
         text=True,
         timeout=240,

@@ -395,8 +395,9 @@ def test_refused_pinning_is_named(machine: Switch, checkpoint_path: Path) -> Non
     with machine() as driver:
         part = Checkpoint.of_file(checkpoint_path).parts[0]
         driver.fail_call("cuMemHostRegister", code=CudaError.NOT_PERMITTED)
+        driver.fail_call("cuMemHostAlloc", code=CudaError.NOT_PERMITTED)
         plan = _native.Plan(_native.Settings())
-        with pytest.raises(weightlift.DeviceError, match="cuMemHostRegister"):
+        with pytest.raises(weightlift.DeviceError, match="cuMemHost"):
             plan.read(part, None, None, 0)
 
 
