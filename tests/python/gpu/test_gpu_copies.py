@@ -1,0 +1,49 @@
+"""Parts of tensors to parts of others, on a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import weightlift as wl
+from weightlift.load.copies import Copy, copy_parts
+
+pytestmark = pytest.mark.gpu
+
+
+def test_parts_on_a_device(tmp_path: Path) -> None:
+    source = torch.arange(24.0).reshape(4, 6)
+    save_file({"t": source}, tmp_path / "m.safetensors")
+    checkpoint = wl.open_checkpoint(tmp_path / "m.safetensors")
+    target = torch.zeros(6, 8, dtype=torch.bfloat16, device="cuda")
+    dense = torch.zeros(2, 6, device="cuda")
+    copies = [
+        Copy("t", 0, (6, 4), (1, 6), target[:, :4]),
+        Copy("t", 12, (2, 6), (6, 1), dense),
+        Copy("t", 1, (6,), (2,), target[:, 6]),
+    ]
+    report = copy_parts(checkpoint, copies)
+    assert torch.equal(target[:, :4].cpu(), source.t().bfloat16())
+    assert torch.equal(target[:, 6].cpu(), source.view(-1)[1:12:2].bfloat16())
+    assert torch.equal(dense.cpu(), source[2:])
+    assert not target[:, 4:6].any()
+    assert any("put into place by torch" in text for text in report.fallbacks)
+
+
+def test_a_recording_on_a_device(tmp_path: Path) -> None:
+    source = {"x": torch.randn(64, 96), "y": torch.randn(64, 96)}
+    save_file(source, tmp_path / "m.safetensors")
+    target = torch.zeros(96, 64, dtype=torch.bfloat16, device="cuda")
+    other = torch.zeros(32, 96, device="cuda")
+
+    def load(weights: object) -> None:
+        tensors = dict(weights)  # type: ignore[call-overload]
+        target.copy_(tensors["x"].t())
+        other.fill_(1).copy_(tensors["y"][32:].to("cuda"))
+
+    wl.record(load, wl.open_checkpoint(tmp_path / "m.safetensors")).load()
+    assert torch.equal(target.cpu(), source["x"].t().bfloat16())
+    assert torch.equal(other.cpu(), source["y"][32:])
