@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,9 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.weight_utils import filter_safetensors_files_by_weight_name
 
-from weightlift.checkpoint.checkpoint import Checkpoint
-from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.backends.serving_files import FilesReader, summary, weights_of
 from weightlift.core.errors import CheckpointError
-from weightlift.core.report import LoadReport, format_bytes
-from weightlift.load.copies import Copy
 from weightlift.load.options import LoadOptions
-from weightlift.load.read_ahead import read_ahead
-from weightlift.module.recording.reader import CheckpointReader, sources_of
 from weightlift.module.recording.recorder import Recorder
 
 __all__ = ["WeightliftModelLoader"]
@@ -58,11 +53,11 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
         self._slices: bool = own.get("slices", True)
         self._check: bool = own.get("check", False)
         self._recorder: Recorder | None = None
-        self._reader = _Reader()
+        self._reader = FilesReader(_OPTIONS)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         begun = time.perf_counter()
-        self._reader = _Reader()
+        self._reader = FilesReader(_OPTIONS)
         recorder = Recorder(self._reader)
         if not self._slices or model_config.quantization == "torchao":
             super().load_weights(model, model_config)
@@ -76,39 +71,21 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
                 self._recorder = None
             recorder.finish()
             recorder.give_real_ones()
-        report = self._reader.report
-        _log.info(
-            "weightlift read %s of %s for this rank in %.2f s%s",
-            format_bytes(report.bytes),
-            format_bytes(self._reader.offered),
-            time.perf_counter() - begun,
-            _whole(recorder.whole),
-        )
+        _log.info("%s", summary(self._reader, recorder.whole, time.perf_counter() - begun))
         if self._check and self._slices:
             self._compare(model, model_config)
 
     def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if self.counter_before_loading_weights == 0.0:
             self.counter_before_loading_weights = time.perf_counter()
-        for file in self._files(source):
-            checkpoint = open_checkpoint(file)
-            chosen = [
-                name
-                for name in _in_order(file, checkpoint)
-                if not should_skip_weight(name, self.local_expert_ids)
-            ]
-            keys = self._reader.add(checkpoint, chosen)
-            if self._recorder is None:
-                for name, tensor in read_ahead(checkpoint, chosen, _OPTIONS):
-                    self._reader.count(tensor)
-                    yield source.prefix + name, tensor
-                continue
-            for name, shape in sources_of(checkpoint, chosen).items():
-                if shape is None:
-                    tensor = self._reader.tensors([keys[name]])[keys[name]]
-                else:
-                    tensor = self._recorder.placeholder(keys[name], shape)
-                yield source.prefix + name, tensor
+        local = self.local_expert_ids
+        yield from weights_of(
+            self._files(source),
+            self._reader,
+            self._recorder,
+            prefix=source.prefix,
+            skip=lambda name: should_skip_weight(name, local),
+        )
 
     def _files(self, source: Any) -> list[str]:
         """The files of a source, in vLLM's order."""
@@ -137,7 +114,7 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
     def _compare(self, model: torch.nn.Module, model_config: Any) -> None:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         recorded = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self._reader = _Reader()
+        self._reader = FilesReader(_OPTIONS)
         super().load_weights(model, model_config)
         wrong = [
             name
@@ -152,74 +129,10 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
         _log.info("weightlift: whole tensors give the same %d parameters", len(recorded))
 
 
-class _Reader:
-    """Reads from all files that were added, as from one checkpoint.
-
-    Attributes:
-        report: of all reads.
-        offered: bytes of all tensors in the files.
-    """
-
-    checkpoint = None
-
-    def __init__(self) -> None:
-        self.offered = 0
-        self._counted = 0
-        self._parts: list[tuple[Checkpoint, dict[str, str]]] = []
-        self._keys: set[str] = set()
-        self._reader: CheckpointReader | None = None
-        self._before = LoadReport()
-
-    @property
-    def report(self) -> LoadReport:
-        read = LoadReport(bytes=self._counted, read_bytes=self._counted)
-        now = self._before if self._reader is None else self._before.plus(self._reader.report)
-        return now.plus(read)
-
-    def add(self, checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, str]:
-        """Name -> key in all that there is, for the tensors of another file."""
-        number = len(self._parts)
-        keys = {name: name if name not in self._keys else f"{name} ({number})" for name in names}
-        self._keys.update(keys.values())
-        if self._reader is not None:
-            self._before, self._reader = self._before.plus(self._reader.report), None
-        self._parts.append((checkpoint, keys))
-        self.offered += sum(sum(part.sizes()) for part in checkpoint.parts)
-        return keys
-
-    def count(self, tensor: torch.Tensor) -> None:
-        """Of a tensor that was read elsewhere."""
-        self._counted += tensor.numel() * tensor.element_size()
-
-    def tensors(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        return self._all().tensors(names)
-
-    def copy(self, copies: Sequence[Copy]) -> None:
-        self._all().copy(copies)
-
-    def _all(self) -> CheckpointReader:
-        if self._reader is None:
-            self._reader = CheckpointReader(Checkpoint.joined(self._parts), _OPTIONS)
-        return self._reader
-
-
-def _in_order(file: str, checkpoint: Checkpoint) -> list[str]:
-    """As vLLM hands them out."""
-    return sorted(checkpoint) if file.endswith(".safetensors") else list(checkpoint)
-
-
 def _natural(path: str) -> list[Any]:
     """``model-2`` before ``model-10``."""
     parts = re.split(r"(\d+)", Path(path).name)
     return [int(part) if part.isdigit() else part for part in parts]
-
-
-def _whole(whole: Mapping[str, str]) -> str:
-    """For the log: how many tensors came whole, and why."""
-    if not whole:
-        return ""
-    reasons = ", ".join(sorted(set(whole.values())))
-    return f"; {len(whole)} tensors came whole ({reasons})"
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
