@@ -89,7 +89,7 @@ Enum parse_choice(const std::string& value, const char* option,
 }
 
 engine::Settings settings_from(unsigned threads, unsigned io_depth, std::size_t read_bytes,
-                               std::size_t chunk_bytes, std::size_t pinned_bytes, unsigned streams,
+                               std::size_t chunk_bytes, std::size_t pinned_bytes,
                                const std::string& io_path, const std::string& cast_place,
                                const std::string& huge_pages, bool kernels, bool batch_copies,
                                const std::tuple<bool, bool, bool>& fp8) {
@@ -99,7 +99,6 @@ engine::Settings settings_from(unsigned threads, unsigned io_depth, std::size_t 
   settings.read_bytes = read_bytes;
   settings.chunk_bytes = chunk_bytes;
   settings.pinned_bytes = pinned_bytes;
-  settings.streams = streams;
   settings.io_path = parse_choice<engine::IoPath>(io_path, "io_path",
                                                   {{"auto", engine::IoPath::kAuto},
                                                    {"buffered", engine::IoPath::kBuffered},
@@ -230,7 +229,7 @@ PYBIND11_MODULE(_native, module) {
   py::class_<engine::Settings>(module, "Settings")
       .def(py::init(&settings_from), py::kw_only(), py::arg("threads") = 0, py::arg("io_depth") = 0,
            py::arg("read_bytes") = 0, py::arg("chunk_bytes") = 0, py::arg("pinned_bytes") = 0,
-           py::arg("streams") = 0, py::arg("io_path") = "auto", py::arg("cast_place") = "auto",
+           py::arg("io_path") = "auto", py::arg("cast_place") = "auto",
            py::arg("huge_pages") = "auto", py::arg("kernels") = true,
            py::arg("batch_copies") = true, py::arg("fp8") = std::make_tuple(false, false, false));
 

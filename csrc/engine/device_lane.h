@@ -4,6 +4,7 @@
 
 #include <cuda.h>
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -68,8 +69,8 @@ class DeviceLane {
     device::Event copied;
   };
 
-  // By turns of the slots: the copy of one need not wait for the kernel of the one before it.
-  using Streams = std::vector<device::Stream>;
+  // Two, by turns: the copy of a slot need not wait for the kernel of the one before it.
+  using Streams = std::array<device::Stream, 2>;
 
   DeviceLane(const LoadPlan& plan, const Lane& lane, const DeviceNeeds& needs,
              const Settings& settings, device::Device& device, Streams streams)

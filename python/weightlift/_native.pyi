@@ -12,7 +12,6 @@ class Settings:
         read_bytes: int = 0,
         chunk_bytes: int = 0,
         pinned_bytes: int = 0,
-        streams: int = 0,
         io_path: str = "auto",
         cast_place: str = "auto",
         huge_pages: str = "auto",

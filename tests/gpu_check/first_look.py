@@ -157,13 +157,14 @@ class Simulated:
 
         import weightlift as wl
         from weightlift.checkpoint.checkpoint import Checkpoint
-        from weightlift.load.load_plan import LoadPlan
+        from weightlift.load import loading
 
         allocator = self._simulated.SimulatedAllocator(self._driver)
         with wl.Settings(**settings) if settings else contextlib.nullcontext():
-            load = LoadPlan(Checkpoint.of_file(path), allocator=allocator)
+            load = loading.Loading(Checkpoint.of_file(path), allocator=allocator)
         load.add(torch.device("cuda", 0), None)
-        tensors = load.start().result()
+        load.start()
+        tensors = load.result()
         self._driver.tensors.clear()
         return dict(tensors)
 

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 
 import weightlift as wl
+from weightlift.core.report import fallback_reasons
 
 MODE = os.environ["JUDGE_MODE"]
 SUITE = os.environ["JUDGE_BACKENDS"].split(",")
@@ -203,6 +204,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "tests": tests,
         "moved": moved,
         "loads": stats.loads,
-        "fallbacks": {f"{a}: {b}": n for (a, b), n in wl.report.fallback_reasons().items()},
+        "fallbacks": {f"{a}: {b}": n for (a, b), n in fallback_reasons().items()},
     }
     Path(os.environ["JUDGE_RECORD"]).write_text(json.dumps(record))

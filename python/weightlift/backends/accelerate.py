@@ -23,7 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from weightlift.backends import Hook, StandAside, or_stock
+from weightlift.backends.fallback import FallbackToLibrary, fall_back
+from weightlift.backends.hooks import WITHOUT_SIGNATURE, Hook
 from weightlift.backends.safetensors import load_file_adapters, open_adapters, usable_device
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
@@ -77,7 +78,7 @@ class _Call:
             return None
         try:
             return _Call(given)
-        except (StandAside, WeightliftError, AttributeError, TypeError):
+        except (FallbackToLibrary, WeightliftError, AttributeError, TypeError):
             return None  # a device or a dtype, of which accelerate says what it thinks
 
     def place(self, name: str) -> Any:
@@ -227,7 +228,7 @@ def _load_state_dict(reference: Callable[..., Any]) -> Callable[..., Any]:
             return stock()
         except WeightliftError as error:
             # Its safe_open and load_file are ours: they count what they leave to the reference.
-            return stock() if is_safetensors else or_stock(_NAME, error, stock)
+            return stock() if is_safetensors else fall_back(_NAME, error, stock)
         if is_safetensors and (checkpoint.parts[0].metadata() or {}).get("format") != "pt":
             return stock()  # which has something to say about that
         if "not_tensors" in checkpoint.metadata:
@@ -299,8 +300,8 @@ def _getitem(reference: Callable[..., Any]) -> Callable[..., Any]:
             checkpoint = _offloaded(
                 path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             )
-        except (StandAside, WeightliftError, OSError) as error:
-            return or_stock(_NAME, error, lambda: reference(self, key))
+        except (FallbackToLibrary, WeightliftError, OSError) as error:
+            return fall_back(_NAME, error, lambda: reference(self, key))
         name = entry.get("weight_name", key)
         own = checkpoint[name][0]
         wanted = getattr(torch, entry["dtype"]) if "dtype" in entry else dtypes.to_torch(own)
@@ -375,7 +376,7 @@ HOOKS = (
         {"(model, index, offload_folder)": _load_offloaded_weights},
     ),
     Hook(_MODELING, "clear_device_cache", {"(garbage_collection=False)": _clear_device_cache}),
-    Hook(_MODELING, "gc", {"without a signature": _Collector}),
+    Hook(_MODELING, "gc", {WITHOUT_SIGNATURE: _Collector}),
     Hook(
         "accelerate.utils.offload", "OffloadedWeightsLoader.__getitem__", {"(self, key)": _getitem}
     ),

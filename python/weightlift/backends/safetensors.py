@@ -11,7 +11,9 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from weightlift.backends import Hook, StandAside, is_enabled, or_stock, stand_aside, torch_errors
+from weightlift.backends import is_enabled
+from weightlift.backends.fallback import FallbackToLibrary, fall_back, report_fallback, torch_errors
+from weightlift.backends.hooks import Hook
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import WeightliftError
@@ -47,15 +49,15 @@ def usable_device(device: Any) -> torch.device:
 
     Raises:
         DeviceError: there is no such device.
-        StandAside: it is not the engine's.
+        FallbackToLibrary: it is not the engine's.
     """
     import torch
 
     parsed = parse_device("cpu" if device is None else device)
     if parsed.type not in ("cpu", "cuda"):
-        raise StandAside(f"weightlift does not load to {parsed.type}", warn=False)
+        raise FallbackToLibrary(f"weightlift does not load to {parsed.type}", warn=False)
     if parsed.type == "cuda" and not (torch.version.cuda and torch.cuda.is_available()):
-        raise StandAside("torch has no CUDA device", warn=False)
+        raise FallbackToLibrary("torch has no CUDA device", warn=False)
     return parsed
 
 
@@ -86,7 +88,7 @@ class _Opened(safe_open):
             raise AttributeError(f"'safe_open' object has no attribute {name!r}")
         self._open()
         if name == "prefetch":
-            stand_aside(self._caller, "safe_open.prefetch", warn=False)
+            report_fallback(self._caller, "safe_open.prefetch", warn=False)
         return getattr(self._handle, name)
 
     @functools.cached_property
@@ -111,8 +113,8 @@ def _safe_open(library: str, reference: Any) -> type:
             if given["framework"] not in ("pt", "torch", "pytorch"):
                 return stock()
             return _Opened(library, reference, **given)
-        except (StandAside, WeightliftError, TypeError) as error:
-            return or_stock(library, error, stock)
+        except (FallbackToLibrary, WeightliftError, TypeError) as error:
+            return fall_back(library, error, stock)
 
     class Either(type):
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -135,9 +137,9 @@ def _load_file(library: str, reference: Callable[..., Any]) -> Callable[..., Any
             target = usable_device(device)
             mode = mode_of_backend("auto", backend)
             checkpoint = Checkpoint.of_file(filename)
-        except (StandAside, WeightliftError, TypeError) as error:
+        except (FallbackToLibrary, WeightliftError, TypeError) as error:
             options = {} if backend == "mmap" else {"backend": backend}
-            return or_stock(library, error, lambda: reference(filename, device, **options))
+            return fall_back(library, error, lambda: reference(filename, device, **options))
         return load_tensors(checkpoint, target, LoadOptions(mode, caller=library))
 
     return load_file

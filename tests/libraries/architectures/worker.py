@@ -77,8 +77,8 @@ def main() -> None:
     make_rows = every if os.environ.get("FULL") == "1" else pairs
     rows = make_rows(kind.OPTIONS)
     only = os.environ.get("ROWS")
-    if only:
-        rows = [rows[int(number)] for number in only.split(",")]
+    if only is not None:  # such as 0,7; of nothing, the models are only made
+        rows = [rows[int(number)] for number in only.split(",") if number]
     for line in sys.stdin:
         name = line.strip()
         folder = Path(tempfile.mkdtemp(prefix="architecture-", dir=sys.argv[2]))

@@ -38,8 +38,7 @@ from accelerate_models import (
 )
 from backend_support import engine_moves, tensor_bytes
 from support import bits
-from weightlift import backends
-from weightlift.backends import signature_text
+from weightlift.backends import patching, signature_text
 
 # Of parameters that hang at the model itself.
 pytestmark = pytest.mark.filterwarnings("ignore:The following device_map keys do not match")
@@ -455,7 +454,7 @@ def test_every_signature_has_been_seen() -> None:
     # The installed one is among the known: else these tests would have tested accelerate.
     import importlib
 
-    for hook in backends._hooks(CALLER):
+    for hook in patching.hooks_of(CALLER):
         target: Any = importlib.import_module(hook.module)
         for part in hook.target.split("."):
             target = getattr(target, part)

@@ -24,7 +24,7 @@ import safetensors.torch
 
 def state(kind):
     import weightlift.backends
-    here = [name for name in weightlift.backends.KNOWN if weightlift.backends.is_enabled(name)]
+    here = [name for name in weightlift.backends.LIBRARIES if weightlift.backends.is_enabled(name)]
     hooked = hasattr(safetensors.torch.load_file, "__wrapped__")
     startup = [entry for entry in sys.path if entry.endswith("startup")]
     return f"{kind} {','.join(here)} {hooked} {startup} {'sitecustomize' in sys.modules}"

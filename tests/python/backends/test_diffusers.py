@@ -1135,7 +1135,7 @@ def test_a_file_that_only_the_reference_takes(
     cls = AutoencoderKL if folder == "vae" else UNet2DConditionModel
     expected = look(cls.from_pretrained(tmp_path))
     before = wl.stats()
-    told = pytest.warns(UserWarning, match=f"stock way: {path}.*twice")
+    told = pytest.warns(UserWarning, match=f"own loading: {path}.*twice")
     with wl.enabled(CALLER), told as warned:
         assert look(cls.from_pretrained(tmp_path)) == expected
     assert [one.filename for one in warned] == [__file__]

@@ -24,7 +24,14 @@ import weightlift as wl
 from backend_support import stock_way
 from support import run_python
 from weightlift import backends
-from weightlift.backends import Hook, StandAside, or_stock, signature_text, stand_aside
+from weightlift.backends import (
+    FallbackToLibrary,
+    Hook,
+    fall_back,
+    patching,
+    report_fallback,
+    signature_text,
+)
 from weightlift.core.errors import OutOfMemoryError
 from weightlift.core.report import fallback_reasons
 
@@ -73,7 +80,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     monkeypatch.syspath_prepend(tmp_path)
     finders = list(sys.meta_path)
     hooks: dict[str, tuple[Hook, ...]] = {}
-    monkeypatch.setattr(backends, "_hooks", lambda name: hooks.get(name, ()))
+    monkeypatch.setattr(patching, "hooks_of", lambda name: hooks.get(name, ()))
     yield lambda **given: hooks.update(given)
     wl.disable()
     for name in [name for name in sys.modules if name.split(".")[0] == "fakelib"]:
@@ -319,7 +326,7 @@ def test_unknown_signature_stands_aside(
         io, models = (importlib.import_module(f"fakelib.{name}") for name in ("io", "models"))
     (line,) = caplog.messages
     assert words in line
-    assert "stock way" in line
+    assert "falls back to its own loading" in line
     assert "\n" not in line
     assert io.load("f")[0] == models.Derived.of("f")[0] == "stock"
     assert models.Base.read("f")[0] == "ours"  # the others stay hooked
@@ -347,7 +354,7 @@ def refusing(reason: str, **options: Any) -> Callable[[Any], Any]:
     def make(original: Any) -> Any:
         def replacement(*args: Any, **kwargs: Any) -> Any:
             kwargs.clear()
-            raise StandAside(reason, **options)
+            raise FallbackToLibrary(reason, **options)
 
         return replacement
 
@@ -381,9 +388,9 @@ def test_standing_aside_as_documented(library: Callable[..., None]) -> None:
 
 def test_stand_aside_is_told_once_a_library() -> None:
     for name in ("accelerate", "transformers"):
-        with pytest.warns(UserWarning, match=f"{name} loads the stock way: a test of it"):
-            stand_aside(name, "a test of it")
-        stand_aside(name, "a test of it")
+        with pytest.warns(UserWarning, match=f"{name} falls back to its own loading: a test of it"):
+            report_fallback(name, "a test of it")
+        report_fallback(name, "a test of it")
 
 
 def test_or_stock() -> None:
@@ -393,21 +400,21 @@ def test_or_stock() -> None:
         raise OSError("what the library says")
 
     with stock_way("accelerate", times=0), pytest.raises(OSError, match="library") as caught:
-        or_stock("accelerate", failure, broken)
+        fall_back("accelerate", failure, broken)
     assert caught.value.__cause__ is failure
     with stock_way("accelerate", times=0), pytest.raises(OSError, match="library") as caught:
-        or_stock("accelerate", StandAside("not ours"), broken)
+        fall_back("accelerate", FallbackToLibrary("not ours"), broken)
     assert caught.value.__cause__ is None
 
     def inner() -> int:
-        return or_stock("safetensors", failure, lambda: 3)
+        return fall_back("safetensors", failure, lambda: 3)
 
     # Counted where it began.
     told = pytest.warns(UserWarning, match="accelerate.*engine says")
     with stock_way("safetensors", times=0), stock_way("accelerate"), told:
-        assert or_stock("accelerate", failure, inner) == 3
+        assert fall_back("accelerate", failure, inner) == 3
     with stock_way("safetensors"):
-        assert or_stock("safetensors", StandAside("not ours", warn=False), lambda: 4) == 4
+        assert fall_back("safetensors", FallbackToLibrary("not ours", warn=False), lambda: 4) == 4
 
 
 def test_errors_of_a_replacement_are_not_hidden(library: Callable[..., None]) -> None:
@@ -564,7 +571,7 @@ def test_signature_text() -> None:
 
 def test_hooks_of_all_backends() -> None:
     # Two backends on one target could not put the very object back.
-    hooks = [hook for name in backends.KNOWN for hook in backends._hooks(name)]
+    hooks = [hook for name in backends.LIBRARIES for hook in patching.hooks_of(name)]
     assert len({(hook.module, hook.target) for hook in hooks}) == len(hooks)
     for hook in hooks:
         assert hook.adapters
@@ -575,7 +582,7 @@ import sys
 import weightlift as wl
 from weightlift import backends
 assert not {"torch", "diffusers", "transformers", "accelerate"} & set(sys.modules)
-print([name for name in backends.KNOWN if backends.is_enabled(name)])
+print([name for name in backends.LIBRARIES if backends.is_enabled(name)])
 """
 
 
@@ -625,12 +632,13 @@ def test_the_installed_libraries_are_known() -> None:
 import importlib, importlib.util
 import weightlift as wl
 from weightlift import backends
+from weightlift.backends import patching
 wl.enable()
-for library in backends.KNOWN:
-    for hook in backends._hooks(library):
+for library in backends.LIBRARIES:
+    for hook in patching.hooks_of(library):
         if importlib.util.find_spec(hook.module.split(".")[0]) is not None:
             importlib.import_module(hook.module)
-print(len(backends._patches), wl.stats().fallbacks)
+print(len(patching.patches), wl.stats().fallbacks)
 """
     done = run_python(code, timeout=300, env={**os.environ, "WEIGHTLIFT_STRICT": "1"})
     assert done.returncode == 0, done.stderr

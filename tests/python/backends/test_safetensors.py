@@ -29,9 +29,8 @@ from support import (
     file_bytes,
     run_python,
 )
-from weightlift import backends
+from weightlift.backends import patching, signature_text
 from weightlift.backends import safetensors as safetensors_backend
-from weightlift.backends import signature_text
 
 REFERENCE = (safetensors.safe_open, safetensors.torch.safe_open, safetensors.torch.load_file)
 CALLER = "safetensors"
@@ -420,6 +419,6 @@ def test_imported_later(folder: Path) -> None:
 
 def test_every_signature_has_been_seen() -> None:
     # The installed one is among the known: else these tests would have tested the reference.
-    for hook in backends._hooks(CALLER):
+    for hook in patching.hooks_of(CALLER):
         module = {"safetensors": safetensors, "safetensors.torch": safetensors.torch}[hook.module]
         assert signature_text(vars(module)[hook.target]) in hook.adapters

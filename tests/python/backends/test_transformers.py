@@ -44,7 +44,7 @@ from transformers_models import (
     transformers,
     walked,
 )
-from weightlift import backends
+from weightlift.backends import signature_text
 from weightlift.backends.transformers import ahead, known, walk
 from weightlift.backends.transformers import weights as weights_of
 from weightlift.backends.transformers.shards import Cut
@@ -914,7 +914,9 @@ def test_what_is_no_file_is_left_alone(made: Callable[..., Path]) -> None:
 
 
 def _told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.message for r in caplog.records if r.name == "weightlift" and "way" in r.message]
+    return [
+        r.message for r in caplog.records if r.name == "weightlift" and "falls back" in r.message
+    ]
 
 
 @pytest.mark.parametrize(
@@ -935,7 +937,7 @@ def test_parallel_plans_go_the_stock_way(
     monkeypatch.setattr(transformers.integrations, function, lambda: True)
     with wl.enabled(CALLER), stock_way(CALLER, times=0):
         CAUSAL.from_pretrained(folder)
-    assert [line.rpartition("the stock way: ")[2] for line in _told(caplog)] == [reason]
+    assert [line.rpartition("its own loading: ")[2] for line in _told(caplog)] == [reason]
 
 
 @walked
@@ -949,7 +951,7 @@ def test_a_stage_of_a_pipeline_goes_the_stock_way(
     caplog.set_level(logging.INFO, "weightlift")
     with wl.enabled(CALLER), stock_way(CALLER, times=0):
         type(model)._load_pretrained_model(model, None, [str(folder / "model.safetensors")], config)
-    assert _told(caplog)[0].endswith("the stock way: pipeline parallel")
+    assert _told(caplog)[0].endswith("its own loading: pipeline parallel")
     expected = safetensors.torch.load_file(folder / "model.safetensors")
     assert_same(model.lm_head.weight.data, expected["lm_head.weight"])
 
@@ -974,7 +976,7 @@ def test_devices_that_are_not_ours(
             except (AssertionError, RuntimeError) as error:
                 outcomes.append((type(error), str(error)))
     assert outcomes[0] == outcomes[1]
-    assert [line.rpartition("the stock way: ")[2] for line in _told(caplog)] == [reason]
+    assert [line.rpartition("its own loading: ")[2] for line in _told(caplog)] == [reason]
 
 
 @pytest.mark.usefixtures("unknown_walk")
@@ -1199,4 +1201,4 @@ def test_every_hooked_signature_is_known() -> None:
             for part in hook.target.split("."):
                 owner = vars(owner)[part]
             function = getattr(owner, "__func__", owner)
-            assert backends.signature_text(function) in hook.adapters
+            assert signature_text(function) in hook.adapters

@@ -132,9 +132,9 @@ def test_memory_is_held_until_a_load_begins() -> None:
         assert before + count <= child_memory() < before + 2 * count
         assert memory.hold() == count  # the same
         assert child_memory() < before + 2 * count
-        memory.release()
+        memory.let_go()
         assert child_memory() == before
-        memory.release()
+        memory.let_go()
         assert memory.hold() == count
     assert child_memory() == before
 

@@ -130,7 +130,7 @@ def test_main_stays_after_its_end(folder: Path) -> None:
 def test_all_backends_are_on(folder: Path) -> None:
     (folder / "on.py").write_text(
         "import sys; assert 'weightlift' in sys.modules; from weightlift import backends\n"
-        "print(all(map(backends.is_enabled, backends.KNOWN)))\n"
+        "print(all(map(backends.is_enabled, backends.LIBRARIES)))\n"
         "assert not {'torch', 'diffusers', 'transformers', 'accelerate'} & set(sys.modules)\n"
     )
     assert run(folder, "on.py").stdout == "True\n"
@@ -138,8 +138,8 @@ def test_all_backends_are_on(folder: Path) -> None:
 
 LOADS = """
 import sys
-from weightlift.backends import stand_aside
-stand_aside("diffusers", "a reason", warn=False)
+from weightlift.backends import report_fallback
+report_fallback("diffusers", "a reason", warn=False)
 if "load" in sys.argv:
     from safetensors.torch import load_file
     assert list(load_file("weights")) == ["w"]

@@ -8,10 +8,6 @@ nothing left to place. Reading begins when the files are known, before the modul
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from weightlift.backends import Hook
 from weightlift.backends.diffusers.adapters import safetensors_module
 from weightlift.backends.diffusers.arguments import from_mirror
 from weightlift.backends.diffusers.calls import file_known, model_from_pretrained, shards_known
@@ -24,19 +20,10 @@ from weightlift.backends.diffusers.pipelines import (
 from weightlift.backends.diffusers.single_file import from_single_file, load_model_dict_into_meta
 from weightlift.backends.diffusers.state_dicts import load_state_dict
 from weightlift.backends.diffusers.weights import dispatch_model, load_pretrained_model
+from weightlift.backends.hooks import ANY_SIGNATURE, WITHOUT_SIGNATURE, Hook
 from weightlift.backends.safetensors import open_adapters
 
 __all__ = ["HOOKS"]
-
-
-class _AnySignature(dict[str, Any]):
-    """Adapters for functions whose arguments are passed on as they are."""
-
-    def __init__(self, adapter: Callable[[Any], Any]) -> None:
-        super().__init__({"(...)": adapter})
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self["(...)"]
 
 
 _MODELS = "diffusers.models.modeling_utils"
@@ -114,7 +101,7 @@ HOOKS = (
             "dduf_entries=None)": shards_known,
         },
     ),
-    Hook(_MODELS, "dispatch_model", _AnySignature(dispatch_model)),
+    Hook(_MODELS, "dispatch_model", {ANY_SIGNATURE: dispatch_model}),
     Hook(
         "diffusers.loaders.single_file_model",
         "FromOriginalModelMixin.from_single_file",
@@ -129,7 +116,7 @@ HOOKS = (
         Hook(
             f"diffusers.loaders.{module}",
             "safetensors",
-            {"without a signature": safetensors_module},
+            {WITHOUT_SIGNATURE: safetensors_module},
         )
         for module in ("lora_base", "textual_inversion", "unet")
     ),
@@ -172,7 +159,7 @@ HOOKS = (
         )
     ),
     *(
-        Hook(module, name, _AnySignature(from_mirror))
+        Hook(module, name, {ANY_SIGNATURE: from_mirror})
         for module, names in (
             ("diffusers.configuration_utils", ("hf_hub_download",)),
             ("diffusers.utils.hub_utils", ("hf_hub_download", "model_info", "snapshot_download")),

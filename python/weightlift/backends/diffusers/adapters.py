@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from weightlift.backends import is_enabled, signature_text
+from weightlift.backends import is_enabled
 from weightlift.backends.diffusers.context import NAME
+from weightlift.backends.hooks import signature_text
 from weightlift.backends.safetensors import load_file_adapters
 
 __all__ = ["safetensors_module"]

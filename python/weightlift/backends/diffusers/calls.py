@@ -9,11 +9,11 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
-from weightlift.backends import StandAside, stand_aside
 from weightlift.backends.diffusers.arguments import meant
 from weightlift.backends.diffusers.context import NAME, during
 from weightlift.backends.diffusers.files import castable, engine_device, open_files
 from weightlift.backends.diffusers.single_file import current_single_file
+from weightlift.backends.fallback import FallbackToLibrary, report_fallback
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.errors import WeightliftError
 from weightlift.load.options import LoadOptions
@@ -59,7 +59,7 @@ class Call:
         """Takes note of the files, and begins to read them."""
         # What goes wrong is met again when diffusers asks for the tensors; here it would take it
         # for a file that is not there.
-        with contextlib.suppress(StandAside, WeightliftError):
+        with contextlib.suppress(FallbackToLibrary, WeightliftError):
             self.checkpoint = open_files(files)
             self.files, self.sharded = files, sharded
             if self.early is None or "torch" in self.checkpoint.formats:
@@ -111,7 +111,7 @@ def model_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["device_map"] = dict(kwargs["device_map"])
         early = _early(cls, kwargs)
         if kwargs.get("use_flashpack"):
-            stand_aside(NAME, "FlashPack files are read by flashpack", warn=False)
+            report_fallback(NAME, "FlashPack files are read by flashpack", warn=False)
             early = None
         call = Call(cls, early)
         with contextlib.ExitStack() as stack:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import weightlift._native as _native
-from weightlift.backends import StandAside
 from weightlift.backends.diffusers.archive import current_archive
 from weightlift.backends.diffusers.context import NAME
+from weightlift.backends.fallback import FallbackToLibrary
 from weightlift.backends.safetensors import usable_device
 from weightlift.checkpoint import open_checkpoint
 from weightlift.checkpoint.checkpoint import Checkpoint
@@ -30,17 +30,17 @@ def open_files(files: Sequence[Any], key: str | None = None) -> Checkpoint:
     in it.
 
     Raises:
-        StandAside: diffusers reads these itself.
+        FallbackToLibrary: diffusers reads these itself.
         WeightliftError: a file is broken.
     """
     formats = {Path(file).suffix for file in files}
     if formats == {".gguf"}:
-        raise StandAside("GGUF files are read by diffusers", warn=False)
+        raise FallbackToLibrary("GGUF files are read by diffusers", warn=False)
     if formats == {".safetensors"}:
         parts = [_index(file) for file in files]
         opened = Checkpoint(parts)
         if sum(map(len, parts)) > len(opened.headers()):
-            raise StandAside(f"{Path(files[0]).parent}: several shards hold the same tensor")
+            raise FallbackToLibrary(f"{Path(files[0]).parent}: several shards hold the same tensor")
     else:
         shards = [ShardFile(Path(file).name, str(file), "torch") for file in files]
         opened = open_checkpoint.open_files(
@@ -49,10 +49,10 @@ def open_files(files: Sequence[Any], key: str | None = None) -> Checkpoint:
             key or "",
         )
         if key is None and "not_tensors" in opened.metadata:
-            raise StandAside(f"{files[0]}: it holds more than tensors", warn=False)
+            raise FallbackToLibrary(f"{files[0]}: it holds more than tensors", warn=False)
     for name, (dtype, _) in opened.headers().items():
         if dtype not in dtypes.TORCH_NAMES:
-            raise StandAside(f"{opened.paths[0]}: torch has no dtype for {name!r}: {dtype}")
+            raise FallbackToLibrary(f"{opened.paths[0]}: torch has no dtype for {name!r}: {dtype}")
     return opened
 
 
@@ -80,7 +80,7 @@ def engine_device(device: Any) -> torch.device | None:
     """The device, if the engine loads to it."""
     try:
         return usable_device(device)
-    except (DeviceError, StandAside):
+    except (DeviceError, FallbackToLibrary):
         return None
 
 

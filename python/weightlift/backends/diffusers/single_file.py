@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import weightlift._native as _native
-from weightlift.backends import StandAside, or_stock, stand_aside
 from weightlift.backends.diffusers.context import NAME, during
 from weightlift.backends.diffusers.files import (
     arrives_as,
@@ -18,6 +17,7 @@ from weightlift.backends.diffusers.files import (
     mode_for,
     open_files,
 )
+from weightlift.backends.fallback import FallbackToLibrary, fall_back, report_fallback
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
 from weightlift.core.errors import WeightliftError
@@ -45,8 +45,8 @@ class SingleFile:
         if Path(file).suffix == ".safetensors":
             try:
                 opened = open_files([file])
-            except (StandAside, WeightliftError) as error:
-                return or_stock(NAME, error, stock)
+            except (FallbackToLibrary, WeightliftError) as error:
+                return fall_back(NAME, error, stock)
             loaded = _mapped(opened.parts[0])
             self._note(loaded, opened)
             return loaded
@@ -57,8 +57,8 @@ class SingleFile:
             inner = inner["state_dict"]
         try:
             self._note(inner, open_files([file], ".".join(key)))
-        except (StandAside, WeightliftError) as error:
-            stand_aside(NAME, str(error), warn=getattr(error, "warn", True))
+        except (FallbackToLibrary, WeightliftError) as error:
+            report_fallback(NAME, str(error), warn=getattr(error, "warn", True))
         return loaded
 
     def _note(self, tensors: Mapping[str, Any], opened: Checkpoint) -> None:
@@ -125,7 +125,9 @@ def load_model_dict_into_meta(original: Callable[..., Any]) -> Callable[..., Any
         if single is None or not single.origins or device is None or rare:
             return original(*args, **kwargs)
         if given["hf_quantizer"] is not None:
-            raise StandAside("quantized weights are made by diffusers' quantizers", warn=False)
+            raise FallbackToLibrary(
+                "quantized weights are made by diffusers' quantizers", warn=False
+            )
         keep = frozenset(given["keep_in_fp32_modules"] or ())
         own = given["model"].state_dict()
         rest = {}

@@ -7,11 +7,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from weightlift.backends import StandAside, or_stock
 from weightlift.backends.diffusers.calls import current_call
 from weightlift.backends.diffusers.context import NAME
 from weightlift.backends.diffusers.files import engine_device, load_all, open_files
 from weightlift.backends.diffusers.single_file import current_single_file
+from weightlift.backends.fallback import FallbackToLibrary, fall_back
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.errors import WeightliftError
 
@@ -69,8 +69,8 @@ def load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
             return Pending(call.checkpoint, stock)
         try:
             opened = open_files([file])
-        except (StandAside, WeightliftError) as error:
-            return or_stock(NAME, error, stock)
+        except (FallbackToLibrary, WeightliftError) as error:
+            return fall_back(NAME, error, stock)
         return load_all(opened, device, given["disable_mmap"])
 
     return load_state_dict

@@ -7,11 +7,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightlift.backends import stand_aside
 from weightlift.backends.diffusers.calls import Call, current_call, shards_bar
 from weightlift.backends.diffusers.context import NAME
 from weightlift.backends.diffusers.files import arrives_as, engine_device, load_all, mode_for
 from weightlift.backends.diffusers.state_dicts import Pending
+from weightlift.backends.fallback import report_fallback
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
@@ -54,7 +54,7 @@ class _Load:
             return self._by_diffusers()
         reason = self._reason_for_fallback()
         if reason is not None:
-            stand_aside(NAME, reason, warn=False)
+            report_fallback(NAME, reason, warn=False)
             if self._call is not None:
                 self._call.by_diffusers = True
             return self._by_diffusers(None if pending is None else pending.by_diffusers())

@@ -25,7 +25,8 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from weightlift.backends import Hook, levels_to_caller, or_stock
+from weightlift.backends.fallback import fall_back, levels_to_caller
+from weightlift.backends.hooks import Hook
 from weightlift.backends.safetensors import load_file_adapters
 from weightlift.backends.transformers import ahead, known
 from weightlift.backends.transformers.opening import open_checkpoint, weights_of, why_stock
@@ -74,7 +75,11 @@ def _load(
             checkpoint = None if reason else open_checkpoint(files)
             if checkpoint is None or "not_tensors" in checkpoint.metadata:
                 reason = reason or "it holds more than tensors"
-                _log.info("weightlift: transformers loads %s the stock way: %s", files[0], reason)
+                _log.info(
+                    "weightlift: %s: transformers falls back to its own loading: %s",
+                    files[0],
+                    reason,
+                )
                 return stock()
             weights = weights_of(checkpoint, files, disable_mmap)
         if not ours:
@@ -82,7 +87,7 @@ def _load(
     except OutOfMemoryError:
         raise
     except WeightliftError as error:
-        return or_stock(CALLER, error, stock)
+        return fall_back(CALLER, error, stock)
     failed: WeightliftError | None = None
     token = _reserves.set(ours)
     try:
@@ -94,7 +99,7 @@ def _load(
         _reserves.reset(token)
         weights.close()
     if failed is not None:
-        return or_stock(CALLER, failed, stock)
+        return fall_back(CALLER, failed, stock)
     if weights.report is not None:
         set_last_report(weights.report)
     return result
@@ -132,7 +137,7 @@ def _load_shards(
                 _reserves.reset(token)
                 weights.close()
     if failed is not None:
-        return or_stock(CALLER, failed, lambda: original(model, None, files, config, *rest))
+        return fall_back(CALLER, failed, lambda: original(model, None, files, config, *rest))
     if weights.report is not None:
         set_last_report(weights.report)
     return result

@@ -1,0 +1,118 @@
+"""Loads that go the library's own way: they are counted, said, and never silently different."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import TypeVar
+
+from weightlift.core.errors import OutOfMemoryError, WeightliftError
+from weightlift.core.report import record_fallback
+
+__all__ = [
+    "FallbackToLibrary",
+    "fall_back",
+    "is_strict",
+    "levels_to_caller",
+    "report_fallback",
+    "torch_errors",
+]
+
+_Result = TypeVar("_Result")
+
+_log = logging.getLogger("weightlift")
+# Whose frames a warning passes over: who called them can do something about it.
+_NOT_CALLERS = {
+    "accelerate",
+    "diffusers",
+    "huggingface_hub",
+    "peft",
+    "safetensors",
+    "torch",
+    "transformers",
+    "weightlift",
+}
+# Whether this thread is in a fallback.
+_falling_back: ContextVar[bool] = ContextVar("weightlift_falling_back", default=False)
+
+
+class FallbackToLibrary(Exception):
+    """Raised by a replacement that leaves this call to the original; no tensor is placed yet.
+
+    Args:
+        reason: for the user, such as ``"GGUF files are read by diffusers"``.
+        warn: ``False`` where the fallback is documented.
+    """
+
+    def __init__(self, reason: str, *, warn: bool = True) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.warn = warn
+
+
+def is_strict() -> bool:
+    """Whether a fallback is an error."""
+    return os.environ.get("WEIGHTLIFT_STRICT") == "1"
+
+
+def report_fallback(library: str, reason: str, *, warn: bool = True) -> None:
+    """Counts a load that falls back to the library's own way, and warns of it once a reason.
+
+    Raises:
+        WeightliftError: with ``WEIGHTLIFT_STRICT=1``.
+    """
+    text = f"weightlift: {library} falls back to its own loading: {reason}"
+    if is_strict():
+        raise WeightliftError(f"{text} (WEIGHTLIFT_STRICT=1 makes that an error)")
+    if record_fallback(library, reason) == 1 and warn:
+        warnings.warn(text, stacklevel=levels_to_caller())
+    else:
+        _log.info("%s", text)
+
+
+def fall_back(library: str, error: Exception, own_way: Callable[[], _Result]) -> _Result:
+    """After an error of the engine, before any tensor is placed: the library's own way, which
+    raises the library's own error, or works and is counted and warned of."""
+    if _falling_back.get():  # the library's own way came upon another hook, for the same reason
+        return own_way()
+    token = _falling_back.set(True)
+    aside = error if isinstance(error, FallbackToLibrary) else None
+    try:
+        result = own_way()
+    except Exception as own:
+        raise own from (None if aside else error)
+    finally:
+        _falling_back.reset(token)
+    report_fallback(library, str(error), warn=aside is None or aside.warn)
+    return result
+
+
+def levels_to_caller() -> int:
+    """The ``stacklevel`` of a warning, from the function that calls this, for the first frame that
+    is of neither weightlift nor the libraries. (Python has ``skip_file_prefixes`` from 3.12 on.)"""
+    frame = sys._getframe(1)
+    level = 1
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_CALLERS:
+            break
+        frame = frame.f_back
+        level += 1
+    return level
+
+
+@contextlib.contextmanager
+def torch_errors() -> Iterator[None]:
+    """Out of device memory is torch's own exception to callers of these libraries."""
+    try:
+        yield
+    except OutOfMemoryError as error:
+        import torch
+
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise error.__cause__ from None
+        raise

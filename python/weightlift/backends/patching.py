@@ -1,0 +1,248 @@
+"""Puts replacements into the libraries' modules, when these are imported, and takes them out."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from weightlift.backends.children import pass_on
+from weightlift.backends.fallback import (
+    FallbackToLibrary,
+    is_strict,
+    report_fallback,
+    torch_errors,
+)
+from weightlift.backends.hooks import WITHOUT_SIGNATURE, Hook, signature_text
+from weightlift.core.errors import WeightliftError
+from weightlift.core.report import record_fallback
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+
+__all__ = ["activate", "hooks_of", "install", "is_active", "lock", "patches"]
+
+_log = logging.getLogger("weightlift")
+
+
+class Patch(NamedTuple):
+    """A replacement that is in place.
+
+    Attributes:
+        owner: the module or class.
+        name: in it.
+        original: what is put back.
+    """
+
+    library: str
+    owner: Any
+    name: str
+    original: Any
+    replacement: Any
+
+
+# Guards all below; replacements read `_active` without it.
+lock = threading.RLock()
+_active: frozenset[str] = frozenset()
+patches: list[Patch] = []
+# Replacement -> (library, what it replaces).
+_ours: WeakKeyDictionary[Any, tuple[str, Any]] = WeakKeyDictionary()
+
+
+def is_active(library: str) -> bool:
+    """Whether calls of this library go through its replacements."""
+    return library in _active
+
+
+@functools.cache
+def hooks_of(library: str) -> tuple[Hook, ...]:
+    """The hooks of a backend."""
+    hooks: tuple[Hook, ...] = importlib.import_module(f"weightlift.backends.{library}").HOOKS
+    return hooks
+
+
+def activate(libraries: frozenset[str]) -> list[str]:
+    """Has replacements in place for these libraries, and for no others.
+
+    Returns:
+        The modules whose import another thread has not ended: they are hooked when it has.
+    """
+    global _active
+    with lock:
+        _active = libraries
+        pass_on(_active)
+        for patch in reversed(patches):
+            if patch.library in _active:
+                continue
+            # Not where somebody else has put something on top: that calls what is below, which
+            # goes the original's way from now on.
+            if vars(patch.owner).get(patch.name) is patch.replacement:
+                setattr(patch.owner, patch.name, patch.original)
+        patches[:] = [patch for patch in patches if patch.library in _active]
+        modules = _hooked_modules()
+        if modules and _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
+        elif not modules and _finder in sys.meta_path:
+            sys.meta_path.remove(_finder)
+        unfinished = []
+        for name in sorted(modules & sys.modules.keys()):
+            if getattr(getattr(sys.modules[name], "__spec__", None), "_initializing", False):
+                unfinished.append(name)
+            else:
+                install(name)
+        return unfinished
+
+
+def _hooked_modules() -> set[str]:
+    return {hook.module for library in _active for hook in hooks_of(library)}
+
+
+def install(name: str) -> None:
+    """Puts the replacements of the active libraries into this module."""
+    # The entry in sys.modules, not what was executed: a lazy package puts another object there.
+    module = sys.modules.get(name)
+    if module is None:
+        return
+    with lock:
+        for library in sorted(_active):
+            for hook in hooks_of(library):
+                if hook.module == name:
+                    _patch(library, hook, module)
+
+
+def _patch(library: str, hook: Hook, module: ModuleType) -> None:
+    place = f"{hook.module}.{hook.target}"
+    *path, name = hook.target.split(".")
+    owner: Any = module
+    try:
+        for part in path:
+            owner = getattr(owner, part)
+        original = vars(owner)[name]
+    except (AttributeError, KeyError):
+        _report_unknown(library, f"there is no {place}")
+        return
+    bound = isinstance(original, (classmethod, staticmethod))
+    function = original.__func__ if bound else original
+    made = _made_by_us(function)
+    if made is not None:
+        # Hooked already, or imported from where it is hooked, perhaps by another backend.
+        if any(patch.owner is owner and patch.name == name for patch in patches):
+            return
+        maker, original = made
+        if maker == library:
+            patches.append(Patch(library, owner, name, original, function))
+            return
+        function = original
+    replacement = _replacement(library, hook, function, place)
+    if replacement is None:
+        return
+    _ours[replacement] = library, original
+    if bound:
+        replacement = type(original)(replacement)
+    setattr(owner, name, replacement)
+    patches.append(Patch(library, owner, name, original, replacement))
+
+
+def _made_by_us(function: Any) -> tuple[str, Any] | None:
+    with contextlib.suppress(TypeError):  # a module's value may have no hash
+        return _ours.get(function)
+    return None
+
+
+def _replacement(library: str, hook: Hook, function: Any, place: str) -> Any:
+    """What takes a function's place; ``None`` where its signature is not known."""
+    try:
+        signature = signature_text(function)
+    except (TypeError, ValueError):
+        signature = WITHOUT_SIGNATURE
+    adapter = hook.adapter(signature)
+    if adapter is None:
+        _report_unknown(library, f"{place} is not as known: {signature}")
+        return None
+    replacement = adapter(function)
+    if isinstance(replacement, FunctionType):
+        replacement = _route(library, function, replacement)
+    return replacement
+
+
+def _report_unknown(library: str, what: str) -> None:
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        what = f"{library} {metadata.version(library)}: {what}"
+    text = f"weightlift: {library} falls back to its own loading: {what}"
+    if is_strict():
+        raise WeightliftError(f"{text} (WEIGHTLIFT_STRICT=1 makes that an error)")
+    record_fallback(library, what)
+    _log.warning("%s", text)
+
+
+def _route(
+    library: str, original: Callable[..., Any], replacement: Callable[..., Any]
+) -> Callable[..., Any]:
+    # Python names a function that is called wrongly by this.
+    replacement.__qualname__ = original.__qualname__
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if library in _active:
+            try:
+                with torch_errors():
+                    return replacement(*args, **kwargs)
+            except FallbackToLibrary as aside:
+                reason = aside
+            report_fallback(library, reason.reason, warn=reason.warn)
+        return original(*args, **kwargs)
+
+    return call
+
+
+class _Finder(MetaPathFinder):
+    """Hooks modules when their import ends; finds nothing itself."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        # Of a library, not of ours, which `_hooked_modules` imports.
+        if fullname.partition(".")[0] == "weightlift" or fullname not in _hooked_modules():
+            return None
+        others = list(sys.meta_path)
+        for finder in others[others.index(self) + 1 :] if self in others else []:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    _follow(spec.loader, fullname)
+                return spec
+        return None
+
+
+def _follow(loader: Any, name: str) -> None:
+    """Installs the hooks of a module after its loader has executed it.
+
+    On the loader itself, because a proxy would stay behind as the module's ``__loader__``.
+    """
+    execute = getattr(loader, "exec_module", None)
+    if execute is None or isinstance(loader, type):  # a class loads built-in and frozen modules
+        return
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        if module.__name__ == name:  # a loader may serve several modules
+            if vars(loader).get("exec_module") is exec_module:
+                del loader.exec_module
+            install(name)
+
+    with contextlib.suppress(AttributeError):  # it may have slots
+        loader.exec_module = exec_module
+
+
+_finder = _Finder()
