@@ -1,5 +1,7 @@
 #include "bind/indexed_file.h"
 
+#include <pybind11/pybind11.h>
+
 #include <algorithm>
 #include <span>
 #include <utility>
@@ -52,6 +54,12 @@ Result<std::shared_ptr<io::Mapping>> IndexedFile::map() {
   WL_ASSIGN_OR_RETURN(auto mapped, io::Mapping::map(file));
   mapping = mapped;
   return mapped;
+}
+
+const format::TensorInfo& tensor_at(const IndexedFile& source, std::size_t position) {
+  const auto tensors = source.index->tensors();
+  if (position >= tensors.size()) throw pybind11::index_error("no such tensor in the index");
+  return tensors[position];
 }
 
 Result<std::shared_ptr<Archive>> Archive::open(const std::string& path) {

@@ -1,6 +1,7 @@
 // A checkpoint file, or a part of one, with its index; and an archive of them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -31,6 +32,25 @@ struct IndexedFile {
   // The one mapping that the tensors of this object share.
   [[nodiscard]] Result<std::shared_ptr<io::Mapping>> map();
 };
+
+// Positions in an index; all if none.
+using Which = std::optional<std::vector<std::uint32_t>>;
+
+// Of a position; IndexError where there is none.
+[[nodiscard]] const format::TensorInfo& tensor_at(const IndexedFile& source, std::size_t position);
+
+// Visits the tensors at the given positions, or all.
+template <class Visit>
+void for_each_tensor(const IndexedFile& source, const Which& which, const Visit& visit) {
+  const auto tensors = source.index->tensors();
+  if (!which) {
+    for (const format::TensorInfo& tensor : tensors) visit(tensor);
+    return;
+  }
+  for (const std::uint32_t position : *which) {
+    visit(tensor_at(source, position));
+  }
+}
 
 // A zip file of stored records.
 struct Archive {

@@ -25,6 +25,12 @@ Dtype target_dtype(const format::TensorInfo& tensor, std::optional<Dtype> wanted
   return wanted && dtype_is_floating(tensor.dtype) ? *wanted : tensor.dtype;
 }
 
+void require_targets(const Targets& targets, std::size_t count) {
+  if (targets.addresses.size() != count) {
+    throw py::value_error("one address and one dtype are needed for each tensor");
+  }
+}
+
 [[noreturn]] void raise_shared_bytes(const IndexedFile& source, const format::TensorInfo& tensor) {
   raise({.code = ErrorCode::kUnsupportedDtype,
          .message = "elements of " + std::string(dtype_name(tensor.dtype)) +
@@ -108,97 +114,96 @@ void PlanBuilder::read(const std::shared_ptr<IndexedFile>& source, const Which& 
 }
 
 void PlanBuilder::copy_to(const std::shared_ptr<IndexedFile>& source, const Which& which,
-                          int device, const std::vector<std::uint64_t>& addresses,
-                          const std::vector<Dtype>& dtypes) {
+                          const Targets& targets) {
   const std::uint32_t file = plan_.add_file(source->file);
   plan_.keep_alive.push_back(source->index);
   std::size_t i = 0;
-  const std::size_t count = which ? which->size() : source->index->tensors().size();
-  if (addresses.size() != count || dtypes.size() != count) {
-    throw py::value_error("one address and one dtype are needed for each tensor");
-  }
+  require_targets(targets, which ? which->size() : source->index->tensors().size());
   for_each_tensor(*source, which, [&](const format::TensorInfo& tensor) {
     engine::Copy copy =
-        engine::copy_of(stored(tensor, file, plan_.add_name(tensor.name)), dtypes[i]);
-    copy.device = device;
-    copy.target = addresses[i++];
+        engine::copy_of(stored(tensor, file, plan_.add_name(tensor.name)), targets.dtypes[i]);
+    copy.device = targets.device;
+    copy.target = targets.addresses[i++];
     plan_.add_copy(copy);
   });
 }
 
-void PlanBuilder::copy_memory(const std::vector<std::string>& names,
-                              const std::vector<std::uint64_t>& sources,
-                              const std::vector<std::uint64_t>& elements,
-                              const std::vector<Dtype>& source_dtypes, int device,
-                              const std::vector<std::uint64_t>& addresses,
-                              const std::vector<Dtype>& dtypes) {
-  const std::size_t count = names.size();
-  for (const std::size_t size :
-       {sources.size(), elements.size(), source_dtypes.size(), addresses.size(), dtypes.size()}) {
-    if (size != count) throw py::value_error("one of each is needed for each tensor");
-  }
-  const auto kept = std::make_shared<const std::vector<std::string>>(names);
-  plan_.keep_alive.push_back(kept);
+void PlanBuilder::copy_memory(const std::shared_ptr<HostTensors>& tensors, const Targets& targets) {
+  const std::size_t count = tensors->names.size();
+  require_targets(targets, count);
+  plan_.keep_alive.push_back(tensors);
   for (std::size_t i = 0; i < count; ++i) {
-    engine::Copy copy = engine::copy_of({.name = plan_.add_name((*kept)[i]),
-                                         .dtype = source_dtypes[i],
-                                         .offset = sources[i],
-                                         .bytes = elements[i] * dtype_bits(source_dtypes[i]) / 8},
-                                        dtypes[i]);
-    copy.device = device;
-    copy.target = addresses[i];
+    const Dtype dtype = tensors->dtypes[i];
+    engine::Copy copy = engine::copy_of({.name = plan_.add_name(tensors->names[i]),
+                                         .dtype = dtype,
+                                         .offset = tensors->addresses[i],
+                                         .bytes = tensors->elements[i] * dtype_bits(dtype) / 8},
+                                        targets.dtypes[i]);
+    copy.device = targets.device;
+    copy.target = targets.addresses[i];
     plan_.add_copy(copy);
   }
 }
 
-void PlanBuilder::slice(
-    const std::shared_ptr<IndexedFile>& source, std::uint32_t which,
-    const std::vector<std::tuple<std::uint64_t, std::int64_t, std::uint64_t>>& parts,
-    std::optional<Dtype> dtype, int device, std::uint64_t address) {
-  const auto tensors = source->index->tensors();
-  if (which >= tensors.size()) throw py::index_error("no such tensor in the index");
-  const format::TensorInfo& tensor = tensors[which];
+PlanBuilder::Part PlanBuilder::add_part(const std::shared_ptr<IndexedFile>& source,
+                                        const format::TensorInfo& tensor, const Stretches& parts) {
   if (parts.size() != tensor.shape.size()) {
     throw py::value_error("one (start, step, count) is needed for each dimension");
   }
   if (dtype_bits(tensor.dtype) % 8 != 0) raise_shared_bytes(*source, tensor);
-  const Dtype target = target_dtype(tensor, dtype);
   std::vector<engine::Stretch> stretches;
-  const auto shape = std::make_shared<std::vector<std::uint64_t>>();
-  std::uint64_t bytes = dtype_bytes(target);
+  stretches.reserve(parts.size());
   for (const auto& [start, step, count] : parts) {
     stretches.push_back({.start = start, .step = step, .count = count});
-    shape->push_back(count);
-    bytes *= count;
   }
   if (!engine::within(stretches, tensor.shape)) {
     throw py::index_error("a slice reaches outside its tensor");
   }
   const std::uint32_t file = plan_.add_file(source->file);
   plan_.keep_alive.push_back(source->index);
-  const std::uint32_t name = plan_.add_name(tensor.name);
-  if (address == 0) {
-    const auto memory = allocate(bytes, std::nullopt);
-    address = reinterpret_cast<std::uintptr_t>(memory->data());
-    shapes_.push_back(shape);
-    outputs_.push_back({.name = name,
-                        .dtype = target,
-                        .shape = *shape,
-                        .data = memory->data(),
-                        .bytes = bytes,
-                        .owner = memory,
-                        .release_pages = false});
+  return {.tensor = stored(tensor, file, plan_.add_name(tensor.name)),
+          .shape = tensor.shape,
+          .stretches = std::move(stretches)};
+}
+
+void PlanBuilder::slice(const std::shared_ptr<IndexedFile>& source, std::uint32_t which,
+                        const Stretches& parts, std::optional<Dtype> dtype) {
+  const format::TensorInfo& tensor = tensor_at(*source, which);
+  const Part part = add_part(source, tensor, parts);
+  const Dtype target = target_dtype(tensor, dtype);
+  const auto shape = std::make_shared<std::vector<std::uint64_t>>();
+  std::uint64_t bytes = dtype_bytes(target);
+  for (const engine::Stretch& stretch : part.stretches) {
+    shape->push_back(stretch.count);
+    bytes *= stretch.count;
   }
-  plan_.add_slice(stored(tensor, file, name), tensor.shape, stretches, target, device, address);
+  const auto memory = allocate(bytes, std::nullopt);
+  shapes_.push_back(shape);
+  outputs_.push_back({.name = part.tensor.name,
+                      .dtype = target,
+                      .shape = *shape,
+                      .data = memory->data(),
+                      .bytes = bytes,
+                      .owner = memory,
+                      .release_pages = false});
+  plan_.add_slice(part.tensor, part.shape, part.stretches, target, engine::kHostDevice,
+                  reinterpret_cast<std::uintptr_t>(memory->data()));
+}
+
+void PlanBuilder::slice_to(const std::shared_ptr<IndexedFile>& source, std::uint32_t which,
+                           const Stretches& parts, const Targets& target) {
+  require_targets(target, 1);
+  const Part part = add_part(source, tensor_at(*source, which), parts);
+  plan_.add_slice(part.tensor, part.shape, part.stretches, target.dtypes.front(), target.device,
+                  target.addresses.front());
 }
 
 void PlanBuilder::copy_strided(
     const std::shared_ptr<IndexedFile>& source, std::uint32_t which, std::uint64_t offset,
     const std::vector<std::tuple<std::uint64_t, std::int64_t, std::int64_t>>& dimensions,
-    Dtype dtype, int device, std::uint64_t address) {
-  const auto tensors = source->index->tensors();
-  if (which >= tensors.size()) throw py::index_error("no such tensor in the index");
-  const format::TensorInfo& tensor = tensors[which];
+    const Targets& target) {
+  require_targets(target, 1);
+  const format::TensorInfo& tensor = tensor_at(*source, which);
   if (dtype_bits(tensor.dtype) % 8 != 0) raise_shared_bytes(*source, tensor);
   const std::uint64_t item = dtype_bytes(tensor.dtype);
   const std::uint64_t count = tensor.bytes / item;
@@ -206,10 +211,10 @@ void PlanBuilder::copy_strided(
   std::uint64_t last = offset;
   for (const auto& [extent, source_stride, target_stride] : dimensions) {
     if (extent == 0) return;
-    parts.push_back(
-        {.extent = extent,
-         .source_stride = source_stride * static_cast<std::int64_t>(item),
-         .target_stride = target_stride * static_cast<std::int64_t>(dtype_bytes(dtype))});
+    parts.push_back({.extent = extent,
+                     .source_stride = source_stride * static_cast<std::int64_t>(item),
+                     .target_stride = target_stride * static_cast<std::int64_t>(
+                                                          dtype_bytes(target.dtypes.front()))});
     if (extent == 1) continue;
     if (source_stride <= 0) throw py::value_error("a tensor's strides must be positive");
     // Neither can overflow: both are less than the number of elements before they are multiplied.
@@ -223,11 +228,11 @@ void PlanBuilder::copy_strided(
   const std::uint32_t file = plan_.add_file(source->file);
   plan_.keep_alive.push_back(source->index);
   plan_.add_strided({.file = file,
-                     .device = device,
+                     .device = target.device,
                      .source = tensor.begin + offset * item,
-                     .target = address,
+                     .target = target.addresses.front(),
                      .source_dtype = tensor.dtype,
-                     .target_dtype = dtype,
+                     .target_dtype = target.dtypes.front(),
                      .name = plan_.add_name(tensor.name)},
                     parts);
 }

@@ -3,9 +3,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -18,38 +20,51 @@
 
 namespace weightlift::bind {
 
+// Where tensors go on one device: memory that the caller owns, contiguous, one place a tensor.
+struct Targets {
+  int device = engine::kHostDevice;
+  std::vector<std::uint64_t> addresses;
+  std::vector<Dtype> dtypes;
+};
+
+// Contiguous tensors in this process's memory, which must stay as they are until the load has
+// ended.
+struct HostTensors {
+  std::vector<std::string> names;
+  std::vector<std::uint64_t> addresses;
+  std::vector<std::uint64_t> elements;
+  std::vector<Dtype> dtypes;
+};
+
+// For each dimension (start, step, count), step != 0.
+using Stretches = std::vector<std::tuple<std::uint64_t, std::int64_t, std::uint64_t>>;
+
 class PlanBuilder {
  public:
   explicit PlanBuilder(engine::Settings settings) : settings_(settings) {}
-
-  using Which = std::optional<std::vector<std::uint32_t>>;  // positions in the index; all if none
 
   // Zero copy. `shared`: others may get the same bytes from this IndexedFile.
   void map(const std::shared_ptr<IndexedFile>& source, const Which& which, bool shared);
   // Into memory of our own, cast where `dtype` is given and the tensor is of a floating type.
   void read(const std::shared_ptr<IndexedFile>& source, const Which& which,
             std::optional<Dtype> dtype, std::optional<int> pin_for);
-  // To addresses that the caller owns, contiguous, in the order of `which`.
-  void copy_to(const std::shared_ptr<IndexedFile>& source, const Which& which, int device,
-               const std::vector<std::uint64_t>& addresses, const std::vector<Dtype>& dtypes);
-  // Contiguous tensors from this process's memory, which must stay as they are until the load has
-  // ended, to contiguous targets. `elements`: of each tensor.
-  void copy_memory(const std::vector<std::string>& names, const std::vector<std::uint64_t>& sources,
-                   const std::vector<std::uint64_t>& elements,
-                   const std::vector<Dtype>& source_dtypes, int device,
-                   const std::vector<std::uint64_t>& addresses, const std::vector<Dtype>& dtypes);
-  // A part of one tensor: for each of its dimensions (start, step, count), step != 0. To memory of
-  // our own (address 0) in the shape of the counts, or to a contiguous target.
+  // To targets in the order of `which`.
+  void copy_to(const std::shared_ptr<IndexedFile>& source, const Which& which,
+               const Targets& targets);
+  void copy_memory(const std::shared_ptr<HostTensors>& tensors, const Targets& targets);
+  // A part of one tensor, into memory of our own in the shape of the counts.
   void slice(const std::shared_ptr<IndexedFile>& source, std::uint32_t which,
-             const std::vector<std::tuple<std::uint64_t, std::int64_t, std::uint64_t>>& parts,
-             std::optional<Dtype> dtype, int device, std::uint64_t address);
-  // Elements of one tensor, the first of them `offset` elements into it, to memory that the caller
-  // owns: for each dimension (extent, stride in the tensor, stride at the target), in elements. The
-  // tensor's strides are positive; a device's targets are contiguous.
+             const Stretches& parts, std::optional<Dtype> dtype);
+  // The same to the one target.
+  void slice_to(const std::shared_ptr<IndexedFile>& source, std::uint32_t which,
+                const Stretches& parts, const Targets& target);
+  // Elements of one tensor, the first of them `offset` elements into it, to the one target: for
+  // each dimension (extent, stride in the tensor, stride at the target), in elements. The tensor's
+  // strides are positive; a device's targets are contiguous.
   void copy_strided(
       const std::shared_ptr<IndexedFile>& source, std::uint32_t which, std::uint64_t offset,
       const std::vector<std::tuple<std::uint64_t, std::int64_t, std::int64_t>>& dimensions,
-      Dtype dtype, int device, std::uint64_t address);
+      const Targets& target);
 
   void use_stream(int device, std::uint64_t stream) { plan_.device(device).stream = stream; }
   void populate(bool now) { plan_.populate = now; }
@@ -77,6 +92,15 @@ class PlanBuilder {
     bool release_pages = false;
   };
 
+  // What slice() and slice_to() begin with: checked, and what it adds to the plan but the target.
+  struct Part {
+    engine::StoredTensor tensor;
+    std::span<const std::uint64_t> shape;  // of the whole tensor
+    std::vector<engine::Stretch> stretches;
+  };
+  Part add_part(const std::shared_ptr<IndexedFile>& source, const format::TensorInfo& tensor,
+                const Stretches& parts);
+
   engine::LoadPlan& plan() { return load_ ? load_->plan() : plan_; }
   std::shared_ptr<engine::HostMemory> allocate(std::size_t bytes, std::optional<int> pin_for);
 
@@ -88,20 +112,5 @@ class PlanBuilder {
   std::vector<pybind11::object> scratch_;  // before the load, which ends first
   std::unique_ptr<engine::Load> load_;
 };
-
-// Visits the tensors at the given positions, or all.
-template <class Visit>
-void for_each_tensor(const IndexedFile& source, const PlanBuilder::Which& which,
-                     const Visit& visit) {
-  const auto tensors = source.index->tensors();
-  if (!which) {
-    for (const format::TensorInfo& tensor : tensors) visit(tensor);
-    return;
-  }
-  for (const std::uint32_t position : *which) {
-    if (position >= tensors.size()) throw pybind11::index_error("no such tensor in the index");
-    visit(tensors[position]);
-  }
-}
 
 }  // namespace weightlift::bind

@@ -4,21 +4,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 class Settings:
-    def __init__(
-        self,
-        *,
-        threads: int = 0,
-        io_depth: int = 0,
-        read_bytes: int = 0,
-        chunk_bytes: int = 0,
-        pinned_bytes: int = 0,
-        io_path: str = "auto",
-        cast_place: str = "auto",
-        huge_pages: str = "auto",
-        kernels: bool = True,
-        batch_copies: bool = True,
-        fp8: tuple[bool, bool, bool] = (False, False, False),
-    ) -> None: ...
+    """Zero lets the engine decide for the machine."""
+
+    def __init__(self) -> None: ...
+    threads: int
+    io_depth: int
+    read_bytes: int
+    chunk_bytes: int
+    pinned_bytes: int
+    io_path: str
+    cast_place: str
+    huge_pages: str
+    kernels: bool
+    batch_copies: bool
+    fp8: tuple[bool, bool, bool]
 
 class IndexedFile:
     @staticmethod
@@ -74,6 +73,24 @@ def torch_pickle(
     is ``tensor(record, dtype, offset, shape, stride, contiguous)``; and record -> bytes of all
     storages. ``None`` where it is not what torch.save writes of plain tensors, good or bad."""
 
+class Targets:
+    """Where tensors go on one device: contiguous memory that the caller owns."""
+
+    def __init__(self, device: int, addresses: Sequence[int], dtypes: Sequence[str]) -> None:
+        """``device``: a CUDA ordinal; -1 is the host."""
+
+class HostTensors:
+    """Contiguous tensors in this process's memory; they stay as they are until the load has
+    ended."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        addresses: Sequence[int],
+        elements: Sequence[int],
+        dtypes: Sequence[str],
+    ) -> None: ...
+
 class Plan:
     def __init__(self, settings: Settings) -> None: ...
     def map(self, source: IndexedFile, which: Sequence[int] | None, shared: bool) -> None: ...
@@ -85,31 +102,24 @@ class Plan:
         pin_for: int | None,
     ) -> None: ...
     def copy_to(
-        self,
-        source: IndexedFile,
-        which: Sequence[int] | None,
-        device: int,
-        addresses: Sequence[int],
-        dtypes: Sequence[str],
+        self, source: IndexedFile, which: Sequence[int] | None, targets: Targets
     ) -> None: ...
-    def copy_memory(
-        self,
-        names: Sequence[str],
-        sources: Sequence[int],
-        elements: Sequence[int],
-        source_dtypes: Sequence[str],
-        device: int,
-        addresses: Sequence[int],
-        dtypes: Sequence[str],
-    ) -> None: ...
+    def copy_memory(self, tensors: HostTensors, targets: Targets) -> None: ...
     def slice(
         self,
         source: IndexedFile,
         which: int,
         parts: Sequence[tuple[int, int, int]],
         dtype: str | None,
-        device: int,
-        address: int,
+    ) -> None:
+        """Into memory of the engine's. ``parts``: (start, step, count) for each dimension."""
+
+    def slice_to(
+        self,
+        source: IndexedFile,
+        which: int,
+        parts: Sequence[tuple[int, int, int]],
+        target: Targets,
     ) -> None: ...
     def copy_strided(
         self,
@@ -117,9 +127,7 @@ class Plan:
         which: int,
         offset: int,
         dimensions: Sequence[tuple[int, int, int]],
-        dtype: str,
-        device: int,
-        address: int,
+        target: Targets,
     ) -> None: ...
     def use_stream(self, device: int, stream: int) -> None: ...
     def populate(self, now: bool) -> None: ...

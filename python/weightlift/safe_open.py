@@ -198,7 +198,7 @@ class TensorSlice:
         plan = new_plan(self._opened._settings)
         if device.type == "cpu":
             ranges = [(start, step, count) for start, step, count, _ in parts]
-            plan.slice(self._part, self._position, ranges, None, -1, 0)
+            plan.slice(self._part, self._position, ranges, None)
             native = run_plan(plan, None)
             (tensor,) = plan.tensors(from_dlpack())
             turned: list[int] = []
@@ -213,7 +213,8 @@ class TensorSlice:
             counts = [count for _, _, count in ranges]
             address, tensor = allocator.empty(device.index, counts, self.get_dtype())
             plan.use_stream(device.index, allocator.stream(device.index))
-            plan.slice(self._part, self._position, ranges, None, device.index, address)
+            target = _native.Targets(device.index, [address], [self.get_dtype()])
+            plan.slice_to(self._part, self._position, ranges, target)
             native = run_plan(plan, allocator)
         record(native, caller=self._opened._caller)
         if turned:

@@ -146,9 +146,12 @@ class Settings:
     @functools.lru_cache(maxsize=64)  # noqa: B019 - of a frozen value, and few of them
     def native(self, fp8: tuple[bool, bool, bool]) -> _native.Settings:
         """For the engine; ``fp8`` are the rules of ``weightlift.core.dtypes.fp8_rules``."""
-        given = _given(self)
-        given.pop("populate", None)
-        return _native.Settings(fp8=fp8, **given)
+        native = _native.Settings()
+        native.fp8 = fp8
+        for name, value in _given(self).items():
+            if name != "populate":
+                setattr(native, name, value)
+        return native
 
 
 _VARIABLES = {

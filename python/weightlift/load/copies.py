@@ -104,7 +104,8 @@ def _add(
     offset = copy.offset + (0 if view is None else view.offset)
     dimensions = list(zip(copy.shape, copy.strides, target.stride(), strict=True))
     index = -1 if on_host else target.device.index
-    plan.copy_strided(file, position, offset, dimensions, wanted, index, target.data_ptr())
+    place_of_target = _native.Targets(index, [target.data_ptr()], [wanted])
+    plan.copy_strided(file, position, offset, dimensions, place_of_target)
 
 
 def _runs(copy: Copy) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import weightlift._native as _native
 from weightlift.core import dtypes
 from weightlift.core.report import record
 from weightlift.core.settings import Settings
@@ -87,13 +88,13 @@ def copy_to_device(
         for shape, target in zip(shapes, targets, strict=True)
     ]
     plan.copy_memory(
-        list(tensors),
-        [tensor.data_ptr() for tensor in tensors.values()],
-        [tensor.numel() * n for tensor, n in zip(tensors.values(), doubled, strict=True)],
-        found,
-        device.index,
-        [address for address, _ in made],
-        targets,
+        _native.HostTensors(
+            list(tensors),
+            [tensor.data_ptr() for tensor in tensors.values()],
+            [tensor.numel() * n for tensor, n in zip(tensors.values(), doubled, strict=True)],
+            found,
+        ),
+        _native.Targets(device.index, [address for address, _ in made], targets),
     )
     plan.use_stream(device.index, allocator.stream(device.index))
     record(run_plan(plan, allocator), caller=caller)

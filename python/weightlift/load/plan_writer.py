@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import weightlift._native as _native
 from weightlift.checkpoint.integrity import HashCheck
 from weightlift.core import dtypes
 from weightlift.core.errors import (
@@ -26,7 +27,6 @@ from weightlift.load.running_load import RunningLoad
 if TYPE_CHECKING:
     import torch
 
-    import weightlift._native as _native
     from weightlift.checkpoint.checkpoint import Checkpoint
 
 __all__ = ["PlanWriter"]
@@ -181,12 +181,12 @@ class PlanWriter:
         self, destination: Destination, part: int, targets: dict[int, torch.Tensor]
     ) -> None:
         positions = sorted(targets)
+        addresses = [targets[position].data_ptr() for position in positions]
+        own = [str(dtypes.file_name(targets[position].dtype)) for position in positions]
         self._native.copy_to(
             self._checkpoint.parts[part],
             positions,
-            destination.device_index,
-            [targets[position].data_ptr() for position in positions],
-            [str(dtypes.file_name(targets[position].dtype)) for position in positions],
+            _native.Targets(destination.device_index, addresses, own),
         )
         self._use_stream(destination)
 
@@ -281,7 +281,7 @@ class PlanWriter:
             with naming_tensor(file.path, selection.name(missing)):
                 raise
         addresses = [address for address, _ in made]
-        self._native.copy_to(file, positions, index, addresses, made_dtypes)
+        self._native.copy_to(file, positions, _native.Targets(index, addresses, made_dtypes))
         self._use_stream(destination)
         tensors = self._outputs.tensors
         for number, (_, owner) in zip(selection.numbers, made, strict=True):
@@ -365,10 +365,10 @@ class PlanWriter:
     ) -> None:
         """Has the engine cut a part of a tensor out of its file."""
         file, position = place
-        cast = None if dtype == file.dtype(position) else dtype
         if tensor.numel() > 0:
-            index = destination.device_index
-            self._native.slice(file, position, ranges, cast, index, tensor.data_ptr())
+            made = dtype or file.dtype(position)
+            target = _native.Targets(destination.device_index, [tensor.data_ptr()], [made])
+            self._native.slice_to(file, position, ranges, target)
 
     def _empty(self, destination: Destination, shape: Sequence[int], dtype: str) -> torch.Tensor:
         if destination.on_host:

@@ -33,7 +33,8 @@ def main() -> None:
         plan = _native.Plan(_native.Settings())
         target = ctypes.create_string_buffer(1000)
         address = ctypes.addressof(target)
-        plan.copy_to(part, None, -1, [address, address + 800], ["F32", "U8"])
+        targets = _native.Targets(-1, [address, address + 800], ["F32", "U8"])
+        plan.copy_to(part, None, targets)
         assert plan.prepare() == []
         plan.start([])
         while not plan.wait(1.0):

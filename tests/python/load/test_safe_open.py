@@ -557,24 +557,28 @@ def test_positions_outside_of_the_index(path: Path) -> None:
         [(0, 1, 1 << 62), (0, 1, 1), (0, 1, 1)],
     ):
         with pytest.raises((IndexError, OverflowError, TypeError, ValueError)):
-            _native.Plan(_native.Settings()).slice(file, position, parts, None, -1, 0)
+            _native.Plan(_native.Settings()).slice(file, position, parts, None)
     with pytest.raises(ValueError, match="for each dimension"):
-        plan.slice(file, position, [(0, 1, 1)], None, -1, 0)
+        plan.slice(file, position, [(0, 1, 1)], None)
     with pytest.raises(ValueError, match="one address and one dtype"):
-        plan.copy_to(file, [position], -1, [4096, 8192], ["F32", "F32"])
-    for options, choices in (
-        ({"io_path": "sideways"}, "'auto', 'buffered', 'direct'"),
-        ({"cast_place": "nowhere"}, "'auto', "),
+        plan.copy_to(file, [position], _native.Targets(-1, [4096, 8192], ["F32", "F32"]))
+    with pytest.raises(ValueError, match="one address and one dtype"):
+        _native.Targets(-1, [4096, 8192], ["F32"])
+    with pytest.raises(ValueError, match="one of each"):
+        _native.HostTensors(["a"], [4096], [1, 2], ["F32"])
+    for option, value, choices in (
+        ("io_path", "sideways", "'auto', 'buffered', 'direct'"),
+        ("cast_place", "nowhere", "'auto', "),
     ):
         with pytest.raises(ValueError, match=rf"'(sideways|nowhere)'; it can be {choices}"):
-            _native.Settings(**options)
+            setattr(_native.Settings(), option, value)
 
 
 def test_elements_that_share_bytes_are_not_cut(tmp_path: Path) -> None:
     (tmp_path / "fours").write_bytes(file_bytes({"w": entry("F4", [3, 8])}))
     file = _native.IndexedFile.open(str(tmp_path / "fours"))
     with pytest.raises(wl.FormatError, match="can only be loaded whole") as caught:
-        _native.Plan(_native.Settings()).slice(file, 0, [(0, 1, 3), (0, 1, 4)], None, -1, 0)
+        _native.Plan(_native.Settings()).slice(file, 0, [(0, 1, 3), (0, 1, 4)], None)
     assert (caught.value.code, caught.value.tensor) == ("unsupported_dtype", "w")
 
 

@@ -288,7 +288,7 @@ def test_a_missing_device_is_named(machine: Switch, checkpoint_path: Path) -> No
     part = Checkpoint.of_file(checkpoint_path).parts[0]
     with machine(2):
         plan = _native.Plan(_native.Settings())
-        plan.copy_to(part, [0], 5, [4096], part.dtypes([0]))
+        plan.copy_to(part, [0], _native.Targets(5, [4096], part.dtypes([0])))
         with pytest.raises(weightlift.DeviceError, match=r"cuda:5.* sees 2"):
             plan.prepare()
 
@@ -379,7 +379,9 @@ def test_other_threads_run_while_pages_are_pinned(machine: Switch, tmp_path: Pat
 
     ticking = threading.Thread(target=tick)
     with machine():
-        plan = _native.Plan(_native.Settings(threads=1))
+        settings = _native.Settings()
+        settings.threads = 1
+        plan = _native.Plan(settings)
         ticking.start()
         began = time.monotonic()
         plan.read(part, None, None, 0)
@@ -419,7 +421,7 @@ def test_slices_arrive_on_a_device(machine: Switch, checkpoint_path: Path) -> No
             plan = _native.Plan(_native.Settings())
             which = part.find("layer.1.weight")
             assert which is not None
-            plan.slice(part, which, parts, None, 0, address)
+            plan.slice_to(part, which, parts, _native.Targets(0, [address], ["F32"]))
             plan.use_stream(0, used.stream(0))
             plans.run_plan(plan, used)
             assert owner.bits() == support.bits(expected)

@@ -30,7 +30,9 @@ def of_stub() -> dict[str, list[str] | None]:
         elif isinstance(node, ast.ClassDef):
             found[node.name] = None
             for member in node.body:
-                if isinstance(member, ast.FunctionDef):
+                if isinstance(member, ast.AnnAssign):
+                    found[f"{node.name}.{ast.unparse(member.target)}"] = None
+                elif isinstance(member, ast.FunctionDef):
                     decorators = {ast.unparse(one) for one in member.decorator_list}
                     found[f"{node.name}.{member.name}"] = (
                         None if "property" in decorators else parameters(member)

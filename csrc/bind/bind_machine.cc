@@ -1,0 +1,80 @@
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+
+#include "bind/errors.h"
+#include "bind/rooms.h"
+#include "bind/tensor_export.h"
+#include "bind/values.h"
+#include "convert/cast.h"
+#include "convert/scatter.h"
+#include "device/context.h"
+#include "device/driver.h"
+#include "device/staging.h"
+#include "engine/host_memory.h"
+#include "io/machine.h"
+
+namespace py = pybind11;
+
+namespace weightlift::bind {
+namespace {
+
+// Everything `weightlift doctor` asks of the machine, without starting CUDA.
+py::dict machine() {
+  py::dict result;
+  result["cpus"] = io::usable_cpus();
+  result["memory_headroom"] = io::memory_headroom();
+  result["isa"] = text(convert::isa_name(convert::best_isa()));
+  py::list images;
+  for (const convert::KernelImage& image : convert::scatter_images()) {
+    images.append(
+        py::make_tuple(image.architecture, image.is_ptx, image.maker, image.bytes.size()));
+  }
+  result["kernels"] = images;
+  result["kernel_toolkit"] = text(convert::kernel_toolkit());
+  return result;
+}
+
+// (CUDA version, library) of the driver, and its devices; starts CUDA.
+py::dict driver_report() {
+  const device::Driver* const table = value_or_raise(device::driver());
+  py::dict result;
+  result["version"] = table->version;
+  result["library"] = table->library;
+  const char* const batch = table->batch_form();
+  result["batch_copies"] = batch != nullptr ? py::object(text(batch)) : py::object(py::none());
+  py::list devices;
+  const int count = value_or_raise(device::Device::count());
+  for (int ordinal = 0; ordinal < count; ++ordinal) {
+    device::Device* const device = value_or_raise(device::Device::get(ordinal));
+    const auto kernel = device->scatter_kernel();
+    devices.append(py::make_tuple(
+        device->name(), device->kernel_form(),
+        kernel.ok() ? py::object(py::none()) : py::object(py::str(kernel.error().message))));
+  }
+  result["devices"] = devices;
+  return result;
+}
+
+// Bytes for `from_dlpack`, on huge pages where they fill one.
+py::object host_memory(std::uint64_t bytes) {
+  const auto memory = value_or_raise(engine::HostMemory::allocate(bytes, std::nullopt, 0));
+  const std::array<std::uint64_t, 1> shape = {bytes};
+  return export_tensor({.shape = shape, .data = memory->data(), .bytes = bytes, .owner = memory});
+}
+
+}  // namespace
+
+void bind_machine(py::module_& module) {
+  module.def("machine", &machine);
+  module.def("host_memory", &host_memory, py::arg("bytes"));
+  module.def("driver_report", &driver_report);
+  module.def("pinned_bytes", [] { return device::StagingPool::instance().pinned_bytes(); });
+#ifdef WEIGHTLIFT_TESTING
+  module.def("use_driver_for_testing", &device::use_driver_for_testing, py::arg("path"));
+#endif
+}
+
+}  // namespace weightlift::bind

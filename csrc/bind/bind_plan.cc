@@ -1,0 +1,119 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bind/indexed_file.h"
+#include "bind/plan_builder.h"
+#include "bind/rooms.h"
+#include "bind/values.h"
+#include "engine/report.h"
+#include "engine/settings.h"
+
+namespace py = pybind11;
+
+namespace weightlift::bind {
+namespace {
+
+py::dict report_dict(const engine::Report& report) {
+  py::list files;
+  for (const engine::FileReport& file : report.files) {
+    files.append(py::make_tuple(path_text(file.path), file.bytes, file.route, file.reason));
+  }
+  py::list devices;
+  for (const engine::DeviceReport& device : report.devices) {
+    devices.append(py::make_tuple(device.device, device.bytes));
+  }
+  py::dict result;
+  result["bytes"] = report.bytes;
+  result["mapped_bytes"] = report.mapped_bytes;
+  result["read_bytes"] = report.read_bytes;
+  result["seconds"] = report.seconds;
+  result["files"] = files;
+  result["devices"] = devices;
+  result["pinned_bytes"] = report.pinned_bytes;
+  result["peak_staging_bytes"] = report.peak_staging_bytes;
+  result["memory"] = report.memory;
+  result["threads"] = report.threads;
+  py::list fallbacks;
+  for (const std::string& fallback : report.fallbacks) fallbacks.append(path_text(fallback));
+  result["fallbacks"] = fallbacks;
+  py::list touched;
+  for (const std::string& path : report.touched) touched.append(path_text(path));
+  result["touched"] = touched;
+  return result;
+}
+
+void bind_targets(py::module_& module) {
+  py::class_<Targets>(module, "Targets")
+      .def(py::init([](int device, std::vector<std::uint64_t> addresses,
+                       const std::vector<std::string>& dtypes) {
+             if (addresses.size() != dtypes.size()) {
+               throw py::value_error("one address and one dtype are needed for each tensor");
+             }
+             return Targets{
+                 .device = device, .addresses = std::move(addresses), .dtypes = dtypes_of(dtypes)};
+           }),
+           py::arg("device"), py::arg("addresses"), py::arg("dtypes"));
+  py::class_<HostTensors, std::shared_ptr<HostTensors>>(module, "HostTensors")
+      .def(
+          py::init([](std::vector<std::string> names, std::vector<std::uint64_t> addresses,
+                      std::vector<std::uint64_t> elements, const std::vector<std::string>& dtypes) {
+            for (const std::size_t size : {addresses.size(), elements.size(), dtypes.size()}) {
+              if (size != names.size()) {
+                throw py::value_error("one of each is needed for each tensor");
+              }
+            }
+            return std::make_shared<HostTensors>(HostTensors{.names = std::move(names),
+                                                             .addresses = std::move(addresses),
+                                                             .elements = std::move(elements),
+                                                             .dtypes = dtypes_of(dtypes)});
+          }),
+          py::arg("names"), py::arg("addresses"), py::arg("elements"), py::arg("dtypes"));
+}
+
+}  // namespace
+
+void bind_plan(py::module_& module) {
+  bind_targets(module);
+  py::class_<PlanBuilder>(module, "Plan")
+      .def(py::init<engine::Settings>(), py::arg("settings"))
+      .def("map", &PlanBuilder::map, py::arg("source"), py::arg("which"), py::arg("shared"))
+      .def(
+          "read",
+          [](PlanBuilder& self, const std::shared_ptr<IndexedFile>& source, const Which& which,
+             const std::optional<std::string>& dtype, std::optional<int> pin_for) {
+            self.read(source, which, optional_dtype(dtype), pin_for);
+          },
+          py::arg("source"), py::arg("which"), py::arg("dtype"), py::arg("pin_for"))
+      .def("copy_to", &PlanBuilder::copy_to, py::arg("source"), py::arg("which"),
+           py::arg("targets"))
+      .def("copy_memory", &PlanBuilder::copy_memory, py::arg("tensors"), py::arg("targets"))
+      .def(
+          "slice",
+          [](PlanBuilder& self, const std::shared_ptr<IndexedFile>& source, std::uint32_t which,
+             const Stretches& parts, const std::optional<std::string>& dtype) {
+            self.slice(source, which, parts, optional_dtype(dtype));
+          },
+          py::arg("source"), py::arg("which"), py::arg("parts"), py::arg("dtype"))
+      .def("slice_to", &PlanBuilder::slice_to, py::arg("source"), py::arg("which"),
+           py::arg("parts"), py::arg("target"))
+      .def("copy_strided", &PlanBuilder::copy_strided, py::arg("source"), py::arg("which"),
+           py::arg("offset"), py::arg("dimensions"), py::arg("target"))
+      .def("use_stream", &PlanBuilder::use_stream, py::arg("device"), py::arg("stream"))
+      .def("populate", &PlanBuilder::populate, py::arg("now"))
+      .def("prepare", &PlanBuilder::prepare)
+      .def("start", &PlanBuilder::start, py::arg("scratch"))
+      .def("wait", &PlanBuilder::wait, py::arg("seconds"))
+      .def("cancel", &PlanBuilder::cancel)
+      .def("progress", &PlanBuilder::progress)
+      .def("finish", [](PlanBuilder& self) { return report_dict(self.finish()); })
+      .def("tensors", &PlanBuilder::tensors, py::arg("from_dlpack"));
+}
+
+}  // namespace weightlift::bind
