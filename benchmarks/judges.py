@@ -28,8 +28,8 @@ class Figure:
 
 
 # What the hardware gives, by name, in bytes a second.
-Ceilings = dict[str, float]
-Judge = Callable[[Comparison, Ceilings], Figure]
+Rates = dict[str, float]
+Judge = Callable[[Comparison, Rates], Figure]
 
 
 def never_slower(limit: float, ours: str = OURS) -> Judge:
@@ -45,7 +45,7 @@ def faster_than_each(limit: float, ours: str = OURS) -> Judge:
 def _against_each(
     target: str, ours: str, shown: Callable[[float], float], passes: Callable[[float], bool]
 ) -> Judge:
-    def judge(found: Comparison, _: Ceilings) -> Figure:
+    def judge(found: Comparison, _: Rates) -> Figure:
         ratios = {
             name: ratio
             for name in found.samples
@@ -63,7 +63,7 @@ def _against_each(
 def ratio_at_most(limit: float, to: str, ours: str = OURS) -> Judge:
     """Our time over another's."""
 
-    def judge(found: Comparison, _: Ceilings) -> Figure:
+    def judge(found: Comparison, _: Rates) -> Figure:
         ratio = found.time_ratio(ours, to)
         return _figure(f"<= {limit:g}x {to}", ratio, "x", lambda r: r <= limit)
 
@@ -73,7 +73,7 @@ def ratio_at_most(limit: float, to: str, ours: str = OURS) -> Judge:
 def faster_at_least(limit: float, than: str, ours: str = OURS) -> Judge:
     """Another's time over ours."""
 
-    def judge(found: Comparison, _: Ceilings) -> Figure:
+    def judge(found: Comparison, _: Rates) -> Figure:
         ratio = found.time_ratio(than, ours)
         return _figure(f">= {limit:g}x {than}", ratio, "x", lambda r: r >= limit)
 
@@ -83,8 +83,8 @@ def faster_at_least(limit: float, than: str, ours: str = OURS) -> Judge:
 def within_memory(limit: float, ours: str, time: Judge) -> Judge:
     """A judge of the time, and the peak of the own memory over the bytes that came out."""
 
-    def judge(found: Comparison, ceilings: Ceilings) -> Figure:
-        figure = time(found, ceilings)
+    def judge(found: Comparison, rates: Rates) -> Figure:
+        figure = time(found, rates)
         if ours not in found.samples:
             return figure
         share = found.peak(ours) / found.samples[ours][0].bytes
@@ -101,7 +101,7 @@ def within_memory(limit: float, ours: str, time: Judge) -> Judge:
 def overlapped(slack: float, whole: str, parts: tuple[str, ...]) -> Judge:
     """What a load takes beyond the longer of its parts, in the median round."""
 
-    def judge(found: Comparison, _: Ceilings) -> Figure:
+    def judge(found: Comparison, _: Rates) -> Figure:
         beyond = None
         if all(name in found.samples for name in (whole, *parts)):
             rounds = zip(found.times(whole), *(found.times(part) for part in parts), strict=True)
@@ -115,7 +115,7 @@ def overlapped(slack: float, whole: str, parts: tuple[str, ...]) -> Judge:
 def microseconds_a_tensor(limit: float, ours: str) -> Judge:
     """What the call costs beside the bytes, which are next to none."""
 
-    def judge(found: Comparison, _: Ceilings) -> Figure:
+    def judge(found: Comparison, _: Rates) -> Figure:
         each = None
         if ours in found.samples:
             each = found.median(ours) / found.samples[ours][0].tensors * 1e6
@@ -125,7 +125,7 @@ def microseconds_a_tensor(limit: float, ours: str) -> Judge:
 
 
 def seconds_at_most(limit: float) -> Judge:
-    def judge(found: Comparison, _: Ceilings) -> Figure:
+    def judge(found: Comparison, _: Rates) -> Figure:
         seconds = found.median(OURS) if OURS in found.samples else None
         scaled = None if seconds is None else seconds * 1e3
         return _figure(f"<= {limit * 1e3:g} ms", scaled, " ms", lambda ms: ms <= limit * 1e3)
@@ -136,11 +136,11 @@ def seconds_at_most(limit: float) -> Judge:
 def share_of_ceiling(limit: float) -> Judge:
     """Our rate over the smaller of the link's and the page cache's; and the fastest of all."""
 
-    def judge(found: Comparison, ceilings: Ceilings) -> Figure:
+    def judge(found: Comparison, rates: Rates) -> Figure:
         share = None
         fastest = True
         if OURS in found.samples:
-            best = min(ceilings["pinned memory to the GPU"], ceilings["page cache to memory"])
+            best = min(rates["pinned memory to the GPU"], rates["page cache to memory"])
             share = found.rate(OURS) / best * 100
             fastest = found.median(OURS) <= min(map(found.median, found.samples))
         return _figure(f">= {limit:g} %, fastest", share, " %", lambda s: s >= limit and fastest)
@@ -151,12 +151,12 @@ def share_of_ceiling(limit: float) -> Judge:
 def cast_to_device(limit: float) -> Judge:
     """Our time over the slower of reading the file on the host and sending the result."""
 
-    def judge(found: Comparison, ceilings: Ceilings) -> Figure:
+    def judge(found: Comparison, rates: Rates) -> Figure:
         ratio = None
         if OURS in found.samples:
             floor = max(
-                found.file_bytes / ceilings["page cache to memory"],
-                found.samples[OURS][0].bytes / ceilings["pinned memory to the GPU"],
+                found.file_bytes / rates["page cache to memory"],
+                found.samples[OURS][0].bytes / rates["pinned memory to the GPU"],
             )
             ratio = found.median(OURS) / floor
         return _figure(f"<= {limit:g}x the bytes", ratio, "x", lambda r: r <= limit)

@@ -32,10 +32,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-import ceilings
-from judges import Ceilings, Figure
+import floors
+from judges import Figure, Rates
 from summary import RUNS, first_line, machine_name
-from weightlift.bench.conditions import machine
+from weightlift.bench.conditions import NOT_BACKED, machine
 from weightlift.bench.measure import Comparison, Job, compare
 from weightlift.bench.plot import format_seconds
 from weightlift.bench.tables import describe_run
@@ -75,7 +75,7 @@ def main() -> int:
     start = time.monotonic()
     arguments.data.mkdir(parents=True, exist_ok=True)
     jobs = make_jobs(chosen, arguments.data, arguments.scale, console)
-    found = measure_ceilings(jobs, console)
+    found = measure_rates(jobs, console)
     now = datetime.datetime.now(datetime.timezone.utc)
     out = arguments.out or unused(f"{now:%Y-%m-%d}-{machine_name(machine())}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def main() -> int:
         "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
         "scale": arguments.scale,
         "machine": machine(),
-        "ceilings": found,
+        "rates": found,
         "figures": {},
         "comparisons": [],
     }
@@ -127,14 +127,14 @@ def make_jobs(
     return jobs
 
 
-def measure_ceilings(jobs: dict[str, Job], console: Console) -> Ceilings:
+def measure_rates(jobs: dict[str, Job], console: Console) -> Rates:
     sizes = sorted((Path(file).stat().st_size, file) for job in jobs.values() for file in job.files)
     if not sizes:
         return {}
     # The smallest that is large enough: it is read whole.
-    chosen = next((file for size, file in sizes if size >= ceilings.MOST), sizes[-1][1])
+    chosen = next((file for size, file in sizes if size >= floors.MOST), sizes[-1][1])
     with console.status("measuring what the machine gives"):
-        return ceilings.measure(Path(chosen))
+        return floors.measure(Path(chosen))
 
 
 def run(
@@ -161,6 +161,7 @@ def run(
                 repeat=rounds[name],
                 seed=seed,
                 touched=workload.touched,
+                memory=workload.memory,
                 adapters=ADAPTERS,
                 environments=ENVIRONMENTS,
                 step=lambda _: progress.advance(task),
@@ -168,30 +169,30 @@ def run(
             yield name, found
 
 
-def least_seconds(
-    workload: Workload, comparison: Comparison, contender: str, found: Ceilings
+def floor_of(
+    workload: Workload, comparison: Comparison, contender: str, found: Rates
 ) -> float | None:
-    """What the load would take at its ceiling."""
-    if workload.ceiling is None or contender not in comparison.samples:
+    """Seconds below which this machine cannot do the load."""
+    if workload.floor is None or contender not in comparison.samples:
         return None
-    count = float(comparison.file_bytes)
-    if workload.ceiling == "copy":
-        count = (count + comparison.samples[contender][0].bytes) / 2
-        rate = found.get("memory copy")
-    elif workload.ceiling == "link":
-        rate = min(found["pinned memory to the GPU"], found["page cache to memory"])
-    else:
-        rate = found.get(workload.ceiling)
-    return None if rate is None else count / rate
+    files = comparison.file_bytes
+    given = comparison.samples[contender][0].bytes
+    if workload.floor == "memory":
+        new = "new memory, not backed" if comparison.memory == NOT_BACKED else "new memory"
+        return max(files / found["page cache"], given / found[new])
+    if workload.floor == "link":
+        return files / min(found["pinned memory to the GPU"], found["page cache to memory"])
+    rate = found.get({"mapped": "page cache, mapped", "disk": "disk, direct"}[workload.floor])
+    return None if rate is None else files / rate
 
 
-def to_json(workload: Workload, comparison: Comparison, found: Ceilings) -> dict[str, Any]:
+def to_json(workload: Workload, comparison: Comparison, found: Rates) -> dict[str, Any]:
     content = comparison.to_json()
-    content |= {"about": workload.what, "ceiling": workload.ceiling}
+    content["about"] = workload.what
     for name, contender in content["contenders"].items():
-        least = least_seconds(workload, comparison, name, found)
-        share = None if least is None else least / comparison.median(name)
-        contender["share_of_ceiling"] = share
+        floor = floor_of(workload, comparison, name, found)
+        contender["floor_seconds"] = floor
+        contender["floor_multiple"] = None if floor is None else comparison.median(name) / floor
     return content
 
 
@@ -200,7 +201,7 @@ def show(
     chosen: dict[str, Workload],
     comparisons: dict[str, Comparison],
     figures: dict[str, Figure],
-    found: Ceilings,
+    found: Rates,
 ) -> None:
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -211,7 +212,7 @@ def show(
     )
     table.add_column("workload", no_wrap=True, min_width=17)
     table.add_column("contender", no_wrap=True, min_width=20)
-    for title, width in (("time", 8), ("GB/s", 5), ("ceiling", 7), ("memory", 8)):
+    for title, width in (("time", 8), ("GB/s", 5), ("floor", 7), ("memory", 8)):
         table.add_column(title, no_wrap=True, min_width=width, justify="right")
     table.add_column("target", max_width=18)
     table.add_column("measured", no_wrap=True, min_width=11, justify="right")
@@ -226,13 +227,13 @@ def show(
             rate = ""
             if comparison.job.what == "load":
                 rate = f"{comparison.rate(contender) / 1e9:.2f}"
-            least = least_seconds(workload, comparison, contender, found)
+            floor = floor_of(workload, comparison, contender, found)
             table.add_row(
                 name if place == 0 else "",
                 contender,
                 format_seconds(comparison.median(contender)),
                 rate,
-                "" if least is None else f"{least / comparison.median(contender):.0%}",
+                "" if floor is None else f"{comparison.median(contender) / floor:.2f}x",
                 format_bytes(comparison.peak(contender)),
                 *(ends if place == 0 else [""] * 3),
             )

@@ -40,6 +40,7 @@ from judges import (
     share_of_ceiling,
     within_memory,
 )
+from weightlift.bench.conditions import BACKED, NOT_BACKED
 from weightlift.bench.measure import Job
 
 REFERENCE = "safetensors"
@@ -65,9 +66,12 @@ class Workload:
     Attributes:
         what: for the reader.
         job: makes the files that it needs in a folder, at a scale, and names the load.
-        judge: the figure; it gets the ceilings.
-        ceiling: which of them the time is compared with; ``"copy"`` is a copy of the mean of what
-            goes in and what comes out.
+        judge: the figure; it gets the rates of ``floors.py``.
+        floor: what the machine has to do at the least: ``"mapped"``, touch the mapped files;
+            ``"memory"``, read the files from the page cache and get new memory for what comes out,
+            both by all threads; ``"disk"``, read the files from the disk; ``"link"``, send them
+            to the GPU.
+        memory: the state of memory that loads find: ``bench.conditions``.
         rounds: times as many as others have. Short loads scatter more, and more of them cost
             little; casts scatter with the memory that is new to their process.
     """
@@ -76,10 +80,11 @@ class Workload:
     job: MakeJob
     judge: Judge
     contenders: tuple[str, ...] = FILES
-    ceiling: str | None = None
+    floor: str | None = None
     cold: bool = False
     touched: bool = True
     rounds: float = 1
+    memory: str = BACKED
 
 
 def _sized(count: float, scale: float) -> tuple[int, str]:
@@ -202,27 +207,27 @@ BYTES = {
         "bf16, every page touched",
         _file("bf16", 2 * GB, torch.bfloat16),
         never_slower(1.05),
-        ceiling="page cache, mapped",
+        floor="mapped",
     ),
     "same-fp32": Workload(
         "fp32, every page touched",
         _file("fp32", 3 * GB, torch.float32),
         never_slower(1.05),
         (OURS, REFERENCE),
-        ceiling="page cache, mapped",
+        floor="mapped",
     ),
     "shards": Workload(
         "bf16 in 4 shards, every page touched",
         _shards,
         never_slower(1.05),
-        ceiling="page cache, mapped",
+        floor="mapped",
     ),
     "read-bf16": Workload(
         "bf16, into own memory",
         _file("bf16", 2 * GB, torch.bfloat16, mode="read"),
         never_slower(1.05),
         OWN_MEMORY,
-        ceiling="page cache to memory",
+        floor="memory",
         rounds=1.8,
     ),
     "one-tensor": Workload(
@@ -236,7 +241,7 @@ BYTES = {
         "fp32 -> bf16",
         _file("fp32", 3 * GB, torch.float32, dtype="bfloat16"),
         faster_than_each(2.5),
-        ceiling="copy",
+        floor="memory",
         rounds=1.8,
     ),
     "cast-up": Workload(
@@ -244,7 +249,7 @@ BYTES = {
         _file("bf16", 2 * GB, torch.bfloat16, dtype="float32"),
         faster_than_each(2.5),
         (OURS, REFERENCE),
-        ceiling="copy",
+        floor="memory",
         rounds=1.8,
     ),
     # The calls alone: the pages are the same for all, and their touch would hide the calls.
@@ -265,13 +270,13 @@ BYTES = {
         "18,867 tensors in the shapes of a mixture of experts, every page touched",
         _experts("cpu"),
         never_slower(1.05),
-        ceiling="page cache, mapped",
+        floor="mapped",
     ),
     "cold-bf16": Workload(
         "bf16, not in the page cache",
         _file("bf16", 2 * GB, torch.bfloat16),
         faster_than_each(2.0),
-        ceiling="disk, direct",
+        floor="disk",
         cold=True,
     ),
     "import": Workload(
@@ -285,7 +290,7 @@ BYTES = {
         _bin("bf16", 2 * GB, torch.bfloat16),
         ratio_at_most(1.05, "twin"),
         TORCH,
-        ceiling="page cache to memory",
+        floor="memory",
         rounds=1.8,
     ),
     "bin-map": Workload(
@@ -293,21 +298,21 @@ BYTES = {
         _bin("bf16", 2 * GB, torch.bfloat16, mode="map"),
         ratio_at_most(1.05, "twin"),
         TORCH,
-        ceiling="page cache, mapped",
+        floor="mapped",
     ),
     "bin-fp32": Workload(
         ".bin, fp32, mapped",
         _bin("fp32", 3 * GB, torch.float32, mode="map"),
         ratio_at_most(1.05, "twin"),
         TORCH,
-        ceiling="page cache, mapped",
+        floor="mapped",
     ),
     "bin-cast": Workload(
         ".bin, fp32 -> bf16",
         _bin("fp32", 3 * GB, torch.float32, dtype="bfloat16"),
         ratio_at_most(1.05, "twin"),
         TORCH,
-        ceiling="copy",
+        floor="memory",
         rounds=1.8,
     ),
 }
@@ -317,14 +322,14 @@ MODELS = {
         _model(*_LLAMA, dtype="bfloat16"),
         ratio_at_most(1.05, OURS, "load_into"),
         ("load_into", OURS, "accelerate"),
-        ceiling="page cache, mapped",
+        floor="mapped",
     ),
     "into-cast": Workload(
         "load_into, 1.1 B parameters, bf16 -> fp32",
         _model(*_LLAMA, dtype="float32"),
         faster_than_each(2.5, "load_into"),
         ("load_into", "stock", "accelerate"),
-        ceiling="copy",
+        floor="memory",
         rounds=1.8,
     ),
     "into-9000": Workload(
@@ -339,14 +344,14 @@ MODELS = {
         _model(*_LLAMA, dtype="bfloat16"),
         ratio_at_most(1.05, "stock", "backend"),
         ("backend", "stock"),
-        ceiling="page cache, mapped",
+        floor="mapped",
     ),
     "transformers-cast": Workload(
         "transformers, 1.1 B parameters, bf16 -> fp32",
         _model(*_LLAMA, dtype="float32"),
         faster_at_least(2.5, "stock", "backend"),
         ("backend", "stock"),
-        ceiling="copy",
+        floor="memory",
         rounds=1.8,
     ),
     "transformers-moe": Workload(
@@ -361,14 +366,14 @@ MODELS = {
         _model(*_UNET, dtype="float32"),
         ratio_at_most(1.05, "stock", "ModelMixin"),
         ("ModelMixin", "backend", "stock"),
-        ceiling="page cache, mapped",
+        floor="mapped",
     ),
     "unet-cast": Workload(
         "diffusers, the UNet of Stable Diffusion 1.5, fp32 -> bf16",
         _model(*_UNET, dtype="bfloat16"),
         within_memory(1.05, "ModelMixin", faster_at_least(2.5, "stock", "ModelMixin")),
         ("ModelMixin", "backend", "stock"),
-        ceiling="copy",
+        floor="memory",
         rounds=1.8,
     ),
     "unet-bin": Workload(
@@ -376,14 +381,14 @@ MODELS = {
         _unet_by_torch("map"),
         ratio_at_most(1.05, "ModelMixin-twin", "ModelMixin"),
         ("ModelMixin", "ModelMixin-twin", "backend", "stock"),
-        ceiling="page cache, mapped",
+        floor="mapped",
     ),
     "unet-bin-read": Workload(
         "diffusers, the UNet of Stable Diffusion 1.5 in a .bin, fp32, into own memory",
         _unet_by_torch("read"),
         ratio_at_most(1.05, "ModelMixin-twin", "ModelMixin"),
         ("ModelMixin", "ModelMixin-twin", "backend", "stock"),
-        ceiling="page cache to memory",
+        floor="memory",
         rounds=1.8,
     ),
     "overlap": Workload(
@@ -408,7 +413,7 @@ MODELS = {
         _pipeline,
         faster_at_least(2.0, "stock", "backend"),
         ("backend", "stock"),
-        ceiling="disk, direct",
+        floor="disk",
         cold=True,
     ),
     "flax": Workload(
@@ -420,39 +425,57 @@ MODELS = {
             faster_at_least(2.0, "safetensors.flax", "weightlift.flax"),
         ),
         ("weightlift.flax", "safetensors.flax"),
-        ceiling="page cache to memory",
+        floor="memory",
         rounds=1.8,
     ),
 }
-CPU = {**BYTES, **MODELS}
+# The casts where the machine's host has taken its free memory: not slower than the reference.
+NOT_BACKED_STATE = {
+    f"{name}-unbacked": dataclasses.replace(
+        workload,
+        what=f"{workload.what}, memory not backed",
+        judge=ratio_at_most(1.0, reference, ours),
+        contenders=(ours, reference),
+        memory=NOT_BACKED,
+    )
+    for name, ours, reference in (
+        ("cast-down", OURS, REFERENCE),
+        ("cast-up", OURS, REFERENCE),
+        ("into-cast", "load_into", "stock"),
+        ("transformers-cast", "backend", "stock"),
+        ("unet-cast", "ModelMixin", "stock"),
+    )
+    for workload in ({**BYTES, **MODELS}[name],)
+}
+CPU = {**BYTES, **MODELS, **NOT_BACKED_STATE}
 CUDA = {
     "cuda-same": Workload(
         "bf16",
         _file("bf16", 8 * GB, torch.bfloat16, device="cuda"),
         share_of_ceiling(95),
         ON_CUDA,
-        ceiling="link",
+        floor="link",
     ),
     "cuda-shards": Workload(
         "bf16 in 4 shards",
         lambda data, scale: dataclasses.replace(_shards(data, scale), device="cuda"),
         share_of_ceiling(95),
         ON_CUDA,
-        ceiling="link",
+        floor="link",
     ),
     "cuda-cast": Workload(
         "fp32 -> bf16",
         _file("fp32", 4 * GB, torch.float32, device="cuda", dtype="bfloat16"),
         cast_to_device(1.1),
         ON_CUDA,
-        ceiling="link",
+        floor="link",
     ),
     "cuda-cold": Workload(
         "bf16, not in the page cache",
         _file("bf16", 8 * GB, torch.bfloat16, device="cuda"),
         never_slower(1.0),
         ON_CUDA,
-        ceiling="disk, direct",
+        floor="disk",
         cold=True,
     ),
     "cuda-moe-18k": Workload(
@@ -460,7 +483,7 @@ CUDA = {
         _experts("cuda"),
         never_slower(1.0),
         ON_CUDA,
-        ceiling="link",
+        floor="link",
     ),
     "cuda-small-100k": Workload(
         "100,000 tensors of 1 to 16 KiB",

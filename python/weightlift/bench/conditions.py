@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from weightlift.bench import measure_child
 from weightlift.core.version import __version__
 
 __all__ = [
+    "BACKED",
+    "NOT_BACKED",
     "RUN_CHILD",
     "BackedMemory",
     "cpu_model",
     "huge_pages",
     "machine",
+    "new_memory_rate",
     "page_cache",
     "prepare_files",
     "read_program",
@@ -37,6 +41,13 @@ _RUN = (
     "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 RUN_CHILD = ["-c", _RUN, measure_child.__file__]
+# The states of memory that a load finds.
+BACKED = "backed"
+NOT_BACKED = "not backed"
+# A virtual machine's host takes what is free within two seconds (Linux, mm/page_reporting.c), and
+# what is much in several steps.
+TAKEN_SECONDS = 8.0
+_PROBED_BYTES = 16 << 20
 _SYS_CACHESTAT = 451  # on all architectures
 
 
@@ -75,6 +86,20 @@ class BackedMemory:
         if self._holder is not None:
             with self._holder:  # closes its input, and waits
                 self._holder = None
+
+
+def new_memory_rate() -> float:
+    """Bytes a second at which new memory on huge pages comes now: whether the machine has it.
+
+    The slowest of four parts: what was freed last, which comes first, is there in any state.
+    """
+    rates = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            start = time.perf_counter()
+            stack.enter_context(measure_child.backed_memory(_PROBED_BYTES))
+            rates.append(_PROBED_BYTES / (time.perf_counter() - start))
+    return min(rates)
 
 
 def settle(files: Iterable[str | os.PathLike[str]]) -> None:

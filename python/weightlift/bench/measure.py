@@ -30,8 +30,12 @@ from typing import IO, Any
 
 import weightlift._native as _native
 from weightlift.bench.conditions import (
+    BACKED,
+    NOT_BACKED,
     RUN_CHILD,
+    TAKEN_SECONDS,
     BackedMemory,
+    new_memory_rate,
     prepare_files,
     read_program,
     resident_bytes,
@@ -83,6 +87,8 @@ class Sample:
             cannot tell.
         resident_bytes_after: the same, after it.
         backed_bytes: of memory that was made available beforehand.
+        new_memory_rate: bytes a second at which new memory came right before the load, on huge
+            pages.
         report: what weightlift reports of the load.
         forward_seconds: of a model's first forward pass, where it was asked for; ``None`` where
             there was none, for the reason that ``forward`` says.
@@ -101,6 +107,7 @@ class Sample:
     resident_bytes: int | None
     resident_bytes_after: int | None
     backed_bytes: int
+    new_memory_rate: float | None = None
     report: dict[str, Any] | None = None
     forward_seconds: float | None = None
     forward: str = ""
@@ -132,6 +139,8 @@ class Comparison:
         touched: whether the touch counts; without it a comparison is of the calls alone.
         versions: of the contenders' libraries.
         conversions: seconds, by contender, that it took to make the files of its own format.
+        memory: ``"backed"``: the machine had what a load needs when it began; ``"not backed"``: its
+            host had time to take what is free.
     """
 
     name: str
@@ -143,6 +152,7 @@ class Comparison:
     touched: bool = True
     versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
     conversions: dict[str, float] = dataclasses.field(default_factory=dict)
+    memory: str = BACKED
 
     def times(self, contender: str) -> list[float]:
         """Seconds, round by round."""
@@ -204,6 +214,7 @@ class Comparison:
             **job,
             "cold": self.cold,
             "touched": self.touched,
+            "memory": self.memory,
             "file_bytes": self.file_bytes,
             "contenders": {
                 name: {
@@ -236,6 +247,7 @@ def compare(
     repeat: int = 5,
     seed: int = 0,
     touched: bool = True,
+    memory: str = BACKED,
     adapters: Path | None = None,
     environments: Path | None = None,
     begin: Callable[[str], None] = lambda _: None,
@@ -251,6 +263,8 @@ def compare(
         repeat: rounds.
         seed: of the order within the rounds.
         touched: whether ``Comparison`` counts the touch of all pages.
+        memory: the state in which each load finds the machine's memory: ``"backed"``, or ``"not
+            backed"``, which costs some seconds a measurement.
         adapters: a Python file with further contenders (``contenders.read_adapters``).
         environments: where contenders have virtual environments of their own.
         begin: called with words for what is done next.
@@ -288,7 +302,8 @@ def compare(
     # Their imports overlap, their measurements never: each of the others waits, and on CUDA a
     # context without work takes some of the device's memory but none of its time.
     together = max(1, _native.machine()["cpus"] // (4 if job.on_cuda else 1))
-    memory = BackedMemory(target_bytes(job, cold) + _SLACK_BYTES if job.what == "load" else 0)
+    backed = job.what == "load" and memory == BACKED
+    holder = BackedMemory(target_bytes(job, cold) + _SLACK_BYTES if backed else 0)
     for turn in range(repeat):
         order = [contender for contender in samples if contender not in refused]
         if not cold:
@@ -298,8 +313,8 @@ def compare(
             settle(sorted({file for name in order for file in children[name].files}))
         shuffle(order)
         for start in range(0, len(order), together):
-            with memory, contextlib.ExitStack() as stack:
-                memory.hold()
+            with holder, contextlib.ExitStack() as stack:
+                holder.hold()
                 running = [
                     stack.enter_context(children[contender].with_job(checksum=turn == 0))
                     for contender in order[start : start + together]
@@ -310,7 +325,7 @@ def compare(
                 for child in running:
                     contender = child.job.contender
                     begin(f"measuring {contender}, round {turn + 1} of {repeat}")
-                    sample = _measure(child, cold, memory)
+                    sample = _measure(child, cold, holder, memory)
                     versions[contender] = child.version
                     if isinstance(sample, Sample):
                         samples[contender].append(sample)
@@ -331,6 +346,7 @@ def compare(
         touched=touched,
         versions=versions,
         conversions=conversions,
+        memory=memory,
     )
 
 
@@ -365,21 +381,24 @@ def _wrong(samples: dict[str, list[Sample]]) -> dict[str, str]:
     return wrong
 
 
-def _measure(child: _Child, cold: bool, memory: BackedMemory) -> Sample | str:
+def _measure(child: _Child, cold: bool, holder: BackedMemory, memory: str) -> Sample | str:
     """A measurement, or why there is none."""
     try:
-        return _measured(child, cold, memory)
+        return _measured(child, cold, holder, memory)
     except _FailedError as failure:
         return str(failure)
 
 
-def _measured(child: _Child, cold: bool, memory: BackedMemory) -> Sample:
+def _measured(child: _Child, cold: bool, holder: BackedMemory, memory: str) -> Sample:
     child.check_ready()
     files = child.files
-    backed = memory.hold()
+    backed = holder.hold()
     read_program(child.pid)
     resident = prepare_files(files, cold)
-    memory.release()
+    holder.release()
+    if memory == NOT_BACKED:
+        time.sleep(TAKEN_SECONDS)
+    rate = new_memory_rate()
     figures, peak = child.go()
     before, after = figures.pop("anon_before"), figures.pop("anon_after")
     return Sample(
@@ -387,6 +406,7 @@ def _measured(child: _Child, cold: bool, memory: BackedMemory) -> Sample:
         resident_bytes=resident,
         resident_bytes_after=resident_bytes(files),
         backed_bytes=backed,
+        new_memory_rate=rate,
         **figures,
     )
 

@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from weightlift.bench.conditions import BACKED
 from weightlift.bench.models import NAMES, state
+from weightlift.bench.plot import format_rate
 from weightlift.core.report import format_bytes
 
 if TYPE_CHECKING:
@@ -38,12 +40,17 @@ def describe_run(found: Comparison) -> str:
         shares = [f"{bound(known) / max(found.file_bytes, 1):.1%}" for bound in (min, max)]
         cache = f"{' to '.join(dict.fromkeys(shares))} of the files"
     rounds = max(len(samples) for samples in found.samples.values())
-    backed = min(sample.backed_bytes for sample in every)
+    rates = [one.new_memory_rate for one in every if one.new_memory_rate is not None]
+    came = f"; new memory came at {format_rate(statistics.median(rates))}" if rates else ""
+    if found.memory == BACKED:
+        backed = format_bytes(min(sample.backed_bytes for sample in every))
+        memory = f"{backed} of memory on huge pages touched beforehand and held until it begins"
+    else:
+        memory = "memory not backed: free for some seconds, so that a host could take it"
     warm = "warm, read once more before each load"
     return (
         f"{'cold' if found.cold else warm}: before each load the page cache held {cache}; "
-        f"rounds in random order: {rounds}, a new process each; {format_bytes(backed)} of memory "
-        f"on huge pages touched beforehand and held until it begins"
+        f"rounds in random order: {rounds}, a new process each; {memory}{came}"
     )
 
 
@@ -52,7 +59,7 @@ def comparison_table(comparison: Comparison, reference: str = "weightlift") -> T
     from rich import box
     from rich.table import Table
 
-    from weightlift.bench.plot import format_rate, format_seconds
+    from weightlift.bench.plot import format_seconds
 
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold"

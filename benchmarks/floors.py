@@ -1,10 +1,11 @@
-"""What the hardware gives, measured without any loader.
+"""What the machine gives, measured without any loader: the floor under every load's time.
 
-    python benchmarks/ceilings.py FILE
+    python benchmarks/floors.py FILE
 
-prints, as JSON, bytes a second: copies from memory to memory; a file from the page cache into
-memory, and mapped; the file from the disk past the page cache; pinned memory to the GPU. All by all
-threads at once, the best of several, and the memory is there before the clock starts.
+prints, as JSON, bytes a second: copies from memory to memory; new memory, on huge or small pages,
+whichever come faster, when the machine has it and after its host may have taken it; a file in the
+page cache, read into a buffer a thread and into memory for all of it, and mapped; the file from the
+disk past the page cache; pinned memory to the GPU. By all threads at once, the best of several.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ DISK_THREADS = 16
 MOST = 2 * 10**9
 UNIT = 1 << 20
 REPEAT = 3
+# A host takes what is free within two seconds (Linux, mm/page_reporting.c), here in several steps.
+WAIT_SECONDS = 8.0
+MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module does not name it
 
 
 def measure(file: Path) -> dict[str, float]:
-    """The ceilings, measured in a process of its own, so that its memory is gone then."""
+    """The rates, measured in a process of its own, so that its memory is gone then."""
     done = subprocess.run(
         [sys.executable, __file__, str(file)], check=True, stdout=subprocess.PIPE, text=True
     )
@@ -80,17 +84,59 @@ def copy_rate(count: int) -> float:
     return rate
 
 
-def read_rate(file: Path, count: int, direct: bool) -> float:
-    """With ``direct`` past the page cache, into a buffer a thread; else into memory for all of it,
-    as a load does."""
+def new_memory_rate(count: int, wait: float) -> float:
+    """Of memory that nobody has touched, ``wait`` seconds after the last of it was given back; on
+    huge or on small pages, whichever are faster, by all threads."""
+    program = memory_toucher()
+    rates = []
+    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_NOHUGEPAGE):
+        for _ in range(1 if wait else REPEAT):
+            with contextlib.closing(memory(count)):  # the machine has it now
+                pass
+            time.sleep(wait)
+            rates.append(program(count, advice))
+    return max(rates)
+
+
+def memory_toucher() -> Callable[[int, int], float]:
+    """(bytes, advice) -> bytes a second, by all threads. Through ctypes, which lets the GIL go."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+    def touch(count: int, advice: int) -> float:
+        with contextlib.closing(mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) as new:
+            new.madvise(advice)
+            start = address(new)
+
+            def populate(begin: int, end: int) -> None:
+                for at in range(begin, end, 4 * UNIT):
+                    libc.madvise(start + at, min(4 * UNIT, end - at), MADV_POPULATE_WRITE)
+
+            part = -(-count // THREADS // (2 * UNIT)) * 2 * UNIT
+            bounds = [(at, min(at + part, count)) for at in range(0, count, part)]
+            workers = [threading.Thread(target=populate, args=bound) for bound in bounds]
+            began = time.perf_counter()
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            return count / (time.perf_counter() - began)
+
+    return touch
+
+
+def read_rate(file: Path, count: int, direct: bool, whole: bool = False) -> float:
+    """Into a buffer a thread, with ``direct`` past the page cache; or into memory for the whole of
+    it."""
     descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-    target = None if direct else memoryview(memory(count))
+    target = memoryview(memory(count)) if whole else None
 
     def read(begin: int, end: int) -> None:
-        own = memoryview(memory(4 * UNIT)) if target is None else target[begin:end]
+        unit = 4 * UNIT if direct or whole else UNIT  # that stays in a core's cache
+        own = memoryview(memory(unit)) if target is None else target[begin:end]
         done = 0
         while done < end - begin:
-            into = own[: end - begin - done] if target is None else own[done : done + 4 * UNIT]
+            into = own[: end - begin - done] if target is None else own[done : done + unit]
             done += os.preadv(descriptor, [into], begin + done)
 
     try:
@@ -135,8 +181,12 @@ def main() -> None:
     # Whole units, for direct reads.
     count = min(file.stat().st_size, MOST) // (4 * UNIT) * 4 * UNIT
     found = {"memory copy": copy_rate(max(count // 2, 64 * UNIT))}
+    fresh = max(count // 4 // (2 * UNIT) * 2 * UNIT, 64 * UNIT)
+    found["new memory"] = new_memory_rate(fresh, 0)
+    found["new memory, not backed"] = new_memory_rate(fresh, WAIT_SECONDS)
     settle([file])
-    found["page cache to memory"] = read_rate(file, count, direct=False)
+    found["page cache"] = read_rate(file, count, direct=False)
+    found["page cache to memory"] = read_rate(file, count, direct=False, whole=True)
     found["page cache, mapped"] = mapped_rate(file, count)
     os.sync()
     descriptor = os.open(file, os.O_RDONLY)
