@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import operator
 import os
-from types import EllipsisType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import weightlift._native as _native
@@ -232,36 +232,34 @@ def _flat(index: Any) -> Any:
 def _parse_index(index: Any, shape: tuple[int, ...]) -> list[tuple[int, int, int, bool]] | None:
     """(start, step, count, dropped) for each dimension; ``None`` for indices that are torch's."""
     items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
-    plain: list[int | slice | EllipsisType] = []
+    before: list[int | slice] = []  # what stands before the ellipsis, and behind it
+    behind: list[int | slice] | None = None
     for item in items:
-        if isinstance(item, slice) or item is Ellipsis:
-            plain.append(item)
+        if item is Ellipsis:
+            if behind is not None:
+                raise IndexError("an index can only have a single ellipsis ('...')")
+            behind = []
         elif isinstance(item, bool) or hasattr(item, "dim"):
             return None
         else:
             try:
-                plain.append(operator.index(item))
+                entry = item if isinstance(item, slice) else operator.index(item)
             except TypeError:  # an array of numpy has the method too
                 return None
-    given = sum(item is not Ellipsis for item in plain)
-    if given > len(shape):
+            (before if behind is None else behind).append(entry)
+    behind = behind or []
+    left_out = len(shape) - len(before) - len(behind)
+    if left_out < 0:
         raise IndexError(f"too many indices for tensor of dimension {len(shape)}")
-    if len(plain) - given > 1:
-        raise IndexError("an index can only have a single ellipsis ('...')")
-    if len(plain) == given:
-        plain.append(Ellipsis)
-    at = next(i for i, item in enumerate(plain) if item is Ellipsis)
-    full: list[Any] = [slice(None)] * (len(shape) - given)
-    plain[at : at + 1] = full
+    full = [*before, *[slice(None)] * left_out, *behind]
     parts = []
-    for dimension, (item, extent) in enumerate(zip(plain, shape, strict=True)):
+    for dimension, (item, extent) in enumerate(zip(full, shape, strict=True)):
         if isinstance(item, slice):
             start, stop, step = item.indices(extent)
             count = len(range(start, stop, step))
             # Over nothing, backwards, Python's start may be -1.
             parts.append((start if count else 0, step, count, False))
             continue
-        assert isinstance(item, int)
         if not -extent <= item < extent:
             raise IndexError(
                 f"index {item} is out of bounds for dimension {dimension} with size {extent}"

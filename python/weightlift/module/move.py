@@ -35,16 +35,16 @@ def move(
     import torch
 
     name = dtypes.parse_dtype(dtype)
-    slots = {
-        slot.name: slot
-        for slot in parameter_refs(model)
-        if slot.tensor.device.type == "cpu"
-        and slot.tensor.is_contiguous()
-        and dtypes.file_name(slot.tensor.dtype) is not None
-        and type(slot.tensor) in (torch.Tensor, torch.nn.Parameter)
+    refs = {
+        ref.name: ref
+        for ref in parameter_refs(model)
+        if ref.tensor.device.type == "cpu"
+        and ref.tensor.is_contiguous()
+        and dtypes.file_name(ref.tensor.dtype) is not None
+        and type(ref.tensor) in (torch.Tensor, torch.nn.Parameter)
     }
-    if not slots:
+    if not refs:
         return
-    tensors = {key: slot.tensor.detach() for key, slot in slots.items()}
+    tensors = {key: ref.tensor.detach() for key, ref in refs.items()}
     copies = copy_to_device(tensors, device, name, caller=caller)
-    set_all((slots[key], value) for key, value in copies.items())
+    set_all((refs[key], value) for key, value in copies.items())

@@ -73,14 +73,14 @@ def gather(model: torch.nn.Module) -> tuple[list[ParameterRef], list[torch.nn.Mo
                 if tensor is None:
                     continue
                 persistent = is_parameter or key not in module._non_persistent_buffers_set
-                known = found.get(id(tensor))
-                if known is None:
+                ref = found.get(id(tensor))
+                if ref is None:
                     found[id(tensor)] = ParameterRef(
                         tensor, is_parameter, persistent, prefix + key, module, key
                     )
                 else:
-                    known.ties += ((prefix + key, module, key),)
-                    known.persistent |= persistent
+                    ref.ties += ((prefix + key, module, key),)
+                    ref.persistent |= persistent
         if children := module._modules:
             for key, child in reversed(children.items()):
                 if child is not None:
@@ -89,9 +89,9 @@ def gather(model: torch.nn.Module) -> tuple[list[ParameterRef], list[torch.nn.Mo
 
 
 def set_one(
-    slot: ParameterRef, value: torch.Tensor, memory_format: torch.memory_format | None
+    ref: ParameterRef, value: torch.Tensor, memory_format: torch.memory_format | None
 ) -> None:
-    set_all([(slot, value)], memory_format)
+    set_all([(ref, value)], memory_format)
 
 
 def set_all(
@@ -100,11 +100,11 @@ def set_all(
     *,
     adopt: bool = False,
 ) -> None:
-    """Gives slots other tensors, of their shapes: in place of those on ``meta``, and as the
+    """Gives references other tensors, of their shapes: in place of those on ``meta``, and as the
     ``.data`` of real parameters.
 
     Args:
-        values: slots and their tensors.
+        values: references and their tensors.
         memory_format: of those with 4 dimensions.
         adopt: nobody else has the tensors, nor views them: they may become parameters themselves.
     """
@@ -112,21 +112,21 @@ def set_all(
 
     kinds = dtensor_types()
     parameter, plain = torch.nn.Parameter, torch.nn.Module.__setattr__
-    for slot, value in values:
+    for ref, value in values:
         if memory_format is not None and value.dim() == 4:
             value = value.contiguous(memory_format=memory_format)
         elif not value.is_contiguous():
             value = value.contiguous()
-        old = slot.tensor
+        old = ref.tensor
         if value.dim() != old.dim():  # [1] for a scalar
             value = value.reshape(old.shape)
         new: Any = value
-        if kinds and isinstance(old, kinds):
-            new = _sharded(slot, value)
+        if kinds and is_sharded(old):
+            new = _sharded(ref, value, old)
             if not old.is_meta:
                 torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
                 continue
-        elif slot.is_parameter:
+        elif ref.is_parameter:
             if not (old.is_meta or value.is_meta):
                 old.data = value
                 continue
@@ -143,11 +143,11 @@ def set_all(
                     new.__dict__.update(old.__dict__)
             else:
                 new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
-        slot.tensor = new
-        _assign(slot.module, slot.key, slot.is_parameter, new, plain)
-        if slot.ties:
-            for _, module, key in slot.ties:
-                _assign(module, key, slot.is_parameter, new, plain)
+        ref.tensor = new
+        _assign(ref.module, ref.key, ref.is_parameter, new, plain)
+        if ref.ties:
+            for _, module, key in ref.ties:
+                _assign(module, key, ref.is_parameter, new, plain)
 
 
 def assign_parameter(module: torch.nn.Module, key: str, parameter: torch.nn.Parameter) -> None:
@@ -167,16 +167,14 @@ def _assign(module: torch.nn.Module, key: str, is_parameter: bool, new: Any, pla
         (module._parameters if is_parameter else module._buffers)[key] = new
 
 
-def _sharded(slot: ParameterRef, value: torch.Tensor) -> torch.Tensor:
-    """A DTensor as the slot's, with this local part."""
+def _sharded(ref: ParameterRef, value: torch.Tensor, old: DTensor) -> torch.Tensor:
+    """A DTensor as the reference's, with this local part."""
     import torch
 
     from weightlift.module.dtensors import from_local
 
-    old = slot.tensor
-    assert is_sharded(old)
     new: torch.Tensor = from_local(value, old)
-    if slot.is_parameter:
+    if ref.is_parameter:
         new = torch.nn.Parameter(new, requires_grad=old.requires_grad and value.is_floating_point())
     new.__dict__.update({k: v for k, v in old.__dict__.items() if k not in new.__dict__})
     return new

@@ -80,6 +80,24 @@ def test_shards_and_device_maps(made: Callable[..., Path], device_map: Any, dtyp
     assert report.bytes == tensor_bytes(folder)
 
 
+@pytest.mark.parametrize("name", ["llama", "tied", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_loaded_in_inference_mode_can_be_trained(
+    made: Callable[..., Path], name: str, dtype: str
+) -> None:
+    """The library makes the tensors in threads, where the mode does not hold; only those that it
+    stacks are made where it does."""
+    folder = made(name)
+    with torch.inference_mode():
+        theirs = CAUSAL.from_pretrained(folder, dtype=dtype)
+        with wl.enabled(CALLER):
+            ours = CAUSAL.from_pretrained(folder, dtype=dtype)
+    stacked = [n for n, parameter in theirs.named_parameters() if parameter.is_inference()]
+    assert all(n.rpartition(".")[0].endswith("experts") for n in stacked)
+    ours(torch.arange(4)[None]).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in ours.parameters())
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mixtures(made: Callable[..., Path], name: str, dtype: str | None) -> None:

@@ -77,6 +77,8 @@ def walk_tensors(
     Raises:
         Retreat: before anything was changed in the model.
     """
+    import torch
+
     core = core_module()
     state = model.state_dict()
     info = core.LoadStateDictInfo(
@@ -92,7 +94,9 @@ def walk_tensors(
     with tqdm(total=len(targets), desc="Loading weights") as bar:
         show = _Bar(bar, len(targets))
         fill = _Fill(core, model, weights, state, config, info, disk_offload_index, show)
-        fill.run(targets)
+        # The library makes tensors in threads of its own, where the caller's mode does not hold.
+        with torch.inference_mode(False):
+            fill.run(targets)
         show(1, 1)
     mapping = config.weight_mapping or []
     model._weight_conversions = [entry for entry in mapping if entry.was_used()]
