@@ -106,6 +106,12 @@ def look_at_memory() -> list[Finding]:
     from weightlift.bench.conditions import huge_pages
     from weightlift.bench.measure_child import backed_memory
 
+    # As it is found, before what follows has the machine back it.
+    with (
+        _anonymous(_FAULT_BYTES, mmap.MADV_HUGEPAGE) as first,
+        _anonymous(_FAULT_BYTES, mmap.MADV_NOHUGEPAGE) as second,  # of what the first has not
+    ):
+        as_found = _touch_rate(first), _touch_rate(second)
     # As in _load_rate.
     with backed_memory(2 * _COPY_BYTES + 2 * _FAULT_BYTES):
         pass
@@ -131,9 +137,11 @@ def look_at_memory() -> list[Finding]:
             "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
             small,
         )
+    backed = small if state not in ("always", "madvise") else max(small, huge)
     threads = _native.machine()["cpus"]
     copy = _copy_rate(threads)
     return [
+        _state_of_memory(*as_found, backed),
         pages,
         Finding(
             "memory",
@@ -143,6 +151,24 @@ def look_at_memory() -> list[Finding]:
             value=copy,
         ),
     ]
+
+
+def _state_of_memory(huge: float, small: float, backed: float) -> Finding:
+    """Whether the machine has the memory that is free: rates of new memory as it was found, on huge
+    and on small pages, and of memory that was there."""
+    if max(huge, small) > backed / 2:
+        return Finding("memory", "state", "ok", "backed: the machine has the memory that is free")
+    return Finding(
+        "memory",
+        "state",
+        "missing",
+        f"not backed: new memory comes at {format_rate(huge)} on huge pages and "
+        f"{format_rate(small)} on small ones, at {format_rate(backed)} once the machine has it",
+        "the first load after a pause waits for its memory; weightlift takes the pages that come "
+        "faster",
+        "a machine without free-page reporting; or touch memory right before the load",
+        max(huge, small),
+    )
 
 
 def _anonymous(count: int, advice: int) -> mmap.mmap:
@@ -155,13 +181,18 @@ def _anonymous(count: int, advice: int) -> mmap.mmap:
 def _fault_rate(advice: int) -> float:
     """Bytes a second of memory touched for the first time, by one thread."""
     with _anonymous(_FAULT_BYTES, advice) as memory:
-        start = time.perf_counter()
-        try:
-            memory.madvise(_MADV_POPULATE_WRITE)
-        except OSError:  # before Linux 5.14
-            for place in range(0, _FAULT_BYTES, mmap.PAGESIZE):
-                memory[place] = 1
-        return _FAULT_BYTES / (time.perf_counter() - start)
+        return _touch_rate(memory)
+
+
+def _touch_rate(memory: mmap.mmap) -> float:
+    count = len(memory)
+    start = time.perf_counter()
+    try:
+        memory.madvise(_MADV_POPULATE_WRITE)
+    except OSError:  # before Linux 5.14
+        for place in range(0, count, mmap.PAGESIZE):
+            memory[place] = 1
+    return count / (time.perf_counter() - start)
 
 
 def _copy_rate(threads: int) -> float:

@@ -24,6 +24,7 @@ from weightlift.cli import disk_findings, gpu_findings, host_findings
 from weightlift.cli.disk_findings import look_at_disk
 from weightlift.cli.doctor import _folder
 from weightlift.cli.findings import Finding
+from weightlift.cli.host_findings import _state_of_memory
 
 MB = 10**6
 NO_SUCH_ADVICE = 9999
@@ -262,3 +263,15 @@ def test_a_source_tree_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
     found = conditions.machine()
     assert found["weightlift"] == wl.__version__
     assert found["torch"] is None
+
+
+@pytest.mark.parametrize(
+    ("huge", "small", "state"), [(0.2e9, 0.8e9, "missing"), (4e9, 1e9, "ok"), (1e9, 3e9, "ok")]
+)
+def test_the_state_of_memory(huge: float, small: float, state: str) -> None:
+    found = _state_of_memory(huge, small, 5e9)
+    assert (found.topic, found.name, found.state) == ("memory", "state", state)
+    if state == "missing":
+        assert "200 MB/s on huge pages and 800 MB/s on small ones, at 5.0 GB/s" in found.found
+        assert found.costs
+        assert found.remedy
