@@ -133,9 +133,9 @@ def test_memory_is_held_until_a_load_begins() -> None:
         assert before + count <= child_memory() < before + 2 * count
         assert memory.hold() == count  # the same
         assert child_memory() < before + 2 * count
-        memory.let_go()
+        memory.release()
         assert child_memory() == before
-        memory.let_go()
+        memory.release()
         assert memory.hold() == count
     assert child_memory() == before
 
