@@ -45,7 +45,7 @@ from transformers_models import (
     walked,
 )
 from weightlift.backends import signature_text
-from weightlift.backends.transformers import ahead, known, walk
+from weightlift.backends.transformers import compat, prefetch, walk
 from weightlift.backends.transformers import weights as weights_of
 from weightlift.backends.transformers.shards import Cut
 from weightlift.core.errors import OutOfMemoryError, ReadError
@@ -683,9 +683,11 @@ def test_what_was_begun_ends_with_the_call(
     """Also where the library fails before it asks for anything."""
     folder = made("llama")
     begun = []
-    begin = weights_of.Weights.begin
+    begin = weights_of.Weights.prefetch
     monkeypatch.setattr(
-        weights_of.Weights, "begin", lambda self, batch: (begun.append(batch), begin(self, batch))
+        weights_of.Weights,
+        "prefetch",
+        lambda self, batch: (begun.append(batch), begin(self, batch)),
     )
     files = open_files()
     with monkeypatch.context() as patch, wl.enabled(CALLER):
@@ -714,7 +716,7 @@ def test_nothing_begins_that_the_library_may_take_elsewhere(
     made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     begun = []
-    monkeypatch.setattr(weights_of.Weights, "begin", lambda self, batch: begun.append(batch))
+    monkeypatch.setattr(weights_of.Weights, "prefetch", lambda self, batch: begun.append(batch))
     with wl.enabled(CALLER):
         load(CAUSAL, made("llama"), **options)
     assert not begun
@@ -740,10 +742,10 @@ def test_nothing_begins_for_models_that_are_cut_or_quantized(
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
     begun = []
-    monkeypatch.setattr(weights_of.Weights, "begin", lambda self, batch: begun.append(batch))
-    with wl.enabled(CALLER), ahead.watching({option: "anything"}):
-        ahead.found(list(map(str, folder.glob("*.safetensors"))))
-        ahead.begin(model, None, None)
+    monkeypatch.setattr(weights_of.Weights, "prefetch", lambda self, batch: begun.append(batch))
+    with wl.enabled(CALLER), prefetch.watching({option: "anything"}):
+        prefetch.found(list(map(str, folder.glob("*.safetensors"))))
+        prefetch.begin(model, None, None)
     assert bool(begun) == begins
 
 
@@ -752,15 +754,15 @@ def test_nothing_begins_for_models_that_are_cut_or_quantized(
 
 @pytest.fixture
 def unknown_walk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "_KNOWN", frozenset())
-    monkeypatch.setattr(known, "_verdicts", {})
+    monkeypatch.setattr(compat, "_KNOWN", frozenset())
+    monkeypatch.setattr(compat, "_verdicts", {})
 
 
 @walked
 def test_the_walk_is_known() -> None:
     with wl.enabled(CALLER):
         config = modeling_utils.LoadStateDictConfig()
-        assert known.is_ours(config)
+        assert compat.is_walked(config)
 
 
 @pytest.mark.usefixtures("unknown_walk")
@@ -1086,7 +1088,7 @@ def test_a_failure_falls_back_before_tensors_are_placed(
         ours = load(CAUSAL, folder)
     ((kind, text),) = ours.warned
     assert kind is UserWarning
-    assert "stock way" in text
+    assert "its own loading" in text
     assert "the disk has gone" in text
     ours.warned = []
     assert_same_outcomes(ours, theirs)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 import weightlift as wl
 from distributed_support import assert_same_model, failure_of, run_checks, total
-from weightlift.backends.transformers import known, weights
+from weightlift.backends.transformers import compat, weights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -182,7 +182,7 @@ def check_what_goes_the_stock_way(folder: Path) -> None:
     state = safetensors.torch.load_file(folder / "llama" / "model.safetensors")
     torch.save({**state, "epoch": 3}, where / "pytorch_model.bin")
     (where / "config.json").write_bytes((folder / "llama" / "config.json").read_bytes())
-    unknown = mock.patch.object(known, "is_ours", return_value=False)
+    unknown = mock.patch.object(compat, "is_walked", return_value=False)
     cases = (where, contextlib.nullcontext()), (folder / "llama", unknown)
     for path, case in cases:
         theirs = load(path, "llama", tp_plan="auto")

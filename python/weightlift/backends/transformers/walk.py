@@ -10,19 +10,17 @@ conversions are the library's, on tensors that arrive a few at a time.
 
 from __future__ import annotations
 
-import collections
 import copy
-import dataclasses
 import functools
 import importlib
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightlift.backends.transformers.known import core_module
-from weightlift.backends.transformers.shards import Cut, cutter
-from weightlift.backends.transformers.weights import Batch, Retreat, Weights
+from weightlift.backends.transformers.compat import core_module
+from weightlift.backends.transformers.layout import Layout, layout_of
+from weightlift.backends.transformers.targets import Target, find_targets
+from weightlift.backends.transformers.weights import Batch, LoadFailed, Weights
 from weightlift.checkpoint.checkpoint import describe_location
 from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
@@ -34,39 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["walk_tensors"]
 
-_log = logging.getLogger("weightlift")
-
 # Bytes of what the library converts that are in memory besides the model: two of these.
 _WAVE_BYTES = 256 << 20
-
-
-@dataclasses.dataclass(slots=True)
-class _Target:
-    """A tensor of the model, the first of those that a converter makes, and what becomes it.
-
-    Attributes:
-        converter: the library's; ``None`` where the tensor is taken as it is.
-        sources: (pattern of the converter, name in the checkpoint), in the order of the walk.
-        cuts: of a DTensor, the part of each source that this rank takes, by name; ``None``: none.
-        device: as the device map has it.
-        value: where it is there already: the tensor, or by name what the converter made of them.
-    """
-
-    name: str
-    converter: Any
-    sources: list[tuple[str, str]]
-    cuts: dict[str, Cut | None] | None = None
-    device: Any = None
-    value: Any = None
-
-    def cut(self, key: str) -> Cut | None:
-        return None if self.cuts is None else self.cuts[key]
-
-    @property
-    def keys(self) -> list[str]:
-        """The sources that this rank takes something of."""
-        cuts = self.cuts
-        return [key for _, key in self.sources if cuts is None or cuts[key] is not None]
 
 
 def walk_tensors(
@@ -75,7 +42,7 @@ def walk_tensors(
     """``convert_and_load_state_dict_in_model``, without a quantizer and on whole tensors.
 
     Raises:
-        Retreat: before anything was changed in the model.
+        LoadFailed: before anything was changed in the model.
     """
     import torch
 
@@ -89,7 +56,7 @@ def walk_tensors(
         conversion_errors={},
         skipped_pp_keys=set(),
     )
-    targets = _targets(core, model, weights, state, config, info)
+    targets = find_targets(core, model, weights, state, config, info)
     tqdm = importlib.import_module("transformers.utils.logging").tqdm
     with tqdm(total=len(targets), desc="Loading weights") as bar:
         show = _Bar(bar, len(targets))
@@ -115,45 +82,6 @@ class _Bar:
         if reached > self._shown:
             self._bar.update(reached - self._shown)
             self._shown = reached
-
-
-def _targets(
-    core: Any, model: Any, weights: Weights, state: Mapping[str, Any], config: Any, info: Any
-) -> list[_Target]:
-    """Which tensors of the checkpoint become which of the model; what becomes none is noted."""
-    mapping = config.weight_mapping or []
-    renamings = [entry for entry in mapping if isinstance(entry, core.WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, core.WeightConverter)]
-    of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    prefix = model.base_model_prefix
-    targets: dict[str, _Target] = {}
-    cuts: dict[str, Callable[[Sequence[int], int], Cut | None]] = {}
-    seen: collections.Counter[tuple[str, str]] = collections.Counter()
-    for key in sorted(weights.headers, key=core.dot_natural_key):
-        name, pattern = core.rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = core.rename_source_key(key, [], [], prefix, state)
-        if name in state:
-            target = targets.get(name)
-            if target is None:
-                converter = None if pattern is None else of_pattern[pattern]
-                target = targets[name] = _Target(name, converter, [])
-                cut = cutter(state[name], converter)
-                if cut is not None:
-                    target.cuts = {}
-                    cuts[name] = cut
-            source = key if pattern is None else pattern
-            if target.cuts is not None:
-                number = seen[name, source]
-                seen[name, source] += 1
-                target.cuts[key] = cuts[name](weights.headers[key][1], number)
-            target.sources.append((source, key))
-        elif pattern is None:
-            info.unexpected_keys.add(name)
-        else:
-            patterns = of_pattern[pattern].target_patterns
-            info.unexpected_keys.update(name.replace(patterns[0], one) for one in patterns)
-    return list(targets.values())
 
 
 class _Fill:
@@ -183,7 +111,7 @@ class _Fill:
         self._modules: dict[str, torch.nn.Module] = {}
         self._find_modules(model, "")
 
-    def run(self, targets: Sequence[_Target]) -> None:
+    def run(self, targets: Sequence[Target]) -> None:
         from transformers.integrations.accelerate import expand_device_map
 
         devices = expand_device_map(self._device_map, [target.name for target in targets])
@@ -195,7 +123,7 @@ class _Fill:
         except OutOfMemoryError:
             raise
         except WeightliftError as error:
-            raise Retreat(error) from error
+            raise LoadFailed(error) from error
         for target in targets:
             if target.converter is None:
                 self._place(target)
@@ -209,7 +137,7 @@ class _Fill:
                 self._place_made(target, name, value[0] if isinstance(value, list) else value)
             target.value = None
 
-    def _is_mismatched(self, target: _Target) -> bool:
+    def _is_mismatched(self, target: Target) -> bool:
         """Notes a tensor that is taken as it is, and has another shape than the model's."""
         if target.converter is not None or self._goes_to_disk(target.name, target.device):
             return False
@@ -229,17 +157,17 @@ class _Fill:
     def _goes_to_disk(self, name: str, device: Any) -> bool:
         return bool(device == "disk" and name not in self._buffers)
 
-    def _load(self, targets: Sequence[_Target]) -> None:
+    def _load(self, targets: Sequence[Target]) -> None:
         """Brings in all that does not stay on the disk, and has it converted."""
         batch = Batch(self._weights, self._bar)
-        merged: list[tuple[_Target, _Layout]] = []
-        left: list[_Target] = []
-        plain: list[_Target] = []
+        merged: list[tuple[Target, Layout]] = []
+        left: list[Target] = []
+        plain: list[Target] = []
         for target in targets:
             if target.converter is not None:
                 layout = None
                 if target.device != "disk":
-                    layout = _layout(self._core, target, self._weights.headers)
+                    layout = layout_of(self._core, target, self._weights.headers)
                 if layout is not None:
                     merged.append((target, layout))
                 elif not self._on_disk:
@@ -251,7 +179,7 @@ class _Fill:
         self._merge(merged, batch)
         started = [batch]
 
-        def begun(wave: Sequence[_Target]) -> Batch:
+        def begun(wave: Sequence[Target]) -> Batch:
             started.append(self._wave(wave))
             started[-1].start()
             return started[-1]
@@ -268,6 +196,7 @@ class _Fill:
                 for target in wave:
                     target.value = self._convert(target, tensors)
             tensors = batch.result()
+            self._weights.drop_prefetched()
         except BaseException:
             for one in started:
                 one.cancel()
@@ -275,7 +204,7 @@ class _Fill:
         for target in plain:
             target.value = tensors[target.sources[0][1]]
 
-    def _to(self, target: _Target) -> torch.device:
+    def _to(self, target: Target) -> torch.device:
         """Where its sources go."""
         forced = target.cuts is None and getattr(target.converter, "force_cpu", False)
         on_host = target.device == "disk" or forced
@@ -283,7 +212,7 @@ class _Fill:
 
     # --- What the library stacks and concatenates
 
-    def _merge(self, merged: Sequence[tuple[_Target, _Layout]], batch: Batch) -> None:
+    def _merge(self, merged: Sequence[tuple[Target, Layout]], batch: Batch) -> None:
         sizes: dict[int, list[int]] = {}
         for target, layout in merged:
             device = self._to(target)
@@ -317,15 +246,15 @@ class _Fill:
 
     # --- What the library converts
 
-    def _wave(self, targets: Sequence[_Target]) -> Batch:
+    def _wave(self, targets: Sequence[Target]) -> Batch:
         batch = Batch(self._weights)
         for target in targets:
             for key in target.keys:
                 batch.add(key, self._to(target), self._dtypes(target.name), target.cut(key))
         return batch
 
-    def _waves(self, targets: Sequence[_Target]) -> Iterator[list[_Target]]:
-        wave: list[_Target] = []
+    def _waves(self, targets: Sequence[Target]) -> Iterator[list[Target]]:
+        wave: list[Target] = []
         waiting = 0
         for target in targets:
             for key in target.keys:
@@ -339,7 +268,7 @@ class _Fill:
         if wave:
             yield wave
 
-    def _convert(self, target: _Target, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def _convert(self, target: Target, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         converter = copy.deepcopy(target.converter)
         for pattern, key in target.sources:
             # A function, as the library's own: of what it is not given, it takes out the None.
@@ -365,7 +294,7 @@ class _Fill:
             if child is not None:
                 self._find_modules(child, f"{path}.{name}" if path else name)
 
-    def _place_made(self, target: _Target, name: str, value: torch.Tensor) -> None:
+    def _place_made(self, target: Target, name: str, value: torch.Tensor) -> None:
         from transformers.integrations.accelerate import get_device
 
         device = get_device(self._device_map, name)
@@ -386,7 +315,7 @@ class _Fill:
             converter,
         )
 
-    def _place(self, target: _Target) -> None:
+    def _place(self, target: Target) -> None:
         """Sets a tensor that is taken as it is, as ``set_param_for_module`` does."""
         import torch
 
@@ -453,74 +382,3 @@ def _dtypes(core: Any, state: Mapping[str, Any], config: Any) -> Callable[[str],
         return own
 
     return dtype
-
-
-@dataclasses.dataclass(slots=True)
-class _Layout:
-    """Where tensors lie in what they are stacked and concatenated to.
-
-    Attributes:
-        names: in the checkpoint.
-        shape: of the result.
-        parts: the result -> a contiguous part of it for each name.
-    """
-
-    names: list[str]
-    shape: tuple[int, ...]
-    parts: Callable[[torch.Tensor], list[torch.Tensor]]
-
-
-def _layout(
-    core: Any, target: _Target, headers: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> _Layout | None:
-    """The layout that a converter's operations come to; ``None`` where they do more, or would
-    fail, which is the library's to say."""
-    import torch
-
-    converter = target.converter
-    patterns = converter.target_patterns
-    if (
-        (converter.force_cpu and target.cuts is None)
-        or len(patterns) != 1
-        or patterns[0] not in target.name
-    ):
-        return None
-    lists: dict[str, list[str]] = {pattern: [] for pattern in converter.source_patterns}
-    shape_of: dict[str, tuple[int, ...]] = {}
-    taken = set(target.keys)
-    for pattern, key in target.sources:
-        if pattern not in lists or headers[key][0] not in dtypes.TORCH_NAMES:
-            return None
-        if key in taken:
-            cut = target.cut(key)
-            if cut is not None and len(cut.pieces or ()) > 1:
-                return None
-            shape_of[key] = headers[key][1] if cut is None else cut.shape
-            lists[pattern].append(key)
-    names = [name for held in lists.values() for name in held]
-    shapes = [shape_of[name] for name in names]
-    if "*" in target.name or not all(lists.values()) or any(headers[n][0] == "F4" for n in names):
-        return None
-    steps = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
-    merge, join = (core.MergeModulelist, 0), core.Concatenate
-    if steps == [merge] and len(lists) == 1 and len(set(shapes)) == 1:
-        return _Layout(names, (len(names), *shapes[0]), lambda value: list(value.unbind(0)))
-    if min(map(len, shapes)) == 0 or len({shape[1:] for shape in shapes}) != 1:
-        return None
-    if steps == [(join, 0)]:
-        rows = [shape[0] for shape in shapes]
-        return _Layout(
-            names, (sum(rows), *shapes[0][1:]), lambda value: list(torch.split(value, rows))
-        )
-    if steps == [merge, (join, 1)] and len({len(held) for held in lists.values()}) == 1:
-        of_list = [{shape_of[name][0] for name in held} for held in lists.values()]
-        if len(lists) < 2 or any(len(found) != 1 for found in of_list):
-            return None
-        widths = [found.pop() for found in of_list]
-        shape = (len(next(iter(lists.values()))), sum(widths), *shapes[0][1:])
-        return _Layout(
-            names,
-            shape,
-            lambda value: [one for part in torch.split(value, widths, 1) for one in part.unbind(0)],
-        )
-    return None

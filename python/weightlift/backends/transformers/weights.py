@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from weightlift.checkpoint.checkpoint import Checkpoint
     from weightlift.core.report import LoadReport
 
-__all__ = ["CALLER", "Batch", "Retreat", "Slice", "Weights"]
+__all__ = ["CALLER", "Batch", "LoadFailed", "Prefetched", "Slice", "Weights"]
 
 CALLER = "transformers"
 
 
-class Retreat(Exception):
-    """The engine failed before any tensor was placed."""
+class LoadFailed(Exception):
+    """The engine failed before any tensor was placed: the library can still load all of it."""
 
     def __init__(self, error: WeightliftError) -> None:
         super().__init__(str(error))
@@ -44,6 +44,7 @@ class Weights(Mapping[str, "Slice"]):
         checkpoint: where they are.
         headers: name -> (the file's dtype, shape).
         report: of all loads so far.
+        prefetched: what is on its way already.
     """
 
     def __init__(self, checkpoint: Checkpoint, mode: Mode) -> None:
@@ -51,10 +52,8 @@ class Weights(Mapping[str, "Slice"]):
         self.headers = checkpoint.headers()
         self.report: LoadReport | None = None
         self._mode = mode
+        self.prefetched = Prefetched(None)
         self._batch: Batch | None = None
-        self._ahead: Batch | None = None
-        self._claimed: set[str] = set()
-        self._arrived: dict[str, torch.Tensor] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
 
@@ -86,28 +85,15 @@ class Weights(Mapping[str, "Slice"]):
         batch.start()
         self._batch = batch
 
-    def begin(self, batch: Batch) -> None:
+    def prefetch(self, batch: Batch) -> None:
         """Begins a load before it is known what will be asked for."""
         batch.start()
-        self._ahead = batch
+        self.prefetched = Prefetched(batch)
 
-    def claim(self, name: str, device: torch.device, cast: str | None) -> bool:
-        """Whether a tensor is on its way to where it is wanted; it is the caller's from then on."""
-        if self._ahead is None or name in self._claimed:
-            return False
-        if not self._ahead.brings(name, device, cast):
-            return False
-        self._claimed.add(name)
-        return True
-
-    def claimed(self, names: Sequence[str], progress: Progress | None) -> dict[str, torch.Tensor]:
-        """Waits for tensors that were claimed: each is given out once."""
-        if self._ahead is not None:
-            batch, self._ahead = self._ahead, None
-            batch.show(progress)
-            arrived = batch.result()
-            self._arrived = {name: arrived[name] for name in self._claimed}
-        return {name: self._arrived.pop(name) for name in names}
+    def drop_prefetched(self) -> None:
+        """Lets go of what nobody has claimed."""
+        self.prefetched.cancel()
+        self.prefetched = Prefetched(None)
 
     def tensor(self, name: str) -> torch.Tensor:
         # The library's threads ask, all at once.
@@ -129,9 +115,62 @@ class Weights(Mapping[str, "Slice"]):
             if self._batch is not None:
                 self._batch.cancel()
                 self._batch = None
-            if self._ahead is not None:
-                self._ahead.cancel()
-                self._ahead = None
+            self.drop_prefetched()
+
+
+class Prefetched:
+    """A load that began before it was known what would be asked for.
+
+    Each tensor is claimed by one who then takes it, once. Nothing may have begun, or nothing of
+    what is wanted: then nothing can be claimed.
+
+    Args:
+        batch: the load, started.
+    """
+
+    def __init__(self, batch: Batch | None) -> None:
+        self._batch = batch
+        self._claimed: set[str] = set()
+        self._arrived: dict[str, torch.Tensor] | None = None
+        self._error: WeightliftError | None = None
+
+    def claim(self, name: str, device: torch.device, cast: str | None) -> bool:
+        """Whether a tensor is on its way to where it is wanted; it is the caller's from then on."""
+        if self._batch is None or name in self._claimed:
+            return False
+        if not self._batch.brings(name, device, cast):
+            return False
+        self._claimed.add(name)
+        return True
+
+    def take(self, names: Sequence[str], progress: Progress | None) -> dict[str, torch.Tensor]:
+        """Waits for tensors that were claimed.
+
+        Raises:
+            WeightliftError: the load failed, or was cancelled: the same for all who claimed.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._arrived is None:
+            try:
+                self._arrived = self._wait(progress)
+            except WeightliftError as error:
+                self._error = error
+                raise
+        arrived = self._arrived
+        return {name: arrived.pop(name) for name in names}
+
+    def _wait(self, progress: Progress | None) -> dict[str, torch.Tensor]:
+        if self._batch is None:
+            raise WeightliftError("the load that had begun was cancelled")
+        self._batch.show(progress)
+        return self._batch.result()
+
+    def cancel(self) -> None:
+        """Ends it; what was taken stays."""
+        if self._batch is not None:
+            self._batch.cancel()
+        self._batch, self._arrived = None, None
 
 
 class Slice:
@@ -164,7 +203,7 @@ class Batch:
         self._into: dict[tuple[torch.device, bool], list[_Into]] = {}
         self._joined: list[tuple[str, int, list[torch.Tensor]]] = []
         self._by_torch: dict[str, torch.dtype] = {}
-        self._begun: list[str] = []
+        self._claimed: list[str] = []
         self._running: RunningLoad | None = None
 
     def add(
@@ -185,8 +224,8 @@ class Batch:
         else:
             cast = None
         if cut is None or cut.pieces is None:
-            if self._weights.claim(name, device, cast):
-                self._begun.append(name)
+            if self._weights.prefetched.claim(name, device, cast):
+                self._claimed.append(name)
             else:
                 self._groups.setdefault((device, cast), {})[name] = None
         elif len(cut.pieces) == 1:
@@ -248,8 +287,8 @@ class Batch:
         import torch
 
         tensors: dict[str, torch.Tensor] = {}
-        if self._begun:
-            tensors = self._weights.claimed(self._begun, self._progress)
+        if self._claimed:
+            tensors = self._weights.prefetched.take(self._claimed, self._progress)
         running, self._running = self._running, None
         if running is not None:
             tensors |= running.result()

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from weightlift.backends.transformers import known
-from weightlift.backends.transformers.opening import open_checkpoint, weights_of, why_stock
+from weightlift.backends.transformers import compat
+from weightlift.backends.transformers.open_files import fallback_reason, open_checkpoint, weights_of
 from weightlift.backends.transformers.weights import Batch, Weights
 from weightlift.core import dtypes
 from weightlift.core.errors import WeightliftError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["begin", "begun", "found", "watching"]
 
 # With which the library cuts tensors, or makes others of them.
-_NOT_AHEAD = (
+_NOT_PREFETCHED = (
     "device_mesh",
     "distributed_config",
     "gguf_file",
@@ -79,24 +79,24 @@ def found(files: Sequence[str] | None) -> None:
 def begin(model: Any, key_mapping: Any, hf_quantizer: Any) -> None:
     """Starts to load what goes to a model as it is; the model is on ``meta``."""
     call = _current.get()
-    if call is None or not call.files or call.weights is not None or known.is_foreign():
+    if call is None or not call.files or call.weights is not None or compat.is_foreign():
         return
     if key_mapping or hf_quantizer is not None:
         return
-    if any(call.options.get(name) is not None for name in _NOT_AHEAD):
+    if any(call.options.get(name) is not None for name in _NOT_PREFETCHED):
         return
     device = _device(call.options.get("device_map"))
     if device is None:
         return
     config = types.SimpleNamespace(device_map={"": device}, hf_quantizer=None)
-    if why_stock(model, call.files, config, sharded=False):
+    if fallback_reason(model, call.files, config, sharded=False):
         return
     try:
-        weights = _start(model, call, device)
+        weights = _start(model, call, call.files, device)
     except WeightliftError:  # the load itself meets the same, and says so
         return
     # Now rather than before: reading the library's source takes longer than to start.
-    if weights is not None and not known.is_ours(config):
+    if weights is not None and not compat.is_walked(config):
         weights.close()
         weights = None
     call.weights = weights
@@ -124,12 +124,11 @@ def _device(device_map: Any) -> torch.device | None:
     return None
 
 
-def _start(model: Any, call: _Call, device: torch.device) -> Weights | None:
-    assert call.files is not None
-    checkpoint = open_checkpoint(call.files)
+def _start(model: Any, call: _Call, files: Sequence[str], device: torch.device) -> Weights | None:
+    checkpoint = open_checkpoint(files)
     if not checkpoint.is_plain or "not_tensors" in checkpoint.metadata:
         return None
-    weights = weights_of(checkpoint, call.files, call.options.get("disable_mmap"))
+    weights = weights_of(checkpoint, files, call.options.get("disable_mmap"))
     batch = Batch(weights)
     state = model.state_dict()
     if any(model._get_dtype_plan(dtype) for dtype in {held.dtype for held in state.values()}):
@@ -141,5 +140,5 @@ def _start(model: Any, call: _Call, device: torch.device) -> Weights | None:
         wanted = dtypes.file_name(held.dtype)
         if wanted == own or (own in dtypes.CASTABLE and wanted in dtypes.CASTABLE):
             batch.add(name, device, held.dtype)
-    weights.begin(batch)
+    weights.prefetch(batch)
     return weights

@@ -1,4 +1,4 @@
-"""Which of the library's walks over the tensors of a checkpoint are known."""
+"""Which of the library's walks over the tensors of a checkpoint are compat."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tokenize
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["core_module", "is_foreign", "is_ours", "offer"]
+__all__ = ["core_module", "is_foreign", "is_walked", "offer"]
 
 _log = logging.getLogger("weightlift")
 
@@ -53,7 +53,7 @@ def offer(original: Callable[..., Any]) -> None:
     _original = original
 
 
-def is_ours(config: Any) -> bool:
+def is_walked(config: Any) -> bool:
     """Whether a load with this ``LoadStateDictConfig`` can go through ``walk``."""
     return config.hf_quantizer is None and _original is not None and _is_known(_original)
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import weightlift._native as _native
-from weightlift.backends.transformers import known
+from weightlift.backends.transformers import compat
 from weightlift.backends.transformers.weights import Weights
 from weightlift.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["open_checkpoint", "weights_of", "why_stock"]
+__all__ = ["fallback_reason", "open_checkpoint", "weights_of"]
 
 
-def why_stock(model: Any, files: Sequence[str], config: Any, sharded: bool) -> str | None:
+def fallback_reason(model: Any, files: Sequence[str], config: Any, sharded: bool) -> str | None:
     """Why this load is the library's own, where it is."""
     import torch
 
@@ -30,12 +30,12 @@ def why_stock(model: Any, files: Sequence[str], config: Any, sharded: bool) -> s
         return "FSDP"
     if getattr(model, "_pp_stage", None) is not None:
         return "pipeline parallel"
-    if sharded and not known.is_ours(config):
+    if sharded and not compat.is_walked(config):
         return "tensor parallel, of quantized weights or by a walk that is not known"
     devices = set((config.device_map or {}).values())
     if "disk" in devices:
         devices.discard("disk")
-        if not known.is_ours(config):
+        if not compat.is_walked(config):
             return "offload to the disk, of quantized weights or by a walk that is not known"
     for device in devices:
         kind = "cuda" if isinstance(device, int) else torch.device(device).type
