@@ -1,8 +1,10 @@
 // Links of simulated devices kept busy, in real time.
+#include <cuda.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 
 #include "engine/runs.h"
 #include "engine/scenario.h"
@@ -76,6 +78,77 @@ TEST(LinkRate, UnderALimitOfTheHostsMemory) {
 TEST(LinkRate, OfALopsidedPlan) {
   expect_full_links(4, 40e6, 0, 3);
 }
+// One link of eight at a quarter of the others' rate: it is busy to its end, and so are they to
+// theirs. The least share of its own rate that any link reached, from its first byte to its last.
+double least_share_beside_a_slow_link() {
+  constexpr int kDevices = 8;
+  constexpr double kLink = 40e6;
+  Machine machine(kDevices);
+  double least = 1;
+  {
+    Scenario scenario(2, kDevices);
+    scenario.settings.threads = 2;
+    scenario.settings.chunk_bytes = 512 * kKiB;
+    scenario.settings.pinned_bytes = 4 * kMiB;
+    const Origin file = scenario.add_file(8 * kMiB);
+    for (int device = 0; device < kDevices; ++device) {
+      for (std::uint64_t i = 0; i < 6; ++i) {
+        scenario.add(file, i * 1'000'003, 1'000'003, Dtype::kU8, Dtype::kU8, device, 0);
+      }
+    }
+    const auto rate = [](int device) { return device == 5 ? kLink / 4 : kLink; };
+    sim().sim_set_hashing(0);
+    sim().sim_set_time(SIM_TIME_REAL);
+    for (int device = 0; device < kDevices; ++device) sim().sim_set_link(device, rate(device));
+    run_plainly(scenario, "a slow link");
+    for (int device = 0; device < kDevices; ++device) {
+      SimLink link;
+      sim().sim_link(device, &link);
+      const double seconds = link.last_finish - link.first_start;
+      least = std::min(least, static_cast<double>(link.bytes_to_device) / seconds / rate(device));
+    }
+  }
+  expect_machine_clean(machine, "a slow link");
+  return least;
+}
+
+TEST(LinkRate, BesideASlowLink) {
+  double best = 0;
+  for (int i = 0; i < 3 && best < 0.9; ++i) best = std::max(best, least_share_beside_a_slow_link());
+  EXPECT_GE(best, 0.9);
+}
+
+// The load ends with that device's error; the others are drained, and nothing is left behind.
+TEST(LinkFailure, OfOneOfEightLate) {
+  for (const std::uint64_t late : {20U, 40U, 55U}) {
+    Machine machine(8);
+    {
+      Scenario scenario(3, 8);
+      scenario.settings.threads = 2;
+      scenario.settings.chunk_bytes = 512 * kKiB;
+      const Origin file = scenario.add_file(8 * kMiB);
+      for (int device = 0; device < 8; ++device) {
+        for (std::uint64_t i = 0; i < 6; ++i) {
+          scenario.add(file, i * 1'000'003, 1'000'003, Dtype::kU8, Dtype::kU8, device, 0);
+        }
+      }
+      auto load = scenario.prepare();
+      ASSERT_NE(load, nullptr);
+      sim().sim_fail_call("cuMemcpyHtoDAsync", late, CUDA_ERROR_LAUNCH_FAILED, 0);
+      ASSERT_TRUE(load->start().ok());
+      wait_for(*load, "late");
+      const auto report = load->finish();
+      ASSERT_FALSE(report.ok()) << "there were fewer copies than " << late;
+      EXPECT_NE(report.error().message.find("cuMemcpyHtoDAsync"), std::string::npos);
+      load.reset();
+      EXPECT_EQ(sim().ledger().pending, 0U);
+      scenario.expect_no_traces("late");
+      run_plainly(scenario, "the load after it");
+    }
+    expect_machine_clean(machine, "late");
+  }
+}
+
 TEST(LinkRate, OfOne) {
   expect_full_links(1, 60e6, 0, 1);
 }
