@@ -102,7 +102,7 @@ LeasedMapping::Hold LeasedMapping::hold(std::uint64_t offset, std::uint64_t byte
   return hold;
 }
 
-void LeasedMapping::let_go(const Hold& hold) noexcept {
+void LeasedMapping::release(const Hold& hold) noexcept {
   const std::uint64_t end = hold.offset_ + hold.bytes_;
   for (std::uint64_t at = hold.offset_; hold.data_ != nullptr && at < end;) {
     const std::uint64_t block = at / kBlock;
@@ -134,7 +134,7 @@ LeasedMapping::Hold& LeasedMapping::Hold::operator=(Hold&& other) noexcept {
 }
 
 LeasedMapping::Hold::~Hold() {
-  if (of_ != nullptr) of_->let_go(*this);
+  if (of_ != nullptr) of_->release(*this);
 }
 
 }  // namespace weightlift::io

@@ -68,7 +68,7 @@ class LeasedMapping {
 
   LeasedMapping(Place place, FileDescriptor fd, std::shared_ptr<Mapping> mapping,
                 std::uint64_t bytes);
-  void let_go(const Hold& hold) noexcept;
+  void release(const Hold& hold) noexcept;
   void give_back() noexcept;
 
   Place place_;
