@@ -149,7 +149,7 @@ def _match_one(ref: ParameterRef, headers: Headers, found: Match) -> None:
         theirs = header[1]
         if header[0] == "F4":  # two numbers are one element of torch's dtype
             theirs = (*theirs[:-1], theirs[-1] // 2)
-        if theirs == shape:
+        if theirs == shape or (shape == () and theirs == (1,)):  # torch loads [1] into a scalar
             match = name
         else:
             found.mismatched.append((name, theirs, shape))

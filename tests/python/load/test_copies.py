@@ -46,7 +46,9 @@ def test_what_reaches_outside_a_tensor_is_refused(
     which = file.find("t")
     assert which is not None
     with pytest.raises(IndexError, match="outside its tensor"):
-        plan.copy_strided(file, which, offset, dimensions, "F32", -1, target.data_ptr())
+        plan.copy_strided(
+            file, which, offset, dimensions, _native.Targets(-1, [target.data_ptr()], ["F32"])
+        )
 
 
 @pytest.mark.parametrize("stride", [0, -1, -(2**62)])
@@ -57,7 +59,9 @@ def test_a_tensor_is_walked_forwards(stride: int, checkpoint: wl.Checkpoint) -> 
     assert which is not None
     target = torch.zeros(24)
     with pytest.raises(ValueError, match="strides must be positive"):
-        plan.copy_strided(file, which, 5, [(2, stride, 1)], "F32", -1, target.data_ptr())
+        plan.copy_strided(
+            file, which, 5, [(2, stride, 1)], _native.Targets(-1, [target.data_ptr()], ["F32"])
+        )
 
 
 def test_positions_and_empty_parts(checkpoint: wl.Checkpoint) -> None:
@@ -66,11 +70,13 @@ def test_positions_and_empty_parts(checkpoint: wl.Checkpoint) -> None:
     none = file.find("none")
     assert none is not None
     target = torch.zeros(1)
-    plan.copy_strided(file, none, 0, [(0, 3, 3), (3, 1, 1)], "F32", -1, target.data_ptr())
+    plan.copy_strided(
+        file, none, 0, [(0, 3, 3), (3, 1, 1)], _native.Targets(-1, [target.data_ptr()], ["F32"])
+    )
     with pytest.raises(IndexError, match="no such tensor"):
-        plan.copy_strided(file, 2, 0, [], "F32", -1, target.data_ptr())
+        plan.copy_strided(file, 2, 0, [], _native.Targets(-1, [target.data_ptr()], ["F32"]))
     with pytest.raises(IndexError, match="outside its tensor"):
-        plan.copy_strided(file, none, 0, [], "F32", -1, target.data_ptr())
+        plan.copy_strided(file, none, 0, [], _native.Targets(-1, [target.data_ptr()], ["F32"]))
 
 
 def test_a_target_that_runs_backwards(checkpoint: wl.Checkpoint) -> None:
@@ -81,7 +87,7 @@ def test_a_target_that_runs_backwards(checkpoint: wl.Checkpoint) -> None:
     assert which is not None
     target = torch.zeros(6, dtype=torch.float64)
     last = target.data_ptr() + 5 * 8
-    plan.copy_strided(file, which, 6, [(6, 1, -1)], "F64", -1, last)
+    plan.copy_strided(file, which, 6, [(6, 1, -1)], _native.Targets(-1, [last], ["F64"]))
     plan.prepare()
     plan.start([])
     while not plan.wait(1):
