@@ -95,9 +95,9 @@ def table(size: float, nodes: Sequence[int], per_node: int, rates: Rates) -> str
             one = moved(way, size, count, per_node)
             columns = [one.out_of_files, one.disk, one.received, one.node_bus, one.node_network]
             widths = (9, 7, 9, 9, 9)
-            told = " ".join(f"{c / size:{w}.2f}" for c, w in zip(columns, widths, strict=True))
+            cells = " ".join(f"{c / size:{w}.2f}" for c, w in zip(columns, widths, strict=True))
             seconds = least_seconds(one, count, rates)
-            lines.append(f"{way:18} {count:5} {told} {one.held / size:9.4f} {seconds:7.2f} s")
+            lines.append(f"{way:18} {count:5} {cells} {one.held / size:9.4f} {seconds:7.2f} s")
         lines.append("")
     return "\n".join(lines).rstrip()
 

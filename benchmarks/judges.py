@@ -43,7 +43,7 @@ def faster_than_each(limit: float, ours: str = OURS) -> Judge:
 
 
 def _against_each(
-    target: str, ours: str, shown: Callable[[float], float], passes: Callable[[float], bool]
+    target: str, ours: str, speed_up: Callable[[float], float], passes: Callable[[float], bool]
 ) -> Judge:
     def judge(found: Comparison, _: Rates) -> Figure:
         ratios = {
@@ -54,7 +54,7 @@ def _against_each(
         if not ratios:
             return Figure(target, "not measured", False)
         worst = max(ratios, key=lambda name: ratios[name])
-        value = shown(ratios[worst])
+        value = speed_up(ratios[worst])
         return Figure(target, f"{_digits(value)}x", passes(value), worst)
 
     return judge

@@ -149,8 +149,8 @@ def read_program(pid: int) -> None:
 
 def resident_bytes(files: Sequence[str]) -> int | None:
     found = [page_cache(file) for file in files]
-    told = [count for count in found if count is not None]
-    return sum(told) if len(told) == len(found) else None
+    known = [count for count in found if count is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 def page_cache(file: str | os.PathLike[str]) -> int | None:

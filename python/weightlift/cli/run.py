@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
+import difflib
 import os
 import pkgutil
 import runpy
@@ -49,7 +50,9 @@ def parse(arguments: Sequence[str], commands: Sequence[str]) -> Job | None:
         return None
     if not Path(rest[0]).exists():
         known = "" if explicit else f"neither a command ({', '.join(commands)}) nor "
-        print(f"weightlift: {rest[0]!r} is {known or 'not '}a file", file=sys.stderr)
+        near = [] if explicit else difflib.get_close_matches(rest[0], commands, 1)
+        hint = f"; {near[0]} is meant?" if near else ""
+        print(f"weightlift: {rest[0]!r} is {known or 'not '}a file{hint}", file=sys.stderr)
         sys.exit(2)
     return Job(rest[0], False, rest[1:], report)
 
@@ -110,8 +113,9 @@ def run() -> None:
     weightlift run [--report] -m MODULE ARGS...
 
     The word `run` may be left out; with it, a script may have a command's name. --report, or
-    WEIGHTLIFT_REPORT=1, prints at exit what was loaded and what went the stock way. Launchers that
-    start processes of their own take weightlift as the module: torchrun -m weightlift SCRIPT.py.
+    WEIGHTLIFT_REPORT=1, prints at exit what was loaded and what fell back to the libraries.
+    Launchers that start processes of their own take weightlift as the module: torchrun -m
+    weightlift SCRIPT.py.
     """
     print("weightlift run: name a script, or -m and a module; see -h", file=sys.stderr)
     sys.exit(2)

@@ -288,3 +288,9 @@ def test_estimate(tmp_path: Path, type_in: Type) -> None:
     )
     assert status == 2
     assert "head.ids has no device" in err
+
+
+def test_a_command_with_a_mistake_gets_the_nearest(type_in: Type) -> None:
+    status, out, err = type_in("inspct", "model.safetensors")
+    assert (status, out) == (2, "")
+    assert "inspect is meant?" in err
