@@ -122,25 +122,37 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             pretrained_model_name_or_path: a folder, a ``.dduf`` file, or the id of a repository.
             cache_dir, force_download, local_files_only, token, revision, subfolder, mirror: as
                 ``open_checkpoint`` has them.
-            dtype, torch_dtype: of the floating-point tensors: a ``torch.dtype`` or its name;
-                ``"auto"`` for the checkpoint's; ``None`` for those of the model as it is built.
-            device_map, max_memory, offload_folder: as ``load_into`` has them.
+            use_auth_token: the former name of ``token``; not both.
+            resume_download: taken, with nothing left to choose: huggingface_hub always resumes.
+            proxies: taken, without effect: one warning a process names ``HTTPS_PROXY`` and
+                ``HTTP_PROXY``, from which huggingface_hub takes them.
+            dtype: of the floating-point tensors: a ``torch.dtype`` or its name; ``"auto"`` for the
+                checkpoint's; ``None`` for those of the model as it is built. While the module is
+                built, it is torch's default dtype in the whole process.
+            torch_dtype: the former name of ``dtype``, which goes before it.
+            device_map, max_memory: as ``load_into`` has them.
+            offload_folder: allows an automatic ``device_map`` to leave on the disk what does not
+                fit; nothing is written to it.
+            offload_state_dict: taken, without effect: no state dict is made.
             device_mesh, tp_plan: cut the model for tensor parallelism, and read this rank's parts
                 alone; all ranks of the 1-D mesh (all there are, by default) call it together.
                 ``tp_plan``: module path, with ``*`` -> ``torch.distributed.tensor.parallel``
                 style; the model's ``_tp_plan`` by default.
-            offload_state_dict: taken; there is nothing left that it could save.
             low_cpu_mem_usage: ``False`` builds the module for real before it is filled.
             ignore_mismatched_sizes: initialise what has another shape in the checkpoint.
             output_loading_info: return ``(model, {"missing_keys", "unexpected_keys",
                 "mismatched_keys", "error_msgs"})``.
             variant, use_safetensors: as ``open_checkpoint`` has them.
             from_flax: read ``diffusion_flax_model.msgpack`` or ``flax_model.msgpack``.
-            quantization_config, load_in_8bit, load_in_4bit: quantize while loading.
+            quantization_config: a ``BitsAndBytesConfig`` or ``TorchAoConfig`` of transformers or
+                diffusers, or its values: quantize while loading.
+            load_in_8bit, load_in_4bit: the same as a ``BitsAndBytesConfig`` with this flag.
             disable_mmap: the same as ``mode="read"``.
             mode, pin_memory, memory_format, verify, progress: as ``load_into`` has them.
-            kwargs: arguments of the class's ``__init__``, which override the configuration's; also
-                those that are called as one of the line above.
+            kwargs: those above, and arguments of the class's ``__init__``, which override the
+                configuration's. Where the class has an argument that is called ``device_mesh``,
+                ``tp_plan``, ``mode``, ``pin_memory``, ``memory_format``, ``verify`` or
+                ``progress``, it is the class's.
 
         Returns:
             The model, in evaluation mode. Tensors that the checkpoint lacks are initialised by the

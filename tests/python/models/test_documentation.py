@@ -1,0 +1,50 @@
+"""What ``ModelMixin`` says of itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import weightlift as wl
+from support import ROOT
+from weightlift.checkpoint.hub import HubArguments
+from weightlift.models import arguments
+
+# As the documentation has it.
+EXAMPLE = """
+import torch
+
+import weightlift as wl
+
+
+class MyModel(wl.ModelMixin, wl.ConfigMixin):
+    @wl.register_to_config
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(width, width)
+
+
+class Named(MyModel):
+    config_name = "named.json"
+
+
+model: MyModel = MyModel.from_pretrained("folder", device_map="cuda", dtype="bfloat16")
+model.save_pretrained("folder", max_shard_size="5GB")
+"""
+
+
+def test_from_pretrained_names_every_argument() -> None:
+    text = wl.ModelMixin.from_pretrained.__doc__ or ""
+    taken = {*arguments._DEFAULTS, *HubArguments.__dataclass_fields__}
+    for name in (*taken, "use_auth_token", "resume_download", "proxies"):
+        lines = [line.split(":")[0] for line in text.splitlines() if ":" in line]
+        assert any(name in line.replace(",", " ").split() for line in lines), name
+
+
+def test_a_model_class_passes_mypy(tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(EXAMPLE)
+    command = [sys.executable, "-m", "mypy", "--strict",
+               "--follow-imports=silent", str(tmp_path / "example.py")]  # fmt: skip
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert found.returncode == 0, found.stdout
