@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -62,62 +62,85 @@ def load_file(
     for name, (own, _) in headers.items():
         target = wanted if wanted and own in dtypes.FLOATING and own != _F4 else own
         check_dtype(target, checkpoint.paths[0], name)
-    if isinstance(sharding, Mapping):
-        if unknown := [name for name in sharding if name not in headers]:
-            raise ArgumentError(f"{filename}: sharding= names what is not in the file: {unknown}")
-        shardings = {name: sharding.get(name) for name in headers}
-    else:
-        shardings = dict.fromkeys(headers, sharding)
-
-    whole = []
-    # Of each tensor that is cut, the parts that devices of this process hold.
-    cut: dict[str, dict[_Ranges, torch.Tensor]] = {}
+    shardings = _shardings(filename, sharding, headers)
+    cut = {}
     for name, (own, shape) in headers.items():
-        parts = _parts(f"{filename}: tensor {name!r}", shape, shardings[name])
-        target = wanted if wanted and own in dtypes.FLOATING else own
-        engine = own != _F4 and (own == target or own in dtypes.CASTABLE)
-        if engine and any(_counts(part) != shape for part in parts):
-            cut[name] = {part: _empty(_counts(part), target) for part in parts}
-        else:
-            whole.append(name)
-
-    cpu = parse_device("cpu")
+        what = f"{filename}: tensor {name!r}"
+        if targets := _targets(what, own, shape, wanted, shardings[name]):
+            cut[name] = targets
     plan = LoadPlan(checkpoint, LoadOptions(caller="weightlift.flax"))
-    if whole:
-        plan.add(cpu, wanted, whole)
-    # A name may be added once for a destination: the first parts of all tensors, the second, ...
+    if whole := [name for name in headers if name not in cut]:
+        plan.add(parse_device("cpu"), wanted, whole)
+    _add_cut(plan, cut)
+    loaded = plan.start().result()
+    return {
+        name: _to_array(loaded.pop(name), shape, shardings[name], cut.pop(name, None))
+        for name, (_, shape) in headers.items()
+    }
+
+
+def _shardings(
+    filename: str | os.PathLike[str],
+    sharding: jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding] | None,
+    names: Collection[str],
+) -> dict[str, jax.sharding.Sharding | None]:
+    if not isinstance(sharding, Mapping):
+        return dict.fromkeys(names, sharding)
+    if unknown := [name for name in sharding if name not in names]:
+        raise ArgumentError(f"{filename}: sharding= names what is not in the file: {unknown}")
+    return {name: sharding.get(name) for name in names}
+
+
+def _targets(
+    what: str,
+    own: str,
+    shape: tuple[int, ...],
+    wanted: str | None,
+    where: jax.sharding.Sharding | None,
+) -> dict[_Ranges, torch.Tensor]:
+    """Memory for the parts of a tensor that devices of this process hold; none where it is loaded
+    as a whole."""
+    parts = _parts(what, shape, where)
+    target = wanted if wanted and own in dtypes.FLOATING else own
+    castable = own != _F4 and (own == target or own in dtypes.CASTABLE)
+    if not castable or all(_counts(part) == shape for part in parts):
+        return {}
+    return {part: _empty(_counts(part), target) for part in parts}
+
+
+def _add_cut(plan: LoadPlan, cut: Mapping[str, Mapping[_Ranges, torch.Tensor]]) -> None:
+    """Plans the parts of tensors. A name may be added once for a destination: the first parts of
+    all tensors, the second ones, and so on."""
     for number in range(max(map(len, cut.values()), default=0)):
         at = [
-            (name, *list(parts.items())[number])
-            for name, parts in cut.items()
-            if number < len(parts)
+            (name, *list(targets.items())[number])
+            for name, targets in cut.items()
+            if number < len(targets)
         ]
         plan.add(
-            cpu,
+            parse_device("cpu"),
             None,
             [name for name, _, _ in at],
             [target for _, _, target in at],
             [ranges for _, ranges, _ in at],
         )
-    loaded = plan.start().result()
 
-    arrays = {}
-    for name, (_, shape) in headers.items():
-        where = shardings[name]
-        tensor = loaded.pop(name)
-        if where is None:
-            arrays[name] = jax.device_put(to_numpy(tensor))
-        elif name in cut:
-            pieces = cut.pop(name)
-            arrays[name] = jax.make_array_from_callback(
-                shape, where, lambda index, of=pieces, s=shape: to_numpy(of[_ranges(index, s)])
-            )
-        else:
-            array = to_numpy(tensor)
-            arrays[name] = jax.make_array_from_callback(
-                shape, where, lambda index, of=array: of[index]
-            )
-    return arrays
+
+def _to_array(
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    where: jax.sharding.Sharding | None,
+    targets: Mapping[_Ranges, torch.Tensor] | None,
+) -> jax.Array:
+    """An array on its devices, of a tensor or of the parts of it."""
+    if targets is not None:
+        return jax.make_array_from_callback(
+            shape, where, lambda index: to_numpy(targets[_ranges(index, shape)])
+        )
+    array = to_numpy(tensor)
+    if where is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(shape, where, lambda index: array[index])
 
 
 def save_file(
@@ -189,7 +212,8 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     import torch
 
     own = dtypes.file_name(tensor.dtype)
-    assert own is not None
+    if own is None:
+        raise ArgumentError(f"jax has no dtype for {tensor.dtype}")
     if own == _F4:
         packed = tensor.view(torch.uint8).numpy()
         codes = np.stack([packed & 15, packed >> 4], axis=-1)

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 
 from weightlift.checkpoint.hub import HubArguments
 from weightlift.core.errors import ArgumentError
-from weightlift.flax.params import FLAX_NAMES, find_params, flattened, nested, save_params, shown
+from weightlift.flax.params import (
+    FLAX_NAMES,
+    find_params,
+    flattened,
+    leaf_name,
+    nested,
+    save_params,
+)
 from weightlift.models.config_mixin import ConfigMixin
 from weightlift.models.hub_mixin import PushToHubMixin, create_repository
 
@@ -111,7 +118,7 @@ class FlaxModelMixin(PushToHubMixin):
                 "model before you use its predictions",
                 found.place,
                 cls.__name__,
-                ", ".join(map(shown, found.missing)),
+                ", ".join(map(leaf_name, found.missing)),
             )
 
             def fresh(rng: jax.Array) -> list[jax.Array]:
@@ -229,26 +236,26 @@ def register_to_config(cls: _Class) -> _Class:
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        given = dict(zip(fields, args, strict=False))
+        values = dict(zip(fields, args, strict=False))
         for name, field in fields.items():
-            if name in given or name in kwargs:
+            if name in values or name in kwargs:
                 continue
             if field.default_factory is not dataclasses.MISSING:
                 kwargs[name] = field.default_factory()
-        given = {name: _hashable(value) for name, value in {**given, **kwargs}.items()}
+        values = {name: _hashable(value) for name, value in {**values, **kwargs}.items()}
         rest = args[len(fields) :]  # for the constructor to refuse
-        config = {name: value for name, value in given.items() if name not in left_out}
+        config = {name: value for name, value in values.items() if name not in left_out}
         defaults = {
             name: field.default
             for name, field in fields.items()
-            if name not in given
+            if name not in values
             and name not in left_out
             and field.default is not dataclasses.MISSING
         }
         if defaults:
             config |= {**defaults, "_use_default_values": list(defaults)}
         self.register_to_config(**config)
-        original(self, *rest, **given)
+        original(self, *rest, **values)
 
     cls.__init__ = init  # type: ignore[method-assign]
     return cls
@@ -295,6 +302,6 @@ def _cast(params: Any, dtype: Any, mask: Any) -> Any:
     if other := leaves.keys() ^ chosen.keys():
         raise ArgumentError(
             "mask must have the leaves of params; only one of them has "
-            + ", ".join(sorted(map(shown, other)))
+            + ", ".join(sorted(map(leaf_name, other)))
         )
     return nested({keys: cast(leaf) if chosen[keys] else leaf for keys, leaf in leaves.items()})

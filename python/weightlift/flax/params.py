@@ -89,7 +89,8 @@ def load_params(
     found = find_params(path_or_repo, like, hub, from_pt=from_pt, variant=variant)
     if found.missing:
         raise CheckpointError(
-            f"{found.place}: not all parameters are in it:\n" + _lines(map(shown, found.missing))
+            f"{found.place}: not all parameters are in it:\n"
+            + _lines(map(leaf_name, found.missing))
         )
     return nested(found.leaves)
 
@@ -148,7 +149,7 @@ def nested(leaves: Mapping[Keys, Any]) -> dict[Any, Any]:
     return tree
 
 
-def shown(keys: Keys) -> str:
+def leaf_name(keys: Keys) -> str:
     """A leaf's name in messages."""
     return ".".join(map(str, keys))
 
@@ -193,14 +194,16 @@ def _from_flax(
     for path, tensor in read_flax_tree(file):
         keys = paths.get(_joined(path))
         if keys is None:
-            unexpected.append(shown(path))
+            unexpected.append(leaf_name(path))
             continue
         shape = tuple(expected[keys].shape)
         if tuple(tensor.shape) != shape:
-            wrong.append(f"{shown(keys)}: shape {list(tensor.shape)}, the model's is {list(shape)}")
+            wrong.append(
+                f"{leaf_name(keys)}: shape {list(tensor.shape)}, the model's is {list(shape)}"
+            )
             continue
         own = dtypes.file_name(tensor.dtype)
-        check_dtype(own or str(tensor.dtype), file, shown(keys))
+        check_dtype(own or str(tensor.dtype), file, leaf_name(keys))
         leaves[keys] = _put(to_numpy(tensor))
     _refuse(file, leaves, wrong, unexpected, expected)
     return Found(leaves, [keys for keys in expected if keys not in leaves], unexpected, file)
@@ -226,16 +229,16 @@ def _from_torch(
             continue
         if keys in wanted:
             raise CheckpointError(
-                f"{place}: tensors {wanted[keys][0]!r} and {name!r} would both be {shown(keys)}"
+                f"{place}: tensors {wanted[keys][0]!r} and {name!r} would both be {leaf_name(keys)}"
             )
         turned = tuple(shape[axis] for axis in axes)
         if turned != tuple(expected[keys].shape):
             wrong.append(
-                f"{shown(keys)}: {name!r} becomes {list(turned)}, the model's is "
+                f"{leaf_name(keys)}: {name!r} becomes {list(turned)}, the model's is "
                 f"{list(expected[keys].shape)}"
             )
             continue
-        check_dtype(own, place, f"{shown(keys)} ({name})")
+        check_dtype(own, place, f"{leaf_name(keys)} ({name})")
         wanted[keys] = (name, axes)
     _refuse(place, wanted, wrong, unexpected, expected)
 
@@ -298,7 +301,7 @@ def _refuse(
     if expected and not found:
         raise CheckpointError(
             f"{place} holds the weights of another model; no name is in both.\nthe model has\n"
-            + _lines(map(shown, expected))
+            + _lines(map(leaf_name, expected))
             + "\nthe file has\n"
             + _lines(iter(unexpected))
         )
@@ -318,9 +321,9 @@ def _write(file: BinaryIO, node: Any, at: Keys) -> None:
             file.write(packer.pack(key))
             _write(file, value, (*at, key))
         return
-    array = to_host(node, f"leaf {shown(at)!r}")
+    array = to_host(node, f"leaf {leaf_name(at)!r}")
     if array.dtype.hasobject or array.dtype.names:
-        raise ArgumentError(f"leaf {shown(at)!r} cannot be saved: its dtype is {array.dtype}")
+        raise ArgumentError(f"leaf {leaf_name(at)!r} cannot be saved: its dtype is {array.dtype}")
     if array.nbytes <= _MAX_CHUNK_BYTES:
         _write_array(file, array)
         return

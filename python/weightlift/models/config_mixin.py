@@ -370,13 +370,13 @@ def register_to_config(init: _Init) -> _Init:
                 f"{type(self).__name__} does not"
             )
         config = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("_")}
-        given = {**dict(zip(positional, args, strict=False)), **kwargs}
+        values = {**dict(zip(positional, args, strict=False)), **kwargs}
         defaults = []
         for name, parameter in parameters.items():
             if name in self.ignore_for_config:
                 continue
-            if name in given:
-                config[name] = given[name]
+            if name in values:
+                config[name] = values[name]
             elif parameter.default is not parameter.empty:
                 config[name] = parameter.default
                 defaults.append(name)

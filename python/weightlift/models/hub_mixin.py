@@ -64,7 +64,7 @@ class PushToHubMixin:
             )
         with tempfile.TemporaryDirectory() as folder:
             of_weights = {"safe_serialization": safe_serialization, "variant": variant}
-            save(folder, **_taken(save, of_weights))
+            save(folder, **_accepted(save, of_weights))
             if not subfolder:
                 write_model_card(self, folder, name, token, tags)
             return self._upload_folder(folder, name, token, commit_message, create_pr, subfolder)
@@ -75,13 +75,13 @@ class PushToHubMixin:
         arguments: Mapping[str, Any],
     ) -> str:
         """For ``save_pretrained(..., push_to_hub=True)``: a folder with a model card."""
-        given = dict(arguments)
-        tags = given.pop("tags", None)
-        target = given.pop("repo_id", None) or Path(folder)
-        name = create_repository(target, given.get("private"), given.get("token"))
-        if not given.get("subfolder"):
-            write_model_card(self, folder, name, given.get("token"), tags)
-        return push_folder(self, folder, repo_id=name, **given)
+        options = dict(arguments)
+        tags = options.pop("tags", None)
+        target = options.pop("repo_id", None) or Path(folder)
+        name = create_repository(target, options.get("private"), options.get("token"))
+        if not options.get("subfolder"):
+            write_model_card(self, folder, name, options.get("token"), tags)
+        return push_folder(self, folder, repo_id=name, **options)
 
     def _upload_folder(
         self,
@@ -205,7 +205,7 @@ def _upload(
     )
 
 
-def _taken(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def _accepted(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Those of the arguments that a function has a parameter for, by name or in its ``**``."""
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

@@ -21,6 +21,7 @@ from weightlift.load.options import LoadOptions
 from weightlift.module.device_map import assign, resolve_device_map
 from weightlift.module.fill import fill
 from weightlift.module.matching import MatchPolicy, format_names
+from weightlift.module.parameters import assign_parameter
 from weightlift.module.placement import PlacementPolicy
 
 __all__ = ["Quantizer", "choose_quantizer", "flattened"]
@@ -133,40 +134,23 @@ class _BitsAndBytes:
         mismatched = self._mismatched(model, checkpoint, names)
         if mismatched and not matching.ignore_mismatched_sizes:
             raise CheckpointError(_refusal(model, checkpoint, mismatched))
-        of_weight: dict[str, list[str]] = {
-            name: [name] for name in names if name in checkpoint and name not in mismatched
-        }
-        for name in checkpoint:
-            if _is_statistic(name) and (weight := _weight_of(name)) in of_weight:
-                of_weight[weight].append(name)
-        absent = [name for name in names if name not in of_weight]
-        fresh = matching.initialize(absent) if absent and matching.initialize else {}
+        present = [name for name in names if name in checkpoint and name not in mismatched]
+        parts = _parts_of(present, checkpoint)
+        absent = [name for name in names if name not in parts]
+        initial = matching.initialize(absent) if absent and matching.initialize else {}
         layers = {name: self._replace(model, name) for name in names}
-
         device_of = {
             name: _real(device, name)
             for device, assigned in assign(names, devices).items()
             for name in assigned
         }
         cast = None if self._quantized else dtypes.parse_dtype(dtype)
-        report = LoadReport()
-        for part in _parts(of_weight, layers):
-            plan = LoadPlan(checkpoint, LoadOptions(options.mode))
-            for device in {device_of[weight] for weight in part}:
-                plan.add(
-                    device, cast, [n for w in part if device_of[w] == device for n in of_weight[w]]
-                )
-            loading = plan.start()
-            tensors = loading.result()
-            report = report.plus(loading.report)
-            for weight in part:
-                held = {name: tensors.pop(name) for name in of_weight[weight]}
-                self._set(layers[weight], weight, held)
-        for weight, value in fresh.items():
+        report = self._load_weights(checkpoint, parts, layers, device_of, cast, options)
+        for weight, value in initial.items():
             kind = value.dtype if cast is None else dtypes.to_torch(cast)
             self._set(layers[weight], weight, {weight: value.to(device_of[weight], kind)})
 
-        apart = {*names, *(name for group in of_weight.values() for name in group)}
+        apart = {*names, *(name for inside in parts.values() for name in inside)}
         rest = fill(
             model,
             checkpoint.renamed(lambda name: None if name in apart else name),
@@ -174,16 +158,37 @@ class _BitsAndBytes:
             dataclasses.replace(matching, ignore_missing=apart.__contains__),
             options,
         )
-        report = report.plus(rest)
-        report.missing_keys = [n for n in absent if n not in mismatched] + rest.missing_keys
-        report.mismatched_keys = [
-            (name, *shapes) for name, shapes in mismatched.items() if name in names
-        ] + rest.mismatched_keys
-        report.unexpected_keys, report.error_msgs = rest.unexpected_keys, rest.error_msgs
+        report = _with_keys_of(report.plus(rest), rest)
+        report.missing_keys[:0] = [name for name in absent if name not in mismatched]
+        report.mismatched_keys[:0] = [(n, *mismatched[n]) for n in mismatched if n in names]
         set_last_report(report)
         _mark(model, self._config)
         vars(model)["is_loaded_in_4bit"] = bool(self._config.load_in_4bit)
         vars(model)["is_loaded_in_8bit"] = bool(self._config.load_in_8bit)
+        return report
+
+    def _load_weights(
+        self,
+        checkpoint: Checkpoint,
+        parts: Mapping[str, list[str]],
+        layers: Mapping[str, Any],
+        device_of: Mapping[str, torch.device],
+        cast: str | None,
+        options: LoadOptions,
+    ) -> LoadReport:
+        """Loads weights with what belongs to them, some at a time, and quantizes them."""
+        report = LoadReport()
+        for weights in _batches(parts, layers):
+            plan = LoadPlan(checkpoint, LoadOptions(options.mode))
+            for device in {device_of[weight] for weight in weights}:
+                here = [weight for weight in weights if device_of[weight] == device]
+                plan.add(device, cast, [name for weight in here for name in parts[weight]])
+            running = plan.start()
+            tensors = running.result()
+            report = report.plus(running.report)
+            for weight in weights:
+                own = {name: tensors.pop(name) for name in parts[weight]}
+                self._set(layers[weight], weight, own)
         return report
 
     def _chosen(
@@ -265,17 +270,18 @@ class _BitsAndBytes:
             # It quantizes what comes from the CPU.
             new = self._layers.Int8Params(value.to("cpu"), requires_grad=False, **options)
         elif self._quantized:
-            module.weight = self._layers.Params4bit.from_prequantized(
+            new = self._layers.Params4bit.from_prequantized(
                 data=value,
                 quantized_stats=tensors,
                 requires_grad=False,
                 device=value.device,
                 module=module,
             )
+            assign_parameter(module, "weight", new)
             return
         else:
             new = self._layers.Params4bit(value, requires_grad=False, **options)
-        module.weight = new.to(value.device)
+        assign_parameter(module, "weight", new.to(value.device))
 
 
 class _TorchAo:
@@ -335,35 +341,61 @@ class _TorchAo:
         options: LoadOptions,
     ) -> LoadReport:
         """What ``flattened`` made, or diffusers."""
-        from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
         from torchao.prototype.safetensors.safetensors_utils import is_metadata_torchao
 
-        metadata = checkpoint.metadata
-        if not is_metadata_torchao(metadata):
+        if not is_metadata_torchao(checkpoint.metadata):
             raise CheckpointError(
                 f"{describe_location(checkpoint)}: it does not tell how torchao's tensors are put "
                 "together; save the model with save_pretrained, as safetensors"
             )
+        parts = self._parts_of(model, checkpoint)
+        inside = {part for names in parts.values() for part in names}
+        plan = LoadPlan(checkpoint, LoadOptions(options.mode))
+        for device, names in assign(parts, devices).items():
+            plan.add(_real(device, names[0]), None, [p for name in names for p in parts[name]])
+        running = plan.start()
+        self._set(model, checkpoint, parts, running.result())
+        rest = fill(
+            model,
+            checkpoint.renamed(lambda name: None if name in inside else name),
+            placement,
+            dataclasses.replace(matching, ignore_missing=parts.__contains__),
+            options,
+        )
+        report = _with_keys_of(running.report.plus(rest), rest)
+        set_last_report(report)
+        return report
+
+    def _parts_of(self, model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, list[str]]:
+        """Of each quantized tensor of the model, the tensors that it is put together from."""
+        metadata = checkpoint.metadata
         state = model.state_dict()
-        parts = {
-            name: [f"{module}._{key}_{part}" for part in told["_tensor_data_names"]]
-            for name in json.loads(metadata["tensor_names"])
-            for told in [json.loads(metadata[name])]
-            if "_tensor_data_names" in told and name in state
-            for module, _, key in [name.rpartition(".")]
-        }
-        apart = {part for inside in parts.values() for part in inside}
-        if absent := sorted(apart.difference(checkpoint)):
+        parts = {}
+        for name in json.loads(metadata["tensor_names"]):
+            described = json.loads(metadata[name])
+            if "_tensor_data_names" in described and name in state:
+                module, _, key = name.rpartition(".")
+                data = described["_tensor_data_names"]
+                parts[name] = [f"{module}._{key}_{part}" for part in data]
+        inside = {part for names in parts.values() for part in names}
+        if absent := sorted(inside.difference(checkpoint)):
             raise CheckpointError(
                 f"{describe_location(checkpoint)}: parts of quantized tensors are missing: the "
                 "file is not complete:\n" + "\n".join(format_names("missing", absent))
             )
-        plan = LoadPlan(checkpoint, LoadOptions(options.mode))
-        for device, names in assign(parts, devices).items():
-            inside = [part for name in names for part in parts[name]]
-            plan.add(_real(device, names[0]), None, inside)
-        loading = plan.start()
-        tensors = loading.result()
+        return parts
+
+    def _set(
+        self,
+        model: torch.nn.Module,
+        checkpoint: Checkpoint,
+        parts: Mapping[str, list[str]],
+        tensors: dict[str, torch.Tensor],
+    ) -> None:
+        """Puts quantized tensors together and into the model; ``tensors`` is used up."""
+        from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+        metadata, state = checkpoint.metadata, model.state_dict()
         mismatched = {}
         for name, inside in parts.items():  # one at a time: torchao goes through all for each
             made, _ = unflatten_tensor_state_dict(
@@ -376,21 +408,9 @@ class _TorchAo:
                 continue
             module, _, key = name.rpartition(".")
             parameter = torch.nn.Parameter(made[name], requires_grad=False)
-            model.get_submodule(module).register_parameter(key, parameter)
+            assign_parameter(model.get_submodule(module), key, parameter)
         if mismatched:
             raise CheckpointError(_refusal(model, checkpoint, mismatched))
-        rest = fill(
-            model,
-            checkpoint.renamed(lambda name: None if name in apart else name),
-            placement,
-            dataclasses.replace(matching, ignore_missing=parts.__contains__),
-            options,
-        )
-        report = loading.report.plus(rest)
-        report.missing_keys, report.unexpected_keys = rest.missing_keys, rest.unexpected_keys
-        report.mismatched_keys, report.error_msgs = rest.mismatched_keys, rest.error_msgs
-        set_last_report(report)
-        return report
 
 
 def _kept(model: torch.nn.Module) -> list[str]:
@@ -441,18 +461,34 @@ def _real(device: torch.device | str, name: str) -> torch.device:
     return device
 
 
-def _parts(of_weight: Mapping[str, list[str]], layers: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Loads of bounded size."""
-    part: list[str] = []
-    held = 0
-    for weight in of_weight:
-        part.append(weight)
-        held += layers[weight].in_features * layers[weight].out_features * 4
-        if held >= _AT_ONCE:
-            yield part
-            part, held = [], 0
-    if part:
-        yield part
+def _parts_of(weights: Collection[str], checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Of each weight, itself and the statistics that bitsandbytes saved beside it."""
+    parts = {weight: [weight] for weight in weights}
+    for name in checkpoint:
+        if _is_statistic(name) and (weight := _weight_of(name)) in parts:
+            parts[weight].append(name)
+    return parts
+
+
+def _batches(parts: Mapping[str, list[str]], layers: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Weights whose loads are of bounded size."""
+    batch: list[str] = []
+    size = 0
+    for weight in parts:
+        batch.append(weight)
+        size += layers[weight].in_features * layers[weight].out_features * 4
+        if size >= _AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _with_keys_of(report: LoadReport, rest: LoadReport) -> LoadReport:
+    """A report of all that was loaded, with the names that the load of the rest found."""
+    report.missing_keys, report.unexpected_keys = rest.missing_keys, rest.unexpected_keys
+    report.mismatched_keys, report.error_msgs = rest.mismatched_keys, rest.error_msgs
+    return report
 
 
 def _weight_of(name: str) -> str:

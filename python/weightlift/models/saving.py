@@ -98,52 +98,22 @@ def save_weights(
     tensors = {name: value for name, value in state_dict.items() if not isinstance(value, str)}
     for name, tensor in tensors.items():
         _check(name, tensor, safe_serialization)
-    tied = _tied(tensors) if safe_serialization else {}
-    described = {**tied, **(metadata or {})}
-    shards, total = _split(tensors.keys() - tied.keys(), tensors, names, max_shard_size)
-    sharded = len(shards) > 1
-    header = {"format": "pt", **(described if not sharded else metadata or {})}
-
-    contents = dict(companions or {})
-    if sharded:
-        weight_map = {tensor: file for file, inside in shards.items() for tensor in inside}
-        described.pop("format", None)
-        index = {"metadata": {"total_size": total, **described}, "weight_map": weight_map}
-        contents[names.index] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-
+    layout = _Layout.of(names, tensors, max_shard_size, metadata or {}, companions or {})
     folder = _make(Path(save_directory))
-    for name in (*shards, *contents, names.single, names.index):
+    for name in (*layout.files, names.single, names.index):
         if (folder / name).is_dir():
             raise IsADirectoryError(f"{folder / name} is a directory: remove it, or save elsewhere")
     present = [path.name for path in folder.iterdir() if not path.is_dir()]
     # The extension is for save_function, which may go by it.
     staged = {
         name: temporary_beside(folder / name).with_suffix(Path(name).suffix)
-        for name in (*shards, *contents)
+        for name in layout.files
     }
-    # Of host copies there are those of one shard at a time.
-    copying = threading.Lock()
-
-    def write(file: str) -> None:
-        shard = {name: tensors[name] for name in shards[file]}
-        copied = any(t.device.type != "cpu" or not t.is_contiguous() for t in shard.values())
-        with copying if copied else contextlib.nullcontext(), _naming(folder / file):
-            shard = _to_host(shard)
-            if save_function is not None:
-                _call(save_function, shard, staged[file], safe_serialization)
-            elif safe_serialization:
-                _write_safetensors(shard, staged[file], header)
-            else:
-                _write_torch(shard, staged[file])
-            flush_file(staged[file])
-
+    writer = _Writer(folder, layout, staged, save_function)
     try:
-        for name, content in contents.items():
-            with _naming(folder / name):
-                staged[name].write_bytes(content)
-                flush_file(staged[name])
-        _run(write, list(shards), 1 if save_function else _WRITERS)
-        _switch(folder, names, staged, present, sharded, companions or {})
+        writer.write_contents()
+        writer.write_shards()
+        _switch(folder, names, staged, present, layout.sharded, layout.companions)
     finally:
         for temporary in staged.values():
             with contextlib.suppress(OSError):
@@ -155,7 +125,112 @@ def save_weights(
             "unless use_safetensors=False",
             stacklevel=2,
         )
-    return [*shards, *([names.index] if sharded else [])]
+    return [*layout.shards, *([names.index] if layout.sharded else [])]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Which tensors and texts go into which files.
+
+    Attributes:
+        names: of the files.
+        tensors: all of them, by name.
+        shards: of each file of weights, the names of its tensors.
+        companions: content of the files that go with the weights.
+        contents: that of all files besides the weights, the index among them.
+        header: metadata of each safetensors file.
+    """
+
+    names: _Names
+    tensors: Mapping[str, torch.Tensor]
+    shards: Mapping[str, list[str]]
+    companions: Mapping[str, bytes]
+    contents: Mapping[str, bytes]
+    header: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        names: _Names,
+        tensors: Mapping[str, torch.Tensor],
+        max_shard_size: int | str,
+        metadata: Mapping[str, str],
+        companions: Mapping[str, bytes],
+    ) -> _Layout:
+        tied = _tied(tensors) if names.extension == ".safetensors" else {}
+        described = {**tied, **metadata}
+        shards, total = _split(tensors.keys() - tied.keys(), tensors, names, max_shard_size)
+        if len(shards) == 1:
+            header = {"format": "pt", **described}
+            return cls(names, tensors, shards, companions, companions, header)
+        weight_map = {tensor: file for file, inside in shards.items() for tensor in inside}
+        described.pop("format", None)
+        index = {"metadata": {"total_size": total, **described}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        contents = {**companions, names.index: text.encode()}
+        return cls(names, tensors, shards, companions, contents, {"format": "pt", **metadata})
+
+    @property
+    def sharded(self) -> bool:
+        return len(self.shards) > 1
+
+    @property
+    def files(self) -> list[str]:
+        return [*self.shards, *self.contents]
+
+
+class _Writer:
+    """Writes the files of a layout under their temporary names, and flushes them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: _Layout,
+        staged: Mapping[str, Path],
+        save_function: Callable[..., object] | None,
+    ) -> None:
+        self._folder = folder
+        self._layout = layout
+        self._staged = staged
+        self._save_function = save_function
+        self._safetensors = layout.names.extension == ".safetensors"
+        # Of host copies there are those of one shard at a time.
+        self._copying = threading.Lock()
+
+    def write_contents(self) -> None:
+        for name, content in self._layout.contents.items():
+            with _naming(self._folder / name):
+                self._staged[name].write_bytes(content)
+                flush_file(self._staged[name])
+
+    def write_shards(self) -> None:
+        """Several at a time; those of ``save_function`` in this thread."""
+        files = list(self._layout.shards)
+        if self._save_function is not None or len(files) == 1:
+            for file in files:
+                self._write_shard(file)
+            return
+        count = min(_WRITERS, len(files))
+        pool = concurrent.futures.ThreadPoolExecutor(count, "weightlift-save")
+        try:
+            for _ in pool.map(self._write_shard, files):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _write_shard(self, file: str) -> None:
+        shard = {name: self._layout.tensors[name] for name in self._layout.shards[file]}
+        copied = any(t.device.type != "cpu" or not t.is_contiguous() for t in shard.values())
+        staged = self._staged[file]
+        with self._copying if copied else contextlib.nullcontext(), _naming(self._folder / file):
+            shard = _to_host(shard)
+            if self._save_function is not None:
+                _call(self._save_function, shard, staged, self._safetensors)
+            elif self._safetensors:
+                _write_safetensors(shard, staged, self._layout.header)
+            else:
+                _write_torch(shard, staged)
+            flush_file(staged)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,19 +452,6 @@ def _errno(error: BaseException | None, outside: BaseException | None) -> int | 
             return int(found[1])
         error = error.__context__
     return None
-
-
-def _run(write: Callable[[str], None], files: list[str], writers: int) -> None:
-    if writers == 1 or len(files) == 1:
-        for file in files:
-            write(file)
-        return
-    pool = concurrent.futures.ThreadPoolExecutor(min(writers, len(files)), "weightlift-save")
-    try:
-        for _ in pool.map(write, files):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _switch(
