@@ -95,8 +95,10 @@ def child(
     command = [*before, sys.executable, str(HERE / "loads.py"), counter, str(WORK / "files")]
     kept = {name: text for name, text in os.environ.items() if not name.startswith("WEIGHTLIFT_")}
     # One reader thread: which of several reads what is chance. Strings hash alike, the heap grows
-    # in few steps, and the libraries do not ask the Hub.
+    # in few steps, and the libraries do not ask the Hub. Which pages are probed, and how often,
+    # would be the machine's state.
     fixed = {
+        "WEIGHTLIFT_HUGE_PAGES": "always",
         "WEIGHTLIFT_THREADS": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONHASHSEED": "0",
