@@ -150,6 +150,11 @@ def _on_registration(
     return None if build is None else build.register(module, name, param)
 
 
+def in_build() -> bool:
+    """Whether this thread builds a model whose parameters go to ``meta``."""
+    return _build.get() is not None
+
+
 class _InitFunction:
     """A function of ``torch.nn.init``: in a build its own, outside what the module holds.
 

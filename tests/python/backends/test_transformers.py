@@ -749,6 +749,101 @@ def test_nothing_begins_for_models_that_are_cut_or_quantized(
     assert bool(begun) == begins
 
 
+@walked
+def test_what_is_on_its_way_is_given_to_all_who_want_some(tmp_path: Path) -> None:
+    """A converter takes tensors that have begun under their own names, beside the plain ones."""
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "moe_intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 4,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+    )
+    cls = transformers.Qwen3VLMoeForConditionalGeneration
+    torch.manual_seed(0)
+    cls(config).save_pretrained(tmp_path)
+    theirs = load(cls, tmp_path)
+    with wl.enabled(CALLER), engine_moves(tensor_bytes(tmp_path), CALLER):
+        ours = load(cls, tmp_path)
+    assert_same_outcomes(ours, theirs)
+
+
+@walked
+def test_a_load_in_the_constructor_of_a_model_that_is_loaded(
+    made: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The outer build sees what the inner load registers: ties, and the outer file's values."""
+    diffusers = pytest.importorskip("diffusers")
+    inner = made("llama", tie_word_embeddings=True)
+
+    class Outer(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc, name-defined]
+        @diffusers.configuration_utils.register_to_config
+        def __init__(self, size: int = 4) -> None:
+            super().__init__()
+            self.lm = CAUSAL.from_pretrained(inner)
+            self.own = torch.nn.Linear(size, size)
+
+    outer = Outer()
+    with torch.no_grad():
+        outer.lm.model.embed_tokens.weight.add_(1)
+    tensors = dict(outer.state_dict())
+    del tensors["lm.lm_head.weight"]
+    outer.save_config(tmp_path)
+    safetensors.torch.save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    theirs = Outer.from_pretrained(tmp_path)
+    with wl.enabled(CALLER):
+        ours = Outer.from_pretrained(tmp_path)
+    tied = [m.lm.lm_head.weight is m.lm.model.embed_tokens.weight for m in (theirs, ours)]
+    assert tied[0] == tied[1]
+    for name, tensor in theirs.state_dict().items():
+        own = ours.state_dict()[name]
+        assert own.device == tensor.device
+        if not tensor.is_meta:  # diffusers leaves there what its file lacks
+            assert_same(own, tensor)
+
+
+@walked
+def test_a_load_in_the_constructor_of_a_model_of_ours(
+    made: Callable[..., Path], tmp_path: Path
+) -> None:
+    inner = made("llama", tie_word_embeddings=True)
+
+    class Outer(wl.ModelMixin, wl.ConfigMixin):
+        @wl.register_to_config
+        def __init__(self, size: int = 4) -> None:
+            super().__init__()
+            self.lm = CAUSAL.from_pretrained(inner)
+            self.own = torch.nn.Linear(size, size)
+
+    outer = Outer()
+    with torch.no_grad():
+        outer.lm.model.embed_tokens.weight.add_(1)
+    outer.save_pretrained(tmp_path)
+    with wl.enabled(CALLER):
+        ours = Outer.from_pretrained(tmp_path)
+    assert (ours.lm.lm_head.weight is ours.lm.model.embed_tokens.weight) == (
+        outer.lm.lm_head.weight is outer.lm.model.embed_tokens.weight
+    )
+    for name, tensor in outer.state_dict().items():
+        assert_same(ours.state_dict()[name], tensor)
+
+
 # --- A walk that is not known
 
 

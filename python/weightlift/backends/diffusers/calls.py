@@ -74,15 +74,16 @@ class Call:
                 LoadOptions(self.early["mode"], progress=shards_bar(len(files)), caller=NAME),
             )
 
-    def gives_names(self, file: str) -> bool:
-        """Whether this is the file whose tensors ``_load_pretrained_model`` will get."""
+    def whole_file(self, file: str) -> Checkpoint | None:
+        """The checkpoint, where this is the one file whose tensors ``_load_pretrained_model`` will
+        get: names do in their place."""
         if self.checkpoint is None or self.sharded or list(self.files) != [file]:
-            return False
+            return None
         from diffusers.models.modeling_utils import ModelMixin
 
         fix = "_fix_state_dict_keys_on_load"
         # Where it is the class's own, it may look at tensors.
-        return getattr(self.cls, fix) is getattr(ModelMixin, fix)
+        return self.checkpoint if getattr(self.cls, fix) is getattr(ModelMixin, fix) else None
 
     def cancel(self) -> None:
         if self.begun is not None:

@@ -64,9 +64,9 @@ def load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
         single = current_single_file.get()
         if single is not None and not given["disable_mmap"]:
             return single.open(file, stock)
-        if call is not None and call.gives_names(file):
-            assert call.checkpoint is not None
-            return Pending(call.checkpoint, stock)
+        opened = None if call is None else call.whole_file(file)
+        if opened is not None:
+            return Pending(opened, stock)
         try:
             opened = open_files([file])
         except (FallbackToLibrary, WeightliftError) as error:

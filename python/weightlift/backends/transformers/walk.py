@@ -14,6 +14,7 @@ import copy
 import functools
 import importlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ __all__ = ["walk_tensors"]
 
 # Bytes of what the library converts that are in memory besides the model: two of these.
 _WAVE_BYTES = 256 << 20
+# Where our own hook on registrations is from.
+_BUILD_CONTEXT = "weightlift.models.build_context"
 
 
 def walk_tensors(
@@ -360,12 +363,18 @@ def _is_watched() -> bool:
 
     own = getattr(module.Module.__setattr__, "__code__", None)
     put = getattr(module.Module.register_parameter, "__code__", None)
-    return (
-        own is None
-        or put is None
-        or own.co_filename != put.co_filename
-        or bool(module._global_parameter_registration_hooks)
-        or bool(module._global_buffer_registration_hooks)
+    if own is None or put is None or own.co_filename != put.co_filename:
+        return True
+    hooks = [
+        *module._global_parameter_registration_hooks.values(),
+        *module._global_buffer_registration_hooks.values(),
+    ]
+    # Ours is there for good, and does nothing outside a build.
+    ours = sys.modules.get(_BUILD_CONTEXT)
+    if ours is not None and ours.in_build():
+        return True
+    return any(
+        getattr(hook, "__module__", "") != "weightlift.models.build_context" for hook in hooks
     )
 
 
