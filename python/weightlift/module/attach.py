@@ -71,15 +71,17 @@ def bump_versions(placement: Placement, own: OwnLoading | None, names: Collectio
     import torch
 
     told = frozenset() if own is None else frozenset(id(ref) for _, ref in own.matched)
-    tensors = [
-        ref.tensor
-        for group, members in placement.groups.items()
-        if group.in_place
-        for _, ref in members
-        if id(ref) not in told and not ref.tensor.is_inference()
-        for name in (ref.names if ref.ties else (ref.name,))
-        if not ref.ties or name in names
-    ]
+    tensors: list[torch.Tensor] = []
+    for group, members in placement.groups.items():
+        if not group.in_place:
+            continue
+        for _, ref in members:
+            if ref.tensor.is_inference() or (told and id(ref) in told):
+                continue
+            tensors.append(ref.tensor)
+            if ref.ties:
+                others = sum(name in names for name in ref.names) - 1
+                tensors += [ref.tensor] * others
     if tensors:
         torch.autograd.graph.increment_version(tensors)
 

@@ -96,15 +96,13 @@ def modules_with_own_loading(
     tensors to where they are called the same."""
     if type(model).load_state_dict is not _module_class().load_state_dict and _is_plain(model):
         return [("", model)]
+    if not _any_special(model):  # most models: they pay a look at each module, and nothing more
+        return []
     found: list[tuple[str, torch.nn.Module]] = []
     waiting = [("", model)]
     while waiting:
         prefix, module = waiting.pop()
-        if (
-            _is_special(type(module))
-            or module._load_state_dict_pre_hooks
-            or module._load_state_dict_post_hooks
-        ) and _matters(module, prefix, headers):
+        if _has_own(module) and _matters(module, prefix, headers):
             found.append((prefix, module))
             continue
         if children := module._modules:
@@ -239,6 +237,25 @@ def _module_class() -> type[torch.nn.Module]:
     from torch.nn import Module
 
     return Module
+
+
+def _any_special(model: torch.nn.Module) -> bool:
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if _has_own(module):
+            return True
+        if children := module._modules:
+            waiting.extend(child for child in children.values() if child is not None)
+    return False
+
+
+def _has_own(module: torch.nn.Module) -> bool:
+    return bool(
+        _is_special(type(module))
+        or module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+    )
 
 
 _special: dict[type, bool] = {}  # by class, for a model has many modules of few classes
