@@ -19,7 +19,7 @@ from weightlift.core.errors import ArgumentError, ReadError, read_error
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["HubArguments", "commit_of", "download", "list_files", "snapshot"]
+__all__ = ["HubArguments", "cached_files", "commit_of", "download", "list_files", "snapshot"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -89,8 +89,8 @@ class HubArguments:
         Raises:
             ReadError: neither the Hub nor the cache knows the repository or its revision.
         """
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
+        from huggingface_hub.errors import (  # type: ignore[attr-defined]
+            HTTPError,
             RevisionNotFoundError,
             RevisionResolutionError,
         )
@@ -108,9 +108,10 @@ class HubArguments:
                 commit = resolve(local_files_only=self.local_files_only).resolved
             except RevisionNotFoundError:
                 raise
-            except HfHubHTTPError as error:
-                # Refused (a token that expired, a repository that was deleted): what is in the
-                # cache loads nevertheless, as it does when it is downloaded file by file.
+            except HTTPError as error:
+                # Refused (a token that expired, a repository that was deleted), or a proxy that
+                # does not answer: what is in the cache loads nevertheless, as it does when it is
+                # downloaded file by file.
                 try:
                     commit = resolve(local_files_only=True).resolved
                 except RevisionResolutionError:
@@ -206,20 +207,34 @@ def list_files(repo_id: str, arguments: HubArguments) -> list[str]:
             except (errors.OfflineModeIsEnabled, errors.HTTPError) as error:  # type: ignore[attr-defined]
                 unreachable = error
         if names is None:
-            try:
-                folder = api.snapshot_download(
-                    repo_id,
-                    revision=arguments.revision,
-                    cache_dir=arguments._cache,
-                    local_files_only=True,
-                    allow_patterns=[],
-                )
-            except errors.LocalEntryNotFoundError:
-                raise unreachable or errors.LocalEntryNotFoundError("") from None
-            found = (path for path in Path(folder).rglob("*") if path.is_file())
-            names = [path.relative_to(folder).as_posix() for path in found]
+            names = cached_files(repo_id, arguments)
+            if names is None:
+                raise unreachable or errors.LocalEntryNotFoundError("")
     prefix = f"{arguments.subfolder}/" if arguments.subfolder else ""
     return sorted(name[len(prefix) :] for name in names if name.startswith(prefix))
+
+
+def cached_files(repo_id: str, arguments: HubArguments) -> list[str] | None:
+    """The names of the files of a commit that are in the cache; ``None`` where none is. No request.
+
+    Args:
+        repo_id: the repository.
+        arguments: ``pinned``.
+    """
+    from huggingface_hub import errors
+
+    try:
+        folder = arguments.api().snapshot_download(
+            repo_id,
+            revision=arguments.revision,
+            cache_dir=arguments._cache,
+            local_files_only=True,
+            allow_patterns=[],
+        )
+    except errors.LocalEntryNotFoundError:
+        return None
+    found = (path for path in Path(folder).rglob("*") if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in found]
 
 
 def commit_of(path: str | os.PathLike[str]) -> str | None:

@@ -149,7 +149,7 @@ def resolve(
     if not exists:
         if path.suffix.lower() in (*_FILE_FORMATS, ".dduf", ".json"):
             raise read_error("not_found", "there is no such file", text)
-        return _of_source(_Repository(text, hub), folder, wish)
+        return _of_source(_Repository(text, hub, folder, wish), folder, wish)
     if path.is_dir():
         return _of_source(_Folder(path), folder, wish)
     if path.suffix.lower() == ".dduf":
@@ -275,11 +275,40 @@ class _Listed(_Source, Protocol):
 class _Repository(_Listed):
     incomplete = "neither the Hub, if it may be asked, nor the cache has them"
 
-    def __init__(self, repo_id: str, hub: HubArguments) -> None:
+    def __init__(self, repo_id: str, hub: HubArguments, folder: str, wish: _Wish) -> None:
         # One commit for the list and for every download, whatever is pushed meanwhile.
         self.hub = dataclasses.replace(hub, subfolder=None).pinned(repo_id)
         self.repo_id = repo_id
+        if not hub.force_download:
+            # What a commit holds does not change: with all of it here, nobody need be asked.
+            self.paths = _hub.cached_files(repo_id, self.hub) or []
+            if self._is_complete(folder, wish):
+                self.hub = dataclasses.replace(self.hub, local_files_only=True)
+                return
         self.paths = _hub.list_files(repo_id, self.hub)
+
+    def _is_complete(self, folder: str, wish: _Wish) -> bool:
+        """Whether the weights that are wanted are here, and not only others."""
+        try:
+            names = self.entries(folder)[0]
+        except CheckpointError:
+            return False
+        known = [found for name in sorted(names) if (found := _parse(name))]
+        models = [one for one in known if (one.format, one.stem) in _MODELS]
+        chosen = _choose(models, wish)
+        if chosen is None or (chosen.format != "safetensors" and wish.use_safetensors is not False):
+            return False
+        if chosen.kind == "single":
+            return True
+        place = f"{self.place(folder)}/{chosen.name}"
+        hub = dataclasses.replace(self.hub, local_files_only=True)
+        try:
+            path = _hub.download(self.repo_id, posixpath.join(folder, chosen.name), hub)
+            text = path.read_bytes()
+            weight_map, _, _ = _parse_index(text, place, chosen.format, wish.strict_index)
+        except (OSError, CheckpointError):
+            return False
+        return all(self.has(folder, name) for name in set(weight_map.values()))
 
     def place(self, folder: str) -> str:
         return f"{self.repo_id}/{folder}" if folder else self.repo_id
