@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from weightlift.checkpoint.checkpoint import Checkpoint
-from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.checkpoint.open_checkpoint import open_checkpoint, open_file
 from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError
@@ -37,10 +37,10 @@ def load_file(
     progress: bool | Progress = False,
     backend: Backend | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Loads all tensors of a ``.safetensors`` file.
+    """Loads all tensors of a file: ``.safetensors``, or what ``torch.save`` wrote.
 
     Args:
-        filename: the file.
+        filename: the file; what it holds decides where its name says nothing.
         device: where the tensors go: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``1`` or a
             ``torch.device``.
         dtype: cast floating-point tensors to this while loading: a torch dtype or its name.
@@ -66,7 +66,7 @@ def load_file(
         OutOfMemoryError: also a ``MemoryError``.
     """
     require("torch", "load_file")
-    checkpoint = Checkpoint.of_file(filename)
+    checkpoint = open_file(filename)
     return load_tensors(
         checkpoint,
         parse_device(device),

@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import weightlift._native as _native
-from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.checkpoint import Checkpoint, nearest
 from weightlift.core.devices import parse_device
-from weightlift.core.errors import ArgumentError, FormatError, ReadError
+from weightlift.core.errors import ArgumentError, FileClosedError, FormatError, ReadError
 from weightlift.core.report import record
 from weightlift.core.requirements import require
 from weightlift.core.settings import Settings
@@ -66,7 +66,7 @@ class safe_open:
         self._slice_settings = dataclasses.replace(
             self._settings, populate=bool(self._settings.populate)
         )
-        self._checkpoint: Checkpoint | None = Checkpoint.of_file(filename)
+        self._checkpoint: Checkpoint | None = Checkpoint.from_file(filename)
 
     def __enter__(self) -> safe_open:
         return self
@@ -77,11 +77,18 @@ class safe_open:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; tensors that were loaded from it stay as they are."""
         self._checkpoint = None
 
     def _open(self) -> Checkpoint:
         if self._checkpoint is None:
-            raise FormatError("file_closed", "the file is closed: its `with` block has ended")
+            raise FileClosedError(
+                "file_closed",
+                "the file is closed: its `with` block has ended, or close() was called",
+            )
         return self._checkpoint
 
     def _find(self, name: str) -> tuple[_native.IndexedFile, int]:
@@ -92,7 +99,8 @@ class safe_open:
         if place is None:
             raise FormatError(
                 "no_such_tensor",
-                f"the file does not contain it; it holds {len(checkpoint)} tensors, see keys()",
+                f"the file does not contain it; it holds {len(checkpoint)} tensors, see keys()"
+                + nearest(name, checkpoint),
                 checkpoint.paths[0],
                 tensor=name,
             )

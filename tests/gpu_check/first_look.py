@@ -161,7 +161,7 @@ class Simulated:
 
         allocator = self._simulated.SimulatedAllocator(self._driver)
         with wl.Settings(**settings) if settings else contextlib.nullcontext():
-            load = loading.Loading(Checkpoint.of_file(path), allocator=allocator)
+            load = loading.Loading(Checkpoint.from_file(path), allocator=allocator)
         load.add(torch.device("cuda", 0), None)
         load.start()
         tensors = load.result()

@@ -258,7 +258,7 @@ def _to_device(given: tuple[Path, SimulatedMemory], dtype: str | None = None) ->
     # A chunk a MiB. Two slots: how many more a load would take is chance.
     with wl.Settings(chunk_bytes=1 << 20, pinned_bytes=2 << 20):
         return load_tensors(
-            Checkpoint.of_file(path), torch.device("cuda", 0), dtype=dtype, allocator=allocator
+            Checkpoint.from_file(path), torch.device("cuda", 0), dtype=dtype, allocator=allocator
         )
 
 

@@ -221,7 +221,7 @@ def _load_state_dict(reference: Callable[..., Any]) -> Callable[..., Any]:
         is_safetensors = checkpoint_file.endswith(".safetensors")
         try:
             if is_safetensors:
-                checkpoint = Checkpoint.of_file(checkpoint_file)
+                checkpoint = Checkpoint.from_file(checkpoint_file)
             else:
                 checkpoint = open_checkpoint(checkpoint_file)
         except CheckpointError:  # something else than a state dict
@@ -283,7 +283,7 @@ def _clear_device_cache(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=64)
 def _offloaded(path: str, _identity: tuple[int, ...]) -> Checkpoint:
-    return Checkpoint.of_file(path)
+    return Checkpoint.from_file(path)
 
 
 def _getitem(reference: Callable[..., Any]) -> Callable[..., Any]:

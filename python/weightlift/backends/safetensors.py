@@ -136,7 +136,7 @@ def _load_file(library: str, reference: Callable[..., Any]) -> Callable[..., Any
         try:
             target = usable_device(device)
             mode = mode_of_backend("auto", backend)
-            checkpoint = Checkpoint.of_file(filename)
+            checkpoint = Checkpoint.from_file(filename)
         except (FallbackToLibrary, WeightliftError, TypeError) as error:
             options = {} if backend == "mmap" else {"backend": backend}
             return fall_back(library, error, lambda: reference(filename, device, **options))

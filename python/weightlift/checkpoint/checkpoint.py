@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import weightlift._native as _native
 from weightlift.checkpoint.integrity import Identity
 from weightlift.checkpoint.torch_file import View
-from weightlift.core.errors import ArgumentError, CheckpointError
+from weightlift.core.errors import ArgumentError, CheckpointError, FileClosedError
 
 if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger("weightlift")
 
-__all__ = ["Checkpoint", "Place", "describe_location"]
+__all__ = ["Checkpoint", "Place", "describe_location", "nearest"]
 
 # (part, position in it, how the tensor looks at what lies there)
 Place = tuple[int, int, "View | None"]
@@ -26,11 +29,11 @@ Place = tuple[int, int, "View | None"]
 
 class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
     """The index of a checkpoint, over all its files: names, dtypes, shapes, and whose bytes they
-    are. Holds no tensor data, and keeps its files open. As a mapping: name -> (dtype, shape).
+    are. Holds no tensor data. A context manager: ``close()`` lets go of the files. As a mapping:
+    name -> (dtype, shape).
 
     Attributes:
-        parts: the indexed files, in the order in which they are read.
-        formats: of each part, ``"safetensors"`` or ``"torch"``.
+        formats: of each file that is indexed, ``"safetensors"`` or ``"torch"``.
         metadata: text that the files carry about themselves; ``"not_tensors"`` names what a torch
             file holds besides tensors.
         in_memory: tensors of files that only torch can read, which are loaded when it is opened.
@@ -53,7 +56,9 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         names: Mapping[str, Place | None] | None = None,
         left_out: Mapping[str, int] | None = None,
     ) -> None:
-        self.parts = list(parts)
+        self._closed = False
+        self._parts = list(parts)
+        self._where = self._parts[0].path if self._parts else ""
         self.formats = list(formats) if formats is not None else ["safetensors"] * len(parts)
         self.in_memory = dict(in_memory or {})
         self.loaded = list(loaded)
@@ -66,7 +71,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         self._names = names
 
     @classmethod
-    def of_file(cls, path: str | os.PathLike[str]) -> Checkpoint:
+    def from_file(cls, path: str | os.PathLike[str]) -> Checkpoint:
         """The checkpoint in one ``.safetensors`` file.
 
         Raises:
@@ -74,6 +79,43 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
             ReadError: it cannot be read; a missing file is a ``FileNotFoundError`` too.
         """
         return cls([_native.IndexedFile.open(_text(path))])
+
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """The former name of ``from_file``."""
+        warnings.warn(
+            "Checkpoint.of_file is called from_file now", DeprecationWarning, stacklevel=2
+        )
+        return cls.from_file(path)
+
+    def close(self) -> None:
+        """Lets go of the files; whatever is asked of it then is a ``FileClosedError``. Loads that
+        run, and tensors, are not concerned."""
+        self._closed = True
+        self._parts.clear()
+        self._views.clear()
+        self.in_memory.clear()
+        self._names = None
+        self.__dict__.pop("_places", None)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FileClosedError("file_closed", "the checkpoint is closed", self._where)
 
     @classmethod
     def joined(cls, checkpoints: Iterable[tuple[Checkpoint, Mapping[str, str]]]) -> Checkpoint:
@@ -118,6 +160,12 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         )
 
     @property
+    def parts(self) -> list[_native.IndexedFile]:
+        """For the rooms above: the indexed files, in the order in which they are read."""
+        self._check_open()
+        return self._parts
+
+    @property
     def paths(self) -> list[str]:
         return [path for path, _ in self.files]
 
@@ -128,6 +176,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
 
     @functools.cached_property
     def _places(self) -> Mapping[str, Place | None]:
+        self._check_open()
         if self._names is not None:
             return self._names
         places: dict[str, Place | None] = {}
@@ -149,7 +198,13 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         Raises:
             KeyError: there is none of that name.
         """
-        return self._places[name]
+        return self._lookup(name)
+
+    def _lookup(self, name: str) -> Place | None:
+        try:
+            return self._places[name]
+        except KeyError:
+            raise KeyError(f"no tensor {name!r} in it{nearest(name, self._places)}") from None
 
     def is_view(self, name: str) -> bool:
         """Whether a tensor shares its bytes with others, or does not lie in their order."""
@@ -169,7 +224,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         return self.parts[place[0]], place[1]
 
     def __getitem__(self, name: str) -> tuple[str, tuple[int, ...]]:
-        place = self._places[name]
+        place = self._lookup(name)
         if place is None:
             from weightlift.core import dtypes
 
@@ -204,6 +259,8 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
+        if self._closed:
+            return "<Checkpoint, closed>"
         where = self.paths[0] if len(self.files) == 1 else f"{len(self.files)} files"
         return f"<Checkpoint of {len(self)} tensors in {where}>"
 
@@ -260,6 +317,15 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
             names=names,
             left_out=self.left_out,
         )
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """For messages: the names that look most like one that is not there."""
+    import difflib
+
+    # In many names the search takes longer than anybody waits.
+    found = difflib.get_close_matches(name, itertools.islice(names, 5_000), n=3, cutoff=0.7)
+    return f"; near are {', '.join(map(repr, found))}" if found else ""
 
 
 def describe_location(checkpoint: Checkpoint) -> str:

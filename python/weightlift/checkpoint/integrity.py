@@ -40,10 +40,30 @@ def known_sha256(path: str | Path) -> tuple[str, str] | None:
         if not sums.is_file():
             continue
         for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
-            found = re.fullmatch(r"([0-9a-fA-F]{64})(?:[ \t]+\*?(.*))?", line.strip())
-            if found and (found[2] == path.name or (sums == single and not found[2])):
-                return found[1].lower(), sums.name
+            found = _parse_sum(line.strip("\r\n"))
+            if found and (found[1] == path.name or (sums == single and not found[1])):
+                return found[0], sums.name
     return None
+
+
+def _parse_sum(line: str) -> tuple[str, str] | None:
+    """(SHA-256, name) of a line of sha256sum(1): in text or binary mode, with ``--tag``, of a
+    ``./NAME``, and with a name that it had to escape."""
+    escaped = line.startswith("\\")
+    tagged = re.fullmatch(r"\\?SHA256 \((.*)\) = ([0-9a-fA-F]{64})\s*", line)
+    plain = re.fullmatch(r"\s*\\?([0-9a-fA-F]{64})(?:[ \t]+\*?(.*?))?\s*", line)
+    if tagged:
+        name, digest = tagged[1], tagged[2]
+    elif plain:
+        digest, name = plain[1], plain[2] or ""
+    else:
+        return None
+    if escaped:
+        escapes = {"\\\\": "\\", "\\n": "\n", "\\r": "\r"}
+        name = re.sub(r"\\[\\nr]", lambda found: escapes[found[0]], name)
+    while name.startswith("./"):
+        name = name[2:].lstrip("/")
+    return digest.lower(), name
 
 
 class HashCheck:

@@ -7,13 +7,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.hub import HubArguments
 from weightlift.checkpoint.integrity import Identity
-from weightlift.checkpoint.resolve import CheckpointFiles, ShardFile, resolve
+from weightlift.checkpoint.resolve import CheckpointFiles, ShardFile, resolve, torch_format_of
 from weightlift.checkpoint.torch_file import LoadedTorchFile, View, open_torch_file
 from weightlift.core.errors import ArgumentError, CheckpointError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["open_checkpoint", "open_files"]
+__all__ = ["open_checkpoint", "open_file", "open_files"]
 
 _log = logging.getLogger("weightlift")
 
@@ -97,6 +98,24 @@ def open_checkpoint(
                 f"{path_or_repo}: no tensor is left with prefix={prefix!r} and ignore={ignore!r}"
             )
     return checkpoint
+
+
+def open_file(filename: str | os.PathLike[str]) -> Checkpoint:
+    """Opens one file: safetensors by its name or its bytes, or a file of ``torch.save``.
+
+    Raises:
+        FormatError: it is neither, or is damaged.
+        ReadError: it cannot be read; a missing file is a ``FileNotFoundError`` too, a folder an
+            ``IsADirectoryError``.
+        CheckpointError: a torch file in which several state dicts may be meant.
+    """
+    text = os.fspath(filename)
+    format = torch_format_of(text) if isinstance(text, str) else None
+    if format is None:
+        return Checkpoint.from_file(filename)
+    path = Path(text)
+    files = CheckpointFiles((ShardFile(path.name, text, format),), format, str(path.parent))
+    return open_files(files, None)
 
 
 def open_files(

@@ -21,7 +21,7 @@ from weightlift.checkpoint.hub import HubArguments
 from weightlift.checkpoint.torch_errors import is_safetensors
 from weightlift.core.errors import ArgumentError, CheckpointError, ReadError, read_error
 
-__all__ = ["CheckpointFiles", "ShardFile", "resolve"]
+__all__ = ["CheckpointFiles", "ShardFile", "resolve", "torch_format_of"]
 
 Format = Literal["safetensors", "torch"]
 
@@ -606,10 +606,30 @@ def _format_of_bytes(path: Path, named: Format | None) -> Format:
             head = file.read(4)
     except OSError as error:
         raise _os_error(error, str(path)) from None
-    # Zip's magic, and the pickles of all protocols. What else it may be, the reader of safetensors
-    # can tell.
+    # What else it may be, the reader of safetensors can tell.
+    return "torch" if _is_of_torch(head) else "safetensors"
+
+
+def torch_format_of(path: str) -> Literal["torch"] | None:
+    """``"torch"`` for a file that torch.save wrote, by its name and its bytes, or by its bytes
+    alone where its name does not tell; ``None`` for what the reader of safetensors shall judge."""
+    named = _FILE_FORMATS.get(Path(path).suffix.lower())
+    if named == "safetensors":
+        return None
+    try:
+        if not Path(path).is_file() or is_safetensors(path):
+            return None
+        with Path(path).open("rb") as file:
+            head = file.read(4)
+    except (OSError, ValueError):
+        return None
+    return "torch" if named is not None or _is_of_torch(head) else None
+
+
+def _is_of_torch(head: bytes) -> bool:
+    # Zip's magic, and the pickles of all protocols.
     pickled = head[:1] == b"\x80" or head[:2] in (b"(d", b"(l", b"(c", b"cc", b"cr", b"ct")
-    return "torch" if head == b"PK\x03\x04" or pickled else "safetensors"
+    return head == b"PK\x03\x04" or pickled
 
 
 def _check_format(path: Path, format: Format, wish: _Wish) -> None:

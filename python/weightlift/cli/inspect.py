@@ -114,7 +114,7 @@ def _components(path: str, options: OpenOptions) -> list[str | None]:
 def describe(path: str, options: OpenOptions, component: str | None = None) -> dict[str, Any]:
     """Everything that ``inspect`` shows; sizes and offsets in bytes."""
     if options.subfolder is None and options.variant is None and _is_lone(path):
-        checkpoint = Checkpoint.of_file(path)
+        checkpoint = Checkpoint.from_file(path)
     else:
         checkpoint = options.open(path, component)
     entries = [_entry(checkpoint, name) for name in checkpoint]

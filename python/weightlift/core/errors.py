@@ -10,10 +10,13 @@ from safetensors import SafetensorError
 import weightlift._native as _native
 
 __all__ = [
+    "PYTHON_CODES",
     "ArgumentError",
     "CheckpointError",
     "DeviceError",
+    "FileClosedError",
     "FormatError",
+    "LoadCancelledError",
     "OutOfMemoryError",
     "ReadError",
     "WeightliftError",
@@ -24,12 +27,29 @@ class WeightliftError(Exception):
     """The base of all errors that weightlift raises on purpose."""
 
 
+# The codes of ``FormatError`` that are born in Python; all others are in csrc/result.h.
+PYTHON_CODES = frozenset(
+    {
+        "big_endian",
+        "checksum_mismatch",
+        "dduf_invalid",
+        "file_closed",
+        "hash_mismatch",
+        "malformed_pickle",
+        "no_such_tensor",
+        "torchscript",
+        "unsafe_pickle",
+        "unsupported_tensor",
+    }
+)
+
+
 class FormatError(WeightliftError, SafetensorError):
     """A checkpoint file breaks its format, or holds what was asked for in no usable form.
 
     Attributes:
         code: the kind of fault, such as ``"header_too_large"``, ``"git_lfs_pointer"`` or
-            ``"no_such_tensor"``; a closed list, see ``csrc/result.h``.
+            ``"no_such_tensor"``: one of the table in ``csrc/result.h``, or of ``PYTHON_CODES``.
         path: the file.
         offset: the byte in the file at which the fault was found, where there is one.
         tensor: the tensor that is at fault, or ``""``.
@@ -54,6 +74,14 @@ class FormatError(WeightliftError, SafetensorError):
     def __reduce__(self) -> tuple[Any, ...]:
         # The default calls the class with `args`, which is the finished text alone.
         return type(self), (self.code, self.message, self.path, self.offset, self.tensor)
+
+
+class FileClosedError(FormatError, ValueError):
+    """A file that was closed is asked for tensors; a ``ValueError``, as of Python's own files."""
+
+
+class LoadCancelledError(WeightliftError):
+    """A load was cancelled, so that it has no result."""
 
 
 class ReadError(WeightliftError, OSError):
@@ -155,7 +183,7 @@ def _from_native(
     if kind == "memory":
         return OutOfMemoryError(text)
     if kind == "cancelled":
-        return KeyboardInterrupt(text)
+        return LoadCancelledError(text)
     return ArgumentError(text)
 
 

@@ -55,7 +55,7 @@ def load_file(
         ReadError: it cannot be read (also an ``OSError``), or changes while it is.
         ArgumentError: a ``dtype`` that nothing is cast to, or a ``sharding`` that does not fit.
     """
-    checkpoint = Checkpoint.of_file(filename)
+    checkpoint = Checkpoint.from_file(filename)
     named = dtype is None or isinstance(dtype, str)
     wanted = dtypes.parse_dtype(dtype if named else np.dtype(dtype).name)
     headers = checkpoint.headers()

@@ -416,7 +416,7 @@ def _call(
         raise ArgumentError("save_function wrote no file at the path that it was given")
     if safe_serialization:
         try:
-            complete = set(Checkpoint.of_file(path)) == tensors.keys()
+            complete = set(Checkpoint.from_file(path)) == tensors.keys()
         except FormatError:
             complete = False
         if not complete:

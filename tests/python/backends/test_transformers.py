@@ -885,7 +885,7 @@ def test_an_unknown_walk_reads_what_is_asked_for(made: Callable[..., Path]) -> N
 def test_slices(made: Callable[..., Path]) -> None:
     """What the library's walk takes for a slice of a file."""
     path = made("llama") / "model.safetensors"
-    checkpoint = wl.Checkpoint.of_file(path)
+    checkpoint = wl.Checkpoint.from_file(path)
     weights = weights_of.Weights(checkpoint, "auto")
     with safetensors.safe_open(path, "pt") as file:
         assert sorted(weights) == sorted(file.keys())
@@ -1120,7 +1120,7 @@ def test_pieces_of_a_tensor(made: Callable[..., Path]) -> None:
     whole = safetensors.torch.load_file(path)[name]
     pieces = ([(0, 1, 16), (3, 1, 4)], [(0, 1, 16), (15, 1, 5)])
     for dtype in (torch.float32, torch.bfloat16):
-        weights = weights_of.Weights(wl.Checkpoint.of_file(path), "auto")
+        weights = weights_of.Weights(wl.Checkpoint.from_file(path), "auto")
         batch = weights_of.Batch(weights)
         batch.add(name, torch.device("cpu"), dtype, Cut(pieces, 1, (16, 9)))
         batch.start()
@@ -1132,7 +1132,7 @@ def test_pieces_of_a_tensor(made: Callable[..., Path]) -> None:
 
 def test_what_nobody_asks_for_is_given_up(made: Callable[..., Path]) -> None:
     path = made("llama") / "model.safetensors"
-    weights = weights_of.Weights(wl.Checkpoint.of_file(path), "read")
+    weights = weights_of.Weights(wl.Checkpoint.from_file(path), "read")
     batch = weights_of.Batch(weights)
     for name in weights:
         batch.add(name, torch.device("cpu"), None)

@@ -65,7 +65,7 @@ def test_mixtures(
         weight_mapping=conversion_mapping.get_model_conversion_mapping(model),
     )
     with machine(2, seed, Policy.RANDOM) as driver:
-        checkpoint = Checkpoint([Checkpoint.of_file(file).parts[0] for file in files])
+        checkpoint = Checkpoint([Checkpoint.from_file(file).parts[0] for file in files])
         weights = weights_of.Weights(checkpoint, "auto")
         allocator = weights.allocator = Allocator(driver)
         info, _ = walk.walk_tensors(model, weights, config, None)

@@ -24,7 +24,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-        checkpoint = Checkpoint.of_file(path)
+        checkpoint = Checkpoint.from_file(path)
         assert list(checkpoint) == ["a", "b"]
         part = checkpoint.parts[0]
         assert part.shapes() == [(200,), (2, 100)], part.shapes()
@@ -46,7 +46,7 @@ def main() -> None:
         path.write_bytes(b"\x00" * 7)
         code = None
         try:
-            Checkpoint.of_file(path)
+            Checkpoint.from_file(path)
         except weightlift.FormatError as error:
             code = error.code
         assert code == "header_too_small", code

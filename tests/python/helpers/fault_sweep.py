@@ -150,7 +150,7 @@ def torch_file(path: Path) -> dict[str, bytes]:
 
 
 def pinned(path: Path) -> dict[str, bytes]:
-    part = Checkpoint.of_file(path).parts[0]
+    part = Checkpoint.from_file(path).parts[0]
     plan = plans.new_plan(wl.Settings.current())
     plan.read(part, None, None, 0)
     plans.run_plan(plan, None)
@@ -169,7 +169,10 @@ class OnDevice:
     def __call__(self, path: Path) -> dict[str, bytes]:
         allocator = simulated.SimulatedAllocator(self.driver)
         loaded = load_tensors.load_tensors(
-            Checkpoint.of_file(path), torch.device("cuda", 0), dtype=self.dtype, allocator=allocator
+            Checkpoint.from_file(path),
+            torch.device("cuda", 0),
+            dtype=self.dtype,
+            allocator=allocator,
         )
         return {name: tensor.bits() for name, tensor in loaded.items()}
 

@@ -462,7 +462,7 @@ def test_small_neighbours_keep_what_was_written(tmp_path: Path, mode: str) -> No
 
 def test_loads_of_one_checkpoint_share_nothing(tmp_path: Path) -> None:
     data = entry("U8", [MIB], 1)
-    checkpoint = wl.Checkpoint.of_file(write(tmp_path / "f", {"w": data}))
+    checkpoint = wl.Checkpoint.from_file(write(tmp_path / "f", {"w": data}))
     first, second = (load_tensors(checkpoint, torch.device("cpu"))["w"] for _ in range(2))
     first.fill_(7)
     assert bits(second) == data[2]

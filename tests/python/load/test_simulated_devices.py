@@ -81,7 +81,7 @@ def _load(path: Path, device: int, driver: Any, **options: Any) -> dict[str, Sim
     options.setdefault("allocator", SimulatedAllocator(driver))
     how = LoadOptions(progress=options.pop("progress", False))
     return load_tensors.load_tensors(
-        Checkpoint.of_file(path), torch.device("cuda", device), how, **options
+        Checkpoint.from_file(path), torch.device("cuda", device), how, **options
     )
 
 
@@ -167,7 +167,7 @@ def _to_devices(
     path: Path, allocator: SimulatedAllocator, place: Callable[[int], int], dtype: str | None = None
 ) -> dict[str, SimulatedTensor]:
     """All tensors in one plan, tensor ``i`` to device ``place(i)``."""
-    checkpoint = Checkpoint.of_file(path)
+    checkpoint = Checkpoint.from_file(path)
     with Settings(threads=2, chunk_bytes=512 * 1024):
         load = LoadPlan(checkpoint, allocator=allocator)
     names: dict[int, list[str]] = {}
@@ -285,7 +285,7 @@ def test_a_full_device_is_an_error_and_leaves_it_empty(
 
 
 def test_a_missing_device_is_named(machine: Switch, checkpoint_path: Path) -> None:
-    part = Checkpoint.of_file(checkpoint_path).parts[0]
+    part = Checkpoint.from_file(checkpoint_path).parts[0]
     with machine(2):
         plan = _native.Plan(_native.Settings())
         plan.copy_to(part, [0], _native.Targets(5, [4096], part.dtypes([0])))
@@ -329,7 +329,7 @@ def test_pinned_tensors_are_registered_while_they_live(
 ) -> None:
     expected = safetensors.torch.load_file(checkpoint_path)
     with machine(2) as driver:
-        part = Checkpoint.of_file(checkpoint_path).parts[0]
+        part = Checkpoint.from_file(checkpoint_path).parts[0]
         plan = _native.Plan(_native.Settings())
         plan.read(part, None, None, 0)
         assert plans.run_plan(plan, None)["bytes"] == sum(t.nbytes for t in expected.values())
@@ -354,7 +354,7 @@ def test_pinned_tensors_are_registered_while_they_live(
 
 def test_pinned_tensors_outlive_the_driver(machine: Switch, checkpoint_path: Path) -> None:
     with machine(lost=True) as driver:
-        part = Checkpoint.of_file(checkpoint_path).parts[0]
+        part = Checkpoint.from_file(checkpoint_path).parts[0]
         plan = _native.Plan(_native.Settings())
         plan.read(part, None, None, 0)
         plans.run_plan(plan, None)
@@ -369,7 +369,7 @@ def test_other_threads_run_while_pages_are_pinned(machine: Switch, tmp_path: Pat
     size = 256 << 20
     header = {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
     support.sparse_file(tmp_path / "f", header, size)
-    part = Checkpoint.of_file(tmp_path / "f").parts[0]
+    part = Checkpoint.from_file(tmp_path / "f").parts[0]
     moments: list[float] = []
     done = threading.Event()
 
@@ -395,7 +395,7 @@ def test_other_threads_run_while_pages_are_pinned(machine: Switch, tmp_path: Pat
 
 def test_refused_pinning_is_named(machine: Switch, checkpoint_path: Path) -> None:
     with machine() as driver:
-        part = Checkpoint.of_file(checkpoint_path).parts[0]
+        part = Checkpoint.from_file(checkpoint_path).parts[0]
         driver.fail_call("cuMemHostRegister", code=CudaError.NOT_PERMITTED)
         driver.fail_call("cuMemHostAlloc", code=CudaError.NOT_PERMITTED)
         plan = _native.Plan(_native.Settings())
@@ -416,7 +416,7 @@ def test_slices_arrive_on_a_device(machine: Switch, checkpoint_path: Path) -> No
     for seed, (parts, expected) in enumerate(cases):
         with machine(1, seed, list(Policy)[seed]) as driver:
             used = SimulatedAllocator(driver)
-            part = Checkpoint.of_file(checkpoint_path).parts[0]
+            part = Checkpoint.from_file(checkpoint_path).parts[0]
             address, owner = used.empty(0, tuple(expected.shape), "F32")
             plan = _native.Plan(_native.Settings())
             which = part.find("layer.1.weight")

@@ -115,7 +115,7 @@ with fault_sweep.machine(0):
     from weightlift import Checkpoint
     from weightlift.load.load_tensors import load_tensors
     allocator = fault_sweep.simulated.SimulatedAllocator(driver)
-    checkpoint = Checkpoint.of_file(path)
+    checkpoint = Checkpoint.from_file(path)
     before = support.anonymous_bytes()
     # The device's memory is this process's: a tensor at a time.
     for name in checkpoint:
