@@ -83,7 +83,8 @@ void bind_plan(py::module_& module) {
   bind_targets(module);
   py::class_<PlanBuilder>(module, "Plan")
       .def(py::init<engine::Settings>(), py::arg("settings"))
-      .def("map", &PlanBuilder::map, py::arg("source"), py::arg("which"), py::arg("shared"))
+      .def("map", &PlanBuilder::map, py::arg("source"), py::arg("which"), py::arg("shared"),
+           py::arg("windows") = py::none())
       .def(
           "read",
           [](PlanBuilder& self, const std::shared_ptr<IndexedFile>& source, const Which& which,

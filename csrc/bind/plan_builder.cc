@@ -50,7 +50,8 @@ engine::StoredTensor stored(const format::TensorInfo& tensor, std::uint32_t file
 
 }  // namespace
 
-void PlanBuilder::map(const std::shared_ptr<IndexedFile>& source, const Which& which, bool shared) {
+void PlanBuilder::map(const std::shared_ptr<IndexedFile>& source, const Which& which, bool shared,
+                      const std::optional<Windows>& windows) {
   const std::uint32_t file = plan_.add_file(source->file);
   plan_.keep_alive.push_back(source->index);
   // Tensors that nobody shares are writable, and their pages go when they die: another load of the
@@ -60,8 +61,13 @@ void PlanBuilder::map(const std::shared_ptr<IndexedFile>& source, const Which& w
   for_each_tensor(*source, which, [&](const format::TensorInfo& tensor) {
     require_exportable(*source, tensor);
     const std::uint32_t name = plan_.add_name(tensor.name);
-    plan_.mapped.push_back(
-        {.file = file, .offset = tensor.begin, .bytes = tensor.bytes, .name = name});
+    const Windows::value_type whole(0, tensor.bytes);
+    const auto wanted = windows ? std::span(*windows) : std::span(&whole, 1);
+    for (const auto& [begin, end] : wanted) {
+      if (begin > end || end > tensor.bytes) throw py::index_error("these bytes leave the tensor");
+      plan_.mapped.push_back(
+          {.file = file, .offset = tensor.begin + begin, .bytes = end - begin, .name = name});
+    }
     outputs_.push_back({.name = name,
                         .dtype = tensor.dtype,
                         .shape = tensor.shape,

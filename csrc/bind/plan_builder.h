@@ -36,6 +36,9 @@ struct HostTensors {
   std::vector<Dtype> dtypes;
 };
 
+// [begin, end) of a tensor's bytes: what of it is read in now, if not all.
+using Windows = std::vector<std::pair<std::uint64_t, std::uint64_t>>;
+
 // For each dimension (start, step, count), step != 0.
 using Stretches = std::vector<std::tuple<std::uint64_t, std::int64_t, std::uint64_t>>;
 
@@ -44,7 +47,8 @@ class PlanBuilder {
   explicit PlanBuilder(engine::Settings settings) : settings_(settings) {}
 
   // Zero copy. `shared`: others may get the same bytes from this IndexedFile.
-  void map(const std::shared_ptr<IndexedFile>& source, const Which& which, bool shared);
+  void map(const std::shared_ptr<IndexedFile>& source, const Which& which, bool shared,
+           const std::optional<Windows>& windows);
   // Into memory of our own, cast where `dtype` is given and the tensor is of a floating type.
   void read(const std::shared_ptr<IndexedFile>& source, const Which& which,
             std::optional<Dtype> dtype, std::optional<int> pin_for);

@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "convert/cast.h"
 #include "device/staging.h"
 #include "engine/dispatcher.h"
 #include "engine/runner.h"
@@ -23,6 +26,49 @@ using Clock = std::chrono::steady_clock;
 
 // Below this a load on the host is done before a thread would have started.
 constexpr std::uint64_t kInlineBytes = 256 << 10;
+
+// Whether a file holds the bytes that were copied out of it, as far as that can be seen here: of
+// what was cut or sent to a device it cannot, and that is false. kFileChanged where it does
+// not hold them.
+Result<bool> holds_what_was_copied(const LoadPlan& plan, std::size_t number,
+                                   const convert::Fp8Rules& fp8) {
+  constexpr std::uint64_t kStep = std::uint64_t{4} << 20;
+  const io::File& file = *plan.files[number];
+  std::vector<std::byte> now;
+  std::vector<std::byte> cast;
+  for (const Copy& copy : plan.copies) {
+    if (copy.file != number) continue;
+    if (copy.device != kHostDevice || copy.dimension_count != 0) return false;
+    const auto loop = copy.casts() ? convert::host_cast(*convert::float_format(copy.source_dtype),
+                                                        *convert::float_format(copy.target_dtype))
+                                   : nullptr;
+    const auto* const target = reinterpret_cast<const std::byte*>(copy.target);
+    const std::uint64_t bytes = plan.source_bytes(copy);
+    for (std::uint64_t at = 0; at < bytes; at += kStep) {
+      now.resize(std::min(kStep, bytes - at));
+      WL_RETURN_IF_ERROR(file.read_exact(copy.source + at, now));
+      std::span<const std::byte> expected = now;
+      std::uint64_t begin = at;
+      if (loop != nullptr) {
+        const std::uint64_t count = now.size() / copy.source_item();
+        cast.resize(count * copy.target_item());
+        loop(now.data(), cast.data(), count, fp8);
+        expected = cast;
+        begin = at / copy.source_item() * copy.target_item();
+      }
+      if (std::memcmp(expected.data(), target + begin, expected.size()) != 0) {
+        return Error{.code = ErrorCode::kFileChanged,
+                     .message =
+                         "the file was written to while it was being read, so old and new "
+                         "bytes may be mixed; load it again once its writer is done",
+                     .path = file.path(),
+                     .offset = copy.source + at};
+      }
+    }
+  }
+  WL_ASSIGN_OR_RETURN(const io::File::Change change, file.check_unchanged());
+  return change == io::File::Change::kNone;
+}
 
 }  // namespace
 
@@ -154,17 +200,26 @@ void Load::State::cancel() noexcept {
   dispatcher_->stop({.code = ErrorCode::kCancelled});
 }
 
-// What was mapped is what the file holds, whenever that was written; what was copied out of a file
-// whose time has changed may be of two moments.
+// What was copied out of a file whose time has changed may be of two moments: the caller compares.
 Result<std::vector<std::string>> Load::State::check_files() const {
   std::vector<std::string> touched;
   for (std::size_t i = 0; i < plan_.files.size(); ++i) {
     WL_ASSIGN_OR_RETURN(const io::File::Change change, plan_.files[i]->check_unchanged());
     if (change == io::File::Change::kNone) continue;
-    plan_.files[i]->accept_time();
     const bool copied = std::any_of(plan_.copies.begin(), plan_.copies.end(),
                                     [i](const Copy& copy) { return copy.file == i; });
-    if (copied) touched.push_back(plan_.files[i]->path());
+    // Before it was read, perhaps: of what it held then there is nothing to compare with.
+    if (change == io::File::Change::kTime) {
+      return Error{.code = ErrorCode::kFileChanged,
+                   .message =
+                       "the file was written to since it was opened, or its modification "
+                       "time says so; open it again once its writer is done",
+                   .path = plan_.files[i]->path()};
+    }
+    plan_.files[i]->accept_time();
+    if (!copied) continue;
+    WL_ASSIGN_OR_RETURN(const bool same, holds_what_was_copied(plan_, i, settings_.fp8));
+    if (!same) touched.push_back(plan_.files[i]->path());
   }
   return touched;
 }

@@ -107,7 +107,9 @@ class File {
 
   enum class Change : std::uint8_t {
     kNone,
-    kTime,  // no more than the time of the last modification; read_index() finds what it found
+    // No more than the time of the last modification; read_index() finds what it found.
+    kTime,     // as a write would set it
+    kSetTime,  // to another time than that of the change (utimensat(2)), which no write does
   };
   // Compares size, inode and modification time with those at open: a file that was rewritten
   // during the load may have given a mixture of old and new bytes. kFileShrank, kFileChanged.

@@ -28,15 +28,16 @@ from weightlift.core.report import LoadReport, Stats, last_report, stats
 from weightlift.core.requirements import missing_library as _missing_library
 from weightlift.core.settings import Settings
 from weightlift.core.version import __version__
-from weightlift.load_file import load_checkpoint, load_file, load_state_dict
+from weightlift.load_file import load, load_checkpoint, load_file, load_model, load_state_dict
 from weightlift.load_into import load_into
 from weightlift.safe_open import safe_open
-from weightlift.save import save_file
+from weightlift.save import save, save_file, save_model
 
 if TYPE_CHECKING:
     from weightlift.models.config_mixin import ConfigMixin, register_to_config
     from weightlift.models.hub_mixin import PushToHubMixin
     from weightlift.models.model_mixin import ModelMixin, get_parameter_device, get_parameter_dtype
+    from weightlift.models.saving import save_checkpoint
 
 __all__ = [
     "ArgumentError",
@@ -62,15 +63,20 @@ __all__ = [
     "get_parameter_device",
     "get_parameter_dtype",
     "last_report",
+    "load",
     "load_checkpoint",
     "load_file",
     "load_into",
+    "load_model",
     "load_state_dict",
     "open_checkpoint",
     "record",
     "register_to_config",
     "safe_open",
+    "save",
+    "save_checkpoint",
     "save_file",
+    "save_model",
     "stats",
 ]
 
@@ -83,6 +89,7 @@ _LATER = {
     "get_parameter_device": "models.model_mixin",
     "get_parameter_dtype": "models.model_mixin",
     "record": "module.recording",
+    "save_checkpoint": "models.saving",
 }
 
 

@@ -93,7 +93,13 @@ class HostTensors:
 
 class Plan:
     def __init__(self, settings: Settings) -> None: ...
-    def map(self, source: IndexedFile, which: Sequence[int] | None, shared: bool) -> None: ...
+    def map(
+        self,
+        source: IndexedFile,
+        which: Sequence[int] | None,
+        shared: bool,
+        windows: Sequence[tuple[int, int]] | None = None,
+    ) -> None: ...
     def read(
         self,
         source: IndexedFile,

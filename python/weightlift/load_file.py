@@ -9,7 +9,7 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint, open_file
 from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
-from weightlift.core.errors import ArgumentError
+from weightlift.core.errors import ArgumentError, FormatError
 from weightlift.core.requirements import require
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.load_tensors import load_tensors
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "load",
     "load_checkpoint",
     "load_file",
+    "load_model",
     "load_state_dict",
 ]
 
@@ -73,6 +75,93 @@ def load_file(
         LoadOptions(mode_of_backend(mode, backend), pin_memory, verify, progress),
         dtype=dtypes.parse_dtype(dtype),
     )
+
+
+def load(data: bytes) -> dict[str, torch.Tensor]:
+    """Loads all tensors of a safetensors file that is in memory.
+
+    Args:
+        data: the content of the file.
+
+    Returns:
+        Name -> tensor on the CPU, in memory of its own, in the order of the file.
+
+    Raises:
+        FormatError: it breaks the format (also a ``safetensors.SafetensorError``).
+        OutOfMemoryError: also a ``MemoryError``.
+    """
+    require("torch", "load")
+    view = memoryview(data).cast("B")
+    # A file without a name: what is mapped of it is the tensors' memory.
+    descriptor = os.memfd_create("weightlift-load", os.MFD_CLOEXEC)
+    path = f"/proc/self/fd/{descriptor}"
+    try:
+        while view:
+            view = view[os.write(descriptor, view) :]
+        checkpoint = Checkpoint.from_file(path)
+        return load_tensors(checkpoint, parse_device("cpu"), LoadOptions("read"))
+    except FormatError as error:
+        raise FormatError(
+            error.code, error.message, "the bytes given to load", error.offset, error.tensor
+        ) from None
+    finally:
+        os.close(descriptor)
+
+
+def load_model(
+    model: torch.nn.Module,
+    filename: str | os.PathLike[str],
+    strict: bool = True,
+    device: torch.device | str | int = "cpu",
+    *,
+    backend: Backend | None = None,
+) -> tuple[set[str], list[str]]:
+    """Loads a file of ``save_model`` into a model, as ``safetensors.torch.load_model`` does.
+
+    Names that share memory in the model (tied weights) are in the file once, under any of them.
+
+    Args:
+        model: its parameters are filled in place.
+        filename: the file.
+        strict: missing and unexpected names are an error.
+        device: where the tensors are loaded before they are copied into the model.
+        backend: as in ``load_file``.
+
+    Returns:
+        The names that are missing in the file, and those that are not expected in it.
+
+    Raises:
+        RuntimeError: with ``strict``, names that are missing or not expected; or a shape that is
+            another.
+        FormatError, ReadError: as ``load_file``.
+    """
+    tensors = load_file(filename, device, backend=backend)
+    own = model.state_dict()
+    tied = _tied_groups(own)
+    lacking, unexpected = model.load_state_dict(tensors, strict=False)
+    missing = set(lacking)
+    for group in tied:
+        if here := [name for name in group if name in tensors]:
+            missing -= set(group)
+            unexpected += here[1:]
+    if strict and (missing or unexpected):
+        text = f"{os.fspath(filename)}: error(s) in loading state_dict for {type(model).__name__}:"
+        for what, names in (("Missing", missing), ("Unexpected", unexpected)):
+            if names:
+                listed = ", ".join(f'"{name}"' for name in sorted(names))
+                text += f"\n    {what} key(s) in state_dict: {listed}"
+        raise RuntimeError(text)
+    return missing, unexpected
+
+
+def _tied_groups(state_dict: dict[str, torch.Tensor]) -> list[list[str]]:
+    """Names whose tensors are the same elements of the same memory."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in state_dict.items():
+        if tensor.device.type != "meta" and tensor.numel():
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            groups.setdefault(place, []).append(name)
+    return [sorted(names) for names in groups.values() if len(names) > 1]
 
 
 def load_checkpoint(

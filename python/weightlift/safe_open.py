@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import operator
 import os
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint, nearest
+from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, FileClosedError, FormatError, ReadError
 from weightlift.core.report import record
@@ -62,10 +62,6 @@ class safe_open:
         self._mode = mode_of_backend("auto", backend)
         self._device = parse_device(device)
         self._settings = Settings.current()
-        # A part of a mapping: the pages of the whole tensor are not read in for it, unless asked.
-        self._slice_settings = dataclasses.replace(
-            self._settings, populate=bool(self._settings.populate)
-        )
         self._checkpoint: Checkpoint | None = Checkpoint.from_file(filename)
 
     def __enter__(self) -> safe_open:
@@ -147,13 +143,15 @@ class safe_open:
         name: str,
         place: tuple[_native.IndexedFile, int],
         settings: Settings,
+        windows: list[tuple[int, int]] | None = None,
     ) -> torch.Tensor:
+        """One tensor; ``windows``: the bytes of it that will be looked at, if not all."""
         tensor: torch.Tensor
         if self._device.type == "cpu" and self._mode == "auto":
             # As load_tensors does it, whose generality takes as long as the rest of a small tensor.
             plan = new_plan(settings)
             with contextlib.suppress(ReadError):  # mapping refused: load_tensors reads
-                plan.map(place[0], [place[1]], True)
+                plan.map(place[0], [place[1]], True, windows)
                 native = run_plan(plan, None)
                 (tensor,) = plan.tensors(from_dlpack())
                 record(native, caller=self._caller)
@@ -197,8 +195,12 @@ class TensorSlice:
         backwards = parts is not None and any(step < 0 for _, step, _, _ in parts)
         in_place = device.type == "cpu" and mode != "read" and not backwards
         if parts is None or in_place or device.type not in ("cpu", "cuda"):
-            place, settings = (self._part, self._position), self._opened._slice_settings
-            whole = self._opened._get(self._checkpoint, self._name, place, settings)
+            place, settings = (self._part, self._position), self._opened._settings
+            windows = None
+            if parts is not None and in_place and not settings.populate:
+                windows = _windows(parts, shape, dtypes.bits(self.get_dtype()))
+            # What is touched is read in: a page that cannot be is an error here, and later SIGBUS.
+            whole = self._opened._get(self._checkpoint, self._name, place, settings, windows)
             return whole[_flat(index)]
         return self._read(parts, device)
 
@@ -230,6 +232,37 @@ class TensorSlice:
         kept = [count for _, _, count, dropped in parts if not dropped]
         result: torch.Tensor = tensor.reshape(kept)
         return result
+
+
+# Windows that are closer together are one, and so are more than this many.
+_GAP = 64 << 10
+_MOST_WINDOWS = 1024
+
+
+def _windows(
+    parts: list[tuple[int, int, int, bool]], shape: tuple[int, ...], bits: int
+) -> list[tuple[int, int]] | None:
+    """[begin, end) of the bytes of a tensor that a part of it covers; steps are positive."""
+    if bits % 8:
+        return None
+    block = bits // 8
+    windows = [(0, block)]
+    for (start, step, count, _), extent in zip(reversed(parts), reversed(shape), strict=True):
+        if count == 0:
+            return []
+        first, last = start * block, (start + step * (count - 1)) * block
+        if count * len(windows) > _MOST_WINDOWS or (
+            step * block - (windows[-1][1] - windows[0][0]) <= _GAP
+        ):
+            windows = [(first + windows[0][0], last + windows[-1][1])]
+        else:
+            windows = [
+                (at + begin, at + end)
+                for at in range(first, last + 1, step * block)
+                for begin, end in windows
+            ]
+        block *= extent
+    return windows
 
 
 def _flat(index: Any) -> Any:

@@ -40,10 +40,43 @@ from weightlift.core.errors import ArgumentError, FormatError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["save_weights"]
+__all__ = ["save_checkpoint", "save_weights"]
 
 # Each writes at the page cache's speed; more than a few only compete for it.
 _WRITERS = 4
+
+
+def save_checkpoint(
+    state_dict: Mapping[str, torch.Tensor],
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    metadata: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Saves a state dict as ``model.safetensors``, or as shards with an index; old ones or new
+    ones load, killed anywhere.
+
+    The names are those of transformers and ``huggingface_hub.save_torch_state_dict``. Weights of
+    these names that are there are replaced, other files stay. Tied weights are saved once; the
+    metadata says ``{dropped name: kept name}``.
+
+    Args:
+        state_dict: name -> tensor, on any device, contiguous or not.
+        folder: made if it is missing.
+        max_shard_size: largest number of tensor bytes in one file, if no tensor alone has more: a
+            number or text such as ``"5GB"`` (10^9 bytes).
+        metadata: text for the header of each file, and for the index.
+
+    Returns:
+        The names of the files, the index last.
+
+    Raises:
+        ArgumentError: a tensor that cannot be saved.
+        OSError: of the file at fault; what was there is unchanged.
+    """
+    return save_weights(
+        state_dict, folder, stem="model", max_shard_size=max_shard_size, metadata=metadata
+    )
 
 
 def save_weights(

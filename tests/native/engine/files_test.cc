@@ -91,8 +91,8 @@ TEST(LoadOfChangedFile, Rewritten) {
     ASSERT_TRUE(load->start().ok());
     wait_for(*load, "rewritten");
     const auto report = load->finish();
-    ASSERT_TRUE(report.ok()) << report.error().describe();
-    EXPECT_EQ(report->touched, std::vector<std::string>{scenario.files[0].path()});
+    ASSERT_FALSE(report.ok());
+    EXPECT_EQ(report.error().code, ErrorCode::kFileChanged) << report.error().describe();
   }
   expect_machine_clean(machine, "rewritten");
 }
