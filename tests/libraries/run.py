@@ -182,7 +182,7 @@ def judge(name: str, suite: Suite) -> bool:
         f"{library:,}: {share:.0%}"
     )
     for reason, times in ours["fallbacks"].items():
-        print(f"  the stock way {times} times: {reason}")
+        print(f"  fallback {times} times: {reason}")
     less = {test: n - ours["moved"].get(test, 0) for test, n in counted["moved"].items()}
     for test in sorted(less, key=lambda test: -less[test])[:5]:
         if less[test] > 0:
