@@ -25,9 +25,10 @@ class Outputs:
     def __init__(self) -> None:
         self.tensors: list[Any] = []
         self._names: list[str] = []
-        self._numbers: list[int] = []
+        # Of each name; ``None`` while they count up from 0.
+        self._numbers: list[int] | None = None
         self._views: list[tuple[int, View]] = []
-        self._made_by_engine: list[int] = []
+        self._made_by_engine: list[Sequence[int]] = []
         # What the engine does not do: casts between rare dtypes, copies into targets that are not
         # contiguous or of a dtype that it does not cast to, and other devices than CUDA's.
         self._casts: list[tuple[int, str]] = []
@@ -36,36 +37,39 @@ class Outputs:
 
     def new(self, tensor: Any = None) -> int:
         """A number for a tensor, which may come later."""
+        number = len(self.tensors)
         self.tensors.append(tensor)
-        return len(self.tensors) - 1
+        return number
 
-    def hand_out(self, name: str, number: int, view: View | None = None) -> int:
-        """Hands out a tensor, or a view of it, under a name; returns what ``copy`` takes."""
+    def hand_out(self, name: str, number: int, view: View | None = None) -> None:
+        """Hands out a tensor, or a view of it, under a name."""
         if view is not None:
             self._views.append((len(self._names), view))
+        if self._numbers is None:
+            self._numbers = list(range(len(self._names)))
         self._names.append(name)
         self._numbers.append(number)
-        return len(self._names) - 1
 
-    def hand_out_all(self, names: Sequence[str]) -> Sequence[int]:
+    def hand_out_all(self, names: Sequence[str]) -> range:
         """Numbers for tensors that come later, each under its name."""
         numbers = range(len(self.tensors), len(self.tensors) + len(names))
+        if self._numbers is not None:
+            self._numbers += numbers
         self.tensors += [None] * len(names)
         self._names += names
-        self._numbers += numbers
         return numbers
 
     def expect(self, numbers: Sequence[int]) -> None:
         """The next tensors that the engine makes have these numbers."""
-        self._made_by_engine += numbers
+        self._made_by_engine.append(numbers)
 
     def cast(self, number: int, dtype: str) -> None:
         """Has torch cast a tensor, before it is viewed."""
         self._casts.append((number, dtype))
 
-    def copy(self, entry: int, target: torch.Tensor) -> None:
-        """Has torch copy what is handed out into ``target``, which is handed out in its place."""
-        self._copies.append((entry, target))
+    def copy_into(self, target: torch.Tensor) -> None:
+        """Has torch copy what was handed out last into ``target``, which takes its place."""
+        self._copies.append((len(self._names) - 1, target))
 
     def move(self, numbers: range, device: torch.device) -> None:
         """Has torch move tensors, before they are cast."""
@@ -74,19 +78,34 @@ class Outputs:
     def deliver(self, made: Sequence[Any]) -> dict[str, Any]:
         """Name -> tensor, with the tensors that the engine has made."""
         tensors = self.tensors
-        for number, tensor in zip(self._made_by_engine, made, strict=True):
-            tensors[number] = tensor
+        self._take(made)
         for numbers, device in self._moves:
             for number in numbers:
                 tensors[number] = tensors[number].to(device)
         for number, dtype in self._casts:
             if tensors[number].is_floating_point():
                 tensors[number] = tensors[number].to(dtypes.to_torch(dtype))
-        handed_out = [tensors[number] for number in self._numbers]
+        handed_out = tensors
+        if self._numbers is not None:
+            handed_out = [tensors[number] for number in self._numbers]
         for entry, view in self._views:
             base = handed_out[entry]
             handed_out[entry] = base.as_strided(view.shape, view.stride, view.offset)
         for entry, target in self._copies:
             handed_out[entry] = target.copy_(handed_out[entry])
-        tensors.clear()  # whoever keeps the load does not keep them
+        self.tensors = []  # whoever keeps the load does not keep them
         return dict(zip(self._names, handed_out, strict=True))
+
+    def _take(self, made: Sequence[Any]) -> None:
+        expected = sum(map(len, self._made_by_engine))
+        if len(made) != expected:
+            raise RuntimeError(f"the engine has made {len(made)} tensors, not {expected}")
+        first = 0
+        for numbers in self._made_by_engine:
+            part = made[first : first + len(numbers)]
+            first += len(numbers)
+            if isinstance(numbers, range):
+                self.tensors[numbers.start : numbers.stop] = part
+            else:
+                for number, tensor in zip(numbers, part, strict=True):
+                    self.tensors[number] = tensor

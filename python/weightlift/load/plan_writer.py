@@ -146,16 +146,20 @@ class PlanWriter:
             if target is not None and view is None:
                 own = self._checkpoint.parts[part].dtype(position)
                 if _writes_directly(own, target, destination):
-                    in_place.setdefault(part, {})[position] = target
+                    if part not in in_place:
+                        in_place[part] = {}
+                    in_place[part][position] = target
                     outputs.hand_out(name, outputs.new(target))
                     continue
-            positions = chosen.setdefault(part, {})
+            if part not in chosen:
+                chosen[part] = {}
+            positions = chosen[part]
             number = positions.get(position)
             if number is None:
                 number = positions[position] = outputs.new()
-            entry = outputs.hand_out(name, number, view)
+            outputs.hand_out(name, number, view)
             if target is not None:
-                outputs.copy(entry, target)
+                outputs.copy_into(target)
         for part in sorted({*chosen, *in_place}):
             if part in in_place:
                 self._write_in_place(destination, part, in_place[part])
@@ -171,9 +175,9 @@ class PlanWriter:
         """Hands out a tensor that torch read when the checkpoint was opened."""
         outputs = self._outputs
         number = outputs.new(self._checkpoint.in_memory[name].to(destination.device))
-        entry = outputs.hand_out(name, number)
+        outputs.hand_out(name, number)
         if target is not None:
-            outputs.copy(entry, target)
+            outputs.copy_into(target)
         elif destination.dtype is not None:
             outputs.cast(number, destination.dtype)
 
@@ -348,11 +352,11 @@ class PlanWriter:
                 tensor = self._empty(destination, [count for _, _, count in ranges], made)
             self._slice(place, ranges, destination, tensor, made)
         number = outputs.new(tensor)
-        entry = outputs.hand_out(name, number)
+        outputs.hand_out(name, number)
         if made != final:
             outputs.cast(number, final)
         if target is not None:
-            outputs.copy(entry, target)
+            outputs.copy_into(target)
         return place is not None
 
     def _slice(

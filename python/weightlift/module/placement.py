@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -137,21 +138,20 @@ class Devices:
             by_prefix = _without_lone_tensors(model, by_prefix, policy.device_map)
         return cls(refs, by_prefix)
 
-    def of(self, refs: Iterable[ParameterRef]) -> Iterator[Device]:
+    def of(self, refs: Sequence[ParameterRef]) -> Iterable[Device]:
         """The device of each. Of a tied tensor some of whose names are on the disk, it is that of
         the others: it is in memory anyway."""
         by_name = self._by_name
         if by_name is None:
-            everywhere = None if self.by_prefix is None else self.by_prefix[""]
-            for _ in refs:
-                yield everywhere
-            return
-        for ref in refs:
-            device = by_name[ref.name]
-            if ref.ties and device == "disk":
-                in_memory = (by_name[name] for name in ref.names if by_name[name] != "disk")
-                device = next(in_memory, device)
-            yield device
+            return itertools.repeat(
+                None if self.by_prefix is None else self.by_prefix[""], len(refs)
+            )
+        return (
+            by_name[ref.name]
+            if not ref.ties or by_name[ref.name] != "disk"
+            else next((by_name[name] for name in ref.names if by_name[name] != "disk"), "disk")
+            for ref in refs
+        )
 
     def on_disk_elsewhere(self, refs: Iterable[ParameterRef]) -> Iterator[tuple[str, ParameterRef]]:
         """Names that the map leaves on the disk, of tied tensors that are in memory for another
@@ -325,7 +325,7 @@ def place(
     members: list[tuple[str, ParameterRef]] = []
     arrives = False
     recast: torch.dtype | None = None
-    for (name, ref), device in zip(pairs, devices.of(ref for _, ref in pairs), strict=True):
+    for (name, ref), device in zip(pairs, devices.of([ref for _, ref in pairs]), strict=True):
         tensor = ref.tensor
         file_dtype = headers[name][0]
         kind = (tensor.is_meta, type(tensor), tensor.dtype, file_dtype, device)
