@@ -1,9 +1,26 @@
 """diffusers: the weights of models, pipelines, single files and adapters.
 
-``ModelMixin.from_pretrained`` keeps all that it does around the bytes. ``load_state_dict`` hands it
-the names in a file in the place of tensors; ``_load_pretrained_model`` has the engine read all of
-them to where they belong at once, and asks diffusers for its keys, warnings and loading info with
-nothing left to place. Reading begins when the files are known, before the module is built.
+Hooked:
+
+- ``ModelMixin.from_pretrained`` (`calls`): notes its options; ``_get_model_file`` and
+  ``_get_checkpoint_shard_files`` say which files it found, and reading begins, before the module
+  is built.
+- ``load_state_dict`` (`state_dicts`): hands ``from_pretrained`` the names in a file in the place of
+  tensors, and everybody else the tensors, read by the engine.
+- ``ModelMixin._load_pretrained_model`` (`weights`): the engine reads all tensors to where they
+  belong at once; diffusers is asked for its keys, warnings and loading info with nothing left to
+  place. ``dispatch_model``: diffusers' hooks read what is on the disk from the checkpoint's files.
+- ``DiffusionPipeline.from_pretrained``, ``_identify_model_variants``, ``load_sub_model``
+  (`pipelines`, `archive`, `prefetch`): device maps by component, DDUF files, and the page cache.
+- ``from_single_file`` and ``load_model_dict_into_meta`` (`single_file`).
+- ``safetensors`` and ``safe_open`` in the loaders of adapters (`adapters`); the Hub's functions,
+  where a mirror is named (`arguments`).
+
+Decided in `weights`, load by load: whether the engine can place all tensors as diffusers would; if
+not, it reads them and diffusers places them.
+
+Falls back: quantized weights, tensor parallel, GGUF, FlashPack, files that hold more than tensors,
+a tensor that is in several shards, dtypes that torch does not have, other devices.
 """
 
 from __future__ import annotations
