@@ -56,7 +56,7 @@ std::shared_ptr<IndexedFile> index_of_entries(const Archive& self,
   return value_or_raise(IndexedFile::of_entries(self.file, std::move(parsed)));
 }
 
-void bind_indexed_file(py::module_& module) {
+void bind_indexed_file(const py::module_& module) {
   py::class_<IndexedFile, std::shared_ptr<IndexedFile>>(module, "IndexedFile")
       .def_static(
           "open",
@@ -155,7 +155,7 @@ void bind_indexed_file(py::module_& module) {
            [](const IndexedFile& self) { io::drop_from_page_cache(*self.file); });
 }
 
-void bind_archive(py::module_& module) {
+void bind_archive(const py::module_& module) {
   py::class_<Archive, std::shared_ptr<Archive>>(module, "Archive")
       .def_static(
           "open",

@@ -49,7 +49,7 @@ py::dict report_dict(const engine::Report& report) {
   return result;
 }
 
-void bind_targets(py::module_& module) {
+void bind_targets(const py::module_& module) {
   py::class_<Targets>(module, "Targets")
       .def(py::init([](int device, std::vector<std::uint64_t> addresses,
                        const std::vector<std::string>& dtypes) {
@@ -79,7 +79,7 @@ void bind_targets(py::module_& module) {
 
 }  // namespace
 
-void bind_plan(py::module_& module) {
+void bind_plan(const py::module_& module) {
   bind_targets(module);
   py::class_<PlanBuilder>(module, "Plan")
       .def(py::init<engine::Settings>(), py::arg("settings"))

@@ -60,7 +60,7 @@ void set_fp8_rules(Settings& self, const Fp8Rules& rules) {
 
 }  // namespace
 
-void bind_settings(py::module_& module) {
+void bind_settings(const py::module_& module) {
   py::class_<Settings> settings(module, "Settings");
   settings.def(py::init<>())
       .def_readwrite("threads", &Settings::threads)

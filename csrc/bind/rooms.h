@@ -5,9 +5,9 @@
 
 namespace weightlift::bind {
 
-void bind_settings(pybind11::module_& module);    // Settings
-void bind_checkpoint(pybind11::module_& module);  // IndexedFile, Archive, torch_pickle
-void bind_plan(pybind11::module_& module);        // Plan, and what it is told: Targets, HostTensors
+void bind_settings(const pybind11::module_& module);  // Settings
+void bind_checkpoint(pybind11::module_& module);      // IndexedFile, Archive, torch_pickle
+void bind_plan(const pybind11::module_& module);  // Plan, and what it is told: Targets, HostTensors
 void bind_machine(pybind11::module_& module);     // processors, memory, the driver and its devices
 
 }  // namespace weightlift::bind

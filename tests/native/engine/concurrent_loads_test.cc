@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "device/context.h"
@@ -141,6 +142,27 @@ TEST(ConcurrentLoads, GrowWhenOthersGiveBack) {
     scenario.expect_everything(*load, *report, "growing");
   }
   expect_machine_clean(machine, "growing");
+}
+
+TEST(StagingPoolTake, RefusesAFurtherSlotWhileOthersWaitForTheirFirst) {
+  Machine machine(1);
+  {
+    auto& pool = device::StagingPool::instance();
+    const auto take = [&](device::SlotClaim claim) {
+      auto slot = pool.take(**device::Device::get(0), 256 * kKiB, 64 * kMiB, claim);
+      EXPECT_TRUE(slot.ok());
+      return slot.ok() && slot->has_value();
+    };
+    std::optional<device::StagingPool::Waiting> waiting(std::in_place, pool);
+    EXPECT_EQ(pool.waiting(), 1U);
+    EXPECT_FALSE(take(device::SlotClaim::kFurther));
+    EXPECT_TRUE(take(device::SlotClaim::kFirst));
+    const std::uint64_t before = pool.changes();
+    waiting.reset();
+    EXPECT_NE(pool.changes(), before) << "nobody asks again";
+    EXPECT_TRUE(take(device::SlotClaim::kFurther));
+  }
+  expect_machine_clean(machine, "claims");
 }
 
 // What comes back goes to a load that has nothing before one that has something and wants more.
