@@ -16,7 +16,7 @@ namespace {
 // Slower than this, small pages are asked, too.
 constexpr double kFast = 2e9;
 constexpr std::size_t kSmallProbeBytes = io::kHugePageBytes / 2;
-constexpr std::size_t kSectionBytes = std::size_t{64} << 20;
+constexpr std::size_t kSectionBytes = std::size_t{32} << 20;
 constexpr std::chrono::milliseconds kPoll{1};
 // A load that has not come further for so long has ended, or waits for something else.
 constexpr std::chrono::seconds kPatience{10};
@@ -97,8 +97,12 @@ std::string PageWatch::reason() const {
 }
 
 void PageWatch::run() {
-  for (std::size_t at = kSectionBytes; at + kProbeBytes <= memory_.size(); at += kSectionBytes) {
-    if (!wait_until_backed(at - kSectionBytes / 2) || probe(at)) return;
+  std::size_t at = kSectionBytes;
+  while (at + kProbeBytes <= memory_.size() && wait_until_backed(at - kSectionBytes / 2)) {
+    // The load may be ahead: what it has filled tells nothing.
+    while (at + kProbeBytes <= memory_.size() && memory_.is_backed(at)) at += kSectionBytes / 4;
+    if (at + kProbeBytes > memory_.size() || probe(at)) return;
+    at += kSectionBytes;
   }
 }
 
