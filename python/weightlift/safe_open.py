@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import os
 from types import TracebackType
@@ -150,12 +149,16 @@ class safe_open:
         if self._device.type == "cpu" and self._mode == "auto":
             # As load_tensors does it, whose generality takes as long as the rest of a small tensor.
             plan = new_plan(settings)
-            with contextlib.suppress(ReadError):  # mapping refused: load_tensors reads
+            try:
                 plan.map(place[0], [place[1]], True, windows)
                 native = run_plan(plan, None)
                 (tensor,) = plan.tensors(from_dlpack())
                 record(native, caller=self._caller)
                 return tensor
+            except ReadError:
+                if windows is not None:
+                    raise
+                # Mapping refused: load_tensors reads.
         tensor = self._load(checkpoint, [name], settings)[name]
         return tensor
 
@@ -200,7 +203,12 @@ class TensorSlice:
             if parts is not None and in_place and not settings.populate:
                 windows = _windows(parts, shape, dtypes.bits(self.get_dtype()))
             # What is touched is read in: a page that cannot be is an error here, and later SIGBUS.
-            whole = self._opened._get(self._checkpoint, self._name, place, settings, windows)
+            try:
+                whole = self._opened._get(self._checkpoint, self._name, place, settings, windows)
+            except ReadError:
+                if parts is None or windows is None:
+                    raise
+                return self._read(parts, device)  # which says where, or gets by without a mapping
             return whole[_flat(index)]
         return self._read(parts, device)
 
