@@ -19,7 +19,7 @@ from safetensors.torch import save_file as save_torch_file
 from torch import nn as tnn
 
 import weightlift as wl
-from hub_server import HubServer, hub
+from hub_server import HubServer, hub, uploads
 from support import DTYPES, assert_same_tensors, bits, entry, file_bytes, run_python
 from weightlift.bench.contenders import CONTENDERS, Job
 from weightlift.bench.measure_child import _tensors, checksum
@@ -587,6 +587,7 @@ def test_bad_files_of_flax(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "config.json", params)
 
 
+@uploads
 def test_from_and_to_the_hub(hub: HubServer, tmp_path: Path) -> None:
     model = Small(6)
     params = zeros(model)
