@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 import weightlift._native as _native
 
 __all__ = [
-    "PYTHON_CODES",
     "ArgumentError",
     "CheckpointError",
     "DeviceError",

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import ast
 import copy
 import errno
 import gc
 import os
 import pickle
 import random
+import re
 import socket
 import stat
 import tempfile
@@ -291,6 +293,24 @@ def test_what_catches_what() -> None:
     assert issubclass(wl.OutOfMemoryError, MemoryError)
     for name in errors_module.__all__:
         assert issubclass(getattr(wl, name), wl.WeightliftError)
+
+
+def test_the_codes_of_python_are_listed() -> None:
+    """Those that the package raises are in its list or in the engine's table."""
+    root = Path(wl.__file__).parent
+    raised_here = {
+        call.args[0].value
+        for file in root.rglob("*.py")
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        and getattr(call.func, "id", "") in ("FormatError", "FileClosedError")
+        and call.args
+        and isinstance(call.args[0], ast.Constant)
+    }
+    table = (Path(__file__).parents[3] / "csrc" / "result.h").read_text(encoding="utf-8")
+    native = set(re.findall(r'^  X\(k\w+, *"(\w+)"', table, re.MULTILINE))
+    assert native
+    assert raised_here - native == errors_module.PYTHON_CODES
 
 
 def raised(path: Path) -> list[wl.WeightliftError]:
