@@ -1,5 +1,6 @@
 // The pickle of a checkpoint, read as data. What torch's own unpickler makes of the same bytes is
-// compared by tests/python/checkpoint/test_torch_pickle.py; here is what must hold whatever the bytes are.
+// compared by tests/python/checkpoint/test_torch_pickle.py; here is what holds whatever the bytes
+// are.
 
 #include <algorithm>
 #include <set>

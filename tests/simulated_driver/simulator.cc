@@ -823,7 +823,8 @@ CUresult Simulator::host_alloc(void** address, std::size_t bytes, unsigned int f
   if (address == nullptr || bytes == 0 || (flags & ~kKnown) != 0) return CUDA_ERROR_INVALID_VALUE;
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
-  pinned_.emplace(number(memory), Pinned{bytes, *current(), (flags & CU_MEMHOSTALLOC_PORTABLE) != 0, true});
+  pinned_.emplace(number(memory),
+                  Pinned{bytes, *current(), (flags & CU_MEMHOSTALLOC_PORTABLE) != 0, true});
   pinned_bytes_ += bytes;
   peak_pinned_bytes_ = std::max(peak_pinned_bytes_, pinned_bytes_);
   *address = memory;
