@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -144,7 +145,7 @@ class DescriptorPool {
         link(of);
       }
       kept = of.fd_;
-      collect(descriptor_limit(), closing);
+      collect(descriptor_limit(count_), closing);
     }
     return kept;
   }
@@ -216,13 +217,20 @@ FileDescriptor open_with_room(const std::string& path, int flags) {
 
 }  // namespace
 
-std::size_t descriptor_limit() noexcept {
+std::size_t descriptor_limit(std::size_t wanted) noexcept {
   constexpr rlim_t kFewest = 4;
   constexpr rlim_t kMost = 64;
   constexpr rlim_t kShare = 8;  // the rest is the caller's
+  // Asked where it is reached, not at every file. A limit that is lowered later is noticed by
+  // EMFILE, after which all that is idle is closed.
+  static std::atomic<rlim_t> known{kFewest};
+  const rlim_t last = known.load(std::memory_order_relaxed);
+  if (wanted <= last || last == kMost) return last;
   struct rlimit allowed{};
-  if (::getrlimit(RLIMIT_NOFILE, &allowed) != 0) return kFewest;
-  return std::clamp(allowed.rlim_cur / kShare, kFewest, kMost);
+  if (::getrlimit(RLIMIT_NOFILE, &allowed) != 0) return last;
+  const rlim_t found = std::clamp(allowed.rlim_cur / kShare, kFewest, kMost);
+  known.store(found, std::memory_order_relaxed);
+  return found;
 }
 
 PooledDescriptor::PooledDescriptor(FileDescriptor fd, std::string path, int flags,

@@ -78,8 +78,9 @@ class PooledDescriptor {
   mutable const PooledDescriptor* next_ = nullptr;
 };
 
-// How many descriptors of one kind may stay open in this process, however many files there are.
-[[nodiscard]] std::size_t descriptor_limit() noexcept;
+// How many descriptors of one kind may stay open in this process, however many files there are;
+// `wanted` of them are.
+[[nodiscard]] std::size_t descriptor_limit(std::size_t wanted) noexcept;
 
 class Mapping;
 

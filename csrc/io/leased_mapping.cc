@@ -55,7 +55,8 @@ std::unique_ptr<LeasedMapping> LeasedMapping::open(const std::shared_ptr<const F
 }
 
 LeasedMapping::Place LeasedMapping::Place::take() noexcept {
-  if (leases_held.fetch_add(1) < descriptor_limit()) return Place(true);
+  if (const std::size_t held = leases_held.fetch_add(1); held < descriptor_limit(held + 1))
+    return Place(true);
   leases_held.fetch_sub(1);
   return Place(false);
 }

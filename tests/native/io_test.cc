@@ -403,9 +403,9 @@ class ManyFilesTest : public IoTest {
 };
 
 TEST_F(ManyFilesTest, FewOfThemAreOpenAtATime) {
-  EXPECT_LE(descriptors(), descriptor_limit() + 20);
+  EXPECT_LE(descriptors(), descriptor_limit(kFiles) + 20);
   for (std::size_t i = 0; i < files_.size(); ++i) EXPECT_EQ(content(*files_[i]), std::to_string(i));
-  EXPECT_LE(descriptors(), descriptor_limit() + 20);
+  EXPECT_LE(descriptors(), descriptor_limit(kFiles) + 20);
   const auto before = descriptors();
   files_.clear();
   EXPECT_LT(descriptors(), before);
