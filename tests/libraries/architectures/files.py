@@ -28,7 +28,7 @@ def filled(model: torch.nn.Module) -> None:
 def changed(tensors: Mapping[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
     """Tensors that do not fit the model: one is lacking, one is too much, of another the shape is
     wrong where ``how`` is not ``"uneven"``."""
-    made = dict(tensors)
+    made = dict(sorted(tensors.items()))
     names = list(made)
     if len(names) > 2:
         made.pop(names[len(names) // 2])

@@ -120,14 +120,19 @@ class _Fill:
         devices = expand_device_map(self._device_map, [target.name for target in targets])
         for target in targets:
             target.device = devices[target.name]
-        targets = [target for target in targets if not self._is_mismatched(target)]
+        mismatched = {target.name: m for target in targets if (m := self._mismatch(target))}
         try:
-            self._load(targets)
+            self._load([target for target in targets if target.name not in mismatched])
         except OutOfMemoryError:
             raise
         except WeightliftError as error:
             raise LoadFailed(error) from error
         for target in targets:
+            if target.name in mismatched:
+                # In the order of the library's walk, which its report of a set shows.
+                self._info.missing_keys.discard(target.name)
+                self._info.mismatched_keys.add(mismatched[target.name])
+                continue
             if target.converter is None:
                 self._place(target)
                 continue
@@ -140,10 +145,10 @@ class _Fill:
                 self._place_made(target, name, value[0] if isinstance(value, list) else value)
             target.value = None
 
-    def _is_mismatched(self, target: Target) -> bool:
-        """Notes a tensor that is taken as it is, and has another shape than the model's."""
+    def _mismatch(self, target: Target) -> tuple[str, Any, Any] | None:
+        """(name, shape, the model's shape) of a tensor that is taken as it is, if they differ."""
         if target.converter is not None or self._goes_to_disk(target.name, target.device):
-            return False
+            return None
         key = target.sources[0][1]
         own, shape = self._weights.headers[key]
         expected = self._state[target.name].shape
@@ -151,11 +156,7 @@ class _Fill:
             shape, expected = cut.shape, self._state[target.name]._local_tensor.shape
         if own == "F4":  # two numbers are one element of torch's dtype
             shape = (*shape[:-1], shape[-1] // 2)
-        if shape == expected:
-            return False
-        self._info.missing_keys.discard(target.name)
-        self._info.mismatched_keys.add((target.name, type(expected)(shape), expected))
-        return True
+        return None if shape == expected else (target.name, type(expected)(shape), expected)
 
     def _goes_to_disk(self, name: str, device: Any) -> bool:
         return bool(device == "disk" and name not in self._buffers)
