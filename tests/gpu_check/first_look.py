@@ -157,14 +157,13 @@ class Simulated:
 
         import weightlift as wl
         from weightlift.checkpoint.checkpoint import Checkpoint
-        from weightlift.load import loading
+        from weightlift.load.load_plan import LoadPlan
 
         allocator = self._simulated.SimulatedAllocator(self._driver)
         with wl.Settings(**settings) if settings else contextlib.nullcontext():
-            load = loading.Loading(Checkpoint.from_file(path), allocator=allocator)
+            load = LoadPlan(Checkpoint.from_file(path), allocator=allocator)
         load.add(torch.device("cuda", 0), None)
-        load.start()
-        tensors = load.result()
+        tensors = load.start().result()
         self._driver.tensors.clear()
         return dict(tensors)
 
