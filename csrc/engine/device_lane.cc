@@ -24,19 +24,23 @@ Result<std::unique_ptr<DeviceLane>> DeviceLane::open(const LoadPlan& plan, const
   WL_ASSIGN_OR_RETURN(device::Device * device, device::Device::get(lane.device));
   auto* const allocating = reinterpret_cast<CUstream>(static_cast<std::uintptr_t>(needs.stream));
   WL_RETURN_IF_ERROR(device::Stream::check_not_capturing(*device, allocating));
-  WL_ASSIGN_OR_RETURN(device::Stream even, device::Stream::create(*device));
-  WL_ASSIGN_OR_RETURN(device::Stream odd, device::Stream::create(*device));
+  Streams streams;
+  streams.reserve(settings.streams);
+  for (unsigned i = 0; i < settings.streams; ++i) {
+    WL_ASSIGN_OR_RETURN(device::Stream stream, device::Stream::create(*device));
+    streams.push_back(std::move(stream));
+  }
   WL_ASSIGN_OR_RETURN(device::Event allocated, device::Event::create(*device));
   WL_RETURN_IF_ERROR(allocated.record(allocating));
   const device::CurrentContext current(*device);
   WL_RETURN_IF_ERROR(current.status());
-  for (const CUstream stream : {even.get(), odd.get()}) {
-    WL_RETURN_IF_ERROR(device::check(device->driver(),
-                                     device->driver().cuStreamWaitEvent(stream, allocated.get(), 0),
-                                     "cuStreamWaitEvent"));
+  for (const device::Stream& stream : streams) {
+    WL_RETURN_IF_ERROR(device::check(
+        device->driver(), device->driver().cuStreamWaitEvent(stream.get(), allocated.get(), 0),
+        "cuStreamWaitEvent"));
   }
-  return std::unique_ptr<DeviceLane>(new DeviceLane(plan, lane, needs, settings, *device,
-                                                    Streams{std::move(even), std::move(odd)}));
+  return std::unique_ptr<DeviceLane>(
+      new DeviceLane(plan, lane, needs, settings, *device, std::move(streams)));
 }
 
 DeviceLane::~DeviceLane() {

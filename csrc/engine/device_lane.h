@@ -4,7 +4,6 @@
 
 #include <cuda.h>
 
-#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -69,8 +68,8 @@ class DeviceLane {
     device::Event copied;
   };
 
-  // Two, by turns: the copy of a slot need not wait for the kernel of the one before it.
-  using Streams = std::array<device::Stream, 2>;
+  // By turns of the slots: the copy of one need not wait for the kernel of the one before it.
+  using Streams = std::vector<device::Stream>;
 
   DeviceLane(const LoadPlan& plan, const Lane& lane, const DeviceNeeds& needs,
              const Settings& settings, device::Device& device, Streams streams)

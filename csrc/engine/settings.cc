@@ -25,6 +25,8 @@ Settings Settings::resolved() const {
   if (chunk_bytes == 0) result.chunk_bytes = 4 * kMiB;
   result.chunk_bytes =
       std::clamp(result.chunk_bytes, 256 * kKiB, 64 * kMiB) / io::kPageBytes * io::kPageBytes;
+  if (streams == 0) result.streams = 2;
+  result.streams = std::min(result.streams, 16U);
   // A ring that stays in the last-level cache fills faster, and pinning costs time.
   if (pinned_bytes == 0) result.pinned_bytes = 32 * kMiB;
   result.pinned_bytes = std::max(result.pinned_bytes, result.chunk_bytes);

@@ -25,6 +25,7 @@ struct Settings {
   std::size_t read_bytes = 0;    // of one read; 0: 1 MiB; at most an eighth of a slot
   std::size_t chunk_bytes = 0;   // of one staging slot, one copy to a device; 0: 4 MiB
   std::size_t pinned_bytes = 0;  // staging slots of one device at the most; 0: 32 MiB
+  unsigned streams = 0;          // that copy to one device, by turns of the slots; 0: 2
   IoPath io_path = IoPath::kAuto;
   CastPlace cast_place = CastPlace::kAuto;
   HugePages huge_pages = HugePages::kAuto;

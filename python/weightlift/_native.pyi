@@ -12,6 +12,7 @@ class Settings:
     read_bytes: int
     chunk_bytes: int
     pinned_bytes: int
+    streams: int
     io_path: str
     cast_place: str
     huge_pages: str

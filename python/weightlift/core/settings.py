@@ -52,6 +52,7 @@ class Settings:
         read_bytes: bytes of one read; 1 MiB, for a device at most an eighth of ``chunk_bytes``.
         chunk_bytes: bytes of one staging slot, and so of one copy to a device; 4 MiB.
         pinned_bytes: pinned bytes that one load uses for one device; 32 MiB.
+        streams: CUDA streams that copy to one device, by turns; 2, at most 16.
         io_path: ``"auto"``, ``"buffered"`` (read through the page cache) or ``"direct"``
             (``O_DIRECT``). Only ``"auto"`` casts from the page cache itself, without a copy.
         cast_place: where casts for a device run: ``"auto"`` (narrowing on the host, all else on the
@@ -71,6 +72,7 @@ class Settings:
     read_bytes: int | str | None = None
     chunk_bytes: int | str | None = None
     pinned_bytes: int | str | None = None
+    streams: int | None = None
     io_path: str | None = None
     cast_place: str | None = None
     huge_pages: str | None = None
@@ -89,6 +91,7 @@ class Settings:
         for name, largest in (
             ("threads", 2**31),
             ("io_depth", 2**31),
+            ("streams", 2**31),
             ("read_bytes", 2**62),
             ("chunk_bytes", 2**62),
             ("pinned_bytes", 2**62),

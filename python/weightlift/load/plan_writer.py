@@ -59,6 +59,16 @@ class _Selection(NamedTuple):
         return self.file.names([index if self.positions is None else self.positions[index]])[0]
 
 
+class _OnDevice(NamedTuple):
+    """Tensors that get memory on a CUDA device."""
+
+    destination: Destination
+    selection: _Selection
+    shapes: Sequence[Sequence[int]]
+    dtypes: Sequence[str]
+    sizes: Sequence[int]
+
+
 class PlanWriter:
     """Writes destinations into a plan of the engine's; ``add`` them, then ``start``.
 
@@ -90,6 +100,7 @@ class PlanWriter:
         fp8 = next((dtype for dtype in cast_to if dtype and dtype.startswith("F8")), None)
         self._native = new_plan(settings, fp8)
         self._outputs = Outputs()
+        self._on_devices: list[_OnDevice] = []
         self._fallbacks = list(checkpoint.fallbacks)
 
     @property
@@ -99,7 +110,7 @@ class PlanWriter:
         return self._given_allocator
 
     def add(self, destination: Destination) -> None:
-        """Plans what goes to one destination, and allocates for it."""
+        """Plans what goes to one destination."""
         first = len(self._outputs.tensors)
         checkpoint = self._checkpoint
         is_whole = all(given is None for given in destination[2:])
@@ -119,7 +130,8 @@ class PlanWriter:
             self._outputs.move(range(first, len(self._outputs.tensors)), device)
 
     def start(self, hashes: HashCheck | None = None) -> RunningLoad:
-        """Starts the engine; ``hashes`` are computed meanwhile."""
+        """Allocates on devices and starts the engine; ``hashes`` are computed meanwhile."""
+        self._allocate_on_devices()
         if hashes is not None:
             hashes.start()
         try:
@@ -258,7 +270,7 @@ class PlanWriter:
     def _add_on_device(
         self, destination: Destination, selection: _Selection, casts: Sequence[int]
     ) -> None:
-        """Allocates on a CUDA device, and has it filled."""
+        """Plans tensors on a CUDA device, for which there will be memory."""
         file, positions = selection.file, selection.positions
         shapes, made_dtypes = file.shapes(positions), file.dtypes(positions)
         sizes = file.sizes(positions)
@@ -272,12 +284,27 @@ class PlanWriter:
             if dtype not in dtypes.TORCH_NAMES:
                 text = f"torch has no dtype for {dtype}"
                 raise FormatError("unsupported_dtype", text, file.path, tensor=selection.name(i))
-        index, allocator = destination.device_index, self._allocator
-        allocator.reserve(index, sizes)
-        empty = allocator.empty
+        self._on_devices.append(_OnDevice(destination, selection, shapes, made_dtypes, sizes))
+
+    def _allocate_on_devices(self) -> None:
+        """Reserves once a device: asking torch what it has takes up to a millisecond, and a
+        checkpoint may have a hundred files."""
+        sizes: dict[int, list[int]] = {}
+        for wanted in self._on_devices:
+            sizes.setdefault(wanted.destination.device_index, []).extend(wanted.sizes)
+        for index, of_device in sizes.items():
+            self._allocator.reserve(index, of_device)
+        for wanted in self._on_devices:
+            self._allocate_on_device(wanted)
+        self._on_devices.clear()
+
+    def _allocate_on_device(self, wanted: _OnDevice) -> None:
+        """Allocates on a CUDA device, and has it filled."""
+        destination, selection = wanted.destination, wanted.selection
+        file, index, empty = selection.file, destination.device_index, self._allocator.empty
         made: list[tuple[int, Any]] = []
         try:
-            for shape, dtype in zip(shapes, made_dtypes, strict=True):
+            for shape, dtype in zip(wanted.shapes, wanted.dtypes, strict=True):
                 made.append(empty(index, shape, dtype))
         except OutOfMemoryError:
             missing = len(made)
@@ -285,7 +312,8 @@ class PlanWriter:
             with naming_tensor(file.path, selection.name(missing)):
                 raise
         addresses = [address for address, _ in made]
-        self._native.copy_to(file, positions, _native.Targets(index, addresses, made_dtypes))
+        targets = _native.Targets(index, addresses, wanted.dtypes)
+        self._native.copy_to(file, selection.positions, targets)
         self._use_stream(destination)
         tensors = self._outputs.tensors
         for number, (_, owner) in zip(selection.numbers, made, strict=True):

@@ -33,6 +33,7 @@ inline Settings random_settings(Random& random) {
   settings.read_bytes = random.pick<std::size_t>({64 * kKiB, 64 * kKiB, 128 * kKiB});
   settings.chunk_bytes = random.pick<std::size_t>({256 * kKiB, 256 * kKiB, 512 * kKiB, kMiB});
   settings.pinned_bytes = settings.chunk_bytes * random.between(1, 4);
+  settings.streams = static_cast<unsigned>(random.between(1, 4));
   settings.io_path =
       random.chance(12) ? IoPath::kDirect : random.pick({IoPath::kAuto, IoPath::kBuffered});
   settings.cast_place = random.pick({CastPlace::kAuto, CastPlace::kHost, CastPlace::kDevice});

@@ -4,6 +4,7 @@ replaced. The native tests look closer; these show that Python hands the right t
 from __future__ import annotations
 
 import gc
+import json
 import sys
 import threading
 import time
@@ -158,6 +159,57 @@ def test_an_older_driver_and_refused_kernels_are_no_obstacle(
         report = weightlift.last_report()
         assert report is not None
         assert any("casts run on the host" in text for text in report.fallbacks)
+
+
+def test_what_torch_has_is_asked_once_a_device(machine: Switch, tmp_path: Path) -> None:
+    """Not once a file: it takes up to a millisecond, and a checkpoint may have a hundred."""
+    tensors = {f"layer.{i}": torch.full((1000,), float(i)) for i in range(6)}
+    places = {
+        name: f"model-0000{i // 2 + 1}-of-00003.safetensors" for i, name in enumerate(tensors)
+    }
+    for file in set(places.values()):
+        part = {name: tensor for name, tensor in tensors.items() if places[name] == file}
+        safetensors.torch.save_file(part, tmp_path / file)
+    index = {"metadata": {}, "weight_map": places}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    asked = []
+
+    class Counting(SimulatedAllocator):
+        def reserve(self, device: int, sizes: Sequence[int]) -> None:
+            asked.append(device)
+            super().reserve(device, sizes)
+
+    with machine(2) as driver:
+        load = LoadPlan(weightlift.open_checkpoint(tmp_path), allocator=Counting(driver))
+        load.add(torch.device("cuda", 1), None, ["layer.0", "layer.5"])
+        load.add(torch.device("cuda", 0), None, ["layer.1", "layer.2", "layer.3", "layer.4"])
+        loaded = load.start().result()
+        assert sorted(asked) == [0, 1]
+        for name, tensor in tensors.items():
+            assert loaded[name].bits() == tensor.numpy().tobytes()
+        del loaded, load
+
+
+def test_targets_that_their_stream_still_writes(machine: Switch, checkpoint_path: Path) -> None:
+    """Parameters that exist are filled after what the user's stream has been given for them."""
+    expected = safetensors.torch.load_file(checkpoint_path)
+    names = [name for name, tensor in expected.items() if tensor.numel()]
+    for seed, policy in enumerate(Policy):
+        with machine(1, seed, policy) as driver:
+            allocator = SimulatedAllocator(driver)
+            targets = []
+            for name in names:
+                tensor = expected[name]
+                _, target = allocator.empty(0, tensor.shape, dtypes.file_name(tensor.dtype) or "")
+                target.dtype = tensor.dtype
+                target.is_contiguous = lambda: True
+                targets.append(target)
+            load = LoadPlan(Checkpoint.from_file(checkpoint_path), allocator=allocator)
+            load.add(torch.device("cuda", 0), None, names, targets)
+            loaded = load.start().result()
+            for name in names:
+                assert loaded[name].bits() == support.bits(expected[name])
+            del loaded, load, targets, target
 
 
 # --- Several devices ---------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def test_nothing_is_set() -> None:
         ("chunk_bytes", "2 mb", 2_000_000),
         ("pinned_bytes", "1GiB", 1 << 30),
         ("pinned_bytes", "64kib", 65536),
+        ("streams", "4", 4),
         ("io_path", "direct", "direct"),
         ("io_path", "BUFFERED", "buffered"),
         ("cast_place", "host", "host"),
