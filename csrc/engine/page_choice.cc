@@ -14,7 +14,7 @@ namespace weightlift::engine {
 namespace {
 
 // Slower than this, small pages are asked, too.
-constexpr double kFast = 2e9;
+constexpr double kFast = 1e9;
 constexpr std::size_t kSmallProbeBytes = io::kHugePageBytes / 2;
 constexpr std::size_t kSectionBytes = std::size_t{32} << 20;
 constexpr std::chrono::milliseconds kPoll{1};
@@ -56,9 +56,20 @@ std::string rate_text(double rate) {
 
 PageRates probe_pages(const Touch& touch, std::size_t offset) {
   PageRates rates{.huge = touch(offset, io::kHugePageBytes, false)};
-  if (rates.huge < kFast) {
-    rates.small = touch(offset + io::kHugePageBytes, kSmallProbeBytes, true);
+  if (rates.huge >= kFast) return rates;
+  // Of several pages on the average: one may be slow by another's doing, and of memory that the
+  // machine has in part some are fast.
+  double huge_seconds = 1 / rates.huge;
+  double small_seconds = 0;
+  for (std::size_t i = 0; i < kProbes; ++i) {
+    const std::size_t at = offset + 2 * i * io::kHugePageBytes;
+    if (i != 0) huge_seconds += 1 / touch(at, io::kHugePageBytes, false);
+    const double small = touch(at + io::kHugePageBytes, kSmallProbeBytes, true);
+    if (small == 0) return rates;  // not known
+    small_seconds += 1 / small;
   }
+  rates.huge = kProbes / huge_seconds;
+  if (rates.huge < kFast) rates.small = kProbes / small_seconds;
   return rates;
 }
 
@@ -116,13 +127,9 @@ bool PageWatch::probe(std::size_t offset) {
     // Where memory has run out, the load says so.
     return static_cast<double>(bytes) / cost_of([&] { (void)memory_.populate(begin, bytes).ok(); });
   };
-  PageRates rates;
-  std::size_t end = offset;
-  for (std::size_t i = 0; i < kProbes; ++i, end += 2 * io::kHugePageBytes) {
-    rates = probe_pages(touch, end);
-    if (!rates.small_is_faster()) return false;
-  }
-  end -= io::kHugePageBytes;
+  const PageRates rates = probe_pages(touch, offset);
+  if (!rates.small_is_faster()) return false;
+  const std::size_t end = offset + kProbeBytes - io::kHugePageBytes;
   memory_.use_small_pages(end, memory_.size());
   const std::lock_guard lock(mutex_);
   rates_ = rates;

@@ -29,10 +29,10 @@ struct PageRates {
   [[nodiscard]] bool small_is_faster() const noexcept { return small > huge * 1.25; }
 };
 
-// Touches a huge page at `offset` and, where it comes slowly, small ones behind it.
+// Touches a huge page at `offset` and, where it comes slowly, more of them and small ones behind.
 [[nodiscard]] PageRates probe_pages(const Touch& touch, std::size_t offset);
 
-// One slow page may be another's doing: so many say the same before small pages are taken.
+// Pages of each size that one probe touches at most.
 inline constexpr std::size_t kProbes = 3;
 inline constexpr std::size_t kProbeBytes = kProbes * 2 * io::kHugePageBytes;
 

@@ -95,11 +95,20 @@ TEST(PageChoice, OneSlowPageIsNotEnough) {
   const io::AnonymousMemory memory = block(64 * kMiB);
   int touched = 0;
   const PageWatch watch(memory, [&](std::size_t, std::size_t, bool small) {
-    return small ? 2.5e9 : ++touched == 1 ? 1e8 : 5e9;
+    return small ? 2.5e9 : ++touched == 1 ? 6e8 : 5e9;
   });
-  EXPECT_EQ(touched, 2);
+  EXPECT_EQ(touched, 3);
   EXPECT_EQ(watch.reason(), "huge pages");
   EXPECT_FALSE(has_small_pages(memory.data() + 32 * kMiB));
+}
+
+TEST(PageChoice, MemoryThatTheMachineHasInPartCountsByItsAverage) {
+  const io::AnonymousMemory memory = block(64 * kMiB);
+  int touched = 0;
+  const PageWatch watch(memory, [&](std::size_t, std::size_t, bool small) {
+    return small ? 2.5e9 : ++touched == 1 ? 1e8 : 5e9;
+  });
+  EXPECT_TRUE(has_small_pages(memory.data() + 32 * kMiB));
 }
 
 TEST(PageChoice, AWatchOfMemoryThatNobodyFillsEndsAtOnce) {
