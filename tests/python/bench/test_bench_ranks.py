@@ -117,7 +117,7 @@ import sys, warnings
 from pathlib import Path
 import safetensors.torch, torch
 import torch.distributed as dist
-from weightlift.cli.measure_ranks import CONTENDERS, Job, _Checkpoint
+from weightlift.bench.measure_ranks import CONTENDERS, Job, _Checkpoint
 warnings.simplefilter("ignore")
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 folder, own = map(Path, sys.argv[1:])

@@ -144,7 +144,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "npy": (of_numpy(np.save), "numpy.load"),
     "zip": (zip_of("config.json", "weights"), "zip"),
     "text of Python 2": (python_2, r"text of Python 2.*encoding="),
-    "DTensors": (dtensor, "DTensors.*torch.distributed.tensor"),
+    "DTensors": (dtensor, "DTensor.*(torch.distributed.tensor|save plain tensors)"),
     "whole module": (lambda path: torch.save(torch.nn.Linear(2, 2), path), "whole object"),
     "pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1}, 2)), "did not write"),
     "noise": (written(bytes(range(1, 255))), r"no file of torch.save: it begins with b'\\x01"),

@@ -189,7 +189,6 @@ def test_names_of_dtypes(
         torch.float8_e8m0fnu,
         "float8_e4m3fnuz",
         "float4_e2m1fn_x2",
-        "F16",
         "float17",
         "Tensor",
         "torch",

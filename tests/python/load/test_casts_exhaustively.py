@@ -304,7 +304,7 @@ def check_index(folder: Path, text: bytes) -> str:
     expected = theirs(reference)
     error = None
     try:
-        tensors = wl.load_checkpoint(folder, mode="read")
+        tensors = wl.load_checkpoint(folder, mode="read", strict_index=True)
     except wl.CheckpointError as caught:
         error = str(caught)
     if error is None:

@@ -264,7 +264,7 @@ class TestVerify:
         self._sums(tmp_path, path)
         done = command("verify", path, "--require-hashes")
         assert done.returncode == 0, done.stdout
-        assert "1 tensors, 400 B" in done.stdout
+        assert "1 tensor, 400 B" in done.stdout
         assert "as SHA256SUMS says" in done.stdout
         assert wl.load_checkpoint(path, verify=True)["w"].sum() == 100
         path.write_bytes(path.read_bytes().replace(b"\0\0\x80\x3f", b"\0\0\x80\x3e", 1))

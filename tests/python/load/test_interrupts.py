@@ -276,5 +276,5 @@ def test_sixty_four_threads(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(64) as pool:
         list(pool.map(load, range(64)))
-    assert open_files() == files
+    assert open_files() <= files  # those of other tests, idle until now, may be closed by now
     assert tasks(threads) <= threads
