@@ -215,6 +215,8 @@ DDUF_DIVERGENCES = table({
 })  # fmt: skip
 
 
+# torch warns once a process, where it names a storage in an error.
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("all_bits", BITS)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_torch_file(tmp_path: Path, all_bits: bool) -> None:
