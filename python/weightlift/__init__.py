@@ -1,4 +1,4 @@
-"""weightlift loads model weights as fast as the hardware allows.
+"""weightlift loads model weights to the CPU, to pinned memory or to CUDA devices.
 
 import weightlift as wl
 

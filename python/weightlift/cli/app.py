@@ -15,7 +15,7 @@ __all__ = ["app"]
 
 app = typer.Typer(
     name="weightlift",
-    help="Loads model weights as fast as the hardware allows.",
+    help="Loads model weights from files to the CPU, pinned memory or CUDA devices.",
     epilog="weightlift SCRIPT.py ARGS..., weightlift -m MODULE ARGS...: see `weightlift run -h`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

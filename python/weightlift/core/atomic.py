@@ -207,6 +207,7 @@ def errno_of(error: BaseException | None, outside: BaseException | None = None) 
     while error is not None and error is not outside:
         if isinstance(error, OSError) and error.errno:
             return error.errno
+        # safetensors, which is Rust, has it in its text alone.
         found = re.search(r"\(os error (\d+)\)", str(error))
         if found:
             return int(found[1])

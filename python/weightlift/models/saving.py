@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
-from weightlift.core.atomic import flush_file, flush_folder, temporary_beside
+from weightlift.core.atomic import errno_of, flush_file, flush_folder, temporary_beside
 from weightlift.core.errors import ArgumentError, FormatError
 
 if TYPE_CHECKING:
@@ -468,23 +468,11 @@ def _naming(file: Path) -> Iterator[None]:
     except ArgumentError as error:
         raise ArgumentError(f"{file}: {error}") from error
     except Exception as error:
-        number = _errno(error, outside)
+        number = errno_of(error, outside)
         if number is None:
             raise
         text = f"{os.strerror(number)}; nothing was saved, what was there is unchanged"
         raise OSError(number, text, str(file)) from error
-
-
-def _errno(error: BaseException | None, outside: BaseException | None) -> int | None:
-    while error is not None and error is not outside:
-        if isinstance(error, OSError) and error.errno:
-            return error.errno
-        # safetensors, which is Rust, has it in its text alone.
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found:
-            return int(found[1])
-        error = error.__context__
-    return None
 
 
 def _switch(
