@@ -25,7 +25,7 @@ LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-serving test-architectures wheel gpu-check gpu-rehearsal kernel-report bench bench-env clean dev release
+.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-serving test-architectures wheel gpu-check gpu-rehearsal kernel-report bench bench-env clean dev install-release
 
 help:
 	@printf '%s\n' \
@@ -105,13 +105,13 @@ $(VENV)/.dev: $(VENV)/.test-tools $(VENV)/.gtest $(VENV)/.modules $(NATIVE)
 	  -C cmake.define.WEIGHTLIFT_WERROR=ON --editable .
 	@rm -f $(VENV)/.release && touch $@
 
-release: $(VENV)/.release
+install-release: $(VENV)/.release
 dev: $(VENV)/.dev
 
-demo: release
+demo: install-release
 	$(BIN)/python benchmarks/demo.py
 
-bench: release bench-env
+bench: install-release bench-env
 	$(BIN)/python benchmarks/run.py
 
 # The peers, each in an environment of its own that sees the main one's packages behind its own:
@@ -128,11 +128,11 @@ bench-env: $(PEERS)
 	  echo "$* cannot be installed here: the benchmark will say so"
 
 # The machine's summary in benchmarks/results, out of the runs in build/bench-runs.
-summary: release
+summary: install-release
 	$(BIN)/python benchmarks/summary.py
 
 # Draws the summaries and writes their tables, and what the demo prints, into README and RESULTS.md.
-report: release
+report: install-release
 	$(BIN)/python benchmarks/report.py
 
 readme: demo report
@@ -140,7 +140,7 @@ readme: demo report
 # The documentation site, in build/docs; a warning is an error.
 .PHONY: docs
 docs: $(VENV)/.docs-tools
-	@[ -e $(VENV)/.dev ] || [ -e $(VENV)/.release ] || $(MAKE) release
+	@[ -e $(VENV)/.dev ] || [ -e $(VENV)/.release ] || $(MAKE) install-release
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 	@echo "build/docs/index.html"
 

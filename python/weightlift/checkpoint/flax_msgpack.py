@@ -1,7 +1,7 @@
 """Weights of Flax models for torch models, and the names of the one in the other.
 
 The rules are those of diffusers up to 0.39, the last that converted. The file is a tree in msgpack,
-as flax writes it; neither flax nor jax is needed to read it.
+as flax writes it; msgpack reads it, without flax or jax.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightlift.core.dtypes import TORCH_NAMES
 from weightlift.core.errors import CheckpointError, FormatError, read_error
+from weightlift.core.requirements import require
 
 if TYPE_CHECKING:
     import torch
@@ -176,6 +177,7 @@ class _Packed(NamedTuple):
 
 
 def _unpack(place: str) -> dict[Any, Any]:
+    require("msgpack", f"{place}: a file of Flax")
     import msgpack
 
     try:

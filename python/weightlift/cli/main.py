@@ -32,10 +32,10 @@ def main() -> None:
     if job is not None:
         start(job)
         return
-    from weightlift.cli.app import app
-
     debug = os.environ.get("WEIGHTLIFT_DEBUG") == "1"
     try:
+        from weightlift.cli.app import app
+
         app(prog_name="weightlift")
     except (WeightliftError, OSError) as error:
         if debug:
@@ -44,14 +44,18 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if debug or not error.name or error.name.partition(".")[0] == "weightlift":
             raise
-        _exit(missing_library(error.name, f"weightlift {' '.join(sys.argv[1:2])}"))
+        _exit(missing_library(error.name, " ".join(["weightlift", *sys.argv[1:2]])))
 
 
 def _exit(error: BaseException) -> NoReturn:
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True, soft_wrap=True).print(Text(f"error: {_one_line(error)}", style="red"))
+    text = f"error: {_one_line(error)}"
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ModuleNotFoundError:
+        print(text, file=sys.stderr)
+    else:
+        Console(stderr=True, soft_wrap=True).print(Text(text, style="red"))
     sys.exit(1)
 
 

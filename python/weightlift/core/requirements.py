@@ -16,6 +16,9 @@ _REMEDIES = {
     "matplotlib": "pip install 'weightlift[plot]'",
     "jax": "pip install 'weightlift[flax]'",
     "flax": "pip install 'weightlift[flax]'",
+    "msgpack": "pip install 'weightlift[flax]', or msgpack alone",
+    "rich": "pip install 'weightlift[cli]'",
+    "typer": "pip install 'weightlift[cli]'",
     "diffusers": "pip install diffusers",
     "transformers": "pip install transformers",
 }

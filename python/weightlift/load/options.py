@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from weightlift.core.errors import ArgumentError
+from weightlift.core.requirements import require
 from weightlift.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class LoadOptions:
 
     Raises:
         ArgumentError: a mode that there is not.
+        MissingLibraryError: a bar without rich, which draws it.
     """
 
     mode: Mode = "auto"
@@ -49,6 +51,8 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "map", "read"):
             raise ArgumentError(f"mode is {self.mode!r}; it can be 'auto', 'map' or 'read'")
+        if self.progress is True:
+            require("rich", "progress=True")
 
     def check_target(self, device: torch.device, dtype: str | None) -> None:
         """Raises an ``ArgumentError`` where tensors cannot go to ``device``, cast to ``dtype``, in

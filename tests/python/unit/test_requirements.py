@@ -82,6 +82,63 @@ main()
     assert "torch, which is not installed: pip install torch" in line
 
 
+@pytest.mark.parametrize(
+    ("missing", "command"), [("typer", ["inspect", "FILE"]), ("rich", ["bench", "FILE"])]
+)
+def test_the_command_line_names_its_extra(missing: str, command: list[str], file: Path) -> None:
+    code = f"""
+sys.argv = {["weightlift", *(str(file) if word == "FILE" else word for word in command)]!r}
+from weightlift.cli.main import main
+main()
+"""
+    # typer needs rich.
+    done = run_without(missing, "rich", "typer", code=code)
+    assert done.returncode == 1, done.stderr
+    (line,) = filter(None, done.stderr.splitlines())
+    assert line.startswith("error: weightlift ")
+    assert "is not installed: pip install 'weightlift[cli]'" in line
+
+
+def test_a_script_runs_without_the_command_lines_libraries(tmp_path: Path) -> None:
+    script = tmp_path / "app.py"
+    script.write_text("import sys; print(sys.argv[1:])")
+    code = f"""
+sys.argv = ["weightlift", {str(script)!r}, "--x"]
+from weightlift.cli.main import main
+main()
+"""
+    done = run_without("rich", "typer", "msgpack", "matplotlib", code=code)
+    assert (done.returncode, done.stdout) == (0, "['--x']\n"), done.stderr
+
+
+def test_a_load_needs_no_optional_library(file: Path) -> None:
+    """And what needs one says which extra brings it, before anything is read."""
+    flax = file.parent / "flax_model.msgpack"
+    flax.write_bytes(b"\x80")
+    code = f"""
+import weightlift as wl
+from weightlift.checkpoint.flax_msgpack import read_flax_tree
+from weightlift.core.errors import WeightliftError
+assert wl.load_file({str(file)!r})["w"].shape == (3,)
+for call in (
+    lambda: wl.load_file({str(file)!r}, progress=True),
+    lambda: list(read_flax_tree({str(flax)!r})),
+):
+    try:
+        call()
+    except WeightliftError as error:
+        print(error)
+"""
+    done = run_without("rich", "typer", "msgpack", "matplotlib", "jax", "flax", code=code)
+    assert done.returncode == 0, done.stderr
+    progress, msgpack = done.stdout.splitlines()
+    assert progress == (
+        "progress=True needs rich, which is not installed: pip install 'weightlift[cli]'"
+    )
+    assert str(flax) in msgpack
+    assert "needs msgpack, which is not installed: pip install 'weightlift[flax]'" in msgpack
+
+
 def test_dir_shows_the_public_names_alone() -> None:
     assert dir(wl) == sorted(wl.__all__)
     for name in wl.__all__:
