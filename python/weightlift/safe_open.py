@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import weightlift._native as _native
-from weightlift.checkpoint.checkpoint import Checkpoint, nearest
+from weightlift.checkpoint.checkpoint import Checkpoint, indexed_files, locate, nearest
 from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, FileClosedError, FormatError, ReadError
@@ -90,7 +90,7 @@ class safe_open:
         checkpoint = self._open()
         if not isinstance(name, str):
             raise TypeError(f"the name of a tensor is text, not {name!r}")
-        place = checkpoint.find(name)
+        place = locate(checkpoint, name)
         if place is None:
             raise FormatError(
                 "no_such_tensor",
@@ -111,7 +111,7 @@ class safe_open:
 
     def metadata(self) -> dict[str, str] | None:
         """The header's ``__metadata__``, or ``None``."""
-        return self._open().parts[0].metadata()
+        return indexed_files(self._open())[0].metadata()
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """Loads one tensor.

@@ -229,7 +229,7 @@ def _load_state_dict(reference: Callable[..., Any]) -> Callable[..., Any]:
         except WeightliftError as error:
             # Its safe_open and load_file are ours: they count what they leave to the reference.
             return stock() if is_safetensors else fall_back(_NAME, error, stock)
-        if is_safetensors and (checkpoint.parts[0].metadata() or {}).get("format") != "pt":
+        if is_safetensors and checkpoint.file_metadata()[0].get("format") != "pt":
             return stock()  # which has something to say about that
         if "not_tensors" in checkpoint.metadata:
             return stock()

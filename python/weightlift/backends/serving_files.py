@@ -51,7 +51,7 @@ class FilesReader:
         if self._reader is not None:
             self._before, self._reader = self._before.plus(self._reader.report), None
         self._parts.append((checkpoint, keys))
-        self.offered += sum(sum(part.sizes()) for part in checkpoint.parts)
+        self.offered += checkpoint.stored_bytes
         return keys
 
     def count(self, tensor: torch.Tensor) -> None:

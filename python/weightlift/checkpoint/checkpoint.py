@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING
 import weightlift._native as _native
 from weightlift.checkpoint.integrity import Identity
 from weightlift.checkpoint.torch_file import View
-from weightlift.core.errors import ArgumentError, CheckpointError, FileClosedError
+from weightlift.core.errors import ArgumentError, CheckpointError, FileClosedError, FormatError
 
 if TYPE_CHECKING:
     import torch
 
+    from weightlift.checkpoint.resolve import ShardFile
+
 _log = logging.getLogger("weightlift")
 
-__all__ = ["Checkpoint", "Place", "describe_location", "nearest"]
+__all__ = ["Checkpoint", "Place", "describe_location", "indexed_files", "locate", "nearest"]
 
 # (part, position in it, how the tensor looks at what lies there)
 Place = tuple[int, int, "View | None"]
@@ -78,7 +80,17 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
             FormatError: the file breaks the format.
             ReadError: it cannot be read; a missing file is a ``FileNotFoundError`` too.
         """
-        return cls([_native.IndexedFile.open(_text(path))])
+        return cls.from_files([path])
+
+    @classmethod
+    def from_files(cls, files: Iterable[str | os.PathLike[str] | ShardFile]) -> Checkpoint:
+        """The checkpoint in several safetensors files, or entries of archives, in this order.
+
+        Raises:
+            FormatError: a file breaks the format.
+            ReadError: it cannot be read; a missing file is a ``FileNotFoundError`` too.
+        """
+        return cls([_open(file) for file in files])
 
     @classmethod
     def of_file(cls, path: str | os.PathLike[str]) -> Checkpoint:
@@ -146,7 +158,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
                     in_memory[new] = checkpoint.in_memory[name]
                 else:
                     names[new] = place[0] + len(parts), place[1], place[2]
-            parts += checkpoint.parts
+            parts += checkpoint._open_parts
             formats += checkpoint.formats
             loaded += checkpoint.loaded
             fallbacks += checkpoint.fallbacks
@@ -160,8 +172,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         )
 
     @property
-    def parts(self) -> list[_native.IndexedFile]:
-        """For the rooms above: the indexed files, in the order in which they are read."""
+    def _open_parts(self) -> list[_native.IndexedFile]:
         self._check_open()
         return self._parts
 
@@ -172,7 +183,49 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
     @property
     def files(self) -> list[tuple[str, Identity]]:
         """All there are, with their identities."""
-        return [*((part.path, part.identity) for part in self.parts), *self.loaded]
+        return [*((part.path, part.identity) for part in self._open_parts), *self.loaded]
+
+    @property
+    def file_sizes(self) -> list[int]:
+        """Of the files that are indexed, in bytes."""
+        return [part.size for part in self._open_parts]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all tensors that lie in the indexed files, whether or not they have a name here."""
+        return sum(sum(part.sizes()) for part in self._open_parts)
+
+    def resident_bytes(self) -> int | None:
+        """Bytes of the indexed files that are in the page cache; ``None`` where the system does
+        not tell."""
+        found = [part.resident_bytes() for part in self._open_parts]
+        return None if None in found else sum(filter(None, found))
+
+    def file_metadata(self) -> list[dict[str, str]]:
+        """``__metadata__`` of each indexed file."""
+        return [part.metadata() or {} for part in self._open_parts]
+
+    def byte_range(self, name: str) -> tuple[str, int, int] | None:
+        """(path, first byte, byte behind the last) of a tensor; of one that is a view, those of
+        the tensor it looks at. ``None`` for one that is in memory.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        place = self._lookup(name)
+        if place is None:
+            return None
+        part = self._open_parts[place[0]]
+        return part.path, *part.range(place[1])
+
+    def has_duplicates(self) -> bool:
+        """Whether several files hold tensors of one name."""
+        return sum(map(len, self._open_parts)) > len(self.headers())
+
+    def view(self, name: str) -> View | None:
+        """How a tensor looks at the bytes of another; ``None`` for one with bytes of its own."""
+        place = self._lookup(name)
+        return None if place is None else place[2]
 
     @functools.cached_property
     def _places(self) -> Mapping[str, Place | None]:
@@ -180,7 +233,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         if self._names is not None:
             return self._names
         places: dict[str, Place | None] = {}
-        for number, part in enumerate(self.parts):
+        for number, part in enumerate(self._open_parts):
             views = self._views[number]
             for position, name in enumerate(part.names()):
                 if name not in views:
@@ -213,16 +266,6 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         place = self._places[name]
         return place is not None and place[2] is not None
 
-    def find(self, name: str) -> tuple[_native.IndexedFile, int] | None:
-        """The part that holds a tensor as it is, and its position there."""
-        if self.is_plain and len(self.parts) == 1:
-            position = self.parts[0].find(name)
-            return None if position is None else (self.parts[0], position)
-        place = self._places.get(name)
-        if place is None or place[2] is not None:
-            return None
-        return self.parts[place[0]], place[1]
-
     def __getitem__(self, name: str) -> tuple[str, tuple[int, ...]]:
         place = self._lookup(name)
         if place is None:
@@ -235,23 +278,23 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
             if view.dtype == "F4":  # a view counts in torch's elements, which are pairs
                 return "F4", (*view.shape[:-1], view.shape[-1] * 2)
             return view.dtype, view.shape
-        return self.parts[part].dtype(position), self.parts[part].shape(position)
+        return self._open_parts[part].dtype(position), self._open_parts[part].shape(position)
 
     def __iter__(self) -> Iterator[str]:
         if self.is_plain:
-            for part in self.parts:
+            for part in self._open_parts:
                 yield from part.names()
         else:
             yield from self._places
 
     def __len__(self) -> int:
         if self.is_plain:
-            return sum(len(part) for part in self.parts)
+            return sum(len(part) for part in self._open_parts)
         return len(self._places)
 
     def __contains__(self, name: object) -> bool:
-        if self.is_plain and len(self.parts) == 1:
-            return isinstance(name, str) and self.parts[0].find(name) is not None
+        if self.is_plain and len(self._open_parts) == 1:
+            return isinstance(name, str) and self._open_parts[0].find(name) is not None
         return name in self._places
 
     # As an object, not by its contents: two handles on equal files are not one checkpoint.
@@ -269,7 +312,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         if not self.is_plain:
             return {name: self[name] for name in self._places}
-        for part in self.parts:
+        for part in self._open_parts:
             found.update(
                 zip(part.names(), zip(part.dtypes(), part.shapes(), strict=True), strict=True)
             )
@@ -298,6 +341,10 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
                 in_memory[new] = self.in_memory[name]
         return self._with_names(names, in_memory)
 
+    def placed(self, places: Mapping[str, Place | None]) -> Checkpoint:
+        """The tensors that lie at these places of the same files."""
+        return self._with_names(places, self.in_memory)
+
     def ordered(self, names: Sequence[str]) -> Checkpoint:
         """The same tensors in this order."""
         places = self._places
@@ -307,7 +354,7 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
         self, names: Mapping[str, Place | None], in_memory: Mapping[str, torch.Tensor]
     ) -> Checkpoint:
         return Checkpoint(
-            self.parts,
+            self._open_parts,
             formats=self.formats,
             views=self._views,
             in_memory=in_memory,
@@ -317,6 +364,35 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
             names=names,
             left_out=self.left_out,
         )
+
+
+def indexed_files(checkpoint: Checkpoint) -> list[_native.IndexedFile]:
+    """What the engine reads from, for ``load/``: ``Place`` counts in this list."""
+    return checkpoint._open_parts
+
+
+def locate(checkpoint: Checkpoint, name: str) -> tuple[_native.IndexedFile, int] | None:
+    """The file that holds a tensor as it is, and its position there, for ``load/``."""
+    parts = checkpoint._open_parts
+    if checkpoint.is_plain and len(parts) == 1:
+        position = parts[0].find(name)
+        return None if position is None else (parts[0], position)
+    place = checkpoint._places.get(name)
+    if place is None or place[2] is not None:
+        return None
+    return parts[place[0]], place[1]
+
+
+def _open(file: str | os.PathLike[str] | ShardFile) -> _native.IndexedFile:
+    if not isinstance(file, tuple):
+        return _native.IndexedFile.open(_text(file))
+    try:
+        return _native.IndexedFile.open(file.path, file.begin, file.bytes)
+    except FormatError as error:
+        if file.bytes is None:
+            raise
+        message = f"in its entry {file.name!r}: {error.message}"
+        raise FormatError(error.code, message, file.path, error.offset, error.tensor) from None
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

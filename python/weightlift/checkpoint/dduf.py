@@ -88,7 +88,7 @@ class Dduf:
             CheckpointError: there is none of that name.
             FormatError: its checksum is wrong, or it is too large to be read whole.
         """
-        begin, count = self._place(name)
+        begin, count = self.place(name)
         if count > _MOST_BYTES:
             raise self._invalid(f"{name!r} has {count} bytes, and {_MOST_BYTES} is the most")
         content = self._archive.read(begin, count)
@@ -113,20 +113,12 @@ class Dduf:
         except (ValueError, RecursionError) as error:
             raise self._invalid(f"{name!r} is not JSON ({str(error)[:100]})") from error
 
-    def index(self, name: str) -> _native.IndexedFile:
-        """The index of a ``.safetensors`` entry, whose tensors are read from the DDUF file.
+    def place(self, name: str) -> tuple[int, int]:
+        """(first byte, bytes) of an entry in the DDUF file.
 
         Raises:
             CheckpointError: there is none of that name.
-            FormatError: it breaks the format.
         """
-        try:
-            return self._archive.safetensors(*self._place(name))
-        except FormatError as error:
-            message = f"in its entry {name!r}: {error.message}"
-            raise FormatError(error.code, message, self.path, error.offset, error.tensor) from None
-
-    def _place(self, name: str) -> tuple[int, int]:
         if name not in self.entries:
             near = [
                 other for other in self.entries if other.partition("/")[0] == name.partition("/")[0]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.cli.sources import (
     SOURCE_HELP,
@@ -24,6 +23,7 @@ from weightlift.cli.sources import (
     safe_text,
     shorten,
 )
+from weightlift.core import dtypes
 from weightlift.core.report import format_bytes
 
 if TYPE_CHECKING:
@@ -127,14 +127,15 @@ def describe(path: str, options: OpenOptions, component: str | None = None) -> d
         total["parameters"] += entry.parameters
         total["bytes"] += entry.bytes
     filled = [entry for entry in entries if entry.bytes and entry.offset is not None]
-    resident = [part.resident_bytes() for part in checkpoint.parts]
     return {
         "path": path,
         "files": [
-            {"path": part.path, "format": form, "bytes": part.size, "header_bytes": _header(part)}
-            for part, form in zip(checkpoint.parts, checkpoint.formats, strict=True)
+            {"path": file, "format": form, "bytes": size, "header_bytes": _header(file)}
+            for (file, _), form, size in zip(
+                checkpoint.files, checkpoint.formats, checkpoint.file_sizes, strict=False
+            )
         ],
-        "file_bytes": sum(part.size for part in checkpoint.parts),
+        "file_bytes": sum(checkpoint.file_sizes),
         "tensor_bytes": sum(total["bytes"] for total in totals.values()),
         "totals": dict(sorted(totals.items(), key=lambda pair: -pair[1]["bytes"])),
         "alignment": _alignment(filled),
@@ -143,11 +144,9 @@ def describe(path: str, options: OpenOptions, component: str | None = None) -> d
             for entry in filled
             if (entry.offset or 0) % max(1, entry.bytes // max(1, entry.parameters)) != 0
         ),
-        "resident_bytes": None if None in resident else sum(filter(None, resident)),
+        "resident_bytes": checkpoint.resident_bytes(),
         "metadata": {
-            key: value
-            for part in checkpoint.parts
-            for key, value in (part.metadata() or {}).items()
+            key: value for metadata in checkpoint.file_metadata() for key, value in metadata.items()
         }
         | dict(checkpoint.metadata),
         "fallbacks": list(checkpoint.fallbacks),
@@ -163,24 +162,23 @@ def _is_lone(path: str) -> bool:
 
 def _entry(checkpoint: Checkpoint, name: str) -> TensorEntry:
     dtype, shape = checkpoint[name]
-    place = checkpoint.place(name)
-    if place is None:
+    found = checkpoint.byte_range(name)
+    if found is None:
         return TensorEntry(name, dtype, shape, "", None, checkpoint.in_memory[name].nbytes)
-    number, position, view = place
-    part = checkpoint.parts[number]
-    begin, end = part.range(position)
+    path, begin, end = found
     count = end - begin
+    view = checkpoint.view(name)
     if view is not None:
-        count = count // max(1, math.prod(part.shape(position))) * math.prod(shape)
+        count = math.prod(shape) * dtypes.bits(dtype) // 8
     shares = view.base if view is not None and view.base != name else None
-    return TensorEntry(name, dtype, shape, Path(part.path).name, begin, count, shares)
+    return TensorEntry(name, dtype, shape, Path(path).name, begin, count, shares)
 
 
-def _header(part: _native.IndexedFile) -> int | None:
+def _header(path: str) -> int | None:
     """Of a safetensors file of its own: its header's length is in the first eight bytes."""
-    if not part.path.endswith(".safetensors"):
+    if not path.endswith(".safetensors"):
         return None
-    with Path(part.path).open("rb") as opened:
+    with Path(path).open("rb") as opened:
         return int.from_bytes(opened.read(8), "little")
 
 

@@ -55,7 +55,7 @@ def verify(
     seen: set[str] = set()
     options = OpenOptions(subfolder, variant, revision=revision)
     for component, checkpoint in open_all(path, options):
-        total = sum(sum(part.sizes()) for part in checkpoint.parts)
+        total = checkpoint.stored_bytes
         total += sum(tensor.nbytes for tensor in checkpoint.in_memory.values())
         title = path if component is None else f"{path} [{component}]"
         one: dict[str, Any] = {

@@ -222,7 +222,7 @@ def _rounds(tensors: Sequence[SharedTensor], checkpoint: Checkpoint, ranks: int)
 
 def _file_order(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     place = checkpoint.place(name)
-    return (len(checkpoint.parts), 0) if place is None else place[:2]
+    return (len(checkpoint.files), 0) if place is None else place[:2]
 
 
 def _bytes(shares: _Round) -> int:

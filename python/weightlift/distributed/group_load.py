@@ -154,8 +154,8 @@ class GroupLoadPlan:
         return [self._allocated(t) if t.tensor.is_meta else t for t in self._shared]
 
     def _allocated(self, shared: SharedTensor) -> SharedTensor:
-        place = self._checkpoint.place(shared.name)
-        path = "" if place is None else self._checkpoint.parts[place[0]].path
+        found = self._checkpoint.byte_range(shared.name)
+        path = "" if found is None else found[0]
         shape, dtype = shared.tensor.shape, shared.tensor.dtype
         with naming_tensor(path, shared.name):
             if shared.device.type == "cuda":

@@ -148,7 +148,7 @@ def _unreachable(group: dist.ProcessGroup) -> list[int]:
 
 def describe(checkpoint: Checkpoint) -> tuple[str, str]:
     """(hash of the index and of the files' sizes, for a person)."""
-    sizes = [part.size for part in checkpoint.parts]
+    sizes = checkpoint.file_sizes
     what = f"{len(checkpoint)} tensors in {len(sizes)} files of {sum(sizes)} bytes"
     where = checkpoint.paths[0] if checkpoint.files else "memory"
     return digest((checkpoint.headers(), sizes)), f"{what} ({where})"

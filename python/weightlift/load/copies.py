@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import weightlift._native as _native
-from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.checkpoint import Checkpoint, indexed_files
 from weightlift.core import dtypes
 from weightlift.core.errors import CheckpointError
 from weightlift.core.report import LoadReport, record
@@ -89,7 +89,7 @@ def _add(
     if place is None:
         raise CheckpointError(f"tensor {copy.name!r} is in memory and cannot be recorded")
     part, position, view = place
-    file = checkpoint.parts[part]
+    file = indexed_files(checkpoint)[part]
     target = copy.target.detach()
     own = file.dtype(position)
     wanted = own if copy.as_bits else dtypes.file_name(target.dtype) or own

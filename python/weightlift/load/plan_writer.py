@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import weightlift._native as _native
+from weightlift.checkpoint.checkpoint import indexed_files, locate
 from weightlift.checkpoint.integrity import HashCheck
 from weightlift.core import dtypes
 from weightlift.core.errors import (
@@ -92,6 +93,7 @@ class PlanWriter:
         cast_to: Sequence[str | None] = (),
     ) -> None:
         self._checkpoint = checkpoint
+        self._files = indexed_files(checkpoint)
         self._options = options
         self._settings = settings
         self._shared = shared
@@ -115,7 +117,7 @@ class PlanWriter:
         checkpoint = self._checkpoint
         is_whole = all(given is None for given in destination[2:])
         if is_whole and checkpoint.is_plain:
-            for number, file in enumerate(checkpoint.parts):
+            for number, file in enumerate(self._files):
                 numbers = self._outputs.hand_out_all(file.names())
                 self._add_file(destination, number, _Selection(file, None, numbers))
         else:
@@ -156,7 +158,7 @@ class PlanWriter:
                 continue
             part, position, view = place
             if target is not None and view is None:
-                own = self._checkpoint.parts[part].dtype(position)
+                own = self._files[part].dtype(position)
                 if _writes_directly(own, target, destination):
                     if part not in in_place:
                         in_place[part] = {}
@@ -178,7 +180,7 @@ class PlanWriter:
             if part in chosen:
                 ordered = sorted(chosen[part])
                 numbers = [chosen[part][position] for position in ordered]
-                file = self._checkpoint.parts[part]
+                file = self._files[part]
                 self._add_file(destination, part, _Selection(file, ordered, numbers))
 
     def _add_in_memory(
@@ -200,7 +202,7 @@ class PlanWriter:
         addresses = [targets[position].data_ptr() for position in positions]
         own = [str(dtypes.file_name(targets[position].dtype)) for position in positions]
         self._native.copy_to(
-            self._checkpoint.parts[part],
+            self._files[part],
             positions,
             _native.Targets(destination.device_index, addresses, own),
         )
@@ -363,7 +365,7 @@ class PlanWriter:
         """Plans a part of a tensor; ``False`` where only torch can cut it out of the whole."""
         outputs = self._outputs
         own = self._checkpoint[name][0]
-        place = self._checkpoint.find(name) if dtypes.bits(own) % 8 == 0 else None
+        place = locate(self._checkpoint, name) if dtypes.bits(own) % 8 == 0 else None
         final = destination.dtype if destination.dtype and own in dtypes.FLOATING else own
         if target is not None:
             final = own  # unless the target takes it, torch casts while it copies

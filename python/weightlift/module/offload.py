@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import weightlift._native as _native
-from weightlift.checkpoint.checkpoint import Checkpoint, Place
-from weightlift.checkpoint.integrity import Identity
+from weightlift.checkpoint.by_path import CheckpointByPath, described_by_path
+from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.devices import parse_device
-from weightlift.core.errors import ArgumentError, CheckpointError, WeightliftError
+from weightlift.core.errors import ArgumentError
 from weightlift.core.report import disk_reads_of
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
@@ -88,11 +85,9 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         checkpoint = self._checkpoint
-        if checkpoint.formats == ["safetensors"] * len(checkpoint.files):
-            with contextlib.suppress(OSError, WeightliftError):
-                files = [_UnchangedFile.of(part) for part in checkpoint.parts]
-                places = {stored: checkpoint.place(stored) for stored, _ in self._names.values()}
-                return _reopened, (files, places, self._names, self._caller)
+        by_path = described_by_path(checkpoint, {stored for stored, _ in self._names.values()})
+        if by_path is not None:
+            return _reopened, (by_path, self._names, self._caller)
         read: dict[tuple[str, str | None], torch.Tensor] = {}
         for name, at in self._names.items():
             if at not in read:
@@ -100,55 +95,10 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
         return dict, ({name: read[at] for name, at in self._names.items()},)
 
 
-class _UnchangedFile(NamedTuple):
-    """A safetensors file, to be found again by its path.
-
-    Attributes:
-        identity: its device and inode; of a file that is mounted elsewhere, another.
-        state: its bytes and the time of its last change, in nanoseconds.
-    """
-
-    path: str
-    identity: Identity
-    state: tuple[int, int]
-
-    @classmethod
-    def of(cls, part: _native.IndexedFile) -> _UnchangedFile:
-        """Raises a ``CheckpointError`` where the path does not lead to the whole of the part."""
-        path = str(Path(part.path).absolute())
-        found = _native.IndexedFile.open(path)
-        last = len(part) - 1
-        if found.identity != part.identity or len(found) != len(part):
-            raise CheckpointError(f"{path}: is another file by now")
-        if last >= 0 and found.range(last) != part.range(last):  # such as a file in an archive
-            raise CheckpointError(f"{path}: is not only this checkpoint's")
-        return cls(path, part.identity, cls._state_of(path))
-
-    @staticmethod
-    def _state_of(path: str) -> tuple[int, int]:
-        status = Path(path).stat()
-        return status.st_size, status.st_mtime_ns
-
-    def open(self) -> _native.IndexedFile:
-        """Raises a ``CheckpointError`` for a changed file."""
-        found = _native.IndexedFile.open(self.path)
-        if self._state_of(self.path) != self.state and (
-            found.identity != self.identity or found.size != self.state[0]
-        ):
-            raise CheckpointError(
-                f"{self.path}: is another file than the one from which the pickled model reads its "
-                "weights: pickle a model without weights on the disk, or keep the file"
-            )
-        return found
-
-
 def _reopened(
-    files: Sequence[_UnchangedFile],
-    places: Mapping[str, Place | None],
-    names: Mapping[str, tuple[str, str | None]],
-    caller: str,
+    by_path: CheckpointByPath, names: Mapping[str, tuple[str, str | None]], caller: str
 ) -> DiskWeights:
-    weights = DiskWeights(Checkpoint([file.open() for file in files], names=places), names)
+    weights = DiskWeights(by_path.open(), names)
     weights._caller = caller
     return weights
 

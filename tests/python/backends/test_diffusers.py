@@ -44,9 +44,10 @@ import weightlift as wl
 from backend_support import engine_moves, stock_way, tensor_bytes
 from hub_server import HubServer, hub, mirror
 from support import bits, entry, file_bytes, run_python, sparse_file
-from weightlift import _native
 from weightlift.backends import diffusers as backend
 from weightlift.backends.diffusers import pipelines, prefetch
+from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.load import populate as load_populate
 
 __all__ = ["hub", "mirror"]  # fixtures
 
@@ -753,19 +754,19 @@ def test_components_are_read_ahead(pipeline: Path, monkeypatch: pytest.MonkeyPat
     source = pipeline / "plain"
     read: list[tuple[str, int | None, int]] = []
     ended = threading.Event()
-    read_ahead, populate = pipelines.prefetch, prefetch._populate
+    read_ahead, populate = pipelines.prefetch, prefetch.populate
 
-    def look_on(parts: Any, over: threading.Event) -> bool:
-        done = populate(parts, over)
-        (part,) = parts
-        read.append((Path(part.path).parent.name, part.resident_bytes(), part.size))
+    def look_on(component: Checkpoint, over: threading.Event) -> bool:
+        done = populate(component, over)
+        (path,), (size,) = component.paths, component.file_sizes
+        read.append((Path(path).parent.name, component.resident_bytes(), size))
         return done
 
     def run(*arguments: Any) -> None:
         read_ahead(*arguments)
         ended.set()
 
-    monkeypatch.setattr(prefetch, "_populate", look_on)
+    monkeypatch.setattr(prefetch, "populate", look_on)
     monkeypatch.setattr(pipelines, "prefetch", run)
     load_sub_model = pipeline_utils.load_sub_model
 
@@ -781,26 +782,26 @@ def test_components_are_read_ahead(pipeline: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def sparse(tmp_path: Path) -> _native.IndexedFile:
+def sparse(tmp_path: Path) -> Checkpoint:
     size = 1 << 33
     header = {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
     sparse_file(tmp_path / "model.safetensors", header, size)
-    return _native.IndexedFile.open(str(tmp_path / "model.safetensors"))
+    return Checkpoint.from_file(tmp_path / "model.safetensors")
 
 
 def test_reading_ahead_ends_with_the_load(
-    sparse: _native.IndexedFile, monkeypatch: pytest.MonkeyPatch
+    sparse: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefetch, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(load_populate, "_POLL_SECONDS", 0.001)
     ended = threading.Event()
     ended.set()
-    prefetch._populate([sparse], ended)
+    prefetch.populate(sparse, ended)
     resident = sparse.resident_bytes()
-    assert resident is None or resident < sparse.size // 2
+    assert resident is None or resident < sparse.file_sizes[0] // 2
     # And what comes behind it is not begun.
     populate = mock.Mock(return_value=True)
-    monkeypatch.setattr(prefetch, "_populate", populate)
-    prefetch.prefetch([(Path(sparse.path).parent, None)], None, ended)
+    monkeypatch.setattr(prefetch, "populate", populate)
+    prefetch.prefetch([(Path(sparse.paths[0]).parent, None)], None, ended)
     populate.assert_not_called()
 
 
@@ -810,7 +811,7 @@ def test_what_cannot_be_read_ahead_is_left_to_who_loads_it(
     source = pipeline / "plain"
     error = wl.ReadError(5, "the disk has gone", "somewhere")
     start = mock.Mock(side_effect=error)
-    monkeypatch.setattr(prefetch, "start_plan", start)
+    monkeypatch.setattr(load_populate, "start_plan", start)
     prefetch.prefetch([(source / n, None) for n in ("vae", "unet")], None, threading.Event())
     assert start.call_count == 1  # the next would fare no better
     assert_same_pipeline(source, lambda: DiffusionPipeline.from_pretrained(source))
@@ -822,10 +823,11 @@ def test_what_memory_has_no_room_for_is_not_read_ahead(
     jobs = [(pipeline / "plain" / name, None) for name in ("vae", "unet")]
     size = sum(path.stat().st_size for folder, _ in jobs for path in folder.glob("*.safetensors"))
     read: list[int] = []
-    monkeypatch.setattr(prefetch, "_populate", lambda parts, ended: not read.append(len(parts)))
+    monkeypatch.setattr(
+        prefetch, "populate", lambda component, ended: not read.append(len(component.paths))
+    )
     for headroom, count in ((2 * size - 2, 0), (2 * size, 2)):
-        machine = {"memory_headroom": headroom}
-        monkeypatch.setattr(prefetch._native, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(prefetch, "memory_headroom", lambda headroom=headroom: headroom)
         prefetch.prefetch(jobs, None, threading.Event())
         assert len(read) == count
 

@@ -23,7 +23,7 @@ from transformers_models import (
 )
 from weightlift.backends.transformers import walk
 from weightlift.backends.transformers import weights as weights_of
-from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.checkpoint import Checkpoint, indexed_files
 
 __all__ = ["machine", "made"]
 
@@ -65,7 +65,7 @@ def test_mixtures(
         weight_mapping=conversion_mapping.get_model_conversion_mapping(model),
     )
     with machine(2, seed, Policy.RANDOM) as driver:
-        checkpoint = Checkpoint([Checkpoint.from_file(file).parts[0] for file in files])
+        checkpoint = Checkpoint([indexed_files(Checkpoint.from_file(file))[0] for file in files])
         weights = weights_of.Weights(checkpoint, "auto")
         allocator = weights.allocator = Allocator(driver)
         info, _ = walk.walk_tensors(model, weights, config, None)

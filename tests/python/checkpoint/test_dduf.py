@@ -19,11 +19,18 @@ import weightlift as wl
 from support import assert_same_tensors, open_files
 from weightlift import _native
 from weightlift.checkpoint import dduf as dduf_module
+from weightlift.checkpoint.checkpoint import indexed_files
 from weightlift.checkpoint.dduf import Dduf, open_dduf
+from weightlift.checkpoint.resolve import ShardFile
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 
 CASES = hand_made.dduf_cases()
+
+
+def index_of(dduf: Dduf, name: str) -> _native.IndexedFile:
+    shard = ShardFile(name, dduf.path, "safetensors", *dduf.place(name))
+    return indexed_files(wl.Checkpoint.from_files([shard]))[0]
 
 
 def loaded(index: _native.IndexedFile, mode: str) -> dict[str, torch.Tensor]:
@@ -82,11 +89,11 @@ def test_folder(tmp_path: Path, folder: Path) -> None:
         for model in ("unet", "vae"):
             name = f"{model}/diffusion_pytorch_model.safetensors"
             assert_same_tensors(
-                loaded(dduf.index(name), mode),
+                loaded(index_of(dduf, name), mode),
                 loaded(_native.IndexedFile.open(str(folder / name)), mode),
             )
     assert torch.equal(
-        loaded(dduf.index("unet/diffusion_pytorch_model.safetensors"), "map")["a"],
+        loaded(index_of(dduf, "unet/diffusion_pytorch_model.safetensors"), "map")["a"],
         safetensors.torch.load_file(folder / "unet/diffusion_pytorch_model.safetensors")["a"],
     )
 
@@ -106,7 +113,7 @@ def test_entries(tmp_path: Path) -> None:
     )
     dduf = open_dduf(path)
     assert_like_theirs(path, dduf)
-    index = dduf.index("unet/\u4e2d.fp16.safetensors")
+    index = index_of(dduf, "unet/\u4e2d.fp16.safetensors")
     assert loaded(index, "read")["w"].tolist() == [0, 1, 2, 3, 4, 5]
     assert index.path == str(path)
 
@@ -128,7 +135,7 @@ def test_case(case: hand_made.Case, tmp_path: Path) -> None:
         dduf = open_dduf(path)
         theirs = read_dduf_file(path).items()
         assert dduf.entries == {name: (entry.offset, entry.length) for name, entry in theirs}
-        weights = dduf.index("unet/diffusion_pytorch_model.safetensors")
+        weights = index_of(dduf, "unet/diffusion_pytorch_model.safetensors")
         assert loaded(weights, "map")["w"].tolist() == [0, 1, 2, 3, 4, 5]
         return
     with pytest.raises(wl.FormatError) as caught:
@@ -153,7 +160,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     path.write_bytes(hand_made.archive(hand_made.dduf_records()))
     dduf = open_dduf(path)
     with pytest.raises(wl.CheckpointError, match=r"unet/config\.json"):
-        dduf.index("unet/model.safetensors")
+        index_of(dduf, "unet/model.safetensors")
     with pytest.raises(wl.CheckpointError, match=r"model_index\.json"):
         dduf.read("vae/config.json")
     with pytest.raises(FileNotFoundError):
@@ -174,7 +181,7 @@ def test_damage_in_an_entry(tmp_path: Path) -> None:
         dduf.read_json("unet/y.json")
     assert caught.value.code == "dduf_invalid"
     with pytest.raises(wl.FormatError, match=r"unet/x\.safetensors") as caught:
-        dduf.index("unet/x.safetensors")
+        index_of(dduf, "unet/x.safetensors")
     assert caught.value.code == "header_not_object"
     begin, count = dduf.entries["unet/x.safetensors"]
     assert caught.value.offset is not None
@@ -212,7 +219,7 @@ def test_weights_do_not_leave_their_entry(tmp_path: Path) -> None:
         path.write_bytes(hand_made.archive(hand_made.dduf_records(**more)))
         dduf = open_dduf(path)
         with pytest.raises(wl.FormatError) as caught:
-            dduf.index(name)
+            index_of(dduf, name)
         assert caught.value.code == code
         # The same, opened by its place.
         with pytest.raises(wl.FormatError) as caught:

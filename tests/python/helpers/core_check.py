@@ -10,7 +10,7 @@ from pathlib import Path
 
 import weightlift
 from weightlift import _native
-from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.checkpoint import Checkpoint, indexed_files
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
         path.write_bytes(struct.pack("<Q", len(text)) + text + data)
         checkpoint = Checkpoint.from_file(path)
         assert list(checkpoint) == ["a", "b"]
-        part = checkpoint.parts[0]
+        part = indexed_files(checkpoint)[0]
         assert part.shapes() == [(200,), (2, 100)], part.shapes()
         assert part.metadata() == {"format": "pt"}
 

@@ -26,7 +26,7 @@ import simulated
 import support
 import weightlift as wl
 from weightlift import _native
-from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.checkpoint import Checkpoint, indexed_files
 from weightlift.load import load_tensors, plans
 from weightlift.models.saving import save_weights
 
@@ -150,7 +150,7 @@ def torch_file(path: Path) -> dict[str, bytes]:
 
 
 def pinned(path: Path) -> dict[str, bytes]:
-    part = Checkpoint.from_file(path).parts[0]
+    part = indexed_files(Checkpoint.from_file(path))[0]
     plan = plans.new_plan(wl.Settings.current())
     plan.read(part, None, None, 0)
     plans.run_plan(plan, None)

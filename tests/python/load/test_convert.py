@@ -17,6 +17,7 @@ import torch
 import support
 import weightlift as wl
 from support import assert_same_tensors
+from weightlift.checkpoint.checkpoint import indexed_files
 from weightlift.cli.verify import _check
 from weightlift.convert import convert_checkpoint
 
@@ -101,7 +102,7 @@ def test_one_file(
     reference = tmp_path / "reference.safetensors"
     metadata = {"format": "pt", "tied": "b.weight"}
     safetensors.torch.save_file(expected, reference, metadata=metadata)
-    ours, theirs = (wl.open_checkpoint(path).parts[0] for path in (target, reference))
+    ours, theirs = (indexed_files(wl.open_checkpoint(path))[0] for path in (target, reference))
     assert ours.names() == theirs.names()
     where = [[part.range(i) for i in range(len(part))] for part in (ours, theirs)]
     assert where[0] == where[1]
@@ -275,7 +276,7 @@ class TestVerify:
             wl.load_checkpoint(path, verify=True)
 
     def test_one_flipped_bit(self, torch_file: Path, tmp_path: Path) -> None:
-        begin = wl.open_checkpoint(torch_file).parts[0].range(0)[0]
+        begin = indexed_files(wl.open_checkpoint(torch_file))[0].range(0)[0]
         data = bytearray(torch_file.read_bytes())
         data[begin] ^= 1
         torch_file.write_bytes(data)
@@ -297,9 +298,9 @@ class TestVerify:
         assert raised.value.code == "hash_mismatch"
 
     def test_damaged_meanwhile(self, torch_file: Path) -> None:
-        (part,) = wl.open_checkpoint(torch_file).parts
+        ((path, identity),) = wl.open_checkpoint(torch_file).files
         torch_file.write_bytes(torch_file.read_bytes()[:-10])
-        said, wrong, _ = _check(part.path, part.identity)
+        said, wrong, _ = _check(path, identity)
         assert said.startswith("DAMAGED: ")
         assert wrong
 

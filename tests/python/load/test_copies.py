@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import weightlift as wl
 from weightlift import _native
+from weightlift.checkpoint.checkpoint import indexed_files
 from weightlift.core.settings import Settings
 from weightlift.load.copies import Copy, copy_parts
 from weightlift.load.plans import new_plan
@@ -42,7 +43,7 @@ def test_what_reaches_outside_a_tensor_is_refused(
 ) -> None:
     plan = new_plan(Settings.current())
     target = torch.zeros(24)
-    file = checkpoint.parts[0]
+    file = indexed_files(checkpoint)[0]
     which = file.find("t")
     assert which is not None
     with pytest.raises(IndexError, match="outside its tensor"):
@@ -54,7 +55,7 @@ def test_what_reaches_outside_a_tensor_is_refused(
 @pytest.mark.parametrize("stride", [0, -1, -(2**62)])
 def test_a_tensor_is_walked_forwards(stride: int, checkpoint: wl.Checkpoint) -> None:
     plan = new_plan(Settings.current())
-    file = checkpoint.parts[0]
+    file = indexed_files(checkpoint)[0]
     which = file.find("t")
     assert which is not None
     target = torch.zeros(24)
@@ -66,7 +67,7 @@ def test_a_tensor_is_walked_forwards(stride: int, checkpoint: wl.Checkpoint) -> 
 
 def test_positions_and_empty_parts(checkpoint: wl.Checkpoint) -> None:
     plan: _native.Plan = new_plan(Settings.current())
-    file = checkpoint.parts[0]
+    file = indexed_files(checkpoint)[0]
     none = file.find("none")
     assert none is not None
     target = torch.zeros(1)
@@ -82,7 +83,7 @@ def test_positions_and_empty_parts(checkpoint: wl.Checkpoint) -> None:
 def test_a_target_that_runs_backwards(checkpoint: wl.Checkpoint) -> None:
     """Not one that torch can make, but one that a plan can."""
     plan = new_plan(Settings.current())
-    file = checkpoint.parts[0]
+    file = indexed_files(checkpoint)[0]
     which = file.find("t")
     assert which is not None
     target = torch.zeros(6, dtype=torch.float64)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import weightlift as wl
 from support import DTYPES, assert_same, assert_same_tensors, entry, file_bytes, sparse_file
 from weightlift import _native
+from weightlift.checkpoint.checkpoint import Checkpoint, indexed_files
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions
 
@@ -277,7 +278,7 @@ def test_a_load_that_was_cancelled_has_no_tensors(tmp_path: Path) -> None:
     size = 8 << 30
     sparse_file(path, {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}, size)
     plan = _native.Plan(_native.Settings())
-    plan.map(wl.Checkpoint.from_file(path).parts[0], None, False)
+    plan.map(indexed_files(Checkpoint.from_file(path))[0], None, False)
     plan.prepare()
     plan.start([])
     plan.cancel()

@@ -30,7 +30,7 @@ from simulated import (
     machine,
 )
 from weightlift import Settings, _native
-from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.checkpoint import Checkpoint, indexed_files
 from weightlift.core import dtypes
 from weightlift.load import load_tensors, plans
 from weightlift.load.load_plan import LoadPlan
@@ -337,7 +337,7 @@ def test_a_full_device_is_an_error_and_leaves_it_empty(
 
 
 def test_a_missing_device_is_named(machine: Switch, checkpoint_path: Path) -> None:
-    part = Checkpoint.from_file(checkpoint_path).parts[0]
+    part = indexed_files(Checkpoint.from_file(checkpoint_path))[0]
     with machine(2):
         plan = _native.Plan(_native.Settings())
         plan.copy_to(part, [0], _native.Targets(5, [4096], part.dtypes([0])))
@@ -381,7 +381,7 @@ def test_pinned_tensors_are_registered_while_they_live(
 ) -> None:
     expected = safetensors.torch.load_file(checkpoint_path)
     with machine(2) as driver:
-        part = Checkpoint.from_file(checkpoint_path).parts[0]
+        part = indexed_files(Checkpoint.from_file(checkpoint_path))[0]
         plan = _native.Plan(_native.Settings())
         plan.read(part, None, None, 0)
         assert plans.run_plan(plan, None)["bytes"] == sum(t.nbytes for t in expected.values())
@@ -406,7 +406,7 @@ def test_pinned_tensors_are_registered_while_they_live(
 
 def test_pinned_tensors_outlive_the_driver(machine: Switch, checkpoint_path: Path) -> None:
     with machine(lost=True) as driver:
-        part = Checkpoint.from_file(checkpoint_path).parts[0]
+        part = indexed_files(Checkpoint.from_file(checkpoint_path))[0]
         plan = _native.Plan(_native.Settings())
         plan.read(part, None, None, 0)
         plans.run_plan(plan, None)
@@ -421,7 +421,7 @@ def test_other_threads_run_while_pages_are_pinned(machine: Switch, tmp_path: Pat
     size = 256 << 20
     header = {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
     support.sparse_file(tmp_path / "f", header, size)
-    part = Checkpoint.from_file(tmp_path / "f").parts[0]
+    part = indexed_files(Checkpoint.from_file(tmp_path / "f"))[0]
     moments: list[float] = []
     done = threading.Event()
 
@@ -447,7 +447,7 @@ def test_other_threads_run_while_pages_are_pinned(machine: Switch, tmp_path: Pat
 
 def test_refused_pinning_is_named(machine: Switch, checkpoint_path: Path) -> None:
     with machine() as driver:
-        part = Checkpoint.from_file(checkpoint_path).parts[0]
+        part = indexed_files(Checkpoint.from_file(checkpoint_path))[0]
         driver.fail_call("cuMemHostRegister", code=CudaError.NOT_PERMITTED)
         driver.fail_call("cuMemHostAlloc", code=CudaError.NOT_PERMITTED)
         plan = _native.Plan(_native.Settings())
@@ -468,7 +468,7 @@ def test_slices_arrive_on_a_device(machine: Switch, checkpoint_path: Path) -> No
     for seed, (parts, expected) in enumerate(cases):
         with machine(1, seed, list(Policy)[seed]) as driver:
             used = SimulatedAllocator(driver)
-            part = Checkpoint.from_file(checkpoint_path).parts[0]
+            part = indexed_files(Checkpoint.from_file(checkpoint_path))[0]
             address, owner = used.empty(0, tuple(expected.shape), "F32")
             plan = _native.Plan(_native.Settings())
             which = part.find("layer.1.weight")

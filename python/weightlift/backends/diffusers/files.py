@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import weightlift._native as _native
 from weightlift.backends.diffusers.archive import current_archive
 from weightlift.backends.diffusers.context import NAME
 from weightlift.backends.fallback import FallbackToLibrary
@@ -37,9 +36,8 @@ def open_files(files: Sequence[Any], key: str | None = None) -> Checkpoint:
     if formats == {".gguf"}:
         raise FallbackToLibrary("GGUF files are read by diffusers", warn=False)
     if formats == {".safetensors"}:
-        parts = [_index(file) for file in files]
-        opened = Checkpoint(parts)
-        if sum(map(len, parts)) > len(opened.headers()):
+        opened = Checkpoint.from_files(map(_shard, files))
+        if opened.has_duplicates():
             raise FallbackToLibrary(f"{Path(files[0]).parent}: several shards hold the same tensor")
     else:
         shards = [ShardFile(Path(file).name, str(file), "torch") for file in files]
@@ -56,12 +54,14 @@ def open_files(files: Sequence[Any], key: str | None = None) -> Checkpoint:
     return opened
 
 
-def _index(file: Any) -> _native.IndexedFile:
+def _shard(file: Any) -> ShardFile:
+    """The file, or the entry of the archive that diffusers reads at this time."""
     archive = current_archive.get()
     entry = None if archive is None else archive.entry(file)
     if archive is None or entry is None:
-        return _native.IndexedFile.open(str(file))
-    return archive.dduf.index(entry)
+        return ShardFile(Path(file).name, str(file), "safetensors")
+    begin, count = archive.dduf.place(entry)
+    return ShardFile(entry, archive.dduf.path, "safetensors", begin, count)
 
 
 def load_all(opened: Checkpoint, device: torch.device, disable_mmap: bool) -> dict[str, Any]:

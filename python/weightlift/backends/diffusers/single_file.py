@@ -8,7 +8,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import weightlift._native as _native
 from weightlift.backends.diffusers.context import NAME, during
 from weightlift.backends.diffusers.files import (
     arrives_as,
@@ -47,7 +46,7 @@ class SingleFile:
                 opened = open_files([file])
             except (FallbackToLibrary, WeightliftError) as error:
                 return fall_back(NAME, error, stock)
-            loaded = _mapped(opened.parts[0])
+            loaded = _mapped(opened)
             self._note(loaded, opened)
             return loaded
         loaded = inner = stock()
@@ -74,20 +73,23 @@ class SingleFile:
         return known[2:]
 
 
-def _mapped(part: _native.IndexedFile) -> dict[str, torch.Tensor]:
+def _mapped(opened: Checkpoint) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, none of which is read."""
     import torch
 
-    whole = torch.from_file(part.path, shared=False, size=part.size, dtype=torch.uint8)
+    (path,), (size,) = opened.paths, opened.file_sizes
+    whole = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
     tensors = {}
-    for position, name in enumerate(part.names()):
-        begin, end = part.range(position)
-        dtype = dtypes.to_torch(part.dtype(position))
+    for name, (stored, shape) in opened.items():
+        found = opened.byte_range(name)
+        if found is None:
+            continue
+        _, begin, end = found
+        dtype = dtypes.to_torch(stored)
         data = whole[begin:end]
         if begin % dtype.itemsize:
             data = data.clone()
-        shape = part.shape(position)
-        if part.dtype(position) == "F4":
+        if stored == "F4":
             shape = (*shape[:-1], shape[-1] // 2)
         # .data, for a version counter of its own: a change of one is none of the others.
         tensors[name] = data.view(dtype).reshape(shape).data

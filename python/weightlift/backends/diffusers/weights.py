@@ -133,7 +133,7 @@ class _Load:
             MatchPolicy(strict=False, ignore_mismatched_sizes=True),
             LoadOptions(
                 fit.mode,
-                progress=shards_bar(len(opened.parts)) if prefetched is None else False,
+                progress=shards_bar(len(opened.file_sizes)) if prefetched is None else False,
                 caller=NAME,
             ),
             prefetched=prefetched,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import weightlift._native as _native
 from weightlift.backends.transformers import compat
 from weightlift.backends.transformers.weights import Weights
 from weightlift.checkpoint.checkpoint import Checkpoint
@@ -48,7 +46,7 @@ def fallback_reason(model: Any, files: Sequence[str], config: Any, sharded: bool
 
 def open_checkpoint(files: Sequence[str]) -> Checkpoint:
     if files[0].endswith(".safetensors"):
-        return Checkpoint([_native.IndexedFile.open(os.fspath(file)) for file in files])
+        return Checkpoint.from_files(files)
     from weightlift.checkpoint.open_checkpoint import open_files
     from weightlift.checkpoint.resolve import CheckpointFiles, ShardFile
 
