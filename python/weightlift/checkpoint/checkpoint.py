@@ -19,7 +19,7 @@ from weightlift.core.errors import ArgumentError, CheckpointError, FileClosedErr
 if TYPE_CHECKING:
     import torch
 
-    from weightlift.checkpoint.resolve import ShardFile
+    from weightlift.checkpoint.files import ShardFile
 
 _log = logging.getLogger("weightlift")
 

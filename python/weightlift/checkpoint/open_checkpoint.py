@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.files import CheckpointFiles, ShardFile
 from weightlift.checkpoint.hub import HubArguments
 from weightlift.checkpoint.integrity import Identity
-from weightlift.checkpoint.resolve import CheckpointFiles, ShardFile, resolve, torch_format_of
+from weightlift.checkpoint.resolve import resolve, torch_format_of
 from weightlift.checkpoint.torch_file import LoadedTorchFile, View, open_torch_file
 from weightlift.core.errors import ArgumentError, CheckpointError
 

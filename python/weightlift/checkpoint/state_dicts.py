@@ -103,6 +103,8 @@ def find_state_dict(loaded: Any, key: str | None, path: str) -> Found:
         )
     if key is not None or not loaded:
         return _found(loaded, key or "", beside, left_out, True)
+    if all(map(_is_tensor_class, set(map(type, dict.values(loaded))))):  # most files
+        return Found(loaded, "", beside, left_out, False)
     name = _only_reading(loaded, path)
     if name is None:
         return _found(loaded, "", beside, left_out, False)
@@ -185,9 +187,13 @@ def _deeper(loaded: dict[Any, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _is_tensor(value: object) -> bool:
+    return _is_tensor_class(type(value))
+
+
+def _is_tensor_class(kind: type) -> bool:
     import torch
 
-    return isinstance(value, (StoredTensor, torch.Tensor))
+    return issubclass(kind, (StoredTensor, torch.Tensor))
 
 
 def _of(mapping: dict[Any, Any]) -> list[Any]:

@@ -8,30 +8,16 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 
+from weightlift.checkpoint.first_bytes import FirstBytes
 from weightlift.core.errors import FormatError, OutOfMemoryError, WeightliftError
 
-__all__ = ["errors_of_torch", "explained", "is_safetensors"]
+__all__ = ["errors_of_torch", "explained"]
 
-# What a safetensors header may begin with, behind its length: blanks are allowed.
-_BLANKS = b" \t\r\n"
-_LARGEST_HEADER = 100_000_000
 _TORCHSCRIPT = (
     "this is a TorchScript archive, which holds code: load it with torch.jit.load where it is "
     "trusted, and save its state_dict()"
 )
-
-
-def is_safetensors(path: str) -> bool:
-    """Whether a file's first bytes are those of a safetensors file, whatever its name."""
-    with Path(path).open("rb") as file:
-        first = file.read(1024)
-        size = file.seek(0, 2)
-    length = int.from_bytes(first[:8], "little")
-    if len(first) < 9 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
-        return False
-    return first[8 : 8 + length].lstrip(_BLANKS)[:1] in (b"{", b"")
 
 
 def explained(error: FormatError, path: str) -> FormatError:
@@ -169,8 +155,7 @@ def _failed(error: Exception) -> str:
 
 def _first(path: str) -> bytes:
     try:
-        with Path(path).open("rb") as file:
-            return file.read(16)
+        return FirstBytes.of(path).head
     except OSError:
         return b""
 
@@ -178,12 +163,11 @@ def _first(path: str) -> bytes:
 def _is_legacy(path: str) -> bool:
     """Whether a file begins as torch.save wrote before 1.6: with its magic number."""
     try:
-        with Path(path).open("rb") as file:
-            for opcode, argument, _ in pickletools.genops(file.read(64)):
-                if opcode.name in ("LONG1", "LONG"):
-                    return bool(argument == 0x1950A86A20F9469CFC6C)
-                if opcode.name == "STOP":
-                    return False
+        for opcode, argument, _ in pickletools.genops(FirstBytes.of(path).head):
+            if opcode.name in ("LONG1", "LONG"):
+                return bool(argument == 0x1950A86A20F9469CFC6C)
+            if opcode.name == "STOP":
+                return False
     except Exception:
         return False
     return False

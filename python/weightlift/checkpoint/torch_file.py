@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import weightlift._native as _native
+from weightlift.checkpoint.first_bytes import FirstBytes
 from weightlift.checkpoint.integrity import Identity, identity_of
 from weightlift.checkpoint.state_dicts import (
     Found,
@@ -19,7 +20,7 @@ from weightlift.checkpoint.state_dicts import (
     type_name,
 )
 from weightlift.checkpoint.state_dicts import StoredTensor as _Tensor
-from weightlift.checkpoint.torch_errors import errors_of_torch, explained, is_safetensors
+from weightlift.checkpoint.torch_errors import errors_of_torch, explained
 from weightlift.core import dtypes
 from weightlift.core.errors import FormatError
 
@@ -113,7 +114,7 @@ def open_torch_file(
         archive = _native.Archive.open(path)
     except FormatError as error:
         if error.code == "not_archive":
-            if is_safetensors(path):
+            if FirstBytes.of(path).is_safetensors:
                 raise FormatError(
                     "not_weights", "this is a safetensors file: rename it to .safetensors", path
                 ) from None

@@ -328,7 +328,7 @@ def place(
     for (name, ref), device in zip(pairs, devices.of([ref for _, ref in pairs]), strict=True):
         tensor = ref.tensor
         file_dtype = headers[name][0]
-        kind = (tensor.is_meta, type(tensor), tensor.dtype, file_dtype, device)
+        kind = (tensor.device, type(tensor), tensor.dtype, file_dtype, device)
         if kind != last_kind:
             decision = decide(name, ref, file_dtype, device, rule, reuse)
             target, cast_to, in_place, part, recast = decision
@@ -340,6 +340,7 @@ def place(
                 and part is None
                 and prefetched.delivers(target, file_dtype, cast_to)
             )
+            is_alike = _is_decided_by_kind(ref, device, rule) and not (in_place and arrives)
             if in_place and arrives and name in on_their_way:
                 in_place = False
             if in_place:
@@ -348,7 +349,7 @@ def place(
                 placement.parts[name] = part
             group = Group(target, cast_to, in_place, part is not None)
             members = placement.groups.setdefault(group, [])
-            last_kind = kind if _is_decided_by_kind(ref, device, rule) else None
+            last_kind = kind if is_alike else None
         members.append((name, ref))
         if arrives and name in on_their_way:
             placement.prefetched.add(name)
@@ -358,8 +359,6 @@ def place(
 
 
 def _is_decided_by_kind(ref: ParameterRef, device: Device, rule: DtypeRule) -> bool:
-    """Whether all tensors on ``meta`` of this class, these dtypes and this device go the same way:
-    not where that depends on names, on a mesh, or on whether it is a parameter."""
-    return (
-        ref.tensor.is_meta and device != "disk" and not rule.in_fp32 and not is_sharded(ref.tensor)
-    )
+    """Whether all tensors of this class, these dtypes and these devices go the same way: not where
+    that depends on names, on a mesh, or on whether it is a parameter."""
+    return device != "disk" and not rule.in_fp32 and not is_sharded(ref.tensor)

@@ -21,7 +21,7 @@ from weightlift import _native
 from weightlift.checkpoint import dduf as dduf_module
 from weightlift.checkpoint.checkpoint import indexed_files
 from weightlift.checkpoint.dduf import Dduf, open_dduf
-from weightlift.checkpoint.resolve import ShardFile
+from weightlift.checkpoint.files import ShardFile
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 

@@ -25,8 +25,9 @@ from hub_server import HubServer, Repository, hub, mirror
 from support import assert_same
 from weightlift import ArgumentError, CheckpointError, FormatError, ReadError
 from weightlift.checkpoint import hub as hub_module
+from weightlift.checkpoint.files import CheckpointFiles, ShardFile
 from weightlift.checkpoint.hub import HubArguments, commit_of
-from weightlift.checkpoint.resolve import CheckpointFiles, ShardFile, resolve
+from weightlift.checkpoint.resolve import resolve
 
 __all__ = ["hub", "mirror"]  # fixtures
 

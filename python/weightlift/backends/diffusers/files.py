@@ -12,7 +12,7 @@ from weightlift.backends.fallback import FallbackToLibrary
 from weightlift.backends.safetensors import usable_device
 from weightlift.checkpoint import open_checkpoint
 from weightlift.checkpoint.checkpoint import Checkpoint
-from weightlift.checkpoint.resolve import CheckpointFiles, ShardFile
+from weightlift.checkpoint.files import CheckpointFiles, ShardFile
 from weightlift.core import dtypes
 from weightlift.core.errors import DeviceError
 from weightlift.load.load_tensors import load_tensors

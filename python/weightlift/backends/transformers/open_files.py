@@ -47,8 +47,8 @@ def fallback_reason(model: Any, files: Sequence[str], config: Any, sharded: bool
 def open_checkpoint(files: Sequence[str]) -> Checkpoint:
     if files[0].endswith(".safetensors"):
         return Checkpoint.from_files(files)
+    from weightlift.checkpoint.files import CheckpointFiles, ShardFile
     from weightlift.checkpoint.open_checkpoint import open_files
-    from weightlift.checkpoint.resolve import CheckpointFiles, ShardFile
 
     shards = tuple(ShardFile(Path(file).name, file, "torch") for file in files)
     # "" is the top of the file, where the library looks, and nowhere else.
