@@ -111,6 +111,10 @@ void bind_plan(const py::module_& module) {
       .def("prepare", &PlanBuilder::prepare)
       .def("start", &PlanBuilder::start, py::arg("scratch"))
       .def("wait", &PlanBuilder::wait, py::arg("seconds"))
+      .def("order", &PlanBuilder::order, py::arg("ranks"))
+      .def("wait_for", &PlanBuilder::wait_for, py::arg("which"), py::arg("seconds"))
+      .def("wait_for_on_stream", &PlanBuilder::wait_for_on_stream, py::arg("which"),
+           py::arg("device"), py::arg("stream"), py::arg("seconds"))
       .def("cancel", &PlanBuilder::cancel)
       .def("progress", &PlanBuilder::progress)
       .def("finish", [](PlanBuilder& self) { return report_dict(self.finish()); })

@@ -39,6 +39,10 @@ void require_targets(const Targets& targets, std::size_t count) {
          .tensor = std::string(tensor.name)});
 }
 
+std::chrono::milliseconds milliseconds_of(double seconds) {
+  return std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1000));
+}
+
 engine::StoredTensor stored(const format::TensorInfo& tensor, std::uint32_t file,
                             std::uint32_t name) {
   return {.file = file,
@@ -272,7 +276,44 @@ void PlanBuilder::start(const std::vector<std::tuple<int, std::uint64_t, py::obj
 bool PlanBuilder::wait(double seconds) {
   if (!load_) throw py::value_error("prepare() comes first");
   const UnlockedGil unlocked;
-  return load_->wait(std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1000)));
+  return load_->wait(milliseconds_of(seconds));
+}
+
+void PlanBuilder::order(std::vector<std::uint32_t> ranks) {
+  if (ranks.size() != plan_.names.size()) {
+    throw py::value_error("one place in the order is needed for each tensor of the plan");
+  }
+  plan_.ranks = std::move(ranks);
+}
+
+engine::Load& PlanBuilder::load_of(const std::vector<std::uint32_t>& which) {
+  if (!load_ || load_->plan().ranks.empty()) {
+    throw py::value_error("order() and prepare() come first");
+  }
+  for (const std::uint32_t number : which) {
+    if (number >= load_->plan().ranks.size()) throw py::index_error("the plan has no such tensor");
+  }
+  return *load_;
+}
+
+bool PlanBuilder::wait_for(const std::vector<std::uint32_t>& which, double seconds) {
+  engine::Load& load = load_of(which);
+  auto arrived = [&] {
+    const UnlockedGil unlocked;
+    return load.wait_for(which, milliseconds_of(seconds));
+  }();
+  return value_or_raise(std::move(arrived));
+}
+
+bool PlanBuilder::wait_for_on_stream(const std::vector<std::uint32_t>& which, int device,
+                                     std::uint64_t stream, double seconds) {
+  engine::Load& load = load_of(which);
+  auto* const handle = reinterpret_cast<CUstream>(static_cast<std::uintptr_t>(stream));
+  auto queued = [&] {
+    const UnlockedGil unlocked;
+    return load.wait_for(which, device, handle, milliseconds_of(seconds));
+  }();
+  return value_or_raise(std::move(queued));
 }
 
 void PlanBuilder::cancel() {

@@ -72,12 +72,20 @@ class PlanBuilder {
 
   void use_stream(int device, std::uint64_t stream) { plan_.device(device).stream = stream; }
   void populate(bool now) { plan_.populate = now; }
+  // Of each tensor that the plan was told of, in the order of the calls, its place in the order of
+  // use. wait_for() can then be asked for them, by their numbers in that order.
+  void order(std::vector<std::uint32_t> ranks);
 
   // (device, bytes) of the scratch memory that start() wants.
   std::vector<std::pair<int, std::uint64_t>> prepare();
   // (device, address, owner), for each that prepare() named. The owners live as long as the load.
   void start(const std::vector<std::tuple<int, std::uint64_t, pybind11::object>>& scratch);
   bool wait(double seconds);
+  // Until tensors have arrived, or the time is up: whether they have.
+  bool wait_for(const std::vector<std::uint32_t>& which, double seconds);
+  // The same, on the device of these tensors in the order of a stream of it.
+  bool wait_for_on_stream(const std::vector<std::uint32_t>& which, int device, std::uint64_t stream,
+                          double seconds);
   void cancel();
   std::pair<std::uint64_t, std::uint64_t> progress() const;
   engine::Report finish();
@@ -105,6 +113,8 @@ class PlanBuilder {
   Part add_part(const std::shared_ptr<IndexedFile>& source, const format::TensorInfo& tensor,
                 const Stretches& parts);
 
+  // Of a plan that is prepared and has an order.
+  engine::Load& load_of(const std::vector<std::uint32_t>& which);
   engine::LoadPlan& plan() { return load_ ? load_->plan() : plan_; }
   std::shared_ptr<engine::HostMemory> allocate(std::size_t bytes, std::optional<int> pin_for);
 

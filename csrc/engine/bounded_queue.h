@@ -13,7 +13,12 @@ class BoundedQueue {
   explicit BoundedQueue(std::size_t capacity) : items_(capacity) {}
 
   [[nodiscard]] bool empty() const noexcept { return size_ == 0; }
+  [[nodiscard]] std::size_t size() const noexcept { return size_; }
   [[nodiscard]] const T& front() const { return items_[first_]; }
+  // The one that comes `index` after the first.
+  [[nodiscard]] const T& at(std::size_t index) const {
+    return items_[(first_ + index) % items_.size()];
+  }
 
   void push(T item) { items_[(first_ + size_++) % items_.size()] = item; }
   T pop() {

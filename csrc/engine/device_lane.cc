@@ -79,6 +79,18 @@ Status DeviceLane::wait(std::uint32_t slot) const {
   return slots_[slot]->copied.wait();
 }
 
+Status DeviceLane::order_behind(const BoundedQueue<std::uint32_t>& slots, CUstream other) const {
+  if (slots.empty()) return {};
+  const device::CurrentContext current(device_);
+  WL_RETURN_IF_ERROR(current.status());
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    const CUevent copied = slots_[slots.at(i)]->copied.get();
+    WL_RETURN_IF_ERROR(
+        check(device_.driver().cuStreamWaitEvent(other, copied, 0), "cuStreamWaitEvent"));
+  }
+  return {};
+}
+
 void DeviceLane::settle() noexcept {
   const device::CurrentContext current(device_);
   for (const device::Stream& stream : streams_) {

@@ -14,6 +14,7 @@
 #include "convert/scatter.h"
 #include "device/context.h"
 #include "device/staging.h"
+#include "engine/bounded_queue.h"
 #include "engine/plan.h"
 #include "engine/schedule.h"
 #include "engine/settings.h"
@@ -58,6 +59,8 @@ class DeviceLane {
   [[nodiscard]] Status submit(std::uint32_t slot, const Chunk& chunk, Tables& tables);
   // Until the copies of a submitted slot have ended.
   [[nodiscard]] Status wait(std::uint32_t slot) const;
+  // Makes another stream of the device wait for the copies of submitted slots.
+  [[nodiscard]] Status order_behind(const BoundedQueue<std::uint32_t>& slots, CUstream other) const;
   // After a failed call: waits for everything on the streams, so that the slots can be used again.
   // Where even that fails, the slots are never used again: the device may still read them.
   void settle() noexcept;

@@ -81,6 +81,11 @@ class Dispatcher {
       WL_REQUIRES(mutex_);
   // Its copies have ended: it can be filled again.
   void arrived(std::uint32_t lane, Status status) WL_REQUIRES(mutex_);
+  // All that are submitted and have not arrived.
+  [[nodiscard]] const BoundedQueue<std::uint32_t>& submitted_slots(std::uint32_t lane) const
+      WL_REQUIRES(mutex_) {
+    return lanes_[lane].submitted_slots;
+  }
   // Until no reader thread works for the lane.
   void wait_until_idle(std::uint32_t lane) WL_REQUIRES(mutex_);
 

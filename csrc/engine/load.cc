@@ -10,7 +10,9 @@
 #include <vector>
 
 #include "convert/cast.h"
+#include "device/context.h"
 #include "device/staging.h"
+#include "engine/arrivals.h"
 #include "engine/dispatcher.h"
 #include "engine/runner.h"
 #include "engine/schedule.h"
@@ -23,6 +25,7 @@ namespace weightlift::engine {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
 
 // Below this a load on the host is done before a thread would have started.
 constexpr std::uint64_t kInlineBytes = 256 << 10;
@@ -70,6 +73,14 @@ Result<bool> holds_what_was_copied(const LoadPlan& plan, std::size_t number,
   return change == io::File::Change::kNone;
 }
 
+Error written_to(const io::File& file) {
+  return {.code = ErrorCode::kFileChanged,
+          .message =
+              "the file was written to since it was opened, or its modification time says so; "
+              "open it again once its writer is done",
+          .path = file.path()};
+}
+
 }  // namespace
 
 class Load::State {
@@ -81,8 +92,11 @@ class Load::State {
 
   Status prepare();
   Status start();
-  bool wait(std::chrono::milliseconds limit);
+  bool wait(milliseconds limit);
   void cancel() noexcept;
+  Result<bool> wait_for(std::span<const std::uint32_t> names, milliseconds limit);
+  Result<bool> wait_for(std::span<const std::uint32_t> names, int device, CUstream stream,
+                        milliseconds limit);
   Result<std::vector<std::string>> check_files() const;
   Result<Report> finish();
   Progress progress() const noexcept {
@@ -94,6 +108,9 @@ class Load::State {
   unsigned wanted_workers() const;
   Status spawn_lane_threads();
   bool work_is_left();
+  Result<bool> wait_for(std::span<const std::uint32_t> names, Arrivals::Level level,
+                        milliseconds limit);
+  Status check_files_of(std::span<const std::uint32_t> names) const;
 
   LoadPlan plan_;
   Settings settings_;
@@ -103,19 +120,33 @@ class Load::State {
   Clock::time_point started_;
   Counters counters_;
   std::optional<Dispatcher> dispatcher_;
+  std::optional<Arrivals> arrivals_;  // where somebody waits for them
   std::optional<Runner> runner_;
   unsigned workers_ = 0;
   std::atomic<bool> runs_inline_ = false;  // wait() does the work
   std::atomic<bool> held_back_ = false;    // wait() starts one more thread
-  ThreadGroup threads_{[this] { sources_->release(); }};
+  ThreadGroup threads_{[this] {
+    sources_->release();
+    if (arrivals_) arrivals_->end();
+  }};
 };
 
 Status Load::State::prepare() {
   started_ = Clock::now();
   settings_ = settings_.resolved();
+  if (!plan_.ranks.empty()) {
+    const auto is_named = [this](const Copy& copy) { return copy.name < plan_.names.size(); };
+    if (plan_.ranks.size() != plan_.names.size() ||
+        !std::all_of(plan_.copies.begin(), plan_.copies.end(), is_named)) {
+      return Error{
+          .code = ErrorCode::kInvalidArgument,
+          .message = "a plan with an order of use needs a name and a rank for each tensor"};
+    }
+  }
   WL_ASSIGN_OR_RETURN(schedule_, Schedule::make(plan_, settings_));
   total_bytes_ = total_bytes(plan_, schedule_);
   sources_.emplace(plan_, settings_);
+  if (!plan_.ranks.empty()) arrivals_.emplace(plan_, schedule_, *sources_);
   return {};
 }
 
@@ -155,7 +186,8 @@ Status Load::State::start() {
   for (const PopulateStep& step : sources_->populate_steps()) to_populate += step.payload;
   counters_.delivered_bytes = mapped_bytes(plan_) - to_populate;
   dispatcher_.emplace(schedule_, static_cast<std::uint32_t>(sources_->populate_steps().size()));
-  runner_.emplace(plan_, schedule_, settings_, *sources_, *dispatcher_, counters_);
+  runner_.emplace(plan_, schedule_, settings_, *sources_, *dispatcher_, counters_,
+                  arrivals_ ? &*arrivals_ : nullptr);
   WL_RETURN_IF_ERROR(runner_->open_devices());
   const unsigned workers = wanted_workers();
 
@@ -166,8 +198,8 @@ Status Load::State::start() {
     dispatcher_->stop(status.error());
   } else {
     // The caller may have work of its own before it waits, such as building the model; its
-    // processor is left to it until then.
-    held_back_ = workers > 1;
+    // processor is left to it until then. Not where it waits for one tensor after another.
+    held_back_ = workers > 1 && !arrivals_;
     for (unsigned i = held_back_ ? 1 : 0; i < workers; ++i) {
       if (!threads_.spawn([this] { runner_->run_tasks(); })) break;
       ++workers_;
@@ -183,7 +215,7 @@ bool Load::State::work_is_left() {
   return !dispatcher_->stopped() && !dispatcher_->all_given_out();
 }
 
-bool Load::State::wait(std::chrono::milliseconds limit) {
+bool Load::State::wait(milliseconds limit) {
   if (runs_inline_.exchange(false)) {
     runner_->run_tasks();
     threads_.leave();
@@ -200,6 +232,51 @@ void Load::State::cancel() noexcept {
   dispatcher_->stop({.code = ErrorCode::kCancelled});
 }
 
+Result<bool> Load::State::wait_for(std::span<const std::uint32_t> names, Arrivals::Level level,
+                                   milliseconds limit) {
+  static_cast<void>(wait(milliseconds(0)));  // a small load runs here
+  switch (arrivals_->wait(names, level, limit)) {
+    case Arrivals::Answer::kNotYet:
+      return false;
+    case Arrivals::Answer::kNever: {
+      const MutexLock lock(dispatcher_->mutex());
+      return dispatcher_->error().value_or(Error{.code = ErrorCode::kCancelled});
+    }
+    case Arrivals::Answer::kYes:
+      break;
+  }
+  WL_RETURN_IF_ERROR(check_files_of(names));
+  return true;
+}
+
+Result<bool> Load::State::wait_for(std::span<const std::uint32_t> names, milliseconds limit) {
+  return wait_for(names, Arrivals::Level::kArrived, limit);
+}
+
+Result<bool> Load::State::wait_for(std::span<const std::uint32_t> names, int device,
+                                   CUstream stream, milliseconds limit) {
+  WL_ASSIGN_OR_RETURN(const bool queued, wait_for(names, Arrivals::Level::kQueued, limit));
+  if (!queued) return false;
+  WL_ASSIGN_OR_RETURN(device::Device * used, device::Device::get(device));
+  if (!device::Stream::check_not_capturing(*used, stream).ok()) return wait_for(names, limit);
+  WL_RETURN_IF_ERROR(runner_->order_behind_copies(device, stream));
+  return true;
+}
+
+// Before a tensor is handed out, for it may be used long before the load has ended. What finish()
+// can tell by a comparison alone is left to it.
+Status Load::State::check_files_of(std::span<const std::uint32_t> names) const {
+  std::uint32_t checked = kFromMemory;
+  for (const std::uint32_t name : names) {
+    const std::uint32_t file = arrivals_->file_of(name);
+    if (file == kFromMemory || file == checked) continue;
+    checked = file;
+    WL_ASSIGN_OR_RETURN(const io::File::Change change, plan_.files[file]->check_unchanged());
+    if (change == io::File::Change::kTime) return written_to(*plan_.files[file]);
+  }
+  return {};
+}
+
 // What was copied out of a file whose time has changed may be of two moments: the caller compares.
 Result<std::vector<std::string>> Load::State::check_files() const {
   std::vector<std::string> touched;
@@ -209,13 +286,7 @@ Result<std::vector<std::string>> Load::State::check_files() const {
     const bool copied = std::any_of(plan_.copies.begin(), plan_.copies.end(),
                                     [i](const Copy& copy) { return copy.file == i; });
     // Before it was read, perhaps: of what it held then there is nothing to compare with.
-    if (change == io::File::Change::kTime) {
-      return Error{.code = ErrorCode::kFileChanged,
-                   .message =
-                       "the file was written to since it was opened, or its modification "
-                       "time says so; open it again once its writer is done",
-                   .path = plan_.files[i]->path()};
-    }
+    if (change == io::File::Change::kTime) return written_to(*plan_.files[i]);
     plan_.files[i]->accept_time();
     if (!copied) continue;
     WL_ASSIGN_OR_RETURN(const bool same, holds_what_was_copied(plan_, i, settings_.fp8));
@@ -264,8 +335,15 @@ LoadPlan& Load::plan() noexcept {
 Status Load::start() {
   return state_->start();
 }
-bool Load::wait(std::chrono::milliseconds limit) {
+bool Load::wait(milliseconds limit) {
   return state_->wait(limit);
+}
+Result<bool> Load::wait_for(std::span<const std::uint32_t> names, milliseconds limit) {
+  return state_->wait_for(names, limit);
+}
+Result<bool> Load::wait_for(std::span<const std::uint32_t> names, int device, CUstream stream,
+                            milliseconds limit) {
+  return state_->wait_for(names, device, stream, limit);
 }
 void Load::cancel() noexcept {
   state_->cancel();

@@ -2,9 +2,12 @@
 // it, ThreadGroup has the threads, report.h tells.
 #pragma once
 
+#include <cuda.h>
+
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <span>
 
 #include "engine/plan.h"
 #include "engine/report.h"
@@ -39,6 +42,17 @@ class Load {
   [[nodiscard]] bool wait(std::chrono::milliseconds limit);
   void cancel() noexcept;
   [[nodiscard]] Progress progress() const noexcept;
+
+  // Until tensors have arrived, or the time is up: whether they have. They are meant by their
+  // numbers in LoadPlan::names; the plan has ranks. The load's error where it has ended without
+  // them, and kFileChanged where their files were written to since they were opened. Any thread.
+  [[nodiscard]] Result<bool> wait_for(std::span<const std::uint32_t> names,
+                                      std::chrono::milliseconds limit);
+  // The same for tensors on one device that are used on a stream of it: waits only until their
+  // copies are queued, and has the stream wait for these. Of a stream that is being captured the
+  // host waits, for the capture can be ordered behind nothing that is outside.
+  [[nodiscard]] Result<bool> wait_for(std::span<const std::uint32_t> names, int device,
+                                      CUstream stream, std::chrono::milliseconds limit);
 
   // After wait() said true: what happened. Everything has arrived, on every device, when it is no
   // error; nothing is in flight when it is one.

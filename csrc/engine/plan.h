@@ -96,6 +96,9 @@ struct LoadPlan {
   std::vector<std::string_view> names;
   std::vector<std::shared_ptr<const void>> keep_alive;  // what names and targets point into
   bool populate = true;  // read mapped pages in now where they are not resident
+  // Of each name, its place in the order of use; empty: the files' order. A load that has them
+  // tells of each tensor when it has arrived (Load::wait_for).
+  std::vector<std::uint32_t> ranks;
 
   [[nodiscard]] std::uint32_t add_file(std::shared_ptr<io::File> file);
   [[nodiscard]] std::uint32_t add_name(std::string_view name);

@@ -64,7 +64,10 @@ void Runner::run(const PopulateTask& task) {
   {
     const MutexUnlock unlocked(dispatcher_.mutex());
     status = attempt([&] { return sources_.populate(step); });
-    if (status.ok()) counters_.delivered_bytes += step.payload;
+    if (status.ok()) {
+      counters_.delivered_bytes += step.payload;
+      if (arrivals_ != nullptr) arrivals_->populated(task.step + 1);  // one at a time, in order
+    }
   }
   dispatcher_.finish(task, std::move(status));
 }
@@ -90,7 +93,12 @@ void Runner::run(const UnitTask& task, Buffers& buffers) {
     const MutexUnlock unlocked(dispatcher_.mutex());
     status = submit(task, chunk, buffers);
   }
+  const bool is_queued = status.ok();
   dispatcher_.submitted(task, std::move(status));
+  if (is_queued && arrivals_ != nullptr) {
+    const MutexUnlock unlocked(dispatcher_.mutex());
+    arrivals_->queued(schedule_.lanes[task.lane], chunk);
+  }
 }
 
 Status Runner::submit(const UnitTask& task, const Chunk& chunk, Buffers& buffers) {
@@ -115,7 +123,9 @@ Status Runner::deliver_units(const UnitTask& task, Scratch& scratch) {
       return status;
     }
     if (unit.file != kFromMemory) counters_.read_bytes += unit.end - unit.begin;
-    if (device == nullptr) counters_.delivered_bytes += unit.payload;
+    if (device != nullptr) continue;
+    counters_.delivered_bytes += unit.payload;
+    if (arrivals_ != nullptr) arrivals_->delivered(lane, unit);
   }
   return {};
 }
@@ -148,6 +158,7 @@ Status Runner::deliver_unit(const Unit& unit, const Lane& lane, std::byte* slot,
 void Runner::await_copies(std::uint32_t lane_index) {
   const Lane& lane = schedule_.lanes[lane_index];
   std::unique_ptr<DeviceLane>& device = devices_[lane_index];
+  std::unique_ptr<DeviceLane> ended;
   {
     const MutexLock lock(dispatcher_.mutex());
     while (const auto submitted = dispatcher_.oldest_submitted(lane_index)) {
@@ -156,13 +167,25 @@ void Runner::await_copies(std::uint32_t lane_index) {
         const MutexUnlock unlocked(dispatcher_.mutex());
         status = attempt([&] { return device->wait(submitted->slot); });
         if (!status.ok()) device->settle();
+        if (status.ok() && arrivals_ != nullptr) {
+          arrivals_->copied(lane, lane.chunks[submitted->chunk]);
+        }
       }
       if (status.ok()) counters_.delivered_bytes += lane.payload_of(lane.chunks[submitted->chunk]);
       dispatcher_.arrived(lane_index, std::move(status));
     }
     dispatcher_.wait_until_idle(lane_index);
+    ended = std::move(device);
   }
-  device.reset();
+}
+
+Status Runner::order_behind_copies(int device, CUstream stream) {
+  const MutexLock lock(dispatcher_.mutex());  // the lane does not end, nor is a slot used again
+  for (std::uint32_t i = 0; i < devices_.size(); ++i) {
+    if (devices_[i] == nullptr || schedule_.lanes[i].device != device) continue;
+    WL_RETURN_IF_ERROR(devices_[i]->order_behind(dispatcher_.submitted_slots(i), stream));
+  }
+  return {};
 }
 
 }  // namespace weightlift::engine

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "engine/arrivals.h"
 #include "engine/device_lane.h"
 #include "engine/dispatcher.h"
 #include "engine/plan.h"
@@ -21,15 +22,16 @@ namespace weightlift::engine {
 
 class Runner {
  public:
-  // What is referred to must live as long.
+  // What is referred to must live as long. `arrivals` is null where nobody asks for them.
   Runner(const LoadPlan& plan, const Schedule& schedule, const Settings& settings, Sources& sources,
-         Dispatcher& dispatcher, Counters& counters)
+         Dispatcher& dispatcher, Counters& counters, Arrivals* arrivals)
       : plan_(plan),
         schedule_(schedule),
         settings_(settings),
         sources_(sources),
         dispatcher_(dispatcher),
-        counters_(counters) {}
+        counters_(counters),
+        arrivals_(arrivals) {}
 
   // Opens the devices of the schedule.
   [[nodiscard]] Status open_devices();
@@ -43,6 +45,9 @@ class Runner {
   // A device lane's own thread: waits for the oldest copies, so that their slots are filled again.
   // At its end it gives the slots back: a lane of another load may have none, and wait for them.
   void await_copies(std::uint32_t lane);
+
+  // Makes a stream of the device wait for all copies to it that are queued now.
+  [[nodiscard]] Status order_behind_copies(int device, CUstream stream);
 
  private:
   // Of one thread.
@@ -65,6 +70,7 @@ class Runner {
   Sources& sources_;
   Dispatcher& dispatcher_;
   Counters& counters_;
+  Arrivals* const arrivals_;
   std::vector<std::unique_ptr<DeviceLane>> devices_;  // by lane; empty where there are none
 };
 

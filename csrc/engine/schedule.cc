@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "device/context.h"
+#include "engine/order_of_use.h"
 #include "io/anonymous_memory.h"
 
 namespace weightlift::engine {
@@ -377,10 +378,15 @@ Result<Schedule> Schedule::make(LoadPlan& plan, const Settings& settings) {
     by_device[plan.copies[i].device].push_back(i);
   }
   Schedule schedule;
+  std::vector<std::uint32_t> batches;
+  if (!plan.ranks.empty()) batches = batches_of_use(plan);
   for (auto& [ordinal, order] : by_device) {
-    const auto before = [&plan](std::uint32_t a, std::uint32_t b) {
+    const auto before = [&plan, &batches](std::uint32_t a, std::uint32_t b) {
       const Copy& x = plan.copies[a];
       const Copy& y = plan.copies[b];
+      if (!batches.empty() && batches[x.name] != batches[y.name]) {
+        return batches[x.name] < batches[y.name];
+      }
       return x.file != y.file ? x.file < y.file : x.source < y.source;
     };
     if (!std::is_sorted(order.begin(), order.end(), before)) {

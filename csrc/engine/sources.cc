@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <numeric>
 #include <utility>
 
+#include "engine/order_of_use.h"
 #include "io/machine.h"
 #include "io/residency.h"
 
@@ -12,6 +14,8 @@ namespace {
 
 // One MADV_POPULATE_READ.
 constexpr std::uint64_t kPopulateStep = std::uint64_t{64} << 20;
+// The same where somebody waits for a part of it.
+constexpr std::uint64_t kAwaitedStep = std::uint64_t{16} << 20;
 // Mapped tensors this close together are populated in one go.
 constexpr std::uint64_t kPopulateGap = 64 << 10;
 // Of a file: below it a mapping and its lease cost more than they save.
@@ -62,16 +66,22 @@ void Sources::choose_routes(const Settings& settings) {
   }
 }
 
-// The mapped tensors by file and offset, those that lie close together as one range.
+// The mapped tensors by file and offset, in batches where somebody waits for them; those that lie
+// close together as one range.
 std::vector<PopulateStep> Sources::mapped_ranges() const {
   std::vector<Mapped> parts = plan_.mapped;
-  std::sort(parts.begin(), parts.end(), [](const Mapped& a, const Mapped& b) {
+  std::vector<std::uint32_t> batches;
+  if (!plan_.ranks.empty()) batches = batches_of_use(plan_);
+  std::sort(parts.begin(), parts.end(), [&batches](const Mapped& a, const Mapped& b) {
+    if (!batches.empty() && batches[a.name] != batches[b.name]) {
+      return batches[a.name] < batches[b.name];
+    }
     return a.file != b.file ? a.file < b.file : a.offset < b.offset;
   });
   std::vector<PopulateStep> ranges;
   for (const Mapped& part : parts) {
     if (part.bytes == 0) continue;
-    if (!ranges.empty() && ranges.back().file == part.file &&
+    if (!ranges.empty() && ranges.back().file == part.file && part.offset >= ranges.back().offset &&
         part.offset <= ranges.back().offset + ranges.back().bytes + kPopulateGap) {
       ranges.back().bytes =
           std::max(ranges.back().bytes, part.offset + part.bytes - ranges.back().offset);
@@ -118,18 +128,48 @@ void Sources::plan_populate() {
     return;
   }
   note(missing, ", populated in order");
+  const std::uint64_t step = plan_.ranks.empty() ? kPopulateStep : kAwaitedStep;
   for (const PopulateStep& range : missing) {
     plan_.files[range.file]->advise_sequential();
     // Gaps are read and not counted; what several tensors share is read once and was counted at the
     // start.
     std::uint64_t payload = std::min(range.payload, range.bytes);
-    for (std::uint64_t at = 0; at < range.bytes; at += kPopulateStep) {
-      const std::uint64_t bytes = std::min(kPopulateStep, range.bytes - at);
+    for (std::uint64_t at = 0; at < range.bytes; at += step) {
+      const std::uint64_t bytes = std::min(step, range.bytes - at);
       const std::uint64_t counted = std::min(bytes, payload);
       payload -= counted;
       steps_.push_back({range.file, range.name, range.offset + at, bytes, counted});
     }
   }
+}
+
+std::vector<std::uint32_t> Sources::steps_by_name() const {
+  std::vector<std::uint32_t> counts(plan_.names.size());
+  std::vector<std::uint32_t> order(steps_.size());
+  std::iota(order.begin(), order.end(), 0U);
+  const auto before = [this](std::uint32_t a, std::uint32_t b) {
+    const PopulateStep& x = steps_[a];
+    const PopulateStep& y = steps_[b];
+    return x.file != y.file ? x.file < y.file : x.offset < y.offset;
+  };
+  std::sort(order.begin(), order.end(), before);
+  for (const Mapped& part : plan_.mapped) {
+    const std::uint64_t end = part.offset + part.bytes;
+    auto step = std::upper_bound(
+        order.begin(), order.end(), part.file, [&](std::uint32_t file, std::uint32_t index) {
+          const PopulateStep& other = steps_[index];
+          return file != other.file ? file < other.file : end <= other.offset;
+        });
+    // Backwards over those that begin before its end; none is longer than a step may be.
+    while (step != order.begin()) {
+      const PopulateStep& other = steps_[*--step];
+      if (other.file != part.file || other.offset + kPopulateStep <= part.offset) break;
+      if (other.offset + other.bytes > part.offset && part.bytes != 0) {
+        counts[part.name] = std::max(counts[part.name], *step + 1);
+      }
+    }
+  }
+  return counts;
 }
 
 bool Sources::cold() const noexcept {

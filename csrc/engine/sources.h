@@ -40,6 +40,8 @@ class Sources {
   // What must be read in of the mappings, in this order and one at a time.
   [[nodiscard]] const std::vector<PopulateStep>& populate_steps() const noexcept { return steps_; }
   [[nodiscard]] Status populate(const PopulateStep& step) const;
+  // Of each name, how many of the steps must be done before all of it has been read in.
+  [[nodiscard]] std::vector<std::uint32_t> steps_by_name() const;
 
   // Reads a unit to `target`. Any thread.
   [[nodiscard]] Status read(const Unit& unit, std::byte* target, Scratch& scratch);

@@ -1,0 +1,261 @@
+// Loads in an order of use, whose tensors are waited for one by one.
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "engine/order_of_use.h"
+#include "engine/runs.h"
+#include "engine/scenario.h"
+#include "engine/schedule.h"
+#include "engine/sources.h"
+#include "simulated.h"
+
+namespace weightlift::engine::test {
+namespace {
+
+constexpr milliseconds kLong{20'000};
+
+// The last tensor of the plan first.
+void reverse(LoadPlan& plan) {
+  plan.ranks.resize(plan.names.size());
+  std::iota(plan.ranks.rbegin(), plan.ranks.rend(), 0U);
+}
+
+// Larger than the noise that files are made of.
+Origin add_large_file(Scenario& scenario, std::uint64_t bytes) {
+  std::vector<std::byte> content;
+  while (content.size() < bytes) {
+    const std::uint64_t part = std::min<std::uint64_t>(bytes - content.size(), 7 * kMiB);
+    const std::vector<std::byte> more = some_noise(scenario.random, part);
+    content.insert(content.end(), more.begin(), more.end());
+  }
+  scenario.files.emplace_back(std::move(content));
+  const std::uint32_t index = scenario.plan.add_file(scenario.files.back().open());
+  return {.file = index, .bytes = &scenario.files.back().bytes()};
+}
+
+std::vector<std::uint32_t> all_of(const LoadPlan& plan) {
+  std::vector<std::uint32_t> names(plan.names.size());
+  std::iota(names.begin(), names.end(), 0U);
+  return names;
+}
+
+TEST(BatchesOfUse, FollowTheRanksAndNotTheFile) {
+  LoadPlan plan;
+  const std::vector<std::byte> bytes(kKiB);
+  const TestFile file(bytes);
+  const std::uint32_t index = plan.add_file(file.open());
+  for (const char* name : {"a", "b", "c", "d"}) {
+    const std::uint32_t number = plan.add_name(name);
+    plan.add_copy({.file = index, .elements = 6 * kMiB, .name = number});
+  }
+  plan.ranks = {3, 1, 0, 2};  // c, b, d, a
+  EXPECT_EQ(batches_of_use(plan), (std::vector<std::uint32_t>{1, 0, 0, 1}));
+}
+
+// What arrives first was asked for first, though it lies last in the file.
+TEST(Schedule, OfAnOrderOfUse) {
+  Machine machine(0);
+  Scenario scenario(1, 0);
+  const Origin file = add_large_file(scenario, 48 * kMiB);
+  for (std::uint64_t i = 0; i < 6; ++i) {
+    scenario.add(file, i * 8 * kMiB, 8 * kMiB, Dtype::kU8, Dtype::kU8, kHostDevice, 64);
+  }
+  reverse(scenario.plan);
+  auto schedule = Schedule::make(scenario.plan, scenario.settings.resolved());
+  ASSERT_TRUE(schedule.ok());
+  std::vector<std::uint32_t> order;
+  for (const Unit& unit : schedule->lanes.front().units) {
+    for (std::uint32_t i = 0; i < unit.piece_count; ++i) {
+      const Piece& piece = schedule->lanes.front().pieces[unit.first_piece + i];
+      const std::uint32_t name = scenario.plan.copies[piece.copy].name;
+      if (order.empty() || order.back() != name) order.push_back(name);
+    }
+  }
+  EXPECT_EQ(order, (std::vector<std::uint32_t>{5, 4, 3, 2, 1, 0}));
+}
+
+// Each tensor holds what it must when it is said to have arrived, in whatever order it is asked
+// for, on the host.
+TEST(WaitFor, TensorsOnTheHost) {
+  for (std::uint64_t seed = 0; seed < 8; ++seed) {
+    Machine machine(0, seed);
+    Scenario scenario(seed, 0);
+    scenario.settings.threads = 2;
+    const Origin file = add_large_file(scenario, 9 * kMiB);
+    std::vector<std::uint64_t> sizes;
+    std::uint64_t offset = 0;
+    while (offset + 2 * kMiB < 9 * kMiB) {
+      const std::uint64_t size = scenario.random.below(2 * kMiB);
+      scenario.add(file, offset, size, Dtype::kU8, Dtype::kU8, kHostDevice, 16);
+      sizes.push_back(size);
+      offset += size + scenario.random.below(8 * kKiB);
+    }
+    reverse(scenario.plan);
+    const LoadPlan& plan = scenario.plan;
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    ASSERT_TRUE(load->start().ok());
+    std::size_t copy = 0;
+    for (std::uint32_t name = 0; name < plan.names.size(); ++name) {
+      const auto arrived = load->wait_for(std::array{name}, kLong);
+      ASSERT_TRUE(arrived.ok()) << arrived.error().describe();
+      ASSERT_TRUE(*arrived);
+      if (sizes[name] == 0) continue;
+      const Copy& of = plan.copies[copy++];
+      EXPECT_EQ(0, std::memcmp(reinterpret_cast<const void*>(of.target),
+                               file.bytes->data() + of.source, sizes[name]));
+    }
+    ASSERT_TRUE(load->wait(kLong));
+    const auto report = load->finish();
+    ASSERT_TRUE(report.ok()) << report.error().describe();
+    scenario.expect_everything(*load, *report, "host");
+  }
+}
+
+// The host does not wait for the copies, a stream does: what is then done on the stream finds them.
+// The simulated devices run each stream as late as they may.
+TEST(WaitFor, StreamsOfDevices) {
+  for (std::uint64_t seed = 0; seed < 24; ++seed) {
+    Machine machine(2, seed, static_cast<int>(seed % SIM_POLICIES));
+    Scenario scenario(seed, 2);
+    scenario.settings.threads = 2;
+    scenario.settings.chunk_bytes = kMiB;
+    scenario.settings.pinned_bytes = 2 * kMiB;
+    const Origin file = scenario.add_file(8 * kMiB);
+    for (std::uint64_t i = 0; i < 8; ++i) {
+      scenario.add(file, i * kMiB, kMiB - i, Dtype::kU8, Dtype::kU8, static_cast<int>(i % 2), 0);
+    }
+    reverse(scenario.plan);
+    scenario.queue_pending_writes();
+    const std::vector<Copy> copies = scenario.plan.copies;
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    ASSERT_TRUE(load->start().ok());
+    const std::array<std::uint64_t, 2> streams = {sim().sim_stream_create(0),
+                                                  sim().sim_stream_create(1)};
+    for (std::uint32_t i = 8; i-- > 0;) {
+      const std::uint32_t device = i % 2;
+      auto* const stream = reinterpret_cast<CUstream>(streams.at(device));
+      const auto queued = load->wait_for(std::array{i}, static_cast<int>(device), stream, kLong);
+      ASSERT_TRUE(queued.ok()) << queued.error().describe();
+      ASSERT_TRUE(*queued);
+      // A use of the tensor on the stream.
+      std::vector<std::byte> seen(kMiB - i);
+      ASSERT_NE(sim().sim_read_on(static_cast<int>(device), streams.at(device), copies[i].target,
+                                  seen.data(), seen.size()),
+                0);
+      EXPECT_EQ(0, std::memcmp(seen.data(), file.bytes->data() + copies[i].source, seen.size()))
+          << "seed " << seed << ", tensor " << i;
+    }
+    ASSERT_TRUE(load->wait(kLong));
+    const auto report = load->finish();
+    ASSERT_TRUE(report.ok()) << report.error().describe();
+    scenario.expect_everything(*load, *report, "streams");
+    for (const std::uint64_t stream : streams) sim().sim_stream_destroy(stream);
+    load.reset();
+    scenario.free_blocks();
+    expect_machine_clean(machine, "streams");
+  }
+}
+
+// Those that came before the fault are there, for the others there is the load's error.
+TEST(WaitFor, FilesThatEndEarly) {
+  Machine machine(0);
+  Scenario scenario(3, 0);
+  scenario.settings.threads = 1;
+  const Origin file = add_large_file(scenario, 32 * kMiB);
+  for (std::uint64_t i = 0; i < 4; ++i) {
+    scenario.add(file, i * 8 * kMiB, 8 * kMiB, Dtype::kU8, Dtype::kU8, kHostDevice, 0);
+  }
+  scenario.plan.ranks = {0, 1, 2, 3};
+  auto load = scenario.prepare();
+  ASSERT_NE(load, nullptr);
+  ASSERT_EQ(::truncate(scenario.files.back().path().c_str(), 20 * kMiB), 0);
+  ASSERT_TRUE(load->start().ok());
+  ASSERT_TRUE(load->wait(kLong));
+  const auto last = load->wait_for(std::array<std::uint32_t, 1>{3}, kLong);
+  ASSERT_FALSE(last.ok());
+  EXPECT_EQ(last.error().path, scenario.files.back().path());
+  EXPECT_FALSE(last.error().tensor.empty());
+  // Of the first all bytes came, but the file is not what it was: it is not handed out either.
+  EXPECT_FALSE(load->wait_for(std::array<std::uint32_t, 1>{0}, kLong).ok());
+  EXPECT_FALSE(load->finish().ok());
+}
+
+TEST(WaitFor, CancelledLoads) {
+  Machine machine(0);
+  Scenario scenario(4, 0);
+  scenario.settings.threads = 1;
+  const Origin file = add_large_file(scenario, 64 * kMiB);
+  for (std::uint64_t i = 0; i < 4; ++i) {
+    scenario.add(file, i * 16 * kMiB, 16 * kMiB, Dtype::kU8, Dtype::kU8, kHostDevice, 0);
+  }
+  reverse(scenario.plan);
+  auto load = scenario.prepare();
+  ASSERT_NE(load, nullptr);
+  ASSERT_TRUE(load->start().ok());
+  // One that waits when the load is cancelled ends too, one way or the other.
+  std::thread waits([&] { static_cast<void>(load->wait_for(all_of(scenario.plan), kLong)); });
+  load->cancel();
+  waits.join();
+  ASSERT_TRUE(load->wait(kLong));
+  const auto all = load->wait_for(all_of(scenario.plan), milliseconds(0));
+  EXPECT_TRUE(all.ok() || all.error().code == ErrorCode::kCancelled);
+}
+
+// Tensors of a mapping have arrived when the steps that read them in are done.
+TEST(StepsByName, CountTheStepsOfEachRange) {
+  Machine machine(0);
+  Scenario scenario(5, 0);
+  const Origin file = add_large_file(scenario, 80 * kMiB);
+  scenario.add_mapped(file, 0, 20 * kMiB);
+  scenario.add_mapped(file, 20 * kMiB, 100);
+  scenario.add_mapped(file, 40 * kMiB, 30 * kMiB);
+  scenario.add_mapped(file, 72 * kMiB, 0);
+  reverse(scenario.plan);
+  const Sources sources(scenario.plan, scenario.settings.resolved());
+  const std::vector<std::uint32_t> steps = sources.steps_by_name();
+  const auto& planned = sources.populate_steps();
+  for (std::uint32_t name = 0; name < steps.size(); ++name) {
+    const Mapped& part = scenario.plan.mapped[name];
+    for (std::uint32_t i = 0; i < planned.size(); ++i) {
+      const bool overlaps = planned[i].offset < part.offset + part.bytes &&
+                            part.offset < planned[i].offset + planned[i].bytes;
+      EXPECT_TRUE(!overlaps || steps[name] >= i + 1) << name;
+    }
+    EXPECT_LE(steps[name], planned.size());
+  }
+  EXPECT_EQ(steps[3], 0U);
+  auto load = scenario.prepare();
+  ASSERT_NE(load, nullptr);
+  ASSERT_TRUE(load->start().ok());
+  const auto arrived = load->wait_for(all_of(scenario.plan), kLong);
+  ASSERT_TRUE(arrived.ok());
+  EXPECT_TRUE(*arrived);
+  ASSERT_TRUE(load->wait(kLong));
+  const auto report = load->finish();
+  ASSERT_TRUE(report.ok());
+  scenario.expect_everything(*load, *report, "mapped");
+}
+
+TEST(WaitFor, PlansWithoutNamesAreRefused) {
+  LoadPlan plan;
+  plan.ranks = {0, 1};
+  const auto load = Load::prepare(plan, {});
+  ASSERT_FALSE(load.ok());
+  EXPECT_EQ(load.error().code, ErrorCode::kInvalidArgument);
+}
+
+}  // namespace
+}  // namespace weightlift::engine::test
