@@ -14,7 +14,7 @@ BUILD_NEEDS := pybind11 scikit-build-core cmake ninja nlohmann-json nvidia-cuda-
                nvidia-cuda-nvcc-cu12
 RUN_NEEDS   := torch numpy safetensors rich typer matplotlib huggingface_hub accelerate msgpack \
                diffusers transformers
-TEST_NEEDS  := pytest pytest-timeout hypothesis ruff mypy clang-format peft bitsandbytes torchao \
+TEST_NEEDS  := pytest pytest-timeout pytest-xdist hypothesis ruff mypy clang-format peft bitsandbytes torchao \
                'jax; python_version >= "3.11"' 'flax; python_version >= "3.11"'
 DOCS_NEEDS  := sphinx furo myst-parser sphinx-copybutton
 DEEP_NEEDS  := clang-tidy gcovr coverage
@@ -151,9 +151,11 @@ test: dev lint native-tests python-tests
 native-tests: dev
 	$(BIN)/ctest --test-dir build/dev --output-on-failure -j $(JOBS)
 
-# jax warns at every fork of the process it is in, so its tests have one of their own.
+# A process a core, file by file. jax warns at every fork of the process it is in, so its tests have
+# one of their own.
 python-tests: dev
-	$(BIN)/python -m pytest -m "not gpu and not deep" --ignore=tests/python/models/test_flax.py
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 10 -m "not gpu and not deep" \
+	  --ignore=tests/python/models/test_flax.py
 	$(BIN)/python -m pytest -m "not gpu and not deep" tests/python/models/test_flax.py
 
 lint: $(VENV)/.test-tools

@@ -328,7 +328,8 @@ def place(
     for (name, ref), device in zip(pairs, devices.of([ref for _, ref in pairs]), strict=True):
         tensor = ref.tensor
         file_dtype = headers[name][0]
-        kind = (tensor.device, type(tensor), tensor.dtype, file_dtype, device)
+        where = tensor.is_meta or tensor.device
+        kind = (where, type(tensor), tensor.dtype, file_dtype, device)
         if kind != last_kind:
             decision = decide(name, ref, file_dtype, device, rule, reuse)
             target, cast_to, in_place, part, recast = decision
