@@ -102,7 +102,7 @@ def load_into(
         dtype=dtype,
         memory_format=memory_format,
     )
-    with _together(model, refs, group, scope) as new_load:
+    with _for_group(model, refs, group, scope) as new_load:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
         if key_map is not None:
@@ -119,7 +119,7 @@ def load_into(
         )
 
 
-def _together(
+def _for_group(
     model: torch.nn.Module,
     refs: Sequence[ParameterRef],
     group: ProcessGroup | DeviceMesh | None,

@@ -216,7 +216,7 @@ def _load_checkpoint_and_dispatch(reference: Callable[..., Any]) -> Callable[...
 
 def _load_state_dict(reference: Callable[..., Any]) -> Callable[..., Any]:
     def load_state_dict(checkpoint_file: Any, device_map: Any = None) -> Any:
-        stock = functools.partial(reference, checkpoint_file, device_map)
+        original_call = functools.partial(reference, checkpoint_file, device_map)
         call = _current.get()
         is_safetensors = checkpoint_file.endswith(".safetensors")
         try:
@@ -225,18 +225,18 @@ def _load_state_dict(reference: Callable[..., Any]) -> Callable[..., Any]:
             else:
                 checkpoint = open_checkpoint(checkpoint_file)
         except CheckpointError:  # something else than a state dict
-            return stock()
+            return original_call()
         except WeightliftError as error:
             # Its safe_open and load_file are ours: they count what they leave to the reference.
-            return stock() if is_safetensors else fall_back(_NAME, error, stock)
+            return original_call() if is_safetensors else fall_back(_NAME, error, original_call)
         if is_safetensors and checkpoint.file_metadata()[0].get("format") != "pt":
-            return stock()  # which has something to say about that
+            return original_call()  # which has something to say about that
         if "not_tensors" in checkpoint.metadata:
-            return stock()
+            return original_call()
         if call is not None:
             return call.load(checkpoint, checkpoint_file)
         if device_map is not None:
-            return stock()
+            return original_call()
         return load_tensors(checkpoint, usable_device("cpu"), LoadOptions(caller=_NAME))
 
     return load_state_dict

@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-__all__ = ["pass_on"]
+__all__ = ["export_to_children"]
 
 _ENABLE = "WEIGHTLIFT_ENABLE"
 _PATH = "PYTHONPATH"
@@ -23,7 +23,7 @@ _set: str | None = None
 _before: str | None = None
 
 
-def pass_on(libraries: Collection[str]) -> None:
+def export_to_children(libraries: Collection[str]) -> None:
     """Has children start with the backends of these libraries on; without any, as before."""
     global _set, _before
     path = os.environ.get(_PATH)

@@ -14,7 +14,7 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from weightlift.backends.children import pass_on
+from weightlift.backends.children import export_to_children
 from weightlift.backends.fallback import (
     FallbackToLibrary,
     is_strict,
@@ -79,7 +79,7 @@ def activate(libraries: frozenset[str]) -> list[str]:
     global _active
     with lock:
         _active = libraries
-        pass_on(_active)
+        export_to_children(_active)
         for patch in reversed(patches):
             if patch.library in _active:
                 continue
@@ -132,7 +132,7 @@ def _patch(library: str, hook: Hook, module: ModuleType) -> None:
         return
     bound = isinstance(original, (classmethod, staticmethod))
     function = original.__func__ if bound else original
-    made = _made_by_us(function)
+    made = _patch_made_for(function)
     if made is not None:
         # Hooked already, or imported from where it is hooked, perhaps by another backend.
         if any(patch.owner is owner and patch.name == name for patch in patches):
@@ -152,7 +152,7 @@ def _patch(library: str, hook: Hook, module: ModuleType) -> None:
     patches.append(Patch(library, owner, name, original, replacement))
 
 
-def _made_by_us(function: Any) -> tuple[str, Any] | None:
+def _patch_made_for(function: Any) -> tuple[str, Any] | None:
     with contextlib.suppress(TypeError):  # a module's value may have no hash
         return _ours.get(function)
     return None

@@ -107,14 +107,14 @@ def _safe_open(library: str, reference: Any) -> type:
     signature = inspect.signature(reference)
 
     def opened(*args: Any, **kwargs: Any) -> Any:
-        stock = functools.partial(reference, *args, **kwargs)
+        original_call = functools.partial(reference, *args, **kwargs)
         try:
             given = signature.bind(*args, **kwargs).arguments
             if given["framework"] not in ("pt", "torch", "pytorch"):
-                return stock()
+                return original_call()
             return _Opened(library, reference, **given)
         except (FallbackToLibrary, WeightliftError, TypeError) as error:
-            return fall_back(library, error, stock)
+            return fall_back(library, error, original_call)
 
     class Either(type):
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:

@@ -333,7 +333,7 @@ def compare(
                         refused[contender] = sample
                     step(contender)
     found = {c: taken for c, taken in samples.items() if c not in refused}
-    for contender, reason in _wrong(found).items():
+    for contender, reason in _differing_bits(found).items():
         refused[contender] = reason
         del found[contender]
     return Comparison(
@@ -369,7 +369,7 @@ def _converted(child: _Child) -> float:
     return float(note.read_text(encoding="ascii"))
 
 
-def _wrong(samples: dict[str, list[Sample]]) -> dict[str, str]:
+def _differing_bits(samples: dict[str, list[Sample]]) -> dict[str, str]:
     """Who loaded other bits than the first of them, and the reason to refuse it."""
     first: tuple[str, int] | None = None
     wrong = {}
@@ -444,7 +444,7 @@ class _Child:
         self._failure: _FailedError | None = None
         self._sampling = False
         adapters = None if self._adapters is None else str(self._adapters.absolute())
-        self._say(json.dumps({**dataclasses.asdict(self.job), "adapters": adapters}))
+        self._send(json.dumps({**dataclasses.asdict(self.job), "adapters": adapters}))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -472,17 +472,19 @@ class _Child:
     def go(self) -> tuple[dict[str, Any], int]:
         """Lets the clock run: the figures, and the peak of the anonymous memory."""
         self._sampling = True
-        self._say("go")
+        self._send("go")
         figures = self.line()
         self._sampling = False  # what comes after the load is not the load's memory
         while (more := self._next()) is not None:
             figures |= more
         _pipe(self._process.stdin).close()
         if self._process.wait(timeout=_LIMIT_SECONDS) != 0:
-            raise _FailedError(f"ended with status {self._process.returncode}{self._last_words()}")
+            raise _FailedError(
+                f"ended with status {self._process.returncode}{self._last_error_line()}"
+            )
         return figures, self._peak
 
-    def _say(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # ``line`` tells how it ended
             _pipe(self._process.stdin).write(line.encode() + b"\n")
 
@@ -491,7 +493,9 @@ class _Child:
         line = self._next()
         if line is None:
             self._process.wait()
-            raise _FailedError(f"ended with status {self._process.returncode}{self._last_words()}")
+            raise _FailedError(
+                f"ended with status {self._process.returncode}{self._last_error_line()}"
+            )
         return line
 
     def _next(self) -> dict[str, Any] | None:
@@ -507,7 +511,7 @@ class _Child:
                 raise _FailedError(line[key])
         return line
 
-    def _last_words(self) -> str:
+    def _last_error_line(self) -> str:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return f": {lines[-1]}" if lines else ""

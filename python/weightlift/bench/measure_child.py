@@ -94,9 +94,9 @@ def _report(reports: list[Any]) -> dict[str, Any] | None:
 def _measure(
     adapters: Any, contender: Contender, job: Job, say: Callable[[dict[str, Any]], None]
 ) -> None:
-    absence = contender.absence()
-    if absence is not None:
-        say({"refused": absence})
+    why_missing = contender.why_missing()
+    if why_missing is not None:
+        say({"refused": why_missing})
         return
     import torch
 

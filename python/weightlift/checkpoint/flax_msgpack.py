@@ -162,7 +162,7 @@ def read_flax_tree(path: str | os.PathLike[str]) -> Iterator[tuple[Keys, torch.T
         at, node = stack.pop()
         if isinstance(node, dict) and _CHUNKED not in node:
             if not all(isinstance(key, str) for key in node):
-                raise _wrong(place, at, "has keys that are not text")
+                raise _invalid_tensor(place, at, "has keys that are not text")
             # Popped from, so that what flax packed is freed leaf by leaf.
             stack += [((*at, key), node.pop(key)) for key in reversed(list(node))]
         else:
@@ -255,16 +255,16 @@ def _array(place: str, at: Keys, node: Any) -> torch.Tensor:
         return _joined(place, at, node)
     if not isinstance(node, _Packed) or node.code not in _ARRAYS:
         kind = f"extension {node.code}" if isinstance(node, _Packed) else type(node).__name__
-        raise _wrong(place, at, f"is no array but {kind}")
+        raise _invalid_tensor(place, at, f"is no array but {kind}")
     try:
         shape, name, data = msgpack.unpackb(node.data, raw=True)
         dtype = name.decode()
     except (ValueError, TypeError, AttributeError, msgpack.exceptions.UnpackException) as error:
-        raise _wrong(place, at, f"is no (shape, dtype, bytes): {error}") from error
+        raise _invalid_tensor(place, at, f"is no (shape, dtype, bytes): {error}") from error
     if dtype not in _DTYPES:
         raise FormatError("unknown_dtype", f"its dtype is {dtype!r}", place, tensor=".".join(at))
     if not isinstance(data, bytes) or not _is_shape(shape):
-        raise _wrong(place, at, f"is no (shape, dtype, bytes); its shape is {shape!r}")
+        raise _invalid_tensor(place, at, f"is no (shape, dtype, bytes); its shape is {shape!r}")
     torch_dtype = getattr(torch, dtype)
     if math.prod(shape) * torch_dtype.itemsize != len(data):
         raise FormatError(
@@ -284,10 +284,10 @@ def _joined(place: str, at: Keys, node: dict[Any, Any]) -> torch.Tensor:
 
     shape, chunks = (_in_order(node.get(part)) for part in ("shape", "chunks"))
     if not chunks or shape is None or not _is_shape(shape):
-        raise _wrong(place, at, "is no chunked array: it needs a shape and chunks")
+        raise _invalid_tensor(place, at, "is no chunked array: it needs a shape and chunks")
     parts = [_array(place, (*at, str(number)), chunk) for number, chunk in enumerate(chunks)]
     if len({part.dtype for part in parts}) > 1 or any(part.dim() != 1 for part in parts):
-        raise _wrong(place, at, "has chunks that do not belong together")
+        raise _invalid_tensor(place, at, "has chunks that do not belong together")
     whole = torch.cat(parts)
     if math.prod(shape) != whole.numel():
         raise FormatError(
@@ -315,5 +315,5 @@ def _is_shape(shape: Any) -> bool:
     )
 
 
-def _wrong(place: str, at: Keys, what: str) -> FormatError:
+def _invalid_tensor(place: str, at: Keys, what: str) -> FormatError:
     return FormatError("tensor_invalid", what, place, tensor=".".join(at))

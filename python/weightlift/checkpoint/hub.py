@@ -281,12 +281,15 @@ def _translate(
     place = "/".join(part for part in (repo_id, arguments.subfolder, filename) if part)
     if type(error) is ValueError and isinstance(error.__cause__, Exception):
         error = error.__cause__  # "Force download failed due to the above error."
-    said = " ".join(str(getattr(error, "server_message", None) or error).split())
+    reason = " ".join(str(getattr(error, "server_message", None) or error).split())
     refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403)
     log_in = "give token= or log in with `hf auth login`"
 
     if isinstance(error, errors.HFValidationError):
-        code, text = "not_found", f"no such file or folder, and no id of a repository: {said}"
+        code, text = (
+            "not_found",
+            f"no such file or folder, and no id of a repository: {reason}",
+        )
         place = repo_id
     elif type(error) is ValueError:
         return ArgumentError(f"{place}: {error}")
@@ -297,16 +300,16 @@ def _translate(
     elif isinstance(error, errors.GatedRepoError):
         code = "permission_denied"
         text = (
-            f"gated: ask for access on {endpoint}/{repo_id} and {log_in}; {endpoint} says: {said}"
+            f"gated: ask for access on {endpoint}/{repo_id} and {log_in}; {endpoint} says: {reason}"
         )
     elif isinstance(error, errors.RepositoryNotFoundError):
         code = "repository_not_found"
         text = (
             f"no such folder, and {endpoint} has no such repository, or hides it: for a private "
-            f"one {log_in}; {endpoint} says: {said}"
+            f"one {log_in}; {endpoint} says: {reason}"
         )
     elif refused:
-        code, text = "permission_denied", f"{endpoint} refuses: {said}; {log_in}"
+        code, text = "permission_denied", f"{endpoint} refuses: {reason}; {log_in}"
     elif isinstance(
         error,
         (
@@ -320,12 +323,12 @@ def _translate(
         elif constants.is_offline_mode():
             reason = "HF_HUB_OFFLINE keeps from asking the Hub"
         else:
-            reason = f"{endpoint} gave no answer: {error.__cause__ or said}"
+            reason = f"{endpoint} gave no answer: {error.__cause__ or reason}"
         code = "not_cached"
         text = f"{revision} is not in the cache {arguments._cache}, and {reason}"
     else:
         code, text = (
             "read_failed",
-            f"{endpoint}: {said}; what was downloaded is not kept, try again",
+            f"{endpoint}: {reason}; what was downloaded is not kept, try again",
         )
     return read_error(code, text, place)

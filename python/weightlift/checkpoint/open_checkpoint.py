@@ -131,7 +131,7 @@ def open_files(
     opened = _OpenedFiles()
     for shard in files.files:
         opened.add(shard, state_dict_key)
-    notes = [*_twice(opened), *_misplaced(files, opened.holders)]
+    notes = [*_duplicates(opened), *_misplaced(files, opened.holders)]
     if notes and strict_index:
         place = files.index_path or files.folder
         raise CheckpointError(f"{place}: {notes[0]}; save or download it again")
@@ -214,7 +214,7 @@ class _OpenedFiles:
         return checkpoint if list(checkpoint) == order else checkpoint.ordered(order)
 
 
-def _twice(opened: _OpenedFiles) -> list[str]:
+def _duplicates(opened: _OpenedFiles) -> list[str]:
     """What to say of tensors that are in several files."""
     twice = [(name, files) for name, files in opened.holders.items() if len(files) > 1]
     if not twice:

@@ -116,7 +116,7 @@ def write_safetensors(
         written = 0
         for part, counted in _parts(header, data):
             _write_all(descriptor, part)
-            _begin_writing_back(descriptor, written, len(part))
+            _start_writeback(descriptor, written, len(part))
             written += len(part)
             if show is not None and counted:
                 show(len(part))
@@ -138,7 +138,7 @@ def _write_all(descriptor: int, data: memoryview) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _begin_writing_back(descriptor: int, offset: int, count: int) -> None:
+def _start_writeback(descriptor: int, offset: int, count: int) -> None:
     """Advice: refused by some file systems and sandboxes, and not missed there."""
     call = _sync_file_range()
     if call is not None and count == _STEP:

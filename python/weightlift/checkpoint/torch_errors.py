@@ -123,25 +123,25 @@ def _whole_object(reason: str) -> str:
 
 
 def _failed(error: Exception) -> str:
-    said = f"{type(error).__name__}: {str(error)[:200]}"
+    failure = f"{type(error).__name__}: {str(error)[:200]}"
     if isinstance(error, UnicodeDecodeError):
         return (
             "it holds text of Python 2, whose encoding the file does not say: load it with "
             "torch.load(path, weights_only=True, encoding='latin1') (or encoding='bytes'), and "
             "save the state dict again"
         )
-    if "Invalid magic number" in said:
+    if "Invalid magic number" in failure:
         return (
             "this is a pickle that torch.save did not write (of pickle.dump or joblib): load it "
             "with pickle where it is trusted, and save the state dict with torch.save or "
             "weightlift.save_file"
         )
-    if "legacy .tar format" in said:
+    if "legacy .tar format" in failure:
         return (
             "this is torch's tar format of before 2017: load it with torch.load(weights_only="
             "False) where it is trusted, and save its state dict again"
         )
-    if isinstance(error, AttributeError) and "UntypedStorage" in said:
+    if isinstance(error, AttributeError) and "UntypedStorage" in failure:
         return (
             "it is in torch's format from before 1.6 and has dtypes that are younger (float8, "
             "unsigned integers), which the weights-only unpickler cannot load from it: load it "
@@ -149,7 +149,8 @@ def _failed(error: Exception) -> str:
             "without _use_new_zipfile_serialization=False"
         )
     return (
-        f"torch cannot unpickle it ({said}): the file is damaged, so download it or save it again"
+        f"torch cannot unpickle it ({failure}): the file is damaged, so download it or save it "
+        "again"
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from weightlift.cli.findings import Finding, format_rate, no_torch
 from weightlift.core.report import format_bytes
 
-__all__ = ["look_at_disk"]
+__all__ = ["probe_disk"]
 
 _MB = 10**6
 _DIRECT_UNIT = 1 << 20
@@ -25,7 +25,7 @@ _DIRECT_UNIT = 1 << 20
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "ceph", "gpfs", "beegfs", "9p", "fuse")
 
 
-def look_at_disk(folder: Path, count: int) -> list[Finding]:
+def probe_disk(folder: Path, count: int) -> list[Finding]:
     """How fast a file of ``count`` bytes in ``folder`` comes in, by the engine's ways to read."""
     kind, device = _file_system(folder)
     network = kind.startswith(_NETWORK)

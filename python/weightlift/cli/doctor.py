@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from weightlift.cli.disk_findings import look_at_disk
+from weightlift.cli.disk_findings import probe_disk
 from weightlift.cli.findings import Finding
-from weightlift.cli.gpu_findings import look_at_gpu
-from weightlift.cli.host_findings import look_at_host, look_at_memory
+from weightlift.cli.gpu_findings import probe_gpu
+from weightlift.cli.host_findings import probe_host, probe_memory
 
 __all__ = ["doctor"]
 
@@ -45,13 +45,13 @@ def doctor(
     findings: list[Finding] = []
     with Console(stderr=True).status("looking around") as status:
         for title, look in (
-            ("looking at the CPU and the memory", look_at_host),
-            ("measuring the memory", look_at_memory),
+            ("looking at the CPU and the memory", probe_host),
+            ("measuring the memory", probe_memory),
             (
                 f"measuring the disk of {folder} with {disk_mb} MB",
-                lambda: look_at_disk(folder, disk_mb * _MB),
+                lambda: probe_disk(folder, disk_mb * _MB),
             ),
-            ("looking for a GPU", look_at_gpu),
+            ("looking for a GPU", probe_gpu),
         ):
             status.update(title)
             findings += look()

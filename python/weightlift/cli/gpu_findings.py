@@ -14,14 +14,14 @@ from weightlift.core.report import format_bytes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["look_at_gpu"]
+__all__ = ["probe_gpu"]
 
 _PINNED_BYTES = 256 * 10**6
 # Machine code for what is older: by the ptxas of CUDA 12, all drivers since 12.0 load it.
 _BLACKWELL = 100
 
 
-def look_at_gpu() -> list[Finding]:
+def probe_gpu() -> list[Finding]:
     """torch, the driver, its devices, the kernels in this build, and the rate of pinned copies."""
     kernels = _kernels(_native.machine())
     try:

@@ -15,14 +15,14 @@ import weightlift._native as _native
 from weightlift.cli.findings import Finding, format_rate
 from weightlift.core.report import format_bytes
 
-__all__ = ["look_at_host", "look_at_memory"]
+__all__ = ["probe_host", "probe_memory"]
 
 _COPY_BYTES = 256 * 10**6
 _FAULT_BYTES = 128 << 20
 _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module does not name it
 
 
-def look_at_host() -> list[Finding]:
+def probe_host() -> list[Finding]:
     """CPU, memory and the cgroup's limit on it."""
     from weightlift.bench.conditions import cpu_model
 
@@ -101,7 +101,7 @@ def _cgroup_limit() -> int | None:
     return min(real, default=None)
 
 
-def look_at_memory() -> list[Finding]:
+def probe_memory() -> list[Finding]:
     """Huge pages, with what they save here, and the rate of copies."""
     from weightlift.bench.conditions import huge_pages
     from weightlift.bench.measure_child import backed_memory

@@ -70,7 +70,7 @@ def start(job: Job) -> None:
     if job.is_module:
         if own_entry:
             sys.path[0] = str(Path.cwd())
-        with _runpys_own_words():
+        with _runpy_errors():
             runpy.run_module(job.target, run_name="__main__", alter_sys=True)
         return
     # Python does not tidy "./" away either.
@@ -78,7 +78,7 @@ def start(job: Job) -> None:
     if pkgutil.get_importer(path) is not None:  # a folder or an archive: runpy puts it there
         if own_entry:
             del sys.path[0]
-        with _runpys_own_words():
+        with _runpy_errors():
             runpy.run_path(path, run_name="__main__")
         return
     if own_entry:
@@ -92,7 +92,7 @@ def start(job: Job) -> None:
 
 
 @contextlib.contextmanager
-def _runpys_own_words() -> Iterator[None]:
+def _runpy_errors() -> Iterator[None]:
     """Without a traceback where it is runpy that finds no module, as ``python -m`` has it."""
     try:
         yield

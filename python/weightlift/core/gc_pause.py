@@ -73,11 +73,11 @@ def _resume(made: bool) -> None:
         _threads -= 1
         if _threads == 0 and _was_enabled:
             if made:
-                _age()
+                _move_to_oldest()
             gc.enable()
 
 
-def _age() -> None:
+def _move_to_oldest() -> None:
     """Makes all objects old, without a look at them, where the collector would look at once.
 
     ``gc.unfreeze`` gives what is frozen to the oldest generation; a program that has frozen objects

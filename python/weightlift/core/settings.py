@@ -124,7 +124,7 @@ class Settings:
         chosen: dict[str, Any] = {}
         for layer in (*_entered.get()[-1:], cls._default):
             if layer is not None:
-                chosen = {**_given(layer), **chosen}
+                chosen = {**_set_fields(layer), **chosen}
         for field, variable in _VARIABLES.items():
             text = os.environ.get(variable)
             if text and field not in chosen:
@@ -138,8 +138,8 @@ class Settings:
 
     def __enter__(self) -> Settings:
         entered = _entered.get()
-        outer = _given(entered[-1]) if entered else {}
-        merged = Settings(**{**outer, **_given(self)})
+        outer = _set_fields(entered[-1]) if entered else {}
+        merged = Settings(**{**outer, **_set_fields(self)})
         _entered.set((*entered, merged))
         return merged
 
@@ -151,7 +151,7 @@ class Settings:
         """For the engine; ``fp8`` are the rules of ``weightlift.core.dtypes.fp8_rules``."""
         native = _native.Settings()
         native.fp8 = fp8
-        for name, value in _given(self).items():
+        for name, value in _set_fields(self).items():
             if name != "populate":
                 setattr(native, name, value)
         return native
@@ -164,7 +164,7 @@ _VARIABLES = {
 _entered: ContextVar[tuple[Settings, ...]] = ContextVar("weightlift_settings", default=())
 
 
-def _given(settings: Settings) -> dict[str, Any]:
+def _set_fields(settings: Settings) -> dict[str, Any]:
     pairs = ((f.name, getattr(settings, f.name)) for f in dataclasses.fields(settings))
     return {name: value for name, value in pairs if value is not None}
 

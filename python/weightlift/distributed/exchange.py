@@ -116,7 +116,7 @@ class Exchange:
     def refuse(self, failure: BaseException) -> None:
         """Instead of ``run``: this rank has failed, and tells the readers that run."""
         if self._rounds:
-            self._all_go_on(failure)
+            self._all_continue(failure)
 
     def _run(self, show: Progress | None) -> LoadReport | None:
         report = LoadReport()
@@ -135,9 +135,9 @@ class Exchange:
                     running = next(reads, None)
                     packed = [_pack(share) for share in shares]
                 except Exception as error:
-                    self._all_go_on(error)
+                    self._all_continue(error)
                     raise
-                if not self._all_go_on(None):
+                if not self._all_continue(None):
                     return None
                 with self._rank_group.naming_lost_ranks(self._readers):
                     _broadcast(self._readers, shares, packed)
@@ -149,7 +149,7 @@ class Exchange:
                 running.cancel()
         return report
 
-    def _all_go_on(self, failure: BaseException | None) -> bool:
+    def _all_continue(self, failure: BaseException | None) -> bool:
         """Tells the other readers whether this rank goes on; returns whether all do."""
         answers = self._rank_group.gather([self._readers], failure)
         return all(answer.failure is None for answer in answers.values())

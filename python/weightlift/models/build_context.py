@@ -83,7 +83,7 @@ class BuildContext:
         self._places.append((module, name, param))
         return param
 
-    def settle(self, model: torch.nn.Module) -> bool:
+    def ensure_registered(self, model: torch.nn.Module) -> bool:
         """Makes sure that a finished model holds what was registered.
 
         A parameter may have got past the hook into one module, and by the hook into another that

@@ -87,11 +87,11 @@ class Builder(Generic[_Module]):
         with _default_dtype(self._dtype), gc_pause.paused():
             with BuildContext(real) as build:
                 model = self._make()
-            if build.settle(model):
+            if build.ensure_registered(model):
                 return model, build
             with KeepOffMeta(), BuildContext(real) as build:
                 model = self._make()
-            if build.settle(model):
+            if build.ensure_registered(model):
                 return model, build
         register = torch.nn.Module.register_parameter
         raise WeightliftError(

@@ -42,7 +42,7 @@ def attach(
         tensor = tensors.pop(name)
         if name in placement.recast:
             return tensor.to(placement.recast[name])
-        return _apart(tensor, storages) if checkpoint.is_view(name) else tensor
+        return _unshared(tensor, storages) if checkpoint.is_view(name) else tensor
 
     taken = tensors.pop if checkpoint.is_plain and not placement.recast else take
     for group, members in placement.groups.items():
@@ -56,7 +56,7 @@ def attach(
             set_one(ref, ref.tensor.detach().to("meta", held), None)
 
 
-def _apart(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
+def _unshared(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
     """Tensors that share memory in the file are separate parameters where the model has them so."""
     address = tensor.untyped_storage().data_ptr()
     if address in storages:

@@ -363,17 +363,17 @@ def _shortage(
     room: Mapping[torch.device | str, int],
     sizes: Mapping[str, int],
 ) -> str:
-    said = ["max_memory has no device with room"]
+    lacks = ["max_memory has no device with room"]
     if room:
         once = [*model.named_parameters(), *model.named_buffers()]  # what is tied, too
         held = assign((name for name, _ in once), devices)
         used = {device: sum(sizes[name] for name in names) for device, names in held.items()}
         *others, last = room
         missing = used["disk"] - (room[last] - used.get(last, 0))
-        said = [f"{d} would hold {_size(used.get(d, 0))} of its {_size(room[d])}" for d in others]
-        said.append(f"{last} has {_size(room[last])} and is short of {_size(missing)}")
+        lacks = [f"{d} would hold {_size(used.get(d, 0))} of its {_size(room[d])}" for d in others]
+        lacks.append(f"{last} has {_size(room[last])} and is short of {_size(missing)}")
     return (
-        f"{type(model).__name__} has {_size(sizes[''])}, which does not fit: {'; '.join(said)}. "
+        f"{type(model).__name__} has {_size(sizes[''])}, which does not fit: {'; '.join(lacks)}. "
         "Give more max_memory, or let weights stay on the disk with a 'disk' in it or an "
         "offload_folder"
     )

@@ -94,7 +94,7 @@ def fill(
     empty = [ref for ref in found.unmatched if ref.persistent and ref.tensor.is_meta]
     if matching.initialize is not None and empty:
         offloaded |= initialize(empty, matching.initialize, devices, rule, memory_format)
-    _say_of_keys(report, found)
+    _report_keys(report, found)
 
     if devices.by_prefix is not None:
         move_unmatched(found.unmatched, devices)
@@ -139,7 +139,7 @@ def _load(
     return tensors, report
 
 
-def _say_of_keys(report: LoadReport, found: Match) -> None:
+def _report_keys(report: LoadReport, found: Match) -> None:
     """Reports what was on one side alone."""
     report.missing_keys = found.missing
     report.unexpected_keys = found.unexpected

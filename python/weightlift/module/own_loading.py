@@ -80,8 +80,8 @@ class OwnLoading(NamedTuple):
             for name in ref.names
             if name in self.claimed and headers[name][1] != ref.tensor.shape
         ]
-        said = "size mismatch for " if found else None
-        errors = [text for text in self.errors if said is None or not text.startswith(said)]
+        prefix = "size mismatch for " if found else None
+        errors = [text for text in self.errors if prefix is None or not text.startswith(prefix)]
         return found, errors
 
     def _done(self) -> set[int]:
@@ -163,7 +163,7 @@ def record_own_loading(
     matched, filled, hanging = _sort_out(refs, recorder, headers)
     recorder.allocate()
     recorder.finish()
-    recorder.give_real_ones()
+    recorder.replace_kept()
     values = []
     for ref in hanging:
         value = recorder.real_target(ref.tensor)

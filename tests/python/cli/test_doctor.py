@@ -21,7 +21,7 @@ import weightlift as wl
 from support import in_child
 from weightlift.bench import conditions, measure_child
 from weightlift.cli import disk_findings, gpu_findings, host_findings
-from weightlift.cli.disk_findings import look_at_disk
+from weightlift.cli.disk_findings import probe_disk
 from weightlift.cli.doctor import _folder
 from weightlift.cli.findings import Finding
 from weightlift.cli.host_findings import _state_of_memory
@@ -36,14 +36,14 @@ def named(findings: list[Finding]) -> dict[str, Finding]:
 
 def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    for found in (look_at_disk(tmp_path, MB), gpu_findings.look_at_gpu()):
+    for found in (probe_disk(tmp_path, MB), gpu_findings.probe_gpu()):
         (finding,) = (one for one in found if one.found == "torch is not installed")
         assert finding.state == "missing"
         assert finding.remedy == "pip install torch"
 
 
 def test_a_disk_without_space(tmp_path: Path) -> None:
-    found = named(look_at_disk(tmp_path, 10**18))["read rates"]
+    found = named(probe_disk(tmp_path, 10**18))["read rates"]
     assert found.state == "missing"
     assert "less than 2000000.0 TB free" in found.found
     assert "--disk-mb" in found.remedy
@@ -54,7 +54,7 @@ def test_a_folder_that_is_not_the_users() -> None:
         if os.geteuid() == 0:
             os.seteuid(65534)
         try:
-            found = named(look_at_disk(Path("/usr"), 1000))["read rates"]
+            found = named(probe_disk(Path("/usr"), 1000))["read rates"]
         finally:
             os.seteuid(os.getuid())
         assert found.state == "missing"
@@ -69,7 +69,7 @@ def test_files_that_are_in_memory_always() -> None:
     if disk_findings._file_system(folder)[0] != "tmpfs":
         pytest.skip("/dev/shm is no tmpfs here")
     before = set(folder.iterdir())
-    found = named(look_at_disk(folder, 4 * MB))
+    found = named(probe_disk(folder, 4 * MB))
     assert "in memory always" in found["cold"].found
     assert "cold, buffered" not in found
     assert found["page cache"].value is not None
@@ -83,7 +83,7 @@ def test_where_neither_direct_io_nor_the_page_cache_can_be_had(
     assert refusal == f"EINVAL, {os.strerror(errno.EINVAL)}"
     monkeypatch.setattr(disk_findings, "_direct_refusal", lambda _: refusal)
     monkeypatch.setattr(conditions, "page_cache", lambda _: None)
-    found = named(look_at_disk(tmp_path, 4 * MB))
+    found = named(probe_disk(tmp_path, 4 * MB))
     assert (found["cold, direct"].state, found["residency"].state) == ("missing", "missing")
     assert refusal in found["cold, direct"].found
     assert "does not tell whether it was cold" in found["cold, buffered"].found
@@ -95,7 +95,7 @@ def test_no_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_findings, "_COPY_BYTES", 8 * MB)
     for state, text in (("never", "never;"), (None, "not in this kernel;")):
         monkeypatch.setattr(conditions, "huge_pages", lambda state=state: state)
-        found = named(host_findings.look_at_memory())["huge pages"]
+        found = named(host_findings.probe_memory())["huge pages"]
         assert found.state == "missing"
         assert found.found.startswith(text)
         assert "madvise" in found.remedy
@@ -200,7 +200,7 @@ def test_why_torch_sees_no_gpu(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    driver = named(gpu_findings.look_at_gpu())["driver"]
+    driver = named(gpu_findings.probe_gpu())["driver"]
     assert driver.state == "missing"
     assert found in driver.found
     assert remedy in driver.remedy
@@ -234,7 +234,7 @@ def test_kernels_of_this_build(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     machine = {"kernels": kernels, "kernel_toolkit": toolkit}
     monkeypatch.setattr("weightlift._native.machine", lambda: machine)
-    told = named(gpu_findings.look_at_gpu())["kernels"]
+    told = named(gpu_findings.probe_gpu())["kernels"]
     assert told.state == state
     assert found in told.found
 

@@ -27,11 +27,11 @@ from __future__ import annotations
 
 from weightlift.backends.diffusers.adapters import safetensors_module
 from weightlift.backends.diffusers.arguments import from_mirror
-from weightlift.backends.diffusers.calls import file_known, model_from_pretrained, shards_known
+from weightlift.backends.diffusers.calls import model_from_pretrained, on_model_file, on_shard_files
 from weightlift.backends.diffusers.context import NAME
 from weightlift.backends.diffusers.pipelines import (
-    components_known,
     load_sub_model,
+    on_components,
     pipeline_from_pretrained,
 )
 from weightlift.backends.diffusers.single_file import from_single_file, load_model_dict_into_meta
@@ -98,11 +98,11 @@ HOOKS = (
         {
             "(pretrained_model_name_or_path, *, weights_name, subfolder=None, cache_dir=None, "
             "force_download=False, proxies=None, local_files_only=False, token=None, "
-            "user_agent=None, revision=None, commit_hash=None)": file_known,
+            "user_agent=None, revision=None, commit_hash=None)": on_model_file,
             # 0.40
             "(pretrained_model_name_or_path, *, weights_name, subfolder=None, cache_dir=None, "
             "force_download=False, proxies=None, local_files_only=False, token=None, "
-            "user_agent=None, revision=None, commit_hash=None, dduf_entries=None)": file_known,
+            "user_agent=None, revision=None, commit_hash=None, dduf_entries=None)": on_model_file,
         },
     ),
     Hook(
@@ -111,11 +111,11 @@ HOOKS = (
         {
             "(pretrained_model_name_or_path, index_filename, cache_dir=None, proxies=None, "
             "local_files_only=False, token=None, user_agent=None, revision=None, "
-            "subfolder='')": shards_known,
+            "subfolder='')": on_shard_files,
             # 0.40
             "(pretrained_model_name_or_path, index_filename, cache_dir=None, proxies=None, "
             "local_files_only=False, token=None, user_agent=None, revision=None, subfolder='', "
-            "dduf_entries=None)": shards_known,
+            "dduf_entries=None)": on_shard_files,
         },
     ),
     Hook(_MODELS, "dispatch_model", {ANY_SIGNATURE: dispatch_model}),
@@ -146,7 +146,7 @@ HOOKS = (
     Hook(
         _PIPELINES,
         "_identify_model_variants",
-        {"(folder, variant, config)": components_known},
+        {"(folder, variant, config)": on_components},
     ),
     Hook(
         _PIPELINES,

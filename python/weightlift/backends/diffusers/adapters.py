@@ -12,7 +12,7 @@ from weightlift.backends.safetensors import load_file_adapters
 __all__ = ["safetensors_module"]
 
 
-class _Instead(type):
+class _ModuleProxy(type):
     """A class that stands for a module, apart from what it has itself."""
 
     module: Any
@@ -27,10 +27,10 @@ def safetensors_module(module: Any) -> type:
     from safetensors import torch as of_torch
 
     def load_file(*args: Any, **kwargs: Any) -> Any:
-        stock = of_torch.load_file
-        adapter = load_file_adapters(NAME).get(signature_text(stock))
-        fast = stock if adapter is None or not is_enabled(NAME) else adapter(stock)
+        original_call = of_torch.load_file
+        adapter = load_file_adapters(NAME).get(signature_text(original_call))
+        fast = original_call if adapter is None or not is_enabled(NAME) else adapter(original_call)
         return fast(*args, **kwargs)
 
-    torch = _Instead("torch", (), {"module": of_torch, "load_file": staticmethod(load_file)})
-    return _Instead("safetensors", (), {"module": module, "torch": torch})
+    torch = _ModuleProxy("torch", (), {"module": of_torch, "load_file": staticmethod(load_file)})
+    return _ModuleProxy("safetensors", (), {"module": module, "torch": torch})

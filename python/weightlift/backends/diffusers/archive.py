@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from weightlift.backends.diffusers.context import during
+from weightlift.backends.diffusers.context import temporary_value
 from weightlift.checkpoint.dduf import Dduf, open_dduf
 from weightlift.checkpoint.hub import HubArguments, download
 from weightlift.core.errors import ArgumentError
@@ -56,5 +56,5 @@ def unpacked(path: Path) -> Iterator[Path]:
             file = folder / name
             file.parent.mkdir(exist_ok=True)
             file.write_bytes(b"" if name.endswith(".safetensors") else dduf.read(name))
-        with during(current_archive, Archive(dduf, folder)):
+        with temporary_value(current_archive, Archive(dduf, folder)):
             yield folder

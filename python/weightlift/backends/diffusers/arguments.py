@@ -10,16 +10,16 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from weightlift.backends.diffusers.context import during
+from weightlift.backends.diffusers.context import temporary_value
 from weightlift.checkpoint.hub import HubArguments
 
-__all__ = ["from_mirror", "meant"]
+__all__ = ["corrected_arguments", "from_mirror"]
 
 _mirror: ContextVar[str | None] = ContextVar("weightlift_diffusers_mirror", default=None)
 
 
 @contextlib.contextmanager
-def meant(path: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+def corrected_arguments(path: Any, kwargs: dict[str, Any]) -> Iterator[None]:
     """Arguments that are documented and have no effect, or fail: GPUs in ``max_memory`` named by
     text, and ``mirror``."""
     if isinstance(kwargs.get("max_memory"), Mapping):
@@ -37,7 +37,7 @@ def meant(path: Any, kwargs: dict[str, Any]) -> Iterator[None]:
     )
     # A commit: what resolves revisions in diffusers makes no request for one.
     kwargs["revision"] = hub.pinned(str(path)).revision
-    with during(_mirror, mirror.rstrip("/")):
+    with temporary_value(_mirror, mirror.rstrip("/")):
         yield
 
 

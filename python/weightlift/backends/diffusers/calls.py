@@ -9,8 +9,8 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
-from weightlift.backends.diffusers.arguments import meant
-from weightlift.backends.diffusers.context import NAME, during
+from weightlift.backends.diffusers.arguments import corrected_arguments
+from weightlift.backends.diffusers.context import NAME, temporary_value
 from weightlift.backends.diffusers.files import castable, engine_device, open_files
 from weightlift.backends.diffusers.single_file import current_single_file
 from weightlift.backends.fallback import FallbackToLibrary, report_fallback
@@ -24,10 +24,10 @@ from weightlift.module.offload import DiskWeights
 __all__ = [
     "Call",
     "current_call",
-    "file_known",
     "model_from_pretrained",
+    "on_model_file",
+    "on_shard_files",
     "shards_bar",
-    "shards_known",
 ]
 
 
@@ -117,9 +117,9 @@ def model_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         call = Call(cls, early)
         with contextlib.ExitStack() as stack:
             stack.callback(call.cancel)
-            stack.enter_context(during(current_call, call))
-            stack.enter_context(during(current_single_file, None))
-            stack.enter_context(meant(pretrained_model_name_or_path, kwargs))
+            stack.enter_context(temporary_value(current_call, call))
+            stack.enter_context(temporary_value(current_single_file, None))
+            stack.enter_context(corrected_arguments(pretrained_model_name_or_path, kwargs))
             return original(cls, pretrained_model_name_or_path, **kwargs)
 
     return from_pretrained
@@ -154,7 +154,7 @@ def _early(cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def file_known(original: Callable[..., Any]) -> Callable[..., Any]:
+def on_model_file(original: Callable[..., Any]) -> Callable[..., Any]:
     def _get_model_file(*args: Any, **kwargs: Any) -> Any:
         found = original(*args, **kwargs)
         call = current_call.get()
@@ -165,7 +165,7 @@ def file_known(original: Callable[..., Any]) -> Callable[..., Any]:
     return _get_model_file
 
 
-def shards_known(original: Callable[..., Any]) -> Callable[..., Any]:
+def on_shard_files(original: Callable[..., Any]) -> Callable[..., Any]:
     def _get_checkpoint_shard_files(*args: Any, **kwargs: Any) -> Any:
         found = original(*args, **kwargs)
         call = current_call.get()

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["NAME", "during"]
+__all__ = ["NAME", "temporary_value"]
 
 NAME = "diffusers"
 
 
 @contextlib.contextmanager
-def during(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+def temporary_value(variable: ContextVar[Any], value: Any) -> Iterator[None]:
     token = variable.set(value)
     try:
         yield

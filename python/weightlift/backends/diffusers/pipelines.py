@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from weightlift.backends.diffusers.archive import current_archive, dduf_path, unpacked
-from weightlift.backends.diffusers.arguments import meant
-from weightlift.backends.diffusers.context import during
+from weightlift.backends.diffusers.arguments import corrected_arguments
+from weightlift.backends.diffusers.context import temporary_value
 from weightlift.backends.diffusers.files import load_all, open_files
 from weightlift.backends.diffusers.prefetch import prefetch
 from weightlift.checkpoint.resolve import resolve
@@ -27,7 +27,7 @@ from weightlift.module.device_map import AUTOMATIC
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["components_known", "load_sub_model", "pipeline_from_pretrained"]
+__all__ = ["load_sub_model", "on_components", "pipeline_from_pretrained"]
 
 
 @dataclasses.dataclass
@@ -105,8 +105,8 @@ def pipeline_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]
             folder = path
             if dduf_file is not None:
                 folder = stack.enter_context(unpacked(dduf_path(path, dduf_file, kwargs)))
-            stack.enter_context(meant(folder, kwargs))
-            stack.enter_context(during(_pipeline, pipeline))
+            stack.enter_context(corrected_arguments(folder, kwargs))
+            stack.enter_context(temporary_value(_pipeline, pipeline))
             stack.callback(pipeline.ended.set)
             made = original(cls, folder, **kwargs)
             if dduf_file is not None:
@@ -121,7 +121,7 @@ def pipeline_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]
     return from_pretrained
 
 
-def components_known(original: Callable[..., Any]) -> Callable[..., Any]:
+def on_components(original: Callable[..., Any]) -> Callable[..., Any]:
     """The folder of the pipeline is there, and no component is loaded yet."""
 
     def _identify_model_variants(folder: Any, variant: Any, config: Mapping[str, Any]) -> Any:

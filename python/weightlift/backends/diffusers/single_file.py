@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlift.backends.diffusers.context import NAME, during
+from weightlift.backends.diffusers.context import NAME, temporary_value
 from weightlift.backends.diffusers.files import (
     arrives_as,
     castable,
@@ -39,17 +39,17 @@ class SingleFile:
     def __init__(self) -> None:
         self.origins: dict[int, tuple[torch.Tensor, int, Checkpoint, str]] = {}
 
-    def open(self, file: Any, stock: Callable[[], Any]) -> Any:
+    def open(self, file: Any, original_call: Callable[[], Any]) -> Any:
         """What diffusers would have of the file."""
         if Path(file).suffix == ".safetensors":
             try:
                 opened = open_files([file])
             except (FallbackToLibrary, WeightliftError) as error:
-                return fall_back(NAME, error, stock)
+                return fall_back(NAME, error, original_call)
             loaded = _mapped(opened)
             self._note(loaded, opened)
             return loaded
-        loaded = inner = stock()
+        loaded = inner = original_call()
         key = []
         while isinstance(inner, Mapping) and "state_dict" in inner:  # as diffusers descends
             key.append("state_dict")
@@ -105,7 +105,7 @@ def from_single_file(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if current_single_file.get() is not None or not kwargs.get("low_cpu_mem_usage", True):
             return original(cls, *args, **kwargs)  # a component, or filled by torch
-        with during(current_single_file, SingleFile()):
+        with temporary_value(current_single_file, SingleFile()):
             return original(cls, *args, **kwargs)
 
     return from_single_file

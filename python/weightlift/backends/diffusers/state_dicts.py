@@ -25,10 +25,10 @@ class _Name(str):
 class Pending(dict[str, _Name]):
     """A state dict whose tensors are still in their file; diffusers renames some of its keys."""
 
-    def __init__(self, opened: Checkpoint, stock: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, opened: Checkpoint, original_call: Callable[[], Mapping[str, Any]]) -> None:
         super().__init__((name, _Name(name)) for name in opened)
         self._opened = opened
-        self._stock = stock
+        self._original_call = original_call
 
     @property
     def renamed(self) -> dict[str, str] | None:
@@ -41,7 +41,7 @@ class Pending(dict[str, _Name]):
         return self._opened if renamed is None else self._opened.renamed(renamed.get)
 
     def by_diffusers(self) -> dict[str, Any]:
-        tensors = self._stock()
+        tensors = self._original_call()
         return {key: tensors[name] for key, name in self.items()}
 
 
@@ -60,17 +60,17 @@ def load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
         call = current_call.get()
         if call is not None and call.by_diffusers:
             return original(*args, **kwargs)
-        stock = functools.partial(original, *args, **kwargs)
+        original_call = functools.partial(original, *args, **kwargs)
         single = current_single_file.get()
         if single is not None and not given["disable_mmap"]:
-            return single.open(file, stock)
+            return single.open(file, original_call)
         opened = None if call is None else call.whole_file(file)
         if opened is not None:
-            return Pending(opened, stock)
+            return Pending(opened, original_call)
         try:
             opened = open_files([file])
         except (FallbackToLibrary, WeightliftError) as error:
-            return fall_back(NAME, error, stock)
+            return fall_back(NAME, error, original_call)
         return load_all(opened, device, given["disable_mmap"])
 
     return load_state_dict

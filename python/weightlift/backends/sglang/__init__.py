@@ -71,7 +71,7 @@ def _load(original: Callable[..., Any], model: Any, weights: Any, target_device:
     finally:
         _recording.reset(token)
     recorder.finish()
-    recorder.give_real_ones()
+    recorder.replace_kept()
     _log.info("%s", summary(reader, recorder.whole, time.perf_counter() - begun))
     return result
 
@@ -91,8 +91,8 @@ def _iterate(
         return found
     files = _files(loader, source, options.get("resolved_source"))
     if files is None:
-        stock: Iterator[tuple[str, torch.Tensor]] = original(loader, source, **options)
-        return stock
+        files_of_sglang: Iterator[tuple[str, torch.Tensor]] = original(loader, source, **options)
+        return files_of_sglang
     if loader.counter_before_loading_weights == 0.0:
         loader.counter_before_loading_weights = time.perf_counter()
     recording = _recording.get()

@@ -32,7 +32,7 @@ class _Enabler(MetaPathFinder):
         return importlib.util.find_spec(fullname)
 
 
-def _execute_the_users() -> None:
+def _run_user_sitecustomize() -> None:
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != here]
     spec = PathFinder.find_spec("sitecustomize")
@@ -46,4 +46,4 @@ def _execute_the_users() -> None:
 
 if _names := os.environ.get("WEIGHTLIFT_ENABLE", "").replace(",", " ").split():
     sys.meta_path.insert(0, _Enabler(_names))
-_execute_the_users()
+_run_user_sitecustomize()

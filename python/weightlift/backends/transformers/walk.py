@@ -142,7 +142,7 @@ class _Fill:
                 wave.start()
                 made = self._convert(target, wave.result())
             for name, value in made.items():
-                self._place_made(target, name, value[0] if isinstance(value, list) else value)
+                self._place_value(target, name, value[0] if isinstance(value, list) else value)
             target.value = None
 
     def _mismatch(self, target: Target) -> tuple[str, Any, Any] | None:
@@ -183,7 +183,7 @@ class _Fill:
         self._merge(merged, batch)
         started = [batch]
 
-        def begun(wave: Sequence[Target]) -> Batch:
+        def start_batch(wave: Sequence[Target]) -> Batch:
             started.append(self._wave(wave))
             started[-1].start()
             return started[-1]
@@ -192,10 +192,10 @@ class _Fill:
             batch.start()
             # While that runs; and each wave is read while the one before it is converted.
             waves = list(self._waves(left))
-            following = [begun(wave) for wave in waves[:1]]
+            following = [start_batch(wave) for wave in waves[:1]]
             for number, wave in enumerate(waves):
                 current = following.pop()
-                following += [begun(after) for after in waves[number + 1 : number + 2]]
+                following += [start_batch(after) for after in waves[number + 1 : number + 2]]
                 tensors = current.result()
                 for target in wave:
                     target.value = self._convert(target, tensors)
@@ -298,7 +298,7 @@ class _Fill:
             if child is not None:
                 self._find_modules(child, f"{path}.{name}" if path else name)
 
-    def _place_made(self, target: Target, name: str, value: torch.Tensor) -> None:
+    def _place_value(self, target: Target, name: str, value: torch.Tensor) -> None:
         from transformers.integrations.accelerate import get_device
 
         device = get_device(self._device_map, name)

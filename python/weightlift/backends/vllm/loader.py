@@ -70,7 +70,7 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
             finally:
                 self._recorder = None
             recorder.finish()
-            recorder.give_real_ones()
+            recorder.replace_kept()
         _log.info("%s", summary(self._reader, recorder.whole, time.perf_counter() - begun))
         if self._check and self._slices:
             self._compare(model, model_config)

@@ -104,7 +104,7 @@ class Contender:
     convert: Callable[[Job], None] | None = None
     exact: bool = True
 
-    def absence(self) -> str | None:
+    def why_missing(self) -> str | None:
         """Why it cannot be imported by this Python, or ``None``."""
         if importlib.util.find_spec(self.module.partition(".")[0]) is None:
             return f"{self.distribution or self.module} is not installed"

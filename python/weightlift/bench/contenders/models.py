@@ -12,12 +12,12 @@ from .files import with_phases
 __all__ = [
     "accelerate",
     "backend",
-    "booked",
     "construction",
     "load_into",
     "mixin",
     "mixin_twin",
     "reading",
+    "reported",
     "stock",
 ]
 
@@ -70,17 +70,17 @@ def accelerate(job: Job) -> Load:
     return load
 
 
-def booked(load: Load) -> Load:
+def reported(load: Load) -> Load:
     from weightlift.core.report import last_report
 
     with_phases()
 
-    def booked() -> Any:
+    def reported() -> Any:
         model = load()
         reports.append(last_report())
         return model
 
-    return booked
+    return reported
 
 
 def backend(job: Job) -> Load:
@@ -88,7 +88,7 @@ def backend(job: Job) -> Load:
 
     cls = model_class(job)
     enable()
-    return booked(from_pretrained(job, cls))
+    return reported(from_pretrained(job, cls))
 
 
 def _mixin_class(job: Job) -> Any:
@@ -100,7 +100,7 @@ def _mixin_class(job: Job) -> Any:
 
 def mixin(job: Job) -> Load:
     """The same model as a class of weightlift's ModelMixin."""
-    return booked(from_pretrained(job, _mixin_class(job), mode=job.mode))
+    return reported(from_pretrained(job, _mixin_class(job), mode=job.mode))
 
 
 def mixin_twin(job: Job) -> Load:
@@ -121,7 +121,7 @@ def reading(job: Job) -> Load:
     """What the model's from_pretrained reads, alone."""
     from weightlift.load_file import load_checkpoint
 
-    return booked(
+    return reported(
         lambda: load_checkpoint(job.folder or "", job.device, dtype=job.dtype, mode=job.mode)
     )
 

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from .adapter import Job, Load, model_why_not, phases
-from .models import booked
+from .models import reported
 
 __all__ = ["flax_why_not", "safetensors_flax", "weightlift_flax"]
 
@@ -54,7 +54,7 @@ def weightlift_flax(job: Job) -> Load:
     tree = _nested(like)
     start_jax()
 
-    return booked(
+    return reported(
         lambda: jax.block_until_ready(
             weightlift.flax.load_params(job.folder or "", tree, from_pt=True)
         )

@@ -149,8 +149,8 @@ class Recording:
         else:
             recorder.allocate()
             recorder.finish()
-            recorder.give_real_ones()
-            self._hang()
+            recorder.replace_kept()
+            self._attach_targets()
         self._loaded = True
         report = recorder.reader.report
         report.fallbacks = [*report.fallbacks, *_reasons(recorder.whole)]
@@ -159,7 +159,7 @@ class Recording:
         set_last_report(report)
         return report
 
-    def _hang(self) -> None:
+    def _attach_targets(self) -> None:
         """The real targets into the module, in place of those on ``meta``."""
         refs = [] if self._module is None else parameter_refs(self._module)
         values = [

@@ -105,7 +105,7 @@ def _set_data(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: dict[str
 
 def _reshape(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(args[0], Placeholder):
-        ledger.become_real(args[0], f"{func.__name__}()")
+        ledger.materialize(args[0], f"{func.__name__}()")
     return func(*args, **kwargs)
 
 

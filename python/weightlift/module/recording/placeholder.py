@@ -74,7 +74,7 @@ class Ledger(Protocol):
     def after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A placeholder in an operator that no mode saw."""
 
-    def become_real(self, tensor: Placeholder, why: str) -> None:
+    def materialize(self, tensor: Placeholder, why: str) -> None:
         """The very object becomes a tensor with bytes."""
 
     def derive(

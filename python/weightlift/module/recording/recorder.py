@@ -25,7 +25,7 @@ from weightlift.module.recording.targets import (
     Target,
     covers,
     disjoint,
-    turns_of,
+    write_rounds,
 )
 
 __all__ = ["Reader", "Recorder", "Source"]
@@ -240,7 +240,7 @@ class Recorder:
             if isinstance(write, Copy):
                 waiting.append(dataclasses.replace(write, target=part))
                 continue
-            if any(_meet(part, copy.target) for copy in waiting):
+            if any(_overlap(part, copy.target) for copy in waiting):
                 self._copy(waiting)
                 waiting = []
             with torch.no_grad():
@@ -254,7 +254,7 @@ class Recorder:
         """The placeholders that somebody has kept."""
         return IdentitySet(tensor for ref in self._made if (tensor := ref()) is not None)
 
-    def give_real_ones(self) -> dict[str, torch.Tensor]:
+    def replace_kept(self) -> dict[str, torch.Tensor]:
         """Puts real tensors in place of the placeholders that somebody has kept, such as those that
         became parameters: name -> tensor."""
         kept = [tensor for ref in self._made if (tensor := ref()) is not None]
@@ -302,7 +302,7 @@ class Recorder:
         self.read([tensor.memory], why)
         return tensor.with_bytes()
 
-    def become_real(self, tensor: Placeholder, why: str) -> None:
+    def materialize(self, tensor: Placeholder, why: str) -> None:
         """The very object becomes a tensor with bytes."""
         real = self.real(tensor, why)
         self._made = [ref for ref in self._made if ref() is not tensor]
@@ -370,7 +370,7 @@ class Recorder:
                 if isinstance(write, Copy):
                     waiting.append(dataclasses.replace(write, target=part))
                 else:
-                    if any(_meet(part, copy.target) for copy in waiting[first:]):
+                    if any(_overlap(part, copy.target) for copy in waiting[first:]):
                         self._copy(waiting)
                         waiting = []
                         first = 0
@@ -485,7 +485,7 @@ class Recorder:
     # Inside.
 
     def _copy(self, copies: Sequence[Copy]) -> None:
-        for turn in turns_of(copies):
+        for turn in write_rounds(copies):
             self.reader.copy(turn)
 
     def _target_of(self, storage: torch.UntypedStorage, make: bool) -> Target | None:
@@ -520,6 +520,6 @@ def _real_device(device: torch.device) -> torch.device:
     return _CPU if device.type == "meta" else device
 
 
-def _meet(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     same = one.untyped_storage()._cdata == other.untyped_storage()._cdata
     return same and not disjoint(one, other)

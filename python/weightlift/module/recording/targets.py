@@ -9,7 +9,7 @@ import torch
 
 from weightlift.load.copies import Copy
 
-__all__ = ["Constant", "Target", "covers", "disjoint", "turns_of"]
+__all__ = ["Constant", "Target", "covers", "disjoint", "write_rounds"]
 
 
 @dataclasses.dataclass(slots=True)
@@ -53,7 +53,7 @@ class Target:
         wanted = self.storage.nbytes() // item
         # Most targets are written once, by one part or by several that share no element.
         total = sum(part.numel() * part.element_size() for part in self.parts) // item
-        if total == wanted and len(_turns_of_one([_touch(part) for part in self.parts])) == 1:
+        if total == wanted and len(_rounds_of_storage([_touch(part) for part in self.parts])) == 1:
             return 0
         seen = torch.zeros(self.storage.nbytes(), dtype=torch.bool)
         for part in self.parts:
@@ -147,7 +147,7 @@ def _box(part: torch.Tensor, strides: Sequence[int]) -> list[tuple[int, int]] | 
     return box
 
 
-def turns_of(copies: Sequence[Copy]) -> list[list[Copy]]:
+def write_rounds(copies: Sequence[Copy]) -> list[list[Copy]]:
     """The copies in groups that are done one after the other: within a group no two write the same
     byte. What is overwritten altogether is left out."""
     by_storage: dict[int, list[Copy]] = {}
@@ -155,14 +155,14 @@ def turns_of(copies: Sequence[Copy]) -> list[list[Copy]]:
         by_storage.setdefault(copy.target.untyped_storage()._cdata, []).append(copy)
     turns: list[list[Copy]] = []
     for group in by_storage.values():
-        for turn, members in enumerate(_turns_of_one(group)):
+        for turn, members in enumerate(_rounds_of_storage(group)):
             if turn == len(turns):
                 turns.append([])
             turns[turn] += members
     return turns
 
 
-def _turns_of_one(copies: Sequence[Copy]) -> list[list[Copy]]:
+def _rounds_of_storage(copies: Sequence[Copy]) -> list[list[Copy]]:
     if len(copies) == 1:
         return [list(copies)]
     by_place = sorted(range(len(copies)), key=lambda i: extent_of(copies[i].target)[0])
