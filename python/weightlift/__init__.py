@@ -55,6 +55,7 @@ __all__ = [
     "ReadError",
     "Settings",
     "Stats",
+    "StreamHandle",
     "WeightliftError",
     "__version__",
     "disable",
@@ -78,6 +79,7 @@ __all__ = [
     "save_file",
     "save_model",
     "stats",
+    "stream",
 ]
 
 # Imported when they are asked for: they need torch, which the rest does without until it loads.
@@ -89,6 +91,8 @@ _LATER = {
     "get_parameter_device": "models.model_mixin",
     "get_parameter_dtype": "models.model_mixin",
     "record": "module.recording",
+    "StreamHandle": "module.streaming",
+    "stream": "module.streaming",
     "save_checkpoint": "models.saving",
 }
 

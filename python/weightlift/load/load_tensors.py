@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from weightlift.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["copy_to_device", "load_tensors"]
+__all__ = ["copy_to_device", "load_tensors", "write_to_device"]
 
 
 def load_tensors(
@@ -99,3 +99,34 @@ def copy_to_device(
     plan.use_stream(device.index, allocator.stream(device.index))
     record(run_plan(plan, allocator), caller=caller)
     return {name: owner for name, (_, owner) in zip(tensors, made, strict=True)}
+
+
+def write_to_device(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, caller: str = "weightlift"
+) -> None:
+    """Copies contiguous CPU tensors into contiguous ones on one CUDA device, through the ring.
+
+    Args:
+        pairs: (source, target) of the same shape; of dtypes that the engine casts among each other,
+            or the same. The sources must not change meanwhile.
+        caller: whom ``stats()`` books it on.
+    """
+    sources = [source for source, _ in pairs]
+    targets = [target for _, target in pairs]
+    own = [str(dtypes.file_name(source.dtype)) for source in sources]
+    wanted = [str(dtypes.file_name(target.dtype)) for target in targets]
+    narrow = next((name for name in wanted if name.startswith("F8")), None)
+    plan = new_plan(Settings.current(), narrow)
+    allocator = TorchAllocator()
+    index = targets[0].device.index
+    plan.copy_memory(
+        _native.HostTensors(
+            [str(number) for number in range(len(pairs))],
+            [source.data_ptr() for source in sources],
+            [source.numel() for source in sources],
+            own,
+        ),
+        _native.Targets(index, [target.data_ptr() for target in targets], wanted),
+    )
+    plan.use_stream(index, allocator.stream(index))
+    record(run_plan(plan, allocator), caller=caller)

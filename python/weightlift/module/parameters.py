@@ -17,6 +17,7 @@ __all__ = [
     "dtensor_types",
     "gather",
     "is_sharded",
+    "is_streamed",
     "local_tensor",
     "parameter_refs",
     "set_all",
@@ -190,6 +191,12 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     return isinstance(tensor, dtensor_types())
+
+
+def is_streamed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no memory, and reads its values at each use."""
+    streamed = sys.modules.get("weightlift.module.streaming.streamed_weight")
+    return streamed is not None and isinstance(tensor, streamed.StreamedWeight)
 
 
 def dtensor_types() -> tuple[type[DTensor], ...]:

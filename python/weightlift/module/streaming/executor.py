@@ -1,0 +1,166 @@
+"""The weights of a model that is streamed: those who use them, the ring, and its thread."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from weightlift.module.streaming.device_side import DeviceSide, Transfer
+from weightlift.module.streaming.ring import Block, Ring, Slot
+from weightlift.module.streaming.sources import Source
+from weightlift.module.streaming.streamed_weight import Lease, Stored
+
+__all__ = ["ALIGNMENT", "BlockOfWeights", "Executor"]
+
+# Of a weight in a buffer: the one that torch's allocators keep.
+ALIGNMENT = 512
+
+
+class BlockOfWeights:
+    """What is read at once: weights, and where they lie.
+
+    Attributes:
+        number, name: of the block.
+        bytes: that it takes of a buffer.
+        weights: each with its source.
+    """
+
+    def __init__(self, number: int, name: str) -> None:
+        self.number, self.name = number, name
+        self.bytes = 0
+        self.weights: list[tuple[Stored, Source]] = []
+
+    def add(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, source: Source, key: str
+    ) -> Stored:
+        stored = Stored(name, tuple(shape), dtype, self.number, self.bytes, key)
+        self.weights.append((stored, source))
+        count = dtype.itemsize
+        for size in shape:
+            count *= size
+        self.bytes += -(-count // ALIGNMENT) * ALIGNMENT
+        return stored
+
+    def fill(self, buffer: torch.Tensor) -> None:
+        """Reads all into a buffer, source by source."""
+        by_source: dict[int, tuple[Source, list[str], list[torch.Tensor]]] = {}
+        for stored, source in self.weights:
+            _, keys, targets = by_source.setdefault(id(source), (source, [], []))
+            keys.append(stored.key)
+            targets.append(stored.view_of(buffer))
+        for source, keys, targets in by_source.values():
+            source.fill(keys, targets)
+
+
+class Executor:
+    """Gives out weights for as long as an operation takes. It lives as long as they.
+
+    Args:
+        blocks: all that is streamed, in the order of the modules.
+        device: where it is used.
+        buffers: how many.
+        lookahead: how many blocks are read ahead, at most.
+        pickles: what a pickle has in the place of a weight, if not its values.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[BlockOfWeights],
+        device: DeviceSide,
+        buffers: int,
+        lookahead: int,
+        *,
+        threaded: bool = True,
+        pickles: Callable[[Stored], tuple[Callable[..., torch.Tensor], Any] | None] | None = None,
+    ) -> None:
+        self.device = device.device
+        self._side = device
+        self._pid = os.getpid()
+        self._sources: Mapping[Stored, Source] = {
+            stored: source for block in blocks for stored, source in block.weights
+        }
+        self._pickles = pickles
+        largest = max((block.bytes for block in blocks), default=0)
+        self.buffer_bytes = largest * buffers
+        memory = [device.allocate(largest) for _ in range(buffers)]
+        self.ring = Ring(
+            [Block(block.number, block.name, block.bytes, block.fill) for block in blocks],
+            device,
+            memory,
+            lookahead,
+            threaded=threaded,
+        )
+        # When nobody has a weight any more, nor the handle.
+        self._finalizer = weakref.finalize(self, self.ring.stop)
+        self._views: dict[tuple[int, Stored], torch.Tensor] = {}
+
+    def lease(self, stored: Stored, *, may_wait: bool) -> Lease:
+        """A weight on the device, until ``end``.
+
+        Args:
+            stored: which.
+            may_wait: the caller has no other lease.
+
+        Raises:
+            WeightliftError: it could not be read.
+        """
+        slot = None
+        if os.getpid() == self._pid:  # a fork has neither the thread nor a lock that is free
+            slot = self.ring.pin(stored.block, may_wait=may_wait)
+        if slot is None:
+            return _Alone(self._read_alone(stored))
+        key = slot.buffer.data_ptr(), stored
+        tensor = self._views.get(key)
+        if tensor is None:
+            with torch.inference_mode(False):
+                tensor = self._views[key] = stored.view_of(slot.buffer)
+        return _InBuffer(self.ring, slot, tensor)
+
+    def _read_alone(self, stored: Stored) -> torch.Tensor:
+        tensor = torch.empty(stored.shape, dtype=stored.dtype, device=self.device)
+        source = self._sources[stored]
+
+        def run() -> None:
+            source.fill([stored.key], [tensor])
+
+        # The memory may be that of a tensor that the device still works with.
+        after = [self._side.mark()]
+        transfer = Transfer(stored.block, tensor, tensor.nbytes, run)
+        self._side.wait(self._side.copy(transfer, after))
+        return tensor
+
+    def pickled(self, stored: Stored) -> tuple[Callable[..., torch.Tensor], Any] | None:
+        return None if self._pickles is None else self._pickles(stored)
+
+    def close(self) -> None:
+        """Gives the buffers back. Weights that are left are read at each use from now on."""
+        self._finalizer()
+        if os.getpid() == self._pid:
+            self.ring.join()
+        self._views.clear()
+
+
+class _Alone:
+    """A weight in memory of its own."""
+
+    in_buffer = False
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def end(self) -> None:
+        pass
+
+
+class _InBuffer:
+    in_buffer = True
+
+    def __init__(self, ring: Ring, slot: Slot, tensor: torch.Tensor) -> None:
+        self._ring, self._slot, self.tensor = ring, slot, tensor
+
+    def end(self) -> None:
+        self._ring.unpin(self._slot)

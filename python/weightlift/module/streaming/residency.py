@@ -1,0 +1,193 @@
+"""What a model is cut into, and what of it stays on its device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from weightlift.core.errors import ArgumentError
+from weightlift.core.report import format_bytes
+
+__all__ = ["Piece", "Plan", "Share", "cut", "share_out"]
+
+# Beyond this, reading a block takes no less for each byte.
+_LARGEST_BLOCK_BYTES = 256 << 20
+# Blocks are cut so that their buffers take this share of the memory at most, where modules allow.
+_BUFFERS_PART = 4
+# A piece this many times smaller than its neighbour is read with it.
+_SMALL_PART = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Weights that are read together, or stay together.
+
+    Attributes:
+        name: of their module.
+        weights: their names.
+        bytes: on the device.
+    """
+
+    name: str
+    weights: tuple[str, ...]
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What stays and what is read again and again.
+
+    Attributes:
+        resident: pieces, by number.
+        buffers: how many there are.
+        buffer_bytes: of each.
+    """
+
+    resident: frozenset[int]
+    buffers: int
+    buffer_bytes: int
+
+
+Plan = tuple[list[Piece], Share]
+
+
+def cut(sizes: Mapping[str, int], memory: int, lookahead: int) -> list[Piece]:
+    """Cuts a model along its modules: the largest ones that are no larger than a block should be,
+    and of larger modules what they hold themselves.
+
+    Args:
+        sizes: the name of a weight -> bytes, in the order of the modules.
+        memory: that weights may take on the device.
+        lookahead: blocks that are read ahead.
+    """
+    target = min(_LARGEST_BLOCK_BYTES, memory // (_BUFFERS_PART * (lookahead + 1)))
+    pieces: list[Piece] = []
+
+    def walk(prefix: str, names: Sequence[str]) -> None:
+        total = sum(sizes[name] for name in names)
+        depth = len(prefix) + 1 if prefix else 0
+        children: dict[str, list[str]] = {}
+        own = []
+        for name in names:
+            end = name.find(".", depth)
+            if end < 0:
+                own.append(name)
+            else:
+                children.setdefault(name[:end], []).append(name)
+        if total <= target or not children:
+            pieces.append(Piece(prefix, tuple(names), total))
+            return
+        if own:
+            pieces.append(Piece(prefix, tuple(own), sum(sizes[name] for name in own)))
+        for child, below in children.items():
+            walk(child, below)
+
+    if sizes:
+        walk("", list(sizes))
+    return _joined(pieces, target)
+
+
+def _joined(pieces: Sequence[Piece], target: int) -> list[Piece]:
+    """Joins neighbours that are small together, or of which one is next to nothing: each piece
+    takes a whole buffer."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else piece
+        large, small = sorted((last, piece), key=lambda each: -each.bytes)
+        together = last.bytes + piece.bytes
+        if joined and (together <= target or small.bytes * _SMALL_PART <= large.bytes):
+            joined[-1] = Piece(large.name, last.weights + piece.weights, together)
+        else:
+            joined.append(piece)
+    return joined
+
+
+def share_out(
+    pieces: Sequence[Piece],
+    memory: int,
+    fixed: int,
+    lookahead: int,
+    uses: Mapping[int, int] | None = None,
+) -> Share:
+    """Decides what stays on the device.
+
+    First the number and the size of the buffers: the largest pieces may be better kept than made
+    room for three times. Then what else stays: what a step uses more often comes first, and of what
+    it uses as often, pieces that lie evenly between those that are read, so that reading and
+    computing go on side by side.
+
+    Args:
+        pieces: in the order of their use.
+        memory: bytes that weights may take on the device.
+        fixed: bytes of it that are taken by what cannot be streamed.
+        lookahead: blocks that are read ahead.
+        uses: piece -> how often a step uses it; 1 by default.
+
+    Raises:
+        ArgumentError: the memory does not suffice; names the layer and the smallest budget.
+    """
+    available = memory - fixed
+    if sum(piece.bytes for piece in pieces) <= available:
+        return Share(frozenset(range(len(pieces))), 0, 0)
+    kept, buffers = _buffers(pieces, available, fixed, memory, lookahead)
+    resident = {number for number, _ in kept}
+    rest = [number for number in range(len(pieces)) if number not in resident]
+    largest = max(pieces[number].bytes for number in rest)
+    left = available - sum(pieces[number].bytes for number in resident) - buffers * largest
+    resident |= _fill(pieces, rest, left, uses or {})
+    streamed = [piece.bytes for number, piece in enumerate(pieces) if number not in resident]
+    return Share(frozenset(resident), min(buffers, len(streamed)), max(streamed, default=0))
+
+
+def _buffers(
+    pieces: Sequence[Piece], available: int, fixed: int, memory: int, lookahead: int
+) -> tuple[list[tuple[int, Piece]], int]:
+    """Which of the largest pieces stay, and how many buffers there are for the rest."""
+    by_size = sorted(enumerate(pieces), key=lambda item: -item[1].bytes)
+    total = sum(piece.bytes for piece in pieces)
+    best: tuple[tuple[bool, int, int], int, int] | None = None
+    smallest = None
+    kept = 0
+    for count, (_, piece) in enumerate(by_size):
+        need = kept + piece.bytes
+        smallest = need if smallest is None else min(smallest, need)
+        buffers = min(lookahead + 1, (available - kept) // max(piece.bytes, 1))
+        if buffers >= 1:
+            stays = min(total, available - buffers * piece.bytes)
+            score = (buffers >= 2, stays, buffers)
+            if best is None or score > best[0]:
+                best = score, count, buffers
+        kept = need
+    if best is None:
+        name, size = by_size[0][1].name or "the model", by_size[0][1].bytes
+        raise ArgumentError(
+            f"memory is {format_bytes(memory)} ({memory:,} bytes), and the layer {name!r} alone "
+            f"takes {format_bytes(size)}: the smallest budget that works is "
+            f"{fixed + (smallest or 0):,} bytes"
+        )
+    return by_size[: best[1]], best[2]
+
+
+def _fill(
+    pieces: Sequence[Piece], rest: Sequence[int], left: int, uses: Mapping[int, int]
+) -> set[int]:
+    """What stays in the memory that is left."""
+    resident: set[int] = set()
+    for often in sorted({uses.get(number, 1) for number in rest}, reverse=True):
+        alike = [number for number in rest if uses.get(number, 1) == often]
+        total = sum(pieces[number].bytes for number in alike)
+        part = 1 - min(1.0, left / total) if total else 0.0
+        owed = 0.0  # bytes that should have been left to be read by now
+        for number in alike:
+            size = pieces[number].bytes
+            owed += part * size
+            if owed >= size / 2 and part:
+                owed -= size
+            elif size <= left:
+                resident.add(number)
+                left -= size
+        for number in alike:
+            if number not in resident and pieces[number].bytes <= left:
+                resident.add(number)
+                left -= pieces[number].bytes
+    return resident

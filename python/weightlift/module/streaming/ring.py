@@ -1,0 +1,287 @@
+"""Which block is in which buffer, what is read next, and who waits for what."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from weightlift.module.streaming.device_side import DeviceSide, Mark, Transfer
+from weightlift.module.streaming.order import LONGEST, LearnedOrder
+
+__all__ = ["Block", "Ring", "Slot", "Trace"]
+
+# ("read", "wait" or "use", the block's name, begin, end)
+Trace: TypeAlias = Callable[[str, str, float, float], None]
+
+# How often a waiting thread looks up, so that Ctrl-C reaches it.
+_POLL_SECONDS = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What is read at once.
+
+    Attributes:
+        number: in the order of the modules.
+        name: for messages.
+        bytes: that it takes of a buffer.
+        fill: writes its weights to a buffer.
+    """
+
+    number: int
+    name: str
+    bytes: int
+    fill: Callable[[torch.Tensor], None]
+
+
+class Slot:
+    """A buffer.
+
+    Attributes:
+        block: whose weights are in it, or on their way into it.
+        is_ready: they have been given to the device; ``arrival`` says when they are there.
+        pins: uses that run now.
+        marks: by thread, the last of its uses that were given to the device.
+    """
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer = buffer
+        self.block: int | None = None
+        self.is_ready = False
+        self.arrival: Any = None
+        self.pins = 0
+        self.marks: dict[int, Mark] = {}
+
+
+class _Cursor(threading.local):
+    """Where one thread is: the last blocks that it used."""
+
+    def __init__(self) -> None:
+        self.last: list[int] = []
+
+
+class Ring:
+    """Buffers that are filled ahead of their use.
+
+    A use pins the buffer of its block. A buffer is given to another block only when nothing pins it
+    and nobody waits for it, and the copy into it comes after the marks of its uses. What is read
+    ahead is a guess; a block that is asked for comes before all guesses.
+
+    Args:
+        blocks: in the order of the modules.
+        device: whose buffers they are.
+        buffers: each as large as the largest block.
+        lookahead: how many blocks are read ahead, at most.
+        threaded: ``False`` reads within ``pin``, for devices whose ``copy`` only begins one.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        device: DeviceSide,
+        buffers: Sequence[torch.Tensor],
+        lookahead: int,
+        *,
+        threaded: bool = True,
+    ) -> None:
+        self.device = device
+        self._blocks = {block.number: block for block in blocks}
+        self._slots = [Slot(buffer) for buffer in buffers]
+        for slot in self._slots:  # whose memory may have been another's until now
+            slot.marks[threading.get_ident()] = device.mark()
+        self._slot_of: dict[int, Slot] = {}
+        self._lookahead = min(lookahead, len(buffers) - 1)
+        self._order = LearnedOrder(block.number for block in blocks)
+        self._cursor = _Cursor()
+        self._current: int | None = None
+        self._ahead = [block.number for block in blocks[: len(buffers)]] if lookahead else []
+        # Block -> threads that wait for it; asked for first, read first.
+        self._waiting: Counter[int] = Counter()
+        self._errors: dict[int, Exception] = {}
+        self._changed = threading.Condition()
+        self._stopped = False
+        self.uses: Counter[int] = Counter()
+        self.waits = 0
+        # Told what took from when to when, by the clock of time.perf_counter.
+        self.trace: Trace | None = None
+        self._since = 0.0
+        self._thread: threading.Thread | None = None
+        if threaded:
+            self._thread = threading.Thread(
+                target=self._work, name="weightlift-stream", daemon=True
+            )
+            self._thread.start()
+        else:
+            self._read_what_is_wanted()
+
+    def pin(self, number: int, *, may_wait: bool) -> Slot | None:
+        """The buffer that holds a block, until ``unpin``; ``None`` where the ring has stopped, or
+        the caller, who has another buffer pinned, would have to wait.
+
+        Raises:
+            Exception: what reading the block has raised; the next use reads it again.
+        """
+        with self._changed:
+            if self._stopped:
+                return None
+            self._go_to(number)
+            slot = self._slot_of.get(number)
+            if slot is None or not slot.is_ready:
+                if not may_wait:
+                    return None
+                slot = self._wait_for(number)
+                if slot is None:
+                    return None
+            slot.pins += 1
+            arrival = slot.arrival
+        self.device.wait(arrival)
+        return slot
+
+    def unpin(self, slot: Slot) -> None:
+        """The use that ``pin`` began has been given to the device."""
+        with self._changed:
+            slot.marks[threading.get_ident()] = self.device.mark()
+            slot.pins -= 1
+            self._notify()
+
+    def stop(self) -> None:
+        """Ends the reading; who waits gets no buffer, and pinned ones stay as they are."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def join(self) -> None:
+        """After ``stop``: waits for the thread's end and for the device."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        with self._changed:
+            while any(slot.pins for slot in self._slots):
+                self._changed.wait(_POLL_SECONDS)
+        self.device.finish()
+        self._slot_of.clear()
+        self._slots.clear()
+
+    def _go_to(self, number: int) -> None:
+        """Notes that a block is used, and guesses what comes after it."""
+        last = self._cursor.last
+        if last and last[-1] == number:
+            return
+        if last:
+            self._order.note(last, number)
+        last.append(number)
+        del last[:-LONGEST]
+        self.uses[number] += 1
+        now = time.perf_counter()
+        if self.trace is not None and self._current is not None:
+            self.trace("use", self._blocks[self._current].name, self._since, now)
+        self._since = now
+        self._current = number
+        self._ahead = self._order.ahead(last, self._lookahead)
+        self._notify()
+
+    def _wait_for(self, number: int) -> Slot | None:
+        self.waits += 1
+        begin = time.perf_counter()
+        self._waiting[number] += 1
+        try:
+            if self._waiting[number] == 1:  # that it failed before is no reason not to try again
+                self._errors.pop(number, None)
+            while not self._stopped:
+                self._notify()
+                slot = self._slot_of.get(number)
+                if slot is not None and slot.is_ready:
+                    return slot
+                if number in self._errors:
+                    raise self._errors[number].with_traceback(None)
+                self._changed.wait(_POLL_SECONDS)
+            return None
+        finally:
+            if self.trace is not None:
+                self.trace("wait", self._blocks[number].name, begin, time.perf_counter())
+            self._waiting[number] -= 1
+            if not self._waiting[number]:
+                del self._waiting[number]
+
+    def _notify(self) -> None:
+        if self._thread is None:
+            self._read_what_is_wanted()
+        else:
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                job = self._next_job()
+                while job is None and not self._stopped:
+                    self._changed.wait()
+                    job = self._next_job()
+                if self._stopped or job is None:
+                    return
+                slot, block, marks = self._begin(*job)
+            self._read(slot, block, marks)
+
+    def _read_what_is_wanted(self) -> None:
+        while (job := self._next_job()) is not None:
+            self._read(*self._begin(*job))
+
+    def _next_job(self) -> tuple[Slot, Block] | None:
+        """What to read now, and where to."""
+        wanted = [number for number in self._waiting if number not in self._errors]
+        for number in [*wanted, *self._ahead]:
+            if number in self._slot_of or number in self._errors:
+                continue
+            slot = self._free_slot(is_guess=number not in self._waiting)
+            if slot is not None:
+                return slot, self._blocks[number]
+        return None
+
+    def _free_slot(self, *, is_guess: bool) -> Slot | None:
+        """A buffer that may be given to another block; the one whose loss costs least."""
+        found, worst = None, 3
+        for slot in self._slots:
+            number = slot.block
+            if number is None:
+                return slot
+            if slot.pins or not slot.is_ready or number in self._waiting:
+                continue
+            cost = 2 if number == self._current else 1 if number in self._ahead else 0
+            if cost < worst and not (is_guess and cost):
+                found, worst = slot, cost
+        return found
+
+    def _begin(self, slot: Slot, block: Block) -> tuple[Slot, Block, dict[int, Mark]]:
+        if slot.block is not None:
+            del self._slot_of[slot.block]
+        slot.block, slot.is_ready = block.number, False
+        self._slot_of[block.number] = slot
+        marks, slot.marks = slot.marks, {}
+        return slot, block, marks
+
+    def _read(self, slot: Slot, block: Block, marks: dict[int, Mark]) -> None:
+        failed: Exception | None = None
+        arrival = None
+        begin = time.perf_counter()
+        try:
+            arrival = self.device.copy(
+                Transfer(block.number, slot.buffer, block.bytes, lambda: block.fill(slot.buffer)),
+                list(marks.values()),
+            )
+        except Exception as error:  # who waits for the block raises it
+            failed = error
+        if self.trace is not None:
+            self.trace("read", block.name, begin, time.perf_counter())
+        with self._changed:
+            if failed is None:
+                slot.is_ready, slot.arrival = True, arrival
+            else:
+                slot.block = None
+                slot.marks = marks  # the copy may not have waited for them
+                del self._slot_of[block.number]
+                self._errors[block.number] = failed
+            self._changed.notify_all()
