@@ -1,10 +1,12 @@
 """Small random checkpoints, one folder an architecture: `make_models.py FOLDER`."""
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 SIZES = {
     "hidden_size": 64,
@@ -60,8 +62,79 @@ def make(folder: Path, kind: str, options: dict[str, object]) -> None:
     model.save_pretrained(folder, max_shard_size="200KB")
 
 
+def make_llava(folder: Path) -> None:
+    """Pictures and text: a CLIP tower, a projector, a Llama."""
+    generator = torch.Generator().manual_seed(0)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=16,
+        projection_dim=64,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=transformers.LlamaConfig(**SIZES), image_token_index=255
+    )
+    model = transformers.LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
+    model.save_pretrained(folder)
+    # As those that are published have it, and vLLM wants it.
+    tensors = _taken_out(folder)
+    for name in list(tensors):
+        inner = name.partition("vision_tower.")[2]
+        if inner and not inner.startswith("vision_model."):
+            tensors[name.replace("vision_tower.", "vision_tower.vision_model.")] = tensors.pop(name)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _taken_out(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder, whose weight files are gone."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(file))
+        file.unlink()
+    Path(folder, "model.safetensors.index.json").unlink(missing_ok=True)
+    return tensors
+
+
+def make_fp8(folder: Path) -> None:
+    """A Llama with weights in blocks of 128 x 128 float8 and a scale each, as DeepSeek-V3's are."""
+    make(
+        folder, "Llama", {"hidden_size": 512, "intermediate_size": 512, "tie_word_embeddings": True}
+    )
+    tensors = _taken_out(folder)
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        weight = tensors[name]
+        rows, columns = (-(-extent // 128) for extent in weight.shape)
+        blocks = weight.float().view(rows, 128, columns, 128)
+        scale = blocks.abs().amax((1, 3)) / 448
+        tensors[name] = (
+            (blocks / scale[:, None, :, None]).view(weight.shape).to(torch.float8_e4m3fn)
+        )
+        tensors[name.replace(".weight", ".weight_scale_inv")] = scale
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
 if __name__ == "__main__":
-    for name, (kind, options) in MODELS.items():
-        path = Path(sys.argv[1], name)
-        if not (path / "config.json").exists():
-            make(path, kind, options)
+    home = Path(sys.argv[1])
+    makers = {"llava": make_llava, "llama_fp8": make_fp8}
+    for name in [*MODELS, *makers]:
+        path = home / name
+        if (path / "config.json").exists():
+            continue
+        if name in MODELS:
+            make(path, *MODELS[name])
+        else:
+            makers[name](path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -9,13 +10,14 @@ import torch
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core.report import LoadReport, format_bytes
-from weightlift.load.copies import Copy
+from weightlift.load.copies import Copy, RunningCopies
 from weightlift.load.options import LoadOptions
 from weightlift.load.read_ahead import read_ahead
 from weightlift.module.recording.reader import CheckpointReader, sources_of
-from weightlift.module.recording.recorder import Recorder
+from weightlift.module.recording.recorder import Recorder, Source
+from weightlift.module.recording.replay import Replay, Taken
 
-__all__ = ["FilesReader", "summary", "weights_of"]
+__all__ = ["FilesReader", "summary", "weights_again", "weights_of"]
 
 
 class FilesReader:
@@ -24,6 +26,7 @@ class FilesReader:
     Attributes:
         report: of all reads.
         offered: bytes of all tensors in the files.
+        whole: name -> why, of tensors that were read whole though a part was to be.
     """
 
     checkpoint = None
@@ -31,6 +34,7 @@ class FilesReader:
     def __init__(self, options: LoadOptions) -> None:
         self.options = options
         self.offered = 0
+        self.whole: dict[str, str] = {}
         self._counted = 0
         self._parts: list[tuple[Checkpoint, dict[str, str]]] = []
         self._keys: set[str] = set()
@@ -64,6 +68,12 @@ class FilesReader:
     def copy(self, copies: Sequence[Copy]) -> None:
         self._all().copy(copies)
 
+    def start(self, copies: Sequence[Copy]) -> RunningCopies:
+        return self._all().start(copies)
+
+    def ended(self, report: LoadReport) -> None:
+        self._all().ended(report)
+
     def _all(self) -> CheckpointReader:
         if self._reader is None:
             self._reader = CheckpointReader(Checkpoint.joined(self._parts), self.options)
@@ -92,9 +102,7 @@ def weights_of(
         chosen = [name for name in _in_order(file, checkpoint) if not skip(name)]
         keys = reader.add(checkpoint, chosen)
         if recorder is None:
-            for name, tensor in read_ahead(checkpoint, chosen, reader.options):
-                reader.count(tensor)
-                yield prefix + name, tensor
+            yield from _whole(checkpoint, chosen, reader, prefix)
             continue
         for name, source in sources_of(checkpoint, chosen).items():
             if source is None:
@@ -103,15 +111,72 @@ def weights_of(
                 yield prefix + name, recorder.placeholder(keys[name], source)
 
 
-def summary(reader: FilesReader, whole: Mapping[str, str], seconds: float) -> str:
-    """One line for the engine's log."""
-    text = (
-        f"weightlift read {format_bytes(reader.report.bytes)} of {format_bytes(reader.offered)} "
-        f"for this rank in {seconds:.2f} s"
-    )
-    if not whole:
-        return text
-    return f"{text}; {len(whole)} tensors came whole ({', '.join(sorted(set(whole.values())))})"
+def weights_again(
+    files: Iterable[str],
+    reader: FilesReader,
+    taken: Taken,
+    *,
+    prefix: str = "",
+    skip: Callable[[str], bool] = lambda name: False,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """As ``weights_of``, for loading code that has run before.
+
+    Args:
+        files: safetensors or torch's.
+        reader: whom the bytes come from.
+        taken: then, of tensors with these names.
+        prefix: of the names that are given out.
+        skip: of a name in a file, whether it is left out.
+    """
+    known: dict[str, Source | None] = {}
+    names: dict[str, str] = {}
+    opened: list[tuple[Checkpoint, list[str]]] = []
+    for file in files:
+        checkpoint = open_checkpoint(file)
+        chosen = [name for name in _in_order(file, checkpoint) if not skip(name)]
+        opened.append((checkpoint, chosen))
+        keys = reader.add(checkpoint, chosen)
+        for name, source in sources_of(checkpoint, chosen).items():
+            known[keys[name]], names[keys[name]] = source, prefix + name
+    if not taken.is_of(known):
+        for checkpoint, chosen in opened:
+            yield from _whole(checkpoint, chosen, reader, prefix)
+        return
+    sources = ((key, source) for key, source in known.items() if source is not None)
+    with contextlib.closing(Replay(reader, taken, reader.whole).tensors(sources)) as tensors:
+        for key, source in known.items():
+            tensor = reader.tensors([key])[key] if source is None else next(tensors)[1]
+            yield names[key], tensor
+
+
+def _whole(
+    checkpoint: Checkpoint, names: Sequence[str], reader: FilesReader, prefix: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in read_ahead(checkpoint, names, reader.options):
+        reader.count(tensor)
+        yield prefix + name, tensor
+
+
+def summary(reader: FilesReader, taken: Taken | None, seconds: float) -> str:
+    """One line for the engine's log.
+
+    Args:
+        reader: that has read.
+        taken: what was wanted of the tensors; without it they were handed out whole.
+        seconds: that it took.
+    """
+    read, offered = format_bytes(reader.report.bytes), format_bytes(reader.offered)
+    text = f"weightlift read {read} of {offered} in {seconds:.2f} s"
+    if taken is None:
+        return f"{text}, in whole tensors"
+    text += f"; the slices of this rank are {format_bytes(taken.sliced_bytes)}"
+    reasons: dict[str, list[str]] = {}
+    for name, why in {**taken.whole, **reader.whole}.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        more = ", ..." if len(names) > 3 else ""
+        text += f"; {len(names)} came whole by {why}: {', '.join(names[:3])}{more}"
+    return text
 
 
 def _in_order(file: str, checkpoint: Checkpoint) -> list[str]:

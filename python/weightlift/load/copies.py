@@ -14,12 +14,12 @@ from weightlift.core.report import LoadReport, record
 from weightlift.core.settings import Settings
 from weightlift.load.allocation import Allocator, TorchAllocator
 from weightlift.load.options import LoadOptions
-from weightlift.load.plans import new_plan, run_plan
+from weightlift.load.plans import cancel_plan, finish_plan, new_plan, start_plan
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Copy", "copy_parts"]
+__all__ = ["Copy", "RunningCopies", "copy_parts", "start_parts"]
 
 
 @dataclasses.dataclass(slots=True)
@@ -53,8 +53,14 @@ def copy_parts(
         copies: no two of them write the same byte.
         options: how; memory is where the targets are.
     """
-    import torch
+    return start_parts(checkpoint, copies, options).result()
 
+
+def start_parts(
+    checkpoint: Checkpoint, copies: Sequence[Copy], options: LoadOptions = LoadOptions()
+) -> RunningCopies:
+    """As ``copy_parts``, and returns when the engine has begun. Until ``result`` or ``cancel`` has
+    returned, nobody may look at the targets."""
     narrow = {dtypes.file_name(copy.target.dtype) for copy in copies} & {"F8_E4M3", "F8_E5M2"}
     plan = new_plan(options.settings or Settings.current(), next(iter(narrow), None))
     devices = {copy.target.device for copy in copies}
@@ -67,14 +73,54 @@ def copy_parts(
     for device in devices:
         if device.type == "cuda" and allocator is not None:
             plan.use_stream(device.index, allocator.stream(device.index))
-    native = run_plan(plan, allocator, options.progress)
-    fallbacks = []
-    if later:
-        fallbacks.append(f"{len(later)} parts put into place by torch: the engine's are contiguous")
-    with torch.no_grad():
-        for target, value in later:
-            target.copy_(value)
-    return LoadReport.from_native(record(native, fallbacks, options.caller))
+    start_plan(plan, allocator)
+    return RunningCopies(plan, options, later, [copy.target for copy in copies])
+
+
+class RunningCopies:
+    """Copies that the engine does.
+
+    Args:
+        plan: that was started.
+        options: of it.
+        later: what torch is to put into place afterwards: target, value.
+        targets: kept until the end.
+    """
+
+    def __init__(
+        self,
+        plan: _native.Plan,
+        options: LoadOptions,
+        later: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        targets: Sequence[torch.Tensor],
+    ) -> None:
+        self._plan = plan
+        self._options = options
+        self._later = later
+        self._targets = targets
+
+    def is_done(self) -> bool:
+        """Whether the engine has ended, with or without an error."""
+        return self._plan.wait(0)
+
+    def result(self) -> LoadReport:
+        """Waits for the end."""
+        import torch
+
+        native = finish_plan(self._plan, self._options.progress)
+        fallbacks = []
+        if self._later:
+            fallbacks.append(
+                f"{len(self._later)} parts put into place by torch: the engine's are contiguous"
+            )
+        with torch.no_grad():
+            for target, value in self._later:
+                target.copy_(value)
+        return LoadReport.from_native(record(native, fallbacks, self._options.caller))
+
+    def cancel(self) -> None:
+        """Stops, and waits until nothing is in flight."""
+        cancel_plan(self._plan)
 
 
 def _add(

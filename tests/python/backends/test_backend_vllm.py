@@ -150,8 +150,59 @@ def test_what_is_read_is_said_in_the_log(
 ) -> None:
     caplog.set_level("INFO")
     loaded(loaders, folder_of(tmp_path), Rank())
-    assert "weightlift read 57.3 kB of 118.7 kB for this rank" in caplog.text
-    assert "1 tensors came whole (item())" in caplog.text
+    assert "weightlift read 57.3 kB of 118.7 kB in" in caplog.text
+    assert "the slices of this rank are 57.3 kB; 1 came whole by item(): scale" in caplog.text
+
+
+def reload(loaders: Any, folder: Path, model: Rank, **extra: Any) -> Any:
+    """As vLLM's ``reload_weights`` does: by a loader that has loaded nothing."""
+    loader = loaders._LOAD_FORMAT_TO_MODEL_LOADER["weightlift"](config(**extra))
+    model_config = SimpleNamespace(model=str(folder), quantization=None)
+    model.load_weights(loader.get_all_weights(model_config, model))
+    return loader
+
+
+def test_loaded_again_by_the_slices_of_the_first_time(
+    loaders: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    folder = folder_of(tmp_path)
+    model, wanted = Rank(), Rank()
+    loaded(loaders, folder, model)
+    wanted.load_weights(TENSORS.items())
+    for parameter in model.parameters():
+        parameter.data.fill_(9)
+    loader = reload(loaders, folder, model)
+    assert_same(model, wanted)
+    assert loader._reader.report.bytes == 7 * 32 * 64 * 4 + 4
+    assert caplog.text.count("the slices of this rank are 57.3 kB") == 2
+    assert reload(loaders, folder, model, slices=False)._reader.report.bytes > 118_000
+
+
+def test_loaded_again_from_another_checkpoint(loaders: Any, tmp_path: Path) -> None:
+    model, wanted = Rank(), Rank()
+    loaded(loaders, folder_of(tmp_path), model)
+    other = {name: tensor * 2 + 1 for name, tensor in TENSORS.items()}
+    (tmp_path / "same").mkdir()
+    save_file(other, tmp_path / "same" / "model.safetensors")
+    assert reload(loaders, tmp_path / "same", model)._reader.report.bytes == 7 * 32 * 64 * 4 + 4
+    wanted.load_weights(other.items())
+    assert_same(model, wanted)
+    # Of another dtype: whole tensors.
+    halves = {name: tensor.half() for name, tensor in other.items()}
+    (tmp_path / "half").mkdir()
+    save_file(halves, tmp_path / "half" / "model.safetensors")
+    whole = sum(tensor.nbytes for tensor in halves.values())
+    assert reload(loaders, tmp_path / "half", model)._reader.report.bytes == whole
+    wanted.load_weights(halves.items())
+    assert_same(model, wanted)
+
+
+def test_a_model_that_another_loader_has_loaded(loaders: Any, tmp_path: Path) -> None:
+    model, wanted = Rank(), Rank()
+    reload(loaders, folder_of(tmp_path), model)
+    wanted.load_weights(TENSORS.items())
+    assert_same(model, wanted)
 
 
 @pytest.mark.parametrize("slices", [True, False])

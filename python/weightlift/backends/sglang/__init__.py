@@ -59,6 +59,7 @@ def _load(original: Callable[..., Any], model: Any, weights: Any, target_device:
     from weightlift.backends.serving_files import FilesReader, summary
     from weightlift.load.options import LoadOptions
     from weightlift.module.recording.recorder import Recorder
+    from weightlift.module.recording.replay import Taken
 
     begun = time.perf_counter()
     reader = FilesReader(LoadOptions(caller="sglang"))
@@ -72,7 +73,7 @@ def _load(original: Callable[..., Any], model: Any, weights: Any, target_device:
         _recording.reset(token)
     recorder.finish()
     recorder.replace_kept()
-    _log.info("%s", summary(reader, recorder.whole, time.perf_counter() - begun))
+    _log.info("%s", summary(reader, Taken.of(recorder), time.perf_counter() - begun))
     return result
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from vllm.logger import init_logger
@@ -15,10 +16,11 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.weight_utils import filter_safetensors_files_by_weight_name
 
-from weightlift.backends.serving_files import FilesReader, summary, weights_of
+from weightlift.backends.serving_files import FilesReader, summary, weights_again, weights_of
 from weightlift.core.errors import CheckpointError
 from weightlift.load.options import LoadOptions
 from weightlift.module.recording.recorder import Recorder
+from weightlift.module.recording.replay import Taken
 
 __all__ = ["WeightliftModelLoader"]
 
@@ -26,6 +28,10 @@ __all__ = ["WeightliftModelLoader"]
 _log = init_logger("vllm.weightlift")
 
 _OPTIONS = LoadOptions(caller="vllm")
+# From so many bytes on, slices are read while the model's code still runs.
+_AHEAD_BYTES = 128 << 20
+# What each model's own loading took of the tensors, for when it is loaded again.
+_taken_by: WeakKeyDictionary[torch.nn.Module, Taken] = WeakKeyDictionary()
 _OWN_KEYS = ("slices", "check")
 
 
@@ -53,39 +59,71 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
         self._slices: bool = own.get("slices", True)
         self._check: bool = own.get("check", False)
         self._recorder: Recorder | None = None
+        self._taken: Taken | None = None
+        self._is_loading = False
         self._reader = FilesReader(_OPTIONS)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         begun = time.perf_counter()
-        self._reader = FilesReader(_OPTIONS)
-        recorder = Recorder(self._reader)
-        if not self._slices or model_config.quantization == "torchao":
-            super().load_weights(model, model_config)
-        else:
-            recorder.expect([*model.named_parameters(), *model.named_buffers()])
-            self._recorder = recorder
-            try:
-                with recorder.watching():
-                    super().load_weights(model, model_config)
-            finally:
-                self._recorder = None
-            recorder.finish()
-            recorder.replace_kept()
-        _log.info("%s", summary(self._reader, recorder.whole, time.perf_counter() - begun))
-        if self._check and self._slices:
-            self._compare(model, model_config)
+        self._reader = reader = FilesReader(_OPTIONS)
+        self._is_loading = True
+        try:
+            if not self._slices or model_config.quantization == "torchao":
+                super().load_weights(model, model_config)
+                _log.info("%s", summary(reader, None, time.perf_counter() - begun))
+                return
+            taken = self._load_slices(model, model_config)
+            _taken_by[model] = taken
+            _log.info("%s", summary(reader, taken, time.perf_counter() - begun))
+            if self._check:
+                self._compare(model, model_config)
+        finally:
+            self._is_loading = False
+
+    def _load_slices(self, model: torch.nn.Module, model_config: Any) -> Taken:
+        recorder = Recorder(self._reader, ahead=_AHEAD_BYTES)
+        recorder.expect([*model.named_parameters(), *model.named_buffers()])
+        self._recorder = recorder
+        try:
+            with recorder.watching():
+                super().load_weights(model, model_config)
+        finally:
+            self._recorder = None
+        recorder.finish()
+        recorder.replace_kept()
+        return Taken.of(recorder)
+
+    def get_all_weights(
+        self, model_config: Any, model: torch.nn.Module
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Also called from outside ``load_weights``: to load a model again, in place. Then the
+        parts that were taken of each tensor when it was loaded are read, ahead."""
+        if self._is_loading:
+            yield from super().get_all_weights(model_config, model)
+            return
+        begun = time.perf_counter()
+        self._reader = reader = FilesReader(_OPTIONS)
+        self._taken = _taken_by.get(model) if self._slices else None
+        try:
+            yield from super().get_all_weights(model_config, model)
+            _log.info("%s", summary(reader, self._taken, time.perf_counter() - begun))
+        finally:
+            self._taken = None
 
     def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if self.counter_before_loading_weights == 0.0:
             self.counter_before_loading_weights = time.perf_counter()
         local = self.local_expert_ids
-        yield from weights_of(
-            self._files(source),
-            self._reader,
-            self._recorder,
-            prefix=source.prefix,
-            skip=lambda name: should_skip_weight(name, local),
-        )
+        files = self._files(source)
+
+        def skip(name: str) -> bool:
+            return bool(should_skip_weight(name, local))
+
+        if self._taken is not None:
+            again = weights_again(files, self._reader, self._taken, prefix=source.prefix, skip=skip)
+            yield from again
+            return
+        yield from weights_of(files, self._reader, self._recorder, prefix=source.prefix, skip=skip)
 
     def _files(self, source: Any) -> list[str]:
         """The files of a source, in vLLM's order."""

@@ -13,7 +13,6 @@ from weightlift.module.recording.casts import casts
 from weightlift.module.recording.placeholder import (
     Geometry,
     Ledger,
-    Memory,
     Placeholder,
     flat,
     geometry_of,
@@ -129,7 +128,7 @@ def _duplicate(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: dict[st
     options = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
     made = func(_on_meta(geometry_of(tensor), tensor.dtype), *args[1:], **options)
     geometry = geometry_of(made)
-    memory = Memory(tensor.memory.name, tensor.source, dtype, geometry, device)
+    memory = tensor.memory.duplicate(tensor.source, dtype, geometry, device)
     return ledger.derive(memory, tensor.source, dtype, geometry)
 
 

@@ -67,6 +67,12 @@ class Memory:
         self.device = device
         self.value: torch.Tensor | None = None
 
+    def duplicate(
+        self, source: torch.Tensor, dtype: torch.dtype, geometry: Geometry, device: torch.device
+    ) -> Memory:
+        """A copy of a part of it."""
+        return Memory(self.name, source, dtype, geometry, device)
+
 
 class Ledger(Protocol):
     """Who is told what becomes of placeholders, and of what they are written to."""

@@ -12,7 +12,7 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
 from weightlift.core.errors import CheckpointError
 from weightlift.core.report import FileReport, LoadReport, last_report
-from weightlift.load.copies import Copy, copy_parts
+from weightlift.load.copies import Copy, RunningCopies, start_parts
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 from weightlift.module.recording.recorder import Source
@@ -37,14 +37,17 @@ class CheckpointReader:
     def tensors(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
         found = load_tensors(self.checkpoint, _CPU, self.options, names=names)
         if report := last_report():
-            self._add(report)
+            self.ended(report)
         return found
 
     def copy(self, copies: Sequence[Copy]) -> None:
         if copies:
-            self._add(copy_parts(self.checkpoint, copies, self.options))
+            self.ended(self.start(copies).result())
 
-    def _add(self, report: LoadReport) -> None:
+    def start(self, copies: Sequence[Copy]) -> RunningCopies:
+        return start_parts(self.checkpoint, copies, self.options)
+
+    def ended(self, report: LoadReport) -> None:
         self.report = self.report.plus(report)
         files: dict[tuple[str, str], FileReport] = {}  # each once, however often it was read
         for file in self.report.files:
@@ -71,6 +74,12 @@ class NoReader:
     def copy(self, copies: Sequence[Copy]) -> None:
         if copies:
             self.tensors([copies[0].name])
+
+    def start(self, copies: Sequence[Copy]) -> NoReturn:
+        self.tensors([copies[0].name])
+
+    def ended(self, report: LoadReport) -> None:
+        """Of nothing."""
 
 
 def sources_of(

@@ -15,7 +15,8 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.errors import CheckpointError
 from weightlift.core.report import LoadReport
 from weightlift.load.allocation import empty_on_host
-from weightlift.load.copies import Copy
+from weightlift.load.copies import Copy, RunningCopies
+from weightlift.module.recording.ahead import Ahead
 from weightlift.module.recording.casts import casts
 from weightlift.module.recording.modes import SeeFunctions, SeeOperators
 from weightlift.module.recording.operators import handler_of, run_on_real
@@ -28,7 +29,7 @@ from weightlift.module.recording.targets import (
     write_rounds,
 )
 
-__all__ = ["Reader", "Recorder", "Source"]
+__all__ = ["Reader", "Recorder", "Source", "form_of"]
 
 _plain_dispatch = torch.Tensor.__torch_dispatch__
 _CPU = torch.device("cpu")
@@ -70,6 +71,12 @@ class Reader(Protocol):
     def copy(self, copies: Sequence[Copy]) -> None:
         """Does these at once; no two write the same byte."""
 
+    def start(self, copies: Sequence[Copy]) -> RunningCopies:
+        """Starts what ``copy`` does."""
+
+    def ended(self, report: LoadReport) -> None:
+        """Hears of the end of what was started."""
+
 
 class IdentitySet:
     """Tensors, as objects."""
@@ -90,10 +97,22 @@ class Recorder:
     Args:
         reader: gives bytes to what cannot be recorded.
         device: where the loading code is to believe the tensors to be.
+        ahead: bytes of waiting copies from which on these are done while the loading code still
+            runs; 0: none are.
+        held: whether a copy is to wait to the end nevertheless.
     """
 
-    def __init__(self, reader: Reader, device: torch.device = _CPU) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        device: torch.device = _CPU,
+        *,
+        ahead: int = 0,
+        held: Callable[[Copy], bool] = lambda copy: False,
+    ) -> None:
         self.reader = reader
+        self._ahead = Ahead(ahead)
+        self._held = held
         self._device = device
         self._thread = threading.get_ident()
         self._open = False
@@ -102,7 +121,7 @@ class Recorder:
         self.used: set[str] = set()
         self.done: list[Copy | Constant] = []  # all writes that can be done again, in order
         self.once: str | None = None  # a write that cannot
-        self._sources: dict[str, Source] = {}
+        self.sources: dict[str, Source] = {}  # of the placeholders that were given out
         self._forms: dict[Source, torch.Tensor] = {}
         self._made: list[weakref.ref[Placeholder]] = []
 
@@ -117,12 +136,12 @@ class Recorder:
 
     def placeholder(self, name: str, source: Source) -> Placeholder:
         """What stands for a tensor of the checkpoint."""
-        self._sources[name] = source
+        self.sources[name] = source
         # Nobody sees that it is one for all tensors of the same form.
         lies = self._forms.get(source)
         if lies is None:
             with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-                lies = _form_of(source)
+                lies = form_of(source)
             self._forms[source] = lies
         memory = Memory(name, lies, source.dtype, geometry_of(lies), self._device)
         return self.derive(memory, lies, source.dtype, memory.geometry)
@@ -134,6 +153,9 @@ class Recorder:
         try:
             with SeeOperators(self), SeeFunctions(self):
                 yield
+        except BaseException:
+            self._ahead.cancel()
+            raise
         finally:
             self._open = False
 
@@ -339,8 +361,9 @@ class Recorder:
         """
         storage = _storage_of(tensor)
         target = None if storage is None else self.targets.get(storage._cdata)
-        if target is None:
+        if target is None or storage is None:
             return tensor
+        self._ahead.wait(storage._cdata)
         if write:
             self.once = self.once or "a target was changed in place"
             target.parts.append(tensor)
@@ -357,7 +380,10 @@ class Recorder:
     def finish(self, targets: Sequence[Target] | None = None) -> None:
         """Does all that waits, at once."""
         waiting: list[Copy] = []
+        if targets is None:
+            self._ahead.wait()
         for target in self.targets.values() if targets is None else targets:
+            self._ahead.wait(target.storage._cdata)
             if not target.writes or (target.value is None and target.storage.device == _META):
                 continue
             writes, target.writes = target.writes, []
@@ -396,6 +422,7 @@ class Recorder:
         if target is None or tensor.numel() == 0:
             write(tensor)
             return
+        self._ahead.wait(target.storage._cdata)
         target.writes = [old for old in target.writes if not covers(tensor, old.target)]
         target.parts.append(tensor)
         if not tensor.is_meta:
@@ -424,7 +451,7 @@ class Recorder:
                 return "copied with elements that repeat"
         if tensor.is_conj() or tensor.is_neg():
             return "copied into a conjugated view"
-        as_bits = lies.dtype != self._sources[memory.name].dtype
+        as_bits = lies.dtype != self.sources[memory.name].dtype
         if not casts(lies.dtype, source.dtype, tensor.dtype) or (
             as_bits and tensor.dtype != lies.dtype
         ):
@@ -441,6 +468,8 @@ class Recorder:
         target.writes.append(copy)
         target.parts.append(tensor)
         self.done.append(copy)
+        if self._ahead.is_time(copy):
+            self._start_ahead()
         return None
 
     def derive(
@@ -484,6 +513,23 @@ class Recorder:
 
     # Inside.
 
+    def _start_ahead(self) -> None:
+        """Starts what waits for targets with memory, unless some of it has to wait for other."""
+        targets = [
+            target
+            for target in self.targets.values()
+            if target.writes
+            and target.value is None
+            and target.storage.device != _META
+            and not any(isinstance(write, Copy) and self._held(write) for write in target.writes)
+        ]
+        writes = [write for target in targets for write in target.writes]
+        turns = write_rounds([write for write in writes if isinstance(write, Copy)])
+        if len(turns) == 1:
+            for target in targets:
+                target.writes = []
+            self._ahead.start(self.reader, turns[0])
+
     def _copy(self, copies: Sequence[Copy]) -> None:
         for turn in write_rounds(copies):
             self.reader.copy(turn)
@@ -502,7 +548,8 @@ class Recorder:
         return target.value.view(tensor.dtype).as_strided(shape, strides, offset)
 
 
-def _form_of(source: Source) -> torch.Tensor:
+def form_of(source: Source) -> torch.Tensor:
+    """A tensor on ``meta`` like it."""
     if source.strides is None:
         return torch.empty(source.shape, dtype=source.dtype, device=_META)
     return torch.empty_strided(source.shape, source.strides, dtype=source.dtype, device=_META)
