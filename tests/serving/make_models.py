@@ -1,6 +1,7 @@
 """Small random checkpoints, one folder an architecture: `make_models.py FOLDER`."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -127,14 +128,30 @@ def make_fp8(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
+def make_again(folder: Path, like: Path) -> None:
+    """The same model after some training: each tensor with its rows in reverse."""
+    shutil.copytree(like, folder)
+    for file in folder.glob("*.safetensors"):
+        tensors = {
+            name: (tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor)
+            .flip(0)
+            .contiguous()
+            .view(tensor.dtype)
+            for name, tensor in load_file(file).items()
+        }
+        save_file(tensors, file, {"format": "pt"})
+
+
 if __name__ == "__main__":
     home = Path(sys.argv[1])
     makers = {"llava": make_llava, "llama_fp8": make_fp8}
     for name in [*MODELS, *makers]:
         path = home / name
-        if (path / "config.json").exists():
+        if path.with_suffix(".again").exists():
             continue
+        shutil.rmtree(path, ignore_errors=True)
         if name in MODELS:
             make(path, *MODELS[name])
         else:
             makers[name](path)
+        make_again(path.with_suffix(".again"), path)
