@@ -14,8 +14,9 @@ from weightlift.load.copies import Copy, RunningCopies
 from weightlift.load.options import LoadOptions
 from weightlift.load.read_ahead import read_ahead
 from weightlift.module.recording.reader import CheckpointReader, sources_of
-from weightlift.module.recording.recorder import Recorder, Source
+from weightlift.module.recording.recorder import Recorder
 from weightlift.module.recording.replay import Replay, Taken
+from weightlift.module.recording.sources import Source
 
 __all__ = ["FilesReader", "summary", "weights_again", "weights_of"]
 

@@ -12,8 +12,9 @@ from torch import Tensor
 import weightlift as wl
 from weight_loaders import Serving, assert_same, checkpoint_of
 from weightlift.module.recording.reader import CheckpointReader, sources_of
-from weightlift.module.recording.recorder import Recorder, Source
+from weightlift.module.recording.recorder import Recorder
 from weightlift.module.recording.replay import Replay, Taken
+from weightlift.module.recording.sources import Source
 
 
 def taken_of(model: Serving, checkpoint: wl.Checkpoint, ahead: int = 0) -> Taken:

@@ -13,7 +13,8 @@ from weightlift.load.copies import Copy
 from weightlift.load.load_tensors import load_tensors
 from weightlift.module.parameters import parameter_refs, set_all
 from weightlift.module.recording.reader import CheckpointReader, NoReader, sources_of
-from weightlift.module.recording.recorder import Recorder, Source
+from weightlift.module.recording.recorder import Recorder
+from weightlift.module.recording.sources import Source
 
 __all__ = ["Copy", "Recording", "record"]
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from weightlift.load.copies import Copy, RunningCopies
-
-if TYPE_CHECKING:
-    from weightlift.module.recording.recorder import Reader
+from weightlift.module.recording.sources import Reader
 
 __all__ = ["Ahead"]
 

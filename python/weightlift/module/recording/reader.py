@@ -15,7 +15,7 @@ from weightlift.core.report import FileReport, LoadReport, last_report
 from weightlift.load.copies import Copy, RunningCopies, start_parts
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
-from weightlift.module.recording.recorder import Source
+from weightlift.module.recording.sources import Source
 
 __all__ = ["CheckpointReader", "NoReader", "sources_of"]
 

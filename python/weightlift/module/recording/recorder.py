@@ -7,20 +7,19 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 
-from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.errors import CheckpointError
-from weightlift.core.report import LoadReport
 from weightlift.load.allocation import empty_on_host
-from weightlift.load.copies import Copy, RunningCopies
+from weightlift.load.copies import Copy
 from weightlift.module.recording.ahead import Ahead
 from weightlift.module.recording.casts import casts
 from weightlift.module.recording.modes import SeeFunctions, SeeOperators
 from weightlift.module.recording.operators import handler_of, run_on_real
 from weightlift.module.recording.placeholder import Geometry, Memory, Placeholder, geometry_of
+from weightlift.module.recording.sources import Reader, Source, form_of
 from weightlift.module.recording.targets import (
     Constant,
     Target,
@@ -29,53 +28,12 @@ from weightlift.module.recording.targets import (
     write_rounds,
 )
 
-__all__ = ["Reader", "Recorder", "Source", "form_of"]
+__all__ = ["Recorder"]
 
 _plain_dispatch = torch.Tensor.__torch_dispatch__
 _CPU = torch.device("cpu")
 _META = torch.device("meta")
 _OWN_ATTRIBUTES = frozenset({"_is_param", "ledger", "memory", "source"})
-
-
-class Source(NamedTuple):
-    """A tensor of a checkpoint, for the recorder.
-
-    Attributes:
-        dtype: of its elements.
-        shape: of it.
-        strides: where torch would load it with other than contiguous ones.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...] | None = None
-
-
-class Reader(Protocol):
-    """Where bytes come from.
-
-    Attributes:
-        checkpoint: if there is one.
-        report: of all reads so far.
-    """
-
-    @property
-    def checkpoint(self) -> Checkpoint | None: ...
-
-    @property
-    def report(self) -> LoadReport: ...
-
-    def tensors(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        """Whole tensors, in memory that nobody else has."""
-
-    def copy(self, copies: Sequence[Copy]) -> None:
-        """Does these at once; no two write the same byte."""
-
-    def start(self, copies: Sequence[Copy]) -> RunningCopies:
-        """Starts what ``copy`` does."""
-
-    def ended(self, report: LoadReport) -> None:
-        """Hears of the end of what was started."""
 
 
 class IdentitySet:
@@ -546,13 +504,6 @@ class Recorder:
             raise RuntimeError("a target on meta without memory")  # a fault of the recorder's
         shape, strides, offset = geometry_of(tensor)
         return target.value.view(tensor.dtype).as_strided(shape, strides, offset)
-
-
-def form_of(source: Source) -> torch.Tensor:
-    """A tensor on ``meta`` like it."""
-    if source.strides is None:
-        return torch.empty(source.shape, dtype=source.dtype, device=_META)
-    return torch.empty_strided(source.shape, source.strides, dtype=source.dtype, device=_META)
 
 
 def _storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:

@@ -18,7 +18,8 @@ from weightlift.module.recording.placeholder import (
     Placeholder,
     geometry_of,
 )
-from weightlift.module.recording.recorder import Reader, Recorder, Source, form_of
+from weightlift.module.recording.recorder import Recorder
+from weightlift.module.recording.sources import Reader, Source, form_of
 
 __all__ = ["Replay", "Taken"]
 
