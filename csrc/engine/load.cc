@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <optional>
 #include <span>
@@ -30,47 +31,57 @@ using std::chrono::milliseconds;
 // Below this a load on the host is done before a thread would have started.
 constexpr std::uint64_t kInlineBytes = 256 << 10;
 
-// Whether a file holds the bytes that were copied out of it, as far as that can be seen here: of
-// what was cut or sent to a device it cannot, and that is false. kFileChanged where it does
-// not hold them.
-Result<bool> holds_what_was_copied(const LoadPlan& plan, std::size_t number,
-                                   const convert::Fp8Rules& fp8) {
+// A file that was opened for this load needs no look at its time before it.
+constexpr std::chrono::milliseconds kJustOpened{100};
+
+// kFileChanged where the file does not hold what was copied out of it into the host's memory.
+Status compare_with_file(const LoadPlan& plan, const Copy& copy, const convert::Fp8Rules& fp8) {
   constexpr std::uint64_t kStep = std::uint64_t{4} << 20;
-  const io::File& file = *plan.files[number];
+  const io::File& file = *plan.files[copy.file];
   std::vector<std::byte> now;
   std::vector<std::byte> cast;
-  for (const Copy& copy : plan.copies) {
-    if (copy.file != number) continue;
-    if (copy.device != kHostDevice || copy.dimension_count != 0) return false;
-    const auto loop = copy.casts() ? convert::host_cast(*convert::float_format(copy.source_dtype),
-                                                        *convert::float_format(copy.target_dtype))
-                                   : nullptr;
-    const auto* const target = reinterpret_cast<const std::byte*>(copy.target);
-    const std::uint64_t bytes = plan.source_bytes(copy);
-    for (std::uint64_t at = 0; at < bytes; at += kStep) {
-      now.resize(std::min(kStep, bytes - at));
-      WL_RETURN_IF_ERROR(file.read_exact(copy.source + at, now));
-      std::span<const std::byte> expected = now;
-      std::uint64_t begin = at;
-      if (loop != nullptr) {
-        const std::uint64_t count = now.size() / copy.source_item();
-        cast.resize(count * copy.target_item());
-        loop(now.data(), cast.data(), count, fp8);
-        expected = cast;
-        begin = at / copy.source_item() * copy.target_item();
-      }
-      if (std::memcmp(expected.data(), target + begin, expected.size()) != 0) {
-        return Error{.code = ErrorCode::kFileChanged,
-                     .message =
-                         "the file was written to while it was being read, so old and new "
-                         "bytes may be mixed; load it again once its writer is done",
-                     .path = file.path(),
-                     .offset = copy.source + at};
-      }
+  const auto loop = copy.casts() ? convert::host_cast(*convert::float_format(copy.source_dtype),
+                                                      *convert::float_format(copy.target_dtype))
+                                 : nullptr;
+  const auto* const target = reinterpret_cast<const std::byte*>(copy.target);
+  const std::uint64_t bytes = plan.source_bytes(copy);
+  for (std::uint64_t at = 0; at < bytes; at += kStep) {
+    now.resize(std::min(kStep, bytes - at));
+    WL_RETURN_IF_ERROR(file.read_exact(copy.source + at, now));
+    std::span<const std::byte> expected = now;
+    std::uint64_t begin = at;
+    if (loop != nullptr) {
+      const std::uint64_t count = now.size() / copy.source_item();
+      cast.resize(count * copy.target_item());
+      loop(now.data(), cast.data(), count, fp8);
+      expected = cast;
+      begin = at / copy.source_item() * copy.target_item();
+    }
+    if (std::memcmp(expected.data(), target + begin, expected.size()) != 0) {
+      return Error{.code = ErrorCode::kFileChanged,
+                   .message =
+                       "the file was written to while it was being read, so old and new bytes may "
+                       "be mixed; load it again once its writer is done",
+                   .path = file.path(),
+                   .offset = copy.source + at};
     }
   }
-  WL_ASSIGN_OR_RETURN(const io::File::Change change, file.check_unchanged());
-  return change == io::File::Change::kNone;
+  return {};
+}
+
+// Whether a file holds the bytes that were copied out of it, as far as that can be seen here: of
+// what was cut or sent to a device it cannot, and that is false. Of these names, or of all.
+// kFileChanged where it does not hold them.
+Result<bool> holds_what_was_copied(const LoadPlan& plan, std::size_t number,
+                                   const convert::Fp8Rules& fp8,
+                                   std::optional<std::span<const std::uint32_t>> names = {}) {
+  for (const Copy& copy : plan.copies) {
+    if (copy.file != number) continue;
+    if (names && std::find(names->begin(), names->end(), copy.name) == names->end()) continue;
+    if (copy.device != kHostDevice || copy.dimension_count != 0) return false;
+    WL_RETURN_IF_ERROR(compare_with_file(plan, copy, fp8));
+  }
+  return true;
 }
 
 Error written_to(const io::File& file) {
@@ -105,6 +116,7 @@ class Load::State {
   LoadPlan& plan() noexcept { return plan_; }
 
  private:
+  Status accept_times_so_far() const;
   unsigned wanted_workers() const;
   Status spawn_lane_threads();
   bool work_is_left();
@@ -182,6 +194,7 @@ Status Load::State::spawn_lane_threads() {
 }
 
 Status Load::State::start() {
+  WL_RETURN_IF_ERROR(accept_times_so_far());
   std::uint64_t to_populate = 0;
   for (const PopulateStep& step : sources_->populate_steps()) to_populate += step.payload;
   counters_.delivered_bytes = mapped_bytes(plan_) - to_populate;
@@ -263,8 +276,8 @@ Result<bool> Load::State::wait_for(std::span<const std::uint32_t> names, int dev
   return true;
 }
 
-// Before a tensor is handed out, for it may be used long before the load has ended. What finish()
-// can tell by a comparison alone is left to it.
+// Before a tensor is handed out, for it may be used long before the load has ended; finish() looks
+// at all of them again.
 Status Load::State::check_files_of(std::span<const std::uint32_t> names) const {
   std::uint32_t checked = kFromMemory;
   for (const std::uint32_t name : names) {
@@ -272,25 +285,38 @@ Status Load::State::check_files_of(std::span<const std::uint32_t> names) const {
     if (file == kFromMemory || file == checked) continue;
     checked = file;
     WL_ASSIGN_OR_RETURN(const io::File::Change change, plan_.files[file]->check_unchanged());
-    if (change == io::File::Change::kTime) return written_to(*plan_.files[file]);
+    if (change == io::File::Change::kNone) continue;
+    WL_ASSIGN_OR_RETURN(const bool same, holds_what_was_copied(plan_, file, settings_.fp8, names));
+    if (!same) return written_to(*plan_.files[file]);
   }
   return {};
 }
 
-// What was copied out of a file whose time has changed may be of two moments: the caller compares.
+// Nothing has been read of it yet but its index, which is as it was.
+Status Load::State::accept_times_so_far() const {
+  for (const auto& file : plan_.files) {
+    if (file->age() < kJustOpened) continue;
+    WL_ASSIGN_OR_RETURN(const io::File::Change change, file->check_unchanged());
+    if (change != io::File::Change::kNone) file->accept_time();
+  }
+  return {};
+}
+
+// A write and touch(1) set the same times. What is mapped is what the file holds, whenever that was
+// written; what was copied out of a file whose time has changed since may be of two moments, unless
+// the file still holds it.
 Result<std::vector<std::string>> Load::State::check_files() const {
   std::vector<std::string> touched;
   for (std::size_t i = 0; i < plan_.files.size(); ++i) {
     WL_ASSIGN_OR_RETURN(const io::File::Change change, plan_.files[i]->check_unchanged());
     if (change == io::File::Change::kNone) continue;
+    plan_.files[i]->accept_time();
     const bool copied = std::any_of(plan_.copies.begin(), plan_.copies.end(),
                                     [i](const Copy& copy) { return copy.file == i; });
-    // Before it was read, perhaps: of what it held then there is nothing to compare with.
-    if (change == io::File::Change::kTime) return written_to(*plan_.files[i]);
-    plan_.files[i]->accept_time();
     if (!copied) continue;
     WL_ASSIGN_OR_RETURN(const bool same, holds_what_was_copied(plan_, i, settings_.fp8));
-    if (!same) touched.push_back(plan_.files[i]->path());
+    WL_ASSIGN_OR_RETURN(const io::File::Change later, plan_.files[i]->check_unchanged());
+    if (!same || later != io::File::Change::kNone) touched.push_back(plan_.files[i]->path());
   }
   return touched;
 }

@@ -358,9 +358,7 @@ Result<File::Change> File::check_unchanged() const {
   if (modified_ns(status) == modified_ns_) return Change::kNone;
   seen_ns_ = modified_ns(status);
   if (!same_index()) return changed(path_, kMixed);
-  const bool by_a_write = status.st_mtim.tv_sec == status.st_ctim.tv_sec &&
-                          status.st_mtim.tv_nsec == status.st_ctim.tv_nsec;
-  return by_a_write ? Change::kTime : Change::kSetTime;
+  return Change::kTime;
 }
 
 FileDescriptor File::reopened(int flags) const {

@@ -4,6 +4,7 @@
 #include <sys/types.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -108,15 +109,19 @@ class File {
 
   enum class Change : std::uint8_t {
     kNone,
-    // No more than the time of the last modification; read_index() finds what it found.
-    kTime,     // as a write would set it
-    kSetTime,  // to another time than that of the change (utimensat(2)), which no write does
+    // No more than the time of the last modification, by a write or by touch(1); read_index() finds
+    // what it found.
+    kTime,
   };
   // Compares size, inode and modification time with those at open: a file that was rewritten
   // during the load may have given a mixture of old and new bytes. kFileShrank, kFileChanged.
   [[nodiscard]] Result<Change> check_unchanged() const;
   // The modification time that check_unchanged() saw is from here on the one to compare with.
   void accept_time() const noexcept { modified_ns_ = seen_ns_.load(); }
+  // For how long it has been open here.
+  [[nodiscard]] std::chrono::nanoseconds age() const noexcept {
+    return std::chrono::steady_clock::now() - opened_;
+  }
 
   // The very file again, also where its name has been given to another one since; no descriptor
   // (and errno) where that is refused.
@@ -143,6 +148,7 @@ class File {
   std::string path_;
   std::uint64_t size_;
   FileIdentity identity_;
+  std::chrono::steady_clock::time_point opened_ = std::chrono::steady_clock::now();
   mutable std::atomic<std::int64_t> modified_ns_;
   mutable std::atomic<std::int64_t> seen_ns_;  // by check_unchanged()
   std::vector<IndexRange> index_;

@@ -52,9 +52,9 @@ def finish_plan(
     Args:
         plan: that was started.
         progress: ``True`` for a bar, or what to tell how far it is.
-        check_touched: a file whose modification time has changed is an error. Otherwise the
-            report's ``"touched"`` names those files, and the caller finds out whether their bytes
-            have changed.
+        check_touched: a file whose modification time has changed during the load, and whose bytes
+            cannot be compared, is an error. Otherwise the report's ``"touched"`` names those files,
+            and the caller finds out whether their bytes have changed.
     """
     enter_phase("wait")
     with progress_callback(progress) as show:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,18 +198,31 @@ def test_save_checkpoint(tmp_path: Path, size: int | str) -> None:
     assert all(torch.equal(loaded[key], tensor) for key, tensor in TENSORS.items())
 
 
+def _set_time(path: Path) -> None:
+    os.utime(path, (10**9, 10**9 + random.randrange(10**6)))
+
+
+@pytest.mark.parametrize("change", [_set_time, Path.touch], ids=["set", "touch"])
 @pytest.mark.parametrize("mode", ["read", "auto"])
 @pytest.mark.parametrize("dtype", [None, "float16"])
-def test_a_time_that_changes_while_no_byte_does(path: Path, mode: str, dtype: str | None) -> None:
-    checkpoint = wl.open_checkpoint(path)
-    os.utime(path, (10**9, 10**9))
-    loaded = wl.load_checkpoint(checkpoint, mode=mode, dtype=dtype)
+def test_a_time_that_changes_while_no_byte_does(
+    path: Path, mode: str, dtype: str | None, change: Callable[[Path], None]
+) -> None:
+    """``touch`` sets a file's times as a write does."""
     expected = TENSORS["layer.weight"]
-    assert torch.equal(loaded["layer.weight"].float(), expected)
-    with wl.safe_open(path) as file:
-        os.utime(path, (10**9, 10**9 + 1))
-        assert torch.equal(file.get_tensor("layer.weight"), expected)
-        assert torch.equal(file.get_slice("layer.weight")[1:], expected[1:])
+    checkpoint = wl.open_checkpoint(path)
+    with wl.safe_open(path) as file, wl.safe_open(path, backend="pread") as read:
+        time.sleep(0.02)  # past the clock tick of its creation
+        change(path)
+        loaded = wl.load_checkpoint(checkpoint, mode=mode, dtype=dtype)
+        assert torch.equal(loaded["layer.weight"].float(), expected)
+        for one in (file, read):
+            assert torch.equal(one.get_tensor("layer.weight"), expected)
+            assert torch.equal(one.get_slice("layer.weight")[1:], expected[1:])
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(3, 2)})
+    change(path)
+    wl.load_into(model, checkpoint, strict=False)
+    assert torch.equal(model["layer"].weight, expected)
 
 
 @pytest.mark.parametrize(
