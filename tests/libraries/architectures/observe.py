@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["differences", "observe"]
+__all__ = ["differences", "digest", "observe"]
 
 # Paths and addresses differ from load to load.
 _VARYING = re.compile(r"(/[\w.-]+)*/offload-\w+|0x[0-9a-f]+|\d+(\.\d+)?(it/s|s/it| seconds)")
@@ -47,7 +47,7 @@ def observe(load: Callable[[], Any]) -> dict[str, Any]:
             seen["error"] = f"{type(error).__name__}: {_plain(str(error))}"
             seen["traceback"] = traceback.format_exc()
             return seen
-    seen["random state"] = _digest(torch.get_rng_state())
+    seen["random state"] = digest(torch.get_rng_state())
     seen["default dtype"] = str(torch.get_default_dtype())
     model, *rest = result if isinstance(result, tuple) else (result,)
     seen["info"] = [_told(one) for one in rest]
@@ -127,7 +127,8 @@ def _plain(text: str) -> str:
     return _VARYING.sub("~", text)
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def digest(tensor: torch.Tensor) -> str:
+    """A tensor's bits, short."""
     if tensor.numel() == 0:
         return ""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -146,7 +147,7 @@ def _tensors(model: torch.nn.Module) -> dict[str, Any]:
         same.setdefault(id(tensor), []).append(name)
         bits = ""
         if tensor.device.type != "meta":
-            bits = _digest(tensor)
+            bits = digest(tensor)
             if tensor.numel():
                 shared.setdefault(tensor.data_ptr(), []).append(name)
         tensors[name] = (
@@ -191,7 +192,7 @@ def _from_disk(weights: Any, name: str, dtype: torch.dtype) -> Any:
         value = weights[name].to(dtype)
     except Exception as error:  # what was not in the file is not on the disk
         return f"{type(error).__name__}: {error}"
-    return str(value.dtype), tuple(value.shape), _digest(value)
+    return str(value.dtype), tuple(value.shape), digest(value)
 
 
 def _attributes(model: torch.nn.Module) -> dict[str, Any]:
@@ -207,7 +208,7 @@ def _attributes(model: torch.nn.Module) -> dict[str, Any]:
         if mark:
             marks[name] = mark
     found["marks on parameters"] = marks
-    found["modes of modules"] = _digest(
+    found["modes of modules"] = digest(
         torch.tensor([module.training for module in model.modules()], dtype=torch.uint8)
     )
     return found
@@ -216,7 +217,7 @@ def _attributes(model: torch.nn.Module) -> dict[str, Any]:
 def _told(value: Any) -> Any:
     """A value as one that can be compared and printed."""
     if isinstance(value, torch.Tensor):
-        bits = "" if value.device.type == "meta" else _digest(value)
+        bits = "" if value.device.type == "meta" else digest(value)
         return str(value.dtype), tuple(value.shape), bits
     if isinstance(value, dict) and all(isinstance(key, int) for key in value):
         return [_told(one) for one in value.values()]  # hooks, by a number that counts up

@@ -14,9 +14,10 @@ from typing import Any
 import diffusers
 import torch
 from files import FORMS, changed, filled, write
+from observe import digest
 from shrink import WAYS, shrunk
 
-__all__ = ["LIBRARY", "OPTIONS", "NotMade", "cases", "make", "names"]
+__all__ = ["LIBRARY", "OPTIONS", "NotMade", "amend", "cases", "make", "names"]
 
 LIBRARY = "diffusers"
 MOST_ELEMENTS = 12_000_000
@@ -52,11 +53,13 @@ class Made:
     Attributes:
         cls: its class.
         tensors: of its checkpoint, as the library saves it.
+        buffers: names of buffers.
         folder: where files are written; its config.json is there.
     """
 
     cls: Any
     tensors: dict[str, torch.Tensor]
+    buffers: frozenset[str]
     folder: Path
 
     @property
@@ -125,28 +128,50 @@ def _saved(model: Any, folder: Path) -> Made:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if not tensors:
         raise NotMade("it has no tensor")
-    return Made(type(model), tensors, folder)
+    return Made(type(model), tensors, frozenset(dict(model.named_buffers())), folder)
 
 
-def _written(made: Made, case: Mapping[str, Any]) -> Path:
+def _content(made: Made, case: Mapping[str, Any]) -> tuple[str, dict[str, torch.Tensor]]:
+    """What the files of a case hold, and a name for it."""
     content = case["call"] if case["call"] in ("uneven", "mismatched", "refused") else "whole"
-    key = "-".join((case["files"], case["stored"], content)).replace(" ", "-")
-    folder = made.folder / key
-    if folder.exists():
-        return folder
-    folder.mkdir()
     dtype = getattr(torch, case["stored"])
     tensors = {
         # A copy each: tied tensors share their memory, which safetensors refuses.
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).clone()
         for name, tensor in made.tensors.items()
     }
-    if content != "whole":
-        tensors = changed(tensors, content)
+    return content, tensors if content == "whole" else changed(tensors, content)
+
+
+def _written(made: Made, case: Mapping[str, Any]) -> Path:
+    content, tensors = _content(made, case)
+    key = "-".join((case["files"], case["stored"], content)).replace(" ", "-")
+    folder = made.folder / key
+    if folder.exists():
+        return folder
+    folder.mkdir()
     (folder / "config.json").write_bytes((made.folder / "config.json").read_bytes())
     stem = "diffusion_pytorch_model"
     write(folder, case["files"], tensors, (stem, stem))
     return folder
+
+
+def amend(made: Made, case: Mapping[str, Any], alone: dict[str, Any]) -> None:
+    """Buffers of modules on the disk stay as the constructor made them, whatever the files hold,
+    where diffusers loads alone; the backend must show what the files hold."""
+    places = alone.get("attributes", {}).get("hf_device_map")
+    if case["device_map"] != "with disk" or not isinstance(places, dict):
+        return
+    on_disk = [module for module, place in places.items() if place == "disk"]
+    _, tensors = _content(made, case)
+    for name, entry in alone["tensors"].items():
+        *kind, dtype, shape, stride, device, grad, _ = entry
+        held = tensors.get(name)
+        buffer = name in made.buffers and any(f"{name}.".startswith(f"{m}.") for m in on_disk)
+        if not buffer or held is None or tuple(held.shape) != shape or device == "meta":
+            continue
+        bits = digest(held.to(getattr(torch, dtype.removeprefix("torch."))))
+        alone["tensors"][name] = (*kind, dtype, shape, stride, device, grad, bits)
 
 
 def _with_disk(made: Made, dtype: torch.dtype) -> dict[str, Any]:

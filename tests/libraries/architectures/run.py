@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import queue
+import resource
 import subprocess
 import sys
 import tempfile
@@ -179,10 +180,13 @@ def note(tally: Tally, name: str, answer: dict[str, Any]) -> None:
         show_difference(name, one)
 
 
-def show(library: str, tally: Tally, seconds: float) -> None:
+def show(library: str, tally: Tally, seconds: float, of_cpu: float) -> None:
     version = importlib.metadata.version(library)
     count = tally.made + len(tally.not_made)
-    print(f"\n{library} {version}: {tally.made} of {count} architectures made, {seconds:.0f} s")
+    print(
+        f"\n{library} {version}: {tally.made} of {count} architectures made, {seconds:.0f} s, "
+        f"{of_cpu:.0f} s of processor time"
+    )
     print(
         f"  {tally.loads} loads compared, {tally.engine} of them by the engine; in {tally.failed} "
         "the library raises"
@@ -196,6 +200,12 @@ def show(library: str, tally: Tally, seconds: float) -> None:
     print(f"  different: {len(tally.different)} architectures")
     for name, found in sorted(tally.different.items()):
         print(f"    {name}: {len(found)} loads")
+
+
+def _processor_seconds() -> float:
+    """Of the workers that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def show_difference(name: str, one: dict[str, Any]) -> None:
@@ -217,7 +227,7 @@ def main() -> int:
     part, parts = map(int, given.part.split("/"))
     good = True
     for library in given.library or LIBRARIES:
-        began = time.monotonic()
+        began, used = time.monotonic(), _processor_seconds()
         every = names(library)
         chosen = [name for name in every if name in given.architectures] or every[part::parts]
         if given.architectures and not set(given.architectures) & set(every):
@@ -225,7 +235,7 @@ def main() -> int:
         print(f"{library}: {len(chosen)} architectures", flush=True)
         with tempfile.TemporaryDirectory(prefix="weightlift-architectures-") as folder:
             tally = judge(library, chosen, given.jobs, folder)
-        show(library, tally, time.monotonic() - began)
+        show(library, tally, time.monotonic() - began, _processor_seconds() - used)
         good &= not tally.different and tally.made > 0
     return 0 if good else 1
 

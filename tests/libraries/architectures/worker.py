@@ -34,30 +34,32 @@ def judge(kind: Any, name: str, rows: list[dict[str, Any]], folder: Path) -> dic
     except kind.NotMade as reason:
         return {"not made": str(reason)}
     answer["title"] = made.title
-    done = []
+    loads: list[tuple[dict[str, Any], Any, dict[str, Any]]] = []
     for row in rows:
         effective = dict(row)
         if "model" in row:
             effective["model"] = made.classes[row["model"]].__name__
-        if effective in done:
+        if any(effective == other for other, _, _ in loads):
             continue
-        done.append(effective)
         try:
             load = kind.cases(made, row)
         except Exception as error:  # the library alone cannot build what the row asks for
             answer["not built"] = f"{type(error).__name__}: {error}"[:300]
             continue
         alone = observe.observe(load)
-        before, _ = _engine(kind.LIBRARY)
-        with wl.enabled():
+        kind.amend(made, row, alone)
+        loads.append((effective, load, alone))
+    with wl.enabled():
+        for effective, load, alone in loads:
+            before, _ = _engine(kind.LIBRARY)
             backend = observe.observe(load)
-        after, _ = _engine(kind.LIBRARY)
-        answer["loads"] += 1
-        answer["failed"] += "error" in alone
-        answer["engine"] += after > before
-        found = observe.differences(alone, backend)
-        if found:
-            answer["different"].append({"row": effective, "found": found})
+            after, _ = _engine(kind.LIBRARY)
+            answer["loads"] += 1
+            answer["failed"] += "error" in alone
+            answer["engine"] += after > before
+            found = observe.differences(alone, backend)
+            if found:
+                answer["different"].append({"row": effective, "found": found})
     return answer
 
 
