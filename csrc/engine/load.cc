@@ -116,7 +116,7 @@ class Load::State {
   LoadPlan& plan() noexcept { return plan_; }
 
  private:
-  Status accept_times_so_far() const;
+  void accept_times_so_far() const;
   unsigned wanted_workers() const;
   Status spawn_lane_threads();
   bool work_is_left();
@@ -194,7 +194,7 @@ Status Load::State::spawn_lane_threads() {
 }
 
 Status Load::State::start() {
-  WL_RETURN_IF_ERROR(accept_times_so_far());
+  accept_times_so_far();
   std::uint64_t to_populate = 0;
   for (const PopulateStep& step : sources_->populate_steps()) to_populate += step.payload;
   counters_.delivered_bytes = mapped_bytes(plan_) - to_populate;
@@ -292,14 +292,14 @@ Status Load::State::check_files_of(std::span<const std::uint32_t> names) const {
   return {};
 }
 
-// Nothing has been read of it yet but its index, which is as it was.
-Status Load::State::accept_times_so_far() const {
+// Nothing has been read of it yet but its index, which is as it was. What has changed besides is
+// found when the load ends.
+void Load::State::accept_times_so_far() const {
   for (const auto& file : plan_.files) {
     if (file->age() < kJustOpened) continue;
-    WL_ASSIGN_OR_RETURN(const io::File::Change change, file->check_unchanged());
-    if (change != io::File::Change::kNone) file->accept_time();
+    const auto change = file->check_unchanged();
+    if (change.ok() && *change == io::File::Change::kTime) file->accept_time();
   }
-  return {};
 }
 
 // A write and touch(1) set the same times. What is mapped is what the file holds, whenever that was

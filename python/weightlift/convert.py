@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,12 +25,14 @@ from weightlift.core.atomic import (
     flush_file,
     flush_folder,
     naming_target,
+    put_folder_in_place,
     put_in_place,
     temporary_beside,
 )
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.requirements import require
+from weightlift.core.sizes import parse_size
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 
@@ -44,7 +45,10 @@ _log = logging.getLogger("weightlift")
 
 # Tensor bytes that are in memory at once, if no tensor alone has more.
 _AT_ONCE = 256 << 20
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_QUANTIZATION = "quantization_config"
+# Of AutoGPTQ and its like, and of NVIDIA's ModelOpt.
+_OF_QUANTIZATION = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 # Shards are named so by transformers, diffusers and huggingface_hub.
 _SHARD = "{stem}{variant}-{number:05}-of-{count:05}.safetensors"
 
@@ -74,8 +78,9 @@ def convert_checkpoint(
             has more: bytes, or text such as ``"5GB"`` (10^9 bytes).
         stem: what the names in a folder begin with.
         variant: ``"fp16"`` gives ``model.fp16.safetensors``.
-        companions: file name -> content, of files that go into the folder too. The dtype that a
-            configuration among them states becomes ``dtype``.
+        companions: file name -> content, of files that go into the folder too; of a target that is
+            a file, a warning names them. The dtype that a configuration among them states becomes
+            ``dtype``; what it says of a quantization stays, with a warning.
         progress: called with the bytes done and in all.
 
     Returns:
@@ -92,6 +97,9 @@ def convert_checkpoint(
     for part in (stem, variant or ""):
         if "/" in part or "\0" in part:
             raise ArgumentError(f"{part!r} must be a part of a file name")
+    largest = parse_size(max_shard_size, "max_shard_size")
+    if largest <= 0:
+        raise ArgumentError(f"max_shard_size is {max_shard_size!r}; a file holds something")
     name = dtypes.parse_dtype(dtype)
     entries, tied = _entries(checkpoint, name)
     _warn_of_left_out(checkpoint)
@@ -104,8 +112,9 @@ def convert_checkpoint(
     )
     if target.suffix == ".safetensors":
         _write_file(written, target)
+        _warn_of_companions(companions or {}, checkpoint, target, name)
         return [target.name]
-    names = _NamesOfShards(stem, variant, _bytes(max_shard_size))
+    names = _NamesOfShards(stem, variant, largest)
     return _write_folder(written, target, names, _fitting(companions or {}, name))
 
 
@@ -184,7 +193,7 @@ def _write_folder(
                 (folder / file).write_bytes(content)
                 flush_file(folder / file)
             flush_folder(folder)
-            folder.rename(target)  # over an empty folder too: rename(2)
+            put_folder_in_place(folder, target)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -223,8 +232,32 @@ def _fitting(companions: Mapping[str, bytes], dtype: str | None) -> dict[str, by
     return {name: _with_dtype(name, content, dtype) for name, content in companions.items()}
 
 
+def _warn_of_companions(
+    companions: Mapping[str, bytes], source: Checkpoint, target: Path, dtype: str | None
+) -> None:
+    """Of what describes the weights and does not go into a target that is a file."""
+    beside = {Path(path).resolve().parent for path in source.paths}
+    if target.resolve().parent not in beside:
+        if companions:
+            _log.warning(
+                "%s: not copied are %s: name a folder to have them beside the weights",
+                target,
+                ", ".join(sorted(companions)),
+            )
+        return
+    for name, content in _fitting(companions, dtype).items():
+        if content != companions[name]:
+            _log.warning(
+                "%s: %s beside it states another dtype than these weights have: transformers casts "
+                "to that when it loads",
+                target,
+                name,
+            )
+
+
 def _with_dtype(name: str, content: bytes, dtype: str) -> bytes:
-    if not name.endswith(".json") or b"dtype" not in content:
+    telling = name in _OF_QUANTIZATION or b"dtype" in content or b"quant" in content
+    if not name.endswith(".json") or not telling:
         return content
     try:
         config = json.loads(content)
@@ -233,31 +266,51 @@ def _with_dtype(name: str, content: bytes, dtype: str) -> bytes:
         return content
     if not isinstance(config, dict):
         return content
-    if "quantization_config" in config:
+    changed, quantized = _set_dtype(config, dtypes.TORCH_NAMES[dtype])
+    if quantized or name in _OF_QUANTIZATION:
         _log.warning(
-            "%s: the model is quantized, and dtype= has cast what was not: its quantization_config "
-            "was copied as it is",
+            "%s: the model is quantized, and dtype= has cast what was not: %s was copied as it is",
             name,
+            f"its {_QUANTIZATION}" if quantized else "it",
         )
-    if not _set_dtype(config, dtypes.TORCH_NAMES[dtype]):
+    if not changed:
         return content
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
-    """Sets the dtype of a configuration and of those in it: whether there was one."""
-    changed = False
-    todo = [config]
+def _set_dtype(config: dict[str, Any], dtype: str) -> tuple[bool, bool]:
+    """Sets the dtype of a configuration and of those in it: whether there was one, and whether
+    there was a quantization's, which describes what is not cast."""
+    changed = quantized = False
+    todo: list[Any] = [config]
     while todo:
         one = todo.pop()
+        if isinstance(one, list):
+            todo += one
+            continue
+        if not isinstance(one, dict):
+            continue
         for key, value in one.items():
-            if key in ("dtype", "torch_dtype") and isinstance(value, str):
-                prefix = "torch." if value.startswith("torch.") else ""
-                one[key] = prefix + dtype
+            if key == _QUANTIZATION and value:
+                quantized = True
+            elif key in _DTYPE_KEYS and _is_floating(value):
+                one[key] = ("torch." if value.startswith("torch.") else "") + dtype
                 changed = True
-            elif isinstance(value, dict) and key != "quantization_config":
+            elif key in _DTYPE_KEYS and isinstance(value, dict):
+                # One for each model in it, by transformers: {"text_config": "float32", ...}.
+                for part in [part for part, held in value.items() if _is_floating(held)]:
+                    value[part] = ("torch." if value[part].startswith("torch.") else "") + dtype
+                    changed = True
+            else:
                 todo.append(value)
-    return changed
+    return changed, quantized
+
+
+def _is_floating(value: Any) -> bool:
+    """Whether it names a dtype that is cast."""
+    return isinstance(value, str) and value.removeprefix("torch.") in {
+        dtypes.TORCH_NAMES[name] for name in dtypes.FLOATING if name in dtypes.TORCH_NAMES
+    }
 
 
 def _texts(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -309,15 +362,6 @@ def _names(stem: str, variant: str | None, count: int) -> list[str]:
         _SHARD.format(stem=stem, variant=of_variant, number=number, count=count)
         for number in range(1, count + 1)
     ]
-
-
-def _bytes(size: int | str) -> int:
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
-    if found is None or found[2].lower() not in _UNITS or not float(found[1]):
-        raise ArgumentError(f"max_shard_size is {size!r}; write bytes, or text such as '5GB'")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
 def _write(

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from weightlift.checkpoint.safetensors_writer import (
     Entry,
     bytes_of,
+    entry_of,
     header_of,
     in_order,
     write_safetensors,
 )
-from weightlift.core import dtypes
 from weightlift.core.atomic import (
     atomic_file,
     flush_folder,
@@ -150,15 +150,12 @@ def _entries(tensors: Mapping[str, torch.Tensor], what: str) -> list[Entry]:
                 name,
                 "is not contiguous: save tensor.contiguous(), or of views of one tensor that one",
             )
-        dtype = dtypes.file_name(tensor.dtype)
-        if dtype in (None, "C32", "C128"):
+        entry = entry_of(name, tensor)
+        if entry is None:
             raise _refused(
                 what, name, f"is of {tensor.dtype}, which safetensors does not have: cast it"
             )
-        shape = tuple(tensor.shape)
-        if dtype == "F4":  # an element of torch's is two of the format's
-            shape = (*shape[:-1], shape[-1] * 2)
-        entries.append(Entry(name, str(dtype), shape, tensor.nbytes))
+        entries.append(entry)
     _check_sharing(tensors, what)
     return in_order(entries)
 

@@ -19,7 +19,7 @@ from weightlift.core.errors import ArgumentError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Entry", "bytes_of", "header_of", "in_order", "write_safetensors"]
+__all__ = ["Entry", "bytes_of", "entry_of", "header_of", "in_order", "write_safetensors"]
 
 # Of one write(2), and of what the kernel is told to begin with writing back.
 _STEP = 16 << 20
@@ -45,6 +45,17 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+
+
+def entry_of(name: str, tensor: torch.Tensor) -> Entry | None:
+    """Of a strided tensor; ``None``: safetensors does not have its dtype."""
+    dtype = dtypes.file_name(tensor.dtype)
+    if dtype is None or dtype in ("C32", "C128"):
+        return None
+    shape = tuple(tensor.shape)
+    if dtype == "F4":  # an element of torch's is two of the format's
+        shape = (*shape[:-1], shape[-1] * 2)
+    return Entry(name, dtype, shape, tensor.nbytes)
 
 
 def in_order(entries: Iterable[Entry]) -> list[Entry]:

@@ -276,10 +276,14 @@ class _NewFolder:
         return self._folder
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
+        from weightlift.core.atomic import naming_target, put_folder_in_place
+
+        try:
+            if kind is None:
+                with naming_target(self._target, self._folder):
+                    put_folder_in_place(self._folder, self._target)
+        finally:
             shutil.rmtree(self._folder, ignore_errors=True)
-            return
-        self._folder.rename(self._target)  # over an empty folder too: rename(2)
 
 
 def _rest_of_pipeline(

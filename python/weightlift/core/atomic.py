@@ -25,6 +25,7 @@ __all__ = [
     "flush_folder",
     "keep_mode",
     "naming_target",
+    "put_folder_in_place",
     "put_in_place",
     "save_error",
     "temporary_beside",
@@ -159,6 +160,27 @@ def put_in_place(temporary: Path, path: Path) -> None:
             raise
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def put_folder_in_place(temporary: Path, path: Path) -> None:
+    """Renames a folder of files and folders to a path where there is none, or an empty one. Where a
+    file system cannot rename, its files are copied there, one after the other."""
+    try:
+        temporary.rename(path)  # over an empty folder too: rename(2)
+    except OSError as error:
+        if error.errno not in _NO_RENAME or (os.path.lexists(path) and any(path.iterdir())):
+            raise
+        try:
+            for file in sorted(temporary.rglob("*")):
+                place = path / file.relative_to(temporary)
+                if file.is_dir():
+                    continue
+                place.parent.mkdir(parents=True, exist_ok=True)
+                put_in_place(file, place)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def flush_folder(path: Path) -> None:

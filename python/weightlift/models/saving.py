@@ -16,7 +16,6 @@ single file first (transformers) at 2 or 4.
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -33,8 +32,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.safetensors_writer import (
+    bytes_of,
+    entry_of,
+    header_of,
+    in_order,
+    write_safetensors,
+)
 from weightlift.core import dtypes
-from weightlift.core.atomic import errno_of, flush_file, flush_folder, temporary_beside
+from weightlift.core.atomic import (
+    errno_of,
+    flush_file,
+    flush_folder,
+    put_in_place,
+    temporary_beside,
+)
 from weightlift.core.errors import ArgumentError, FormatError
 
 if TYPE_CHECKING:
@@ -414,15 +426,17 @@ def _to_host(shard: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _write_safetensors(
     tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]
 ) -> None:
-    from safetensors.torch import save_file
-
-    # It refuses tensors that overlap.
-    users = collections.Counter(t.untyped_storage().data_ptr() for t in tensors.values())
-    alone = {
-        name: t if users[t.untyped_storage().data_ptr()] == 1 else t.clone()
-        for name, t in tensors.items()
-    }
-    save_file(alone, path, metadata=dict(metadata))
+    entries = []
+    for name, tensor in tensors.items():
+        entry = entry_of(name, tensor)
+        if entry is None:
+            raise ArgumentError(
+                f"tensor {name!r} is of {tensor.dtype}, which safetensors does not have: cast it"
+            )
+        entries.append(entry)
+    entries = in_order(entries)
+    data = (bytes_of(tensors[entry.name].resolve_conj().resolve_neg()) for entry in entries)
+    write_safetensors(path, header_of(entries, metadata), data)
 
 
 def _write_torch(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -496,13 +510,13 @@ def _switch(
 
     for name, temporary in staged.items():
         if name != names.index:
-            temporary.replace(folder / name)
+            put_in_place(temporary, folder / name)
     for name in names.old_indexes:
         (folder / name).unlink(missing_ok=True)
     flush_folder(folder)
 
     if sharded:
-        staged[names.index].replace(folder / names.index)
+        put_in_place(staged[names.index], folder / names.index)
     else:
         (folder / names.index).unlink(missing_ok=True)
     flush_folder(folder)

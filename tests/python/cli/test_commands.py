@@ -6,36 +6,17 @@ import itertools
 import json
 import math
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cli_support import Type, type_in
 from support import assert_same_tensors
-from weightlift.cli.main import main
 from weightlift.cli.sources import shorten
 
-Type = Callable[..., "tuple[int, str, str]"]
-
-
-@pytest.fixture
-def type_in(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Type:
-    """``weightlift ARGUMENTS`` on a terminal of 80 columns: the status, stdout and stderr."""
-
-    def type_in(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "80")
-        monkeypatch.setattr(sys, "argv", ["weightlift", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return type_in
-
+__all__ = ["type_in"]  # a fixture
 
 TENSORS = {
     "unet": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)},
