@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightlift.checkpoint.safetensors_writer import (
     Entry,
@@ -26,6 +26,7 @@ from weightlift.core.atomic import (
 )
 from weightlift.core.errors import ArgumentError
 from weightlift.core.requirements import require
+from weightlift.module.parameters import is_streamed
 
 if TYPE_CHECKING:
     import torch
@@ -169,8 +170,13 @@ def _check_sharing(tensors: Mapping[str, torch.Tensor], what: str) -> None:
     for name, tensor in tensors.items():
         if tensor.device.type == "meta" or tensor.numel() == 0:
             continue
-        storage = (tensor.device, tensor.untyped_storage().data_ptr())
-        begin = tensor.data_ptr()
+        if is_streamed(tensor):
+            streamed: Any = tensor
+            storage = (tensor.device, id(streamed.stored))
+            begin = int(tensor.storage_offset()) * tensor.element_size()
+        else:
+            storage = (tensor.device, tensor.untyped_storage().data_ptr())
+            begin = tensor.data_ptr()
         spans.setdefault(storage, []).append((begin, begin + tensor.nbytes, name))
     for sharing in spans.values():
         sharing.sort()
@@ -185,5 +191,7 @@ def _check_sharing(tensors: Mapping[str, torch.Tensor], what: str) -> None:
 
 def _data(entries: list[Entry], tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
     for entry in entries:
-        # Of tensors on devices one is in the host's memory at a time.
-        yield bytes_of(tensors[entry.name].detach().to("cpu").resolve_conj().resolve_neg())
+        # Of tensors on devices, and of streamed ones, one is in the host's memory at a time.
+        tensor: Any = tensors[entry.name]
+        tensor = tensor.read() if is_streamed(tensor) else tensor.detach()
+        yield bytes_of(tensor.to("cpu").resolve_conj().resolve_neg())

@@ -199,6 +199,10 @@ class PlanWriter:
         self, destination: Destination, part: int, targets: dict[int, torch.Tensor]
     ) -> None:
         positions = sorted(targets)
+        for position, target in targets.items():
+            if target.data_ptr() == 0 and target.numel():  # such as a subclass around others
+                name = self._files[part].names([position])[0]
+                raise ArgumentError(f"tensor {name!r}: what it goes to has no memory of its own")
         addresses = [targets[position].data_ptr() for position in positions]
         own = [str(dtypes.file_name(targets[position].dtype)) for position in positions]
         self._native.copy_to(

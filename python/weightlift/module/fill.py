@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import gc_pause
+from weightlift.core.errors import ArgumentError
 from weightlift.core.report import LoadReport, set_last_report
 from weightlift.load.load_plan import LoadPlan, Planned
 from weightlift.load.options import LoadOptions
@@ -21,7 +22,12 @@ from weightlift.module.attach import (
 from weightlift.module.matching import Match, MatchPolicy, match
 from weightlift.module.offload import DiskWeights
 from weightlift.module.own_loading import modules_with_own_loading, record_own_loading
-from weightlift.module.parameters import ParameterRef, local_tensor, parameter_refs
+from weightlift.module.parameters import (
+    ParameterRef,
+    is_streamed,
+    local_tensor,
+    parameter_refs,
+)
 from weightlift.module.placement import (
     Devices,
     DtypeRule,
@@ -66,6 +72,11 @@ def fill(
         refs: of the model's tensors, if they are known.
     """
     refs = parameter_refs(model) if refs is None else refs
+    for ref in refs:
+        if is_streamed(ref.tensor):
+            raise ArgumentError(
+                f"{ref.name!r} is streamed and has no memory: close the stream first"
+            )
     headers = checkpoint.headers()
     own = None
     if modules := modules_with_own_loading(model, headers):

@@ -17,6 +17,7 @@ from weightlift.core.report import disk_reads_of
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 from weightlift.module.device_map import assign
+from weightlift.module.parameters import is_streamed
 
 if TYPE_CHECKING:
     import torch
@@ -205,6 +206,12 @@ def whole_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state dict of a model, with the tensors that accelerate's hooks keep elsewhere in it."""
     state: dict[str, torch.Tensor] = model.state_dict()
     read: dict[int, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if is_streamed(tensor):
+            stored: Any = tensor
+            if id(stored.stored) not in read:
+                read[id(stored.stored)] = stored.read()
+            state[name] = read[id(stored.stored)]
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.device.type != "meta" or name not in state:
             continue

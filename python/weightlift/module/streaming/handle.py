@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -98,6 +100,7 @@ def stream(
             if not isinstance(checkpoint, Checkpoint):
                 checkpoint = open_checkpoint(checkpoint)
             task = _of_a_checkpoint(model, refs, checkpoint, side, budget, dtype, lookahead)
+        task.install()
         return task.begin(restore)
     except BaseException:
         restore.put_back()
@@ -136,7 +139,7 @@ class _Originals:
         self._places = [
             (module, key, ref.is_parameter, ref.tensor)
             for ref in refs
-            for module, key in [(ref.module, ref.key), *((m, k) for _, m, k in ref.ties)]
+            for module, key in _places(ref)
         ]
 
     def put_back(self) -> None:
@@ -188,12 +191,15 @@ class _Task:
     ) -> None:
         self.model, self.side = model, side
         self._lookahead = lookahead
+        self._memory = memory
         self._wanted = wanted
         sizes = {name: want.bytes for name, want in wanted.items()}
         self.pieces: list[Piece] = cut(sizes, memory, lookahead)
         self.share: Share = share_out(self.pieces, memory, fixed, lookahead)
-        self._fixed = fixed
+        self.fixed = fixed
         self.source: Source | None = None
+        self.blocks: list[BlockOfWeights] = []
+        self.executor = Executor((), side, 0, lookahead)
 
     @property
     def streamed(self) -> list[str]:
@@ -206,28 +212,153 @@ class _Task:
 
     def begin(self, restore: _Originals) -> StreamHandle:
         """Puts streamed weights into the model."""
-        blocks: list[BlockOfWeights] = []
+        handle = StreamHandle(self, restore)
+        if self.executor.ring.blocks:
+            handle._uses = _Uses(self.model, self._owners(), handle._use_what_is_learned)
+        return handle
+
+    def install(self) -> None:
+        """Puts streamed weights where the share says so."""
         stored = {}
+        self.blocks = []
         for number, piece in enumerate(self.pieces):
             if number in self.share.resident or self.source is None:
                 continue
-            block = BlockOfWeights(len(blocks), piece.name or type(self.model).__name__)
-            blocks.append(block)
+            block = BlockOfWeights(len(self.blocks), piece.name or type(self.model).__name__)
+            self.blocks.append(block)
             for name in piece.weights:
                 ref, dtype, key = self._wanted[name]
                 stored[name] = block.add(name, ref.tensor.shape, dtype, self.source, key)
-        executor = Executor(blocks, self.side, self.share.buffers, self._lookahead)
+        side, share = self.side, self.share
+        self.executor = Executor(self.blocks, side, share.buffers, self._lookahead)
         for name, weight in stored.items():
-            _install(self._wanted[name].ref, StreamedWeight(executor, weight))
-        kept = sum(self.pieces[number].bytes for number in self.share.resident) + self._fixed
-        return StreamHandle(self.model, executor, blocks, kept, restore)
+            ref = self._wanted[name].ref
+            streamed = StreamedWeight(self.executor, weight)
+            _assign(ref, streamed_parameter(streamed, ref.tensor.requires_grad, vars(ref.tensor)))
+
+    def share_again(self, uses: Mapping[int, int]) -> bool:
+        """Has what a step uses more often stay on the device; ``False`` where that changes nothing.
+
+        Args:
+            uses: piece -> how often.
+        """
+        before = self.share
+        after = share_out(self.pieces, self._memory, self.fixed, self._lookahead, uses)
+        if after.resident == before.resident or self.source is None:
+            return False
+        self.executor.close()
+        self.share = after
+        for number in before.resident - after.resident:  # their memory is needed
+            for name in self.pieces[number].weights:
+                ref, dtype, _ = self._wanted[name]
+                empty = torch.empty(ref.tensor.shape, dtype=dtype, device="meta")
+                ref.tensor = _parameter_like(ref.tensor, empty)
+        for number in sorted(after.resident - before.resident):
+            self._make_resident(self.pieces[number])
+        self.install()
+        return True
+
+    def _make_resident(self, piece: Piece) -> None:
+        wanted = [self._wanted[name] for name in piece.weights]
+        values = [
+            torch.empty(want.ref.tensor.shape, dtype=want.dtype, device=self.side.device)
+            for want in wanted
+        ]
+        if self.source is not None:
+            self.source.fill([want.key for want in wanted], values)
+        for want, value in zip(wanted, values, strict=True):
+            _assign(want.ref, _parameter_like(want.ref.tensor, value))
+
+    def _owners(self) -> dict[int, list[torch.nn.Module]]:
+        """Piece -> the modules that hold its weights."""
+        return {
+            number: list(
+                {id(m): m for m in (self._wanted[n].ref.module for n in piece.weights)}.values()
+            )
+            for number, piece in enumerate(self.pieces)
+        }
 
 
-def _install(ref: ParameterRef, weight: StreamedWeight) -> None:
-    old = ref.tensor
-    made = streamed_parameter(weight, old.requires_grad, vars(old))
-    for module, key in [(ref.module, ref.key), *((module, key) for _, module, key in ref.ties)]:
+class _Uses:
+    """How often a step uses each piece: counted by hooks in the first one, which then go.
+
+    Args:
+        model: whose ``forward`` is a step.
+        owners: piece -> modules.
+        learned: is told piece -> uses at the end of the step.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        owners: Mapping[int, Sequence[torch.nn.Module]],
+        learned: Callable[[dict[int, int]], None],
+    ) -> None:
+        self._counts: Counter[int] = Counter()
+        self._last: int | None = None
+        self._learned: Callable[[dict[int, int]], None] | None = learned
+        self._hooks = [
+            module.register_forward_pre_hook(_Hook(functools.partial(self._note, number)))
+            for number, modules in owners.items()
+            for module in modules
+        ]
+        self._hooks.append(model.register_forward_hook(_Hook(self._end)))
+
+    def _note(self, number: int, *_: object) -> None:
+        if number != self._last:
+            self._counts[number] += 1
+            self._last = number
+
+    def _end(self, *_: object) -> None:
+        learned = self._learned
+        self.remove()
+        if learned is not None:
+            learned(dict(self._counts))
+
+    def remove(self) -> None:
+        self._learned = None
+        for hook in self._hooks:
+            hook.remove()
+
+
+class _Hook:
+    """A hook that stays behind when the module is copied or pickled."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: object) -> None:
+        self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _hook_of_a_copy, ()
+
+
+def _hook_of_a_copy() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+def _places(ref: ParameterRef) -> list[tuple[torch.nn.Module, str]]:
+    return [(ref.module, ref.key), *((module, key) for _, module, key in ref.ties)]
+
+
+def _assign(ref: ParameterRef, made: torch.nn.Parameter) -> None:
+    ref.tensor = made
+    for module, key in _places(ref):
         assign_parameter(module, key, made)
+
+
+def _parameter_like(old: torch.Tensor, value: torch.Tensor) -> torch.nn.Parameter:
+    made = torch.nn.Parameter(value, old.requires_grad)
+    vars(made).update({k: v for k, v in vars(old).items() if k not in _STREAMED_ATTRIBUTES})
+    return made
+
+
+_STREAMED_ATTRIBUTES = frozenset({"_weights", "_stored", "_shadow", "_is_param"})
 
 
 def _of_a_checkpoint(
@@ -275,7 +406,8 @@ def _of_a_checkpoint(
     on_meta = _put_on_meta(refs)
     kept = PlacementPolicy(device_map=device_map, dtype=dtype, dispatch=lambda *_: None)
     fill(model, checkpoint, kept, MatchPolicy(compare_ties=True), refs=on_meta)
-    task.source = FileSource(checkpoint)
+    # The caller may close the checkpoint.
+    task.source = FileSource(checkpoint.renamed(lambda name: name))
     return task
 
 
@@ -300,14 +432,10 @@ def _put_on_meta(refs: Sequence[ParameterRef]) -> list[ParameterRef]:
         with torch.no_grad():
             empty = torch.empty_like(ref.tensor, device="meta")
         if ref.is_parameter:
-            made = torch.nn.Parameter(empty, ref.tensor.requires_grad)
-            vars(made).update(vars(ref.tensor))
-            empty = made
-            for module, key in [(ref.module, ref.key), *((m, k) for _, m, k in ref.ties)]:
-                assign_parameter(module, key, made)
-        else:
-            for module, key in [(ref.module, ref.key), *((m, k) for _, m, k in ref.ties)]:
-                module._buffers[key] = empty
+            _assign(ref, _parameter_like(ref.tensor, empty))
+            continue
+        for module, key in _places(ref):
+            module._buffers[key] = empty
         ref.tensor = empty
     return list(refs)
 
@@ -343,15 +471,12 @@ def _of_the_host(
             fixed += tensor.numel() * kind.itemsize
     task = _Task(model, side, memory, lookahead, wanted, fixed)
     streamed = {*task.streamed}
-    source = HostSource({name: wanted[name].ref.tensor for name in streamed})
+    source = HostSource({name: want.ref.tensor for name, want in wanted.items()})
     stays = [(want.ref, want.dtype) for name, want in wanted.items() if name not in streamed]
     for ref, kind in [*stays, *moved]:
         value = ref.tensor.detach().to(side.device, kind)
         if ref.is_parameter:
-            made = torch.nn.Parameter(value, ref.tensor.requires_grad)
-            vars(made).update(vars(ref.tensor))
-            for module, key in [(ref.module, ref.key), *((m, k) for _, m, k in ref.ties)]:
-                assign_parameter(module, key, made)
+            _assign(ref, _parameter_like(ref.tensor, value))
         else:
             set_all([(ref, value)])
     task.source = source
@@ -369,25 +494,38 @@ class StreamHandle:
         blocks: the names of what is read at once, in the order of the modules.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        executor: Executor,
-        blocks: Sequence[BlockOfWeights],
-        resident_bytes: int,
-        restore: _Originals,
-    ) -> None:
-        self._model = model
-        self._executor = executor
+    def __init__(self, task: _Task, restore: _Originals) -> None:
+        self._task = task
         self._restore: _Originals | None = restore
+        self._uses: _Uses | None = None
         self._lock = threading.Lock()
-        self.device = executor.device
-        self.resident_bytes = resident_bytes
-        self.streamed_bytes = sum(block.bytes for block in blocks)
-        self.buffer_bytes = executor.buffer_bytes
-        self.blocks = [block.name for block in blocks]
-        if blocks:
-            vars(model)["_apply"] = _Apply(model)
+        self.device = task.side.device
+        if task.blocks:
+            vars(task.model)["_apply"] = _Apply(task.model)
+
+    @property
+    def resident_bytes(self) -> int:
+        task = self._task
+        return sum(task.pieces[number].bytes for number in task.share.resident) + task.fixed
+
+    @property
+    def streamed_bytes(self) -> int:
+        return sum(block.bytes for block in self._task.blocks)
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self._task.executor.buffer_bytes
+
+    @property
+    def blocks(self) -> list[str]:
+        return [block.name for block in self._task.blocks]
+
+    def _use_what_is_learned(self, uses: dict[int, int]) -> None:
+        with self._lock:
+            if self._restore is not None and max(uses.values(), default=0) > 1:
+                trace = self._task.executor.ring.trace
+                self._task.share_again(uses)
+                self._task.executor.ring.trace = trace
 
     @property
     def closed(self) -> bool:
@@ -396,12 +534,12 @@ class StreamHandle:
     @property
     def waits(self) -> int:
         """How often an operation had to wait for its weights, up to now."""
-        return self._executor.ring.waits
+        return self._task.executor.ring.waits
 
     def trace(self, tell: Trace | None) -> None:
         """Has ``tell(kind, block, begin, end)`` called for what takes time: ``"read"``, ``"wait"``
         and ``"use"``, by the clock of ``time.perf_counter``; from the threads that do it."""
-        self._executor.ring.trace = tell
+        self._task.executor.ring.trace = tell
 
     def close(self) -> None:
         """Puts the model's tensors back as they were, and gives the buffers back. Waits for what is
@@ -410,10 +548,13 @@ class StreamHandle:
             restore, self._restore = self._restore, None
         if restore is None:
             return
-        if isinstance(vars(self._model).get("_apply"), _Apply):
-            del vars(self._model)["_apply"]
+        if self._uses is not None:
+            self._uses.remove()
+        attributes = vars(self._task.model)
+        if isinstance(attributes.get("_apply"), _Apply):
+            del attributes["_apply"]
         restore.put_back()
-        self._executor.close()
+        self._task.executor.close()
 
     def __enter__(self) -> StreamHandle:
         return self

@@ -145,7 +145,7 @@ def _buffers(
     """Which of the largest pieces stay, and how many buffers there are for the rest."""
     by_size = sorted(enumerate(pieces), key=lambda item: -item[1].bytes)
     total = sum(piece.bytes for piece in pieces)
-    best: tuple[tuple[bool, int, int], int, int] | None = None
+    best: tuple[tuple[int, int], int, int] | None = None
     smallest = None
     kept = 0
     for count, (_, piece) in enumerate(by_size):
@@ -154,7 +154,7 @@ def _buffers(
         buffers = min(lookahead + 1, (available - kept) // max(piece.bytes, 1))
         if buffers >= 1:
             stays = min(total, available - buffers * piece.bytes)
-            score = (buffers >= 2, stays, buffers)
+            score = buffers, stays
             if best is None or score > best[0]:
                 best = score, count, buffers
         kept = need

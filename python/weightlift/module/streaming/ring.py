@@ -91,7 +91,7 @@ class Ring:
         threaded: bool = True,
     ) -> None:
         self.device = device
-        self._blocks = {block.number: block for block in blocks}
+        self.blocks = {block.number: block for block in blocks}
         self._slots = [Slot(buffer) for buffer in buffers]
         for slot in self._slots:  # whose memory may have been another's until now
             slot.marks[threading.get_ident()] = device.mark()
@@ -179,7 +179,7 @@ class Ring:
         self.uses[number] += 1
         now = time.perf_counter()
         if self.trace is not None and self._current is not None:
-            self.trace("use", self._blocks[self._current].name, self._since, now)
+            self.trace("use", self.blocks[self._current].name, self._since, now)
         self._since = now
         self._current = number
         self._ahead = self._order.ahead(last, self._lookahead)
@@ -203,7 +203,7 @@ class Ring:
             return None
         finally:
             if self.trace is not None:
-                self.trace("wait", self._blocks[number].name, begin, time.perf_counter())
+                self.trace("wait", self.blocks[number].name, begin, time.perf_counter())
             self._waiting[number] -= 1
             if not self._waiting[number]:
                 del self._waiting[number]
@@ -238,7 +238,7 @@ class Ring:
                 continue
             slot = self._free_slot(is_guess=number not in self._waiting)
             if slot is not None:
-                return slot, self._blocks[number]
+                return slot, self.blocks[number]
         return None
 
     def _free_slot(self, *, is_guess: bool) -> Slot | None:

@@ -145,6 +145,10 @@ class StreamedWeight(torch.Tensor):
         finally:
             leases.end()
 
+    @property
+    def stored(self) -> Stored:
+        return self._stored
+
     def read(self) -> torch.Tensor:
         """Its values, in memory of their own."""
         with torch.no_grad():
@@ -173,6 +177,20 @@ class StreamedWeight(torch.Tensor):
         if isinstance(self, torch.nn.Parameter):
             value = torch.nn.Parameter(value, self.requires_grad)
         return value.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def _keep_dynamo_out(function: Any) -> None:
+    """Has torch.compile run what reads weights as it is, below the graphs that it makes of a model:
+    as ``torch._dynamo.eval_frame.skip_code`` does it, without importing all of that here."""
+    with contextlib.suppress(ImportError, AttributeError, TypeError):  # not a public name
+        from torch._C._dynamo import eval_frame
+
+        action = eval_frame._FrameAction.SKIP
+        strategy = eval_frame._FrameExecStrategy(action, action)
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
+
+
+_keep_dynamo_out(StreamedWeight.__torch_dispatch__.__func__)  # type: ignore[attr-defined]
 
 
 def _unpickled(
