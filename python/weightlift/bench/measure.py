@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import weightlift._native as _native
 from weightlift.bench.conditions import (
@@ -273,81 +273,138 @@ def compare(
     Raises:
         FileNotFoundError, ValueError: ``adapters`` is no such file.
     """
-    known = read_adapters(adapters)
-    refused: dict[str, str] = {}
-    conversions: dict[str, float] = {}
-    versions: dict[str, str | None] = {}
-    children: dict[str, _Child] = {}
-    for contender in contenders:
-        able = known[contender]
-        child = _Child(
-            dataclasses.replace(job, contender=contender),
-            _python(able, environments),
-            able.reads(job),
-            adapters,
-        )
-        reason = able.why_not(job) if job.what == "load" else None
-        if reason is None and able.convert is not None:
-            try:
-                conversions[contender] = _converted(child)
-            except _FailedError as failure:
-                reason = str(failure)
-        if reason is not None:
-            refused[contender] = reason
-            for _ in range(repeat):
-                step(contender)
-        children[contender] = child
-    samples: dict[str, list[Sample]] = {c: [] for c in contenders if c not in refused}
-    shuffle = random.Random(seed).shuffle
-    # Their imports overlap, their measurements never: each of the others waits, and on CUDA a
-    # context without work takes some of the device's memory but none of its time.
-    together = max(1, _native.machine()["cpus"] // (4 if job.on_cuda else 1))
+    contest = _Contest(job, _Surroundings(cold, memory, adapters, environments), begin, step)
+    contest.prepare(contenders, repeat)
     backed = job.what == "load" and memory == BACKED
     holder = BackedMemory(target_bytes(job, cold) + _SLACK_BYTES if backed else 0)
+    shuffle = random.Random(seed).shuffle
     for turn in range(repeat):
-        order = [contender for contender in samples if contender not in refused]
+        order = contest.able()
         if not cold:
             # Each round anew: mappings of a file take as long as where its pages came to lie,
             # and how their host backs them, has it, for all who map it.
             begin("reading the files into the page cache")
-            settle(sorted({file for name in order for file in children[name].files}))
+            settle(sorted({file for name in order for file in contest.children[name].files}))
         shuffle(order)
-        for start in range(0, len(order), together):
-            with holder, contextlib.ExitStack() as stack:
-                holder.hold()
-                running = [
-                    stack.enter_context(children[contender].with_job(checksum=turn == 0))
-                    for contender in order[start : start + together]
-                ]
-                begin(f"importing {', '.join(child.job.contender for child in running)}")
-                for child in running:
-                    child.expect_ready()
-                for child in running:
-                    contender = child.job.contender
-                    begin(f"measuring {contender}, round {turn + 1} of {repeat}")
-                    sample = _measure(child, cold, holder, memory)
-                    versions[contender] = child.version
-                    if isinstance(sample, Sample):
-                        samples[contender].append(sample)
-                    else:
-                        refused[contender] = sample
-                    step(contender)
-    found = {c: taken for c, taken in samples.items() if c not in refused}
-    for contender, reason in _differing_bits(found).items():
-        refused[contender] = reason
-        del found[contender]
+        contest.run_round(order, f"round {turn + 1} of {repeat}", holder, checksum=turn == 0)
+    found = contest.results()
     return Comparison(
         name=name,
         job=dataclasses.replace(job, contender=contenders[0]),
         cold=cold,
         samples=found,
-        refused=refused,
+        refused=contest.refused,
         file_bytes=sum(Path(file).stat().st_size for file in job.files),
         touched=touched,
-        versions=versions,
-        conversions=conversions,
+        versions=contest.versions,
+        conversions=contest.conversions,
         memory=memory,
     )
+
+
+class _Surroundings(NamedTuple):
+    """What all contenders find; see ``compare``."""
+
+    cold: bool
+    memory: str
+    adapters: Path | None
+    environments: Path | None
+
+
+class _Contest:
+    """Contenders that do one job in turn.
+
+    Attributes:
+        children: the process of each.
+        refused: who does not take part -> why.
+        conversions: seconds that files of its own form took, of those who need some.
+        versions: of the libraries.
+        samples: what was measured, of those who take part.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        surroundings: _Surroundings,
+        begin: Callable[[str], None],
+        step: Callable[[str], None],
+    ) -> None:
+        self._job = job
+        self._surroundings = surroundings
+        self._begin, self._step = begin, step
+        self.children: dict[str, _Child] = {}
+        self.refused: dict[str, str] = {}
+        self.conversions: dict[str, float] = {}
+        self.versions: dict[str, str | None] = {}
+        self.samples: dict[str, list[Sample]] = {}
+
+    def prepare(self, contenders: Sequence[str], repeat: int) -> None:
+        """Finds out who can do the job, and converts files for those who need it."""
+        known = read_adapters(self._surroundings.adapters)
+        for contender in contenders:
+            reason = self._prepare(contender, known[contender])
+            if reason is None:
+                self.samples[contender] = []
+                continue
+            self.refused[contender] = reason
+            for _ in range(repeat):
+                self._step(contender)
+
+    def _prepare(self, name: str, contender: Contender) -> str | None:
+        """Why it cannot take part, if so."""
+        job = dataclasses.replace(self._job, contender=name)
+        python = _python(contender, self._surroundings.environments)
+        child = _Child(job, python, contender.reads(self._job), self._surroundings.adapters)
+        self.children[name] = child
+        reason = contender.why_not(self._job) if self._job.what == "load" else None
+        if reason is None and contender.convert is not None:
+            try:
+                self.conversions[name] = _converted(child)
+            except _FailedError as failure:
+                return str(failure)
+        return reason
+
+    def able(self) -> list[str]:
+        return [contender for contender in self.samples if contender not in self.refused]
+
+    def run_round(
+        self, order: Sequence[str], title: str, holder: BackedMemory, *, checksum: bool
+    ) -> None:
+        """Measures each once. Their imports overlap, their measurements never: each of the others
+        waits, and on CUDA a context without work takes some of the device's memory but none of its
+        time."""
+        at_once = max(1, _native.machine()["cpus"] // (4 if self._job.on_cuda else 1))
+        for start in range(0, len(order), at_once):
+            with holder, contextlib.ExitStack() as stack:
+                holder.hold()
+                running = [
+                    stack.enter_context(self.children[contender].with_job(checksum=checksum))
+                    for contender in order[start : start + at_once]
+                ]
+                self._begin(f"importing {', '.join(child.job.contender for child in running)}")
+                for child in running:
+                    child.expect_ready()
+                for child in running:
+                    self._begin(f"measuring {child.job.contender}, {title}")
+                    self._measure(child, holder)
+
+    def _measure(self, child: _Child, holder: BackedMemory) -> None:
+        contender = child.job.contender
+        sample = _measure(child, self._surroundings.cold, holder, self._surroundings.memory)
+        self.versions[contender] = child.version
+        if isinstance(sample, Sample):
+            self.samples[contender].append(sample)
+        else:
+            self.refused[contender] = sample
+        self._step(contender)
+
+    def results(self) -> dict[str, list[Sample]]:
+        """The samples of all who loaded the same bits to the end."""
+        found = {c: taken for c, taken in self.samples.items() if c not in self.refused}
+        for contender, reason in _differing_bits(found).items():
+            self.refused[contender] = reason
+            del found[contender]
+        return found
 
 
 def _python(contender: Contender, environments: Path | None) -> str:

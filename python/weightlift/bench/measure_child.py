@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weightlift.bench.contenders import Contender, Job
+    from weightlift.bench.contenders import Contender, Job, Load
 
 __all__ = ["anonymous_bytes", "backed_memory", "checksum", "page_runs", "touch"]
 
@@ -91,6 +91,32 @@ def _report(reports: list[Any]) -> dict[str, Any] | None:
     }
 
 
+def _convert(contender: Contender, job: Job) -> float:
+    if contender.convert is None:
+        raise ValueError(f"{job.contender}: has no files of its own form to convert to")
+    start = time.perf_counter()
+    contender.convert(job)
+    return time.perf_counter() - start
+
+
+def _prepared(contender: Contender, job: Job) -> Load:
+    """What is measured, with all done that every library needs and none can make faster."""
+    import torch
+
+    if job.what == "import":
+
+        def load() -> dict[str, Any]:
+            __import__(contender.imports)
+            return {}
+
+        return load
+    prepared = contender.prepare(job)
+    if job.on_cuda:
+        torch.empty(1, device=job.device)  # a context
+        torch.cuda.synchronize(job.device)
+    return prepared
+
+
 def _measure(
     adapters: Any, contender: Contender, job: Job, say: Callable[[dict[str, Any]], None]
 ) -> None:
@@ -101,23 +127,9 @@ def _measure(
     import torch
 
     if job.what == "convert":
-        assert contender.convert is not None
-        start = time.perf_counter()
-        contender.convert(job)
-        say({"seconds": time.perf_counter() - start})
+        say({"seconds": _convert(contender, job)})
         return
-    if job.what == "import":
-
-        def load() -> dict[str, Any]:
-            __import__(contender.imports)
-            return {}
-
-    else:
-        load = contender.prepare(job)
-        if job.on_cuda:
-            # Every library needs a context, and none can make it faster.
-            torch.empty(1, device=job.device)
-            torch.cuda.synchronize(job.device)
+    load = _prepared(contender, job)
     before = anonymous_bytes()
     say({"ready": True, "version": contender.version(job)})
     if sys.stdin.readline().strip() != "go":

@@ -240,7 +240,8 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
                     places[name] = (number, position, None)
             for name, view in views.items():
                 base = part.find(view.base)
-                assert base is not None
+                if base is None:
+                    raise KeyError(f"{part.path}: view {name!r} looks at {view.base!r}: not there")
                 places[name] = (number, base, view)
         places.update(dict.fromkeys(self.in_memory))
         return places

@@ -209,7 +209,8 @@ def _unpack(place: str) -> dict[Any, Any]:
                 )
     except OSError as error:
         raise _os_error(error, place) from None
-    assert isinstance(tree, dict)  # by its first byte
+    if not isinstance(tree, dict):
+        raise FormatError("not_weights", "no tree of flax: its top is not a map", place)
     return tree
 
 

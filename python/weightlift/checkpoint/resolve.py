@@ -296,6 +296,11 @@ def _why_nothing(
             "is a checkpoint of torch.distributed.checkpoint: make one file of it with "
             "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`"
         )
+    return _no_weights(names, folders, selection)
+
+
+def _no_weights(names: set[str], folders: set[str], selection: Selection) -> str:
+    """What there is in the place of weights."""
     looked_for = ", ".join(_looked_for(selection))
     if not names and not folders:
         return f"the folder is empty; looked for {looked_for}"

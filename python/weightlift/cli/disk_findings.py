@@ -108,24 +108,14 @@ def _read_rates(name: str, count: int) -> list[Finding]:
     findings = []
     if droppable:
         buffered = statistics.median(_load_rate(name, "buffered", cold=True) for _ in range(3))
-        seen = "" if left is not None else "; the kernel does not tell whether it was cold"
-        findings.append(
-            Finding(
-                "disk",
-                "cold, buffered",
-                "info",
-                f"{format_rate(buffered)} through the page cache{seen}",
-                value=buffered,
-            )
-        )
+        unsure = "" if left is not None else "; the kernel does not tell whether it was cold"
+        text = f"{format_rate(buffered)} through the page cache{unsure}"
+        findings.append(Finding("disk", "cold, buffered", "info", text, value=buffered))
     refusal = _direct_refusal(name)
     if refusal is None and droppable:
         direct = statistics.median(_load_rate(name, "direct", cold=True) for _ in range(3))
-        findings.append(
-            Finding(
-                "disk", "cold, direct", "ok", f"{format_rate(direct)} by O_DIRECT", value=direct
-            )
-        )
+        text = f"{format_rate(direct)} by O_DIRECT"
+        findings.append(Finding("disk", "cold, direct", "ok", text, value=direct))
     elif refusal is not None:
         findings.append(
             Finding(
@@ -138,18 +128,10 @@ def _read_rates(name: str, count: int) -> list[Finding]:
             )
         )
     if not droppable:
-        findings.append(
-            Finding("disk", "cold", "ok", "the files are in memory always; there is no cold")
-        )
-    findings.append(
-        Finding(
-            "disk",
-            "page cache",
-            "info",
-            f"{format_rate(warm)} from the page cache into own memory",
-            value=warm,
-        )
-    )
+        text = "the files are in memory always; there is no cold"
+        findings.append(Finding("disk", "cold", "ok", text))
+    text = f"{format_rate(warm)} from the page cache into own memory"
+    findings.append(Finding("disk", "page cache", "info", text, value=warm))
     if left is None:
         findings.append(
             Finding(

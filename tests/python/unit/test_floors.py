@@ -129,3 +129,20 @@ def test_the_check_sees(name: str, line: str, climbing: bool) -> None:
     found = list(imported(ast.parse(line), name.rpartition(".")[0]))
     assert found
     assert bool(climbs(name, found)) is climbing
+
+
+LONGEST_FUNCTION = 60
+
+
+def test_a_function_fits_on_a_screen() -> None:
+    """Its lines without the docstring."""
+    long: list[str] = []
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            has_docstring = ast.get_docstring(node) is not None
+            first = (node.body[0].end_lineno or 0) if has_docstring else node.lineno
+            if (node.end_lineno or 0) - first > LONGEST_FUNCTION:
+                long.append(f"{name}.{node.name}")
+    assert long == []
