@@ -25,7 +25,7 @@ LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-serving test-architectures wheel gpu-check gpu-rehearsal kernel-report bench bench-env clean dev install-release
+.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-serving test-architectures release release-check release-checklist docs-check test-aarch64 gpu-check gpu-rehearsal kernel-report bench bench-env clean dev install-release
 
 help:
 	@printf '%s\n' \
@@ -43,7 +43,11 @@ help:
 	  'make bench           the benchmark, into build/bench-runs; then make summary report' \
 	  'make summary         the summary of this machine, in benchmarks/results' \
 	  'make report          its tables and pictures' \
-	  'make wheel           one wheel for machines with and without a GPU, in dist' \
+	  'make release         sdist and wheels for every Python, x86-64 and aarch64, into dist' \
+  'make release-check   installs each wheel as a user would, and uses it' \
+  'make release-checklist  all that must hold before an upload' \
+  'make test-aarch64    native tests and loads on an emulated aarch64' \
+  'make docs-check      no page scrolls sideways at 360 pixels, light and dark' \
 	  'make clean           remove what the others made'
 
 $(VENV)/.tools: constraints.txt
@@ -159,8 +163,8 @@ python-tests: dev
 	$(BIN)/python -m pytest -m "not gpu and not deep" tests/python/models/test_flax.py
 
 lint: $(VENV)/.test-tools
-	$(BIN)/ruff check python tests benchmarks
-	$(BIN)/ruff format --check python tests benchmarks
+	$(BIN)/ruff check python tests benchmarks release
+	$(BIN)/ruff format --check python tests benchmarks release
 	$(BIN)/mypy
 	git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.inl' 'csrc/*.cu' 'tests/*.h' 'tests/*.cc' | \
 	  xargs $(BIN)/clang-format --dry-run --Werror
@@ -224,10 +228,16 @@ test-libraries: dev
 test-architectures: dev
 	$(BIN)/python tests/libraries/architectures/run.py --jobs $(JOBS)
 
-wheel: $(VENV)/.tools
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w dist \
-	  -C cmake.define.WEIGHTLIFT_CUDA=ON .
-	@ls -l dist/*.whl
+# The sdist, the wheels, their SBOM and checksums, of HEAD; compilers and tools come from the index.
+release:
+	$(PYTHON) release/build.py --jobs $(JOBS)
+
+# As a user would: clean environments, no compiler, also without root and on a read-only root.
+release-check:
+	$(PYTHON) release/check.py
+
+release-checklist:
+	$(PYTHON) release/checklist.py
 
 # Registers, spills and sizes of the kernel by architecture, into tests/KERNELS.md.
 kernel-report: $(VENV)/.tools

@@ -4,6 +4,9 @@
 
 #if defined(WEIGHTLIFT_CAST_X86)
 #include <cpuid.h>
+#elif defined(WEIGHTLIFT_CAST_NEON)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace weightlift::convert {
@@ -79,9 +82,22 @@ HostCast host_cast_for(Isa isa, FloatFormat from, FloatFormat to) noexcept {
     case Isa::kAvx2:
       return avx2::kernel(from, to);
     case Isa::kBaseline:
+    case Isa::kNeon:
       break;
   }
   return baseline::kernel(from, to);
+}
+
+#elif defined(WEIGHTLIFT_CAST_NEON)
+
+// The architecture makes it optional; the system tells (arm64 ELF hwcaps, kernel documentation).
+Isa best_isa() noexcept {
+  static const Isa isa = (getauxval(AT_HWCAP) & HWCAP_ASIMD) != 0 ? Isa::kNeon : Isa::kBaseline;
+  return isa;
+}
+
+HostCast host_cast_for(Isa isa, FloatFormat from, FloatFormat to) noexcept {
+  return isa == Isa::kNeon ? neon::kernel(from, to) : baseline::kernel(from, to);
 }
 
 #else
@@ -106,6 +122,8 @@ std::string_view isa_name(Isa isa) noexcept {
       return "avx512";
     case Isa::kAvx2:
       return "avx2";
+    case Isa::kNeon:
+      return "neon";
     case Isa::kBaseline:
       break;
   }

@@ -35,8 +35,9 @@ using HostCast = void (*)(const std::byte* source, std::byte* target, std::size_
 // The fastest implementation that this CPU runs, chosen once. `from` may equal `to` (a copy).
 [[nodiscard]] HostCast host_cast(FloatFormat from, FloatFormat to) noexcept;
 
-// For tests and `weightlift doctor`: "avx512", "avx2" or "baseline", best first.
-enum class Isa : std::uint8_t { kBaseline, kAvx2, kAvx512 };
+// For tests and `weightlift doctor`: "avx512", "avx2" or "baseline" on x86-64, "neon" or "baseline"
+// on aarch64, best first.
+enum class Isa : std::uint8_t { kBaseline, kAvx2, kAvx512, kNeon };
 [[nodiscard]] Isa best_isa() noexcept;
 [[nodiscard]] std::string_view isa_name(Isa isa) noexcept;
 [[nodiscard]] HostCast host_cast_for(Isa isa, FloatFormat from, FloatFormat to) noexcept;

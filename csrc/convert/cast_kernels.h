@@ -14,5 +14,8 @@ HostCast kernel(FloatFormat from, FloatFormat to) noexcept;
 namespace avx512 {
 HostCast kernel(FloatFormat from, FloatFormat to) noexcept;
 }
+namespace neon {
+HostCast kernel(FloatFormat from, FloatFormat to) noexcept;
+}
 
 }  // namespace weightlift::convert

@@ -11,6 +11,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(WL_CAST_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "convert/cast_kernels.h"
@@ -95,6 +97,52 @@ inline std::size_t encode_f16(const std::byte* source, std::byte* target, std::s
     _mm_storeu_si128(
         reinterpret_cast<__m128i*>(target + i * 2),
         _mm256_cvtps_ph(_mm256_castsi256_ps(one_nan(bits)), _MM_FROUND_TO_NEAREST_INT));
+  }
+  return i;
+}
+
+#elif defined(WL_CAST_NEON)
+
+// FCVTN and FCVTL heed the thread's rounding mode, flush-to-zero and the alternative half format
+// (Arm ARM, FPCR), so these are at their defaults meanwhile. The loads depend on the first write
+// and the second one on the stores: both clobber memory.
+class DefaultEnvironment {
+ public:
+  DefaultEnvironment() noexcept {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(std::uint64_t{0}) : "memory");
+  }
+  ~DefaultEnvironment() { __asm__ volatile("msr fpcr, %0" : : "r"(before_) : "memory"); }
+  DefaultEnvironment(const DefaultEnvironment&) = delete;
+  DefaultEnvironment& operator=(const DefaultEnvironment&) = delete;
+
+ private:
+  std::uint64_t before_;
+};
+
+inline uint32x4_t one_nan(uint32x4_t bits) {
+  const uint32x4_t magnitude = vandq_u32(bits, vdupq_n_u32(0x7fffffff));
+  const uint32x4_t nan = vcgtq_u32(magnitude, vdupq_n_u32(kF32Infinity));
+  const uint32x4_t sign = vandq_u32(bits, vdupq_n_u32(0x80000000));
+  return vbslq_u32(nan, vorrq_u32(sign, vdupq_n_u32(kF32Nan)), bits);
+}
+
+inline std::size_t decode_f16(const std::byte* source, std::byte* target, std::size_t count) {
+  const DefaultEnvironment environment;
+  std::size_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    const float16x4_t half = vreinterpret_f16_u16(load<uint16x4_t>(source + i * 2));
+    store(target + i * 4, one_nan(vreinterpretq_u32_f32(vcvt_f32_f16(half))));
+  }
+  return i;
+}
+
+inline std::size_t encode_f16(const std::byte* source, std::byte* target, std::size_t count) {
+  const DefaultEnvironment environment;
+  std::size_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    const float32x4_t value = vreinterpretq_f32_u32(one_nan(load<uint32x4_t>(source + i * 4)));
+    store(target + i * 2, vreinterpret_u16_f16(vcvt_f16_f32(value)));
   }
   return i;
 }

@@ -53,8 +53,12 @@ const char* name_of(FloatFormat format) {
 
 std::vector<Isa> isas() {
   std::vector<Isa> all;
-  for (int isa = 0; isa <= static_cast<int>(best_isa()); ++isa)
-    all.push_back(static_cast<Isa>(isa));
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kNeon}) {
+    const bool of_arm = isa == Isa::kNeon;
+    if (isa == Isa::kBaseline || (isa <= best_isa() && of_arm == (best_isa() == Isa::kNeon))) {
+      all.push_back(isa);
+    }
+  }
   return all;
 }
 
@@ -358,6 +362,10 @@ TEST(Isas, AreNamedAndChosen) {
   EXPECT_EQ(isa_name(Isa::kBaseline), "baseline");
   EXPECT_EQ(isa_name(Isa::kAvx2), "avx2");
   EXPECT_EQ(isa_name(Isa::kAvx512), "avx512");
+  EXPECT_EQ(isa_name(Isa::kNeon), "neon");
+#if defined(__aarch64__)
+  EXPECT_EQ(best_isa(), Isa::kNeon);
+#endif
   for (const FloatFormat from : kFormats) {
     for (const FloatFormat to : kFormats) {
       EXPECT_NE(host_cast(from, to), nullptr);
@@ -388,6 +396,31 @@ TEST_P(EveryPair, GivesTheNearestNumber) {
 
 // A program may have asked for these (torch.set_flush_denormal, fesetround): they are the thread's.
 #if defined(__x86_64__)
+unsigned long environment() {
+  return _mm_getcsr();
+}
+void set_environment(unsigned long environment) {
+  _mm_setcsr(static_cast<unsigned>(environment));
+}
+// Flush to zero, denormals are zero; and a rounding mode.
+constexpr unsigned long kFlush = _MM_FLUSH_ZERO_ON | 0x40;
+constexpr std::array<unsigned long, 2> kModes = {kFlush | _MM_ROUND_DOWN,
+                                                 kFlush | _MM_ROUND_TOWARD_ZERO};
+#elif defined(__aarch64__)
+unsigned long environment() {
+  unsigned long value = 0;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(value));
+  return value;
+}
+void set_environment(unsigned long environment) {
+  __asm__ volatile("msr fpcr, %0" : : "r"(environment) : "memory");
+}
+// Flush to zero, the default NaN, the alternative half format; and RMode: down, toward zero.
+constexpr unsigned long kFlush = 1UL << 24 | 1UL << 25 | 1UL << 26;
+constexpr std::array<unsigned long, 2> kModes = {kFlush | 2UL << 22, kFlush | 3UL << 22};
+#endif
+
+#if defined(__x86_64__) || defined(__aarch64__)
 TEST_P(EveryPair, IgnoresTheFloatingPointEnvironment) {
   const FloatFormat from = GetParam();
   const Words inputs = inputs_of(from);
@@ -396,12 +429,14 @@ TEST_P(EveryPair, IgnoresTheFloatingPointEnvironment) {
     const std::vector<std::byte> expected = expected_of(inputs, from, to, {});
     std::vector<std::byte> target(expected.size());
     for (const Isa isa : isas()) {
-      for (const unsigned rounding : {_MM_ROUND_DOWN, _MM_ROUND_TOWARD_ZERO}) {
-        const unsigned before = _mm_getcsr();
-        _mm_setcsr((before & ~static_cast<unsigned>(_MM_ROUND_MASK)) | rounding |
-                   _MM_FLUSH_ZERO_ON | 0x40 /* denormals are zero */);
+      for (const unsigned long mode : kModes) {
+        const unsigned long before = environment();
+        set_environment(before | mode);
         host_cast_for(isa, from, to)(source.data(), target.data(), inputs.size(), {});
-        _mm_setcsr(before);
+        const unsigned long after = environment();
+        set_environment(before);
+        // Sticky flags of exceptions aside, which x86 keeps in the same register.
+        EXPECT_EQ(after & ~0x3fUL, (before | mode) & ~0x3fUL);
         EXPECT_TRUE(same(inputs, from, to, target.data(), expected)) << isa_name(isa);
       }
     }

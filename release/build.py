@@ -1,0 +1,324 @@
+"""`make release`: the sdist, a wheel for each Python and architecture, their SBOM and checksums.
+
+All of it is made from HEAD in a folder of its own, with compilers and tools from the package index
+at the versions of requirements.txt and constraints.txt. A commit always gives the same bytes: the
+archives' times are the commit's, and no file has a path of the build in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from toolchain import GLIBC, Toolchain
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "build" / "release"
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+OPTIONAL_PYTHONS = ("3.14",)  # where there is an interpreter
+MACHINES = ("x86_64", "aarch64")
+MOST_BYTES = 3_000_000  # of a wheel
+# What a wheel's build asks for, in the interpreter that it is for.
+BUILD_REQUIREMENTS = (
+    "build",
+    "scikit-build-core",
+    "pybind11",
+    "nlohmann-json",
+    "nvidia-cuda-runtime",
+)
+TOOLS = ("cmake", "ninja", "nvidia-cuda-runtime", "nvidia-cuda-nvcc-cu12")
+
+
+def run(*command: str | Path, **options: Any) -> str:
+    """The command's output; what it says is shown where it fails."""
+    done = subprocess.run(
+        [str(word) for word in command], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, check=False, **options,
+    )  # fmt: skip
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}")
+    return done.stdout
+
+
+def find_python(version: str) -> Path | None:
+    """An interpreter of this version that runs: pyenv puts names for those it does not run."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    candidates = [shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python"))]
+    for candidate in filter(None, candidates):
+        command = [str(candidate), "-c", "import sysconfig; print(sysconfig.get_path('include'))"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and Path(done.stdout.strip(), "Python.h").exists():
+            return Path(candidate)
+    return None
+
+
+def make_environment(folder: Path, python: Path, *install: str | Path) -> Path:
+    """A virtual environment with these packages, made anew when they change; its Python."""
+    stamp = folder / ".installed"
+    words = [str(word) for word in install]
+    said = "\n".join(
+        Path(word).read_text() if word.endswith(".txt") else word for word in [str(python), *words]
+    )
+    if not stamp.exists() or stamp.read_text() != said:
+        shutil.rmtree(folder, ignore_errors=True)
+        run(python, "-m", "venv", folder)
+        pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "-q"]
+        run(*pip, "install", *words)
+        stamp.write_text(said)
+    return folder / "bin" / "python"
+
+
+class Release:
+    """One commit's files, in the making."""
+
+    def __init__(self, out: Path, jobs: str) -> None:
+        self.out = out
+        constraints = ("-c", ROOT / "constraints.txt")
+        requirements = ("-r", ROOT / "release" / "requirements.txt")
+        self.tools = make_environment(
+            WORK / "tools", Path(sys.executable), *constraints, *requirements, *TOOLS
+        )
+        paths = json.loads(
+            run(
+                self.tools, "-c", "import json, sysconfig; print(json.dumps(sysconfig.get_paths()))"
+            )
+        )
+        self.site = Path(paths["purelib"])
+        self.commit = run("git", "rev-parse", "HEAD", cwd=ROOT).strip()
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.endswith("FLAGS")},
+            "SOURCE_DATE_EPOCH": run("git", "log", "-1", "--format=%ct", cwd=ROOT).strip(),
+            "PATH": f"{self.tools.parent}{os.pathsep}{os.environ['PATH']}",
+            "CMAKE_BUILD_PARALLEL_LEVEL": jobs,
+            "PYTHONHASHSEED": "0",
+            "TZ": "UTC",
+            "LC_ALL": "C.UTF-8",
+        }
+        os.umask(0o022)
+
+    def make_sdist(self) -> Path:
+        """From what is committed; unpacked, it is what the wheels are made of."""
+        tree = WORK / "tree"
+        shutil.rmtree(tree, ignore_errors=True)
+        tree.mkdir(parents=True)
+        archive = WORK / "tree.tar"
+        run("git", "archive", "--format=tar", "-o", archive, "HEAD", cwd=ROOT)
+        with tarfile.open(archive) as file:
+            file.extractall(tree, filter="data")
+        build = make_environment(
+            WORK / "sdist",
+            Path(sys.executable),
+            "-c",
+            ROOT / "constraints.txt",
+            *BUILD_REQUIREMENTS,
+        )
+        command = (build, "-m", "build", "--sdist", "--no-isolation", "--outdir", self.out, ".")
+        run(*command, cwd=tree, env=self.environment)
+        (sdist,) = self.out.glob("*.tar.gz")
+        source = WORK / "source"
+        shutil.rmtree(source, ignore_errors=True)
+        with tarfile.open(sdist) as file:
+            file.extractall(WORK, filter="data")
+        (WORK / sdist.name.removesuffix(".tar.gz")).rename(source)
+        return source
+
+    def make_kernels(self, source: Path) -> Path:
+        """CUDA images for drivers of the 12 and 13 series, once for all wheels."""
+        text = (source / "CMakeLists.txt").read_text()
+        found = re.search(r'WEIGHTLIFT_KERNEL_ARCHITECTURES "([\d;]+)"', text)
+        assert found is not None
+        folder = WORK / "kernels"
+        cuda = self.site / "nvidia" / "cu13" / "bin" / "nvcc"
+        run(
+            self.tools, "cmake/build_kernels.py", "--nvcc", cuda, "--ptxas",
+            self.site / "nvidia" / "cuda_nvcc" / "bin" / "ptxas", "--all", "--include", "csrc",
+            "--out", folder, "csrc/convert/scatter.cu", *found[1].split(";"),
+            cwd=source, env=self.environment,
+        )  # fmt: skip
+        return folder
+
+    def make_wheel(self, source: Path, version: str, python: Path, toolchain: Toolchain) -> Path:
+        tag = "cp" + version.replace(".", "")
+        builder = make_environment(
+            WORK / tag, python, "-c", ROOT / "constraints.txt", *BUILD_REQUIREMENTS
+        )
+        machine = toolchain.machine
+        build = WORK / machine / "build"
+        # The engine's objects serve the next Python too; what CMake found does not.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        hidden = [f"-ffile-prefix-map={WORK}=.", f"-ffile-prefix-map={WORK / tag}=."]
+        sections = ["-ffunction-sections", "-fdata-sections"]
+        defines = {
+            "CMAKE_TOOLCHAIN_FILE": toolchain.cmake_file,
+            "CMAKE_CXX_FLAGS": " ".join([*hidden, *sections]),
+            "CMAKE_MODULE_LINKER_FLAGS": "-Wl,--gc-sections -Wl,-s",
+            "CMAKE_INTERPROCEDURAL_OPTIMIZATION": "OFF",
+            "WEIGHTLIFT_CUDA": "ON",
+            "WEIGHTLIFT_KERNEL_IMAGES": WORK / "kernels",
+            "WEIGHTLIFT_MODULE_SUFFIX": f".cpython-{tag[2:]}-{machine}-linux-gnu.so",
+        }
+        made = WORK / "wheels"
+        shutil.rmtree(made, ignore_errors=True)
+        run(
+            builder, "-m", "build", "--wheel", "--no-isolation", "--outdir", made,
+            f"-Cbuild-dir={build}",
+            *(f"-Ccmake.define.{name}={value}" for name, value in defines.items()), ".",
+            cwd=source, env={**self.environment, "_PYTHON_HOST_PLATFORM": f"linux-{machine}"},
+        )  # fmt: skip
+        # What is linked in and auditwheel says below allow the tag.
+        platform = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
+        run(
+            self.tools, "-m", "wheel", "tags", "--remove", "--platform-tag", platform,
+            *made.glob("*.whl"), env=self.environment,
+        )  # fmt: skip
+        (wheel,) = made.glob(f"weightlift-*-{tag}-{tag}-{platform}.whl")
+        return Path(shutil.move(wheel, self.out / wheel.name))
+
+    def check_wheel(self, wheel: Path) -> None:
+        """Its size, its tag, what it exports and what it needs."""
+        size = wheel.stat().st_size
+        if size > MOST_BYTES:
+            sys.exit(f"{wheel.name} has {size:,} bytes; {MOST_BYTES:,} are the most")
+        said = " ".join(run(self.tools, "-m", "auditwheel", "show", wheel).split())
+        machine = wheel.stem.partition("manylinux_2_28_")[2]
+        if f'platform tag: "manylinux_2_28_{machine}"' not in said and (
+            f"manylinux_2_28_{machine}" not in said.partition("following platform tag")[2]
+        ):
+            sys.exit(f"auditwheel says of {wheel.name}: {said}")
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith(".so")]
+            module = Path(archive.extract(name, WORK / "module"))
+        check_module(self.tools, module)
+        print(f"{size:9,}  {wheel.name}", flush=True)
+
+    def write_lists(self) -> None:
+        files = sorted(path for path in self.out.iterdir() if path.suffix in (".whl", ".gz"))
+        run(self.tools, "-m", "twine", "check", "--strict", *files)
+        sbom = self.out / "weightlift.cdx.json"
+        sbom.write_text(json.dumps(self.make_sbom(files), indent=2) + "\n")
+        lines = [f"{sha256(path)}  {path.name}\n" for path in [*files, sbom]]
+        (self.out / "SHA256SUMS").write_text("".join(lines))
+
+    def make_sbom(self, files: list[Path]) -> dict[str, Any]:
+        """CycloneDX 1.5: what is compiled into the module, what made it, what it needs."""
+        pins = dict(
+            line.split("==")
+            for name in ("constraints.txt", "release/requirements.txt")
+            for line in (ROOT / name).read_text().splitlines()
+            if re.fullmatch(r"[\w-]+==[\d.]+", line)
+        )
+        version = re.search(r"weightlift-(.+)\.tar\.gz", " ".join(path.name for path in files))
+        assert version is not None
+
+        def component(name: str, licence: str, scope: str = "required") -> dict[str, Any]:
+            return {
+                "type": "library", "name": name, "version": pins[name], "scope": scope,
+                "purl": f"pkg:pypi/{name}@{pins[name]}", "licenses": [{"expression": licence}],
+            }  # fmt: skip
+
+        return {
+            "bomFormat": "CycloneDX",
+            "specVersion": "1.5",
+            "version": 1,
+            "metadata": {
+                "component": {
+                    "type": "library",
+                    "name": "weightlift",
+                    "version": version[1],
+                    "purl": f"pkg:pypi/weightlift@{version[1]}",
+                    "licenses": [{"expression": "Apache-2.0"}],
+                    "hashes": [],
+                    "properties": [
+                        {"name": "commit", "value": self.commit},
+                        *({"name": f"sha256:{p.name}", "value": sha256(p)} for p in files),
+                    ],
+                },
+            },
+            "components": [
+                component("pybind11", "BSD-3-Clause"),
+                component("nlohmann-json", "MIT"),
+                # libc++ and libc++abi, linked into the module.
+                component("ziglang", "MIT AND Apache-2.0 WITH LLVM-exception"),
+                # cuda.h, of which prototypes alone are used.
+                component("nvidia-cuda-runtime", "LicenseRef-NVIDIA-CUDA-EULA", "excluded"),
+                component("nvidia-cuda-nvcc", "LicenseRef-NVIDIA-CUDA-EULA", "excluded"),
+            ],
+        }
+
+
+def check_module(tools: Path, module: Path) -> None:
+    """Stripped, one name exported, and of other libraries only those that every system has."""
+    code = """
+import sys
+from elftools.elf.elffile import ELFFile
+with open(sys.argv[1], "rb") as file:
+    elf = ELFFile(file)
+    symbols = elf.get_section_by_name(".dynsym").iter_symbols()
+    print(*sorted(s.name for s in symbols if s["st_shndx"] != "SHN_UNDEF" and s.name))
+    dynamic = elf.get_section_by_name(".dynamic")
+    print(*sorted(tag.needed for tag in dynamic.iter_tags("DT_NEEDED")))
+    print(*(s.name for s in elf.iter_sections() if s.name in (".symtab", ".debug_info")))
+    print(*(tag.entry.d_tag for tag in dynamic.iter_tags() if "PATH" in str(tag.entry.d_tag)))
+"""
+    exported, needed, debug, paths = run(tools, "-c", code, module).split("\n")[:4]
+    allowed = {"libc.so.6", "libpthread.so.0", "libdl.so.2", "libm.so.6", "librt.so.1"}
+    allowed |= {"libgcc_s.so.1", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
+    if exported != "PyInit__native":
+        sys.exit(f"{module} exports {exported}; PyInit__native alone is meant to be seen")
+    if unknown := set(needed.split()) - allowed:
+        sys.exit(f"{module} needs {unknown}")
+    if debug or paths:
+        sys.exit(f"{module} is not stripped or has search paths: {debug} {paths}")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    parser.add_argument("--jobs", default=str(os.cpu_count()))
+    parser.add_argument("--python", action="append", choices=[*PYTHONS, *OPTIONAL_PYTHONS])
+    parser.add_argument("--machine", action="append", choices=MACHINES)
+    arguments = parser.parse_args()
+    if changed := run("git", "status", "--porcelain", "--untracked-files=no", cwd=ROOT):
+        print(f"HEAD is released, without these changes:\n{changed}", file=sys.stderr)
+    pythons = {}
+    for version in arguments.python or (*PYTHONS, *OPTIONAL_PYTHONS):
+        found = find_python(version)
+        if found is not None:
+            pythons[version] = found
+        elif version not in OPTIONAL_PYTHONS:
+            sys.exit(f"no python{version} with its headers: pyenv install {version}")
+    out: Path = arguments.out.resolve()
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+
+    release = Release(out, arguments.jobs)
+    source = release.make_sdist()
+    release.make_kernels(source)
+    for machine in arguments.machine or MACHINES:
+        zig = release.site / "ziglang" / "zig"
+        toolchain = Toolchain(zig, machine, WORK / machine / "toolchain")
+        toolchain.make()
+        # Sources have the commit's time: ninja would keep the objects of another commit.
+        shutil.rmtree(WORK / machine / "build", ignore_errors=True)
+        for version, python in pythons.items():
+            release.check_wheel(release.make_wheel(source, version, python, toolchain))
+    release.write_lists()
+    print((out / "SHA256SUMS").read_text(), end="")
+
+
+if __name__ == "__main__":
+    main()
