@@ -34,7 +34,7 @@ from vllm.plugins import load_general_plugins
 
 import weightlift
 
-WAYS: list[dict[str, bool]] = [{}, {"slices": False}]
+WAYS: list[dict[str, bool]] = [{}, {"slices": False}, {"share": True}]
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
 
 
@@ -103,9 +103,9 @@ def differences(found: Any, wanted: Any) -> list[str]:
 
 def reloaded(module: Any, config: Any, path: str) -> int:
     """Bytes that ``reload_weights`` reads, by weightlift's loader."""
-    before = weightlift.stats().bytes
+    before = weightlift.stats().read_bytes
     inplace.reload_weights(config, module, None, path, True)
-    return weightlift.stats().bytes - before
+    return weightlift.stats().read_bytes - before
 
 
 def compare(rank: Rank, model: str, **options: Any) -> tuple[list[str], Callable[[], list[str]]]:
@@ -124,13 +124,18 @@ def compare(rank: Rank, model: str, **options: Any) -> tuple[list[str], Callable
         report = loader._reader.report
         if not extra and report.bytes > needed * 1.02:
             faults.append(f"{model}: {report.bytes} bytes for {needed} of parameters")
+        if extra.get("share"):  # what all have whole is read by one of them
+            read = torch.tensor([report.read_bytes, ours[0][3]])
+            torch.distributed.all_reduce(read)
+            if rank.ranks > 1 and int(read[0]) >= int(read[1]):
+                faults.append(f"{model}: {read[0]} bytes read by all, {read[1]} without sharing")
         print(
             f"rank {rank.rank} of {rank.ranks}: {Path(model).name} {options or ''} "
-            f"{extra or 'slices'}: {len(tensors_of(wanted))} tensors, {report.bytes} bytes of "
-            f"{loader._reader.offered} for {needed}",
+            f"{extra or 'slices'}: {len(tensors_of(wanted))} tensors, {report.bytes} bytes "
+            f"(with holes {report.read_bytes}) of {loader._reader.offered} for {needed}",
             flush=True,
         )
-        ours.append((extra, found, config, report.bytes))
+        ours.append((extra, found, config, report.read_bytes))
     return faults, lambda: compare_again(rank, f"{model}.again", wanted, stock, ours)
 
 

@@ -75,6 +75,11 @@ class FilesReader:
     def ended(self, report: LoadReport) -> None:
         self._all().ended(report)
 
+    @property
+    def joined(self) -> Checkpoint:
+        """All that was added."""
+        return self._all().checkpoint
+
     def _all(self) -> CheckpointReader:
         if self._reader is None:
             self._reader = CheckpointReader(Checkpoint.joined(self._parts), self.options)
@@ -166,7 +171,7 @@ def summary(reader: FilesReader, taken: Taken | None, seconds: float) -> str:
         taken: what was wanted of the tensors; without it they were handed out whole.
         seconds: that it took.
     """
-    read, offered = format_bytes(reader.report.bytes), format_bytes(reader.offered)
+    read, offered = format_bytes(reader.report.read_bytes), format_bytes(reader.offered)
     text = f"weightlift read {read} of {offered} in {seconds:.2f} s"
     if taken is None:
         return f"{text}, in whole tensors"

@@ -132,7 +132,7 @@ def test_a_version_that_is_not_known_is_left_alone(
     assert "takes no load format of ours" in caplog.text
 
 
-@pytest.mark.parametrize("extra", [{}, {"slices": False}, {"check": True}])
+@pytest.mark.parametrize("extra", [{}, {"slices": False}, {"check": True}, {"share": True}])
 def test_the_same_as_the_stock_loader(loaders: Any, extra: Any, tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     wanted, found = Rank(), Rank()

@@ -39,6 +39,11 @@ import weightlift as wl
 from distributed_model import Feed, Net
 from distributed_support import TIMEOUT, failure_of, init, run_checks, total
 from support import anonymous_bytes, assert_same, sparse_file
+from weightlift.distributed.rank_group import RankGroup
+from weightlift.distributed.shared_copies import is_of_whole_tensor, share_copies
+from weightlift.load.options import LoadOptions
+from weightlift.module.recording.reader import CheckpointReader, sources_of
+from weightlift.module.recording.recorder import Recorder
 
 
 def on_meta(make: Callable[[], torch.nn.Module] = Net) -> torch.nn.Module:
@@ -592,6 +597,60 @@ def check_weights_that_are_not_there(folder: Path) -> None:
     alone = Feed.from_pretrained(where)
     assert isinstance(model.up.weight, DTensor)
     assert_is(model, dict(alone.state_dict()))
+
+
+def check_recorded_copies_of_whole_tensors(folder: Path) -> None:
+    """A serving engine's rank: what all take is read once, slices by each rank alone."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    tensors = large_tensors()
+    checkpoint = wl.open_checkpoint(folder / "large.safetensors")
+    reader = CheckpointReader(checkpoint)
+    recorder = Recorder(
+        reader, held=lambda copy: is_of_whole_tensor(copy, recorder.sources[copy.name].shape)
+    )
+    rows = 700 // ranks
+    slices = torch.zeros(1, rows, 512, dtype=torch.bfloat16)
+    merged = torch.zeros(2, 2_300_000, dtype=torch.float32)
+    own = torch.zeros(101, 3, dtype=torch.bfloat16)
+    scalar = torch.zeros(())
+    with recorder.watching():
+        given = {
+            name: recorder.placeholder(name, source)
+            for name, source in sources_of(checkpoint).items()
+            if source is not None
+        }
+        slices.copy_(given["a"][:, rank * rows : (rank + 1) * rows])
+        merged[0, :300_001].copy_(given["b"])
+        merged[1, 300_000:].view(2, -1).copy_(given["c"])
+        own.copy_(given["small.1"] if rank == 0 else given["small.2"][:101])
+        scalar.copy_(given["d"])
+    group = RankGroup([dist.group.WORLD], "node")
+    held = recorder.take_held()
+    assert [copy.name for copy in held] == ["b", "c"] + ["small.1"] * (rank == 0) + ["d"]
+    rest, report = share_copies(held, checkpoint, LoadOptions(), group)
+    assert [copy.name for copy in rest] == ["small.1"] * (rank == 0)
+    recorder.put_back(rest)
+    recorder.finish()
+    assert torch.equal(slices, tensors["a"][:, rank * rows : (rank + 1) * rows])
+    assert torch.equal(merged[0, :300_001], tensors["b"].float())
+    assert torch.equal(merged[1, 300_000:], tensors["c"].float().reshape(-1))
+    assert torch.equal(own, tensors["small.1"] if rank == 0 else tensors["small.2"][:101])
+    assert torch.equal(scalar, tensors["d"].float())
+    together = sum(tensors[name].nbytes for name in "bcd")
+    assert report.bytes == together
+    assert total(report.read_bytes) == together
+    group.close()
+
+
+def check_that_a_failure_before_the_exchange_reaches_all(folder: Path) -> None:
+    group = RankGroup([dist.group.WORLD], "node")
+    checkpoint = wl.open_checkpoint(folder / "large.safetensors")
+    if dist.get_rank() == 1:
+        group.gather(group.groups, ValueError("its weights do not fit"))
+        dist.barrier()  # as failure_of
+        return
+    text = failure_of(lambda: share_copies([], checkpoint, LoadOptions(), group))
+    assert "because of rank 1: ValueError: its weights do not fit" in text
 
 
 CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}

@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
@@ -18,6 +19,9 @@ from vllm.model_executor.model_loader.weight_utils import filter_safetensors_fil
 
 from weightlift.backends.serving_files import FilesReader, summary, weights_again, weights_of
 from weightlift.core.errors import CheckpointError
+from weightlift.distributed.rank_group import RankGroup
+from weightlift.distributed.shared_copies import is_of_whole_tensor, share_copies
+from weightlift.load.copies import Copy
 from weightlift.load.options import LoadOptions
 from weightlift.module.recording.recorder import Recorder
 from weightlift.module.recording.replay import Taken
@@ -32,14 +36,15 @@ _OPTIONS = LoadOptions(caller="vllm")
 _AHEAD_BYTES = 128 << 20
 # What each model's own loading took of the tensors, for when it is loaded again.
 _taken_by: WeakKeyDictionary[torch.nn.Module, Taken] = WeakKeyDictionary()
-_OWN_KEYS = ("slices", "check")
+_OWN_KEYS = ("slices", "check", "share")
 
 
 class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
     """Reads what each rank's parameters take of each tensor, straight to their place.
 
     ``--model-loader-extra-config`` may say ``{"slices": false}``, which hands the model whole
-    tensors that are read ahead, and ``{"check": true}``, which loads both ways and compares.
+    tensors that are read ahead; ``{"share": true}``, by which what all ranks of a node take whole
+    is read by one of them each; and ``{"check": true}``, which loads both ways and compares.
     """
 
     counter_before_loading_weights: float
@@ -58,6 +63,7 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
         super().__init__(config)
         self._slices: bool = own.get("slices", True)
         self._check: bool = own.get("check", False)
+        self._share: bool = own.get("share", False)
         self._recorder: Recorder | None = None
         self._taken: Taken | None = None
         self._is_loading = False
@@ -81,17 +87,39 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
             self._is_loading = False
 
     def _load_slices(self, model: torch.nn.Module, model_config: Any) -> Taken:
-        recorder = Recorder(self._reader, ahead=_AHEAD_BYTES)
+        reader = self._reader
+        group = self._ranks()
+
+        def is_held(copy: Copy) -> bool:
+            return group is not None and is_of_whole_tensor(copy, recorder.sources[copy.name].shape)
+
+        recorder = Recorder(reader, ahead=_AHEAD_BYTES, held=is_held)
         recorder.expect([*model.named_parameters(), *model.named_buffers()])
         self._recorder = recorder
         try:
             with recorder.watching():
                 super().load_weights(model, model_config)
+        except Exception as error:
+            if group is not None:
+                group.gather(group.groups, error)  # the others are not to wait for this one
+            raise
         finally:
             self._recorder = None
+        if group is not None:
+            rest, report = share_copies(recorder.take_held(), reader.joined, _OPTIONS, group)
+            recorder.put_back(rest)
+            reader.ended(report)
+            group.close()
         recorder.finish()
         recorder.replace_kept()
         return Taken.of(recorder)
+
+    def _ranks(self) -> RankGroup | None:
+        """The tensor parallel ranks, where they are to share."""
+        tensor_parallel = get_tp_group() if self._share else None
+        if tensor_parallel is None or tensor_parallel.world_size == 1:
+            return None
+        return RankGroup([tensor_parallel.device_group], "node")
 
     def get_all_weights(
         self, model_config: Any, model: torch.nn.Module

@@ -361,6 +361,24 @@ class Recorder:
                     write.write(part)
         self._copy(waiting)
 
+    def take_held(self) -> list[Copy]:
+        """The copies that were held back, for the caller to do: of targets that have memory, and
+        are not written to twice in the same place."""
+        taken: list[Copy] = []
+        for target in self.targets.values():
+            copies = [write for write in target.writes if isinstance(write, Copy)]
+            on_meta = target.value is None and target.storage.device == _META
+            if on_meta or len(copies) < len(target.writes) or len(write_rounds(copies)) != 1:
+                continue
+            taken += [copy for copy in copies if self._held(copy)]
+            target.writes = [copy for copy in copies if not self._held(copy)]
+        return taken
+
+    def put_back(self, copies: Sequence[Copy]) -> None:
+        """Copies of ``take_held`` that the caller has not done."""
+        for copy in copies:
+            self.targets[copy.target.untyped_storage()._cdata].writes.append(copy)
+
     def overwrite(
         self, tensor: torch.Tensor, write: Callable[[torch.Tensor], object], *, constant: bool
     ) -> None:
