@@ -44,6 +44,8 @@ class PlacementPolicy:
             checkpoint's.
         keep_in_fp32: path components whose tensors stay in float32; ``None``: the model's
             ``_keep_in_fp32_modules``.
+        models_dtype_on: "disk", or types of devices, on which floating-point tensors take the dtype
+            of the model's, whatever is wanted.
         memory_format: of 4-D tensors, such as ``torch.channels_last``.
         dispatch: gives the model the hooks that bring tensors to where they are used; who has
             hooks of its own takes what stays on the disk here.
@@ -54,6 +56,7 @@ class PlacementPolicy:
     offload: bool = False
     dtype: torch.dtype | str | None = None
     keep_in_fp32: Sequence[str] | None = None
+    models_dtype_on: frozenset[str] = frozenset()
     memory_format: torch.memory_format | None = None
     dispatch: Dispatch = dispatch
 
@@ -65,24 +68,30 @@ class DtypeRule(NamedTuple):
         wanted: the file's name of it; ``None`` for the file's own.
         keep_models: rather that of each tensor of the model.
         in_fp32: path components under which it is float32, whatever is wanted.
+        models_on: of ``PlacementPolicy.models_dtype_on``.
     """
 
     wanted: str | None
     keep_models: bool
     in_fp32: frozenset[str]
+    models_on: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: torch.nn.Module, policy: PlacementPolicy) -> DtypeRule:
         keep = policy.keep_in_fp32
         if keep is None:
             keep = getattr(model, "_keep_in_fp32_modules", None) or ()
-        return cls(dtypes.parse_dtype(policy.dtype), policy.dtype is None, frozenset(keep))
+        wanted = dtypes.parse_dtype(policy.dtype)
+        return cls(wanted, policy.dtype is None, frozenset(keep), policy.models_dtype_on)
 
-    def target(self, name: str, tensor: torch.Tensor, file_dtype: str) -> str | None:
-        """What to cast to; ``None`` for nothing."""
+    def target(
+        self, name: str, tensor: torch.Tensor, file_dtype: str, device: Device = None
+    ) -> str | None:
+        """What to cast to on a device; ``None`` for nothing."""
         if file_dtype not in dtypes.FLOATING:
             return None
-        if self.keep_models and tensor.is_floating_point():
+        of_model = self.keep_models or _type_of(device) in self.models_on
+        if of_model and tensor.is_floating_point():
             target = dtypes.file_name(tensor.dtype)
         elif self.is_kept(name):
             target = "F32"
@@ -92,6 +101,10 @@ class DtypeRule(NamedTuple):
 
     def is_kept(self, name: str) -> bool:
         return bool(self.in_fp32) and not self.in_fp32.isdisjoint(name.split("."))
+
+
+def _type_of(device: Device) -> str | None:
+    return device if device is None or isinstance(device, str) else device.type
 
 
 class Devices:
@@ -239,7 +252,7 @@ def decide(
         ArgumentError: the map gives a device to a DTensor.
     """
     tensor = ref.tensor
-    cast_to = rule.target(name, tensor, file_dtype)
+    cast_to = rule.target(name, tensor, file_dtype, device)
     if isinstance(device, str):  # "disk"
         if ref.is_parameter:
             return Decision(None, cast_to)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from weightlift.backends.diffusers.calls import Call, current_call, shards_bar
@@ -87,6 +88,10 @@ class _Load:
             return "DDUF entries are read by diffusers"
         if self._call is None and "disk" in (self._given["device_map"] or {}).values():
             return "offload to the disk outside of from_pretrained"
+        if self._given["device_map"] and not _covers(
+            self._given["device_map"], self._given["model"]
+        ):
+            return "the device_map has no device for some tensors"
         return None
 
     def _by_diffusers(self, state_dict: Mapping[str, Any] | None = None) -> Any:
@@ -105,13 +110,13 @@ class _Load:
         )
         return self._original(*self._bound.args, **self._bound.kwargs)
 
-    def _keep_in_fp32(self) -> Sequence[str]:
-        """Components whose tensors stay in float32. With weights on the disk there are none: what
-        diffusers then carries to the disk and back takes the dtype that the model was built in."""
-        on_disk = "disk" in (self._given["device_map"] or {}).values()
-        if on_disk and self._given["offload_state_dict"] is not False:
-            return ()
-        return self._given["keep_in_fp32_modules"] or ()
+    def _models_dtype_on(self) -> frozenset[str]:
+        """Devices on which diffusers' tensors take the dtype that the model was built in: those
+        that it carries to the disk, and those of the CPU that it carries there and back."""
+        if "disk" not in (self._given["device_map"] or {}).values():
+            return frozenset()
+        back = self._given["offload_state_dict"] is not False
+        return frozenset({"disk", "cpu"} if back else {"disk"})
 
     def _fill(self, opened: Checkpoint, fit: _Fit, renamed: Mapping[str, str] | None) -> None:
         given, call = self._given, self._call
@@ -122,7 +127,8 @@ class _Load:
         placement = PlacementPolicy(
             device_map and _known_prefixes(given["model"], device_map),
             dtype=given["dtype"],
-            keep_in_fp32=self._keep_in_fp32(),
+            keep_in_fp32=given["keep_in_fp32_modules"] or (),
+            models_dtype_on=self._models_dtype_on(),
         )
         if call is not None:  # diffusers dispatches the model itself, at the end
             placement = dataclasses.replace(placement, dispatch=call.keep_on_disk)
@@ -180,6 +186,18 @@ class _Fit:
         device = engine_device(devices.pop()) if len(devices) == 1 else None
         mode: Mode = "read" if given["disable_mmap"] else mode_for(opened, device, casts)
         return cls(by_engine, mismatched, mode)
+
+
+def _covers(device_map: Mapping[str, Any], model: torch.nn.Module) -> bool:
+    """Whether every tensor has a device. diffusers says of which there is none, or does without."""
+    if "" in device_map:
+        return True
+    names = itertools.chain(model.named_parameters(), model.named_buffers())
+    parts = (name.split(".") for name, _ in names)
+    return all(
+        any(".".join(path[:count]) in device_map for count in range(len(path), 0, -1))
+        for path in parts
+    )
 
 
 def _known_prefixes(model: torch.nn.Module, device_map: Mapping[str, Any]) -> dict[str, Any]:
