@@ -130,6 +130,7 @@ class Load::State {
   std::optional<Sources> sources_;
   std::uint64_t total_bytes_ = 0;
   Clock::time_point started_;
+  Clock::time_point ended_;  // written by the last thread
   Counters counters_;
   std::optional<Dispatcher> dispatcher_;
   std::optional<Arrivals> arrivals_;  // where somebody waits for them
@@ -139,6 +140,7 @@ class Load::State {
   std::atomic<bool> held_back_ = false;    // wait() starts one more thread
   ThreadGroup threads_{[this] {
     sources_->release();
+    ended_ = Clock::now();
     if (arrivals_) arrivals_->end();
   }};
 };
@@ -323,7 +325,7 @@ Result<std::vector<std::string>> Load::State::check_files() const {
 
 Result<Report> Load::State::finish() {
   threads_.join();
-  const std::chrono::duration<double> seconds = Clock::now() - started_;
+  const std::chrono::duration<double> seconds = ended_ - started_;
   std::optional<Error> error;
   std::vector<std::string> slot_refusals;
   std::uint64_t staging_bytes = 0;

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.core.errors import ArgumentError
 from weightlift.core.report import LoadReport
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions, Mode, Progress
@@ -48,6 +49,7 @@ def load_into(
     progress: bool | Progress = False,
     group: ProcessGroup | DeviceMesh | None = None,
     scope: Scope = "node",
+    background: bool = False,
 ) -> LoadReport:
     """Fills a model with the tensors of a checkpoint, each read straight to its device.
 
@@ -84,6 +86,12 @@ def load_into(
             ``dist.group.WORLD`` is before ``init_process_group``.
         scope: ``"node"`` reads once a node, and lets the ranks of a node share the mapping of
             what needs no copy; ``"group"`` reads once altogether, for slow shared storage.
+        background: return when the load runs. Each module waits, before its ``forward``, for its
+            own tensors alone, which are read in the order of the modules, or in the one in which an
+            earlier model of the class used them; whoever reads a tensor otherwise waits for it. For
+            parameters on ``meta`` and one device. The report's ``wait()`` waits for all of it,
+            ``progress`` tells how far it is, ``cancel()`` ends it, and so does dropping the model.
+            What goes wrong is raised by the first module that needs what is missing.
 
     Returns:
         What was loaded, with ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``.
@@ -91,9 +99,11 @@ def load_into(
     Raises:
         CheckpointError: keys or shapes do not match, the model does not fit the devices, or a
             rank failed or is gone.
+        ArgumentError: arguments contradict each other; ``background=True`` with real parameters,
+            DTensors, a ``group``, several devices or ``verify=True``.
     """
     refs = parameter_refs(model)
-    options = LoadOptions(mode, pin_memory, verify, progress)
+    options = LoadOptions(mode, pin_memory, verify, progress, background=background)
     matching = MatchPolicy(strict, ignore_mismatched_sizes, compare_ties=True)
     placement = PlacementPolicy(
         device_map,
@@ -102,6 +112,11 @@ def load_into(
         dtype=dtype,
         memory_format=memory_format,
     )
+    if background and group is not None:
+        raise ArgumentError(
+            "background=True goes not together with group=: ranks that load together wait for "
+            "each other"
+        )
     with _for_group(model, refs, group, scope) as new_load:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["FileReport", "LoadReport", "Stats", "last_report", "stats"]
+__all__ = ["FileReport", "LoadProgress", "LoadReport", "Stats", "last_report", "stats"]
 
 # Names of a kind that a printed report lists.
 _LISTED = 5
@@ -29,6 +29,18 @@ class FileReport:
     bytes: int
     io: str
     reason: str
+
+
+class LoadProgress(NamedTuple):
+    """How far a load is.
+
+    Attributes:
+        done: bytes of tensors that have arrived.
+        total: those in all.
+    """
+
+    done: int
+    total: int
 
 
 @dataclasses.dataclass
@@ -72,6 +84,23 @@ class LoadReport:
     fallbacks: list[str] = dataclasses.field(default_factory=list)
     meta_keys: list[str] = dataclasses.field(default_factory=list)
     memory: list[str] = dataclasses.field(default_factory=list)
+
+    def wait(self) -> LoadReport:
+        """Until all of it has been loaded; itself. Only loads with ``background=True`` go on when
+        their report is there.
+
+        Raises:
+            WeightliftError: the load has failed, or was cancelled.
+        """
+        return self
+
+    @property
+    def progress(self) -> LoadProgress:
+        """How far it is."""
+        return LoadProgress(self.bytes, self.bytes)
+
+    def cancel(self) -> None:
+        """Ends a load with ``background=True``: what has not arrived stays on ``meta``."""
 
     @classmethod
     def from_native(cls, native: dict[str, Any]) -> LoadReport:
@@ -176,17 +205,22 @@ _reasons: Counter[tuple[str, str]] = Counter()
 
 
 def record(
-    native: dict[str, Any], fallbacks: list[str] | None = None, caller: str = "weightlift"
+    native: dict[str, Any],
+    fallbacks: list[str] | None = None,
+    caller: str = "weightlift",
+    *,
+    is_last: bool = True,
 ) -> dict[str, Any]:
     """Makes the engine's report this thread's last one and adds it to the sums.
 
     ``fallbacks`` are those that were decided before the engine ran. What hooks read of weights on
-    the disk (``disk_reads_of``) is summed apart, and is nobody's last load. Returns the whole
+    the disk (``disk_reads_of``) is summed apart, and is nobody's last load. What ends long after it
+    was begun, perhaps on another thread, is not that thread's (``is_last``). Returns the whole
     report.
     """
     if fallbacks:
         native["fallbacks"] = [*native["fallbacks"], *fallbacks]
-    if not caller.endswith(_DISK_WEIGHTS):
+    if is_last and not caller.endswith(_DISK_WEIGHTS):
         _thread.last = native
     with _lock:
         count = len(native["fallbacks"])

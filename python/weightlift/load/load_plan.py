@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from weightlift.checkpoint.integrity import HashCheck
 from weightlift.core import gc_pause
+from weightlift.core.errors import ArgumentError
 from weightlift.core.settings import Settings
+from weightlift.load.arriving_load import ArrivingLoad
 from weightlift.load.destination import Destination, SliceRange
 from weightlift.load.options import LoadOptions
 from weightlift.load.phases import enter_phase
@@ -106,6 +108,32 @@ class LoadPlan:
     @gc_pause.paused()
     def start(self) -> RunningLoad:
         """Allocates, and starts the engine's threads; small loads run in ``RunningLoad.result``."""
+        writer = self._written(in_order=False)
+        running = writer.start(HashCheck(self._checkpoint.files) if self._options.verify else None)
+        enter_phase("run")
+        return running
+
+    @gc_pause.paused()
+    def start_in_order(self, order: Sequence[str]) -> ArrivingLoad:
+        """The same for tensors that are waited for one by one.
+
+        Args:
+            order: the names of all tensors of the plan, in the order in which they are used.
+
+        Raises:
+            ArgumentError: hashes are to be compared, which are known at the end alone.
+        """
+        if self._options.verify:
+            raise ArgumentError(
+                "verify=True knows at the end of a load whether the files are what they should be, "
+                "and background=True uses them before: load without one of them, or run "
+                "`weightlift verify` first"
+            )
+        arriving = self._written(in_order=True).start_in_order(order)
+        enter_phase("run")
+        return arriving
+
+    def _written(self, *, in_order: bool) -> PlanWriter:
         enter_phase("plan")
         writer = PlanWriter(
             self._checkpoint,
@@ -114,9 +142,8 @@ class LoadPlan:
             shared=self._shared,
             allocator=self._allocator,
             cast_to=[destination.dtype for destination in self._destinations],
+            in_order=in_order,
         )
         for destination in self._destinations:
             writer.add(destination)
-        running = writer.start(HashCheck(self._checkpoint.files) if self._options.verify else None)
-        enter_phase("run")
-        return running
+        return writer

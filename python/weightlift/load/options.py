@@ -35,6 +35,7 @@ class LoadOptions:
         progress: ``True`` for a bar, or a function of bytes done and in all.
         settings: instead of those that hold when the load is planned.
         caller: whom ``stats()`` books the load on.
+        background: modules are handed out while their tensors are on their way (``module/fill``).
 
     Raises:
         ArgumentError: a mode that there is not.
@@ -47,6 +48,7 @@ class LoadOptions:
     progress: bool | Progress = False
     settings: Settings | None = None
     caller: str = "weightlift"
+    background: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "map", "read"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,11 @@ class Outputs:
         self._casts: list[tuple[int, str]] = []
         self._copies: list[tuple[int, torch.Tensor]] = []
         self._moves: list[tuple[range, torch.device]] = []
+        # Where tensors are taken one by one: of each name, its place and its number; how many
+        # names of a number are left; which numbers torch is done with.
+        self._entries: dict[str, tuple[int, int]] | None = None
+        self._left: Counter[int] = Counter()
+        self._finished: set[int] = set()
 
     def new(self, tensor: Any = None) -> int:
         """A number for a tensor, which may come later."""
@@ -75,10 +81,51 @@ class Outputs:
         """Has torch move tensors, before they are cast."""
         self._moves.append((numbers, device))
 
+    def number(self, name: str) -> int:
+        """Of a tensor, by a name that it is handed out under."""
+        return self._entry(name)[1]
+
+    def numbers(self) -> dict[str, int]:
+        """The same of all names."""
+        numbers = range(len(self._names)) if self._numbers is None else self._numbers
+        return dict(zip(self._names, numbers, strict=True))
+
+    def deliver_one(self, name: str) -> Any:
+        """The tensor of a name, once the engine has filled it; no name is asked for twice."""
+        entry, number = self._entry(name)
+        tensor = self.tensors[number]
+        if number not in self._finished:
+            self._finished.add(number)
+            for numbers, device in self._moves:
+                if number in numbers:
+                    tensor = tensor.to(device)
+            for cast, dtype in self._casts:
+                if cast == number and tensor.is_floating_point():
+                    tensor = tensor.to(dtypes.to_torch(dtype))
+            self.tensors[number] = tensor
+        self._left[number] -= 1
+        if self._left[number] == 0:
+            self.tensors[number] = None
+        for viewed, view in self._views:
+            if viewed == entry:
+                return tensor.as_strided(view.shape, view.stride, view.offset)
+        return tensor
+
+    def clear(self) -> None:
+        """Lets go of all tensors."""
+        self.tensors = [None] * len(self.tensors)
+
+    def _entry(self, name: str) -> tuple[int, int]:
+        if self._entries is None:
+            numbers = self.numbers()
+            self._entries = {key: (i, numbers[key]) for i, key in enumerate(self._names)}
+            self._left = Counter(numbers.values())
+        return self._entries[name]
+
     def deliver(self, made: Sequence[Any]) -> dict[str, Any]:
         """Name -> tensor, with the tensors that the engine has made."""
+        self.take(made)
         tensors = self.tensors
-        self._take(made)
         for numbers, device in self._moves:
             for number in numbers:
                 tensors[number] = tensors[number].to(device)
@@ -96,7 +143,8 @@ class Outputs:
         self.tensors = []  # whoever keeps the load does not keep them
         return dict(zip(self._names, handed_out, strict=True))
 
-    def _take(self, made: Sequence[Any]) -> None:
+    def take(self, made: Sequence[Any]) -> None:
+        """Takes the tensors that the engine makes, which it may not have filled yet."""
         expected = sum(map(len, self._made_by_engine))
         if len(made) != expected:
             raise RuntimeError(f"the engine has made {len(made)} tensors, not {expected}")

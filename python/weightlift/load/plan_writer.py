@@ -19,6 +19,7 @@ from weightlift.core.errors import (
 )
 from weightlift.core.settings import Settings
 from weightlift.load.allocation import Allocator, TorchAllocator, empty_on_host, naming_tensor
+from weightlift.load.arriving_load import ArrivingLoad, Told, ranks_of
 from weightlift.load.destination import Destination, SliceRange
 from weightlift.load.options import LoadOptions
 from weightlift.load.outputs import Outputs
@@ -80,6 +81,7 @@ class PlanWriter:
         shared: others may get the same tensors from ``checkpoint`` while these live.
         allocator: of memory on CUDA devices; torch, by default.
         cast_to: the dtypes that tensors are cast to.
+        in_order: ``start_in_order`` will start it.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class PlanWriter:
         shared: bool = False,
         allocator: Allocator | None = None,
         cast_to: Sequence[str | None] = (),
+        in_order: bool = False,
     ) -> None:
         self._checkpoint = checkpoint
         self._files = indexed_files(checkpoint)
@@ -104,6 +107,7 @@ class PlanWriter:
         self._outputs = Outputs()
         self._on_devices: list[_OnDevice] = []
         self._fallbacks = list(checkpoint.fallbacks)
+        self._told = Told([], []) if in_order else None
 
     @property
     def _allocator(self) -> Allocator:
@@ -143,6 +147,19 @@ class PlanWriter:
                 hashes.stop()
             raise
         return RunningLoad(self._native, self._outputs, self._fallbacks, self._options, hashes)
+
+    def start_in_order(self, order: Sequence[str]) -> ArrivingLoad:
+        """The same for tensors that are waited for one by one: those of ``order``, which are all
+        that are handed out, in the order in which they are used."""
+        if self._told is None:
+            raise RuntimeError("this plan was not made to be started in an order")
+        self._allocate_on_devices()
+        self._native.order(ranks_of(self._told, self._outputs.numbers(), order))
+        start_plan(self._native, self._given_allocator)
+        allocator = self._given_allocator
+        return ArrivingLoad(
+            self._native, self._outputs, self._told, self._fallbacks, self._options, allocator
+        )
 
     def _add_names(self, destination: Destination, names: Sequence[str]) -> None:
         """Plans whole tensors, file by file."""
@@ -267,11 +284,17 @@ class PlanWriter:
             self._fallbacks.append(f"read, because mapping was refused: {error}")
             self._read(selection, None)
         else:
-            self._outputs.expect(selection.numbers)
+            self._expect(selection)
+
+    def _expect(self, selection: _Selection) -> None:
+        """The engine makes these next, on the host."""
+        self._outputs.expect(selection.numbers)
+        if self._told is not None:
+            self._told.add(selection.numbers, -1)
 
     def _read(self, selection: _Selection, dtype: str | None) -> None:
         self._native.read(selection.file, selection.positions, dtype, self._pin_for)
-        self._outputs.expect(selection.numbers)
+        self._expect(selection)
 
     def _add_on_device(
         self, destination: Destination, selection: _Selection, casts: Sequence[int]
@@ -320,6 +343,8 @@ class PlanWriter:
         addresses = [address for address, _ in made]
         targets = _native.Targets(index, addresses, wanted.dtypes)
         self._native.copy_to(file, selection.positions, targets)
+        if self._told is not None:
+            self._told.add(selection.numbers, index)
         self._use_stream(destination)
         tensors = self._outputs.tensors
         for number, (_, owner) in zip(selection.numbers, made, strict=True):

@@ -15,6 +15,7 @@ from weightlift.load.options import Progress
 from weightlift.load.phases import enter_phase
 
 __all__ = [
+    "POLL_SECONDS",
     "cancel_plan",
     "finish_plan",
     "new_plan",
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 # How often a waiting caller looks up: for Ctrl-C, and for progress.
-_POLL_SECONDS = 0.05
+POLL_SECONDS = 0.05
 
 
 def new_plan(settings: Settings, dtype: str | None = None) -> _native.Plan:
@@ -61,7 +62,7 @@ def finish_plan(
         try:
             if not plan.wait(0):
                 with gc_pause.resumed():
-                    while not plan.wait(_POLL_SECONDS):
+                    while not plan.wait(POLL_SECONDS):
                         if show is not None:
                             show(*plan.progress())
             if show is not None:
@@ -87,7 +88,7 @@ def finish_plan(
 def cancel_plan(plan: _native.Plan) -> None:
     """Stops a started plan and waits until nothing is in flight."""
     plan.cancel()
-    while not plan.wait(_POLL_SECONDS):
+    while not plan.wait(POLL_SECONDS):
         pass
 
 

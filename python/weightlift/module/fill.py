@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import gc_pause
@@ -19,9 +19,19 @@ from weightlift.module.attach import (
     initialize,
     move_unmatched,
 )
+from weightlift.module.background import (
+    BackgroundLoad,
+    BackgroundReport,
+    require_one_device,
+    split_by_meta,
+)
 from weightlift.module.matching import Match, MatchPolicy, match
 from weightlift.module.offload import DiskWeights
-from weightlift.module.own_loading import modules_with_own_loading, record_own_loading
+from weightlift.module.own_loading import (
+    OwnLoading,
+    modules_with_own_loading,
+    record_own_loading,
+)
 from weightlift.module.parameters import (
     ParameterRef,
     is_streamed,
@@ -45,6 +55,19 @@ __all__ = ["NewLoad", "fill"]
 
 # Makes the plan of a load; with the ranks of a group, one that they share.
 NewLoad: TypeAlias = Callable[[Checkpoint, LoadOptions], Planned]
+
+
+class _Filling(NamedTuple):
+    """What is known of a load before anything is read, apart from what modules read themselves."""
+
+    model: torch.nn.Module
+    checkpoint: Checkpoint
+    refs: Sequence[ParameterRef]
+    own: OwnLoading | None
+    found: Match
+    rule: DtypeRule
+    devices: Devices
+    placed: Placement
 
 
 @gc_pause.paused()
@@ -88,10 +111,56 @@ def fill(
 
     rule = DtypeRule.of(model, placement)
     devices = Devices.resolve(model, refs, placement, headers, rule)
-    memory_format = placement.memory_format
-    reuse = not options.pin_memory and memory_format is None
+    reuse = not options.pin_memory and placement.memory_format is None
     placed = place(found.pairs, headers, devices, rule, prefetched, reuse=reuse)
+    filling = _Filling(model, checkpoint, refs, own, found, rule, devices, placed)
+    if options.background:
+        report = _in_background(filling, placement, matching, options, new_load)
+    else:
+        report = _now(filling, placement, matching, options, new_load, prefetched)
+    _report_keys(report, found)
+    set_last_report(report)
+    return report
 
+
+def _in_background(
+    filling: _Filling,
+    placement: PlacementPolicy,
+    matching: MatchPolicy,
+    options: LoadOptions,
+    new_load: NewLoad,
+) -> LoadReport:
+    """Has the modules wait for what is on ``meta``; the rest is filled now."""
+    if new_load is not LoadPlan:
+        raise ArgumentError("background=True loads for one process; several wait for each other")
+    require_one_device(filling.devices.by_prefix)
+    later, placed = split_by_meta(filling.placed)
+    plan = LoadPlan(filling.checkpoint, options)
+    _add_to_plan(plan, later, filling.checkpoint)
+    started = BackgroundLoad.start(
+        filling.model, plan, later, filling.checkpoint, placement.memory_format
+    )
+    try:
+        now = filling._replace(placed=placed)
+        report = _now(now, placement, matching, options, new_load, None)
+        started.make_modules_wait()
+    except BaseException:
+        started.cancel()
+        raise
+    return BackgroundReport(started, report, options)
+
+
+def _now(
+    filling: _Filling,
+    placement: PlacementPolicy,
+    matching: MatchPolicy,
+    options: LoadOptions,
+    new_load: NewLoad,
+    prefetched: PrefetchedLoad | None,
+) -> LoadReport:
+    """Runs the load, and gives the model what comes of it."""
+    model, checkpoint, refs, own, found, rule, devices, placed = filling
+    memory_format = placement.memory_format
     plan = new_load(checkpoint, options)
     _add_to_plan(plan, placed, checkpoint)
     tensors, report = _load(plan, prefetched, placed)
@@ -101,11 +170,10 @@ def fill(
     if own is not None:
         offloaded.update(attach_own(own, devices, rule, memory_format))
         report = report.plus(own.report)
-    bump_versions(placed, own, headers)
+    bump_versions(placed, own, checkpoint.headers())
     empty = [ref for ref in found.unmatched if ref.persistent and ref.tensor.is_meta]
     if matching.initialize is not None and empty:
         offloaded |= initialize(empty, matching.initialize, devices, rule, memory_format)
-    _report_keys(report, found)
 
     if devices.by_prefix is not None:
         move_unmatched(found.unmatched, devices)
@@ -113,7 +181,6 @@ def fill(
         offloaded.update((n, r.tensor.detach()) for n, r in devices.on_disk_elsewhere(refs))
         on_disk = DiskWeights(checkpoint, names, options.caller)
         placement.dispatch(model, devices.by_prefix, on_disk, offloaded)
-    set_last_report(report)
     return report
 
 
