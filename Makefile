@@ -148,6 +148,15 @@ docs: $(VENV)/.docs-tools
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 	@echo "build/docs/index.html"
 
+# No page scrolls sideways at 360 pixels. The browser is the distribution's.
+docs-check: docs
+	@if [ -z "$$(command -v chromium google-chrome)" ]; then \
+	  echo "installing chromium"; \
+	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends chromium; \
+	fi
+	$(BIN)/python tests/narrow_pages.py
+
 test: dev lint native-tests python-tests
 	$(BIN)/python tests/perf/run.py --quick
 	$(BIN)/python tests/simulated_driver/run_mutants.py --quick
