@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightlift.cli.sources import OpenOptions, expand, open_all
+from weightlift.cli.sources import (
+    Bin,
+    OpenOptions,
+    Revision,
+    Subfolder,
+    Variant,
+    expand,
+    open_all,
+)
 
 if TYPE_CHECKING:
     from weightlift.bench.measure import Comparison
@@ -51,6 +59,10 @@ def bench(
             "files of .safetensors.",
         ),
     ] = None,
+    subfolder: Subfolder = None,
+    variant: Variant = None,
+    use_bin: Bin = False,
+    revision: Revision = None,
     device: Annotated[Device, typer.Option(help="Where the tensors go.")] = Device.CPU,
     dtype: Annotated[
         str | None,
@@ -106,6 +118,12 @@ def bench(
     for out in (json_out, plot_out):
         if out is not None and not out.absolute().parent.is_dir():
             raise FileNotFoundError(2, "its folder does not exist; make it first", str(out))
+    options = OpenOptions(subfolder, variant, use_bin, revision=revision)
+    if options != OpenOptions() and (distributed is not None or from_pretrained):
+        raise typer.BadParameter(
+            "these choose files, and --from-pretrained and --distributed take the model's own",
+            param_hint="--subfolder, --variant, --bin, --revision",
+        )
     if distributed is not None:
         _bench_ranks([Path(path) for path in paths], distributed, repeat or 5, json_out)
         return
@@ -121,7 +139,13 @@ def bench(
         contenders = ["weightlift", *_others(against, adapters)]
         found = [
             _bench_files(
-                _files(paths), device.value, dtype, contenders, bool(cold), repeat or 5, adapters
+                _files(paths, options),
+                device.value,
+                dtype,
+                contenders,
+                bool(cold),
+                repeat or 5,
+                adapters,
             )
         ]
     if json_out is not None:
@@ -136,14 +160,14 @@ def bench(
         raise typer.Exit(1)
 
 
-def _files(paths: list[str]) -> list[Path]:
+def _files(paths: list[str], options: OpenOptions) -> list[Path]:
     """The weights' files of what was named: files as they are, all of a folder, pipeline or id."""
     found: dict[str, None] = {}
     for path in expand(paths):
         if Path(path).is_file():
             found[path] = None
         else:
-            for _, checkpoint in open_all(path, OpenOptions()):
+            for _, checkpoint in open_all(path, options):
                 found.update(dict.fromkeys(checkpoint.paths))
     return [Path(path) for path in found]
 

@@ -13,8 +13,11 @@ import typer
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.cli.sources import (
     SOURCE_HELP,
+    Bin,
     OpenOptions,
+    Prefix,
     Revision,
+    StateDictKey,
     Subfolder,
     Variant,
     name_width,
@@ -63,6 +66,9 @@ def diff(
     ] = 40,
     subfolder: Subfolder = None,
     variant: Variant = None,
+    use_bin: Bin = False,
+    state_dict_key: StateDictKey = None,
+    prefix: Prefix = None,
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[
@@ -84,7 +90,7 @@ def diff(
 
     if not names_only:
         require("torch", "weightlift diff")
-    options = OpenOptions(subfolder, variant, revision=revision)
+    options = OpenOptions(subfolder, variant, use_bin, state_dict_key, prefix, revision)
     first, second = dict(open_all(a, options)), dict(open_all(b, options))
     found: list[Difference] = []
     count = 0

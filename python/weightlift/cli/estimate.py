@@ -12,8 +12,11 @@ import typer
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.cli.sources import (
     SOURCE_HELP,
+    Bin,
     OpenOptions,
+    Prefix,
     Revision,
+    StateDictKey,
     Subfolder,
     Variant,
     open_all,
@@ -42,6 +45,9 @@ def estimate(
     ] = None,
     subfolder: Subfolder = None,
     variant: Variant = None,
+    use_bin: Bin = False,
+    state_dict_key: StateDictKey = None,
+    prefix: Prefix = None,
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -57,7 +63,7 @@ def estimate(
 
       weightlift estimate model/ --device-map '{"model.layers": 0, "": "cpu"}'
     """
-    options = OpenOptions(subfolder, variant, revision=revision)
+    options = OpenOptions(subfolder, variant, use_bin, state_dict_key, prefix, revision)
     checkpoints = [checkpoint for _, checkpoint in open_all(path, options)]
     found = describe(path, checkpoints)
     if device_map is not None:

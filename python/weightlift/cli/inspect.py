@@ -14,8 +14,11 @@ import typer
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.cli.sources import (
     SOURCE_HELP,
+    Bin,
     OpenOptions,
+    Prefix,
     Revision,
+    StateDictKey,
     Subfolder,
     Variant,
     components_of,
@@ -78,6 +81,9 @@ def inspect(
     ] = 40,
     subfolder: Subfolder = None,
     variant: Variant = None,
+    use_bin: Bin = False,
+    state_dict_key: StateDictKey = None,
+    prefix: Prefix = None,
     revision: Revision = None,
 ) -> None:
     """Show what is in a checkpoint; no tensor is read.
@@ -90,7 +96,7 @@ def inspect(
 
       weightlift inspect pipeline/ --subfolder unet --json
     """
-    options = OpenOptions(subfolder, variant, revision=revision)
+    options = OpenOptions(subfolder, variant, use_bin, state_dict_key, prefix, revision)
     found = {name: describe(path, options, name) for name in _components(path, options)}
     orders = {name: sorted(one.pop("tensors"), key=_ORDERS[sort]) for name, one in found.items()}
     if as_json:
@@ -113,7 +119,7 @@ def _components(path: str, options: OpenOptions) -> list[str | None]:
 
 def describe(path: str, options: OpenOptions, component: str | None = None) -> dict[str, Any]:
     """Everything that ``inspect`` shows; sizes and offsets in bytes."""
-    if options.subfolder is None and options.variant is None and _is_lone(path):
+    if options == OpenOptions() and _is_lone(path):
         checkpoint = Checkpoint.from_file(path)
     else:
         checkpoint = options.open(path, component)

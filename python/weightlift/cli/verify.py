@@ -13,6 +13,7 @@ import weightlift._native as _native
 from weightlift.checkpoint.integrity import Identity, known_sha256, verify_file
 from weightlift.cli.sources import (
     SOURCE_HELP,
+    Bin,
     OpenOptions,
     Revision,
     Subfolder,
@@ -31,6 +32,7 @@ def verify(
     path: Annotated[str, typer.Argument(help=SOURCE_HELP, show_default=False)],
     subfolder: Subfolder = None,
     variant: Variant = None,
+    use_bin: Bin = False,
     revision: Revision = None,
     require_hashes: Annotated[
         bool, typer.Option("--require-hashes", help="A file whose hash nobody knows is an error.")
@@ -53,7 +55,7 @@ def verify(
     """
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
-    options = OpenOptions(subfolder, variant, revision=revision)
+    options = OpenOptions(subfolder, variant, use_bin, revision=revision)
     for component, checkpoint in open_all(path, options):
         total = checkpoint.stored_bytes
         total += sum(tensor.nbytes for tensor in checkpoint.in_memory.values())
