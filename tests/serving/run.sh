@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # vLLM on the CPU, in an environment of its own: each parameter of each rank by the stock loader and
-# by ours. `tests/serving/run.sh 1 2 4`: with so many ranks. 3 GB are downloaded the first time.
+# by ours; and SGLang's loader. `tests/serving/run.sh 1 2 4`: with so many ranks. A GB is downloaded the
+# first time.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -gt 0 ] || set -- 1 2 4
@@ -51,4 +52,16 @@ for format in auto weightlift; do
 done
 cmp <(grep "^tokens" "$home/started.auto.log") <(grep "^tokens" "$home/started.weightlift.log") ||
   failed+=" tokens"
+# SGLang's own loader and hooks.
+if ! cmp -s tests/serving/sglang-requirements.txt "$home/sglang/requirements.txt"; then
+  rm -rf "$home/sglang"
+  "$venv/bin/python" -m pip -q --disable-pip-version-check install --no-deps \
+    -r tests/serving/sglang-requirements.txt --target "$home/sglang"
+  cp tests/serving/sglang-requirements.txt "$home/sglang/requirements.txt"
+fi
+for way in slices whole; do
+  PYTHONPATH=$home/sglang "$venv/bin/python" tests/serving/sglang_loader.py $way "$home/models/sglang" \
+    >"$home/sglang.$way.log" 2>&1 || failed+=" sglang.$way"
+  grep -h "^sglang " "$home/sglang.$way.log" || tail -20 "$home/sglang.$way.log"
+done
 [ -z "$failed" ] || { echo "failed:$failed; see $home/*.log"; exit 1; }

@@ -18,7 +18,10 @@ from weightlift.module.recording.recorder import Recorder
 from weightlift.module.recording.replay import Replay, Taken
 from weightlift.module.recording.sources import Source
 
-__all__ = ["FilesReader", "summary", "weights_again", "weights_of"]
+__all__ = ["AHEAD_BYTES", "FilesReader", "summary", "weights_again", "weights_of"]
+
+# From so many bytes on, slices are read while the model's code still runs.
+AHEAD_BYTES = 128 << 20
 
 
 class FilesReader:

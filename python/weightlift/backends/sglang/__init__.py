@@ -56,14 +56,14 @@ def register() -> None:
 
 def _load(original: Callable[..., Any], model: Any, weights: Any, target_device: Any) -> Any:
     """Around ``load_weights_only``: the model's own loading, recorded."""
-    from weightlift.backends.serving_files import FilesReader, summary
+    from weightlift.backends.serving_files import AHEAD_BYTES, FilesReader, summary
     from weightlift.load.options import LoadOptions
     from weightlift.module.recording.recorder import Recorder
     from weightlift.module.recording.replay import Taken
 
     begun = time.perf_counter()
     reader = FilesReader(LoadOptions(caller="sglang"))
-    recorder = Recorder(reader)
+    recorder = Recorder(reader, ahead=AHEAD_BYTES)
     recorder.expect([*model.named_parameters(), *model.named_buffers()])
     token = _recording.set((reader, recorder))
     try:

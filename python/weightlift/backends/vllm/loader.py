@@ -17,7 +17,13 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 from vllm.model_executor.model_loader.weight_utils import filter_safetensors_files_by_weight_name
 
-from weightlift.backends.serving_files import FilesReader, summary, weights_again, weights_of
+from weightlift.backends.serving_files import (
+    AHEAD_BYTES,
+    FilesReader,
+    summary,
+    weights_again,
+    weights_of,
+)
 from weightlift.core.errors import CheckpointError
 from weightlift.distributed.rank_group import RankGroup
 from weightlift.distributed.shared_copies import is_of_whole_tensor, share_copies
@@ -32,8 +38,6 @@ __all__ = ["WeightliftModelLoader"]
 _log = init_logger("vllm.weightlift")
 
 _OPTIONS = LoadOptions(caller="vllm")
-# From so many bytes on, slices are read while the model's code still runs.
-_AHEAD_BYTES = 128 << 20
 # What each model's own loading took of the tensors, for when it is loaded again.
 _taken_by: WeakKeyDictionary[torch.nn.Module, Taken] = WeakKeyDictionary()
 _OWN_KEYS = ("slices", "check", "share")
@@ -93,7 +97,7 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
         def is_held(copy: Copy) -> bool:
             return group is not None and is_of_whole_tensor(copy, recorder.sources[copy.name].shape)
 
-        recorder = Recorder(reader, ahead=_AHEAD_BYTES, held=is_held)
+        recorder = Recorder(reader, ahead=AHEAD_BYTES, held=is_held)
         recorder.expect([*model.named_parameters(), *model.named_buffers()])
         self._recorder = recorder
         try:
