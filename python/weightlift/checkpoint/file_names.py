@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -74,44 +72,72 @@ class WeightsName(NamedTuple):
     shards: int
 
 
-# How the files of a checkpoint are called: @ is the stem, % the extension.
-_SPELLINGS: tuple[tuple[Literal["index", "single", "shard"], str], ...] = (
-    # diffusers and transformers
-    ("index", r"@%\.index(?:\.(?P<variant>.+))?\.json"),
-    # huggingface_hub's save_torch_state_dict
-    ("index", r"@\.(?P<variant>.+)%\.index\.json"),
-    # diffusers of 2024, which still reads them
-    ("index", r"@%\.(?P<variant>.+)\.index\.json"),
-    ("shard", r"@(?:\.(?P<variant>.+))?-\d{5,}-of-(?P<shards>\d{5,})%"),
-    ("shard", r"@-\d{5,}-of-(?P<shards>\d{5,})\.(?P<variant>.+)%"),
-    ("single", r"@(?:\.(?P<variant>.+))?%"),
-)
-
-
-# Each when it is first needed: to compile all of them takes longer than to open a checkpoint.
-@functools.cache
-def _pattern(format: Format, spelling: int) -> re.Pattern[str]:
-    stems = "|".join(stem for own, stem in (*MODELS, *ADAPTERS) if own == format)
-    pattern = _SPELLINGS[spelling][1].replace("@", f"(?P<stem>{stems})")
-    return re.compile(pattern.replace("%", re.escape(EXTENSIONS[format])), re.DOTALL)
-
-
 def parse_name(name: str) -> WeightsName | None:
     """``None`` for a name that no library gives to weights."""
-    is_index = name.endswith(".json")
-    for format, extension in EXTENSIONS.items():
-        if extension not in name:
+    for format, stem in (*MODELS, *ADAPTERS):
+        extension = EXTENSIONS[format]
+        if not name.startswith(stem) or extension not in name:
             continue
-        for spelling, (kind, _) in enumerate(_SPELLINGS):
-            if (kind == "index") != is_index:
-                continue
-            if found := _pattern(format, spelling).fullmatch(name):
-                parts = found.groupdict()
-                shards = int(parts.get("shards") or 0)
-                return WeightsName(
-                    name, format, parts["stem"], parts["variant"], kind, spelling, shards
-                )
+        rest = name[len(stem) :]
+        if rest.endswith(".json"):
+            found = _parse_index_name(rest, extension)
+        elif rest.endswith(extension):
+            found = _parse_file_name(rest[: -len(extension)])
+        else:
+            continue
+        if found is not None:
+            kind, spelling, variant, shards = found
+            return WeightsName(name, format, stem, variant, kind, spelling, shards)
     return None
+
+
+# (kind, which of its spellings, variant, shards); not regular expressions, which take longer to
+# compile than a checkpoint takes to open.
+_Parsed = tuple[Literal["index", "single", "shard"], int, "str | None", int]
+
+
+def _parse_index_name(rest: str, extension: str) -> _Parsed | None:
+    """What stands between the stem and the end of an index's name."""
+    # diffusers and transformers: .safetensors.index.json, .safetensors.index.fp16.json
+    inner = rest.removesuffix(".json")
+    if inner == f"{extension}.index":
+        return "index", 0, None, 0
+    if variant := _variant(inner.removeprefix(f"{extension}.index"), inner):
+        return "index", 0, variant, 0
+    if not rest.endswith(".index.json"):
+        return None
+    inner = rest.removesuffix(".index.json")
+    # huggingface_hub's save_torch_state_dict: .fp16.safetensors.index.json
+    if inner.endswith(extension) and (variant := _variant(inner.removesuffix(extension))):
+        return "index", 1, variant, 0
+    # diffusers of 2024, which still reads them: .safetensors.fp16.index.json
+    if variant := _variant(inner.removeprefix(extension), inner):
+        return "index", 2, variant, 0
+    return None
+
+
+def _parse_file_name(rest: str) -> _Parsed | None:
+    """What stands between the stem and the extension of a file's name."""
+    before, _, total = rest.rpartition("-of-")
+    before, dash, number = before.rpartition("-")
+    if dash and _is_count(number) and _is_count(total) and (not before or _variant(before)):
+        return "shard", 3, _variant(before), int(total)
+    number, _, behind = rest.removeprefix("-").partition("-of-")
+    total, dot, variant = behind.partition(".")
+    if rest.startswith("-") and dot and variant and _is_count(number) and _is_count(total):
+        return "shard", 4, variant, int(total)
+    if not rest or _variant(rest):
+        return "single", 5, _variant(rest), 0
+    return None
+
+
+def _variant(text: str, unless: str | None = None) -> str | None:
+    """``"fp16"`` of ``".fp16"``; ``None`` for ``unless``, from which nothing was taken."""
+    return text[1:] if text[:1] == "." and len(text) > 1 and text != unless else None
+
+
+def _is_count(text: str) -> bool:
+    return len(text) >= 5 and text.isdecimal()
 
 
 def choose(weights: Sequence[WeightsName], selection: Selection) -> WeightsName | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -240,14 +241,14 @@ def _module_class() -> type[torch.nn.Module]:
 
 
 def _any_special(model: torch.nn.Module) -> bool:
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if _has_own(module):
-            return True
+    modules = [model]
+    for module in modules:  # it grows
         if children := module._modules:
-            waiting.extend(child for child in children.values() if child is not None)
-    return False
+            modules += [child for child in children.values() if child is not None]
+    return any(map(_is_special, set(map(type, modules)))) or any(
+        module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
+        for module in modules
+    )
 
 
 def _has_own(module: torch.nn.Module) -> bool:
@@ -258,7 +259,8 @@ def _has_own(module: torch.nn.Module) -> bool:
     )
 
 
-_special: dict[type, bool] = {}  # by class, for a model has many modules of few classes
+# By class, for a model has many modules of few classes; weakly, as classes are made and dropped.
+_special: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
 def _is_special(kind: type[torch.nn.Module]) -> bool:
