@@ -50,10 +50,20 @@ _DEFAULTS: dict[str, Any] = {
     "memory_format": None,
     "verify": False,
     "progress": False,
+    "background": False,
 }
 # Of these, those that diffusers does not have: a class may have arguments of these names.
 _NOT_OF_DIFFUSERS = frozenset(
-    ("device_mesh", "tp_plan", "mode", "pin_memory", "memory_format", "verify", "progress")
+    (
+        "device_mesh",
+        "tp_plan",
+        "mode",
+        "pin_memory",
+        "memory_format",
+        "verify",
+        "progress",
+        "background",
+    )
 )
 
 
@@ -141,6 +151,7 @@ class PretrainedArguments:
                 values["pin_memory"],
                 values["verify"],
                 values["progress"],
+                background=values["background"],
             ),
             quantization=QuantizationArguments(
                 values["quantization_config"], values["load_in_8bit"], values["load_in_4bit"]
@@ -197,6 +208,17 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
                 raise ArgumentError(f"{other}= goes not together with device_mesh= and tp_plan=")
         if not low_memory:
             raise ArgumentError("device_mesh= and tp_plan= need low_cpu_mem_usage=True")
+    if values["background"]:
+        for other in ("device_mesh", "tp_plan", "quantization_config", "load_in_8bit"):
+            if values[other]:
+                raise ArgumentError(f"background=True goes not together with {other}=")
+        if values["load_in_4bit"]:
+            raise ArgumentError("background=True goes not together with load_in_4bit=")
+        if not low_memory:
+            raise ArgumentError(
+                "background=True needs low_cpu_mem_usage=True: built for real, the model could be "
+                "used with weights that are none"
+            )
     if device_map is not None and not low_memory:
         raise ArgumentError(
             f"device_map={device_map!r} needs low_cpu_mem_usage=True: built for real, the "

@@ -30,6 +30,7 @@ from weightlift.load.prefetch import PrefetchedLoad
 from weightlift.models.arguments import PretrainedArguments
 from weightlift.models.building import Builder
 from weightlift.models.loadable import LoadableModel
+from weightlift.module.background import tensors_to_come
 from weightlift.module.device_map import single_entry
 from weightlift.module.fill import fill
 from weightlift.module.matching import MatchPolicy, format_names
@@ -73,8 +74,8 @@ def load_pretrained(
     _warn_of_keys(cls, path, report)
     if arguments.placement.device_map is not None and "hf_device_map" not in vars(model):
         # As accelerate's dispatch_model has it, which was not needed for one device.
-        first = next(itertools.chain(model.parameters(), model.buffers()), None)
-        vars(model)["hf_device_map"] = {} if first is None else {"": first.device}
+        held = itertools.chain(tensors_to_come(model), tensors_to_come(model, "_buffers"))
+        vars(model)["hf_device_map"] = next(({"": device} for _, device, _ in held), {})
     model.register_to_config(_name_or_path=path)
     return model, report, arguments
 
@@ -181,6 +182,8 @@ def _prefetch(
         return None
     if arguments.tensor_parallel or not arguments.low_cpu_mem_usage:
         return None
+    if arguments.options.background:
+        return None  # the order of the modules is not known yet
     alone = single_entry("cpu" if placement.device_map is None else placement.device_map)
     if not isinstance(alone, (str, int, torch.device)):
         return None  # or to be refused
@@ -227,6 +230,11 @@ def _fill(
         compare_ties=True,
     )
     if source.quantizer is not None:
+        if options.background:
+            raise ArgumentError(
+                "background=True goes not together with a quantized checkpoint: its layers are "
+                "made of what is read"
+            )
         report = source.quantizer.load(model, checkpoint, placement, matching, options)
         model.eval()
     elif parallel is not None:

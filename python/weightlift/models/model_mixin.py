@@ -17,6 +17,7 @@ from weightlift.core.errors import ArgumentError
 from weightlift.models.config_mixin import ConfigMixin
 from weightlift.models.hub_mixin import PushToHubMixin
 from weightlift.models.loading import load_pretrained
+from weightlift.module.background import tensors_to_come
 from weightlift.module.move import move
 from weightlift.module.offload import whole_state_dict
 
@@ -27,14 +28,16 @@ _Self = TypeVar("_Self", bound="ModelMixin")
 
 
 def get_parameter_device(module: torch.nn.Module) -> torch.device:
-    """The device of the first parameter, buffer or tensor attribute.
+    """The device of the first parameter, buffer or tensor attribute; of one that is still being
+    loaded, without waiting, where it will be.
 
     Raises:
         StopIteration: the module has none.
     """
-    tensors = itertools.chain(module.parameters(), module.buffers(), _tensor_attributes(module))
-    found: torch.Tensor = next(tensors)
-    return found.device
+    held = itertools.chain(tensors_to_come(module), tensors_to_come(module, "_buffers"))
+    for _, device, _ in held:
+        return device
+    return next(_tensor_attributes(module)).device
 
 
 def get_parameter_dtype(module: torch.nn.Module) -> torch.dtype | None:
@@ -42,16 +45,16 @@ def get_parameter_dtype(module: torch.nn.Module) -> torch.dtype | None:
     attribute; without any of floating point, the dtype of the last one."""
     kept = getattr(module, "_keep_in_fp32_modules", None) or ()
     last = None
-    for name, parameter in module.named_parameters():
-        last = parameter.dtype
+    for name, _, dtype in tensors_to_come(module):
+        last = dtype
         if any(part in kept for part in name.split(".")):
             continue
-        if parameter.is_floating_point():
-            return parameter.dtype
-    for buffer in module.buffers():
-        last = buffer.dtype
-        if buffer.is_floating_point():
-            return buffer.dtype
+        if dtype.is_floating_point:
+            return dtype
+    for _, _, dtype in tensors_to_come(module, "_buffers"):
+        last = dtype
+        if dtype.is_floating_point:
+            return dtype
     if last is not None:
         return last
     for tensor in _tensor_attributes(module):
@@ -148,11 +151,12 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
                 diffusers, or its values: quantize while loading.
             load_in_8bit, load_in_4bit: the same as a ``BitsAndBytesConfig`` with this flag.
             disable_mmap: the same as ``mode="read"``.
-            mode, pin_memory, memory_format, verify, progress: as ``load_into`` has them.
+            mode, pin_memory, memory_format, verify, progress, background: as ``load_into`` has
+                them; ``weightlift.last_report()`` is the handle of what goes on in the background.
             kwargs: those above, and arguments of the class's ``__init__``, which override the
                 configuration's. Where the class has an argument that is called ``device_mesh``,
-                ``tp_plan``, ``mode``, ``pin_memory``, ``memory_format``, ``verify`` or
-                ``progress``, it is the class's.
+                ``tp_plan``, ``mode``, ``pin_memory``, ``memory_format``, ``verify``, ``progress``
+                or ``background``, it is the class's.
 
         Returns:
             The model, in evaluation mode. Tensors that the checkpoint lacks are initialised by the

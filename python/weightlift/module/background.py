@@ -15,7 +15,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from weightlift.core import dtypes
 from weightlift.core.errors import ArgumentError
@@ -37,9 +37,9 @@ __all__ = [
     "BackgroundLoad",
     "BackgroundReport",
     "is_waiting",
-    "parameters_to_come",
     "require_one_device",
     "split_by_meta",
+    "tensors_to_come",
 ]
 
 
@@ -518,12 +518,13 @@ def is_waiting(model: torch.nn.Module) -> bool:
     )
 
 
-def parameters_to_come(
-    model: torch.nn.Module,
+def tensors_to_come(
+    model: torch.nn.Module, kind: Literal["_parameters", "_buffers"] = "_parameters"
 ) -> Iterator[tuple[str, torch.device, torch.dtype]]:
-    """(name, device, dtype) of the parameters, as they are or will be, without waiting for any."""
+    """(name, device, dtype) of the parameters or buffers, as they are or will be, without waiting
+    for any."""
     for prefix, module in model.named_modules():
-        tensors = vars(module)["_parameters"]
+        tensors = vars(module)[kind]
         for key, tensor in dict.items(tensors):
             if tensor is None:
                 continue
