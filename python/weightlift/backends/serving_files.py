@@ -18,8 +18,10 @@ from weightlift.module.recording.recorder import Recorder
 from weightlift.module.recording.replay import Replay, Taken
 from weightlift.module.recording.sources import Source
 
-__all__ = ["AHEAD_BYTES", "FilesReader", "summary", "weights_again", "weights_of"]
+__all__ = ["AHEAD_BYTES", "OWN_KEYS", "FilesReader", "summary", "weights_again", "weights_of"]
 
+# Of an engine's extra configuration, what is ours.
+OWN_KEYS = ("slices", "check", "share")
 # From so many bytes on, slices are read while the model's code still runs.
 AHEAD_BYTES = 128 << 20
 

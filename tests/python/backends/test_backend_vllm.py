@@ -129,7 +129,32 @@ def test_a_version_that_is_not_known_is_left_alone(
 
     monkeypatch.delattr(loaders, "_LOAD_FORMAT_TO_MODEL_LOADER")
     register()
-    assert "takes no load format of ours" in caplog.text
+    assert caplog.messages == [
+        "this version of vLLM takes no load format of ours: use --load-format auto"
+    ]
+
+
+def test_the_stock_loader_serves_where_vllm_has_other_hooks(
+    loaders: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from weightlift.backends.vllm import register
+
+    stock = importlib.import_module(f"{LOADERS}.default_loader").DefaultModelLoader
+    with monkeypatch.context() as changed:
+        changed.setattr(loaders, "_LOAD_FORMAT_TO_MODEL_LOADER", {})
+        changed.delitem(sys.modules, "weightlift.backends.vllm.loader")
+        changed.setattr(stock, "_prepare_weights", lambda self, source: None)
+        register()
+        assert caplog.messages == []
+        kind = loaders._LOAD_FORMAT_TO_MODEL_LOADER["weightlift"]
+    loader = kind(config(slices=False))
+    assert type(loader) is stock
+    (message,) = caplog.messages
+    assert "takes other arguments): vLLM's own serves" in message
+    found, wanted = Rank(), Rank()
+    loader.load_weights(found, SimpleNamespace(model=str(folder_of(tmp_path)), quantization=None))
+    wanted.load_weights(TENSORS.items())
+    assert_same(found, wanted)
 
 
 @pytest.mark.parametrize("extra", [{}, {"slices": False}, {"check": True}, {"share": True}])
@@ -143,6 +168,23 @@ def test_the_same_as_the_stock_loader(loaders: Any, extra: Any, tmp_path: Path) 
         slices = 3 * 32 * 64 * 4 + 4 * 32 * 64 * 4 + 4
         assert loader._reader.report.bytes == slices
         assert loader._reader.offered == sum(t.numel() * 4 for t in TENSORS.values())
+
+
+class Counting(Rank):
+    """Whose second load gives something else."""
+
+    loads = 0
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loaded = super().load_weights(weights)
+        self.loads += 1
+        self.qkv.data[3] += self.loads - 1
+        return loaded
+
+
+def test_check_finds_a_difference(loaders: Any, tmp_path: Path) -> None:
+    with pytest.raises(wl.CheckpointError, match=r"^qkv \(1 in all\): whole tensors give other"):
+        loaded(loaders, folder_of(tmp_path), Counting(), check=True)
 
 
 def test_what_is_read_is_said_in_the_log(

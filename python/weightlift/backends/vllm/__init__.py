@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import importlib
 import logging
 import sys
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 __all__ = ["LOAD_FORMAT", "register"]
 
@@ -29,19 +32,35 @@ def register() -> None:
 
 
 def _register() -> None:
+    loaders = importlib.import_module(_LOADERS)
+    known = getattr(loaders, "_LOAD_FORMAT_TO_MODEL_LOADER", None)
+    if not isinstance(known, dict):
+        _log.warning("this version of vLLM takes no load format of ours: use --load-format auto")
+        return
+    if LOAD_FORMAT in known:
+        return
     try:
-        loaders = importlib.import_module(_LOADERS)
-        if LOAD_FORMAT in loaders._LOAD_FORMAT_TO_MODEL_LOADER:
-            return
         from weightlift.backends.vllm.loader import WeightliftModelLoader
 
         loaders.register_model_loader(LOAD_FORMAT)(WeightliftModelLoader)
     except (ImportError, AttributeError, TypeError) as error:
-        _log.warning(
-            "this version of vLLM takes no load format of ours (%s: %s): --load-format auto serves",
-            type(error).__name__,
-            error,
-        )
+        known[LOAD_FORMAT] = functools.partial(_stock, loaders, f"{type(error).__name__}: {error}")
+
+
+def _stock(loaders: ModuleType, why: str, load_config: Any) -> Any:
+    """The loader that ``--load-format auto`` has."""
+    from weightlift.backends.serving_files import OWN_KEYS
+
+    _log.warning(
+        "weightlift does not know the loaders of this version of vLLM (%s): vLLM's own serves", why
+    )
+    config = copy.copy(load_config)
+    config.load_format = "auto"
+    extra = config.model_loader_extra_config
+    if isinstance(extra, dict):
+        rest = {key: value for key, value in extra.items() if key not in OWN_KEYS}
+        config.model_loader_extra_config = rest
+    return loaders.get_model_loader(config)
 
 
 class _AfterImport(MetaPathFinder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from vllm.model_executor.model_loader.weight_utils import filter_safetensors_fil
 
 from weightlift.backends.serving_files import (
     AHEAD_BYTES,
+    OWN_KEYS,
     FilesReader,
     summary,
     weights_again,
@@ -38,9 +40,10 @@ __all__ = ["WeightliftModelLoader"]
 _log = init_logger("vllm.weightlift")
 
 _OPTIONS = LoadOptions(caller="vllm")
+if len(inspect.signature(DefaultModelLoader._prepare_weights).parameters) != 6:
+    raise ImportError("DefaultModelLoader._prepare_weights takes other arguments")
 # What each model's own loading took of the tensors, for when it is loaded again.
 _taken_by: WeakKeyDictionary[torch.nn.Module, Taken] = WeakKeyDictionary()
-_OWN_KEYS = ("slices", "check", "share")
 
 
 class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
@@ -59,7 +62,7 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
         extra = config.model_loader_extra_config
         own: dict[str, Any] = {}
         if isinstance(extra, dict):
-            own = {key: extra[key] for key in _OWN_KEYS if key in extra}
+            own = {key: extra[key] for key in OWN_KEYS if key in extra}
             config.model_loader_extra_config = {k: v for k, v in extra.items() if k not in own}
         for key, value in own.items():
             if not isinstance(value, bool):
