@@ -1,0 +1,97 @@
+"""Faults to be put into the modules of streaming: name -> (module, what it says, what is said in its
+place). Each must be noticed by one of the checks of ``test_streaming_device``."""
+
+# ruff: noqa: E501 - the lines of the modules, as they are
+
+from __future__ import annotations
+
+MUTANTS: dict[str, tuple[str, str, str]] = {
+    "a_copy_does_not_wait_for_marks": (
+        "ring", "                list(marks.values()),\n", "                [],\n",
+    ),
+    "uses_are_not_marked": (
+        "ring", "            slot.marks[threading.get_ident()] = self.device.mark()\n            slot.pins",
+        "            slot.pins",
+    ),
+    "the_first_mark_stays": (
+        "ring", "slot.marks[threading.get_ident()] = self.device.mark()\n            slot.pins",
+        "slot.marks.setdefault(threading.get_ident(), self.device.mark())\n            slot.pins",
+    ),
+    "a_use_does_not_wait_for_its_copy": (
+        "ring", "        self.device.wait(arrival)\n", "",
+    ),
+    "a_use_waits_for_the_copy_before": (
+        "ring", "                slot.is_ready, slot.arrival = True, arrival\n",
+        "                slot.is_ready = True\n                slot.arrival = slot.arrival or arrival\n",
+    ),
+    "pins_are_not_counted": ("ring", "            slot.pins += 1\n", ""),
+    "pinned_buffers_are_given_away": (
+        "ring", "if slot.pins or not slot.is_ready or", "if not slot.is_ready or",
+    ),
+    "unpinned_twice": ("ring", "            slot.pins -= 1\n", "            slot.pins -= 2\n"),
+    "a_buffer_keeps_its_former_block": (
+        "ring", "            del self._slot_of[slot.block]\n        slot.block, slot",
+        "            pass\n        slot.block, slot",
+    ),
+    "a_block_is_ready_before_it_is_read": (
+        "ring", "        slot.block, slot.is_ready = block.number, False\n",
+        "        slot.block, slot.is_ready = block.number, True\n",
+    ),
+    "a_failed_read_counts": (
+        "ring", "                slot.block = None\n                slot.marks",
+        "                slot.is_ready = True\n                return\n                slot.marks",
+    ),
+    "a_failed_read_is_never_tried_again": (
+        "ring", "                self._errors.pop(number, None)\n", "                pass\n",
+    ),
+    "marks_are_lost_with_a_failed_read": (
+        "ring", "                slot.marks = marks  #", "                slot.marks = {}  #",
+    ),
+    "what_is_waited_for_is_given_away": (
+        "ring", "or number in self._waiting:\n                continue", "or False:\n                continue",
+    ),
+    "guesses_take_the_current_buffer": (
+        "ring", "if cost < worst and not (is_guess and cost):", "if cost < worst:",
+    ),
+    "nothing_is_read_ahead": (
+        "ring", "        for number in [*wanted, *self._ahead]:\n", "        for number in wanted:\n",
+    ),
+    "the_order_is_not_learned": (
+        "order", "                self._after[tuple(last[-length:])] = used\n", "                pass\n",
+    ),
+    "only_the_last_use_counts": ("order", "_CONTEXTS = (8, 4, 2, 1)", "_CONTEXTS = (1,)"),
+    "results_may_lie_in_buffers": (
+        "streamed_weight",
+        "return tensor.clone() if tensor.untyped_storage().data_ptr() in buffers else tensor",
+        "return tensor",
+    ),
+    "copies_pass_for_views": (
+        "streamed_weight", "        shadow.untyped_storage()._cdata == base.untyped_storage()._cdata\n",
+        "        True\n",
+    ),
+    "leases_end_before_the_operation": (
+        "streamed_weight", "            return leases.without_buffers(func(*real_args, **real_kwargs))\n",
+        "            leases.end()\n"
+        "            __import__('time').sleep(0.002)\n"
+        "            return leases.without_buffers(func(*real_args, **real_kwargs))\n",
+    ),
+    "views_begin_at_the_buffers_start": (
+        "streamed_weight", "        offset = whole.storage_offset() + shadow.storage_offset()\n",
+        "        offset = shadow.storage_offset()\n",
+    ),
+    "writes_are_not_looked_for": (
+        "streamed_weight", "            _check_written(func, args, kwargs)\n", "            pass\n",
+    ),
+    "a_second_weight_waits_too": (
+        "executor", "slot = self.ring.pin(stored.block, may_wait=may_wait)",
+        "slot = self.ring.pin(stored.block, may_wait=True)",
+    ),
+    "weights_overlap_in_their_buffer": (
+        "executor", "        self.bytes += -(-count // ALIGNMENT) * ALIGNMENT\n",
+        "        self.bytes += -(-count // ALIGNMENT) * ALIGNMENT // 2\n",
+    ),
+    "a_buffer_is_cut_once_for_all_blocks": (
+        "executor", "        key = slot.buffer.data_ptr(), stored\n",
+        "        key = slot.buffer.data_ptr(), None\n",
+    ),
+}  # fmt: skip
