@@ -153,13 +153,6 @@ def by_mapping(model: Rank, path: Path) -> None:
         model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
 
 
-def by_reading(model: Rank, path: Path) -> None:
-    """Whole tensors that are read, one after the other."""
-    checkpoint = wl.open_checkpoint(path)
-    whole = (wl.load_checkpoint(checkpoint.ordered([name]), mode="read") for name in checkpoint)
-    model.load_weights(item for tensors in whole for item in tensors.items())
-
-
 def seconds_of(load: Callable[[], object]) -> float:
     begun = time.perf_counter()
     load()
@@ -246,7 +239,6 @@ def measure_times(name: str, path: Path, ranks: int, rounds: int) -> dict[str, A
     ways: dict[str, Callable[[Rank, Path], object]] = {
         "slices": by_slices,
         "mapping": by_mapping,
-        "reading whole": by_reading,
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
     for load in ways.values():
@@ -301,8 +293,8 @@ def main() -> None:
             path = folder / f"{name}.safetensors"
             summary["times"].append(measure_times(name, path, ranks, arguments.rounds))
             print(summary["times"][-1], flush=True)
-    if arguments.summary:
-        arguments.summary.write_text(json.dumps(summary, indent=1) + "\n")
+            if arguments.summary:
+                arguments.summary.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 if __name__ == "__main__":

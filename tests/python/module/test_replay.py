@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,38 @@ def test_reading_ahead_while_the_code_runs_keeps_the_order_of_writes(tmp_path: P
     assert torch.equal(seen, wanted)
     wanted[0] = tensors["c"][0]
     assert torch.equal(into, wanted)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_threads_of_the_code_get_their_bytes_there_and_then(ahead: int, tmp_path: Path) -> None:
+    tensors = {str(i): torch.randn(16, 8) for i in range(40)}
+    checkpoint = wl.open_checkpoint(checkpoint_of(tmp_path, tensors))
+    reader = CheckpointReader(checkpoint)
+    recorder = Recorder(reader, ahead=ahead, threads=True)
+    into = torch.zeros(40, 8, 8, dtype=torch.float64)
+    sums = torch.zeros(40, dtype=torch.float64)
+
+    def load(i: int, tensor: Tensor) -> None:
+        into[i].copy_(tensor.narrow(0, 8, 8))
+        into[i, 0].mul_(2)  # seen by nobody
+        if i % 5 == 0:
+            sums[i] = tensor.sum().item()
+
+    with recorder.watching(), ThreadPoolExecutor(4) as pool:
+        given = [(int(n), recorder.placeholder(n, s)) for n, s in sources(checkpoint)]
+        for i, tensor in given:
+            into[i].copy_(tensor[:8])  # waits until a thread writes to the same memory
+        done = [pool.submit(load, i, tensor) for i, tensor in given]
+    for one in done:
+        one.result()
+    recorder.finish()
+    for i in range(40):
+        wanted = tensors[str(i)][8:].double()
+        wanted[0] *= 2
+        assert torch.equal(into[i], wanted)
+        assert sums[i].item() == (tensors[str(i)].sum().item() if i % 5 == 0 else 0)
+    assert set(recorder.whole.values()) == {"sum()"}
+    assert set(Taken.of(recorder).parts) == set(tensors)
 
 
 def test_an_error_of_the_code_leaves_nothing_running(tmp_path: Path) -> None:

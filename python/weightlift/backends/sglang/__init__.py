@@ -63,7 +63,7 @@ def _load(original: Callable[..., Any], model: Any, weights: Any, target_device:
 
     begun = time.perf_counter()
     reader = FilesReader(LoadOptions(caller="sglang"))
-    recorder = Recorder(reader, ahead=AHEAD_BYTES)
+    recorder = Recorder(reader, ahead=AHEAD_BYTES, threads=True)
     recorder.expect([*model.named_parameters(), *model.named_buffers()])
     token = _recording.set((reader, recorder))
     try:

@@ -100,7 +100,7 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
         def is_held(copy: Copy) -> bool:
             return group is not None and is_of_whole_tensor(copy, recorder.sources[copy.name].shape)
 
-        recorder = Recorder(reader, ahead=AHEAD_BYTES, held=is_held)
+        recorder = Recorder(reader, ahead=AHEAD_BYTES, held=is_held, threads=True)
         recorder.expect([*model.named_parameters(), *model.named_buffers()])
         self._recorder = recorder
         try:

@@ -58,6 +58,8 @@ class Recorder:
         ahead: bytes of waiting copies from which on these are done while the loading code still
             runs; 0: none are.
         held: whether a copy is to wait to the end nevertheless.
+        threads: whether the loading code may use the tensors in threads of its own. What these
+            write otherwise nobody sees, so their copies are done there and then.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class Recorder:
         *,
         ahead: int = 0,
         held: Callable[[Copy], bool] = lambda copy: False,
+        threads: bool = False,
     ) -> None:
         self.reader = reader
         self._ahead = Ahead(ahead)
         self._held = held
         self._device = device
         self._thread = threading.get_ident()
+        self._lock = threading.RLock() if threads else None
         self._open = False
         self.targets: dict[int, Target] = {}  # by the address of the storage
         self.whole: dict[str, str] = {}  # name -> why it came whole
@@ -258,11 +262,16 @@ class Recorder:
     # What the modes tell.
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return handler_of(func)(self, func, args, kwargs)
+        if self._lock is None:
+            return handler_of(func)(self, func, args, kwargs)
+        with self._lock:
+            return handler_of(func)(self, func, args, kwargs)
 
     def after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A placeholder in an operator that no mode saw."""
-        if self._open and threading.get_ident() != self._thread:
+        if self._open and self._is_elsewhere():
+            if self._lock is not None:
+                return self.dispatch(func, args, kwargs)
             raise CheckpointError(
                 f"{func}: loading code used a tensor in another thread than the one that is "
                 "recorded; load whole tensors instead"
@@ -279,7 +288,8 @@ class Recorder:
 
     def real(self, tensor: Placeholder, why: str) -> torch.Tensor:
         """The tensor with its bytes."""
-        self.read([tensor.memory], why)
+        with self._lock or contextlib.nullcontext():
+            self.read([tensor.memory], why)
         return tensor.with_bytes()
 
     def materialize(self, tensor: Placeholder, why: str) -> None:
@@ -444,6 +454,9 @@ class Recorder:
         target.writes.append(copy)
         target.parts.append(tensor)
         self.done.append(copy)
+        if self._open and self._is_elsewhere():
+            self.finish([target])
+            return None
         if self._ahead.is_time(copy):
             self._start_ahead()
         return None
@@ -488,6 +501,10 @@ class Recorder:
             ).copy_(part)
 
     # Inside.
+
+    def _is_elsewhere(self) -> bool:
+        """Whether this thread is another than that which is recorded."""
+        return threading.get_ident() != self._thread
 
     def _start_ahead(self) -> None:
         """Starts what waits for targets with memory, unless some of it has to wait for other."""
