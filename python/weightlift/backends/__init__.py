@@ -21,7 +21,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterable
 
-from weightlift.backends import patching
+from weightlift.backends import early_return, patching
 from weightlift.backends.fallback import FallbackToLibrary, fall_back, report_fallback
 from weightlift.backends.hooks import LIBRARIES, Hook, signature_text
 from weightlift.core.errors import ArgumentError
@@ -43,9 +43,12 @@ __all__ = [
 # Both under the lock of `patching`.
 _explicit: set[str] = set()  # by enable()
 _held: dict[str, set[object]] = {name: set() for name in LIBRARIES}  # by `with enabled()`
+# Of these, what returns early: by enable(), and by each `with enabled()`.
+_early: set[str] = set()
+_held_early: dict[object, frozenset[str]] = {}
 
 
-def enable(*libraries: str) -> None:
+def enable(*libraries: str, background: bool = False) -> None:
     """Makes these libraries load through the engine; all known ones without an argument.
 
     Nothing is imported: what is not imported yet is hooked when it is. Twice is as once. Where a
@@ -54,16 +57,30 @@ def enable(*libraries: str) -> None:
 
     Args:
         libraries: ``"diffusers"``, ``"transformers"``, ``"accelerate"``, ``"safetensors"``.
+        background: ``from_pretrained`` of diffusers' and transformers' models returns while the
+            model loads: each module waits for its own tensors, as of ``load_into(...,
+            background=True)``, and ``weightlift.last_report()`` is the handle. Models that are
+            quantized, cut for several processes, or spread over devices and the disk, and single
+            files of diffusers, are loaded before the return.
 
     Raises:
-        ArgumentError: an unknown library.
+        ArgumentError: an unknown library, or ``background=True`` with none that can.
         WeightliftError: with ``WEIGHTLIFT_STRICT=1``, an unknown signature.
     """
     names = _names(libraries)
-    before = _explicit & names
+    early = _early_of(names, background)
+    before, before_early = _explicit & names, frozenset(_early)
+
+    def undo() -> None:
+        _explicit.difference_update(names - before)
+        _early.clear()
+        _early.update(before_early)
+
     with patching.lock:
         _explicit.update(names)
-    _apply_or(lambda: _explicit.difference_update(names - before))
+        _early.difference_update(names)
+        _early.update(early)
+    _apply_or(undo)
 
 
 def disable(*libraries: str) -> None:
@@ -77,8 +94,11 @@ def disable(*libraries: str) -> None:
     names = _names(libraries)
     with patching.lock:
         _explicit.difference_update(names)
+        _early.difference_update(names)
         for name in names:
             _held[name].clear()
+        for token, early in _held_early.items():
+            _held_early[token] = early - names
         _apply()
 
 
@@ -89,14 +109,16 @@ class enabled(contextlib.ContextDecorator):
     last to leave restores.
     """
 
-    def __init__(self, *libraries: str) -> None:
+    def __init__(self, *libraries: str, background: bool = False) -> None:
         self._libraries = _names(libraries)
-        self._entered: list[tuple[object, set[str]]] = []
+        self._early = _early_of(self._libraries, background)
+        self._entered: list[tuple[object, set[str], set[str]]] = []
 
     def __enter__(self) -> enabled:
         token = object()
         with patching.lock:
-            self._entered.append((token, _explicit & self._libraries))
+            self._entered.append((token, _explicit & self._libraries, _early & self._libraries))
+            _held_early[token] = self._early
             for name in self._libraries:
                 _held[name].add(token)
         _apply_or(self._leave)
@@ -108,11 +130,14 @@ class enabled(contextlib.ContextDecorator):
             _apply()
 
     def _leave(self) -> None:
-        token, explicit = self._entered.pop()
+        token, explicit, early = self._entered.pop()
+        _held_early.pop(token, None)
         for name in self._libraries:
             _held[name].discard(token)
         _explicit.difference_update(self._libraries)
         _explicit.update(explicit)
+        _early.difference_update(self._libraries)
+        _early.update(early)
 
 
 def is_enabled(library: str) -> bool:
@@ -145,6 +170,18 @@ def _names(libraries: Iterable[str]) -> frozenset[str]:
     return frozenset(names or LIBRARIES)
 
 
+def _early_of(names: frozenset[str], background: bool) -> frozenset[str]:
+    if not background:
+        return frozenset()
+    early = names & early_return.ABLE
+    if not early:
+        raise ArgumentError(
+            f"background=True is for {' and '.join(sorted(early_return.ABLE))}; "
+            f"{', '.join(sorted(names))} loads what it is asked for"
+        )
+    return early
+
+
 def _apply_or(undo: Callable[[], None]) -> None:
     """Puts in place what is wanted now; where that fails, undoes the wish."""
     try:
@@ -161,5 +198,6 @@ def _apply_or(undo: Callable[[], None]) -> None:
 
 def _apply() -> list[str]:
     with patching.lock:
+        early_return.set_libraries(frozenset(_early).union(*_held_early.values()))
         held = (name for name in LIBRARIES if _held[name])
         return patching.activate(frozenset(_explicit.union(held)))

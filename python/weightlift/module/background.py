@@ -11,20 +11,22 @@ that wait for it are gone.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from weightlift.core import dtypes
 from weightlift.core.errors import ArgumentError
-from weightlift.core.report import LoadProgress, LoadReport, format_bytes
+from weightlift.core.report import LoadProgress, LoadReport, format_bytes, set_last_report
 from weightlift.load.arriving_load import ArrivingLoad
 from weightlift.load.options import LoadOptions, Progress
 from weightlift.load.plans import progress_callback
 from weightlift.module.order_of_use import learn_order, order_of_use
-from weightlift.module.parameters import ParameterRef, is_sharded, set_all
+from weightlift.module.parameters import ParameterRef, gather, is_sharded, set_all
 from weightlift.module.placement import Placement
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BackgroundLoad",
     "BackgroundReport",
+    "holding_back",
     "is_waiting",
     "require_one_device",
     "split_by_meta",
@@ -309,6 +312,27 @@ class BackgroundLoad:
         arriving = plan.start_in_order(order)
         return cls(arriving, awaited, placed, checkpoint, memory_format, identity)
 
+    def hold_back(self, model: torch.nn.Module, options: LoadOptions) -> BackgroundReport:
+        """Makes the modules wait; within ``holding_back`` when that has ended. Its report."""
+        report = BackgroundReport(self, LoadReport(), options)
+        held_back = _held_back.get()
+        if held_back is None:
+            self.make_modules_wait()
+        else:
+            held_back.append(_HeldBack(self, model, report))
+        return report
+
+    def find_again(self, model: torch.nn.Module) -> None:
+        """Looks where the tensors hang by now: somebody may have tied or replaced them."""
+        refs = {id(ref.tensor): ref for ref in gather(model)[0]}
+        self._hanging = [
+            (tensor, refs.get(id(tensor.meta), ref))
+            for tensor, ref in self._hanging
+            if id(tensor.meta) in refs or _holds_meta(ref)
+        ]
+        self._awaited = [tensor for tensor, _ in self._hanging]
+        self._left = len(self._awaited)
+
     def make_modules_wait(self) -> None:
         """From now on who needs a tensor waits for it."""
         interest = _Interest()
@@ -413,6 +437,45 @@ class BackgroundLoad:
                 tensor.forget()
 
 
+class _HeldBack(NamedTuple):
+    """A load whose model somebody still has in hand."""
+
+    load: BackgroundLoad
+    model: torch.nn.Module
+    report: BackgroundReport
+
+
+_held_back: ContextVar[list[_HeldBack] | None] = ContextVar(
+    "weightlift_held_back_loads", default=None
+)
+
+
+@contextlib.contextmanager
+def holding_back() -> Iterator[None]:
+    """Around code of a library that looks at the tensors of a model which begins to load within
+    it: the model's modules wait from its end on. Where it fails the load is cancelled."""
+    held_back: list[_HeldBack] = []
+    token = _held_back.set(held_back)
+    try:
+        yield
+        for load, model, report in held_back:
+            load.find_again(model)
+            load.make_modules_wait()
+            set_last_report(report)
+    except BaseException:
+        for load, _, _ in held_back:
+            load.cancel()
+        raise
+    finally:
+        _held_back.reset(token)
+
+
+def _holds_meta(ref: ParameterRef) -> bool:
+    held = ref.module._parameters if ref.is_parameter else ref.module._buffers
+    tensor = held.get(ref.key)
+    return tensor is not None and tensor.is_meta and tensor.shape == ref.tensor.shape
+
+
 def _no_report() -> None:
     return None
 
@@ -425,7 +488,7 @@ class BackgroundReport(LoadReport):
     def __init__(self, load: BackgroundLoad, earlier: LoadReport, options: LoadOptions) -> None:
         super().__init__()
         self._load = load
-        self._earlier = earlier
+        self.earlier = earlier  # what was read before it
         self._progress = options.progress
         self._is_complete = False
         load.report = weakref.ref(self)
@@ -445,7 +508,7 @@ class BackgroundReport(LoadReport):
     def progress(self) -> LoadProgress:
         """How far it is."""
         done, total = self._load.arriving.progress()
-        earlier = self._earlier.bytes
+        earlier = self.earlier.bytes
         return LoadProgress(done + earlier, total + earlier)
 
     def cancel(self) -> None:
@@ -457,7 +520,7 @@ class BackgroundReport(LoadReport):
         if self._is_complete:
             return
         self._is_complete = True
-        done = native.plus(self._earlier)
+        done = native.plus(self.earlier)
         names = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "meta_keys")
         self.__dict__.update((k, v) for k, v in vars(done).items() if k not in names)
 

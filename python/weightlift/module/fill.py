@@ -21,7 +21,6 @@ from weightlift.module.attach import (
 )
 from weightlift.module.background import (
     BackgroundLoad,
-    BackgroundReport,
     require_one_device,
     split_by_meta,
 )
@@ -143,11 +142,12 @@ def _in_background(
     try:
         now = filling._replace(placed=placed)
         report = _now(now, placement, matching, options, new_load, None)
-        started.make_modules_wait()
+        handle = started.hold_back(filling.model, options)
     except BaseException:
         started.cancel()
         raise
-    return BackgroundReport(started, report, options)
+    handle.earlier = report
+    return handle
 
 
 def _now(

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
+from weightlift.backends import early_return
 from weightlift.backends.diffusers.arguments import corrected_arguments
 from weightlift.backends.diffusers.context import NAME, temporary_value
 from weightlift.backends.diffusers.files import castable, engine_device, open_files
@@ -110,13 +111,14 @@ def model_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         if isinstance(kwargs.get("device_map"), MappingProxyType):  # of a pipeline's component
             kwargs["device_map"] = dict(kwargs["device_map"])
-        early = _early(cls, kwargs)
+        early = None if early_return.is_enabled(NAME) else _early(cls, kwargs)
         if kwargs.get("use_flashpack"):
             report_fallback(NAME, "FlashPack files are read by flashpack", warn=False)
             early = None
         call = Call(cls, early)
         with contextlib.ExitStack() as stack:
             stack.callback(call.cancel)
+            stack.enter_context(early_return.returning_early(NAME))
             stack.enter_context(temporary_value(current_call, call))
             stack.enter_context(temporary_value(current_single_file, None))
             stack.enter_context(corrected_arguments(pretrained_model_name_or_path, kwargs))

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from weightlift.backends import early_return
 from weightlift.backends.diffusers.calls import Call, current_call, shards_bar
 from weightlift.backends.diffusers.context import NAME
 from weightlift.backends.diffusers.files import arrives_as, engine_device, load_all, mode_for
@@ -141,6 +142,7 @@ class _Load:
                 fit.mode,
                 progress=shards_bar(len(opened.file_sizes)) if prefetched is None else False,
                 caller=NAME,
+                background=prefetched is None and _may_go_on(given),
             ),
             prefetched=prefetched,
         )
@@ -186,6 +188,13 @@ class _Fit:
         device = engine_device(devices.pop()) if len(devices) == 1 else None
         mode: Mode = "read" if given["disable_mmap"] else mode_for(opened, device, casts)
         return cls(by_engine, mismatched, mode)
+
+
+def _may_go_on(given: Mapping[str, Any]) -> bool:
+    """Whether the load may go on when ``from_pretrained`` has returned."""
+    if not early_return.is_wanted(NAME) or given["device_map"]:
+        return False
+    return all(parameter.is_meta for parameter in given["model"].parameters())
 
 
 def _covers(device_map: Mapping[str, Any], model: torch.nn.Module) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from weightlift.backends import early_return
 from weightlift.backends.fallback import fall_back, levels_to_caller
 from weightlift.backends.transformers import compat, prefetch
 from weightlift.backends.transformers.open_files import fallback_reason, open_checkpoint, weights_of
@@ -243,7 +244,7 @@ def warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
 def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = _with_quantization_config(kwargs)
-        with prefetch.watching(kwargs):
+        with early_return.returning_early(CALLER), prefetch.watching(kwargs):
             return original(cls, *args, **kwargs)
 
     return from_pretrained

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from weightlift.backends import early_return
 from weightlift.backends.transformers import compat
 from weightlift.backends.transformers.open_files import fallback_reason, open_checkpoint, weights_of
-from weightlift.backends.transformers.weights import Batch, Weights
+from weightlift.backends.transformers.weights import CALLER, Batch, Weights
 from weightlift.core import dtypes
 from weightlift.core.errors import WeightliftError
 from weightlift.module.device_map import single_device
@@ -81,6 +82,8 @@ def begin(model: Any, key_mapping: Any, hf_quantizer: Any) -> None:
     call = _current.get()
     if call is None or not call.files or call.weights is not None or compat.is_foreign():
         return
+    if early_return.is_wanted(CALLER):
+        return  # what comes first is not known before the walk
     if key_mapping or hf_quantizer is not None:
         return
     if any(call.options.get(name) is not None for name in _NOT_PREFETCHED):

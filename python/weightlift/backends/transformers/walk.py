@@ -18,15 +18,20 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from weightlift.backends import early_return
 from weightlift.backends.transformers.compat import core_module
 from weightlift.backends.transformers.layout import Layout, layout_of
 from weightlift.backends.transformers.targets import Target, find_targets
-from weightlift.backends.transformers.weights import Batch, LoadFailed, Weights
+from weightlift.backends.transformers.weights import CALLER, Batch, LoadFailed, Weights
 from weightlift.checkpoint.checkpoint import describe_location
 from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import OutOfMemoryError, WeightliftError
 from weightlift.load.allocation import empty_on_host, naming_tensor
+from weightlift.load.options import LoadOptions
+from weightlift.module.background import BackgroundLoad
+from weightlift.module.parameters import ParameterRef
+from weightlift.module.placement import Group, Placement
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +118,8 @@ class _Fill:
         self._is_watched = _is_watched()
         self._modules: dict[str, torch.nn.Module] = {}
         self._find_modules(model, "")
+        # What comes when the call has returned, by name.
+        self._later: dict[str, ParameterRef] = {}
 
     def run(self, targets: Sequence[Target]) -> None:
         from transformers.integrations.accelerate import expand_device_map
@@ -134,7 +141,10 @@ class _Fill:
                 self._info.mismatched_keys.add(mismatched[target.name])
                 continue
             if target.converter is None:
-                self._place(target)
+                if target.name in self._later:
+                    self._mark(target)
+                else:
+                    self._place(target)
                 continue
             made = target.value
             if made is None:
@@ -167,6 +177,7 @@ class _Fill:
         merged: list[tuple[Target, Layout]] = []
         left: list[Target] = []
         plain: list[Target] = []
+        later: list[tuple[Target, ParameterRef]] = []
         for target in targets:
             if target.converter is not None:
                 layout = None
@@ -176,11 +187,14 @@ class _Fill:
                     merged.append((target, layout))
                 elif not self._on_disk:
                     left.append(target)
+            elif (ref := self._may_come_later(target)) is not None:
+                later.append((target, ref))
             elif not self._goes_to_disk(target.name, target.device):
                 plain.append(target)
                 key = target.sources[0][1]
                 batch.add(key, self._to(target), self._dtypes(target.name), target.cut(key))
         self._merge(merged, batch)
+        self._start_in_background(later)
         started = [batch]
 
         def start_batch(wave: Sequence[Target]) -> Batch:
@@ -213,6 +227,53 @@ class _Fill:
         forced = target.cuts is None and getattr(target.converter, "force_cpu", False)
         on_host = target.device == "disk" or forced
         return parse_device("cpu" if on_host else target.device)
+
+    # --- What goes on when the call has returned
+
+    def _may_come_later(self, target: Target) -> ParameterRef | None:
+        """Where a tensor is taken to by the engine alone, and its place is on ``meta`` as the
+        library made it."""
+        if not early_return.is_wanted(CALLER) or target.cuts is not None or self._is_watched:
+            return None
+        if len(set(self._device_map.values())) > 1 or self._on_disk:
+            return None
+        key = target.sources[0][1]
+        own, wanted = self._weights.headers[key][0], self._dtypes(target.name)
+        name = dtypes.file_name(wanted)
+        if name != own and not {own, name} <= dtypes.CASTABLE:
+            return None
+        path, _, leaf = target.name.rpartition(".")
+        module = self._modules[path]
+        for held, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            tensor = held.get(leaf)
+            if tensor is not None and tensor.is_meta and tensor.dtype == wanted:
+                return ParameterRef(tensor, is_parameter, True, target.name, module, leaf)
+        return None
+
+    def _start_in_background(self, later: Sequence[tuple[Target, ParameterRef]]) -> None:
+        if not later:
+            return
+        placed = Placement({}, {}, set(), [], {})
+        casts = False
+        for target, ref in later:
+            key = target.sources[0][1]
+            name = dtypes.file_name(ref.tensor.dtype)
+            cast_to = None if name == self._weights.headers[key][0] else name
+            casts = casts or cast_to is not None
+            group = Group(self._to(target), cast_to, False, False)
+            placed.groups.setdefault(group, []).append((key, ref))
+            self._later[target.name] = ref
+        plan = self._weights.plan({group.device for group in placed.groups}, casts, None)
+        for group, members in placed.groups.items():
+            plan.add(group.device, group.cast_to, [key for key, _ in members])
+        checkpoint = self._weights.checkpoint
+        started = BackgroundLoad.start(self._model, plan, placed, checkpoint, None)
+        started.hold_back(self._model, LoadOptions(caller=CALLER))
+
+    def _mark(self, target: Target) -> None:
+        """Tells the library that a tensor is there, which will be."""
+        self._later[target.name].tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        self._info.missing_keys.discard(target.name)
 
     # --- What the library stacks and concatenates
 
