@@ -57,14 +57,18 @@ class Rank:
         config.parallel_config.tensor_parallel_size = self.ranks
         return config
 
-    def load(self, config: Any) -> tuple[Any, Any, int]:
-        """(model, its loader, bytes of its parameters when they were loaded)."""
+    def begin(self) -> None:
+        """Once, within a configuration."""
         if not self.begun:
             init_distributed_environment(
                 self.ranks, self.rank, f"file://{self.rendezvous}", self.rank, "gloo"
             )
             initialize_model_parallel(self.ranks, 1)
             self.begun = True
+
+    def load(self, config: Any) -> tuple[Any, Any, int]:
+        """(model, its loader, bytes of its parameters when they were loaded)."""
+        self.begin()
         loader = get_model_loader(config.load_config)
         size = 0
         original = loader.load_weights

@@ -53,14 +53,16 @@ MODELS = {
 }
 
 
-def make(folder: Path, kind: str, options: dict[str, object]) -> None:
+def make(
+    folder: Path, kind: str, options: dict[str, object], max_shard_size: str = "200KB"
+) -> None:
     generator = torch.Generator().manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **options})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16)
     with torch.no_grad():
         for tensor in model.parameters():
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
-    model.save_pretrained(folder, max_shard_size="200KB")
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 def make_llava(folder: Path) -> None:

@@ -119,7 +119,7 @@ class Replay:
         taken: Taken,
         whole: dict[str, str] | None = None,
         *,
-        group_bytes: int = 256 << 20,
+        group_bytes: int = 32 << 20,
     ) -> None:
         self._reader = reader
         self._taken = taken
