@@ -39,6 +39,7 @@ py::dict report_dict(const engine::Report& report) {
   result["pinned_bytes"] = report.pinned_bytes;
   result["peak_staging_bytes"] = report.peak_staging_bytes;
   result["memory"] = report.memory;
+  result["copies"] = report.copies;
   result["threads"] = report.threads;
   py::list fallbacks;
   for (const std::string& fallback : report.fallbacks) fallbacks.append(path_text(fallback));

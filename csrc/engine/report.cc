@@ -60,6 +60,7 @@ Report report_of(const LoadPlan& plan, const Schedule& schedule, const Sources& 
   report.files = file_reports(plan, sources);
   report.devices = device_reports(plan, schedule);
   for (const Lane& lane : schedule.lanes) {
+    if (!lane.copies.empty()) report.copies.push_back(lane.copies);
     report.fallbacks.insert(report.fallbacks.end(), lane.fallbacks.begin(), lane.fallbacks.end());
   }
   for (std::string& refused : sources.fallbacks()) report.fallbacks.push_back(std::move(refused));

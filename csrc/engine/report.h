@@ -35,6 +35,7 @@ struct Report {
   std::uint64_t peak_staging_bytes = 0;  // slots this load held at once
   unsigned threads = 0;
   std::vector<std::string> memory;  // on which pages new memory lies, and why
+  std::vector<std::string> copies;  // by device, how chunks were copied
   std::vector<std::string> fallbacks;
   // Files that were read while, or before which, their modification time changed, and no more that
   // can be seen: whether the bytes did, only reading them again can tell.

@@ -63,9 +63,27 @@ class LaneBuilder {
   void finish() {
     close_unit();
     close_chunk();
+    if (device_ != nullptr) lane_.copies = describe_copies();
   }
 
  private:
+  // As DeviceLane::copy_runs and DeviceLane::scatter do it.
+  [[nodiscard]] std::string describe_copies() const {
+    std::string text = "cuda:" + std::to_string(lane_.device) + ": ";
+    const std::size_t start = text.size();
+    const auto add = [&text, start](std::uint32_t chunks, const std::string& how) {
+      if (chunks == 0) return;
+      if (text.size() != start) text += ", ";
+      text += std::to_string(chunks) + (chunks == 1 ? " chunk by " : " chunks by ") + how;
+    };
+    const char* const form = settings_.batch_copies ? device_->driver().batch_form() : nullptr;
+    add(of_one_run_, "one copy");
+    add(of_many_runs_, form != nullptr ? std::string("batch copies of CUDA ") + form
+                                       : "a copy for each run of bytes, without batch copies");
+    add(scattered_, "the kernel");
+    return text.size() == start ? std::string() : text;
+  }
+
   bool casts_on_host(const Copy& copy) {
     if (device_ == nullptr) return true;
     const bool better_there = settings_.cast_place == CastPlace::kAuto
@@ -260,6 +278,7 @@ class LaneBuilder {
     const bool casts = std::any_of(runs_.begin(), runs_.end(),
                                    [](const Run& run) { return run.cast != convert::kTileCopy; });
     chunk_.scatter = (casts || runs_.size() > kDirectRuns) && has_kernel();
+    ++(chunk_.scatter ? scattered_ : runs_.size() == 1 ? of_one_run_ : of_many_runs_);
     lane_.chunks.push_back(chunk_);
     chunk_ = {.first_unit = static_cast<std::uint32_t>(lane_.units.size())};
     cursor_ = 0;
@@ -297,6 +316,10 @@ class LaneBuilder {
   std::uint32_t cursor_ = 0;
   std::uint32_t tiles_ = 0;
   std::vector<Run> runs_;  // of the chunk that is closed
+  // Chunks by how they are copied.
+  std::uint32_t of_one_run_ = 0;
+  std::uint32_t of_many_runs_ = 0;
+  std::uint32_t scattered_ = 0;
 };
 
 }  // namespace

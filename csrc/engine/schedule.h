@@ -61,6 +61,7 @@ struct Lane {
   std::vector<Chunk> chunks;  // device lanes
   std::uint64_t payload = 0;  // bytes of tensors
   std::uint32_t slots = 0;    // staging slots it may use
+  std::string copies;         // device lanes: how its chunks get to their places, in words
   std::vector<std::string> fallbacks;
 
   [[nodiscard]] std::uint64_t payload_of(const Chunk& chunk) const noexcept;

@@ -58,6 +58,8 @@ class LoadReport:
         peak_staging_bytes: staging slots that this load held at once.
         threads: that read and cast; 0 where the calling thread did it all.
         memory: of each larger block of new memory, on which pages it lies, and why.
+        copies: by CUDA device, how many chunks were copied at once, by which form of batch copies,
+            or by the kernel.
         fallbacks: what was done another way than the fastest, and why.
         missing_keys: the model's, that the checkpoint does not have.
         unexpected_keys: the checkpoint's, that the model does not have.
@@ -84,6 +86,7 @@ class LoadReport:
     fallbacks: list[str] = dataclasses.field(default_factory=list)
     meta_keys: list[str] = dataclasses.field(default_factory=list)
     memory: list[str] = dataclasses.field(default_factory=list)
+    copies: list[str] = dataclasses.field(default_factory=list)
 
     def wait(self) -> LoadReport:
         """Until all of it has been loaded; itself. Only loads with ``background=True`` go on when
@@ -126,6 +129,7 @@ class LoadReport:
             peak_staging_bytes=max(self.peak_staging_bytes, other.peak_staging_bytes),
             threads=max(self.threads, other.threads),
             memory=[*self.memory, *other.memory],
+            copies=[*self.copies, *other.copies],
             fallbacks=[*self.fallbacks, *other.fallbacks],
         )
 
@@ -145,6 +149,7 @@ class LoadReport:
             lines.append(
                 f"  staged through {format_bytes(self.peak_staging_bytes)} of pinned memory"
             )
+        lines += [f"  copies: {text}" for text in dict.fromkeys(self.copies)]
         lines += [f"  new memory: {text}" for text in dict.fromkeys(self.memory)]
         lines += [f"  fallback: {text}" for text in self.fallbacks]
         mismatched = [

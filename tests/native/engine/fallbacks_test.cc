@@ -7,6 +7,8 @@
 #include <chrono>
 #include <cstdint>
 #include <optional>
+#include <regex>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -56,6 +58,63 @@ TEST(LoadWithoutKernels, CastsOnTheHostTheSame) {
       EXPECT_EQ(sim().sim_calls("cuLaunchKernel"), 0U);
     }
     expect_machine_clean(machine, call);
+  }
+}
+
+// So many chunks as a report's words say were copied in this way.
+std::uint64_t chunks_by(const std::vector<std::string>& copies, const std::string& how) {
+  std::uint64_t count = 0;
+  for (const std::string& text : copies) {
+    const std::regex pattern("(\\d+) chunks? by " + how);
+    for (std::sregex_iterator match(text.begin(), text.end(), pattern), end; match != end;
+         ++match) {
+      count += std::stoull((*match)[1]);
+    }
+  }
+  return count;
+}
+
+TEST(Report, SaysHowChunksWereCopiedAsTheDriverSawIt) {
+  struct Case {
+    int version;
+    bool batch_copies;
+    bool kernels;
+    const char* form;
+  };
+  for (const Case& one : {Case{12070, true, false, nullptr}, Case{12080, true, false, "12\\.8"},
+                          Case{13000, true, false, "13\\.0"}, Case{13000, false, false, nullptr},
+                          Case{13000, true, true, "13\\.0"}}) {
+    Machine machine(1);
+    sim().sim_set_version(one.version);
+    {
+      Scenario scenario(5, 1);
+      scenario.settings.batch_copies = one.batch_copies;
+      scenario.settings.kernels = one.kernels;
+      scenario.settings.chunk_bytes = 512 * kKiB;
+      const Origin file = scenario.add_file(2 * kMiB);
+      for (std::uint64_t i = 0; i < 40; ++i) {  // in runs that do not follow one another
+        scenario.add(file, i * 16 * kKiB, 3 * kKiB, Dtype::kU8, Dtype::kU8, 0, 1);
+      }
+      const Origin large = scenario.add_file(2 * kMiB);
+      scenario.add(large, 0, 2 * kMiB, Dtype::kU8, Dtype::kU8, 0, 0);
+      auto load = scenario.prepare();
+      ASSERT_NE(load, nullptr);
+      ASSERT_TRUE(load->start().ok());
+      wait_for(*load, "copies");
+      const auto report = load->finish();
+      ASSERT_TRUE(report.ok()) << report.error().describe();
+      scenario.expect_everything(*load, *report, "copies");
+      const std::uint64_t batches = sim().sim_calls("cuMemcpyBatchAsync");
+      const std::uint64_t launches = sim().sim_calls("cuLaunchKernel");
+      const std::string form = one.form == nullptr ? "none" : one.form;
+      EXPECT_EQ(chunks_by(report->copies, "batch copies of CUDA " + form), batches);
+      EXPECT_EQ(chunks_by(report->copies, "the kernel"), launches);
+      EXPECT_GT(chunks_by(report->copies, "one copy"), 0U);
+      const bool by_run = chunks_by(report->copies, "a copy for each run of bytes") != 0;
+      EXPECT_EQ(by_run, batches == 0 && launches == 0);
+      EXPECT_EQ(batches != 0, one.form != nullptr && !one.kernels);
+    }
+    expect_machine_clean(machine, "copies");
   }
 }
 
