@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 import weightlift as wl
 from weightlift.load.copies import Copy, copy_parts
+from weightlift.module.recording.reader import CheckpointReader, sources_of
+from weightlift.module.recording.recorder import Recorder
 
 pytestmark = pytest.mark.gpu
 
@@ -47,3 +49,25 @@ def test_a_recording_on_a_device(tmp_path: Path) -> None:
     wl.record(load, wl.open_checkpoint(tmp_path / "m.safetensors")).load()
     assert torch.equal(target.cpu(), source["x"].t().bfloat16())
     assert torch.equal(other.cpu(), source["y"][32:])
+
+
+def test_slices_that_are_read_while_the_code_runs(tmp_path: Path) -> None:
+    source = {str(i): torch.randn(256, 512) for i in range(8)}
+    save_file(source, tmp_path / "m.safetensors")
+    checkpoint = wl.open_checkpoint(tmp_path / "m.safetensors")
+    recorder = Recorder(CheckpointReader(checkpoint), ahead=1)
+    target = torch.zeros(8, 128, 512, device="cuda")
+    with recorder.watching():
+        for name, form in sources_of(checkpoint).items():
+            assert form is not None
+            part = target[int(name)]
+            part.fill_(9)
+            part.copy_(recorder.placeholder(name, form)[128:])
+            if name == "3":
+                part[:4].fill_(7)
+    recorder.finish()
+    for name, tensor in source.items():
+        wanted = tensor[128:].clone()
+        if name == "3":
+            wanted[:4] = 7
+        assert torch.equal(target[int(name)].cpu(), wanted)
