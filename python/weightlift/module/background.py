@@ -270,7 +270,7 @@ class BackgroundLoad:
         self.arriving = arriving
         self.lock = threading.RLock()
         self.report: Callable[[], BackgroundReport | None] = _no_report
-        self._placement = placement
+        self._recast = placement.recast  # not all of it: it holds the modules
         self._checkpoint = checkpoint
         self._memory_format = memory_format
         self._identity = identity
@@ -387,6 +387,8 @@ class BackgroundLoad:
                 tensor.value = self._made(tensor.source)
             ref = tensor.ref()
             if ref is not None:
+                if not ref.is_parameter:  # libraries note what they have initialized
+                    vars(tensor.value).update(vars(tensor.meta))
                 values = [(ref, tensor.value)]
                 set_all(values, self._memory_format, adopt=self._checkpoint.is_plain)
         finally:
@@ -398,8 +400,8 @@ class BackgroundLoad:
 
     def _made(self, name: str) -> torch.Tensor:
         value: torch.Tensor = self.arriving.take(name)
-        if name in self._placement.recast:
-            return value.to(self._placement.recast[name])
+        if name in self._recast:
+            return value.to(self._recast[name])
         if not self._checkpoint.is_view(name):
             return value
         address = value.untyped_storage().data_ptr()

@@ -104,7 +104,7 @@ class _Server:
         return errno.ENOSYS
 
 
-def serve(folder: Path, content: Path, direct: bool, seconds: float) -> None:
+def serve(folder: Path, content: Path, direct: bool, seconds: float, bad_from: int) -> None:
     """Until the standard input ends."""
     libc = ctypes.CDLL(None, use_errno=True)
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
@@ -114,8 +114,10 @@ def serve(folder: Path, content: Path, direct: bool, seconds: float) -> None:
         sys.exit(f"cannot mount: {os.strerror(ctypes.get_errno())}")
     file = os.open(content, os.O_RDONLY)
 
-    def read(offset: int, size: int) -> bytes:
+    def read(offset: int, size: int) -> bytes | int:
         time.sleep(seconds)
+        if offset + size > bad_from >= 0:
+            return errno.EIO
         return os.pread(file, size, offset)
 
     server = _Server(device, content.stat().st_size, read, direct)
@@ -128,18 +130,20 @@ def serve(folder: Path, content: Path, direct: bool, seconds: float) -> None:
 
 @contextlib.contextmanager
 def mounted(
-    folder: Path, content: Path, *, direct: bool = False, seconds: float = 0
+    folder: Path, content: Path, *, direct: bool = False, seconds: float = 0, bad_from: int = -1
 ) -> Iterator[Path]:
     """The file ``content`` under another name in ``folder``.
 
     Args:
         direct: past the page cache, as network file systems may be (FOPEN_DIRECT_IO).
         seconds: what each read takes.
+        bad_from: reads that reach behind this byte fail with EIO; -1: none.
 
     Raises:
         PermissionError: there is no FUSE here, or it may not be mounted.
     """
     command = [sys.executable, __file__, folder, content, str(int(direct)), str(seconds)]
+    command.append(str(bad_from))
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:
@@ -156,4 +160,10 @@ def mounted(
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "1", float(sys.argv[4]))
+    serve(
+        Path(sys.argv[1]),
+        Path(sys.argv[2]),
+        sys.argv[3] == "1",
+        float(sys.argv[4]),
+        int(sys.argv[5]),
+    )
