@@ -10,9 +10,11 @@ disk and back stays in memory.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import inspect
+import math
 import os
 import shutil
 import tempfile
@@ -30,9 +32,11 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core import dtypes
 from weightlift.core.errors import CheckpointError, OutOfMemoryError, WeightliftError
+from weightlift.core.settings import Settings
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
+from weightlift.module.weights_ahead import WeightsAhead
 
 if TYPE_CHECKING:
     import torch
@@ -286,35 +290,84 @@ def _offloaded(path: str, _identity: tuple[int, ...]) -> Checkpoint:
     return Checkpoint.from_file(path)
 
 
+# The id of a loader of accelerate, which as a mapping has no hash -> what is read ahead of the
+# hooks that read from it.
+_ahead: dict[int, WeightsAhead] = {}
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    status = Path(path).stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_offloaded(
+    index: Mapping[str, Any], device: torch.device, key: str, ahead: bool
+) -> tuple[tuple[int, ...], torch.Tensor]:
+    """A tensor of a safetensors file, and which file that was."""
+    import torch
+
+    entry = index[key]
+    identity = _identity(entry["safetensors_file"])
+    checkpoint = _offloaded(entry["safetensors_file"], identity)
+    name = entry.get("weight_name", key)
+    own = checkpoint[name][0]
+    wanted = getattr(torch, entry["dtype"]) if "dtype" in entry else dtypes.to_torch(own)
+    settings = dataclasses.replace(Settings.current(), populate=True) if ahead else None
+    loaded = load_tensors(
+        checkpoint,
+        device,
+        LoadOptions(caller=_NAME, settings=settings),
+        dtype=_cast(own, wanted),
+        names=[name],
+        shared=True,
+    )
+    return identity, loaded[name].to(wanted)
+
+
+def _cast_bytes(index: Mapping[str, Any], key: str) -> int:
+    """What a tensor takes of memory that is not the page cache's."""
+    import torch
+
+    entry = index[key]
+    path = entry["safetensors_file"]
+    own, shape = _offloaded(path, _identity(path))[entry.get("weight_name", key)]
+    wanted = getattr(torch, entry["dtype"]) if "dtype" in entry else dtypes.to_torch(own)
+    return 0 if dtypes.to_torch(own) == wanted else math.prod(shape) * int(wanted.itemsize)
+
+
+def _ahead_of(loader: Any, device: torch.device) -> WeightsAhead | None:
+    """Reads ahead of the hooks that read from this loader: on the CPU, where that takes no memory
+    but the page cache's."""
+    if device.type != "cpu":
+        return None
+    found = _ahead.get(id(loader))
+    if found is None:
+        index = {key: dict(e) for key, e in loader.index.items() if "safetensors_file" in e}
+        read = functools.partial(_read_offloaded, index, device)
+        found = WeightsAhead(index, read, functools.partial(_cast_bytes, index))
+        _ahead[id(loader)] = found
+        weakref.finalize(loader, _ahead.pop, id(loader), None)
+    return found
+
+
 def _getitem(reference: Callable[..., Any]) -> Callable[..., Any]:
     def __getitem__(self: Any, key: str) -> Any:
         entry = {} if key in self.state_dict else self.index[key]
         path = entry.get("safetensors_file")
         if path is None:
             return reference(self, key)
-        import torch
-
         try:
             device = usable_device(self.device)
-            status = Path(path).stat()
-            checkpoint = _offloaded(
-                path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-            )
+            identity = _identity(path)
+            _offloaded(path, identity)
         except (FallbackToLibrary, WeightliftError, OSError) as error:
             return fall_back(_NAME, error, lambda: reference(self, key))
-        name = entry.get("weight_name", key)
-        own = checkpoint[name][0]
-        wanted = getattr(torch, entry["dtype"]) if "dtype" in entry else dtypes.to_torch(own)
-        cast = _cast(own, wanted)
-        loaded = load_tensors(
-            checkpoint,
-            device,
-            LoadOptions(caller=_NAME),
-            dtype=cast,
-            names=[name],
-            shared=True,
-        )
-        return loaded[name].to(wanted)
+        ahead = _ahead_of(self, device)
+        if ahead is not None:
+            then, tensor = ahead.get(key)
+            if then == identity:
+                return tensor
+        return _read_offloaded(self.index, device, key, False)[1]
 
     return __getitem__
 

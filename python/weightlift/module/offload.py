@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
+import math
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,13 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from weightlift.checkpoint.by_path import CheckpointByPath, described_by_path
 from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError
 from weightlift.core.report import disk_reads_of
+from weightlift.core.settings import Settings
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 from weightlift.module.device_map import assign
 from weightlift.module.parameters import is_streamed
+from weightlift.module.weights_ahead import WeightsAhead
 
 if TYPE_CHECKING:
     import torch
@@ -59,18 +64,20 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
         self._checkpoint = checkpoint
         self._names = dict(names)
         self._caller = disk_reads_of(caller)
+        self._ahead: WeightsAhead | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        stored, dtype = self._names[name]
-        tensor: torch.Tensor = load_tensors(
-            self._checkpoint,
-            parse_device("cpu"),
-            LoadOptions(caller=self._caller),
-            dtype=dtype,
-            names=[stored],
-            shared=True,
-        )[stored]
-        return tensor
+        if self._ahead is not None and name in self._names:
+            tensor: torch.Tensor = self._ahead.get(name)
+            return tensor
+        return _read(self._checkpoint, self._names, self._caller, name, False)
+
+    def read_ahead(self) -> None:
+        """From now on reads tensors before they are asked for, in the order in which they are
+        asked for again and again."""
+        read = functools.partial(_read, self._checkpoint, self._names, self._caller)
+        own = functools.partial(_own_bytes, self._checkpoint, self._names)
+        self._ahead = WeightsAhead(self._names, read, own)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -94,6 +101,38 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
             if at not in read:
                 read[at] = self[name]
         return dict, ({name: read[at] for name, at in self._names.items()},)
+
+
+def _read(
+    checkpoint: Checkpoint,
+    names: Mapping[str, tuple[str, str | None]],
+    caller: str,
+    name: str,
+    ahead: bool,
+) -> torch.Tensor:
+    """One of ``DiskWeights``; ``ahead``: with the pages of its mapping, before they are touched."""
+    stored, dtype = names[name]
+    settings = dataclasses.replace(Settings.current(), populate=True) if ahead else None
+    tensor: torch.Tensor = load_tensors(
+        checkpoint,
+        parse_device("cpu"),
+        LoadOptions(caller=caller, settings=settings),
+        dtype=dtype,
+        names=[stored],
+        shared=True,
+    )[stored]
+    return tensor
+
+
+def _own_bytes(
+    checkpoint: Checkpoint, names: Mapping[str, tuple[str, str | None]], name: str
+) -> int:
+    """What ``_read`` takes of memory that is not the page cache's."""
+    stored, cast_to = names[name]
+    if cast_to is None and set(checkpoint.formats) <= {"safetensors"}:
+        return 0
+    dtype, shape = checkpoint[stored]
+    return math.prod(shape) * dtypes.bits(cast_to or dtype) // 8
 
 
 def _reopened(
@@ -143,6 +182,8 @@ def dispatch(
             skip_keys=getattr(model, "_skip_keys", None),
         )
     _make_picklable(model)
+    if len(on_disk):
+        on_disk.read_ahead()
 
 
 def _make_picklable(model: torch.nn.Module) -> None:

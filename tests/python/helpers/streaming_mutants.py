@@ -57,9 +57,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "ring", "        for number in [*wanted, *self._ahead]:\n", "        for number in wanted:\n",
     ),
     "the_order_is_not_learned": (
-        "order", "                self._after[tuple(last[-length:])] = used\n", "                pass\n",
+        "learned_order", "                self._after[tuple(last[-length:])] = used\n", "                pass\n",
     ),
-    "only_the_last_use_counts": ("order", "_CONTEXTS = (8, 4, 2, 1)", "_CONTEXTS = (1,)"),
+    "only_the_last_use_counts": ("learned_order", "_CONTEXTS = (8, 4, 2, 1)", "_CONTEXTS = (1,)"),
     "results_may_lie_in_buffers": (
         "streamed_weight",
         "return tensor.clone() if tensor.untyped_storage().data_ptr() in buffers else tensor",

@@ -21,10 +21,22 @@ from compute_queue import ComputeQueue
 from streaming_mutants import MUTANTS
 from weightlift.module.streaming.residency import Piece, share_out
 
-FOLDER = Path(weightlift.module.streaming.__file__).parent
-PACKAGE = "weightlift.module.streaming"
+FOLDER = Path(weightlift.module.streaming.__file__).parents[1]
+PACKAGE = "weightlift.module"
 # In the order in which they import each other.
-MODULES = ("order", "device_side", "ring", "streamed_weight", "executor")
+MODULES = (
+    "learned_order",
+    "streaming.device_side",
+    "streaming.ring",
+    "streaming.streamed_weight",
+    "streaming.executor",
+)
+
+
+def file_of(module: str) -> Path:
+    return FOLDER / f"{module.replace('.', '/')}.py"
+
+
 MIB = 1 << 20
 # Of a check, where a fault may have it wait for ever; whole, the longest takes a tenth.
 LIMIT_SECONDS = 4
@@ -35,14 +47,14 @@ def loaded(changed: dict[str, str] | None = None) -> types.SimpleNamespace:
     made: dict[str, types.ModuleType] = {}
     with mock.patch.dict(sys.modules):
         for name in MODULES:
-            path = FOLDER / f"{name}.py"
+            path = file_of(name)
             spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{name}", path)
             assert spec is not None
             module = importlib.util.module_from_spec(spec)
             sys.modules[f"{PACKAGE}.{name}"] = made[name] = module
             text = (changed or {}).get(name) or path.read_text(encoding="utf-8")
             exec(compile(text, str(path), "exec"), vars(module))
-    return types.SimpleNamespace(**made)
+    return types.SimpleNamespace(**{name.rpartition(".")[2]: m for name, m in made.items()})
 
 
 def blocks(modules: Any, sizes: Sequence[int]) -> list[Any]:
@@ -335,7 +347,8 @@ def killed_by(changed: dict[str, str]) -> str | None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_killed(name: str) -> None:
     module, old, new = MUTANTS[name]
-    text = (FOLDER / f"{module}.py").read_text(encoding="utf-8")
+    module = module if module == "learned_order" else f"streaming.{module}"
+    text = file_of(module).read_text(encoding="utf-8")
     assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {module}.py"
     killed = killed_by({module: text.replace(old, new)})
     assert killed, "nothing noticed"

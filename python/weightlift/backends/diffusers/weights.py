@@ -230,6 +230,7 @@ def dispatch_model(original: Callable[..., Any]) -> Callable[..., Any]:
             # accelerate's hook on a module takes all below it.
             device_map = disjoint_map(model, device_map)
         weights = offloaded_weights(model, device_map, on_disk, {})
+        on_disk.read_ahead()
         if weights is not None:
             kwargs["state_dict"] = weights
         if "disk" in device_map.values():

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from weightlift.module.learned_order import LONGEST, LearnedOrder
 from weightlift.module.streaming.device_side import DeviceSide, Mark, Transfer
-from weightlift.module.streaming.order import LONGEST, LearnedOrder
 
 __all__ = ["Block", "Ring", "Slot", "Trace"]
 

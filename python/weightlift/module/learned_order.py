@@ -1,4 +1,4 @@
-"""Which block follows which: learned from the uses, and never relied on for more than a guess."""
+"""What is used next: learned from the uses, and never relied on for more than a guess."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LearnedOrder:
     an encoder that is called without its decoder, is learned like any other.
 
     Args:
-        blocks: in the order of the modules.
+        blocks: in the order of the modules, by number.
     """
 
     def __init__(self, blocks: Iterable[int]) -> None:
