@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 import os
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint, indexed_files, locate, nearest
 from weightlift.core import dtypes
+from weightlift.core.closing import Closing
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, FileClosedError, FormatError, ReadError
 from weightlift.core.report import record
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["TensorSlice", "safe_open"]
 
 
-class safe_open:
+class safe_open(Closing):
     """Opens a ``.safetensors`` file and loads tensors as they are asked for.
 
     A context manager; outside ``with`` the file stays open as long as the object. Tensors outlive
@@ -62,17 +62,6 @@ class safe_open:
         self._device = parse_device(device)
         self._settings = Settings.current()
         self._checkpoint: Checkpoint | None = Checkpoint.from_file(filename)
-
-    def __enter__(self) -> safe_open:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the file; tensors that were loaded from it stay as they are."""

@@ -8,12 +8,12 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import weightlift._native as _native
 from weightlift.checkpoint.integrity import Identity
 from weightlift.checkpoint.torch_file import View
+from weightlift.core.closing import Closing
 from weightlift.core.errors import ArgumentError, CheckpointError, FileClosedError, FormatError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ __all__ = ["Checkpoint", "Place", "describe_location", "indexed_files", "locate"
 Place = tuple[int, int, "View | None"]
 
 
-class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
+class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
     """The index of a checkpoint, over all its files: names, dtypes, shapes, and whose bytes they
     are. Holds no tensor data. A context manager: ``close()`` lets go of the files. As a mapping:
     name -> (dtype, shape).
@@ -113,17 +113,6 @@ class Checkpoint(Mapping[str, "tuple[str, tuple[int, ...]]"]):
     @property
     def closed(self) -> bool:
         return self._closed
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core import dtypes
+from weightlift.core.closing import Closing
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError
 from weightlift.core.report import format_bytes
@@ -483,7 +483,7 @@ def _of_the_host(
     return task
 
 
-class StreamHandle:
+class StreamHandle(Closing):
     """A model that is streamed; ``close`` ends that. A context manager.
 
     Attributes:
@@ -555,17 +555,6 @@ class StreamHandle:
             del attributes["_apply"]
         restore.put_back()
         self._task.executor.close()
-
-    def __enter__(self) -> StreamHandle:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         if self.closed:
