@@ -218,7 +218,7 @@ def _warn_of_left_out(checkpoint: Checkpoint) -> None:
     if checkpoint.left_out:
         named = ", ".join(f"{name!r} ({count})" for name, count in checkpoint.left_out.items())
         _log.warning(
-            "%s: not converted are the tensors in %s: state_dict_key= chooses others",
+            "%s: not converted are the tensors in %s",
             describe_location(checkpoint),
             named,
         )

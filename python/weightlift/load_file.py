@@ -91,6 +91,8 @@ def load(data: bytes) -> dict[str, torch.Tensor]:
         OutOfMemoryError: also a ``MemoryError``.
     """
     require("torch", "load")
+    if isinstance(data, (str, os.PathLike)):
+        raise TypeError(f"load takes the bytes of a file, not {type(data).__name__}: load_file")
     view = memoryview(data).cast("B")
     # A file without a name: what is mapped of it is the tensors' memory.
     descriptor = os.memfd_create("weightlift-load", os.MFD_CLOEXEC)

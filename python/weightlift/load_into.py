@@ -99,9 +99,11 @@ def load_into(
     Raises:
         CheckpointError: keys or shapes do not match, the model does not fit the devices, or a
             rank failed or is gone.
-        ArgumentError: arguments contradict each other; ``background=True`` with real parameters,
-            DTensors, a ``group``, several devices or ``verify=True``.
+        ArgumentError: arguments contradict each other, or are no model and no checkpoint;
+            ``background=True`` with real parameters, DTensors, a ``group``, several devices or
+            ``verify=True``.
     """
+    _check_arguments(model, checkpoint)
     refs = parameter_refs(model)
     options = LoadOptions(mode, pin_memory, verify, progress, background=background)
     matching = MatchPolicy(strict, ignore_mismatched_sizes, compare_ties=True)
@@ -146,6 +148,39 @@ def _for_group(
     from weightlift.distributed.collective import group_load
 
     return group_load(model, group, scope)
+
+
+def _check_arguments(model: object, checkpoint: object) -> None:
+    """
+    Raises:
+        ArgumentError: what is easily given instead of a model and a checkpoint.
+    """
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        if isinstance(checkpoint, torch.nn.Module):
+            meant = "the model comes first: load_into(model, checkpoint)"
+        elif isinstance(model, type):
+            meant = f"give an instance of the class: load_into({model.__name__}(...), checkpoint)"
+        elif isinstance(model, Mapping):
+            meant = "load_checkpoint gives a dict of tensors"
+        else:
+            meant = "give a torch.nn.Module"
+        raise ArgumentError(f"the model is {_kind(model)}, and no module: {meant}")
+    if isinstance(checkpoint, torch.nn.Module):
+        raise ArgumentError(
+            f"the checkpoint is a model, {type(checkpoint).__name__}: give a path or a Checkpoint; "
+            "of a model in memory, model.load_state_dict(other.state_dict())"
+        )
+    if isinstance(checkpoint, Mapping) and not isinstance(checkpoint, Checkpoint):
+        raise ArgumentError(
+            "the checkpoint is a dict, whose tensors are in memory already: "
+            "model.load_state_dict(tensors) puts them into the model"
+        )
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def _lookup(names: Mapping[str, str | None]) -> Callable[[str], str | None]:

@@ -271,6 +271,13 @@ def _hub_errors(repo_id: str, arguments: HubArguments, filename: str = "") -> It
         raise _translate(error, repo_id, arguments, filename) from error
 
 
+def _no_such_path(path: str, reason: str) -> str:
+    """Of what could be a path or the id of a repository, and is neither."""
+    text = "there is no such file or folder"
+    is_path = path.startswith((".", "/", "~")) or path.count("/") > 1
+    return text if is_path else f"{text}, and no id of a repository: {reason}"
+
+
 def _translate(
     error: Exception, repo_id: str, arguments: HubArguments, filename: str
 ) -> ReadError | ArgumentError:
@@ -286,10 +293,7 @@ def _translate(
     log_in = "give token= or log in with `hf auth login`"
 
     if isinstance(error, errors.HFValidationError):
-        code, text = (
-            "not_found",
-            f"no such file or folder, and no id of a repository: {reason}",
-        )
+        code, text = "not_found", _no_such_path(repo_id, reason)
         place = repo_id
     elif type(error) is ValueError:
         return ArgumentError(f"{place}: {error}")

@@ -95,9 +95,9 @@ def open_checkpoint(
     if prefix is not None or ignore is not None:
         checkpoint = checkpoint.renamed(_renaming(prefix, ignore))
         if not checkpoint:
-            raise CheckpointError(
-                f"{path_or_repo}: no tensor is left with prefix={prefix!r} and ignore={ignore!r}"
-            )
+            given = {"prefix": prefix, "ignore": ignore}
+            told = " and ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
+            raise CheckpointError(f"{path_or_repo}: no tensor is left with {told}")
     return checkpoint
 
 

@@ -205,6 +205,16 @@ def _plain(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _side_by_side(a: str, b: str) -> str:
+    """Two descriptions, "F32 3 x 4"; what is the same of them once."""
+    if a == b:
+        return a
+    (dtype, _, shape), (other, _, other_shape) = a.partition(" "), b.partition(" ")
+    if a and b and shape == other_shape:
+        return f"{dtype} / {other}"
+    return f"{a or '-'} / {b or '-'}"
+
+
 def _show(found: list[Difference], count: int, limit: int) -> None:
     from rich import box
     from rich.console import Console
@@ -217,13 +227,15 @@ def _show(found: list[Difference], count: int, limit: int) -> None:
         console.print(f"{tensors}, all equal")
         return
     listed = found if limit == 0 else found[:limit]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for one in listed:
-        same = one.a == one.b
-        how = one.a if same else f"{one.a or '-'} / {one.b or '-'}"
+        how = _side_by_side(one.a, one.b)
         largest = "" if one.largest is None else f"{one.largest:.3g}"
         rows.append((one.kind, how, largest, "" if one.cosine is None else f"{one.cosine:.6f}"))
-    titles = ("differs in", "A / B", "largest", "cosine")
+    titles = ["differs in", "A / B", "largest", "cosine"]
+    kept = [i for i in range(len(titles)) if i < 2 or any(row[i] for row in rows)]
+    titles = [titles[i] for i in kept]
+    rows = [tuple(row[i] for i in kept) for row in rows]
     width = name_width(console.width, titles, rows)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
     for title in ("name", *titles):

@@ -33,7 +33,7 @@ _COPIES_TO_TRAIN = 4
 
 
 def estimate(
-    path: Annotated[str, typer.Argument(help=SOURCE_HELP, show_default=False)],
+    path: Annotated[str, typer.Argument(metavar="PATH", help=SOURCE_HELP, show_default=False)],
     device_map: Annotated[
         str | None,
         typer.Option(

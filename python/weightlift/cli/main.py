@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -33,6 +34,7 @@ def main() -> None:
         start(job)
         return
     debug = os.environ.get("WEIGHTLIFT_DEBUG") == "1"
+    _log_in_options()
     try:
         from weightlift.cli.app import app
 
@@ -45,6 +47,21 @@ def main() -> None:
         if debug or not error.name or error.name.partition(".")[0] == "weightlift":
             raise
         _exit(missing_library(error.name, " ".join(["weightlift", *sys.argv[1:2]])))
+
+
+class _InOptions(logging.Formatter):
+    """Log lines in the words of the command line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _as_options(super().format(record))
+
+
+def _log_in_options() -> None:
+    log = logging.getLogger("weightlift")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_InOptions())
+        log.addHandler(handler)
 
 
 def _exit(error: BaseException) -> NoReturn:
@@ -72,7 +89,7 @@ def _as_options(text: str) -> str:
     text = text.replace("use_safetensors=False", "--bin").replace("variant=None", "no --variant")
 
     def option(found: re.Match[str]) -> str:
-        value = found[2].strip("'\"")
+        value = (found[2] or "").strip("'\"")
         return f"--{found[1].replace('_', '-')} {value}".rstrip()
 
-    return re.sub(rf"\b({'|'.join(_ARGUMENTS)})=('[^']*'|\"[^\"]*\"|\w+)", option, text)
+    return re.sub(rf"\b({'|'.join(_ARGUMENTS)})=('[^']*'|\"[^\"]*\"|\w+)?", option, text)

@@ -29,7 +29,7 @@ _PIECE = 1 << 24
 
 
 def verify(
-    path: Annotated[str, typer.Argument(help=SOURCE_HELP, show_default=False)],
+    path: Annotated[str, typer.Argument(metavar="PATH", help=SOURCE_HELP, show_default=False)],
     subfolder: Subfolder = None,
     variant: Variant = None,
     use_bin: Bin = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING
 
 from weightlift.core.errors import DeviceError
@@ -11,6 +12,17 @@ if TYPE_CHECKING:
 
 
 __all__ = ["parse_device"]
+
+
+# What stands for several devices, where there is a model.
+_OF_MODELS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
+
+
+def _meant(device: object) -> str:
+    if device in _OF_MODELS:
+        return " here (load_into and from_pretrained take it as device_map)"
+    near = difflib.get_close_matches(str(device), ("cpu", "cuda", "cuda:0", *_OF_MODELS), n=1)
+    return f" ({near[0]!r} is meant?)" if near else ""
 
 
 def parse_device(device: torch.device | str | int) -> torch.device:
@@ -28,10 +40,18 @@ def parse_device(device: torch.device | str | int) -> torch.device:
             parsed = torch.device("cuda", device)
         else:
             parsed = torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise DeviceError(f"device {device!r} is invalid: {error}") from None
+    except (RuntimeError, TypeError, ValueError):
+        raise DeviceError(
+            f"device {device!r} is invalid{_meant(device)}: it can be 'cpu', 'cuda', 'cuda:1', 1 "
+            "or a torch.device"
+        ) from None
     if parsed.type == "meta":
         raise DeviceError("device 'meta' is invalid: it holds no data, and a load brings some")
+    if parsed.type not in ("cpu", "cuda"):
+        raise DeviceError(
+            f"device {device!r}: tensors are loaded to the CPU and to CUDA devices; load to the "
+            f"CPU, and move what is there with .to({str(parsed)!r})"
+        )
     if parsed.type == "cuda" and parsed.index is None:
         current = torch.cuda.current_device() if torch.cuda.is_available() else 0
         return torch.device("cuda", current)

@@ -48,6 +48,7 @@ from weightlift.core.atomic import (
     temporary_beside,
 )
 from weightlift.core.errors import ArgumentError, FormatError
+from weightlift.core.sizes import parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,11 @@ def save_checkpoint(
         ArgumentError: a tensor that cannot be saved.
         OSError: of the file at fault; what was there is unchanged.
     """
+    if not isinstance(state_dict, Mapping):
+        raise ArgumentError(
+            f"the state dict is {type(state_dict).__name__}, and no mapping of names to tensors: "
+            "of a module, save module.state_dict()"
+        )
     return save_weights(
         state_dict, folder, stem="model", max_shard_size=max_shard_size, metadata=metadata
     )
@@ -396,7 +402,7 @@ def _split(
         # torch.save keeps what shares memory in one file together; in safetensors nothing shares.
         get_storage_id=get_torch_storage_id if names.extension == ".bin" else lambda tensor: None,
         filename_pattern="{suffix}",
-        max_shard_size=max_shard_size,
+        max_shard_size=parse_size(max_shard_size, "max_shard_size"),
     )
     shards = {
         f"{names.base}{number}{names.extension}": inside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["Match", "MatchPolicy", "check_keys", "format_names", "match"]
 
 # How many names an error lists before it only counts.
+# Of torch.compile, of DistributedDataParallel and DataParallel, of fully sharded models.
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
 _LISTED = 20
 
 
@@ -185,12 +188,36 @@ def check_keys(
             found.empty_buffers(),
         )
         if found.missing or found.unexpected:
-            hint = "; strict=False loads what matches"
+            hint = _what_helps(found)
     if problems:
         raise CheckpointError(
             f"{describe_location(checkpoint)} does not fit {type(model).__name__}{hint}:\n"
             + "\n".join(problems)
         )
+
+
+def _what_helps(found: Match) -> str:
+    """A beginning that all names have, or lack, against the model's; else the way to do without."""
+    missing, unexpected = set(found.missing), set(found.unexpected)
+    for prefix in _WRAPPERS:
+        if missing and {f"{prefix}{name}" for name in missing} <= unexpected:
+            return f": its names begin with {prefix!r}; open_checkpoint(..., prefix={prefix!r})"
+        if unexpected and {f"{prefix}{name}" for name in unexpected} <= missing:
+            return (
+                f": the model's names begin with {prefix!r}, as its wrapper makes them; load into "
+                "the model in it"
+            )
+    near = {}
+    for name in list(unexpected)[:_LISTED]:
+        close = difflib.get_close_matches(name, list(missing)[:5_000], n=1, cutoff=0.8)
+        if close:
+            near[name] = close[0]
+    if near and len(near) == len(unexpected):
+        told = ", ".join(
+            f"{theirs!r} is near {ours!r}" for theirs, ours in sorted(near.items())[:3]
+        )
+        return f"; {told}; key_map= renames, strict=False loads what matches"
+    return "; strict=False loads what matches"
 
 
 def format_names(title: str, names: Sequence[str]) -> list[str]:

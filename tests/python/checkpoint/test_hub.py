@@ -226,9 +226,11 @@ def test_no_such_file(repository: Repository) -> None:
 
 @pytest.mark.parametrize("name", ["a/b/c", "/no/such/folder", "./none", "a--b", "a b"])
 def test_neither_path_nor_id(hub: HubServer, name: str) -> None:
-    with pytest.raises(FileNotFoundError, match="no id of a repository") as caught:
+    with pytest.raises(FileNotFoundError, match="no such file or folder") as caught:
         download(name, "config.json", HubArguments())
     assert caught.value.filename == name
+    # A path is told as one, without the rules of the Hub for ids.
+    assert ("no id of a repository" in str(caught.value)) == (name in ("a--b", "a b"))
     assert hub.requests == []
 
 

@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -275,3 +277,29 @@ def test_a_command_with_a_mistake_gets_the_nearest(type_in: Type) -> None:
     status, out, err = type_in("inspct", "model.safetensors")
     assert (status, out) == (2, "")
     assert "inspect is meant?" in err
+
+
+def test_log_lines_speak_of_options(tmp_path: Path, type_in: Type) -> None:
+    torch.save({"state_dict": {"w": torch.ones(3)}, "best": torch.ones(1)}, tmp_path / "c.pth")
+    done = subprocess.run(
+        [sys.executable, "-m", "weightlift", "convert", "c.pth", "c.safetensors"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "--state-dict-key chooses" in done.stderr
+    assert "not converted are the tensors in 'best'" in done.stderr
+    assert "state_dict_key=" not in done.stderr
+    _, _, err = type_in("inspect", tmp_path / "c.pth", "--prefix", "x.")
+    assert "no tensor is left with --prefix x." in re.sub(r"\s+", " ", err)
+    assert "ignore" not in err
+
+
+def test_diff_says_once_what_is_the_same(tmp_path: Path, type_in: Type) -> None:
+    names = [f"model.layers.{n}.self_attn.{p}_proj.weight" for n in range(2) for p in "qkv"]
+    save_file({name: torch.ones(16, 16) for name in names}, tmp_path / "a.safetensors")
+    save_file({n: torch.ones(16, 16).half() for n in names}, tmp_path / "b.safetensors")
+    status, out, _ = type_in("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert status == 1
+    assert all(name in out for name in names)
+    assert "F32 / F16" in out
+    assert "cosine" not in out
+    assert max(map(len, out.splitlines())) <= 80

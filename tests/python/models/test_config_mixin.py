@@ -516,7 +516,7 @@ def test_places_where_no_config_is(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(IsADirectoryError, match="a folder, where the config should be"):
         OURS.Plain.load_config(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no id of a repository"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
         OURS.Plain.load_config(tmp_path / "none")
     (tmp_path / "file").touch()
     with pytest.raises(wl.ArgumentError, match="is a file"):
