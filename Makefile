@@ -245,6 +245,16 @@ release:
 release-check:
 	$(PYTHON) release/check.py
 
+# After `make release`, whose compiler it takes.
+test-aarch64:
+	@if [ ! -d build/release/tools ]; then $(MAKE) release; fi
+	@if [ -z "$$(command -v qemu-aarch64 qemu-aarch64-static)" ] || [ ! -d /usr/src/googletest ]; then \
+	  echo "installing qemu-user, libgtest-dev"; \
+	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$sudo apt-get update -qq && $$sudo apt-get install -y -qq qemu-user libgtest-dev; \
+	fi
+	$(PYTHON) tests/aarch64.py
+
 release-checklist:
 	$(PYTHON) release/checklist.py
 

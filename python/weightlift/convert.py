@@ -262,7 +262,9 @@ def _with_dtype(name: str, content: bytes, dtype: str) -> bytes:
     try:
         config = json.loads(content)
     except (ValueError, RecursionError):
-        _log.warning("%s: is no JSON, and was copied as it is: look whether it names a dtype", name)
+        _log.warning(
+            "%s: is not JSON and was copied unchanged; check whether it names a dtype", name
+        )
         return content
     if not isinstance(config, dict):
         return content

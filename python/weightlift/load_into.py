@@ -116,7 +116,7 @@ def load_into(
     )
     if background and group is not None:
         raise ArgumentError(
-            "background=True goes not together with group=: ranks that load together wait for "
+            "background=True cannot be combined with group=: ranks that load together wait for "
             "each other"
         )
     with _for_group(model, refs, group, scope) as new_load:

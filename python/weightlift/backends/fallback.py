@@ -26,7 +26,7 @@ __all__ = [
 _Result = TypeVar("_Result")
 
 _log = logging.getLogger("weightlift")
-# Whose frames a warning passes over: who called them can do something about it.
+# A warning skips the frames of these packages and names their caller, who can act on it.
 _NOT_CALLERS = {
     "accelerate",
     "diffusers",

@@ -47,7 +47,7 @@ def bench_folder(arguments: Sequence[str]) -> Iterator[tuple[Path, str | None]]:
     if folders:
         folder = Path(folders[0])
         if not folder.is_dir():
-            raise FileNotFoundError(2, "there is no such folder of a model", str(folder))
+            raise FileNotFoundError(2, "no such model folder", str(folder))
         yield folder, where
         return
     assert where is not None
@@ -117,7 +117,7 @@ def model_job(folder: Path, device: str, dtype: str | None, where: str | None = 
         )
     found = sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("*.bin"))
     if not found:
-        raise CheckpointError(f"{folder}: there are no weights in it")
+        raise CheckpointError(f"{folder}: holds no weights")
     files = tuple(map(str, found))
     return Job("stock", files, device, dtype, folder=str(folder), model=where)
 

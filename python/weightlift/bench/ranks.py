@@ -31,7 +31,7 @@ def checkpoint_files(paths: Sequence[Path]) -> tuple[list[Path], tuple[str, str]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(
-            f"{folder}: there are no .safetensors files in it; weightlift convert makes them"
+            f"{folder}: holds no .safetensors files; make them with weightlift convert"
         )
     config = folder / "config.json"
     architectures = (

@@ -256,16 +256,16 @@ def _array(place: str, at: Keys, node: Any) -> torch.Tensor:
         return _joined(place, at, node)
     if not isinstance(node, _Packed) or node.code not in _ARRAYS:
         kind = f"extension {node.code}" if isinstance(node, _Packed) else type(node).__name__
-        raise _invalid_tensor(place, at, f"is no array but {kind}")
+        raise _invalid_tensor(place, at, f"is not an array but {kind}")
     try:
         shape, name, data = msgpack.unpackb(node.data, raw=True)
         dtype = name.decode()
     except (ValueError, TypeError, AttributeError, msgpack.exceptions.UnpackException) as error:
-        raise _invalid_tensor(place, at, f"is no (shape, dtype, bytes): {error}") from error
+        raise _invalid_tensor(place, at, f"is not (shape, dtype, bytes): {error}") from error
     if dtype not in _DTYPES:
         raise FormatError("unknown_dtype", f"its dtype is {dtype!r}", place, tensor=".".join(at))
     if not isinstance(data, bytes) or not _is_shape(shape):
-        raise _invalid_tensor(place, at, f"is no (shape, dtype, bytes); its shape is {shape!r}")
+        raise _invalid_tensor(place, at, f"is not (shape, dtype, bytes); its shape is {shape!r}")
     torch_dtype = getattr(torch, dtype)
     if math.prod(shape) * torch_dtype.itemsize != len(data):
         raise FormatError(
@@ -285,7 +285,7 @@ def _joined(place: str, at: Keys, node: dict[Any, Any]) -> torch.Tensor:
 
     shape, chunks = (_in_order(node.get(part)) for part in ("shape", "chunks"))
     if not chunks or shape is None or not _is_shape(shape):
-        raise _invalid_tensor(place, at, "is no chunked array: it needs a shape and chunks")
+        raise _invalid_tensor(place, at, "is not a chunked array: it has no shape or no chunks")
     parts = [_array(place, (*at, str(number)), chunk) for number, chunk in enumerate(chunks)]
     if len({part.dtype for part in parts}) > 1 or any(part.dim() != 1 for part in parts):
         raise _invalid_tensor(place, at, "has chunks that do not belong together")

@@ -80,7 +80,7 @@ def resolve(
         raise as_read_error(error, text) from None
     if not exists:
         if path.suffix.lower() in (*FILE_FORMATS, ".dduf", ".json"):
-            raise read_error("not_found", "there is no such file", text)
+            raise read_error("not_found", "no such file", text)
         return _of_source(Repository(text, hub, folder, selection), folder, selection)
     if path.is_dir():
         return _of_source(Folder(path), folder, selection)
@@ -197,7 +197,7 @@ def _format_of_index(path: Path) -> Format:
         if f"{extension}." in path.name:
             return format
     raise CheckpointError(
-        f"{path}: is no index by its name, which has '.safetensors.' or '.bin.' in it, as "
+        f"{path}: is not named as an index is, with '.safetensors.' or '.bin.', as "
         "'model.safetensors.index.json' has"
     )
 
@@ -206,7 +206,7 @@ def _format_of_bytes(path: Path, named: Format | None) -> Format:
     """Of a file whose name does not tell, such as a blob of a Hub cache; or whose name says torch,
     where it is no safetensors."""
     if not path.is_file():  # opening a pipe would wait for its writer
-        raise CheckpointError(f"{path}: is no regular file")
+        raise CheckpointError(f"{path}: is not a regular file")
     try:
         first = FirstBytes.of(str(path))
     except OSError as error:

@@ -91,7 +91,7 @@ def header_of(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> b
     try:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
-        raise ArgumentError(f"a name or the metadata is no text that UTF-8 has: {error}") from None
+        raise ArgumentError(f"a name or the metadata cannot be written as UTF-8: {error}") from None
     if len(text) > _LARGEST_HEADER:
         raise ArgumentError(
             f"the header has {len(text)} bytes, and {_LARGEST_HEADER} is the most that loaders "

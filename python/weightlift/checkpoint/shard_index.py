@@ -31,10 +31,10 @@ def parse_index(
             text.decode(), object_pairs_hook=lambda pairs: _object(pairs, twice, strict)
         )
     except (RecursionError, ValueError) as error:
-        raise CheckpointError(f"{place}: is no JSON that an index can be: {error}") from None
+        raise CheckpointError(f"{place}: is not a valid index: {error}") from None
     weight_map = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{place}: is no index: it has no object 'weight_map'")
+        raise CheckpointError(f"{place}: is not an index: it has no object 'weight_map'")
     if not weight_map:
         raise CheckpointError(f"{place}: is an index of nothing: its weight_map is empty")
     for tensor, name in weight_map.items():

@@ -98,7 +98,7 @@ def _refused(reason: str, path: str, data: bytes | None) -> str:
         )
     if first[:1] != b"\x80":
         return (
-            f"this is no file of torch.save: it begins with {first[:8]!r}, not with a zip "
+            f"this is not a file of torch.save: it begins with {first[:8]!r}, not with a zip "
             "archive or a pickle; look what it is, or download it again"
         )
     if data is None and not _is_legacy(path):

@@ -116,7 +116,7 @@ def _device_map(given: str) -> dict[str, str | int]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise typer.BadParameter(f"it is no JSON: {error}", param_hint="--device-map") from None
+        raise typer.BadParameter(f"it is not JSON: {error}", param_hint="--device-map") from None
     if not isinstance(found, dict):
         raise typer.BadParameter(
             'it is a JSON object, such as {"layers": 0, "": "cpu"}', param_hint="--device-map"

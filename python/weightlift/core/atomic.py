@@ -241,8 +241,8 @@ def save_error(number: int, path: Path) -> OSError:
     """The error of a save to ``path``, with what helps."""
     folder = path.parent
     remedies = {
-        errno.ENOENT: f"there is no folder {folder}: make it first",
-        errno.ENOTDIR: f"{folder} is no folder: save elsewhere",
+        errno.ENOENT: f"no folder {folder}: make it first",
+        errno.ENOTDIR: f"{folder} is not a folder: save elsewhere",
         errno.EACCES: f"this user may not make files in {folder}: save elsewhere, or change the "
         "rights of the folder (a file is replaced as a whole, so its own do not suffice)",
         errno.EPERM: f"this user may not make files in {folder}: save elsewhere",

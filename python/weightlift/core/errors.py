@@ -110,7 +110,7 @@ class CheckpointError(WeightliftError, ValueError):
 
 
 class ArgumentError(WeightliftError, ValueError, SafetensorError):
-    """An argument that has no meaning here, or not together with the others."""
+    """An argument without meaning here, or one that contradicts another."""
 
 
 class OutOfMemoryError(WeightliftError, MemoryError):

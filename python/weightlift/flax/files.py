@@ -229,7 +229,9 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 def to_host(array: Any, what: str) -> np.ndarray[Any, Any]:
     """An array's numbers in the host's memory, contiguous, in the host's byte order."""
     if not isinstance(array, (jax.Array, np.ndarray, np.generic)):
-        raise ArgumentError(f"{what} cannot be saved: it is no array but {type(array).__name__}")
+        raise ArgumentError(
+            f"{what} cannot be saved: it is not an array but {type(array).__name__}"
+        )
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         raise ArgumentError(
             f"{what} cannot be saved: parts of it are on devices of other processes; gather it "

@@ -176,7 +176,7 @@ def _flax_file(path: str, hub: HubArguments) -> str:
                 return str(folder / name)
         raise CheckpointError(f"{folder}: there is {neither}")
     if path.endswith(".msgpack"):
-        raise read_error("not_found", "there is no such file", path)
+        raise read_error("not_found", "no such file", path)
     hub = hub.pinned(path)
     there = list_files(path, hub)
     for name in FLAX_NAMES:

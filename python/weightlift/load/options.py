@@ -71,7 +71,7 @@ class LoadOptions:
             ]
             if conflicts:
                 raise ArgumentError(
-                    f"mode='map' hands out the file's own bytes and goes not together with "
+                    f"mode='map' returns the file's own bytes and cannot be combined with "
                     f"{' and '.join(conflicts)}; use mode='auto'"
                 )
         if self.pin_memory and device.type != "cpu":

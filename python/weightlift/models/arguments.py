@@ -205,7 +205,7 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
     if values["device_mesh"] is not None or values["tp_plan"] is not None:
         for other in ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit"):
             if values[other]:
-                raise ArgumentError(f"{other}= goes not together with device_mesh= and tp_plan=")
+                raise ArgumentError(f"{other}= cannot be combined with device_mesh= and tp_plan=")
         if not low_memory:
             raise ArgumentError("device_mesh= and tp_plan= need low_cpu_mem_usage=True")
     if values["background"]:

@@ -304,7 +304,7 @@ class ConfigMixin:
 
         Raises:
             ReadError: there is no such file, or the Hub does not give it (also an ``OSError``).
-            CheckpointError: the file is no JSON object (also a ``ValueError``).
+            CheckpointError: the file is not a JSON object (also a ``ValueError``).
         """
         hub = HubArguments.pop_from(kwargs)
         config, commit = cls._read_config(pretrained_model_name_or_path, hub)
@@ -421,7 +421,7 @@ def _plain(value: Any) -> Any:
 def _missing_config(path: Path) -> ReadError:
     if path.is_dir():
         return read_error("is_directory", "a folder, where the config should be", str(path))
-    return read_error("not_found", "there is no config in this folder", str(path))
+    return read_error("not_found", "this folder holds no config", str(path))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -431,9 +431,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(text.decode())
     except (RecursionError, ValueError) as error:
-        raise CheckpointError(f"{path}: is no JSON: {error}") from None
+        raise CheckpointError(f"{path}: is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(
-            f"{path}: is no config: it holds a {type(config).__name__}, no object"
+            f"{path}: is not a config: it holds a {type(config).__name__}, not an object"
         )
     return config

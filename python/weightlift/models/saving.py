@@ -347,7 +347,7 @@ def _configured_save_function() -> Callable[..., object] | None:
             f"'my_module:save': {error}"
         ) from error
     if not callable(found):
-        raise ArgumentError(f"DIFFUSERS_SAVE_MODE is {named!r}, which is no function: {found!r}")
+        raise ArgumentError(f"DIFFUSERS_SAVE_MODE is {named!r}, which is not a function: {found!r}")
     function: Callable[..., object] = found
     return function
 
@@ -359,7 +359,7 @@ def _check(name: str, tensor: Any, safe_serialization: bool) -> None:
         return ArgumentError(f"tensor {name!r} cannot be saved: {why}")
 
     if not isinstance(tensor, torch.Tensor):
-        raise refuse(f"it is no tensor but {type(tensor).__name__}")
+        raise refuse(f"it is not a tensor but {type(tensor).__name__}")
     if tensor.device.type == "meta":
         raise refuse("it is on 'meta' and has no values; load the model before saving it")
     if tensor.layout != torch.strided:

@@ -563,7 +563,7 @@ def split_by_meta(placed: Placement) -> tuple[Placement, Placement]:
 def _check(ref: ParameterRef) -> None:
     if is_sharded(ref.tensor):
         raise ArgumentError(
-            f"background=True goes not together with DTensors such as {ref.name!r}: ranks that "
+            f"background=True cannot be combined with DTensors such as {ref.name!r}: ranks that "
             "load together wait for each other"
         )
     if ref.is_parameter and not ref.tensor.is_meta:

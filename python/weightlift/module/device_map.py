@@ -209,7 +209,7 @@ def _parse_size(device: int | str, size: int | float | str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", str(size))
     if not isinstance(size, str) or found is None or found[2].lower() not in _UNITS:
         raise ArgumentError(
-            f"max_memory: {size!r} for device {device!r} is no size: write bytes, '8GB', '500MiB'"
+            f"max_memory: {size!r} for device {device!r} is not a size: write bytes or '8GB'"
         )
     return int(float(found[1]) * _UNITS[found[2].lower()])
 

@@ -32,7 +32,7 @@ def local_part(tensor: DTensor) -> list[SliceRange] | None:
         if rows is None or rows[2] != local[dimension]:
             raise ArgumentError(
                 f"a DTensor of shape {tuple(tensor.shape)} placed {tensor.placements} on {mesh}: "
-                f"what a rank has of dimension {dimension} is no regular part of it; shard it "
+                f"what a rank has of dimension {dimension} is not a regular part of it; shard it "
                 "evenly, by Shard and Replicate, before it is loaded"
             )
         ranges.append(rows)

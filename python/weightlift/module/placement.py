@@ -263,7 +263,7 @@ def decide(
 
         if device is not None:
             raise ArgumentError(
-                f"device_map={str(device)!r} goes not together with DTensors such as "
+                f"device_map={str(device)!r} cannot be combined with DTensors such as "
                 f"{ref.name!r}: their mesh says where they are"
             )
         device, part = device_of(tensor), local_part(tensor)

@@ -158,7 +158,7 @@ def test_the_class_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "MyPipeline"}')
     assert model_job(tmp_path, "cpu", None).model == "diffusers:MyPipeline"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="there are no weights in it"):
+    with pytest.raises(CheckpointError, match="holds no weights"):
         model_job(tmp_path / "empty", "cpu", None, "mine:Model")
     with bench_folder([str(tmp_path), "mine:Model"]) as found:
         assert found == (tmp_path, "mine:Model")
@@ -167,7 +167,7 @@ def test_the_class_of_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        (["nowhere"], "there is no such folder of a model"),
+        (["nowhere"], "no such model folder"),
         (["torch:levitate"], "torch:levitate: module 'torch' has no attribute 'levitate'"),
         (["nowhere:Mine"], "nowhere:Mine: No module named 'nowhere'"),
         (["torch.nn:Linear"], "it is not made without arguments"),

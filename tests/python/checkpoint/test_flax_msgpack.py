@@ -244,10 +244,10 @@ def extension(content: Any, code: int = 1) -> msgpack.ExtType:
 @pytest.mark.parametrize(
     ("leaf", "code", "message"),
     [
-        (5, "tensor_invalid", "no array but int"),
-        (None, "tensor_invalid", "no array but NoneType"),
-        ("text", "tensor_invalid", "no array but str"),
-        (b"bytes", "tensor_invalid", "no array but bytes"),
+        (5, "tensor_invalid", "not an array but int"),
+        (None, "tensor_invalid", "not an array but NoneType"),
+        ("text", "tensor_invalid", "not an array but str"),
+        (b"bytes", "tensor_invalid", "not an array but bytes"),
         ({b"key": {}}, "tensor_invalid", "keys that are not text"),
         (extension([1.0, 2.0], 2), "tensor_invalid", "extension 2"),
         (extension(b""), "tensor_invalid", "shape, dtype, bytes"),

@@ -449,7 +449,7 @@ def test_a_config_of_the_hub(hub: HubServer, repository: Repository) -> None:
     )
     assert (config, rest, commit) == ({"width": 4}, {"other": 1}, repository.refs["main"])
     repository.commit({"config.json": b"{"})
-    with pytest.raises(wl.CheckpointError, match=r"config\.json: is no JSON: .*column 2"):
+    with pytest.raises(wl.CheckpointError, match=r"config\.json: is not JSON: .*column 2"):
         Saved.load_config(NAME)
 
 

@@ -147,7 +147,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "DTensors": (dtensor, "DTensor.*(torch.distributed.tensor|save plain tensors)"),
     "whole module": (lambda path: torch.save(torch.nn.Linear(2, 2), path), "whole object"),
     "pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1}, 2)), "did not write"),
-    "noise": (written(bytes(range(1, 255))), r"no file of torch.save: it begins with b'\\x01"),
+    "noise": (written(bytes(range(1, 255))), r"not a file of torch.save: it begins with b'\\x01"),
     "nothing": (written(b""), "empty"),
 }  # fmt: skip
 

@@ -254,7 +254,7 @@ def test_version() -> None:
 
 def test_what_bench_cannot_do(checkpoint: Path, tmp_path: Path, run_here: RunHere) -> None:
     for arguments, status, said in (
-        (["nowhere.safetensors"], 1, "nowhere.safetensors: there is no such file"),
+        (["nowhere.safetensors"], 1, "nowhere.safetensors: no such file"),
         ([tmp_path], 1, "the folder is empty"),
         ([checkpoint, "--dtype", "auto"], 2, "leave it out to keep the file's dtypes"),
         ([checkpoint, "--json", tmp_path / "no" / "out.json"], 1, "its folder does not exist"),

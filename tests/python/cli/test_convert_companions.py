@@ -183,7 +183,7 @@ def test_a_companion_that_is_no_json_is_named(
 ) -> None:
     (folder / "notes.json").write_text("dtype: float32")
     assert type_in("convert", folder, tmp_path / "out", "--dtype", "fp16")[0] == 0
-    assert "notes.json: is no JSON" in caplog.text
+    assert "notes.json: is not JSON" in caplog.text
     assert (tmp_path / "out" / "notes.json").read_text() == "dtype: float32"
 
 

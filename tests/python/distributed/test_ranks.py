@@ -482,7 +482,7 @@ def check_a_model_that_does_not_fit_on_one_rank(folder: Path) -> None:
 def check_bad_arguments(folder: Path) -> None:
     model = shard_fully(on_meta(), mesh_of())
     text = failure_of(lambda: wl.load_into(model, folder / "net", device_map="cpu"))
-    assert "device_map='cpu' goes not together with DTensors" in text
+    assert "device_map='cpu' cannot be combined with DTensors" in text
     partial = torch.nn.Module()
     where = folder / "net" / "model-00001-of-00002.safetensors"
     partial.weight = torch.nn.Parameter(
@@ -491,14 +491,14 @@ def check_bad_arguments(folder: Path) -> None:
     names = {"embedding.weight": "weight"}
     text = failure_of(lambda: wl.load_into(partial, where, strict=False, key_map=names))
     assert "(Partial(sum),)" in text
-    assert "is no regular part of it" in text
+    assert "is not a regular part of it" in text
     # Every rank has stretches of rows here and there.
     strided = [_StridedShard(0, split_factor=2)]
     shape = {"shape": torch.Size([13, 8]), "stride": (8, 1)}
     local = torch.zeros(7, 8)
     partial.weight = torch.nn.Parameter(DTensor.from_local(local, mesh_of(), strided, **shape))
     text = failure_of(lambda: wl.load_into(partial, where, strict=False, key_map=names))
-    assert "what a rank has of dimension 0 is no regular part of it" in text
+    assert "what a rank has of dimension 0 is not a regular part of it" in text
     group, mapped = dist.group.WORLD, {"mode": "map", "dtype": "bfloat16"}
     text = failure_of(lambda: wl.load_into(on_meta(), folder / "net", group=group, **mapped))
     assert "mode='map' hands out the file's own bytes" in text

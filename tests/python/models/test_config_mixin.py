@@ -486,11 +486,11 @@ def test_the_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 BAD_FILES = {
-    "syntax": (b'{\n "a": 1,\n "b": }', r"is no JSON: .*line 3 column 7"),
-    "empty": (b"", r"is no JSON: .*line 1 column 1"),
-    "html": (b"<!doctype html>", r"is no JSON: .*char 0"),
-    "latin": (b'{"a": "\xe9"}', r"is no JSON: .*position 7"),
-    "deep": (b"[" * 100_000, r"is no JSON"),
+    "syntax": (b'{\n "a": 1,\n "b": }', r"is not JSON: .*line 3 column 7"),
+    "empty": (b"", r"is not JSON: .*line 1 column 1"),
+    "html": (b"<!doctype html>", r"is not JSON: .*char 0"),
+    "latin": (b'{"a": "\xe9"}', r"is not JSON: .*position 7"),
+    "deep": (b"[" * 100_000, r"is not JSON"),
     "list": (b"[1]", r"holds a list"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\n", r"git lfs pull"),
 }

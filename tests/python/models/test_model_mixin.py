@@ -779,7 +779,7 @@ def test_the_layout_of_weights(folder: Path) -> None:
 def test_places_where_nothing_is(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     made(OURS, "Nested").save_config(tmp_path / "config")
-    with pytest.raises(FileNotFoundError, match="no config in this folder"):
+    with pytest.raises(FileNotFoundError, match="this folder holds no config"):
         OURS.Nested.from_pretrained(tmp_path / "empty")
     with pytest.raises(wl.CheckpointError, match="there are no weights"):
         OURS.Nested.from_pretrained(tmp_path / "config")
@@ -804,7 +804,7 @@ BAD_CONFIGS = {
 def test_configs_that_are_none(kind: str, folder: Path) -> None:
     made(OURS, "Nested").save_pretrained(folder)
     (folder / "config.json").write_bytes(BAD_CONFIGS[kind])
-    with pytest.raises(ValueError, match=r"is no JSON|is no config|git-lfs") as caught:
+    with pytest.raises(ValueError, match=r"is not JSON|is not a config|git-lfs") as caught:
         OURS.Nested.from_pretrained(folder)
     assert str(folder / "config.json") in str(caught.value)
 

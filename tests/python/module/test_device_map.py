@@ -428,7 +428,9 @@ def test_sizes(given: int | str, size: int) -> None:
 
 @pytest.mark.parametrize("given", ["", "GB", "8 X", "-1GB", "1e9", -1, True, None, "0x10", [1]])
 def test_what_is_no_size(given: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"max_memory: .* for device 'cpu' is no size: write"):
+    with pytest.raises(
+        ArgumentError, match=r"max_memory: .* for device 'cpu' is not a size: write"
+    ):
         parse_max_memory({"cpu": given})
 
 

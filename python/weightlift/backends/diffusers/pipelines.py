@@ -160,7 +160,7 @@ def load_sub_model(original: Callable[..., Any]) -> Callable[..., Any]:
         given = bound.arguments
         device_map = pipeline.of(given["name"])
         if isinstance(device_map, Mapping):
-            # Of what has a dict, diffusers takes the hooks away, and it knows no disk.
+            # diffusers removes the hooks of a component that has a device map, and knows no disk.
             simple = set(device_map) == {""} and device_map[""] not in ("cpu", "disk")
             device_map = dict(device_map) if simple else MappingProxyType(device_map)
         if pipeline.device_map is not None:

@@ -112,13 +112,13 @@ def read_adapters(path: str | Path | None) -> Mapping[str, Contender]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no Python file that sets ``CONTENDERS``, or one of its names is taken.
+        ValueError: it is not a Python file that sets ``CONTENDERS``, or one of its names is taken.
     """
     if path is None:
         return CONTENDERS
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(2, "there is no such file of adapters", str(path))
+        raise FileNotFoundError(2, "no such file of adapters", str(path))
     spec = importlib.util.spec_from_file_location("adapters", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path}: adapters are a Python file, with a name that ends in .py")

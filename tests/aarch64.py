@@ -1,0 +1,129 @@
+"""`make test-aarch64`: the native tests and the wheel on an emulated aarch64 (qemu-user).
+
+The tests are compiled by the release's compiler. Their system, the emulated Python among it, is
+Debian's arm64, unpacked into build/aarch64: nothing of it is installed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "build" / "aarch64"
+SYSROOT = WORK / "sysroot"
+sys.path.insert(0, str(ROOT / "release"))
+
+from toolchain import Toolchain  # noqa: E402
+
+PACKAGES = (
+    *("libc6", "libgcc-s1", "libstdc++6", "zlib1g", "libexpat1", "libffi8", "libbz2-1.0"),
+    *("liblzma5", "libssl3", "libuuid1", "libpython3.11-minimal", "libpython3.11-stdlib"),
+    "python3.11-minimal",
+)
+# Rates of links in real time and faults of single instructions are not what an emulator has.
+LEFT_OUT = {"engine_test": "LinkRate.*"}
+TESTS = (
+    *("convert_test", "kernel_test", "kernel_cuda_arm_test", "io_test", "format_test"),
+    *("page_choice_test", "device_test", "engine_test", "simulated_driver_test"),
+)
+
+
+def run(*command: str | Path, **options: object) -> None:
+    print("+", *command, flush=True)
+    subprocess.run([str(word) for word in command], check=True, **options)  # type: ignore[call-overload]
+
+
+def make_sysroot() -> None:
+    if (SYSROOT / "usr" / "bin" / "python3.11").exists():
+        return
+    apt = WORK / "apt"
+    for folder in ("lists/partial", "cache/archives/partial", "debs"):
+        (apt / folder).mkdir(parents=True, exist_ok=True)
+    (apt / "status").touch()
+    options = [
+        *("-o", "APT::Architecture=arm64", "-o", "APT::Architectures::=arm64"),
+        *("-o", f"Dir::State::lists={apt / 'lists'}", "-o", f"Dir::State::status={apt / 'status'}"),
+        *("-o", f"Dir::Cache={apt / 'cache'}", "-o", "Debug::NoLocking=1", "-qq"),
+    ]
+    run("apt-get", *options, "update")
+    run("apt-get", *options, "download", *PACKAGES, cwd=apt / "debs")
+    for package in sorted((apt / "debs").glob("*.deb")):
+        run("dpkg-deb", "-x", package, SYSROOT)
+
+
+def emulator() -> list[str]:
+    program = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if program is None:
+        sys.exit("no qemu-aarch64: apt-get install qemu-user")
+    return [program, "-L", str(SYSROOT)]
+
+
+def build_tests(tools: Path, targets: tuple[str, ...]) -> Path:
+    zig = next((tools / "lib").glob("python*/site-packages/ziglang/zig"))
+    toolchain = Toolchain(zig, "aarch64", ROOT / "build" / "release" / "aarch64" / "toolchain")
+    toolchain.make()
+    common = [f"-DCMAKE_TOOLCHAIN_FILE={toolchain.cmake_file}", "-G", "Ninja"]
+    cmake = tools / "bin" / "cmake"
+    environment = {**os.environ, "PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    gtest = WORK / "gtest"
+    if not (gtest / "lib" / "libgtest.a").exists():
+        built = WORK / "gtest-build"
+        run(cmake, "-S", "/usr/src/googletest", "-B", built, *common, "-DBUILD_GMOCK=OFF",
+            "-DCMAKE_CXX_STANDARD=17", f"-DCMAKE_INSTALL_PREFIX={gtest}",
+            "-DCMAKE_BUILD_TYPE=Release", env=environment)  # fmt: skip
+        run(cmake, "--build", built, env=environment)
+        run(cmake, "--install", built, env=environment)
+    (cmake_folder,) = gtest.glob("lib/cmake/GTest")
+    build = WORK / "build"
+    run(cmake, "-S", ROOT, "-B", build, *common, f"-DGTest_DIR={cmake_folder}",
+        "-DCMAKE_BUILD_TYPE=Release", "-DWEIGHTLIFT_TESTING=ON", "-DWEIGHTLIFT_PYTHON=OFF",
+        "-DWEIGHTLIFT_CUDA=OFF", "-DCMAKE_GTEST_DISCOVER_TESTS_DISCOVERY_MODE=PRE_TEST",
+        f"-DPython_EXECUTABLE={tools / 'bin' / 'python'}", env=environment)  # fmt: skip
+    run(cmake, "--build", build, "--target", *targets, env=environment)
+    return build
+
+
+def check_wheel(wheel: Path) -> None:
+    """The index, a plan and its errors, by the emulated Python."""
+    place = WORK / "site"
+    shutil.rmtree(place, ignore_errors=True)
+    # safetensors is the one hard dependency that an import needs.
+    run(sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--target",
+        place, "--platform", "manylinux_2_28_aarch64", "--platform", "manylinux_2_17_aarch64",
+        "--python-version", "3.11", "--only-binary", ":all:", "--no-deps", wheel,
+        "safetensors")  # fmt: skip
+    run(*emulator(), SYSROOT / "usr" / "bin" / "python3.11",
+        ROOT / "tests" / "python" / "helpers" / "core_check.py",
+        env={"PYTHONPATH": str(place), "PATH": os.environ["PATH"]})  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", action="append", choices=[*TESTS, "wheel"])
+    parser.add_argument("--dist", type=Path, default=ROOT / "dist")
+    arguments = parser.parse_args()
+    wanted = arguments.only or [*TESTS, "wheel"]
+    WORK.mkdir(parents=True, exist_ok=True)
+    make_sysroot()
+    if "wheel" in wanted:
+        wheels = list(arguments.dist.resolve().glob("*-cp311-*_aarch64.whl"))
+        if len(wheels) != 1:
+            sys.exit(f"no wheel of Python 3.11 for aarch64 in {arguments.dist}: make release")
+        check_wheel(wheels[0])
+    tests = tuple(name for name in TESTS if name in wanted)
+    if tests:
+        build = build_tests(ROOT / "build" / "release" / "tools", tests)
+        for name in tests:
+            (program,) = build.glob(f"tests/**/{name}")
+            left_out = f"--gtest_filter=-{LEFT_OUT[name]}" if name in LEFT_OUT else ""
+            run(*emulator(), program, "--gtest_brief=1", *filter(None, [left_out]))
+    print("aarch64: passed", *wanted)
+
+
+if __name__ == "__main__":
+    main()
