@@ -59,6 +59,18 @@ def bench(
             "files of .safetensors.",
         ),
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Measure a step of a model that is larger than --memory, on the CPU, against "
+            "accelerate's offload to the disk and diffusers' group offload: the folder of a model "
+            "of transformers, or stack:2GB for one that is made.",
+        ),
+    ] = False,
+    memory: Annotated[
+        str, typer.Option(help="With --stream: bytes that weights may take, such as 2GB.")
+    ] = "2GB",
     subfolder: Subfolder = None,
     variant: Variant = None,
     use_bin: Bin = False,
@@ -124,6 +136,9 @@ def bench(
             "these choose files, and --from-pretrained and --distributed take the model's own",
             param_hint="--subfolder, --variant, --bin, --revision",
         )
+    if stream:
+        _bench_stream(paths, memory, repeat or 5, bool(cold), json_out, plot_out)
+        return
     if distributed is not None:
         _bench_ranks([Path(path) for path in paths], distributed, repeat or 5, json_out)
         return
@@ -157,6 +172,37 @@ def bench(
 
         plot(found, plot_out, f"Time to load, median of {rounds_of(found)}")
     if not all(one.job.contender in one.samples for one in found):
+        raise typer.Exit(1)
+
+
+def _bench_stream(
+    paths: list[str],
+    memory: str,
+    repeat: int,
+    cold: bool,
+    json_out: Path | None,
+    plot_out: Path | None,
+) -> None:
+    import dataclasses
+
+    from rich.console import Console
+
+    from weightlift.bench.runs import to_json
+    from weightlift.bench.streaming import compare_streams, describe, plot_timeline
+
+    if len(paths) != 1:
+        raise typer.BadParameter("one model at a time", param_hint="--stream")
+    runs = compare_streams(paths[0], memory, steps=repeat, cold=cold)
+    console = Console(highlight=False)
+    console.print(f"[bold]A step of {paths[0]} in {memory}, {'cold' if cold else 'warm'}[/bold]")
+    for line in describe(runs):
+        console.print(line, markup=False, soft_wrap=True)
+    if json_out is not None:
+        content = to_json(streams=[dataclasses.asdict(run) for run in runs])
+        json_out.write_text(json.dumps(content, indent=2) + "\n")
+    if plot_out is not None and runs[0].events:
+        plot_timeline(runs[0], plot_out, f"A step of {paths[0]} in {memory}")
+    if runs[0].error:
         raise typer.Exit(1)
 
 

@@ -1,0 +1,212 @@
+"""One contender of ``weightlift bench --stream``, in a process of its own: steps of a model that is
+larger than the memory that it is given. The task comes as JSON on standard input, the figures go as
+JSON to the file that the first argument names."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+# Before memory is looked at.
+_IMPORTED = {
+    "weightlift": ["weightlift.module.streaming"],
+    "accelerate": ["accelerate"],
+    "diffusers": ["weightlift.load_into", "diffusers.hooks.group_offloading"],
+    "whole": ["weightlift.load_into"],
+}
+
+
+def main() -> None:
+    task: dict[str, Any] = json.load(sys.stdin)
+    import torch
+
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    with torch.no_grad(), contextlib.ExitStack() as inside:
+        for library in _IMPORTED[task["contender"]]:
+            importlib.import_module(library)
+        before = _anonymous_bytes()
+        with _peak() as peak:
+            step, trace = _contender(task, inside)
+            step()  # the first one learns the order
+            trace.clear()
+            seconds, digest = _steps(step, task)
+    found = {
+        "seconds": seconds,
+        "digest": digest,
+        "peak_bytes": max(0, peak[0] - before),
+        "events": [event for event in trace if event[3] >= seconds_from(trace, seconds)],
+    }
+    Path(sys.argv[1]).write_text(json.dumps(found))
+
+
+def seconds_from(trace: list[Any], seconds: list[float]) -> float:
+    """When the last step began."""
+    last: float = max((event[3] for event in trace), default=0.0)
+    return last - seconds[-1]
+
+
+def _steps(step: Any, task: dict[str, Any]) -> tuple[list[float], str]:
+    import weightlift._native as native
+
+    files = [native.IndexedFile.open(path) for path in task["files"]]
+    seconds, digest = [], ""
+    for _ in range(task["steps"]):
+        if task["cold"]:
+            for file in files:
+                file.drop_from_page_cache()
+        begin = time.perf_counter()
+        result = step()
+        seconds.append(time.perf_counter() - begin)
+        digest = hashlib.sha256(result.float().numpy().tobytes()).hexdigest()
+    return seconds, digest
+
+
+def _contender(task: dict[str, Any], inside: contextlib.ExitStack) -> tuple[Any, list[Any]]:
+    """What does a step, and what it notes while it does."""
+    import torch
+
+    trace: list[Any] = []
+    name, memory = task["contender"], task["memory"]
+    with torch.device("meta"):
+        model, inputs = _model(task)
+    if name == "weightlift":
+        from weightlift.module.streaming import stream
+
+        handle = inside.enter_context(stream(model, task["folder"], device="cpu", memory=memory))
+        handle.trace(lambda *event: trace.append(event))
+    elif name == "accelerate":
+        from accelerate import infer_auto_device_map, load_checkpoint_and_dispatch
+
+        spread = infer_auto_device_map(model, max_memory={"cpu": memory, "disk": 1 << 50})
+        folder = inside.enter_context(tempfile.TemporaryDirectory(dir=task["scratch"]))
+        model = load_checkpoint_and_dispatch(
+            model, task["folder"], device_map=spread, offload_folder=folder
+        )
+    else:
+        from weightlift.load_into import load_into
+
+        load_into(model, task["folder"])
+        if name == "diffusers":
+            from diffusers.hooks.group_offloading import apply_group_offloading
+
+            apply_group_offloading(
+                model,
+                onload_device=torch.device("cpu"),
+                offload_device=torch.device("cpu"),
+                offload_type="leaf_level",
+                offload_to_disk_path=inside.enter_context(
+                    tempfile.TemporaryDirectory(dir=task["scratch"])
+                ),
+            )
+    model.eval()
+
+    def step() -> Any:
+        result = model(**inputs)
+        return result if isinstance(result, torch.Tensor) else result[0]
+
+    return step, trace
+
+
+def _model(task: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model on ``meta``, and inputs of a step."""
+    import torch
+
+    if task["layers"]:
+        width = task["width"]
+        model = Stack(task["layers"], width)
+        with torch.device("cpu"):
+            return model, {"x": torch.linspace(-1, 1, task["rows"] * width).view(-1, width)}
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(task["folder"])
+    cls = getattr(transformers, config.architectures[0])
+    model = cls(config)
+    with torch.device("cpu"):
+        tokens = torch.arange(task["rows"])[None] % config.get_text_config().vocab_size
+    for buffer_name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            with torch.device("cpu"):
+                whole = cls._from_config(_small(config))
+            owner, _, key = buffer_name.rpartition(".")
+            with contextlib.suppress(AttributeError):
+                model.get_submodule(owner)._buffers[key] = whole.get_buffer(buffer_name)
+    return model, {"input_ids": tokens, "use_cache": False}
+
+
+def _small(config: Any) -> Any:
+    """The configuration with one layer, for the buffers that no checkpoint has."""
+    import copy
+
+    small = copy.deepcopy(config)
+    small.get_text_config().num_hidden_layers = 1
+    return small
+
+
+def _stack() -> Any:
+    import torch
+    from torch import nn
+
+    class Stack(nn.Module):
+        """Layers of a transformer's feed-forward part."""
+
+        def __init__(self, layers: int, width: int) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.Sequential(
+                    nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(),
+                    nn.Linear(4 * width, width),
+                )
+                for _ in range(layers)
+            )  # fmt: skip
+
+        def forward(self, x: torch.Tensor) -> Any:
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    return Stack
+
+
+def Stack(layers: int, width: int) -> Any:
+    return _stack()(layers, width)
+
+
+def _anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@contextlib.contextmanager
+def _peak() -> Iterator[list[int]]:
+    """The most anonymous memory meanwhile, looked at every 10 ms."""
+    peak, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            peak[0] = max(peak[0], _anonymous_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
