@@ -70,6 +70,19 @@ def one_file(path: Path, count: int, dtype: torch.dtype, seed: int = 0) -> Path:
     return path
 
 
+def many_layers(path: Path, count: int, width: int = 512, seed: int = 0) -> Path:
+    """``count`` modules of one fp32 tensor each, half of them square; kept if it is there."""
+    if not path.exists():
+        bits = RandomBits(seed)
+        tensors = {}
+        for layer in range(count // 2):
+            prefix = f"model.layers.{layer}"
+            tensors[f"{prefix}.input_layernorm.weight"] = bits.tensor((width,), torch.float32)
+            tensors[f"{prefix}.mlp.down_proj.weight"] = bits.tensor((width, width), torch.float32)
+        _save(tensors, path)
+    return path
+
+
 def sharded(folder: Path, shards: int, count: int, dtype: torch.dtype, seed: int = 0) -> list[Path]:
     """A checkpoint of about ``count`` bytes in ``shards`` files with an index."""
     index = folder / "model.safetensors.index.json"

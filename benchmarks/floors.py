@@ -175,7 +175,7 @@ def pinned_rate(count: int) -> float:
 
 
 def main() -> None:
-    from weightlift.bench.conditions import ensure_registered
+    from weightlift.bench.conditions import settle
 
     file = Path(sys.argv[1])
     # Whole units, for direct reads.
@@ -184,7 +184,7 @@ def main() -> None:
     fresh = max(count // 4 // (2 * UNIT) * 2 * UNIT, 64 * UNIT)
     found["new memory"] = new_memory_rate(fresh, 0)
     found["new memory, not backed"] = new_memory_rate(fresh, WAIT_SECONDS)
-    ensure_registered([file])
+    settle([file])
     found["page cache"] = read_rate(file, count, direct=False)
     found["page cache to memory"] = read_rate(file, count, direct=False, whole=True)
     found["page cache, mapped"] = mapped_rate(file, count)

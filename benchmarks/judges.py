@@ -10,7 +10,7 @@ from weightlift.bench.measure import Comparison
 
 OURS = "weightlift"
 # What no library is: a floor, and the parts of a load that are measured beside it.
-APART = ("torch.empty", "construction", "reading")
+APART = ("torch.empty", "construction", "reading", "layers-load", "layers-run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +108,20 @@ def overlapped(slack: float, whole: str, parts: tuple[str, ...]) -> Judge:
             beyond = statistics.median(took - max(apart) for took, *apart in rounds) * 1e3
         target = f"longer part + {slack * 1e3:g} ms"
         return _figure(target, beyond, " ms", lambda ms: ms <= slack * 1e3)
+
+    return judge
+
+
+def within_longer_part(factor: float, whole: str, parts: tuple[str, ...]) -> Judge:
+    """What a load takes, against the longer of its parts, in the median round."""
+
+    def judge(found: Comparison, _: Rates) -> Figure:
+        ratio = None
+        if all(name in found.samples for name in (whole, *parts)):
+            rounds = zip(found.times(whole), *(found.times(part) for part in parts), strict=True)
+            ratio = statistics.median(took / max(apart) for took, *apart in rounds)
+        target = f"<= {factor:g} x the longer part"
+        return _figure(target, ratio, " x", lambda found: found <= factor)
 
     return judge
 

@@ -25,7 +25,15 @@ from workloads import CPU, CUDA
 DEMO = ROOT / ".demo" / "demo.txt"
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
 # Parts and floors, and weightlift on another form of the file.
-APART = ("twin", "ModelMixin-twin", "construction", "reading", "torch.empty")
+APART = (
+    "twin",
+    "ModelMixin-twin",
+    "construction",
+    "reading",
+    "layers-load",
+    "layers-run",
+    "torch.empty",
+)
 # (workload, the reference, its label), for the README: whatever they come to.
 HEADLINES = {
     "cpu": (

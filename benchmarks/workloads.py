@@ -14,6 +14,7 @@ import torch
 from bench_data import (
     llama_1b,
     llama_many,
+    many_layers,
     many_small,
     model,
     model_by_torch,
@@ -38,6 +39,7 @@ from judges import (
     ratio_at_most,
     seconds_at_most,
     share_of_ceiling,
+    within_longer_part,
     within_memory,
 )
 from weightlift.bench.conditions import BACKED, NOT_BACKED
@@ -119,6 +121,11 @@ def _shards(data: Path, scale: float) -> Job:
     roomy = memory > 48 * GB and shutil.disk_usage(data).free > 60 * GB
     size, label = _sized((16 if roomy else 4) * GB, scale)
     return Job(OURS, tuple(map(str, sharded(data / f"shards-{label}", 4, size, torch.bfloat16))))
+
+
+def _many_layers(data: Path, scale: float) -> Job:
+    count = max(2, int(1000 * scale))
+    return Job(OURS, (str(many_layers(data / f"layers-{count}.safetensors", count)),))
 
 
 def _small(device: str) -> MakeJob:
@@ -405,6 +412,22 @@ MODELS = {
         overlapped(0.05, "ModelMixin", ("construction", "reading")),
         ("ModelMixin", "construction", "reading", "stock"),
         cold=True,
+        touched=False,
+        rounds=1.8,
+    ),
+    "layers-cold": Workload(
+        "fp32, not in the page cache: a stack of layers runs on one thread while it loads",
+        _file("fp32", 4 * GB, torch.float32),
+        within_longer_part(1.15, "layers", ("layers-load", "layers-run")),
+        ("layers", "layers-load", "layers-run", "layers-after"),
+        cold=True,
+        touched=False,
+    ),
+    "layers-1000": Workload(
+        "1,000 modules of fp32 that run while they load, and after it",
+        _many_layers,
+        ratio_at_most(1.05, "layers-after", "layers"),
+        ("layers", "layers-after"),
         touched=False,
         rounds=1.8,
     ),

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import files, models, references, trees
+from . import files, layers, models, references, trees
 from .adapter import (
     Contender,
     Job,
@@ -89,6 +89,10 @@ CONTENDERS: dict[str, Contender] = {
     "load_into": _ours(models.load_into, model_why_not),
     "construction": dataclasses.replace(_ours(models.construction, model_why_not), exact=False),
     "reading": dataclasses.replace(_ours(models.reading, model_why_not), exact=False),
+    "layers": _ours(layers.in_background, safetensors_only),
+    "layers-after": _ours(layers.loaded_and_run, safetensors_only),
+    "layers-load": _ours(layers.loaded, safetensors_only),
+    "layers-run": _ours(layers.run_alone, safetensors_only),
     "weightlift.safe_open": _ours(files.safe_open, safetensors_only),
     "safetensors.safe_open": Contender(
         "safetensors", "safetensors", safetensors_only, references.safe_open, "safetensors"
