@@ -335,6 +335,29 @@ def _cast_bytes(index: Mapping[str, Any], key: str) -> int:
     return 0 if dtypes.to_torch(own) == wanted else math.prod(shape) * int(wanted.itemsize)
 
 
+def _advise(folder: str, index: Mapping[str, Any], key: str, ahead: bool) -> None:
+    """Has the kernel read a file of accelerate's own into the page cache, before it is mapped."""
+    if ahead and "safetensors_file" not in index[key]:
+        descriptor = os.open(Path(folder) / f"{key}.dat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _files_ahead_of(loader: Any, key: str) -> None:
+    """Asks for the files that accelerate's hooks will map next, in the order learned; what they are
+    given is what accelerate maps itself."""
+    if loader.save_folder is None or not hasattr(os, "posix_fadvise"):
+        return
+    found = _ahead.get(-id(loader))
+    if found is None:
+        advise = functools.partial(_advise, os.fspath(loader.save_folder), dict(loader.index))
+        found = _ahead[-id(loader)] = WeightsAhead(loader.index, advise, lambda _: 0)
+        weakref.finalize(loader, _ahead.pop, -id(loader), None)
+    found.get(key)
+
+
 def _ahead_of(loader: Any, device: torch.device) -> WeightsAhead | None:
     """Reads ahead of the hooks that read from this loader: on the CPU, where that takes no memory
     but the page cache's."""
@@ -355,6 +378,8 @@ def _getitem(reference: Callable[..., Any]) -> Callable[..., Any]:
         entry = {} if key in self.state_dict else self.index[key]
         path = entry.get("safetensors_file")
         if path is None:
+            if key not in self.state_dict:
+                _files_ahead_of(self, key)
             return reference(self, key)
         try:
             device = usable_device(self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import threading
 import time
@@ -165,3 +166,30 @@ def test_a_file_that_is_replaced_under_accelerates_hooks(tmp_path: Path) -> None
         (tmp_path / "other").replace(path)
         assert torch.allclose(loaded(x), models[1](x))
     assert torch.allclose(loaded(x), models[1](x))  # by its own code
+
+
+def test_accelerates_own_files_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    x = torch.ones(4, 8)
+    expected = model(x).detach()
+    asked: list[int] = []
+    advise = os.posix_fadvise
+
+    def noted(*args: int) -> None:
+        asked.append(args[3])
+        advise(*args)
+
+    monkeypatch.setattr(os, "posix_fadvise", noted)
+    with wl.enabled("accelerate"):
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+        for _ in range(3):
+            assert torch.allclose(model(x), expected)
+            time.sleep(0.02)
+    assert set(asked) == {os.POSIX_FADV_WILLNEED}
+    count = len(asked)
+    assert torch.allclose(model(x), expected)
+    time.sleep(0.02)
+    assert len(asked) == count  # by its own code
