@@ -4,6 +4,7 @@ of torch for the whole process meanwhile."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -164,6 +165,46 @@ def test_what_is_not_in_a_build_is_as_it_was() -> None:
     assert made[1] is not nn.init.kaiming_uniform_
     # Who looked there and assigns here means torch's own.
     nn.init.kaiming_uniform_ = made[1]
+    assert functions_of_torch() == before
+
+
+def test_others_find_torchs_own_functions_at_every_moment_of_builds(folder: Path) -> None:
+    """In no build of ours, while some run in other threads, nothing is replaced."""
+    before = functions_of_torch()
+    ended = threading.Event()
+    failures: list[BaseException] = []
+    built: list[bool] = []
+
+    def build(empty: bool) -> None:
+        try:
+            while not ended.is_set():
+                assert_right(Model.from_pretrained(folder, low_cpu_mem_usage=empty), folder)
+                built.append(empty)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=build, args=(number % 2 == 0,)) for number in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for value in itertools.count():
+            if failures or len(built) > 40:
+                break
+            assert functions_of_torch() == before
+            tensor = torch.empty(8)
+            assert torch.equal(nn.init.constant_(tensor, value), torch.full((8,), float(value)))
+            layer = nn.Linear(4, 4)
+            assert layer.weight.device.type == "cpu"
+            assert layer.weight.abs().sum() > 0
+            assert type(layer.weight) is nn.Parameter
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert failures == []
     assert functions_of_torch() == before
 
 
