@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -148,16 +149,15 @@ class ArrivingLoad:
         """Bytes that have arrived, and those in all."""
         return self._native.progress()
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether the engine has, one way or the other."""
-        return self._report is not None or self._native.wait(0)
-
     def cancel(self) -> None:
         """Stops it, waits until nothing is in flight, and lets go of what was not taken."""
         if os.getpid() != self._pid or self._report is not None:
             return
-        cancel_plan(self._native)
+        if self._native.wait(0):
+            with contextlib.suppress(WeightliftError):  # nobody is left to hear it
+                self.finish()
+        else:
+            cancel_plan(self._native)
         self._is_cancelled = True
         _running.discard(self)
         with self._lock:

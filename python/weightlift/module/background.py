@@ -15,7 +15,7 @@ import contextlib
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -39,7 +39,6 @@ __all__ = [
     "BackgroundLoad",
     "BackgroundReport",
     "holding_back",
-    "is_waiting",
     "require_one_device",
     "split_by_meta",
     "tensors_to_come",
@@ -214,23 +213,41 @@ class _WaitingTensors(dict[str, Any]):
     def __iter__(self) -> Iterator[str]:
         return iter(list(dict.keys(self) if self.plain is None else self.plain.keys()))
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default  # noqa: SIM401 - this is get()
+    def __len__(self) -> int:
+        return dict.__len__(self) if self.plain is None else len(self.plain)
 
-    def items(self) -> Any:
-        return ((key, self[key]) for key in self)
+    def __contains__(self, key: object) -> bool:
+        return dict.__contains__(self, key) if self.plain is None else key in self.plain
 
-    def values(self) -> Any:
-        return (self[key] for key in self)
+    # By the methods above, one item at a time; those of dict read and write its memory.
+    keys = MutableMapping.keys  # type: ignore[assignment]
+    items = MutableMapping.items  # type: ignore[assignment]
+    values = MutableMapping.values  # type: ignore[assignment]
+    get = MutableMapping.get  # type: ignore[assignment]
+    popitem = MutableMapping.popitem
+    setdefault = MutableMapping.setdefault
+    update = MutableMapping.update
+    clear = MutableMapping.clear
+
+    def pop(self, key: str, *default: Any) -> Any:
+        if default and key not in self:
+            return default[0]
+        value = self[key]
+        del self[key]
+        return value
 
     def copy(self) -> dict[str, Any]:
         return self.bring()
 
-    def pop(self, key: str, *default: Any) -> Any:
-        value = self[key] if key in self or not default else default[0]
-        if key in self:
-            del self[key]
-        return value
+    def __or__(self, other: Any) -> Any:
+        return self.bring() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self.bring()
+
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self
 
     def __copy__(self) -> dict[str, Any]:
         return self.bring()
@@ -572,15 +589,6 @@ def _check(ref: ParameterRef) -> None:
             "could be used before it is loaded. Build the model under torch.device('meta') or "
             "accelerate.init_empty_weights(), or load without background=True"
         )
-
-
-def is_waiting(model: torch.nn.Module) -> bool:
-    """Whether some of its tensors have not arrived."""
-    return any(
-        isinstance(vars(module)[name], _WaitingTensors)
-        for module in model.modules()
-        for name in ("_parameters", "_buffers")
-    )
 
 
 def tensors_to_come(

@@ -14,11 +14,10 @@ import torch
 
 import transformers_models
 import weightlift as wl
-from background_support import Gate, gate, is_plain
+from background_support import Gate, gate, is_plain, is_waiting
 from support import assert_same
 from weightlift.backends import early_return
 from weightlift.core.errors import ArgumentError
-from weightlift.module.background import is_waiting
 
 __all__ = ["gate"]
 

@@ -84,6 +84,11 @@ def raw(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in held.items() if tensor is not None}
 
 
+def is_waiting(model: torch.nn.Module) -> bool:
+    """Whether some tensor has not arrived."""
+    return any(tensor.is_meta for module in model.modules() for tensor in raw(module).values())
+
+
 def is_plain(model: torch.nn.Module) -> bool:
     """Whether no trace of a load is left in a model."""
     return all(

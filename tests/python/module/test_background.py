@@ -273,6 +273,43 @@ def test_what_is_set_before_it_arrives_stays(tmp_path: Path, gate: Gate) -> None
     assert is_plain(model)
 
 
+def test_the_dicts_of_a_module_that_waits(tmp_path: Path, gate: Gate) -> None:
+    """As those of any other module, whatever is called; and for those who keep one."""
+    expected, path = saved(tmp_path)
+    wanted = dict(expected.head._parameters)
+    model, report = load(path)
+    held = model.head._parameters
+    assert list(held) == list(held.keys()) == ["weight", "bias"]
+    assert (len(held), "bias" in held, "other" in held) == (2, True, False)
+    assert held.get("other") is None
+    with pytest.raises(KeyError):
+        held["other"]
+    assert not gate.asked
+    gate.let_all()
+    ways: list[Any] = [dict, copy.copy, lambda d: d | {}, lambda d: {} | d, lambda d: {**d}]
+    ways += [lambda d: dict(d.items()), lambda d: dict(zip(d.keys(), d.values(), strict=True))]
+    for way in ways:
+        model, report = load(path)
+        got = way(model.head._parameters)
+        assert type(got) is dict
+        assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+    model, report = load(path)
+    held = model.head._parameters
+    mine = torch.nn.Parameter(torch.ones(4))
+    held.update(bias=mine)
+    assert held.setdefault("weight", mine) is not mine
+    assert held.pop("other", None) is None
+    report.wait()
+    assert dict(held) == model.head._parameters
+    assert model.head.bias is mine
+    held |= {"bias": torch.nn.Parameter(torch.zeros(4))}
+    assert not model.head.bias.any()
+    model.head.more = torch.nn.Parameter(torch.zeros(1))
+    assert len(held) == 3
+    held.clear()
+    assert not list(model.head.parameters())
+
+
 def test_hooks_of_others(tmp_path: Path) -> None:
     expected, path = saved(tmp_path)
     seen: list[str] = []
