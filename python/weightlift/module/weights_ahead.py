@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.05
 
 class WeightsAhead:
     """Reads what is likely to be asked for next, by a thread of its own, in the order that is
-    learned; what is asked for and was not read is read then and there.
+    learned while each is asked for the first time; what was not read is read when it is asked for.
 
     Args:
         names: all that can be asked for, in the order of the modules.
@@ -59,6 +59,7 @@ class _Shared:
         self._own_bytes = own_bytes
         self._order = LearnedOrder(range(len(names)))
         self._last: list[int] = []
+        self._asked: set[int] = set()
         self._wanted: list[int] = []
         self._ready: dict[int, Any] = {}
         self._reading: int | None = None
@@ -84,8 +85,10 @@ class _Shared:
             self._order.note(last, number)
         last.append(number)
         del last[:-LONGEST]
-        if len(self._names) < 2 or self._stopped:
-            return
+        asked_before = number in self._asked
+        self._asked.add(number)
+        if not asked_before or len(self._names) < 2 or self._stopped:
+            return  # who asks for each once, such as a save, has no use for what comes after
         self._wanted = self._order.ahead(last, min(_LOOKAHEAD, len(self._names) - 1))
         for other in [*self._ready]:  # a guess that was wrong
             if other not in self._wanted:
