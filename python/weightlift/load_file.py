@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint, open_file
 from weightlift.core import dtypes
-from weightlift.core.devices import parse_device
+from weightlift.core.devices import loadable_device, parse_device
 from weightlift.core.errors import ArgumentError, FormatError
 from weightlift.core.requirements import require
 from weightlift.load.load_plan import LoadPlan
@@ -71,7 +71,7 @@ def load_file(
     checkpoint = open_file(filename)
     return load_tensors(
         checkpoint,
-        parse_device(device),
+        loadable_device(device),
         LoadOptions(mode_of_backend(mode, backend), pin_memory, verify, progress),
         dtype=dtypes.parse_dtype(dtype),
     )
@@ -243,5 +243,5 @@ def load_state_dict(
             for name, (dtype, shape) in headers.items()
         }
     return load_checkpoint(
-        checkpoint_file, parse_device(map_location), mode="read" if disable_mmap else "auto"
+        checkpoint_file, loadable_device(map_location), mode="read" if disable_mmap else "auto"
     )

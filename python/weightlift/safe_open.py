@@ -10,7 +10,7 @@ import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint, indexed_files, locate, nearest
 from weightlift.core import dtypes
 from weightlift.core.closing import Closing
-from weightlift.core.devices import parse_device
+from weightlift.core.devices import loadable_device
 from weightlift.core.errors import ArgumentError, FileClosedError, FormatError, ReadError
 from weightlift.core.report import record
 from weightlift.core.requirements import require
@@ -59,7 +59,7 @@ class safe_open(Closing):
             )
         require("torch", "safe_open")
         self._mode = mode_of_backend("auto", backend)
-        self._device = parse_device(device)
+        self._device = loadable_device(device)
         self._settings = Settings.current()
         self._checkpoint: Checkpoint | None = Checkpoint.from_file(filename)
 

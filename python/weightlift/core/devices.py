@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["parse_device"]
+__all__ = ["loadable_device", "parse_device"]
 
 
 # What stands for several devices, where there is a model.
@@ -29,7 +29,7 @@ def parse_device(device: torch.device | str | int) -> torch.device:
     """``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``1`` or a ``torch.device``, with its index filled in.
 
     Raises:
-        DeviceError: no such device, or none that tensors can be loaded to.
+        DeviceError: no such device, or ``meta``.
     """
     import torch
 
@@ -47,12 +47,22 @@ def parse_device(device: torch.device | str | int) -> torch.device:
         ) from None
     if parsed.type == "meta":
         raise DeviceError("device 'meta' is invalid: it holds no data, and a load brings some")
+    if parsed.type == "cuda" and parsed.index is None:
+        current = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        return torch.device("cuda", current)
+    return parsed
+
+
+def loadable_device(device: torch.device | str | int) -> torch.device:
+    """The same, of the kinds that tensors are loaded to.
+
+    Raises:
+        DeviceError: no such device, or none of these kinds.
+    """
+    parsed = parse_device(device)
     if parsed.type not in ("cpu", "cuda"):
         raise DeviceError(
             f"device {device!r}: tensors are loaded to the CPU and to CUDA devices; load to the "
             f"CPU, and move what is there with .to({str(parsed)!r})"
         )
-    if parsed.type == "cuda" and parsed.index is None:
-        current = torch.cuda.current_device() if torch.cuda.is_available() else 0
-        return torch.device("cuda", current)
     return parsed

@@ -23,7 +23,7 @@ from weightlift.checkpoint.hub import HubArguments, download, list_files
 from weightlift.checkpoint.integrity import identity_of
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core import dtypes, gc_pause
-from weightlift.core.devices import parse_device
+from weightlift.core.devices import loadable_device
 from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.report import LoadReport
 from weightlift.load.prefetch import PrefetchedLoad
@@ -187,7 +187,7 @@ def _prefetch(
     alone = single_entry("cpu" if placement.device_map is None else placement.device_map)
     if not isinstance(alone, (str, int, torch.device)):
         return None  # or to be refused
-    device = parse_device(alone)
+    device = loadable_device(alone)
     expected = torch.get_default_dtype() if placement.dtype is None else placement.dtype
     if arguments.options.mode == "map":
         expected = "auto"  # nothing is cast

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from weightlift.core.devices import parse_device
+from weightlift.core.devices import loadable_device
 from weightlift.core.errors import ArgumentError, CheckpointError, DeviceError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _SHOWN = 3
 def single_device(device_map: DeviceMap) -> torch.device | None:
     """The device that takes everything; ``None`` where there are several, or a disk."""
     alone = single_entry(device_map)
-    return None if alone is None else parse_device(alone)
+    return None if alone is None else loadable_device(alone)
 
 
 def single_entry(device_map: Any) -> Any:
@@ -76,7 +76,7 @@ def parse_device_map(device_map: DeviceMap) -> dict[str, torch.device]:
             raise ArgumentError(
                 f"device_map: {device!r} needs a model to spread over the devices; use load_into"
             )
-        parsed[prefix] = parse_device(device)
+        parsed[prefix] = loadable_device(device)
     return parsed
 
 
@@ -217,7 +217,7 @@ def _parse_size(device: int | str, size: int | float | str) -> int:
 def _device_or_disk(device: torch.device | str | int) -> torch.device | str:
     if isinstance(device, str) and device == "disk":
         return "disk"
-    return parse_device(int(device) if isinstance(device, str) and device.isdigit() else device)
+    return loadable_device(int(device) if isinstance(device, str) and device.isdigit() else device)
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, bool]:

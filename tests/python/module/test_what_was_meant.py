@@ -115,3 +115,13 @@ def test_paths(tmp_path: Path) -> None:
         assert "Repo id" not in str(caught.value)
     with pytest.raises(TypeError, match="load_file"):
         wl.load("model.safetensors")  # type: ignore[arg-type]
+
+
+def test_other_kinds_of_devices_are_the_libraries_affair(path: Path) -> None:
+    """The backends leave them to the library, which loads there."""
+    from weightlift.backends.fallback import FallbackToLibrary
+    from weightlift.backends.safetensors import usable_device
+
+    for device in ("mps", "xpu:1"):
+        with pytest.raises(FallbackToLibrary, match=f"does not load to {device[:3]}"):
+            usable_device(device)

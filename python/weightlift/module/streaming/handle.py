@@ -16,7 +16,7 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core import dtypes
 from weightlift.core.closing import Closing
-from weightlift.core.devices import parse_device
+from weightlift.core.devices import loadable_device
 from weightlift.core.errors import ArgumentError
 from weightlift.core.report import format_bytes
 from weightlift.core.sizes import parse_size
@@ -89,7 +89,7 @@ def stream(
         ReadError: a file cannot be read; later, from the operation that needs it.
     """
     budget = _checked_budget(memory, lookahead)
-    side = device_side(parse_device(device))
+    side = device_side(loadable_device(device))
     refs = parameter_refs(model)
     _check_model(model, refs)
     restore = _Originals(refs)
