@@ -141,6 +141,8 @@ def main() -> None:
     if what == "prepare":
         folder.mkdir(parents=True)
         prepare(folder)
+        for path in (folder, *folder.rglob("*")):  # safetensors makes its files the owner's alone
+            path.chmod(0o755 if path.is_dir() else 0o644)
         return
     run_readme(folder)
     load_by_backends(folder)
