@@ -80,7 +80,7 @@ def check_libraries(name: str, python: Path, wheel: Path) -> Path:
     # Apart from the constraints, which are the newest.
     pip = [place / "python", "-m", "pip", "--disable-pip-version-check", "-q"]
     run(*pip, "install", "--only-binary", ":all:", "-r", lock, "torch==2.13.0")
-    versions = run(*pip, "list", "--format=freeze").splitlines()
+    versions = run(*pip[:-1], "list", "--format=freeze").splitlines()
     wanted = ("transformers", "diffusers", "accelerate", "safetensors", "huggingface", "torch=")
     say(f"{name}: " + ", ".join(line for line in versions if line.startswith(wanted)))
     folder = WORK / f"{name}-models"
