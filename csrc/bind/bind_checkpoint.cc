@@ -18,10 +18,12 @@
 #include "bind/rooms.h"
 #include "bind/torch_pickle.h"
 #include "bind/values.h"
+#include "dtype.h"
 #include "format/index.h"
 #include "format/zip.h"
 #include "io/file.h"
 #include "io/residency.h"
+#include "result.h"
 
 namespace py = pybind11;
 

@@ -1,5 +1,11 @@
 #include "bind/errors.h"
 
+#include <stdexcept>
+#include <string_view>
+#include <utility>
+
+#include "result.h"
+
 namespace py = pybind11;
 
 namespace weightlift::bind {

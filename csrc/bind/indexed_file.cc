@@ -3,10 +3,21 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
 #include <span>
+#include <string>
 #include <utility>
+#include <vector>
 
+#include "format/index.h"
 #include "format/safetensors.h"
+#include "format/zip.h"
+#include "io/file.h"
+#include "io/mapping.h"
+#include "result.h"
 
 namespace weightlift::bind {
 namespace {

@@ -1,11 +1,30 @@
 #include "bind/plan_builder.h"
 
+#include <abstract.h>
+#include <listobject.h>
+
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "bind/errors.h"
 #include "bind/gil.h"
+#include "bind/indexed_file.h"
 #include "bind/tensor_export.h"
+#include "dtype.h"
 #include "engine/host_layout.h"
+#include "engine/host_memory.h"
+#include "engine/load.h"
+#include "engine/plan.h"
+#include "engine/report.h"
+#include "format/index.h"
+#include "io/mapping.h"
+#include "result.h"
 
 namespace py = pybind11;
 

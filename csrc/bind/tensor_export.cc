@@ -1,10 +1,18 @@
 #include "bind/tensor_export.h"
 
 #include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "dtype.h"
 #include "io/anonymous_memory.h"
+#include "result.h"
 
 namespace py = pybind11;
 

@@ -1,6 +1,8 @@
 #include "bind/torch_pickle.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <string_view>
 #include <vector>
 

@@ -1,6 +1,14 @@
 #include "bind/values.h"
 
 #include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "dtype.h"
 
 namespace py = pybind11;
 

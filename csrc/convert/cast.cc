@@ -1,6 +1,11 @@
 #include "convert/cast.h"
 
+#include <cstdint>
+#include <optional>
+#include <string_view>
+
 #include "convert/cast_kernels.h"
+#include "dtype.h"
 
 #if defined(WEIGHTLIFT_CAST_X86)
 #include <cpuid.h>

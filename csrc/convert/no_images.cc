@@ -1,4 +1,6 @@
 // In the place of what cmake/build_kernels.py makes, for a build without nvcc.
+#include <span>
+
 #include "convert/scatter.h"
 
 namespace weightlift::convert {

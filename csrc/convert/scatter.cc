@@ -1,7 +1,11 @@
 #include "convert/scatter.h"
 
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <span>
 
+#include "convert/cast.h"
 #include "convert/float_formats.h"
 
 namespace weightlift::convert {

@@ -1,12 +1,19 @@
 #include "device/context.h"
 
+#include <sys/types.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
 
 #include "convert/scatter.h"
+#include "device/driver.h"
+#include "result.h"
 
 namespace weightlift::device {
 namespace {

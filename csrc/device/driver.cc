@@ -2,10 +2,15 @@
 
 #include <dlfcn.h>
 
+#include <cstddef>
+#include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
+#include <utility>
 
 #include "device/process_driver.h"
+#include "result.h"
 
 namespace weightlift::device {
 namespace {

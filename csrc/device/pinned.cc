@@ -1,11 +1,18 @@
 #include "device/pinned.h"
 
 #include <chrono>
+#include <condition_variable>
+#include <cstddef>
 #include <exception>
+#include <list>
 #include <thread>
 #include <utility>
 
+#include "device/context.h"
+#include "device/driver.h"
+#include "io/anonymous_memory.h"
 #include "mutex.h"
+#include "result.h"
 
 namespace weightlift::device {
 

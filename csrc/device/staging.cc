@@ -1,8 +1,16 @@
 #include "device/staging.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <list>
+#include <optional>
 #include <string>
 #include <utility>
+
+#include "device/context.h"
+#include "device/pinned.h"
+#include "mutex.h"
+#include "result.h"
 
 namespace weightlift::device {
 

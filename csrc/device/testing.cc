@@ -1,3 +1,5 @@
+#include <string>
+
 #include "device/context.h"
 #include "device/driver.h"
 #include "device/pinned.h"

@@ -1,6 +1,16 @@
 #include "engine/arrivals.h"
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "engine/plan.h"
+#include "engine/schedule.h"
+#include "engine/sources.h"
+#include "mutex.h"
 
 namespace weightlift::engine {
 

@@ -2,8 +2,15 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <span>
+
+#include "convert/cast.h"
+#include "engine/plan.h"
+#include "engine/schedule.h"
+#include "engine/scratch.h"
 
 namespace weightlift::engine {
 namespace {

@@ -1,12 +1,24 @@
 #include "engine/device_lane.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "convert/cast.h"
 #include "convert/scatter.h"
+#include "device/context.h"
+#include "device/driver.h"
 #include "device/staging.h"
+#include "engine/bounded_queue.h"
+#include "engine/plan.h"
+#include "engine/schedule.h"
+#include "engine/settings.h"
+#include "result.h"
 
 namespace weightlift::engine {
 namespace {

@@ -2,9 +2,18 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
+#include <optional>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "device/staging.h"
+#include "engine/device_lane.h"
+#include "engine/plan.h"
+#include "engine/schedule.h"
+#include "mutex.h"
+#include "result.h"
 
 namespace weightlift::engine {
 namespace {

@@ -1,6 +1,11 @@
 #include "engine/host_layout.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "dtype.h"
+#include "engine/plan.h"
 
 namespace weightlift::engine {
 namespace {

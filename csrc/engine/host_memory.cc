@@ -1,8 +1,11 @@
 #include "engine/host_memory.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <list>
+#include <memory>
 #include <new>
 #include <optional>
 #include <string>
@@ -10,10 +13,13 @@
 #include <utility>
 #include <vector>
 
+#include "device/context.h"
 #include "device/pinned.h"
 #include "engine/page_choice.h"
+#include "engine/settings.h"
 #include "io/anonymous_memory.h"
 #include "io/machine.h"
+#include "result.h"
 
 namespace weightlift::engine {
 namespace {

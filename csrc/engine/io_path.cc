@@ -1,9 +1,13 @@
 #include "engine/io_path.h"
 
 #include <cerrno>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <string>
 
+#include "engine/settings.h"
+#include "io/file.h"
 #include "io/machine.h"
 #include "io/residency.h"
 

@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -15,12 +18,16 @@
 #include "device/staging.h"
 #include "engine/arrivals.h"
 #include "engine/dispatcher.h"
+#include "engine/plan.h"
+#include "engine/report.h"
 #include "engine/runner.h"
 #include "engine/schedule.h"
+#include "engine/settings.h"
 #include "engine/sources.h"
 #include "engine/thread_group.h"
 #include "io/file.h"
 #include "mutex.h"
+#include "result.h"
 
 namespace weightlift::engine {
 namespace {

@@ -1,7 +1,11 @@
 #include "engine/order_of_use.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <numeric>
+#include <vector>
+
+#include "engine/plan.h"
 
 namespace weightlift::engine {
 namespace {

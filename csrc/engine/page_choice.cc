@@ -1,6 +1,7 @@
 #include "engine/page_choice.h"
 
 #include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -8,7 +9,11 @@
 #include <cstdio>
 #include <ctime>
 #include <exception>
+#include <mutex>
+#include <string>
 #include <utility>
+
+#include "io/anonymous_memory.h"
 
 namespace weightlift::engine {
 namespace {

@@ -1,6 +1,16 @@
 #include "engine/plan.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "dtype.h"
+#include "io/file.h"
 
 namespace weightlift::engine {
 namespace {

@@ -1,10 +1,14 @@
 #include "engine/report.h"
 
 #include <cstddef>
+#include <cstdint>
 #include <utility>
+#include <vector>
 
 #include "engine/io_path.h"
-#include "io/file.h"
+#include "engine/plan.h"
+#include "engine/schedule.h"
+#include "engine/sources.h"
 
 namespace weightlift::engine {
 namespace {

@@ -1,5 +1,8 @@
 #include "engine/runner.h"
 
+#include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <new>
 #include <optional>
 #include <string>
@@ -7,7 +10,14 @@
 #include <variant>
 
 #include "engine/delivery.h"
-#include "io/file.h"
+#include "engine/device_lane.h"
+#include "engine/dispatcher.h"
+#include "engine/plan.h"
+#include "engine/schedule.h"
+#include "engine/scratch.h"
+#include "engine/sources.h"
+#include "mutex.h"
+#include "result.h"
 
 namespace weightlift::engine {
 namespace {

@@ -1,13 +1,24 @@
 #include "engine/schedule.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <map>
-#include <numeric>
 #include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
 
+#include "convert/cast.h"
+#include "convert/scatter.h"
 #include "device/context.h"
+#include "dtype.h"
 #include "engine/order_of_use.h"
+#include "engine/plan.h"
+#include "engine/settings.h"
 #include "io/anonymous_memory.h"
+#include "result.h"
 
 namespace weightlift::engine {
 namespace {

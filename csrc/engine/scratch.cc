@@ -1,5 +1,9 @@
 #include "engine/scratch.h"
 
+#include <cstddef>
+
+#include "result.h"
+
 namespace weightlift::engine {
 
 Result<std::byte*> Scratch::bytes(std::size_t count) {

@@ -1,6 +1,7 @@
 #include "engine/settings.h"
 
 #include <algorithm>
+#include <cstddef>
 
 #include "io/anonymous_memory.h"
 #include "io/machine.h"

@@ -2,12 +2,25 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
 #include <numeric>
 #include <utility>
+#include <vector>
 
+#include "engine/io_path.h"
 #include "engine/order_of_use.h"
+#include "engine/plan.h"
+#include "engine/schedule.h"
+#include "engine/scratch.h"
+#include "engine/settings.h"
+#include "io/anonymous_memory.h"
+#include "io/file.h"
+#include "io/leased_mapping.h"
 #include "io/machine.h"
 #include "io/residency.h"
+#include "result.h"
 
 namespace weightlift::engine {
 namespace {

@@ -1,6 +1,11 @@
 #include "engine/thread_group.h"
 
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <thread>
+
+#include "mutex.h"
 
 namespace weightlift::engine {
 namespace {

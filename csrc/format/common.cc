@@ -1,7 +1,16 @@
 #include "format/common.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "dtype.h"
+#include "result.h"
 
 namespace weightlift::format {
 

@@ -4,12 +4,20 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "format/by_name.h"
 #include "format/common.h"
+#include "result.h"
 
 namespace weightlift::format {
 namespace {

@@ -2,13 +2,25 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <iterator>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <span>
+#include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
+#include "dtype.h"
 #include "format/by_name.h"
 #include "format/common.h"
+#include "format/index.h"
+#include "result.h"
 
 // What is accepted here is what safetensors 0.8.0 accepts, found by running it; the one exception
 // are duplicate tensor names, which the format forbids and of which the reference silently drops

@@ -4,11 +4,17 @@
 #include <bit>
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
-#include <limits>
 #include <new>
+#include <optional>
 #include <span>
+#include <string_view>
 #include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "dtype.h"
 
 namespace weightlift::format {
 namespace {

@@ -2,11 +2,17 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
+#include <cstdint>
 #include <optional>
+#include <span>
+#include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "format/common.h"
+#include "result.h"
 
 // The numbers of the comments are the sections of PKWARE's APPNOTE.TXT, version 6.3.10.
 

@@ -1,17 +1,28 @@
 #include "io/file.h"
 
 #include <fcntl.h>
+#include <linux/stat.h>
 #include <pthread.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/types.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <mutex>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "result.h"
 
 namespace weightlift::io {
 namespace {

@@ -2,13 +2,22 @@
 
 #include <fcntl.h>
 #include <linux/magic.h>
+#include <signal.h>
+#include <sys/statfs.h>
 #include <sys/vfs.h>
 
 #include <algorithm>
+#include <atomic>
 #include <csignal>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
 #include <utility>
 
 #include "io/anonymous_memory.h"
+#include "io/file.h"
+#include "io/mapping.h"
 
 #ifndef XFS_SUPER_MAGIC
 #define XFS_SUPER_MAGIC 0x58465342

@@ -1,14 +1,17 @@
 #include "io/residency.h"
 
 #include <fcntl.h>
-#include <sys/syscall.h>
+#include <sys/types.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdint>
+#include <optional>
 
 #include "io/anonymous_memory.h"
+#include "io/file.h"
 
 namespace weightlift::io {
 namespace {
