@@ -8,6 +8,7 @@ device (/proc/self/io), which are none where the file system keeps its files in 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -65,6 +66,10 @@ def load(rank: compare_ranks.Rank, folder: Path, load_format: str) -> tuple[floa
 def measure(rank: compare_ranks.Rank, folder: Path, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"model": folder.name, "ranks": rank.ranks, "rank": rank.rank}
     for load_format in FORMATS:
+        gc.collect()  # pages that a model maps are not dropped
+        with set_current_vllm_config(rank.config(str(folder), load_format, {})):
+            rank.begin()
+        torch.distributed.barrier()
         if rank.rank == 0:
             drop(folder)
         seconds, count = load(rank, folder, load_format)

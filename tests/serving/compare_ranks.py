@@ -177,6 +177,7 @@ def main() -> None:
         ways: list[dict[str, bool]] = [{}]
         if rank.ranks > 1 and Path(model).name in EXPERTS:
             ways.append({"enable_expert_parallel": True})
+            ways.append({"enable_expert_parallel": True, "enable_ep_weight_filter": True})
         for options in ways:
             found, again = compare(rank, model, **options)
             faults += found
