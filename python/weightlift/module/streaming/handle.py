@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import threading
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core import dtypes
@@ -19,7 +21,9 @@ from weightlift.core.closing import Closing
 from weightlift.core.devices import loadable_device
 from weightlift.core.errors import ArgumentError
 from weightlift.core.report import format_bytes
+from weightlift.core.settings import Settings
 from weightlift.core.sizes import parse_size
+from weightlift.load.options import LoadOptions
 from weightlift.module.fill import fill
 from weightlift.module.matching import MatchPolicy, match
 from weightlift.module.own_loading import modules_with_own_loading
@@ -209,6 +213,11 @@ class _Task:
             if number not in self.share.resident
             for name in piece.weights
         ]
+
+    @property
+    def streamed_bytes(self) -> int:
+        resident = self.share.resident
+        return sum(p.bytes for number, p in enumerate(self.pieces) if number not in resident)
 
     def begin(self, restore: _Originals) -> StreamHandle:
         """Puts streamed weights into the model."""
@@ -405,10 +414,23 @@ def _of_a_checkpoint(
     }
     on_meta = _put_on_meta(refs)
     kept = PlacementPolicy(device_map=device_map, dtype=dtype, dispatch=lambda *_: None)
-    fill(model, checkpoint, kept, MatchPolicy(compare_ties=True), refs=on_meta)
+    # In memory of its own: pages of a mapping would be given up for those of what is read.
+    how = LoadOptions(mode="read")
+    fill(model, checkpoint, kept, MatchPolicy(compare_ties=True), how, refs=on_meta)
     # The caller may close the checkpoint.
-    task.source = FileSource(checkpoint.renamed(lambda name: name))
+    mine = checkpoint.renamed(lambda name: name)
+    task.source = FileSource(mine, _settings_for(task.streamed_bytes))
     return task
+
+
+def _settings_for(streamed_bytes: int) -> Settings:
+    """Reads past the page cache what it could not keep from one step to the next: page by page it
+    would throw out what is needed soonest."""
+    settings = Settings.current()
+    headroom: int = _native.machine()["memory_headroom"]
+    if settings.io_path in (None, "auto") and streamed_bytes > headroom // 2:
+        return dataclasses.replace(settings, io_path="direct")
+    return settings
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
