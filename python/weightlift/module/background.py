@@ -204,9 +204,11 @@ class _WaitingTensors(dict[str, Any]):
 
     def __delitem__(self, key: str) -> None:
         with self.waiting.load.lock:
-            dict.__delitem__(self, key)
-            if self.plain is not None:
+            if self.plain is None:
+                dict.__delitem__(self, key)
+            else:
                 del self.plain[key]
+                dict.pop(self, key, None)  # others may have put it there
             self.waiting.forget(self.is_parameters, key)
 
     # In Python, so that dict() and ** come by __getitem__.
