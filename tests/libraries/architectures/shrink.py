@@ -54,6 +54,8 @@ _KEPT = re.compile(
     r"patch|kernel|stride|channels$|channel$|bins|dilation|padding|_rank$|groups?$|window|ratio|"
     r"rate|factor|rotary|rope|theta|scale|shift|expansion|version|num_labels|kernel|range|level"
 )
+# Those inside a model, other than of what goes in and comes out; norms take them in groups of 32.
+_INNER_CHANNELS = re.compile(r"block_\w*channels$|^(base|hidden|model)_channels$|^c_hidden$")
 # What the constructor makes of the number of layers.
 _DERIVED = {"stage_names", "out_features", "_out_features", "out_indices", "_out_indices"}
 _EXPERTS = re.compile(r"expert")
@@ -141,6 +143,8 @@ def _number(key: str, value: int, way: Way) -> int:
         return value if value < 64 else value % 64
     if _POSITIONS.search(key):
         return min(value, 64)
+    if _INNER_CHANNELS.search(key):
+        return min(value, way.width or max(value // way.divisor // 32, 1) * 32)
     if _KEPT.search(key) or value <= 8:
         return value
     return _width(key, value, way)
