@@ -151,6 +151,16 @@ class TestBudget:
         assert [piece.bytes for piece in single] == [10, 20] * 4
         assert [name for piece in single for name in piece.weights] == list(sizes)
 
+    def test_small_neighbours_are_read_together(self) -> None:
+        many = {f"{number}.w": 10 for number in range(1000)}
+        pieces = cut(many, 1200, 2)
+        assert {piece.bytes for piece in pieces} == {100}
+        assert [name for piece in pieces for name in piece.weights] == list(many)
+        beside = {"norm.w": 5, "big.w": 160, "other.w": 5, "big2.w": 160, "small.w": 30}
+        assert [(piece.name, piece.bytes) for piece in cut(beside, 120, 2)] == [
+            ("big", 170), ("big2", 160), ("small", 30),
+        ]  # fmt: skip
+
     def test_what_a_step_uses_more_often_stays(self, original: Stack, file: Path) -> None:
         model = on_meta()
         order = [0, 5, 1, 5, 2, 5, 3, 5, 4, 5, 6, 5, 7]

@@ -14,7 +14,7 @@ __all__ = ["Piece", "Plan", "Share", "cut", "share_out"]
 _LARGEST_BLOCK_BYTES = 256 << 20
 # Blocks are cut so that their buffers take this share of the memory at most, where modules allow.
 _BUFFERS_PART = 4
-# A piece this many times smaller than its neighbour is read with it.
+# Pieces that are together this many times smaller than their neighbour are read with it.
 _SMALL_PART = 16
 
 
@@ -88,17 +88,20 @@ def cut(sizes: Mapping[str, int], memory: int, lookahead: int) -> list[Piece]:
 
 
 def _joined(pieces: Sequence[Piece], target: int) -> list[Piece]:
-    """Joins neighbours that are small together, or of which one is next to nothing: each piece
-    takes a whole buffer."""
+    """Joins neighbours that are small together, or next to nothing beside the largest of them:
+    each piece takes a whole buffer."""
     joined: list[Piece] = []
+    largest = 0  # of the pieces that the last one is made of
     for piece in pieces:
-        last = joined[-1] if joined else piece
-        large, small = sorted((last, piece), key=lambda each: -each.bytes)
-        together = last.bytes + piece.bytes
-        if joined and (together <= target or small.bytes * _SMALL_PART <= large.bytes):
-            joined[-1] = Piece(large.name, last.weights + piece.weights, together)
+        last = joined[-1] if joined else Piece("", (), 0)
+        together, base = last.bytes + piece.bytes, max(largest, piece.bytes)
+        if joined and together <= max(target, base + base // _SMALL_PART):
+            name = piece.name if piece.bytes > largest else last.name
+            joined[-1] = Piece(name, last.weights + piece.weights, together)
+            largest = base
         else:
             joined.append(piece)
+            largest = piece.bytes
     return joined
 
 
