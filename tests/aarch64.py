@@ -80,10 +80,11 @@ def build_tests(tools: Path, targets: tuple[str, ...]) -> Path:
         run(cmake, "--install", built, env=environment)
     (cmake_folder,) = gtest.glob("lib/cmake/GTest")
     build = WORK / "build"
+    python = tools.parent / "sdist" / "bin" / "python"  # has the headers that the build asks for
     run(cmake, "-S", ROOT, "-B", build, *common, f"-DGTest_DIR={cmake_folder}",
         "-DCMAKE_BUILD_TYPE=Release", "-DWEIGHTLIFT_TESTING=ON", "-DWEIGHTLIFT_PYTHON=OFF",
         "-DWEIGHTLIFT_CUDA=OFF", "-DCMAKE_GTEST_DISCOVER_TESTS_DISCOVERY_MODE=PRE_TEST",
-        f"-DPython_EXECUTABLE={tools / 'bin' / 'python'}", env=environment)  # fmt: skip
+        f"-DPython_EXECUTABLE={python}", env=environment)  # fmt: skip
     run(cmake, "--build", build, "--target", *targets, env=environment)
     return build
 
