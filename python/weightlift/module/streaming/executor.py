@@ -92,7 +92,7 @@ class Executor:
             device,
             memory,
             lookahead,
-            threaded=threaded,
+            threaded=threaded and bool(blocks),
         )
         # When nobody has a weight any more, nor the handle.
         self._finalizer = weakref.finalize(self, self.ring.stop)
