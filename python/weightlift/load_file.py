@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from weightlift.checkpoint.checkpoint import Checkpoint
@@ -93,19 +96,37 @@ def load(data: bytes) -> dict[str, torch.Tensor]:
     require("torch", "load")
     if isinstance(data, (str, os.PathLike)):
         raise TypeError(f"load takes the bytes of a file, not {type(data).__name__}: load_file")
-    view = memoryview(data).cast("B")
-    # A file without a name: what is mapped of it is the tensors' memory.
-    descriptor = os.memfd_create("weightlift-load", os.MFD_CLOEXEC)
-    path = f"/proc/self/fd/{descriptor}"
     try:
-        while view:
-            view = view[os.write(descriptor, view) :]
-        checkpoint = Checkpoint.from_file(path)
-        return load_tensors(checkpoint, parse_device("cpu"), LoadOptions("read"))
+        with _as_file(memoryview(data).cast("B")) as path:
+            checkpoint = Checkpoint.from_file(path)
+            return load_tensors(checkpoint, parse_device("cpu"), LoadOptions("read"))
     except FormatError as error:
         raise FormatError(
             error.code, error.message, "the bytes given to load", error.offset, error.tensor
         ) from None
+
+
+@contextlib.contextmanager
+def _as_file(view: memoryview) -> Iterator[str]:
+    """The path of a file with these bytes: one in memory, where it can be opened by proc(5)."""
+    try:
+        descriptor = os.memfd_create("weightlift-load", os.MFD_CLOEXEC)
+    except OSError:
+        descriptor = None
+    path = f"/proc/self/fd/{descriptor}"
+    if descriptor is not None and not os.path.lexists(path):
+        os.close(descriptor)
+        descriptor = None
+    if descriptor is None:
+        with tempfile.NamedTemporaryFile(prefix="weightlift-load-") as file:
+            file.write(view)
+            file.flush()
+            yield file.name
+        return
+    try:
+        while view:
+            view = view[os.write(descriptor, view) :]
+        yield path
     finally:
         os.close(descriptor)
 

@@ -30,6 +30,7 @@ OF_LOADS = [
     "fadvise64",
     "getrlimit",
     "madvise",
+    "memfd_create",
     "mlock",
     "prlimit64",
     "readlink",
@@ -81,6 +82,7 @@ def every_load(folder: Path) -> None:
     half = wl.load_file(file, dtype="float64")
     if half["w.1"].dtype != torch.float64 or half["w.1"][1].item() != 2:
         raise RuntimeError("another cast")
+    equal(wl.load(file.read_bytes()))
     for backend in ("mmap", "pread"):
         with wl.safe_open(file, backend=backend) as opened:
             equal(opened.get_tensors())
