@@ -333,7 +333,22 @@ class TestAround:
             for _ in range(3):
                 assert torch.equal(compiled(X), original(X))
 
-    def test_functional_call_and_vmap(self, model: Stack, original: Stack) -> None:
+    def test_begun_in_inference_mode(self, file: Path, original: Stack) -> None:
+        model = on_meta()
+        model.order = original.order = [0, 5, 1, 5, 2, 5, 3, 5, 4]
+        with torch.inference_mode():
+            handle = wl.stream(model, file, device="cpu", memory=4 * LAYER_BYTES)
+            assert torch.equal(model(X), original(X))
+        with handle:
+            model.requires_grad_(False)
+            gradients = []
+            for each in (original, model):
+                x = X.clone().requires_grad_()
+                each(x).sum().backward()
+                gradients.append(x.grad)
+            assert torch.equal(*gradients)
+
+    def test_functional_call(self, model: Stack, original: Stack) -> None:
         ours = torch.func.functional_call(model, {"layers.0.bias": torch.ones(WIDTH)}, (X,))
         theirs = torch.func.functional_call(original, {"layers.0.bias": torch.ones(WIDTH)}, (X,))
         assert torch.equal(ours, theirs)

@@ -98,14 +98,16 @@ def stream(
     _check_model(model, refs)
     restore = _Originals(refs)
     try:
-        if checkpoint is None:
-            task = _of_the_host(model, refs, side, budget, dtype, lookahead)
-        else:
-            if not isinstance(checkpoint, Checkpoint):
-                checkpoint = open_checkpoint(checkpoint)
-            task = _of_a_checkpoint(model, refs, checkpoint, side, budget, dtype, lookahead)
-        task.install()
-        return task.begin(restore)
+        # What is made here is used in any mode, and autograd keeps nothing that one mode made.
+        with torch.inference_mode(False):
+            if checkpoint is None:
+                task = _of_the_host(model, refs, side, budget, dtype, lookahead)
+            else:
+                if not isinstance(checkpoint, Checkpoint):
+                    checkpoint = open_checkpoint(checkpoint)
+                task = _of_a_checkpoint(model, refs, checkpoint, side, budget, dtype, lookahead)
+            task.install()
+            return task.begin(restore)
     except BaseException:
         restore.put_back()
         raise
@@ -546,7 +548,8 @@ class StreamHandle(Closing):
         with self._lock:
             if self._restore is not None and max(uses.values(), default=0) > 1:
                 trace = self._task.executor.ring.trace
-                self._task.share_again(uses)
+                with torch.inference_mode(False):
+                    self._task.share_again(uses)
                 self._task.executor.ring.trace = trace
 
     @property
