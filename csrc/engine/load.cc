@@ -311,9 +311,7 @@ void Load::State::accept_times_so_far() const {
   }
 }
 
-// A write and touch(1) set the same times. What is mapped is what the file holds, whenever that was
-// written; what was copied out of a file whose time has changed since may be of two moments, unless
-// the file still holds it.
+// A time that was set says nothing of the bytes: what was copied is compared with the file.
 Result<std::vector<std::string>> Load::State::check_files() const {
   std::vector<std::string> touched;
   for (std::size_t i = 0; i < plan_.files.size(); ++i) {

@@ -109,8 +109,8 @@ class File {
 
   enum class Change : std::uint8_t {
     kNone,
-    // No more than the time of the last modification, by a write or by touch(1); read_index() finds
-    // what it found.
+    // No more than the time of the last modification, which was set, as no write sets it;
+    // read_index() finds what it found.
     kTime,
   };
   // Compares size, inode and modification time with those at open: a file that was rewritten
