@@ -38,8 +38,10 @@ using std::chrono::milliseconds;
 // Below this a load on the host is done before a thread would have started.
 constexpr std::uint64_t kInlineBytes = 256 << 10;
 
-// A file that was opened for this load needs no look at its time before it.
-constexpr std::chrono::milliseconds kJustOpened{100};
+// Whether all of a tensor is in the host's memory, in the order of the file.
+bool can_be_compared(const Copy& copy) noexcept {
+  return copy.device == kHostDevice && copy.dimension_count == 0;
+}
 
 // kFileChanged where the file does not hold what was copied out of it into the host's memory.
 Status compare_with_file(const LoadPlan& plan, const Copy& copy, const convert::Fp8Rules& fp8) {
@@ -85,7 +87,7 @@ Result<bool> holds_what_was_copied(const LoadPlan& plan, std::size_t number,
   for (const Copy& copy : plan.copies) {
     if (copy.file != number) continue;
     if (names && std::find(names->begin(), names->end(), copy.name) == names->end()) continue;
-    if (copy.device != kHostDevice || copy.dimension_count != 0) return false;
+    if (!can_be_compared(copy)) return false;
     WL_RETURN_IF_ERROR(compare_with_file(plan, copy, fp8));
   }
   return true;
@@ -301,17 +303,20 @@ Status Load::State::check_files_of(std::span<const std::uint32_t> names) const {
   return {};
 }
 
-// Nothing has been read of it yet but its index, which is as it was. What has changed besides is
-// found when the load ends.
+// Nothing has been read of a file yet but its index, which is as it was. Looked at are those whose
+// bytes cannot be compared with the file after the load; what has changed besides is found then.
 void Load::State::accept_times_so_far() const {
-  for (const auto& file : plan_.files) {
-    if (file->age() < kJustOpened) continue;
-    const auto change = file->check_unchanged();
-    if (change.ok() && *change == io::File::Change::kTime) file->accept_time();
+  std::vector<bool> looked_at(plan_.files.size());
+  for (const Copy& copy : plan_.copies) {
+    if (copy.file == kFromMemory || can_be_compared(copy) || looked_at[copy.file]) continue;
+    looked_at[copy.file] = true;
+    const io::File& file = *plan_.files[copy.file];
+    const auto change = file.check_unchanged();
+    if (change.ok() && *change == io::File::Change::kTime) file.accept_time();
   }
 }
 
-// A time that was set says nothing of the bytes: what was copied is compared with the file.
+// A time alone says nothing of the bytes: what was copied is compared with the file.
 Result<std::vector<std::string>> Load::State::check_files() const {
   std::vector<std::string> touched;
   for (std::size_t i = 0; i < plan_.files.size(); ++i) {
@@ -342,6 +347,7 @@ Result<Report> Load::State::finish() {
   }
   if (error) return *std::move(error);
   WL_ASSIGN_OR_RETURN(std::vector<std::string> touched, check_files());
+  for (const auto& file : plan_.files) file->mark_delivered();
 
   Report report = report_of(plan_, schedule_, *sources_);
   report.touched = std::move(touched);

@@ -371,7 +371,7 @@ Result<File::Change> File::check_unchanged() const {
   if (!same_index()) return changed(path_, kMixed);
   // A write sets the times of modification and change alike, and touch(1) does; utimensat(2) sets
   // any. The time of access tells nothing: a read in the same tick of the clock sets that too.
-  if (status.st_mtim.tv_sec == status.st_ctim.tv_sec &&
+  if (delivered_ && status.st_mtim.tv_sec == status.st_ctim.tv_sec &&
       status.st_mtim.tv_nsec == status.st_ctim.tv_nsec) {
     return changed(path_,
                    "the file was written to since it was opened, or its modification time says so; "

@@ -4,7 +4,6 @@
 #include <sys/types.h>
 
 #include <atomic>
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -109,8 +108,8 @@ class File {
 
   enum class Change : std::uint8_t {
     kNone,
-    // No more than the time of the last modification, which was set, as no write sets it;
-    // read_index() finds what it found.
+    // No more than the time of the last modification; read_index() finds what it found. Once
+    // tensors were handed out, one that was set as no write sets it.
     kTime,
   };
   // Compares size, inode and modification time with those at open: a file that was rewritten
@@ -118,10 +117,9 @@ class File {
   [[nodiscard]] Result<Change> check_unchanged() const;
   // The modification time that check_unchanged() saw is from here on the one to compare with.
   void accept_time() const noexcept { modified_ns_ = seen_ns_.load(); }
-  // For how long it has been open here.
-  [[nodiscard]] std::chrono::nanoseconds age() const noexcept {
-    return std::chrono::steady_clock::now() - opened_;
-  }
+  // Tensors of it have been handed out: from here on a time that a write may have set is an error,
+  // since later reads may be of other bytes than these.
+  void mark_delivered() const noexcept { delivered_ = true; }
 
   // The very file again, also where its name has been given to another one since; no descriptor
   // (and errno) where that is refused.
@@ -148,9 +146,9 @@ class File {
   std::string path_;
   std::uint64_t size_;
   FileIdentity identity_;
-  std::chrono::steady_clock::time_point opened_ = std::chrono::steady_clock::now();
   mutable std::atomic<std::int64_t> modified_ns_;
   mutable std::atomic<std::int64_t> seen_ns_;  // by check_unchanged()
+  mutable std::atomic<bool> delivered_ = false;
   std::vector<IndexRange> index_;
   std::unique_ptr<PooledDescriptor> fd_;
 };

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 #include "engine/load.h"
 #include "engine/random_plans.h"
@@ -83,29 +84,70 @@ TEST(LoadOfChangedFile, TruncatedMappingIsAnErrorAndNoSignal) {
   EXPECT_EQ(report.error().code, ErrorCode::kFileShrank) << report.error().describe();
 }
 
-// Before anything is read, or when all is.
-TEST(LoadOfChangedFile, Rewritten) {
-  for (const bool before : {true, false}) {
-    for (const int target : {kHostDevice, 0}) {
-      Machine machine(1);
-      {
-        Scenario scenario(1, 1);
-        const Origin file = scenario.add_file(2 * kMiB);
-        scenario.add(file, 1000, 400'000, Dtype::kF32, Dtype::kF32, target, 0);
-        auto load = scenario.prepare();
-        ASSERT_NE(load, nullptr);
-        std::this_thread::sleep_for(milliseconds(150));  // long enough to be looked at again
-        if (before) write_to(scenario, 5000);
-        ASSERT_TRUE(load->start().ok());
-        wait_for(*load, "rewritten");
-        if (!before) write_to(scenario, 5000);
-        const auto report = load->finish();
+// What was written before anything is read is what is loaded.
+TEST(LoadOfChangedFile, RewrittenBefore) {
+  Machine machine(1);
+  {
+    Scenario scenario(1, 1);
+    fill_with_one_of_everything(scenario);
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    std::this_thread::sleep_for(milliseconds(10));  // past the clock tick of its creation
+    write_to(scenario, 500);
+    ASSERT_TRUE(load->start().ok());
+    wait_for(*load, "rewritten before");
+    const auto report = load->finish();
+    ASSERT_TRUE(report.ok()) << report.error().describe();
+    EXPECT_TRUE(report->touched.empty());
+  }
+  expect_machine_clean(machine, "rewritten before");
+}
+
+// Of devices there is nothing to compare with; of the host's memory there is.
+TEST(LoadOfChangedFile, RewrittenMeanwhile) {
+  for (const int target : {kHostDevice, 0}) {
+    Machine machine(1);
+    {
+      Scenario scenario(1, 1);
+      const Origin file = scenario.add_file(2 * kMiB);
+      scenario.add(file, 1000, 400'000, Dtype::kF32, Dtype::kF32, target, 0);
+      auto load = scenario.prepare();
+      ASSERT_NE(load, nullptr);
+      std::this_thread::sleep_for(milliseconds(10));  // past the clock tick of its creation
+      ASSERT_TRUE(load->start().ok());
+      wait_for(*load, "rewritten meanwhile");
+      write_to(scenario, 5000);
+      const auto report = load->finish();
+      if (target == kHostDevice) {
         ASSERT_FALSE(report.ok());
         EXPECT_EQ(report.error().code, ErrorCode::kFileChanged) << report.error().describe();
+      } else {
+        ASSERT_TRUE(report.ok()) << report.error().describe();
+        EXPECT_EQ(report->touched, std::vector{scenario.files[0].path()});
       }
-      expect_machine_clean(machine, "rewritten");
     }
+    expect_machine_clean(machine, "rewritten meanwhile");
   }
+}
+
+TEST(LoadOfChangedFile, TouchedMeanwhile) {
+  Machine machine(1);
+  {
+    Scenario scenario(1, 1);
+    const Origin file = scenario.add_file(2 * kMiB);
+    scenario.add(file, 1000, 100'000, Dtype::kF32, Dtype::kF32, kHostDevice, 0);
+    scenario.add(file, 500'000, 100'000, Dtype::kF32, Dtype::kF16, kHostDevice, 0);
+    auto load = scenario.prepare();
+    ASSERT_NE(load, nullptr);
+    std::this_thread::sleep_for(milliseconds(10));
+    ASSERT_TRUE(load->start().ok());
+    wait_for(*load, "touched");
+    ASSERT_EQ(::utimensat(AT_FDCWD, scenario.files[0].path().c_str(), nullptr, 0), 0);
+    const auto report = load->finish();
+    ASSERT_TRUE(report.ok()) << report.error().describe();
+    EXPECT_TRUE(report->touched.empty());
+  }
+  expect_machine_clean(machine, "touched");
 }
 
 TEST(LoadOfChangedFile, TimeSetMeanwhile) {

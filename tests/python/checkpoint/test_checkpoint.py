@@ -9,6 +9,7 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -208,7 +209,7 @@ def test_a_time_that_changes_while_no_byte_does(path: Path, mode: str, dtype: st
     expected = TENSORS["layer.weight"]
     checkpoint = wl.open_checkpoint(path)
     with wl.safe_open(path) as file, wl.safe_open(path, backend="pread") as read:
-        time.sleep(0.12)  # what was opened just now is not looked at again
+        time.sleep(0.02)  # past the clock tick of its creation
         _set_time(path)
         loaded = wl.load_checkpoint(checkpoint, mode=mode, dtype=dtype)
         assert torch.equal(loaded["layer.weight"].float(), expected)
@@ -221,6 +222,32 @@ def test_a_time_that_changes_while_no_byte_does(path: Path, mode: str, dtype: st
     _set_time(path)
     wl.load_into(model, checkpoint, strict=False)
     assert torch.equal(model["layer"].weight, expected)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        pytest.param(lambda checkpoint: wl.load_checkpoint(checkpoint), id="mapped"),
+        pytest.param(lambda checkpoint: wl.load_checkpoint(checkpoint, mode="read"), id="read"),
+        pytest.param(lambda checkpoint: wl.load_checkpoint(checkpoint, dtype="float16"), id="cast"),
+    ],
+)
+def test_a_file_that_is_touched_before_it_is_read(path: Path, load: Any) -> None:
+    checkpoint = wl.open_checkpoint(path)
+    time.sleep(0.02)
+    path.touch()
+    assert torch.equal(load(checkpoint)["layer.weight"].float(), TENSORS["layer.weight"])
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+@pytest.mark.parametrize("step", [1, 2, -1])
+def test_a_file_that_is_touched_before_it_is_sliced(path: Path, backend: Any, step: int) -> None:
+    with wl.safe_open(path, backend=backend) as file:
+        time.sleep(0.02)
+        path.touch()
+        found = file.get_slice("layer.weight")[::step]
+    expected = TENSORS["layer.weight"]
+    assert torch.equal(found, expected.flip(0) if step < 0 else expected[::step])
 
 
 @pytest.mark.parametrize(
