@@ -306,9 +306,11 @@ Status Load::State::check_files_of(std::span<const std::uint32_t> names) const {
 // Nothing has been read of a file yet but its index, which is as it was. Looked at are those whose
 // bytes cannot be compared with the file after the load; what has changed besides is found then.
 void Load::State::accept_times_so_far() const {
-  std::vector<bool> looked_at(plan_.files.size());
+  std::vector<bool> looked_at;
   for (const Copy& copy : plan_.copies) {
-    if (copy.file == kFromMemory || can_be_compared(copy) || looked_at[copy.file]) continue;
+    if (copy.file == kFromMemory || can_be_compared(copy)) continue;
+    looked_at.resize(plan_.files.size());
+    if (looked_at[copy.file]) continue;
     looked_at[copy.file] = true;
     const io::File& file = *plan_.files[copy.file];
     const auto change = file.check_unchanged();

@@ -33,9 +33,9 @@ from weightlift.module.own_loading import (
 )
 from weightlift.module.parameters import (
     ParameterRef,
-    is_streamed,
     local_tensor,
     parameter_refs,
+    streamed_refs,
 )
 from weightlift.module.placement import (
     Devices,
@@ -94,11 +94,8 @@ def fill(
         refs: of the model's tensors, if they are known.
     """
     refs = parameter_refs(model) if refs is None else refs
-    for ref in refs:
-        if is_streamed(ref.tensor):
-            raise ArgumentError(
-                f"{ref.name!r} is streamed and has no memory: close the stream first"
-            )
+    for ref in streamed_refs(refs):
+        raise ArgumentError(f"{ref.name!r} is streamed and has no memory: close the stream first")
     headers = checkpoint.headers()
     own = None
     if modules := modules_with_own_loading(model, headers):
@@ -170,7 +167,7 @@ def _now(
     if own is not None:
         offloaded.update(attach_own(own, devices, rule, memory_format))
         report = report.plus(own.report)
-    bump_versions(placed, own, checkpoint.headers())
+    bump_versions(placed, own, checkpoint)
     empty = [ref for ref in found.unmatched if ref.persistent and ref.tensor.is_meta]
     if matching.initialize is not None and empty:
         offloaded |= initialize(empty, matching.initialize, devices, rule, memory_format)

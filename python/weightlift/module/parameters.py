@@ -22,6 +22,7 @@ __all__ = [
     "parameter_refs",
     "set_all",
     "set_one",
+    "streamed_refs",
 ]
 
 
@@ -195,8 +196,18 @@ def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
 
 def is_streamed(tensor: torch.Tensor) -> bool:
     """Whether a tensor has no memory, and reads its values at each use."""
-    streamed = sys.modules.get("weightlift.module.streaming.streamed_weight")
+    streamed = _streamed_module()
     return streamed is not None and isinstance(tensor, streamed.StreamedWeight)
+
+
+def streamed_refs(refs: Iterable[ParameterRef]) -> list[ParameterRef]:
+    """Those of streamed tensors."""
+    return [] if _streamed_module() is None else [ref for ref in refs if is_streamed(ref.tensor)]
+
+
+def _streamed_module() -> Any:
+    """The module of their class, if anyone has imported it."""
+    return sys.modules.get("weightlift.module.streaming.streamed_weight")
 
 
 def dtensor_types() -> tuple[type[DTensor], ...]:

@@ -157,7 +157,7 @@ def test_each_load_gives_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_bench_of_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(wl.CheckpointError, match=r"there are no \.safetensors files"):
+    with pytest.raises(wl.CheckpointError, match=r"holds no \.safetensors files"):
         measure_ranks([tmp_path], 2, 1)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(WeightliftError, match="2 ranks under torchrun failed"):

@@ -161,7 +161,8 @@ def test_inspect_of_a_file_that_only_torch_can_read(tmp_path: Path, run_here: Ru
         assert entry["shape"] == list(tensors[entry["name"]].shape)
         assert entry["offset"] is None
     assert found["tensor_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
-    assert re.search(r"^note .*loaded by torch", run_here("inspect", path)[1], re.MULTILINE)
+    shown = " ".join(run_here("inspect", path)[1].split())  # a long path wraps the note
+    assert re.search(r"note .*loaded by torch", shown)
 
 
 def test_inspect_says_what_is_not_aligned(tmp_path: Path, run_here: RunHere) -> None:

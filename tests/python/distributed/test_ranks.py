@@ -501,7 +501,7 @@ def check_bad_arguments(folder: Path) -> None:
     assert "what a rank has of dimension 0 is not a regular part of it" in text
     group, mapped = dist.group.WORLD, {"mode": "map", "dtype": "bfloat16"}
     text = failure_of(lambda: wl.load_into(on_meta(), folder / "net", group=group, **mapped))
-    assert "mode='map' hands out the file's own bytes" in text
+    assert "mode='map' returns the file's own bytes" in text
     with pytest.raises(ValueError, match="scope is 'world'"):
         wl.load_into(on_meta(), folder / "net", group=dist.group.WORLD, scope="world")
     with pytest.raises(ValueError, match=r"not a torch\.distributed\.ProcessGroup"):
