@@ -184,15 +184,18 @@ tidy: dev $(VENV)/.deep-tools
 	git ls-files 'csrc/*.cc' | xargs -P $(JOBS) -n 1 $(BIN)/clang-tidy --quiet -p build/dev
 
 # The native tests, and the simulated driver with them, under ASan and UBSan, or under TSan. Without
-# those that ask for links kept busy in real time: instrumented code is too slow for that.
+# those that ask for links kept busy in real time: instrumented code is too slow for that. TSan's
+# runtime waits for ever in a child that is forked while another thread allocates.
 asan: SANITIZE := address,undefined
 tsan: SANITIZE := thread
+asan tsan: LEFT_OUT := ^LinkRate\.
+tsan: LEFT_OUT := ^LinkRate\.|^PageChoice\.AChildDropsAWatch
 asan tsan: $(VENV)/.test-tools $(VENV)/.gtest
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/$@ -G Ninja -DWEIGHTLIFT_SANITIZE=$(SANITIZE) \
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DWEIGHTLIFT_TESTING=ON -DWEIGHTLIFT_WERROR=ON \
 	  -DWEIGHTLIFT_PYTHON=OFF -DWEIGHTLIFT_CUDA=OFF -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python"
 	$(BIN)/cmake --build build/$@
-	$(BIN)/ctest --test-dir build/$@ --output-on-failure -j $(JOBS) -E '^LinkRate\.'
+	$(BIN)/ctest --test-dir build/$@ --output-on-failure -j $(JOBS) -E '$(LEFT_OUT)'
 
 # Of the native and the Python tests together; prints the lines that they do not reach.
 coverage: $(VENV)/.gtest $(VENV)/.deep-tools
