@@ -211,9 +211,9 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
     if values["background"]:
         for other in ("device_mesh", "tp_plan", "quantization_config", "load_in_8bit"):
             if values[other]:
-                raise ArgumentError(f"background=True goes not together with {other}=")
+                raise ArgumentError(f"background=True cannot be combined with {other}=")
         if values["load_in_4bit"]:
-            raise ArgumentError("background=True goes not together with load_in_4bit=")
+            raise ArgumentError("background=True cannot be combined with load_in_4bit=")
         if not low_memory:
             raise ArgumentError(
                 "background=True needs low_cpu_mem_usage=True: built for real, the model could be "

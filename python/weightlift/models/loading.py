@@ -232,7 +232,7 @@ def _fill(
     if source.quantizer is not None:
         if options.background:
             raise ArgumentError(
-                "background=True goes not together with a quantized checkpoint: its layers are "
+                "background=True cannot be combined with a quantized checkpoint: its layers are "
                 "made of what is read"
             )
         report = source.quantizer.load(model, checkpoint, placement, matching, options)
