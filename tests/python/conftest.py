@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,11 @@ import weightlift
 pytest.register_assert_rewrite(
     "support", "backend_support", "simulated", "accelerate_models", "transformers_models"
 )
+
+# A shell that starts `make test` in the background has it ignore Ctrl-C (POSIX, "Asynchronous
+# Lists"), and so would all children: tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No database: a failing example is printed, and the folder of the tests stays as it is.
 hypothesis.settings.register_profile(
