@@ -79,8 +79,9 @@ def test_the_model_of_a_cluster_has_what_is_measured(measured: Any) -> None:
     assert load["engine_bytes"] == 0
     (load,) = loads["replicated"]["safetensors, each rank"]
     stock = model.moved("stock", size, 1, ranks)
-    # What is resident of it at the end: the kernel may have taken some back.
-    assert 0.4 * stock.out_of_files <= load["mapped_bytes"] <= 1.3 * stock.out_of_files
+    # What is resident of it at the end: a kernel that reclaims ahead of need (DAMON) has taken two
+    # thirds of it back.
+    assert 0.1 * stock.out_of_files <= load["mapped_bytes"] <= 1.3 * stock.out_of_files
 
 
 def test_the_model_of_a_cluster_adds_up() -> None:
