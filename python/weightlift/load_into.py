@@ -14,11 +14,7 @@ from weightlift.core.errors import ArgumentError
 from weightlift.core.report import LoadReport
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions, Mode, Progress
-from weightlift.module.device_map import DeviceMap
-from weightlift.module.fill import NewLoad, fill
-from weightlift.module.matching import MatchPolicy
 from weightlift.module.parameters import ParameterRef, dtensor_types, parameter_refs
-from weightlift.module.placement import PlacementPolicy
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +22,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from weightlift.distributed.rank_group import Scope
+    from weightlift.module.device_map import DeviceMap
+    from weightlift.module.fill import NewLoad
 
 
 __all__ = ["load_into"]
@@ -103,6 +101,11 @@ def load_into(
             ``background=True`` with real parameters, DTensors, a ``group``, several devices or
             ``verify=True``.
     """
+    # With the first load, for they take longer than all that `import weightlift` needs.
+    from weightlift.module.fill import fill
+    from weightlift.module.matching import MatchPolicy
+    from weightlift.module.placement import PlacementPolicy
+
     _check_arguments(model, checkpoint)
     refs = parameter_refs(model)
     options = LoadOptions(mode, pin_memory, verify, progress, background=background)

@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-from weightlift.module.background import holding_back
-
 __all__ = ["ABLE", "is_enabled", "is_wanted", "returning_early", "set_libraries"]
 
 # That can: the others load what they are asked for one by one.
@@ -35,6 +33,8 @@ def returning_early(library: str) -> Iterator[None]:
         finally:
             _current.reset(token)
         return
+    from weightlift.module.background import holding_back
+
     token = _current.set(library)
     try:
         with holding_back():
