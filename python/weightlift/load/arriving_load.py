@@ -10,10 +10,10 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weightlift.core.errors import LoadCancelledError, WeightliftError, read_error
+from weightlift.core.errors import LoadCancelledError, WeightliftError
 from weightlift.core.report import record
 from weightlift.load.allocation import Allocator, from_dlpack
-from weightlift.load.plans import POLL_SECONDS, cancel_plan
+from weightlift.load.plans import POLL_SECONDS, cancel_plan, require_untouched
 
 if TYPE_CHECKING:
     import weightlift._native as _native
@@ -134,13 +134,7 @@ class ArrivingLoad:
     def _finished(self) -> dict[str, Any]:
         self._handed_out.clear()
         report = self._native.finish()
-        if touched := report.pop("touched"):
-            raise read_error(
-                "file_changed",
-                "the file was written to, or its modification time was changed, while it was being "
-                "read; load it again once its writer is done",
-                touched[0],
-            )
+        require_untouched(report)
         _running.discard(self)
         caller = self._options.caller
         return record(report, self._fallbacks, caller, is_last=False)

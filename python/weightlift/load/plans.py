@@ -20,6 +20,7 @@ __all__ = [
     "finish_plan",
     "new_plan",
     "progress_callback",
+    "require_untouched",
     "run_plan",
     "start_plan",
 ]
@@ -74,15 +75,23 @@ def finish_plan(
     report = plan.finish()
     if not check_touched:
         return report
-    touched = report.pop("touched")
-    if touched:
+    require_untouched(report)
+    return report
+
+
+def require_untouched(report: dict[str, Any]) -> None:
+    """Takes ``"touched"`` out of a report.
+
+    Raises:
+        ReadError: it names a file.
+    """
+    if touched := report.pop("touched"):
         raise read_error(
             "file_changed",
             "the file was written to, or its modification time was changed, while it was being "
             "read; load it again once its writer is done",
             touched[0],
         )
-    return report
 
 
 def cancel_plan(plan: _native.Plan) -> None:

@@ -128,9 +128,7 @@ class _Shared:
                 tensor = self._load(self._names[found], True)
             with self._changed:
                 self._reading = None
-                if tensor is None:
-                    self._wanted = [number for number in self._wanted if number != found]
-                elif found in self._wanted and not self._stopped:
+                if tensor is not None and found in self._wanted and not self._stopped:
                     self._ready[found] = tensor
                 else:
                     self._wanted = [number for number in self._wanted if number != found]
