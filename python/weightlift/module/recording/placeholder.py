@@ -67,6 +67,13 @@ class Memory:
         self.device = device
         self.value: torch.Tensor | None = None
 
+    def part_of(self, value: torch.Tensor) -> torch.Tensor:
+        """The elements of this in the checkpoint's tensor, which has its bytes."""
+        shape, strides, offset = geometry_of(self.source)
+        if self.source.dtype != value.dtype:
+            value = value.view(self.source.dtype)
+        return value.as_strided(shape, strides, value.storage_offset() + offset)
+
     def duplicate(
         self, source: torch.Tensor, dtype: torch.dtype, geometry: Geometry, device: torch.device
     ) -> Memory:

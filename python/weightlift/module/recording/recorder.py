@@ -485,13 +485,10 @@ class Recorder:
         taken: set[str] = set()
         for memory in wanted.values():
             value = read[memory.name]
-            shape, strides, offset = geometry_of(memory.source)
-            if memory.source.dtype != value.dtype:
-                value = value.view(memory.source.dtype)
-            part = value.as_strided(shape, strides, value.storage_offset() + offset)
+            part = memory.part_of(value)
             own_shape, own_strides, _ = memory.geometry
             alone = memory.name not in taken and part.numel() == value.numel()
-            alone = alone and (shape, strides) == (own_shape, own_strides)
+            alone = alone and geometry_of(memory.source)[:2] == (own_shape, own_strides)
             taken.add(memory.name)
             if alone and memory.dtype == part.dtype and memory.device == part.device:
                 memory.value = part

@@ -243,11 +243,7 @@ class Replay:
             self._whole.update(dict.fromkeys(names, why))
             read.update(self._reader.tensors(names))
         for memory in wanted.values():
-            value = read[memory.name]
-            shape, strides, offset = geometry_of(memory.source)
-            if memory.source.dtype != value.dtype:
-                value = value.view(memory.source.dtype)
-            part = value.as_strided(shape, strides, value.storage_offset() + offset)
+            part = memory.part_of(read[memory.name])
             own_shape, own_strides, _ = memory.geometry
             memory.value = torch.empty_strided(
                 own_shape, own_strides, dtype=memory.dtype, device=memory.device
