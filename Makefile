@@ -37,6 +37,8 @@ help:
 	  'make coverage        lines that the tests do not reach' \
 	  'make fuzz            the parsers under libFuzzer; FUZZ_SECONDS=60 a target' \
 	  'make test-libraries  the own tests of diffusers, transformers, ... with the backends on' \
+	  'make test-serving    vLLM and SGLang on the CPU; 3 GB to download' \
+	  'make test-architectures  every model of transformers and diffusers, tiny, both ways' \
 	  'make test-matrix     with the versions that tests/matrix locks' \
 	  'make gpu-check       tests and measures on a machine with a GPU' \
 	  'make gpu-rehearsal   the same here, on the simulated driver' \
@@ -47,6 +49,7 @@ help:
   'make release-check   installs each wheel as a user would, and uses it' \
   'make release-checklist  all that must hold before an upload' \
   'make test-aarch64    native tests and loads on an emulated aarch64' \
+	  'make docs            the documentation site, in build/docs' \
   'make docs-check      no page scrolls sideways at 360 pixels, light and dark' \
 	  'make clean           remove what the others made'
 
