@@ -1,11 +1,11 @@
-"""Draws the machines' summaries and writes their tables, so that no figure is typed by hand.
+"""Draw the recorded results and write their tables into README.md and benchmarks/RESULTS.md.
 
     python benchmarks/report.py                    # README.md, benchmarks/RESULTS.md, the pictures
-    python benchmarks/report.py --pages FOLDER     # and every workload's bars, some to a picture
+    python benchmarks/report.py --pages FOLDER     # also the bars of every workload
 
-Reads benchmarks/results/*.json, which `benchmarks/summary.py` makes, and draws two pictures beside
-each: the headline ratios, and all workloads. README has the headlines of the machine that was
-measured last; RESULTS.md has what `make demo` printed (.demo/demo.txt, where that is).
+Reads benchmarks/results/*.json, which `benchmarks/summary.py` writes, and draws two pictures beside
+each: the headline ratios and all workloads. README gets the headlines of the machine with the
+newest run; RESULTS.md also gets the output of the last `make demo` (.demo/demo.txt, if it exists).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from workloads import CPU, CUDA
 
 DEMO = ROOT / ".demo" / "demo.txt"
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
-# Parts and floors, and weightlift on another form of the file.
+# Parts of a load, floors, and weightlift on another form of the file: not competitors.
 APART = (
     "twin",
     "ModelMixin-twin",
@@ -34,23 +34,17 @@ APART = (
     "layers-run",
     "torch.empty",
 )
-# (workload, the reference, its label), for the README: whatever they come to.
+# (workload, reference, label) of the README's three figures, whatever their values.
 HEADLINES = {
     "cpu": (
         ("same-bf16", "safetensors", "bf16 file, mapped"),
-        ("cast-down", "safetensors", "fp32 file as bf16"),
-        ("small-100k", "safetensors", "100,000 small tensors"),
         ("cold-bf16", "safetensors", "bf16 file, not in the page cache"),
         ("transformers-cast", "stock", "transformers, 1.1 B parameters, bf16 as fp32"),
-        ("transformers-moe", "stock", "transformers, mixture of experts"),
     ),
     "cuda": (
         ("cuda-same", "safetensors", "bf16 file to the GPU"),
-        ("cuda-shards", "safetensors", "bf16 in 4 shards to the GPU"),
         ("cuda-cast", "safetensors", "fp32 file as bf16 to the GPU"),
         ("cuda-cold", "safetensors", "bf16 file, not in the page cache, to the GPU"),
-        ("cuda-small-100k", "safetensors", "100,000 small tensors to the GPU"),
-        ("cuda-moe-18k", "safetensors", "18,867 tensors to the GPU"),
     ),
 }
 PANELS_A_PAGE = 6
@@ -61,7 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pages", type=Path, help="draw every workload's bars here")
+    parser.add_argument(
+        "--pages", type=Path, help="draw the bars of every workload into this folder"
+    )
     arguments = parser.parse_args()
     summaries = read_summaries()
     for name, summary in summaries.items():
@@ -77,7 +73,7 @@ def main() -> None:
 
 
 def demo_section() -> str:
-    """What `make demo` printed last: here, or when the page was written before."""
+    """The output of the last `make demo`: its file, else the section that the page has."""
     if DEMO.exists():
         lines = [line.rstrip() for line in DEMO.read_text(encoding="utf-8").splitlines()]
         return "\n".join(["\n## make demo", "", "```text", *lines, "```", ""])
@@ -86,7 +82,7 @@ def demo_section() -> str:
 
 
 def read_summaries() -> dict[str, Summary]:
-    """Name of the machine -> its summary; the last measured first."""
+    """Name of the machine -> its summary; the newest run first."""
     found = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(RESULTS.glob("*.json"))
@@ -96,7 +92,7 @@ def read_summaries() -> dict[str, Summary]:
 
 
 def in_order(workloads: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As ``workloads.py`` has them."""
+    """In the order of ``workloads.py``."""
     order = {name: place for place, name in enumerate([*CPU, *CUDA])}
     return sorted(workloads, key=lambda one: order.get(one["name"], len(order)))
 
@@ -114,7 +110,7 @@ def of_machine(summary: Summary) -> str:
 
 
 def headline_rows(summary: Summary) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(label, workload, reference) of the headlines that were measured."""
+    """(label, workload, reference) of each headline in the summary."""
     known = {workload["name"]: workload for workload in summary["workloads"]}
     for device in ("cuda", "cpu"):
         rows = [
@@ -129,9 +125,9 @@ def headline_rows(summary: Summary) -> Iterator[tuple[str, dict[str, Any], str]]
 
 def headlines(name: str, summary: Summary) -> str:
     lines = [
-        f"On {of_machine(summary)}, each load in a fresh process, all pages touched, contenders "
-        "interleaved; the median of the rounds' ratios, and their range. Every workload, its floor "
-        "and all contenders: [benchmarks/RESULTS.md](benchmarks/RESULTS.md).",
+        f"Measured on {of_machine(summary)}. Each load runs in a fresh process and touches all "
+        "pages; contenders are interleaved. The speed-up is the median of the rounds' ratios. "
+        "[benchmarks/RESULTS.md](benchmarks/RESULTS.md) has all workloads, floors and contenders.",
         "",
         "| load | weightlift | reference | speed-up | range |",
         "|---|--:|--:|--:|--:|",
@@ -146,11 +142,11 @@ def headlines(name: str, summary: Summary) -> str:
             f"{ratio['median']:.2f}x | {ratio['least']:.2f}x to {ratio['most']:.2f}x |"
         )
     picture = (RESULTS / f"{name}-headlines.png").relative_to(ROOT)
-    return "\n".join([*lines, "", f"![how many times faster than the reference]({picture})"])
+    return "\n".join([*lines, "", f"![speed-up over the reference library]({picture})"])
 
 
 def library(workload: dict[str, Any], contender: str) -> str:
-    """A contender's name for the reader: the stock way is its library's."""
+    """The name to print for a contender: ``stock`` is the library of the workload's model."""
     if contender == "stock":
         return str(workload["model"]).partition(":")[0]
     return contender
@@ -165,7 +161,7 @@ def draw_pictures(name: str, summary: Summary) -> None:
         draw_ratios(
             [(label, ratio["median"]) for label, ratio in rows],
             RESULTS / f"{name}-headlines.png",
-            "How many times faster than the reference library",
+            "Speed-up over the reference library",
         )
     every = []
     for workload in in_order(summary["workloads"]):
@@ -174,12 +170,14 @@ def draw_pictures(name: str, summary: Summary) -> None:
             ratio = workload["contenders"][reference]["time_ratio"]["median"]
             every.append((f"{workload['name']}, {library(workload, reference)}", ratio))
     if every:
-        draw_ratios(every, RESULTS / f"{name}-workloads.png", "All workloads, by the reference")
+        draw_ratios(
+            every, RESULTS / f"{name}-workloads.png", "All workloads: speed-up over the reference"
+        )
 
 
 def reference_of(workload: dict[str, Any]) -> str | None:
-    """Whom a reader would have used: the library's own way, or the reference for files. What is
-    read into own memory is compared with what is."""
+    """The contender to compare with: the library's own loader, else the reference for files. A load
+    into own memory is compared with another load into own memory."""
     own_memory = ("torch-plain",) if workload["name"] == "bin-read" else ()
     wanted = (
         *own_memory,
@@ -196,7 +194,7 @@ def reference_of(workload: dict[str, Any]) -> str | None:
 
 
 def draw_pages(folder: Path, name: str, summary: Summary) -> None:
-    """Bars of all contenders, some workloads to a picture."""
+    """Draw the bars of all contenders, ``PANELS_A_PAGE`` workloads to a picture."""
     folder.mkdir(parents=True, exist_ok=True)
     workloads = in_order(summary["workloads"])
     panels = [panel(workload) for workload in workloads if workload["contenders"]]
@@ -223,14 +221,14 @@ def page(summaries: dict[str, Summary]) -> str:
     parts = [
         "# Measured",
         "",
-        "Written by `make report` out of the summaries in results/, a machine each; "
-        "`make bench summary` makes one. Contenders are interleaved in random order, each "
-        "measurement is a fresh process, all pages of the result are touched. Times are medians, "
-        "ratios are medians of the rounds' ratios with their range. *Memory* is the peak of the "
-        "process's own beside the page cache. *Floor* is the time over the shortest that this "
-        "machine allows the same load, measured in the same run. *State* is that of the memory: "
-        "backed by the machine before the load, or not. *Run*: the last that had the workload; "
-        "they are listed below the tables.",
+        "`make report` writes this page from the summaries in results/, one per machine; "
+        "`make bench summary` makes a summary. Contenders are interleaved in random order, each "
+        "measurement runs in a fresh process, and all pages of the result are touched. Times are "
+        "medians; ratios are medians of the rounds' ratios, with their range. *Memory* is the peak "
+        "memory of the process without the page cache. *Floor* is the time divided by the "
+        "shortest time that this machine allows for the same load, measured in the same run. "
+        "*State* says whether the machine backed the memory before the load. *Run* is the newest "
+        "run that had the workload; the runs are listed below the tables.",
     ]
     for name, summary in summaries.items():
         parts += ["", f"## {of_machine(summary)}", "", *machine_section(summary)]
@@ -249,8 +247,8 @@ def machine_section(summary: Summary) -> Iterator[str]:
         yield row(workload)
     yield ""
     yield (
-        "Every contender's time, and in brackets how many times weightlift's it is; bold is faster "
-        "than weightlift."
+        "Every contender's time and, in brackets, its ratio to weightlift's time. Bold contenders "
+        "are faster than weightlift."
     )
     yield ""
     for workload in workloads:
