@@ -141,6 +141,11 @@ void sim_set_host_memory(double bytes_per_second) {
   sim().set_host_memory(bytes_per_second);
 }
 
+void sim_set_costs(double queueing_seconds, double waking_seconds) {
+  const auto lock = sim().lock();
+  sim().set_costs(queueing_seconds, waking_seconds);
+}
+
 void sim_link(int device, SimLink* link) {
   const auto lock = sim().lock();
   *link = SimLink{};

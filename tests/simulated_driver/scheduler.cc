@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <thread>
 #include <utility>
 
 #include "simulator.h"
@@ -169,6 +170,8 @@ CUresult Simulator::complete(const OperationPointer& operation, Lock& held) {
   if (!timed()) {
     force(operation);
   } else {
+    advance(now());
+    const bool sleeps = !operation->done;
     while (!operation->done) {
       if (time_mode_ == SIM_TIME_VIRTUAL) {
         start_ready();
@@ -180,6 +183,7 @@ CUresult Simulator::complete(const OperationPointer& operation, Lock& held) {
       const double wait = std::max(0.0, next_finish() - now());
       changed_.wait_for(held, std::chrono::duration<double>(std::min(wait, 1.0)));
     }
+    if (sleeps && waking_cost_ > 0) spend(waking_cost_, held);
   }
   const CUresult error = device(operation->stream->device)->error;
   if (error == CUDA_SUCCESS) learn(*operation);
@@ -409,6 +413,23 @@ void Simulator::set_time(int mode) {
 
 double Simulator::now() const {
   return time_mode_ == SIM_TIME_VIRTUAL ? time_ : steady_seconds() - started_;
+}
+
+bool Simulator::queues(std::string_view call) {
+  return call.starts_with("cuMemcpy") || call == "cuLaunchKernel" || call == "cuEventRecord" ||
+         call == "cuStreamWaitEvent";
+}
+
+// Other threads go on meanwhile, as the links do.
+void Simulator::spend(double seconds, Lock& held) {
+  if (time_mode_ == SIM_TIME_VIRTUAL) {
+    const double end = time_ + seconds;
+    while (time_ < end) advance(end);
+  } else if (time_mode_ == SIM_TIME_REAL) {
+    held.unlock();
+    std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
+    held.lock();
+  }
 }
 
 void Simulator::start_ready() {

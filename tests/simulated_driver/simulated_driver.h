@@ -56,7 +56,7 @@ typedef struct SimLedger {
 typedef struct SimLink {
   uint64_t bytes_to_device;
   uint64_t bytes_to_host;
-  double first_start; /* seconds on sim_now's clock; 0 before the first copy */
+  double first_start;      /* seconds on sim_now's clock; 0 before the first copy */
   double last_finish;
 } SimLink;
 
@@ -112,6 +112,10 @@ double sim_now(void);                                   /* seconds */
 void sim_set_link(int device, double bytes_per_second); /* each direction; 0: unlimited */
 void sim_set_host_memory(double bytes_per_second);      /* all links together; 0: unlimited */
 void sim_link(int device, SimLink* link);
+/* What the host spends: in each call that queues something (copies, kernels, events, waits of
+ * streams), and from the moment that an operation has run until a thread that slept for it goes
+ * on. A real driver takes microseconds for the first and up to 50 for the second. */
+void sim_set_costs(double queueing_seconds, double waking_seconds);
 /* What is a violation unless a test asks for it: streams that wait for the default stream, and
  * events that are waited for without CU_EVENT_BLOCKING_SYNC. */
 void sim_allow(int blocking_streams, int spinning_events);

@@ -45,7 +45,7 @@ Function symbol(const char* name) {
   X(sim_stream_create) X(sim_stream_destroy) X(sim_synchronize) X(sim_pending_write) \
   X(sim_read_device) X(sim_write_device) X(sim_read_on) X(sim_set_memory) X(sim_set_attribute) \
   X(sim_set_version) X(sim_hide_symbol) X(sim_fail_call) X(sim_faults_left) X(sim_exit) \
-  X(sim_set_time) X(sim_now) X(sim_set_link) X(sim_set_host_memory) X(sim_link) \
+  X(sim_set_time) X(sim_now) X(sim_set_link) X(sim_set_costs) X(sim_set_host_memory) X(sim_link) \
   X(sim_set_hashing) X(sim_begin_capture) X(sim_end_capture) X(sim_allow) X(sim_ledger) X(sim_calls) X(sim_drain) X(sim_violations) \
   X(sim_violation_text) X(sim_image)
 // clang-format on
@@ -1190,6 +1190,26 @@ TEST(Time, IsRealWhenAsked) {
   const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
   EXPECT_GE(taken.count(), 0.1999);
   EXPECT_LT(taken.count(), 1.2) << "eight links of 0.2 s each, one after another, take 1.6 s";
+}
+
+// Two seconds on the link, and what the host spends: queueing two copies beside the link's work,
+// being woken behind it.
+TEST_F(Streams, CallsAndBeingWokenCostWhatIsSaid) {
+  start(SIM_LAZY);
+  d.sim_set_time(SIM_TIME_VIRTUAL);
+  d.sim_set_link(0, 4);
+  d.sim_set_costs(0.25, 0.5);
+  host[0] = 4;
+  EXPECT_EQ(d.cuMemcpyHtoDAsync(buffer, host, 4, one), CUDA_SUCCESS);
+  EXPECT_NEAR(d.sim_now(), 0.25, 1e-6);
+  EXPECT_EQ(d.cuMemcpyHtoDAsync(buffer + 4, host, 4, one), CUDA_SUCCESS);
+  EXPECT_NEAR(d.sim_now(), 0.5, 1e-6);
+  EXPECT_EQ(d.cuStreamSynchronize(one), CUDA_SUCCESS);
+  EXPECT_NEAR(d.sim_now(), 0.25 + 2 + 0.5, 1e-6);
+  EXPECT_EQ(d.cuStreamSynchronize(one), CUDA_SUCCESS);
+  EXPECT_NEAR(d.sim_now(), 0.25 + 2 + 0.5, 1e-6) << "nobody slept";
+  stop();
+  EXPECT_EQ(d.sim_violations(), 0u) << d.violations();
 }
 
 TEST_F(Streams, DrainingATimedRunFinishesWhatIsMoving) {

@@ -139,6 +139,7 @@ void Simulator::reset(int devices, std::uint64_t seed, int policy) {
   violations_.clear();
   violation_count_ = 0;
   host_rate_ = 0;
+  set_costs(0, 0);
   set_time(SIM_TIME_NONE);
   set_policy(seed, policy);
 }

@@ -186,6 +186,7 @@ class Simulator {
     Lock lock(mutex_);
     CUresult injected = CUDA_SUCCESS;
     if (const auto refused = enter(name, need, injected)) return *refused;
+    if (queueing_cost_ > 0 && queues(name)) spend(queueing_cost_, lock);
     const CUresult result = body(lock);
     turn();
     return injected != CUDA_SUCCESS ? injected : result;
@@ -215,6 +216,10 @@ class Simulator {
   void set_time(int mode);
   [[nodiscard]] double now() const;
   void set_host_memory(double rate) { host_rate_ = rate; }
+  void set_costs(double queueing, double waking) {
+    queueing_cost_ = queueing;
+    waking_cost_ = waking;
+  }
   void set_hashing(bool on) { hashing_ = on; }
   void allow(bool blocking, bool spinning) {
     allow_blocking_ = blocking;
@@ -331,6 +336,8 @@ class Simulator {
 
   // Time.
   void start_ready();
+  [[nodiscard]] static bool queues(std::string_view call);
+  void spend(double seconds, Lock& held);  // of the calling thread's time
   [[nodiscard]] std::vector<double> rates() const;
   void advance(double to);
   [[nodiscard]] double next_finish() const;
@@ -379,6 +386,8 @@ class Simulator {
   double started_ = 0;
   double time_ = 0;
   double host_rate_ = 0;
+  double queueing_cost_ = 0;
+  double waking_cost_ = 0;
   std::vector<OperationPointer> moving_;
 
   std::vector<Fault> faults_;
