@@ -33,7 +33,7 @@ def returning_early(library: str) -> Iterator[None]:
         finally:
             _current.reset(token)
         return
-    from weightlift.module.background import holding_back
+    from weightlift.module.background.holding_back import holding_back
 
     token = _current.set(library)
     try:

@@ -30,7 +30,7 @@ from weightlift.load.prefetch import PrefetchedLoad
 from weightlift.models.arguments import PretrainedArguments
 from weightlift.models.building import Builder
 from weightlift.models.loadable import LoadableModel
-from weightlift.module.background import tensors_to_come
+from weightlift.module.background.waiting import tensors_to_come
 from weightlift.module.device_map import single_entry
 from weightlift.module.fill import fill
 from weightlift.module.matching import MatchPolicy, format_names

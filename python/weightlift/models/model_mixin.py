@@ -17,7 +17,7 @@ from weightlift.core.errors import ArgumentError
 from weightlift.models.config_mixin import ConfigMixin
 from weightlift.models.hub_mixin import PushToHubMixin
 from weightlift.models.loading import load_pretrained
-from weightlift.module.background import tensors_to_come
+from weightlift.module.background.waiting import tensors_to_come
 from weightlift.module.move import move
 from weightlift.module.offload import whole_state_dict
 

@@ -19,11 +19,9 @@ from weightlift.module.attach import (
     initialize,
     move_unmatched,
 )
-from weightlift.module.background import (
-    BackgroundLoad,
-    require_one_device,
-    split_by_meta,
-)
+from weightlift.module.background.holding_back import hold_back
+from weightlift.module.background.load import BackgroundLoad
+from weightlift.module.background.split import require_one_device, split_by_meta
 from weightlift.module.matching import Match, MatchPolicy, match
 from weightlift.module.offload import DiskWeights
 from weightlift.module.own_loading import (
@@ -139,7 +137,7 @@ def _in_background(
     try:
         now = filling._replace(placed=placed)
         report = _now(now, placement, matching, options, new_load, None)
-        handle = started.hold_back(filling.model, options)
+        handle = hold_back(started, filling.model, options)
     except BaseException:
         started.cancel()
         raise

@@ -29,7 +29,8 @@ from weightlift.core.devices import parse_device
 from weightlift.core.errors import OutOfMemoryError, WeightliftError
 from weightlift.load.allocation import empty_on_host, naming_tensor
 from weightlift.load.options import LoadOptions
-from weightlift.module.background import BackgroundLoad
+from weightlift.module.background.holding_back import hold_back
+from weightlift.module.background.load import BackgroundLoad
 from weightlift.module.parameters import ParameterRef
 from weightlift.module.placement import Group, Placement
 
@@ -268,7 +269,7 @@ class _Fill:
             plan.add(group.device, group.cast_to, [key for key, _ in members])
         checkpoint = self._weights.checkpoint
         started = BackgroundLoad.start(self._model, plan, placed, checkpoint, None)
-        started.hold_back(self._model, LoadOptions(caller=CALLER))
+        hold_back(started, self._model, LoadOptions(caller=CALLER))
 
     def _mark(self, target: Target) -> None:
         """Tells the library that a tensor is there, which will be."""

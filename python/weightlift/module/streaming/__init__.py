@@ -7,9 +7,14 @@
 - `sources`: where weights lie: in files, or in the host's memory.
 - `residency`: what a model is cut into, and what of it stays on the device.
 - `executor`: the ring, with its thread.
-- `handle`: the public call.
+- `originals`: the model's own tensors, and what takes their place.
+- `task`: the plan: it puts streamed weights into the model, and shares memory out again when `uses`
+  has counted how often a step uses each.
+- `begin`: what is streamed of a model, from files or from memory.
+- `call`: the public call; `handle`: what it returns.
 """
 
-from weightlift.module.streaming.handle import StreamHandle, stream
+from weightlift.module.streaming.call import stream
+from weightlift.module.streaming.handle import StreamHandle
 
 __all__ = ["StreamHandle", "stream"]

@@ -1,0 +1,228 @@
+"""A load, and the modules that wait for it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from weightlift.core import dtypes
+from weightlift.core.report import LoadReport
+from weightlift.load.arriving_load import ArrivingLoad
+from weightlift.load.options import Progress
+from weightlift.module.background.waiting import Awaited, Interest, Waiting
+from weightlift.module.order_of_use import learn_order, order_of_use
+from weightlift.module.parameters import ParameterRef, gather, set_all
+from weightlift.module.placement import Placement
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightlift.checkpoint.checkpoint import Checkpoint
+    from weightlift.load.load_plan import LoadPlan
+
+__all__ = ["BackgroundLoad"]
+
+
+class Completes(Protocol):
+    """Who is told of the end; ``report.BackgroundReport``."""
+
+    def complete(self, native: LoadReport) -> None: ...
+
+
+class BackgroundLoad:
+    """A load, and the modules that wait for it.
+
+    Args:
+        arriving: the load.
+        awaited: its tensors, and where they go.
+        placement: what else is to be done to them.
+        checkpoint: they are from.
+        memory_format: of those with 4 dimensions.
+        identity: what models have in common that use their tensors in the same order.
+
+    Attributes:
+        arriving: the load.
+        lock: guards what the modules have; nobody waits for the engine with it held.
+    """
+
+    def __init__(
+        self,
+        arriving: ArrivingLoad,
+        awaited: Sequence[tuple[Awaited, ParameterRef]],
+        placement: Placement,
+        checkpoint: Checkpoint,
+        memory_format: torch.memory_format | None,
+        identity: object,
+    ) -> None:
+        self.arriving = arriving
+        self.lock = threading.RLock()
+        self.report: Callable[[], Completes | None] = _no_report
+        self._recast = placement.recast  # not all of it: it holds the modules
+        self._checkpoint = checkpoint
+        self._memory_format = memory_format
+        self._identity = identity
+        self._hanging: Sequence[tuple[Awaited, ParameterRef]] = awaited
+        self._awaited = [tensor for tensor, _ in awaited]
+        self._left = len(awaited)
+        self._interest: weakref.ref[Interest] | None = None
+        self._used: list[str] | None = []  # in their order; None where that says nothing
+        self._storages: set[int] = set()
+
+    @classmethod
+    def start(
+        cls,
+        model: torch.nn.Module,
+        plan: LoadPlan,
+        placed: Placement,
+        checkpoint: Checkpoint,
+        memory_format: torch.memory_format | None,
+    ) -> BackgroundLoad:
+        """Starts a load; nobody waits for it yet.
+
+        Args:
+            model: that the tensors are of.
+            plan: of the load, with all of ``placed``.
+            placed: what goes where; all on ``meta`` now.
+            checkpoint: it comes from.
+            memory_format: of 4-D tensors.
+        """
+        awaited = []
+        for group, members in placed.groups.items():
+            for name, ref in members:
+                made = placed.recast.get(name)
+                if made is None:
+                    made = dtypes.to_torch(group.cast_to or checkpoint[name][0])
+                awaited.append((Awaited(name, ref, group.device, made), ref))
+        identity = (type(model).__module__, type(model).__qualname__, len(awaited))
+        by_name = {tensor.name: tensor.source for tensor, _ in awaited}
+        order = [by_name[name] for name in order_of_use(identity, model, list(by_name))]
+        arriving = plan.start_in_order(order)
+        return cls(arriving, awaited, placed, checkpoint, memory_format, identity)
+
+    def find_again(self, model: torch.nn.Module) -> None:
+        """Looks where the tensors hang by now: somebody may have tied or replaced them."""
+        refs = {id(ref.tensor): ref for ref in gather(model)[0]}
+        self._hanging = [
+            (tensor, refs.get(id(tensor.meta), ref))
+            for tensor, ref in self._hanging
+            if id(tensor.meta) in refs or _holds_meta(ref)
+        ]
+        self._awaited = [tensor for tensor, _ in self._hanging]
+        self._left = len(self._awaited)
+
+    def make_modules_wait(self) -> None:
+        """From now on who needs a tensor waits for it."""
+        interest = Interest()
+        self._interest = weakref.ref(interest)
+        weakref.finalize(interest, self.arriving.cancel)
+        by_module: dict[int, tuple[torch.nn.Module, Waiting]] = {}
+        for tensor, ref in self._hanging:
+            for module, key in ((ref.module, ref.key), *((m, k) for _, m, k in ref.ties)):
+                if id(module) not in by_module:
+                    by_module[id(module)] = (module, Waiting(self, interest, module))
+                waiting = by_module[id(module)][1]
+                waiting.awaited[ref.is_parameter, key] = tensor
+                tensor.places.append((weakref.ref(waiting), key))
+        self._hanging = ()  # which would keep the modules
+        for module, waiting in by_module.values():
+            waiting.watch(module)
+
+    def bring(self, awaited: Sequence[Awaited], *, is_use: bool = True) -> None:
+        """Waits for tensors, and gives them to their modules.
+
+        Raises:
+            WeightliftError: the load has failed before they came.
+        """
+        import torch
+
+        wanted = [tensor for tensor in awaited if not tensor.has_arrived]
+        if not wanted:
+            return
+        # Not to be taken for given up when the last module has its tensors.
+        interest = None if self._interest is None else self._interest()
+        self.arriving.wait_for([tensor.source for tensor in wanted])
+        # Whatever the forward pass is in: these are the model's own, as if loaded before it.
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            for tensor in wanted:
+                if not (tensor.has_arrived or tensor.is_attaching):
+                    self._attach(tensor)
+                    if self._used is not None:
+                        self._used.append(tensor.name)
+            if not is_use:
+                self._used = None
+            has_all = self._left == 0
+        if has_all:
+            self._finish()
+        del interest
+
+    def _attach(self, tensor: Awaited) -> None:
+        """Gives a tensor that has arrived to its modules. Setting it may read it: that is this
+        thread, which has the lock."""
+        tensor.is_attaching = True
+        try:
+            if tensor.value is None:
+                tensor.value = self._made(tensor.source)
+            ref = tensor.ref()
+            if ref is not None:
+                if not ref.is_parameter:  # libraries note what they have initialized
+                    vars(tensor.value).update(vars(tensor.meta))
+                values = [(ref, tensor.value)]
+                set_all(values, self._memory_format, adopt=self._checkpoint.is_plain)
+        finally:
+            tensor.is_attaching = False
+        tensor.has_arrived = True
+        tensor.value = None
+        self._left -= 1
+        tensor.forget()
+
+    def _made(self, name: str) -> torch.Tensor:
+        value: torch.Tensor = self.arriving.take(name)
+        if name in self._recast:
+            return value.to(self._recast[name])
+        if not self._checkpoint.is_view(name):
+            return value
+        address = value.untyped_storage().data_ptr()
+        if address in self._storages:  # separate parameters, where the model has them so
+            return value.clone()
+        self._storages.add(address)
+        return value
+
+    def wait(self, progress: Progress | None = None) -> None:
+        """Until all modules have all."""
+        interest = None if self._interest is None else self._interest()
+        native = self.arriving.finish(progress)
+        self.bring(self._awaited, is_use=False)
+        self._say(native)
+        del interest
+
+    def _finish(self) -> None:
+        """When all tensors were handed out: says what the load did, or that it failed after all."""
+        native = self.arriving.finish()
+        if self._used is not None:
+            learn_order(self._identity, self._used)
+            self._used = None
+        self._say(native)
+
+    def _say(self, native: dict[str, Any]) -> None:
+        report = self.report()
+        if report is not None:
+            report.complete(LoadReport.from_native(native))
+
+    def cancel(self) -> None:
+        """Ends it; what has not arrived is on ``meta`` for good, and nobody waits for it."""
+        self.arriving.cancel()
+        with self.lock:
+            for tensor in self._awaited:
+                tensor.forget()
+
+
+def _holds_meta(ref: ParameterRef) -> bool:
+    held = ref.module._parameters if ref.is_parameter else ref.module._buffers
+    tensor = held.get(ref.key)
+    return tensor is not None and tensor.is_meta and tensor.shape == ref.tensor.shape
+
+
+def _no_report() -> None:
+    return None
