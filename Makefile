@@ -25,7 +25,7 @@ LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-serving test-architectures release release-check release-checklist docs-check test-aarch64 gpu-check gpu-rehearsal kernel-report bench bench-env clean dev install-release
+.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-serving test-architectures release release-lock release-check release-checklist docs-check test-aarch64 gpu-check gpu-rehearsal kernel-report bench bench-env clean dev install-release
 
 help:
 	@printf '%s\n' \
@@ -46,11 +46,11 @@ help:
 	  'make summary         the summary of this machine, in benchmarks/results' \
 	  'make report          its tables and pictures' \
 	  'make release         sdist and wheels for every Python, x86-64 and aarch64, into dist' \
-  'make release-check   installs each wheel as a user would, and uses it' \
-  'make release-checklist  all that must hold before an upload' \
-  'make test-aarch64    native tests and loads on an emulated aarch64' \
+	  'make release-check   installs each wheel as a user would, and uses it' \
+	  'make release-checklist  all that must hold before an upload' \
+	  'make test-aarch64    native tests and loads on an emulated aarch64' \
 	  'make docs            the documentation site, in build/docs' \
-  'make docs-check      no page scrolls sideways at 360 pixels, light and dark' \
+	  'make docs-check      no page scrolls sideways at 360 pixels, light and dark' \
 	  'make clean           remove what the others made'
 
 $(VENV)/.tools: constraints.txt
@@ -245,11 +245,22 @@ test-architectures: dev
 
 # The sdist, the wheels, their SBOM and checksums, of HEAD; compilers and tools come from the index.
 release:
-	$(PYTHON) release/build.py --jobs $(JOBS)
+	$(PYTHON) release/build.py --jobs $(JOBS) $(RELEASE)
+
+# The packages that a release is made with, and their hashes; after a change of release/*.in or
+# constraints.txt.
+release-lock: $(VENV)/.tools
+	$(PIP) install uv
+	for name in builder tools; do \
+	  $(BIN)/uv pip compile -q --universal --python-version 3.10 --generate-hashes --upgrade \
+	    --no-annotate --custom-compile-command "make release-lock" -c constraints.txt \
+	    release/$$name.in -o release/$$name.txt || exit 1; \
+	done
 
 # As a user would: clean environments, no compiler, also without root and on a read-only root.
+# RELEASE_CHECK=--cpu-torch where nothing may be downloaded of torch's CUDA build.
 release-check:
-	$(PYTHON) release/check.py
+	$(PYTHON) release/check.py $(RELEASE_CHECK)
 
 # After `make release`, whose compiler it takes.
 test-aarch64:
@@ -262,7 +273,7 @@ test-aarch64:
 	$(PYTHON) tests/aarch64.py
 
 release-checklist:
-	$(PYTHON) release/checklist.py
+	$(PYTHON) release/checklist.py $(CHECKLIST)
 
 # Registers, spills and sizes of the kernel by architecture, into tests/KERNELS.md.
 kernel-report: $(VENV)/.tools

@@ -1,13 +1,15 @@
 """`make release`: the sdist, a wheel for each Python and architecture, their SBOM and checksums.
 
 All of it is made from HEAD in a folder of its own, with compilers and tools from the package index
-at the versions of requirements.txt and constraints.txt. A commit always gives the same bytes: the
-archives' times are the commit's, and no file has a path of the build in it.
+whose hashes builder.txt and tools.txt name. A commit always gives the same bytes: the archives'
+times are the commit's, and no file has a path of the build in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import csv
 import hashlib
 import json
 import os
@@ -17,9 +19,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from sbom import make_sbom, pinned_versions
 from toolchain import GLIBC, Toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,15 +32,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 OPTIONAL_PYTHONS = ("3.14",)  # where there is an interpreter
 MACHINES = ("x86_64", "aarch64")
 MOST_BYTES = 3_000_000  # of a wheel
-# What a wheel's build asks for, in the interpreter that it is for.
-BUILD_REQUIREMENTS = (
-    "build",
-    "scikit-build-core",
-    "pybind11",
-    "nlohmann-json",
-    "nvidia-cuda-runtime",
-)
-TOOLS = ("cmake", "ninja", "nvidia-cuda-runtime", "nvidia-cuda-nvcc-cu12")
+LOCKS = ROOT / "release"
 
 
 def run(*command: str | Path, **options: Any) -> str:
@@ -62,19 +58,16 @@ def find_python(version: str) -> Path | None:
     return None
 
 
-def make_environment(folder: Path, python: Path, *install: str | Path) -> Path:
-    """A virtual environment with these packages, made anew when they change; its Python."""
+def make_environment(folder: Path, python: Path, lock: Path) -> Path:
+    """A virtual environment with the lock's packages, made anew when these change; its Python."""
     stamp = folder / ".installed"
-    words = [str(word) for word in install]
-    said = "\n".join(
-        Path(word).read_text() if word.endswith(".txt") else word for word in [str(python), *words]
-    )
-    if not stamp.exists() or stamp.read_text() != said:
+    content = f"{python}\n{lock.read_text()}"
+    if not stamp.exists() or stamp.read_text() != content:
         shutil.rmtree(folder, ignore_errors=True)
         run(python, "-m", "venv", folder)
         pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "-q"]
-        run(*pip, "install", *words)
-        stamp.write_text(said)
+        run(*pip, "install", "--require-hashes", "--only-binary", ":all:", "-r", lock)
+        stamp.write_text(content)
     return folder / "bin" / "python"
 
 
@@ -83,17 +76,15 @@ class Release:
 
     def __init__(self, out: Path, jobs: str) -> None:
         self.out = out
-        constraints = ("-c", ROOT / "constraints.txt")
-        requirements = ("-r", ROOT / "release" / "requirements.txt")
-        self.tools = make_environment(
-            WORK / "tools", Path(sys.executable), *constraints, *requirements, *TOOLS
-        )
+        self.tools = make_environment(WORK / "tools", Path(sys.executable), LOCKS / "tools.txt")
         paths = json.loads(
             run(
                 self.tools, "-c", "import json, sysconfig; print(json.dumps(sysconfig.get_paths()))"
             )
         )
         self.site = Path(paths["purelib"])
+        self.source = WORK / "source"
+        self.version = ""  # until make_sdist
         self.commit = run("git", "rev-parse", "HEAD", cwd=ROOT).strip()
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.endswith("FLAGS")},
@@ -106,7 +97,7 @@ class Release:
         }
         os.umask(0o022)
 
-    def make_sdist(self) -> Path:
+    def make_sdist(self) -> None:
         """From what is committed; unpacked, it is what the wheels are made of."""
         tree = WORK / "tree"
         shutil.rmtree(tree, ignore_errors=True)
@@ -115,43 +106,35 @@ class Release:
         run("git", "archive", "--format=tar", "-o", archive, "HEAD", cwd=ROOT)
         with tarfile.open(archive) as file:
             file.extractall(tree, filter="data")
-        build = make_environment(
-            WORK / "sdist",
-            Path(sys.executable),
-            "-c",
-            ROOT / "constraints.txt",
-            *BUILD_REQUIREMENTS,
-        )
+        build = make_environment(WORK / "sdist", Path(sys.executable), LOCKS / "builder.txt")
         command = (build, "-m", "build", "--sdist", "--no-isolation", "--outdir", self.out, ".")
         run(*command, cwd=tree, env=self.environment)
         (sdist,) = self.out.glob("*.tar.gz")
-        source = WORK / "source"
-        shutil.rmtree(source, ignore_errors=True)
+        shutil.rmtree(self.source, ignore_errors=True)
         with tarfile.open(sdist) as file:
             file.extractall(WORK, filter="data")
-        (WORK / sdist.name.removesuffix(".tar.gz")).rename(source)
-        return source
+        folder = sdist.name.removesuffix(".tar.gz")
+        (WORK / folder).rename(self.source)
+        self.version = folder.removeprefix("weightlift-")
 
-    def make_kernels(self, source: Path) -> Path:
+    def make_kernels(self) -> None:
         """CUDA images for drivers of the 12 and 13 series, once for all wheels."""
-        text = (source / "CMakeLists.txt").read_text()
+        text = (self.source / "CMakeLists.txt").read_text()
         found = re.search(r'WEIGHTLIFT_KERNEL_ARCHITECTURES "([\d;]+)"', text)
-        assert found is not None
+        if found is None:
+            sys.exit("CMakeLists.txt names no WEIGHTLIFT_KERNEL_ARCHITECTURES")
         folder = WORK / "kernels"
         cuda = self.site / "nvidia" / "cu13" / "bin" / "nvcc"
         run(
             self.tools, "cmake/build_kernels.py", "--nvcc", cuda, "--ptxas",
             self.site / "nvidia" / "cuda_nvcc" / "bin" / "ptxas", "--all", "--include", "csrc",
             "--out", folder, "csrc/convert/scatter.cu", *found[1].split(";"),
-            cwd=source, env=self.environment,
+            cwd=self.source, env=self.environment,
         )  # fmt: skip
-        return folder
 
-    def make_wheel(self, source: Path, version: str, python: Path, toolchain: Toolchain) -> Path:
+    def make_wheel(self, version: str, python: Path, toolchain: Toolchain) -> Path:
         tag = "cp" + version.replace(".", "")
-        builder = make_environment(
-            WORK / tag, python, "-c", ROOT / "constraints.txt", *BUILD_REQUIREMENTS
-        )
+        builder = make_environment(WORK / tag, python, LOCKS / "builder.txt")
         machine = toolchain.machine
         build = WORK / machine / "build"
         # The engine's objects serve the next Python too; what CMake found does not.
@@ -173,7 +156,7 @@ class Release:
             builder, "-m", "build", "--wheel", "--no-isolation", "--outdir", made,
             f"-Cbuild-dir={build}",
             *(f"-Ccmake.define.{name}={value}" for name, value in defines.items()), ".",
-            cwd=source, env={**self.environment, "_PYTHON_HOST_PLATFORM": f"linux-{machine}"},
+            cwd=self.source, env={**self.environment, "_PYTHON_HOST_PLATFORM": f"linux-{machine}"},
         )  # fmt: skip
         # What is linked in and auditwheel says below allow the tag.
         platform = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
@@ -196,6 +179,7 @@ class Release:
         ):
             sys.exit(f"auditwheel says of {wheel.name}: {said}")
         with zipfile.ZipFile(wheel) as archive:
+            check_contents(archive, wheel, self.source)
             (name,) = [name for name in archive.namelist() if name.endswith(".so")]
             module = Path(archive.extract(name, WORK / "module"))
         check_module(self.tools, module)
@@ -204,56 +188,39 @@ class Release:
     def write_lists(self) -> None:
         files = sorted(path for path in self.out.iterdir() if path.suffix in (".whl", ".gz"))
         run(self.tools, "-m", "twine", "check", "--strict", *files)
+        made = datetime.fromtimestamp(int(self.environment["SOURCE_DATE_EPOCH"]), timezone.utc)
+        texts = [(LOCKS / name).read_text() for name in ("builder.txt", "tools.txt")]
+        hashes = {path.name: sha256(path) for path in files}
         sbom = self.out / "weightlift.cdx.json"
-        sbom.write_text(json.dumps(self.make_sbom(files), indent=2) + "\n")
+        content = make_sbom(self.version, self.commit, made, hashes, pinned_versions(texts))
+        sbom.write_text(json.dumps(content, indent=2) + "\n")
         lines = [f"{sha256(path)}  {path.name}\n" for path in [*files, sbom]]
         (self.out / "SHA256SUMS").write_text("".join(lines))
 
-    def make_sbom(self, files: list[Path]) -> dict[str, Any]:
-        """CycloneDX 1.5: what is compiled into the module, what made it, what it needs."""
-        pins = dict(
-            line.split("==")
-            for name in ("constraints.txt", "release/requirements.txt")
-            for line in (ROOT / name).read_text().splitlines()
-            if re.fullmatch(r"[\w-]+==[\d.]+", line)
-        )
-        version = re.search(r"weightlift-(.+)\.tar\.gz", " ".join(path.name for path in files))
-        assert version is not None
 
-        def component(name: str, licence: str, scope: str = "required") -> dict[str, Any]:
-            return {
-                "type": "library", "name": name, "version": pins[name], "scope": scope,
-                "purl": f"pkg:pypi/{name}@{pins[name]}", "licenses": [{"expression": licence}],
-            }  # fmt: skip
-
-        return {
-            "bomFormat": "CycloneDX",
-            "specVersion": "1.5",
-            "version": 1,
-            "metadata": {
-                "component": {
-                    "type": "library",
-                    "name": "weightlift",
-                    "version": version[1],
-                    "purl": f"pkg:pypi/weightlift@{version[1]}",
-                    "licenses": [{"expression": "Apache-2.0"}],
-                    "hashes": [],
-                    "properties": [
-                        {"name": "commit", "value": self.commit},
-                        *({"name": f"sha256:{p.name}", "value": sha256(p)} for p in files),
-                    ],
-                },
-            },
-            "components": [
-                component("pybind11", "BSD-3-Clause"),
-                component("nlohmann-json", "MIT"),
-                # libc++ and libc++abi, linked into the module.
-                component("ziglang", "MIT AND Apache-2.0 WITH LLVM-exception"),
-                # cuda.h, of which prototypes alone are used.
-                component("nvidia-cuda-runtime", "LicenseRef-NVIDIA-CUDA-EULA", "excluded"),
-                component("nvidia-cuda-nvcc", "LicenseRef-NVIDIA-CUDA-EULA", "excluded"),
-            ],
-        }
+def check_contents(archive: zipfile.ZipFile, wheel: Path, source: Path) -> None:
+    """The package as it is in the sdist, one module for this Python, and what describes them."""
+    name, version, tag, *_ = wheel.name.split("-")
+    info = f"{name}-{version}.dist-info"
+    package = source / "python"
+    expected = {
+        *(str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()),
+        f"weightlift/_native.cpython-{tag[2:]}-{wheel.stem.partition('2_28_')[2]}-linux-gnu.so",
+        *(f"{info}/{file}" for file in ("METADATA", "WHEEL", "RECORD", "entry_points.txt")),
+        f"{info}/licenses/LICENSE",
+        *(f"{info}/licenses/licenses/{path.name}" for path in (source / "licenses").iterdir()),
+    }
+    if different := sorted(expected ^ set(archive.namelist())):
+        sys.exit(f"{wheel.name}: missing, or not meant to be in it: {different}")
+    # The hashes and sizes that pip compares, and nothing without them but the list itself.
+    listed = {
+        row[0]: row[1:] for row in csv.reader(archive.read(f"{info}/RECORD").decode().split())
+    }
+    for file in expected - {f"{info}/RECORD"}:
+        data = archive.read(file)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        if listed.get(file) != [f"sha256={digest}", str(len(data))]:
+            sys.exit(f"{wheel.name}: RECORD says of {file}: {listed.get(file)}")
 
 
 def check_module(tools: Path, module: Path) -> None:
@@ -279,6 +246,9 @@ with open(sys.argv[1], "rb") as file:
         sys.exit(f"{module} needs {unknown}")
     if debug or paths:
         sys.exit(f"{module} is not stripped or has search paths: {debug} {paths}")
+    data = module.read_bytes()
+    if told := [place for place in (ROOT, Path.home()) if f"{place}/".encode() in data]:
+        sys.exit(f"{module} tells where it was built: {told}")
 
 
 def sha256(path: Path) -> str:
@@ -306,8 +276,8 @@ def main() -> None:
     out.mkdir(parents=True)
 
     release = Release(out, arguments.jobs)
-    source = release.make_sdist()
-    release.make_kernels(source)
+    release.make_sdist()
+    release.make_kernels()
     for machine in arguments.machine or MACHINES:
         zig = release.site / "ziglang" / "zig"
         toolchain = Toolchain(zig, machine, WORK / machine / "toolchain")
@@ -315,7 +285,7 @@ def main() -> None:
         # Sources have the commit's time: ninja would keep the objects of another commit.
         shutil.rmtree(WORK / machine / "build", ignore_errors=True)
         for version, python in pythons.items():
-            release.check_wheel(release.make_wheel(source, version, python, toolchain))
+            release.check_wheel(release.make_wheel(version, python, toolchain))
     release.write_lists()
     print((out / "SHA256SUMS").read_text(), end="")
 

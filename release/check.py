@@ -1,9 +1,13 @@
 """`make release-check`: the wheels of dist/, installed as a user would and used.
 
 For each Python at hand: a clean environment from the wheel alone, no compiler, what works without
-torch. Where the pinned torch can be had: README's example, `weightlift doctor` and a load by each
-backend, with the oldest and the newest libraries that the documentation names; then the same as a
-user who is not root, on a read-only root with a /dev/shm of 1 MiB.
+torch. Then, with torch, README's example, `weightlift doctor` and a load by each backend. On one
+Python also with the oldest libraries that the documentation names, and once more as a user who is
+not root, on a read-only root with a /dev/shm of 1 MiB. There the sdist is installed too, with a
+compiler but without nvcc.
+
+torch is the pinned version: its CPU build where an index has one for the Python, else its CUDA
+build (3 GB to download, 7 GB on the disk until it was used), unless ``--cpu-torch`` forbids it.
 """
 
 from __future__ import annotations
@@ -19,9 +23,21 @@ from pathlib import Path
 from build import OPTIONAL_PYTHONS, PYTHONS, ROOT, find_python
 
 WORK = ROOT / "build" / "release-check"
-TORCH_PYTHON = "3.11"  # of the pinned build that constraints.txt names
-# tests/matrix has what "oldest" means; diffusers' oldest wants a newer safetensors.
-SETS = {"oldest": "oldest-diffusers", "newest": "newest"}
+TORCH = "torch==2.13.0"  # as constraints.txt has it
+MAIN_PYTHON = "3.11"  # all of it is done there
+# Locks of tests/matrix, and what is loaded by. diffusers' oldest wants a newer safetensors than the
+# oldest.
+ALL = ("transformers", "diffusers", "accelerate", "safetensors")
+SETS = {
+    "oldest": ("transformers", "accelerate", "safetensors"),
+    "oldest-diffusers": ALL,
+    "newest": ALL,
+}
+
+
+SMOKE = ROOT / "release" / "smoke.py"
+CORE_CHECK = ROOT / "tests" / "python" / "helpers" / "core_check.py"
+BINARY = ("--only-binary", ":all:")  # nothing is compiled
 
 
 def say(text: str) -> None:
@@ -32,67 +48,94 @@ class Failure(Exception):
     """A command that should succeed did not, or the other way round."""
 
 
-def run(*command: str | Path, fails: bool = False, **environment: str) -> str:
+def run(
+    *command: str | Path, fails: bool = False, compiler: bool = False, **environment: str
+) -> str:
     hidden = {"PYTHONPATH", "PYTHONHOME", "WEIGHTLIFT_ENABLE", "VIRTUAL_ENV"}
     inherited = {name: value for name, value in os.environ.items() if name not in hidden}
-    quiet = {"CC": "/bin/false", "CXX": "/bin/false", "HF_HUB_OFFLINE": "1", **environment}
+    none = {} if compiler else {"CC": "/bin/false", "CXX": "/bin/false"}
     done = subprocess.run(
         [str(word) for word in command], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, check=False, cwd="/", env={**inherited, **quiet}, timeout=900,
+        stderr=subprocess.STDOUT, check=False, cwd="/", timeout=3600,
+        env={**inherited, **none, "HF_HUB_OFFLINE": "1", **environment},
     )  # fmt: skip
     if (done.returncode != 0) != fails:
         raise Failure(f"{' '.join(map(str, command))}: status {done.returncode}\n{done.stdout}")
     return done.stdout
 
 
-def clean_environment(folder: Path, python: Path, *packages: str | Path) -> Path:
-    """Its bin folder. Binary packages alone: nothing is compiled."""
+def make_environment(folder: Path, python: Path) -> list[str | Path]:
+    """A clean one; the command that installs into it."""
     shutil.rmtree(folder, ignore_errors=True)
     run(python, "-m", "venv", folder)
-    pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "-q"]
-    run(*pip, "install", "--only-binary", ":all:", *packages)
-    return folder / "bin"
+    return [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "-q", "install"]
 
 
 def check_alone(version: str, python: Path, wheel: Path) -> None:
     """The wheel and its hard dependencies, nothing else."""
-    place = clean_environment(WORK / f"alone-{version}", python, wheel)
-    said = run(place / "python", ROOT / "tests" / "python" / "helpers" / "core_check.py")
+    place = WORK / f"alone-{version}"
+    run(*make_environment(place, python), *BINARY, wheel)
+    said = run(place / "bin" / "python", CORE_CHECK)
     if str(WORK) not in said:
         raise Failure(f"another weightlift was imported: {said}")
-    said = run(place / "weightlift", "doctor", fails=True)
+    weightlift = place / "bin" / "weightlift"
+    said = run(weightlift, "doctor", fails=True)
     if "is not installed: pip install 'weightlift[cli]'" not in said:
         raise Failure(f"doctor without the extra does not name it: {said}")
     script = WORK / "hello.py"
     script.write_text("import sys; print('hello', sys.argv[1:])\n")
-    if "hello ['-x']" not in run(place / "weightlift", script, "-x"):
+    if "hello ['-x']" not in run(weightlift, script, "-x"):
         raise Failure("weightlift SCRIPT needs more than the wheel")
     say(f"python {version}: {wheel.name} works alone; a missing extra is named")
 
 
-def check_libraries(name: str, python: Path, wheel: Path) -> Path:
-    """With the libraries of one lock of tests/matrix; the environment's bin folder."""
-    lock = ROOT / "tests" / "matrix" / f"{SETS[name]}.txt"
-    place = clean_environment(
-        WORK / name, python, f"{wheel}[cli,accelerate]", "-c", ROOT / "constraints.txt",
-        "torch", "numpy",
-    )  # fmt: skip
+def check_sdist(version: str, python: Path, sdist: Path) -> None:
+    """Built with what its build requirements bring and the system's compiler, without nvcc."""
+    place = WORK / "sdist"
+    install = make_environment(place, python)
+    # A variable that is there, and empty, is not looked for.
+    run(*install, "-Ccmake.define.WEIGHTLIFT_NVCC=", sdist, compiler=True)
+    said = run(place / "bin" / "python", CORE_CHECK)
+    code = "from weightlift import _native; print(_native.machine()['kernels'])"
+    if (kernels := run(place / "bin" / "python", "-c", code).strip()) != "[]":
+        raise Failure(f"built without nvcc, and has kernels: {kernels}")
+    say(f"python {version}: {sdist.name} builds without nvcc and works: {said.split()[0]}")
+
+
+def cpu_torch_is_there(install: list[str | Path]) -> bool:
+    """Whether an index has the CPU build, which has a local version, for this Python."""
+    command = [*install, *BINARY, "--dry-run", "--no-deps", f"{TORCH}+cpu"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def check_libraries(version: str, name: str, python: Path, wheel: Path, cpu_only: bool) -> bool:
+    """With the libraries of one lock of tests/matrix; False without torch."""
+    place = WORK / f"{name}-{version}"
+    install = make_environment(place, python)
+    cpu = cpu_torch_is_there(install)
+    if cpu_only and not cpu:
+        say(f"python {version}: NOT CHECKED with torch, of which no index has a CPU build")
+        return False
+    constraints = ("-c", ROOT / "constraints.txt")
+    torch = f"{TORCH}+cpu" if cpu else TORCH
+    run(*install, *BINARY, torch, "numpy", f"{wheel}[cli,accelerate]", *constraints)
     # Apart from the constraints, which are the newest.
-    pip = [place / "python", "-m", "pip", "--disable-pip-version-check", "-q"]
-    run(*pip, "install", "--only-binary", ":all:", "-r", lock, "torch==2.13.0")
-    versions = run(*pip[:-1], "list", "--format=freeze").splitlines()
-    wanted = ("transformers", "diffusers", "accelerate", "safetensors", "huggingface", "torch=")
-    say(f"{name}: " + ", ".join(line for line in versions if line.startswith(wanted)))
-    folder = WORK / f"{name}-models"
-    shutil.rmtree(folder, ignore_errors=True)
-    smoke = ROOT / "release" / "smoke.py"
-    run(place / "python", smoke, "prepare", folder)
-    run(place / "python", smoke, "load", folder)
-    doctor = run(place / "weightlift", "doctor")
-    if "torch" not in doctor:
+    lock = ROOT / "tests" / "matrix" / f"{name}.txt"
+    run(*install, *BINARY, "-r", lock, torch)
+    bin_folder = place / "bin"
+    listed = run(bin_folder / "python", "-m", "pip", "list", "--format=freeze").splitlines()
+    shown = (*SETS[name], "huggingface", "torch=")
+    say(f"python {version}: " + ", ".join(line for line in listed if line.startswith(shown)))
+    models = WORK / f"{name}-models"
+    shutil.rmtree(models, ignore_errors=True)
+    run(bin_folder / "python", SMOKE, "prepare", models, *SETS[name])
+    run(bin_folder / "python", SMOKE, "load", models, *SETS[name])
+    doctor = run(bin_folder / "weightlift", "doctor")
+    if "2.13.0" not in doctor:
         raise Failure(f"doctor does not find torch: {doctor}")
-    say(f"{name}: README's example, doctor, a load by each backend")
-    return place
+    say(f"python {version}, {name}: README's example, doctor, loads by {', '.join(SETS[name])}")
+    return True
 
 
 # What a container in a cluster gives: nothing can be written but a small /tmp and a tiny /dev/shm.
@@ -127,11 +170,11 @@ for place in ("/x", os.path.join(os.environ["MODELS"], "x")):
 """
 
 
-def check_tight(name: str, place: Path) -> None:
+def check_tight(version: str, name: str) -> None:
     """As another user than root, on a read-only root, with a small /dev/shm."""
     if os.geteuid() != 0:
         raise Failure("the check of a read-only root needs root: sudo make release-check")
-    python = place / "python"
+    python = WORK / f"{name}-{version}" / "bin" / "python"
     prefix = Path(run(python, "-c", "import sys; print(sys.base_prefix)").strip())
     closed = [parent for parent in reversed(prefix.parents) if not parent.stat().st_mode & 0o001]
     models = WORK / f"{name}-models"
@@ -143,36 +186,54 @@ def check_tight(name: str, place: Path) -> None:
     }
     inside = ("unshare", "--mount", "sh", "-euc", _TIGHT, "sh")
     run(*inside, python, "-B", "-c", _NOTHING_TO_WRITE, **environment)
-    run(*inside, python, "-B", ROOT / "release" / "smoke.py", "load", models, **environment)
-    say(f"{name}: the same as user 65534, on a read-only root, with a /dev/shm of 1 MiB")
+    run(*inside, python, "-B", SMOKE, "load", models, *SETS[name], **environment)
+    what = "the same as user 65534, on a read-only root, with a /dev/shm of 1 MiB"
+    say(f"python {version}, {name}: {what}")
+
+
+def check_python(version: str, arguments: argparse.Namespace) -> None:
+    tag = "cp" + version.replace(".", "")
+    python = find_python(version)
+    dist: Path = arguments.dist.resolve()
+    wheels = list(dist.glob(f"*-{tag}-{tag}-*_{platform.machine()}.whl"))
+    if version in OPTIONAL_PYTHONS and (python is None or not wheels):
+        say(f"python {version}: not on this machine")
+        return
+    if python is None or len(wheels) != 1:
+        raise Failure(f"python {version}: no interpreter, or no wheel: make release")
+    check_alone(version, python, wheels[0])
+    if version == MAIN_PYTHON:
+        (sdist,) = dist.glob("*.tar.gz")
+        check_sdist(version, python, sdist)
+    for name in SETS if version == MAIN_PYTHON else ("newest",):
+        done = check_libraries(version, name, python, wheels[0], arguments.cpu_torch)
+        if done and version == MAIN_PYTHON:
+            check_tight(version, name)
+        shutil.rmtree(WORK / f"{name}-{version}")
+
+
+def passes(version: str, arguments: argparse.Namespace) -> bool:
+    try:
+        check_python(version, arguments)
+    except (Failure, subprocess.TimeoutExpired) as failure:
+        say(f"FAILED: {failure}")
+        return False
+    return True
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dist", type=Path, default=ROOT / "dist")
     parser.add_argument("--python", action="append", choices=[*PYTHONS, *OPTIONAL_PYTHONS])
+    parser.add_argument("--cpu-torch", action="store_true", help="never torch's CUDA build")
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
-    failed = 0
-    for version in arguments.python or (*PYTHONS, *OPTIONAL_PYTHONS):
-        tag = "cp" + version.replace(".", "")
-        python = find_python(version)
-        wheels = list(arguments.dist.resolve().glob(f"*-{tag}-{tag}-*_{platform.machine()}.whl"))
-        if version in OPTIONAL_PYTHONS and (python is None or not wheels):
-            say(f"python {version}: not on this machine")
-            continue
-        try:
-            if python is None or len(wheels) != 1:
-                raise Failure(f"python {version}: no interpreter, or no wheel: make release")
-            check_alone(version, python, wheels[0])
-            if version == TORCH_PYTHON:
-                for name in SETS:
-                    check_tight(name, check_libraries(name, python, wheels[0]))
-        except (Failure, subprocess.TimeoutExpired) as failure:
-            failed = 1
-            say(f"FAILED: {failure}")
-    say("release-check: FAILED" if failed else "release-check: every wheel for this machine works")
-    return failed
+    versions = arguments.python or (*PYTHONS, *OPTIONAL_PYTHONS)
+    if failed := [version for version in versions if not passes(version, arguments)]:
+        say(f"release-check: FAILED on {', '.join(failed)}")
+        return 1
+    say("release-check: every wheel for this machine works")
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ import argparse
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from build import ROOT
 
 
-def fail(text: str) -> None:
+def fail(text: str) -> NoReturn:
     sys.exit(f"FAILED: {text}")
 
 
@@ -27,7 +29,8 @@ def output(*command: str) -> str:
 def version() -> str:
     text = (ROOT / "python" / "weightlift" / "core" / "version.py").read_text()
     found = re.search(r'__version__ = "([^"]+)"', text)
-    assert found is not None
+    if found is None:
+        fail("core/version.py has no __version__")
     return found[1]
 
 
@@ -66,11 +69,14 @@ def make(target: str) -> Callable[[], None]:
 
 
 def bytes_repeat() -> None:
-    """The same commit gives the same bytes."""
-    again = ROOT / "build" / "release-again"
-    subprocess.run([sys.executable, "release/build.py", "--out", again], cwd=ROOT, check=True)
-    if different := differing(ROOT / "dist", again):
-        fail(f"a second build gives other bytes: {different}")
+    """The same commit gives the same bytes, in a clone that lies elsewhere too."""
+    with tempfile.TemporaryDirectory(prefix="weightlift-again-") as folder:
+        output("git", "clone", "--quiet", "--no-hardlinks", str(ROOT), folder)
+        again = subprocess.run([sys.executable, "release/build.py"], cwd=folder, check=False)
+        if again.returncode != 0:
+            fail("a second build")
+        if different := differing(ROOT / "dist", Path(folder) / "dist"):
+            fail(f"a second build gives other bytes: {different}")
 
 
 def differing(first: Path, second: Path) -> list[str]:
@@ -103,11 +109,13 @@ STEPS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--list", action="store_true", help="print the steps and end")
+    parser.add_argument("--first", type=int, default=1, help="go on with this step", metavar="N")
     arguments = parser.parse_args()
     for number, step in enumerate(STEPS, 1):
-        print(f"{number:2}/{len(STEPS)}  {step.__name__.replace('_', ' ')}", flush=True)
-        if not arguments.list:
-            step()
+        if number >= arguments.first:
+            print(f"{number:2}/{len(STEPS)}  {step.__name__.replace('_', ' ')}", flush=True)
+            if not arguments.list:
+                step()
     print(
         f"""Left for a person:
   make gpu-check on a machine with an NVIDIA GPU

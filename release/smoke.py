@@ -1,14 +1,17 @@
 """What `make release-check` does in each environment: README's example, and a load by each backend.
 
-``prepare FOLDER`` writes small models with the libraries alone; ``load FOLDER`` loads them with and
-without weightlift, and compares. Nothing is written by ``load``: it also runs where nothing can be.
+``prepare FOLDER LIBRARY...`` writes small models with the libraries alone; ``load`` with the same
+arguments loads them with and without weightlift, and compares. It writes nothing: it also runs
+where nothing can be written.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,85 +19,105 @@ from safetensors.torch import save_file
 from torch import nn
 
 
-def prepare(folder: Path) -> None:
-    from diffusers import AutoencoderKL
-    from transformers import LlamaConfig, LlamaForCausalLM
+class Wrong(Exception):
+    """A load that is not what it should be."""
 
+
+def prepare(folder: Path, libraries: list[str]) -> None:
     torch.manual_seed(0)
     tensors = {f"layers.{i}.weight": torch.randn(8, 8) for i in range(4)}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     save_file(nn.Linear(4, 3).state_dict(), folder / "linear.safetensors")
     (folder / "linear").mkdir()
     save_file(nn.Linear(4, 3).state_dict(), folder / "linear" / "model.safetensors")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 128}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder / "llama")
-    AutoencoderKL(block_out_channels=(32,), sample_size=8).save_pretrained(folder / "vae")
     (folder / "broken.safetensors").write_bytes(b"\xff" * 64)
+    if "transformers" in libraries:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 128}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder / "llama")
+    if "diffusers" in libraries:
+        from diffusers import AutoencoderKL
+
+        AutoencoderKL(block_out_channels=(32,), sample_size=8).save_pretrained(folder / "vae")
 
 
 def run_readme(folder: Path) -> None:
     readme = Path(__file__).resolve().parent.parent / "README.md"
     _, _, rest = readme.read_text().partition("## Example\n\n```python\n")
     example, end, _ = rest.partition("\n```\n")
-    assert end, "README has no example"
+    if not end:
+        raise Wrong("README has no example")
     os.chdir(folder)
     exec(compile(example, "README.md", "exec"), {})
+    print("README's example: runs", flush=True)
 
 
-def same(ours: nn.Module, theirs: nn.Module) -> None:
+def compare(ours: nn.Module, theirs: nn.Module) -> None:
     expected = theirs.state_dict()
     state = ours.state_dict()
-    assert state.keys() == expected.keys()
+    if state.keys() != expected.keys():
+        raise Wrong(f"other tensors: {sorted(state.keys() ^ expected.keys())}")
     for name, value in expected.items():
-        assert torch.equal(state[name], value), name
-        assert state[name].dtype == value.dtype, name
+        if state[name].dtype != value.dtype or not torch.equal(state[name], value):
+            raise Wrong(f"{name} is not as the library loads it")
 
 
-def load_by_backends(folder: Path) -> None:
-    import accelerate
-    import safetensors.torch
-    from diffusers import AutoencoderKL
+def load_by_transformers(folder: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    return AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.bfloat16)
+
+
+def load_by_diffusers(folder: Path) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float16)
+
+
+def load_by_accelerate(folder: Path) -> nn.Module:
+    import accelerate
+
+    with accelerate.init_empty_weights():
+        model = nn.Linear(4, 3)
+    path = str(folder / "linear.safetensors")
+    accelerate.load_checkpoint_in_model(model, path, device_map={"": "cpu"})
+    return model
+
+
+def load_by_safetensors(folder: Path) -> nn.Module:
+    import safetensors.torch
+
+    model = nn.Linear(4, 3)
+    model.load_state_dict(safetensors.torch.load_file(folder / "linear.safetensors"))
+    return model
+
+
+LOADS: dict[str, Callable[[Path], nn.Module]] = {
+    "transformers": load_by_transformers,
+    "diffusers": load_by_diffusers,
+    "accelerate": load_by_accelerate,
+    "safetensors": load_by_safetensors,
+}
+
+
+def load_by_backend(name: str, folder: Path) -> None:
     import weightlift as wl
 
-    def by_transformers() -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.bfloat16)
-
-    def by_diffusers() -> nn.Module:
-        return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float16)
-
-    def by_accelerate() -> nn.Module:
-        with accelerate.init_empty_weights():
-            model = nn.Linear(4, 3)
-        accelerate.load_checkpoint_in_model(
-            model, str(folder / "linear.safetensors"), device_map={"": "cpu"}
-        )
-        return model
-
-    def by_safetensors() -> nn.Module:
-        model = nn.Linear(4, 3)
-        model.load_state_dict(safetensors.torch.load_file(folder / "linear.safetensors"))
-        return model
-
-    loads = {
-        "transformers": by_transformers,
-        "diffusers": by_diffusers,
-        "accelerate": by_accelerate,
-        "safetensors": by_safetensors,
-    }
-    for name, load in loads.items():
-        wl.disable()
-        theirs = load()
-        before = wl.stats()
-        with wl.enabled(name):
-            ours = load()
-        after = wl.stats()
-        assert after.loads > before.loads, f"{name}: weightlift loaded nothing"
-        assert after.fallbacks == before.fallbacks, f"{name}: fell back"
-        same(ours, theirs)
-        print(f"{name}: loaded by weightlift, equal to the library's own", flush=True)
+    load = LOADS[name]
+    wl.disable()
+    theirs = load(folder)
+    before = wl.stats()
+    with wl.enabled(name):
+        ours = load(folder)
+    after = wl.stats()
+    if after.loads == before.loads:
+        raise Wrong(f"{name}: weightlift loaded nothing")
+    if after.fallbacks != before.fallbacks:
+        raise Wrong(f"{name}: fell back: {after}")
+    compare(ours, theirs)
+    print(f"{name}: loaded by weightlift, equal to the library's own", flush=True)
 
 
 def raise_errors(folder: Path) -> None:
@@ -118,8 +141,45 @@ def raise_errors(folder: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(caught) == ["header_too_large"] * 4 + ["torch"] * 4, caught
+    if sorted(caught) != ["header_too_large"] * 4 + ["torch"] * 4:
+        raise Wrong(f"raised in four threads, caught: {caught}")
     print("errors: raised and caught in four threads", flush=True)
+
+
+# With torch's C++ runtime not yet in the process, and then brought in beside a module that has
+# thrown already: the first that is loaded must not serve the other.
+_MODULE_FIRST = """
+import sys
+from weightlift import _native, FormatError
+from weightlift.checkpoint.checkpoint import Checkpoint
+
+def fail():
+    try:
+        Checkpoint.from_file(sys.argv[1])
+    except FormatError as error:
+        return error.code
+
+if "torch" in sys.modules:
+    sys.exit("importing weightlift imports torch")
+before = fail()
+import torch
+try:
+    torch.ones(2) @ torch.ones(3)
+except RuntimeError:
+    pass
+else:
+    sys.exit("torch raised nothing")
+sys.exit(0 if before == fail() == "header_too_large" else f"{before}, then {fail()}")
+"""
+
+
+def raise_errors_before_torch(folder: Path) -> None:
+    """In an interpreter of its own, where the module is loaded before torch."""
+    command = [sys.executable, "-B", "-c", _MODULE_FIRST, str(folder / "broken.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Wrong(f"with the module before torch: {done.returncode}\n{done.stdout}{done.stderr}")
+    print("errors: the same with the module loaded before torch", flush=True)
 
 
 def leave_threads_behind(folder: Path) -> None:
@@ -136,17 +196,19 @@ def leave_threads_behind(folder: Path) -> None:
 
 
 def main() -> None:
-    what, place = sys.argv[1:]
+    what, place, *libraries = sys.argv[1:]
     folder = Path(place).resolve()
     if what == "prepare":
         folder.mkdir(parents=True)
-        prepare(folder)
+        prepare(folder, libraries)
         for path in (folder, *folder.rglob("*")):  # safetensors makes its files the owner's alone
             path.chmod(0o755 if path.is_dir() else 0o644)
         return
     run_readme(folder)
-    load_by_backends(folder)
+    for name in libraries:
+        load_by_backend(name, folder)
     raise_errors(folder)
+    raise_errors_before_torch(folder)
     leave_threads_behind(folder)
 
 
