@@ -54,7 +54,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "ring", "if cost < worst and not (is_guess and cost):", "if cost < worst:",
     ),
     "nothing_is_read_ahead": (
-        "ring", "        for number in [*wanted, *self._ahead]:\n", "        for number in wanted:\n",
+        "ring", "for n in [*asked, *self._ahead] if", "for n in asked if",
     ),
     "the_order_is_not_learned": (
         "learned_order", "                self._after[tuple(last[-length:])] = used\n", "                pass\n",
@@ -90,8 +90,11 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "executor", "        self.bytes += -(-count // ALIGNMENT) * ALIGNMENT\n",
         "        self.bytes += -(-count // ALIGNMENT) * ALIGNMENT // 2\n",
     ),
-    "a_buffer_is_cut_once_for_all_blocks": (
-        "executor", "        key = slot.buffer.data_ptr(), stored\n",
-        "        key = slot.buffer.data_ptr(), None\n",
+    "a_block_is_cut_once_for_all_buffers": (
+        "executor", "        views = self._views.get(address)\n",
+        "        views = next(iter(self._views.values()), None)\n",
+    ),
+    "the_thread_is_not_told_of_free_buffers": (
+        "ring", "            if self._lacks_buffer or self._thread", "            if self._thread",
     ),
 }  # fmt: skip

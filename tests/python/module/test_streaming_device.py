@@ -164,6 +164,42 @@ def the_order_is_read_ahead(modules: Any) -> None:
         assert step < 2 or ring.waits == waits, f"{ring.waits - waits} waits in step {step}"
 
 
+def a_freed_buffer_is_filled(modules: Any) -> None:
+    """By the thread, though nobody waits for what is read ahead into it."""
+    read: list[int] = []
+    noted = threading.Condition()
+
+    def fill(number: int) -> None:
+        with noted:
+            read.append(number)
+            noted.notify_all()
+
+    def is_read(*numbers: int) -> bool:
+        with noted:
+            return noted.wait_for(lambda: read == [*numbers], 2)
+
+    made = [
+        modules.ring.Block(number, str(number), 8, lambda _, number=number: fill(number))
+        for number in range(4)
+    ]
+    side = modules.device_side.HostSide(torch.device("cpu"))
+    ring = modules.ring.Ring(made, side, [side.allocate(8) for _ in range(2)], 1)
+    try:
+        first, second = (ring.pin(number, may_wait=True) for number in (0, 1))
+        assert is_read(0, 1)
+        assert not noted_soon(noted, lambda: len(read) > 2), "both buffers are pinned"
+        ring.unpin(first)
+        assert is_read(0, 1, 2)
+        ring.unpin(second)
+    finally:
+        ring.stop()
+
+
+def noted_soon(noted: threading.Condition, what: Any) -> bool:
+    with noted:
+        return bool(noted.wait_for(what, 0.1))
+
+
 def steps_are_as_fast_as_they_can_be(modules: Any) -> None:
     for part in (0.1, 0.5, 0.9):
         for seconds in (0.0005, 0.001, 0.003):  # the link is at its limit, both, the computing
@@ -294,6 +330,7 @@ CHECKS = [
     pinned_buffers_are_kept,
     a_failed_read_is_not_used,
     the_order_is_read_ahead,
+    a_freed_buffer_is_filled,
     steps_are_as_fast_as_they_can_be,
     weights_are_what_they_were,
     threads_see_their_own,

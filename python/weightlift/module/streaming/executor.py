@@ -33,6 +33,8 @@ class BlockOfWeights:
         self.number, self.name = number, name
         self.bytes = 0
         self.weights: list[tuple[Stored, Source]] = []
+        # By the address of the buffer, for as long as the executor has it.
+        self._views: dict[int, dict[Stored, torch.Tensor]] = {}
 
     def add(
         self, name: str, shape: Sequence[int], dtype: torch.dtype, source: Source, key: str
@@ -45,13 +47,28 @@ class BlockOfWeights:
         self.bytes += -(-count // ALIGNMENT) * ALIGNMENT
         return stored
 
+    def views(self, buffer: torch.Tensor) -> dict[Stored, torch.Tensor]:
+        """The weights in a buffer. Made once: of small ones that takes longer than to read them."""
+        address = buffer.data_ptr()
+        views = self._views.get(address)
+        if views is None:
+            with torch.inference_mode(False):
+                views = {stored: stored.view_of(buffer) for stored, _ in self.weights}
+            self._views[address] = views
+        return views
+
+    def forget(self) -> None:
+        """The buffers are given back."""
+        self._views.clear()
+
     def fill(self, buffer: torch.Tensor) -> None:
         """Reads all into a buffer, source by source."""
+        views = self.views(buffer)
         by_source: dict[int, tuple[Source, list[str], list[torch.Tensor]]] = {}
         for stored, source in self.weights:
             _, keys, targets = by_source.setdefault(id(source), (source, [], []))
             keys.append(stored.key)
-            targets.append(stored.view_of(buffer))
+            targets.append(views[stored])
         for source, keys, targets in by_source.values():
             source.fill(keys, targets)
 
@@ -96,7 +113,7 @@ class Executor:
         )
         # When nobody has a weight any more, nor the handle.
         self._finalizer = weakref.finalize(self, self.ring.stop)
-        self._views: dict[tuple[int, Stored], torch.Tensor] = {}
+        self._blocks = {block.number: block for block in blocks}
 
     def lease(self, stored: Stored, *, may_wait: bool) -> Lease:
         """A weight on the device, until ``end``.
@@ -113,12 +130,7 @@ class Executor:
             slot = self.ring.pin(stored.block, may_wait=may_wait)
         if slot is None:
             return _Alone(self._read_alone(stored))
-        key = slot.buffer.data_ptr(), stored
-        tensor = self._views.get(key)
-        if tensor is None:
-            with torch.inference_mode(False):
-                tensor = self._views[key] = stored.view_of(slot.buffer)
-        return _InBuffer(self.ring, slot, tensor)
+        return _InBuffer(self.ring, slot, self._blocks[stored.block].views(slot.buffer)[stored])
 
     def _read_alone(self, stored: Stored) -> torch.Tensor:
         tensor = torch.empty(stored.shape, dtype=stored.dtype, device=self.device)
@@ -141,7 +153,8 @@ class Executor:
         self._finalizer()
         if os.getpid() == self._pid:
             self.ring.join()
-        self._views.clear()
+        for block in self._blocks.values():
+            block.forget()
 
 
 class _Alone:

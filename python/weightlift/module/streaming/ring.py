@@ -106,6 +106,7 @@ class Ring:
         self._errors: dict[int, Exception] = {}
         self._changed = threading.Condition()
         self._stopped = False
+        self._lacks_buffer = False  # the thread waits for a buffer, and not for something to read
         self.uses: Counter[int] = Counter()
         self.waits = 0
         # Told what took from when to when, by the clock of time.perf_counter.
@@ -148,7 +149,9 @@ class Ring:
         with self._changed:
             slot.marks[threading.get_ident()] = self.device.mark()
             slot.pins -= 1
-            self._notify()
+            # Each waking costs a switch of threads: only where this is the buffer that is needed.
+            if self._lacks_buffer or self._thread is None or self._stopped:
+                self._notify()
 
     def stop(self) -> None:
         """Ends the reading; who waits gets no buffer, and pinned ones stay as they are."""
@@ -219,6 +222,7 @@ class Ring:
             with self._changed:
                 job = self._next_job()
                 while job is None and not self._stopped:
+                    self._lacks_buffer = bool(self._wanted())
                     self._changed.wait()
                     job = self._next_job()
                 if self._stopped or job is None:
@@ -232,14 +236,17 @@ class Ring:
 
     def _next_job(self) -> tuple[Slot, Block] | None:
         """What to read now, and where to."""
-        wanted = [number for number in self._waiting if number not in self._errors]
-        for number in [*wanted, *self._ahead]:
-            if number in self._slot_of or number in self._errors:
-                continue
+        for number in self._wanted():
             slot = self._free_slot(is_guess=number not in self._waiting)
             if slot is not None:
                 return slot, self.blocks[number]
         return None
+
+    def _wanted(self) -> list[int]:
+        """The blocks that are not on their way: asked for first, then what is read ahead."""
+        asked = list(self._waiting)
+        held, failed = self._slot_of, self._errors
+        return [n for n in [*asked, *self._ahead] if n not in held and n not in failed]
 
     def _free_slot(self, *, is_guess: bool) -> Slot | None:
         """A buffer that may be given to another block; the one whose loss costs least."""

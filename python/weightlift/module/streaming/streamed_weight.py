@@ -140,7 +140,8 @@ class StreamedWeight(torch.Tensor):
             _refuse_move(args[0])
         leases = _Leases()
         try:
-            real_args, real_kwargs = tree_map_only(StreamedWeight, leases.tensor, (args, kwargs))
+            real_args = tuple(_replaced(value, leases.tensor) for value in args)
+            real_kwargs = {key: _replaced(value, leases.tensor) for key, value in kwargs.items()}
             return leases.without_buffers(func(*real_args, **real_kwargs))
         finally:
             leases.end()
@@ -220,6 +221,15 @@ def _refuse_gradient(name: str, _gradient: torch.Tensor) -> None:
         "trained: call requires_grad_(False) on the model before it is streamed and train "
         "adapters, or close the stream first"
     )
+
+
+def _replaced(value: Any, real: Callable[[StreamedWeight], torch.Tensor]) -> Any:
+    """An argument of an operation with the weights in the place of what stands for them."""
+    if isinstance(value, StreamedWeight):
+        return real(value)
+    if isinstance(value, (list, tuple, dict)):  # seldom, and slow
+        return tree_map_only(StreamedWeight, real, value)
+    return value
 
 
 class _Leases:
@@ -320,9 +330,11 @@ def _is_view_of(base: torch.Tensor, shadow: torch.Tensor) -> bool:
 
 
 def _has_streamed(values: Any) -> bool:
-    found: list[StreamedWeight] = []
-    tree_map_only(StreamedWeight, found.append, values)
-    return bool(found)
+    if isinstance(values, (list, tuple)):
+        return any(map(_has_streamed, values))
+    if isinstance(values, dict):
+        return any(map(_has_streamed, values.values()))
+    return isinstance(values, StreamedWeight)
 
 
 @functools.cache
