@@ -88,6 +88,13 @@ Result<Device*> Device::get(int ordinal) {
   std::map<int, std::unique_ptr<Device>> made;
   made.emplace(ordinal, std::unique_ptr<Device>(new Device(*table, ordinal, handle)));
   Device* const device = made.begin()->second.get();
+  // A driver that does not know the attribute serves no such device.
+  int shared = 0;
+  device->uses_host_page_tables_ =
+      table->cuDeviceGetAttribute(&shared,
+                                  CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES,
+                                  handle) == CUDA_SUCCESS &&
+      shared != 0;
   WL_RETURN_IF_ERROR(check(*table, table->cuDevicePrimaryCtxRetain(&device->context_, handle),
                            "cuDevicePrimaryCtxRetain"));
   state.devices.merge(made);

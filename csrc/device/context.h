@@ -31,6 +31,9 @@ class Device {
   [[nodiscard]] const Driver& driver() const noexcept { return *driver_; }
   [[nodiscard]] CUcontext context() const noexcept { return context_; }
   [[nodiscard]] std::string name() const;
+  // Whether it reads the memory of this process through the host's own page tables, as GH200 and
+  // GB200 do: memory that it copies from then need not be pinned.
+  [[nodiscard]] bool uses_host_page_tables() const noexcept { return uses_host_page_tables_; }
 
   // The scatter kernel (convert/scatter.h), loaded at first use; the error says why this device
   // has none, and is remembered.
@@ -50,6 +53,7 @@ class Device {
   int ordinal_;
   CUdevice handle_;
   CUcontext context_ = nullptr;
+  bool uses_host_page_tables_ = false;
   std::mutex kernel_mutex_;
   CUmodule module_ = nullptr;
   std::optional<Result<CUfunction>> kernel_;

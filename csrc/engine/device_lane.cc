@@ -18,6 +18,7 @@
 #include "engine/plan.h"
 #include "engine/schedule.h"
 #include "engine/settings.h"
+#include "io/leased_mapping.h"
 #include "result.h"
 
 namespace weightlift::engine {
@@ -75,7 +76,9 @@ Result<SlotOutcome> DeviceLane::add_slot(std::uint32_t index) {
   }
   waiting_.reset();
   WL_ASSIGN_OR_RETURN(device::Event event, device::Event::create(device_));
-  slots_[index].emplace(Slot{.memory = *std::move(memory), .copied = std::move(event)});
+  slots_[index].emplace(Slot{.memory = *std::move(memory),
+                             .copied = std::move(event),
+                             .held = std::vector<io::LeasedMapping::Hold>(held_)});
   return SlotOutcome::kAdded;
 }
 
@@ -83,12 +86,14 @@ Status DeviceLane::submit(std::uint32_t slot, const Chunk& chunk, Tables& tables
   const device::CurrentContext current(device_);
   WL_RETURN_IF_ERROR(current.status());
   lane_.find_runs(plan_, chunk, tables.runs);
-  WL_RETURN_IF_ERROR(chunk.scatter ? scatter(slot, chunk, tables) : copy_runs(slot, tables));
+  WL_RETURN_IF_ERROR(chunk.scatter ? scatter(slot, chunk, tables) : copy_runs(slot, chunk, tables));
   return slots_[slot]->copied.record(stream(slot));
 }
 
-Status DeviceLane::wait(std::uint32_t slot) const {
-  return slots_[slot]->copied.wait();
+Status DeviceLane::wait(std::uint32_t slot) {
+  WL_RETURN_IF_ERROR(slots_[slot]->copied.wait());
+  for (io::LeasedMapping::Hold& hold : slots_[slot]->held) hold = {};
+  return {};
 }
 
 Status DeviceLane::order_behind(const BoundedQueue<std::uint32_t>& slots, CUstream other) const {
@@ -158,28 +163,63 @@ Status DeviceLane::scatter(std::uint32_t slot, const Chunk& chunk, Tables& table
                "cuLaunchKernel");
 }
 
-Status DeviceLane::copy_runs(std::uint32_t slot, Tables& tables) {
-  const std::vector<Run>& runs = tables.runs;
-  const device::Driver& driver = device_.driver();
-  std::byte* const base = slots_[slot]->memory.data();
-  if (runs.size() > 1 && settings_.batch_copies && driver.batch_form() != nullptr) {
-    tables.targets.clear();
-    tables.sources.clear();
-    tables.sizes.clear();
-    for (const Run& run : runs) {
-      tables.targets.push_back(run.target);
-      tables.sources.push_back(reinterpret_cast<CUdeviceptr>(base + run.slot_offset));
-      tables.sizes.push_back(run.count);
+// Runs in the slot, and what of them lies elsewhere: parts of one mapping that follow one another
+// are one copy again.
+void DeviceLane::find_sources(std::uint32_t slot, const Chunk& chunk, Tables& tables) const {
+  tables.targets.clear();
+  tables.sources.clear();
+  tables.sizes.clear();
+  const std::byte* const base = slots_[slot]->memory.data();
+  const std::vector<io::LeasedMapping::Hold>& held = slots_[slot]->held;
+  const auto add = [&tables](std::uint64_t target, const std::byte* source, std::uint64_t bytes) {
+    tables.targets.push_back(target);
+    tables.sources.push_back(reinterpret_cast<CUdeviceptr>(source));
+    tables.sizes.push_back(bytes);
+  };
+  const Unit* const units = &lane_.units[chunk.first_unit];
+  std::uint32_t unit = 0;
+  for (const Run& run : tables.runs) {
+    if (held.empty()) {
+      add(run.target, base + run.slot_offset, run.count);
+      continue;
     }
+    bool merges = false;  // with the part before it
+    for (std::uint64_t done = 0; done < run.count;) {
+      const std::uint64_t at = run.slot_offset + done;
+      while (unit + 1 < chunk.unit_count && units[unit + 1].slot_offset <= at) ++unit;
+      std::uint64_t bytes = run.count - done;
+      if (unit + 1 < chunk.unit_count) bytes = std::min(bytes, units[unit + 1].slot_offset - at);
+      const std::byte* const elsewhere = held[unit].data();
+      const std::byte* const source =
+          elsewhere != nullptr ? elsewhere + (at - units[unit].slot_offset) : base + at;
+      if (merges && elsewhere != nullptr &&
+          tables.sources.back() + tables.sizes.back() == reinterpret_cast<CUdeviceptr>(source)) {
+        tables.sizes.back() += bytes;
+      } else {
+        add(run.target + done, source, bytes);
+      }
+      merges = elsewhere != nullptr;
+      done += bytes;
+    }
+  }
+}
+
+Status DeviceLane::copy_runs(std::uint32_t slot, const Chunk& chunk, Tables& tables) {
+  const device::Driver& driver = device_.driver();
+  find_sources(slot, chunk, tables);
+  const std::size_t count = tables.sizes.size();
+  if (count > 1 && settings_.batch_copies && driver.batch_form() != nullptr) {
     CUmemcpyAttributes attributes{};
     attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
     return check(driver.copy_batch(tables.targets.data(), tables.sources.data(),
-                                   tables.sizes.data(), runs.size(), attributes, stream(slot)),
+                                   tables.sizes.data(), count, attributes, stream(slot)),
                  "cuMemcpyBatchAsync");
   }
-  for (const Run& run : runs) {
+  for (std::size_t i = 0; i < count; ++i) {
     WL_RETURN_IF_ERROR(
-        check(driver.cuMemcpyHtoDAsync(run.target, base + run.slot_offset, run.count, stream(slot)),
+        check(driver.cuMemcpyHtoDAsync(tables.targets[i],
+                                       reinterpret_cast<const void*>(tables.sources[i]),
+                                       tables.sizes[i], stream(slot)),
               "cuMemcpyHtoDAsync"));
   }
   return {};

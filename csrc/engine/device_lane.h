@@ -4,11 +4,13 @@
 
 #include <cuda.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "convert/scatter.h"
@@ -18,6 +20,7 @@
 #include "engine/plan.h"
 #include "engine/schedule.h"
 #include "engine/settings.h"
+#include "io/leased_mapping.h"
 #include "result.h"
 
 namespace weightlift::engine {
@@ -55,10 +58,16 @@ class DeviceLane {
     std::vector<std::size_t> sizes;
   };
 
+  // Of the chunk that slot `index` is filled for, unit `unit` lies elsewhere: the device copies it
+  // from there, and it is held until it has. For devices that use the host's page tables.
+  void keep(std::uint32_t index, std::uint32_t unit, io::LeasedMapping::Hold hold) noexcept {
+    slots_[index]->held[unit] = std::move(hold);
+  }
+
   // Queues the copies of a filled slot, and an event behind them.
   [[nodiscard]] Status submit(std::uint32_t slot, const Chunk& chunk, Tables& tables);
   // Until the copies of a submitted slot have ended.
-  [[nodiscard]] Status wait(std::uint32_t slot) const;
+  [[nodiscard]] Status wait(std::uint32_t slot);
   // Makes another stream of the device wait for the copies of submitted slots.
   [[nodiscard]] Status order_behind(const BoundedQueue<std::uint32_t>& slots, CUstream other) const;
   // After a failed call: waits for everything on the streams, so that the slots can be used again.
@@ -69,6 +78,7 @@ class DeviceLane {
   struct Slot {
     device::StagingSlot memory;
     device::Event copied;
+    std::vector<io::LeasedMapping::Hold> held;  // by unit of its chunk; empty where none may be
   };
 
   // By turns of the slots: the copy of one need not wait for the kernel of the one before it.
@@ -82,13 +92,20 @@ class DeviceLane {
         settings_(settings),
         device_(device),
         streams_(std::move(streams)),
-        slots_(lane.slots) {}
+        slots_(lane.slots) {
+    for (const Chunk& chunk : lane.chunks) {
+      for (std::uint32_t i = 0; i < chunk.unit_count; ++i) {
+        if (lane.units[chunk.first_unit + i].may_stay) held_ = std::max(held_, chunk.unit_count);
+      }
+    }
+  }
 
   [[nodiscard]] CUstream stream(std::uint32_t slot) const noexcept {
     return streams_[slot % streams_.size()].get();
   }
   [[nodiscard]] Status scatter(std::uint32_t slot, const Chunk& chunk, Tables& tables);
-  [[nodiscard]] Status copy_runs(std::uint32_t slot, Tables& tables);
+  [[nodiscard]] Status copy_runs(std::uint32_t slot, const Chunk& chunk, Tables& tables);
+  void find_sources(std::uint32_t slot, const Chunk& chunk, Tables& tables) const;
   [[nodiscard]] Status check(CUresult result, const char* call) const {
     return device::check(device_.driver(), result, call);
   }
@@ -101,6 +118,7 @@ class DeviceLane {
   Streams streams_;
   std::optional<device::StagingPool::Waiting> waiting_;  // for the first slot
   std::vector<std::optional<Slot>> slots_;  // never resized: threads fill some while one is added
+  std::uint32_t held_ = 0;                  // units of one chunk that may lie elsewhere
   std::atomic<bool> lost_ = false;          // set by whichever thread a call failed on
 };
 

@@ -93,21 +93,23 @@ void Runner::run(const AddSlotTask& task) {
 
 void Runner::run(const UnitTask& task, Buffers& buffers) {
   Status status;
+  const Chunk* const chunk = device_of(task.lane) == nullptr
+                                 ? nullptr
+                                 : &schedule_.lanes[task.lane].chunks[dispatcher_.chunk_in(task)];
   {
     const MutexUnlock unlocked(dispatcher_.mutex());
-    status = attempt([&] { return deliver_units(task, buffers.scratch); });
+    status = attempt([&] { return deliver_units(task, chunk, buffers.scratch); });
   }
   if (!dispatcher_.finish(task, std::move(status))) return;
-  const Chunk& chunk = schedule_.lanes[task.lane].chunks[dispatcher_.chunk_in(task)];
   {
     const MutexUnlock unlocked(dispatcher_.mutex());
-    status = submit(task, chunk, buffers);
+    status = submit(task, *chunk, buffers);
   }
   const bool is_queued = status.ok();
   dispatcher_.submitted(task, std::move(status));
   if (is_queued && arrivals_ != nullptr) {
     const MutexUnlock unlocked(dispatcher_.mutex());
-    arrivals_->queued(schedule_.lanes[task.lane], chunk);
+    arrivals_->queued(schedule_.lanes[task.lane], *chunk);
   }
 }
 
@@ -118,13 +120,26 @@ Status Runner::submit(const UnitTask& task, const Chunk& chunk, Buffers& buffers
   return status;
 }
 
-Status Runner::deliver_units(const UnitTask& task, Scratch& scratch) {
+bool Runner::leave_in_place(const UnitTask& task, const Chunk& chunk, const Unit& unit,
+                            std::uint32_t index) {
+  if (!unit.may_stay) return false;
+  auto hold = sources_.hold(unit);
+  if (hold.data() == nullptr) return false;
+  devices_[task.lane]->keep(task.slot, index - chunk.first_unit, std::move(hold));
+  return true;
+}
+
+Status Runner::deliver_units(const UnitTask& task, const Chunk* chunk, Scratch& scratch) {
   const Lane& lane = schedule_.lanes[task.lane];
   DeviceLane* const device = device_of(task.lane);
   std::byte* const slot = device != nullptr ? device->slot(task.slot) : nullptr;
   for (std::uint32_t i = 0; i < task.unit_count && !dispatcher_.stopped(); ++i) {
-    const Unit& unit = lane.units[task.first_unit + i];
-    Status status = deliver_unit(unit, lane, slot, scratch);
+    const std::uint32_t index = task.first_unit + i;
+    const Unit& unit = lane.units[index];
+    Status status;
+    if (chunk == nullptr || !leave_in_place(task, *chunk, unit, index)) {
+      status = deliver_unit(unit, lane, slot, scratch);
+    }
     if (!status.ok()) {
       Error& error = status.error();
       const Copy& copy = plan_.copies[lane.pieces[unit.first_piece].copy];

@@ -60,9 +60,13 @@ class Runner {
   void run(const AddSlotTask& task) WL_REQUIRES(dispatcher_.mutex());
   void run(const PopulateTask& task) WL_REQUIRES(dispatcher_.mutex());
   [[nodiscard]] Status submit(const UnitTask& task, const Chunk& chunk, Buffers& buffers);
-  [[nodiscard]] Status deliver_units(const UnitTask& task, Scratch& scratch);
+  // `chunk` is null for the host's lane.
+  [[nodiscard]] Status deliver_units(const UnitTask& task, const Chunk* chunk, Scratch& scratch);
   [[nodiscard]] Status deliver_unit(const Unit& unit, const Lane& lane, std::byte* slot,
                                     Scratch& scratch);
+  // Whether the unit stays where it lies, for the device to copy from there.
+  [[nodiscard]] bool leave_in_place(const UnitTask& task, const Chunk& chunk, const Unit& unit,
+                                    std::uint32_t index);
 
   const LoadPlan& plan_;
   const Schedule& schedule_;

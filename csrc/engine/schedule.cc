@@ -290,6 +290,11 @@ class LaneBuilder {
                                    [](const Run& run) { return run.cast != convert::kTileCopy; });
     chunk_.scatter = (casts || runs_.size() > kDirectRuns) && has_kernel();
     ++(chunk_.scatter ? scattered_ : runs_.size() == 1 ? of_one_run_ : of_many_runs_);
+    // The kernel takes its parts out of one copy of a slot; other chunks need none.
+    for (std::uint32_t i = 0; i < chunk_.unit_count; ++i) {
+      Unit& unit = lane_.units[chunk_.first_unit + i];
+      unit.may_stay = unit.raw && !chunk_.scatter && device_->uses_host_page_tables();
+    }
     lane_.chunks.push_back(chunk_);
     chunk_ = {.first_unit = static_cast<std::uint32_t>(lane_.units.size())};
     cursor_ = 0;

@@ -35,6 +35,7 @@ struct Unit {
   std::uint64_t raw_target = 0;   // host lane: where the range goes as it is, 0 where it does not
   std::uint64_t target_page = 0;  // host lane: the huge page that its first target lies in
   bool raw = false;               // device lanes: the range is staged as it is in the file
+  bool may_stay = false;          // raw: the device can copy from where it lies in the page cache
 };
 
 // What goes to a device in one copy.

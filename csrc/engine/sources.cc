@@ -201,18 +201,22 @@ Status Sources::read(const Unit& unit, std::byte* target, Scratch& scratch) {
   return read_to(unit, target, scratch).status();
 }
 
-Result<Sources::Bytes> Sources::bytes(const Unit& unit, bool is_cast, Scratch& scratch) {
+io::LeasedMapping::Hold Sources::hold(const Unit& unit) {
   Source& source = files_[unit.file];
+  if (!source.may_lease) return {};
+  std::call_once(source.asked_for_lease, [&] {
+    source.leased = io::LeasedMapping::open(plan_.files[unit.file]);
+    if (source.leased != nullptr) source.choice.reason += ", used where it lies";
+  });
+  if (source.leased == nullptr) return {};
+  return source.leased->hold(unit.begin, unit.end - unit.begin);
+}
+
+Result<Sources::Bytes> Sources::bytes(const Unit& unit, bool is_cast, Scratch& scratch) {
   // Of others one copy is as good as the other, and maps no pages.
-  if (is_cast && source.may_lease) {
-    std::call_once(source.asked_for_lease, [&] {
-      source.leased = io::LeasedMapping::open(plan_.files[unit.file]);
-      if (source.leased != nullptr) source.choice.reason += ", used where it lies";
-    });
-    if (source.leased != nullptr) {
-      auto hold = source.leased->hold(unit.begin, unit.end - unit.begin);
-      if (hold.data() != nullptr) return Bytes{hold.data(), std::move(hold)};
-    }
+  if (is_cast) {
+    auto held = hold(unit);
+    if (held.data() != nullptr) return Bytes{held.data(), std::move(held)};
   }
   WL_ASSIGN_OR_RETURN(const std::byte* const data, read_to(unit, nullptr, scratch));
   return Bytes{data, {}};

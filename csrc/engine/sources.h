@@ -46,6 +46,9 @@ class Sources {
   // Reads a unit to `target`. Any thread.
   [[nodiscard]] Status read(const Unit& unit, std::byte* target, Scratch& scratch);
 
+  // The bytes of a unit where they lie in the page cache, or none where that cannot be. Any thread.
+  [[nodiscard]] io::LeasedMapping::Hold hold(const Unit& unit);
+
   // The bytes of a unit, read into `scratch`; of one that is cast, where they lie in the page
   // cache, if that can be. Any thread.
   struct Bytes {

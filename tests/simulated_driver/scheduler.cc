@@ -199,11 +199,15 @@ void Simulator::drain() {
 // --- Running ------------------------------------------------------------------------------------
 
 void Simulator::add_pieces(Operation& operation, std::uint64_t target, std::uint64_t source,
-                           std::size_t bytes, bool hashed) {
+                           std::size_t bytes, bool hashed, bool of_pages) {
   const std::size_t size = policy_ == SIM_SPLIT ? kSplitPiece : kPiece;
   for (std::size_t at = 0; at < bytes; at += size) {
-    Piece piece{target + at, source == 0 ? 0 : source + at, std::min(size, bytes - at), 0,
-                hashed && hashing_};
+    Piece piece{target + at,
+                source == 0 ? 0 : source + at,
+                std::min(size, bytes - at),
+                0,
+                hashed && hashing_,
+                of_pages};
     if (piece.hashed) piece.hash = hash_bytes(host_pointer(piece.source), piece.bytes);
     operation.pieces.push_back(piece);
   }
@@ -251,6 +255,7 @@ void Simulator::finish(const OperationPointer& operation) {
   SimLink& traffic = device(operation->stream->device)->traffic;
   traffic.bytes_to_device += operation->to_device;
   traffic.bytes_to_host += operation->to_host;
+  traffic.bytes_of_pages += operation->of_pages;
   operation->done = true;
   operation->waits.clear();
   operation->pieces = {};
@@ -292,6 +297,11 @@ void Simulator::run_piece(Operation& operation, Piece& piece) {
   }
   const std::byte* source = locate(piece.source, device_of(piece.source));
   if (source == nullptr) return;
+  if (piece.of_pages && !mapped(piece.source, piece.bytes)) {
+    report(text("unmapped: {} runs when {} bytes at {:#x} are gone", operation.stamp->what,
+                piece.bytes, piece.source));
+    return;
+  }
   if (piece.hashed && hashing_ && hash_bytes(source, piece.bytes) != piece.hash) {
     report(text("host write in flight: the source of {} changed, {} bytes at {:#x}",
                 operation.stamp->what, piece.bytes, piece.source));

@@ -56,6 +56,7 @@ typedef struct SimLedger {
 typedef struct SimLink {
   uint64_t bytes_to_device;
   uint64_t bytes_to_host;
+  uint64_t bytes_of_pages; /* to the device from memory that is not pinned */
   double first_start;      /* seconds on sim_now's clock; 0 before the first copy */
   double last_finish;
 } SimLink;

@@ -96,6 +96,7 @@ class _Link(ctypes.Structure):
     _fields_ = [
         ("bytes_to_device", c_uint64),
         ("bytes_to_host", c_uint64),
+        ("bytes_of_pages", c_uint64),
         ("first_start", c_double),
         ("last_finish", c_double),
     ]
@@ -133,6 +134,7 @@ class Ledger:
 class Link:
     bytes_to_device: int
     bytes_to_host: int
+    bytes_of_pages: int
     first_start: float
     last_finish: float
 

@@ -50,15 +50,15 @@ std::string range(std::uint64_t begin, std::uint64_t bytes) {
   return text("{} bytes at {:#x}", bytes, begin);
 }
 
+}  // namespace
+
 // Whether all of it is: mincore says ENOMEM of what is not.
-bool mapped(std::uint64_t begin, std::uint64_t bytes) {
+bool Simulator::mapped(std::uint64_t begin, std::uint64_t bytes) {
   const std::uint64_t first = begin / kPage * kPage;
   const std::uint64_t pages = (begin + bytes - first + kPage - 1) / kPage;
   std::vector<unsigned char> resident(pages);
   return mincore(reinterpret_cast<void*>(first), pages * kPage, resident.data()) == 0;
 }
-
-}  // namespace
 
 std::uint64_t Random::next() {
   state_ += 0x9E3779B97F4A7C15u;
@@ -168,6 +168,10 @@ void Simulator::set_policy(std::uint64_t seed, int policy) {
 Device* Simulator::device(int index) {
   if (index < 0 || index >= device_count_) return nullptr;
   return devices_[static_cast<std::size_t>(index)].get();
+}
+
+bool Simulator::uses_host_page_tables(int index) const {
+  return attribute(index, CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES) != 0;
 }
 
 int Simulator::attribute(int index, int attribute) const {
@@ -927,7 +931,10 @@ CUresult Simulator::copy(const char* name, CUstream stream, std::vector<Copy> co
     }
     const auto* pinned = pinned_over(address, copy.bytes);
     if (pinned == nullptr) {
-      if (source && copy.order != CU_MEMCPY_SRC_ACCESS_ORDER_STREAM) return true;
+      if (source &&
+          (copy.order != CU_MEMCPY_SRC_ACCESS_ORDER_STREAM || uses_host_page_tables(on->device))) {
+        return true;
+      }
       violation(text("unregistered: the {} of {} is not pinned: {}", side, name,
                      range(address, copy.bytes)));
       synchronous = synchronous || !source;
@@ -976,10 +983,13 @@ CUresult Simulator::copy(const char* name, CUstream stream, std::vector<Copy> co
     const int source_device = device_of(copy.source);
     const int target_device = device_of(copy.target);
     const bool stream_order = copy.order == CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
+    const bool pageable =
+        source_device < 0 && pinned_over(copy.source, copy.bytes) == nullptr && stream_order;
+    // The device reads them when it comes to it where it uses the host's page tables.
+    const bool of_pages = pageable && uses_host_page_tables(on->device);
     // Pageable sources are staged before the call returns; so is what is only valid during it.
     const bool snapshot =
-        copy.order == CU_MEMCPY_SRC_ACCESS_ORDER_DURING_API_CALL ||
-        (source_device < 0 && pinned_over(copy.source, copy.bytes) == nullptr && stream_order) ||
+        copy.order == CU_MEMCPY_SRC_ACCESS_ORDER_DURING_API_CALL || (pageable && !of_pages) ||
         (copy.order == CU_MEMCPY_SRC_ACCESS_ORDER_ANY && policy_ != SIM_EAGER && random_.coin());
     if (!stream_order && !early) {
       early = std::make_shared<const Stamp>(
@@ -995,7 +1005,9 @@ CUresult Simulator::copy(const char* name, CUstream stream, std::vector<Copy> co
       operation->snapshots.emplace_back(from, from + copy.bytes);
       source = number(operation->snapshots.back().data());
     }
-    add_pieces(*operation, copy.target, source, copy.bytes, source_device < 0 && !snapshot);
+    add_pieces(*operation, copy.target, source, copy.bytes, source_device < 0 && !snapshot,
+               of_pages);
+    if (of_pages) operation->of_pages += copy.bytes;
     if (source_device < 0 && target_device >= 0) operation->to_device += copy.bytes;
     if (source_device >= 0 && target_device < 0) operation->to_host += copy.bytes;
   }

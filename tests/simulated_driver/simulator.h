@@ -68,7 +68,8 @@ struct Piece {
   std::uint64_t source = 0;
   std::size_t bytes = 0;
   std::uint64_t hash = 0;
-  bool hashed = false;  // the source is host memory that must not change in flight
+  bool hashed = false;    // the source is host memory that must not change in flight
+  bool of_pages = false;  // which is read through the host's page tables
 };
 
 struct Launch {
@@ -95,6 +96,7 @@ struct Operation {
   // Timed runs.
   std::uint64_t to_device = 0;
   std::uint64_t to_host = 0;
+  std::uint64_t of_pages = 0;  // to the device from memory that is not pinned
   bool moving = false;
   double left = 0;
 };
@@ -238,6 +240,8 @@ class Simulator {
   // Driver.
   [[nodiscard]] int version() const { return version_; }
   [[nodiscard]] int attribute(int index, int attribute) const;
+  // GH200, GB200: memory is read through the host's page tables.
+  [[nodiscard]] bool uses_host_page_tables(int index) const;
   [[nodiscard]] int capability(int index) const;  // 90 for 9.0
   [[nodiscard]] std::optional<int> hidden(const std::string& name) const;
   [[nodiscard]] int device_count() const { return device_count_; }
@@ -314,7 +318,7 @@ class Simulator {
   void touch(const OperationPointer& operation, const StampPointer& stamp, std::uint64_t begin,
              std::uint64_t end, bool write);
   void add_pieces(Operation& operation, std::uint64_t target, std::uint64_t source,
-                  std::size_t bytes, bool hashed);
+                  std::size_t bytes, bool hashed, bool of_pages = false);
   void learn(const Operation& operation) { host_clock_.join(operation.stamp->clock); }
   // Waits on the host's behalf: runs what must run, and the host knows it.
   CUresult complete(const OperationPointer& operation, Lock& lock);
@@ -330,6 +334,7 @@ class Simulator {
   void finish(const OperationPointer& operation);
   void run_piece(Operation& operation, Piece& piece);
   void prepare_kernel(const OperationPointer& operation);
+  static bool mapped(std::uint64_t begin, std::uint64_t bytes);
   void rehash(std::uint64_t begin, std::uint64_t end);
   [[nodiscard]] const Stream* stalled() const;
   [[nodiscard]] bool timed() const { return time_mode_ != SIM_TIME_NONE; }
