@@ -14,6 +14,7 @@
 #include "device/driver.h"
 #include "device/staging.h"
 #include "engine/host_memory.h"
+#include "engine/memory_pool.h"
 #include "io/machine.h"
 
 namespace py = pybind11;
@@ -60,9 +61,15 @@ py::dict driver_report() {
 
 // Bytes for `from_dlpack`, on huge pages where they fill one.
 py::object host_memory(std::uint64_t bytes) {
-  const auto memory = value_or_raise(engine::HostMemory::allocate(bytes, std::nullopt, 0));
+  const auto memory = value_or_raise(engine::HostMemory::allocate(bytes, std::nullopt, {}));
   const std::array<std::uint64_t, 1> shape = {bytes};
   return export_tensor({.shape = shape, .data = memory->data(), .bytes = bytes, .owner = memory});
+}
+
+// (bytes that are kept, bytes that were used again) of the memory of dead tensors.
+py::tuple memory_pool() {
+  const engine::MemoryPool::Stats stats = engine::MemoryPool::instance().stats();
+  return py::make_tuple(stats.kept_bytes, stats.reused_bytes);
 }
 
 }  // namespace
@@ -72,6 +79,7 @@ void bind_machine(py::module_& module) {
   module.def("host_memory", &host_memory, py::arg("bytes"));
   module.def("driver_report", &driver_report);
   module.def("pinned_bytes", [] { return device::StagingPool::instance().pinned_bytes(); });
+  module.def("memory_pool", &memory_pool);
 #ifdef WEIGHTLIFT_TESTING
   module.def("use_driver_for_testing", &device::use_driver_for_testing, py::arg("path"));
 #endif

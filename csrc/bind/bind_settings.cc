@@ -68,6 +68,7 @@ void bind_settings(const py::module_& module) {
       .def_readwrite("read_bytes", &Settings::read_bytes)
       .def_readwrite("chunk_bytes", &Settings::chunk_bytes)
       .def_readwrite("pinned_bytes", &Settings::pinned_bytes)
+      .def_readwrite("pool_bytes", &Settings::pool_bytes)
       .def_readwrite("streams", &Settings::streams)
       .def_readwrite("kernels", &Settings::kernels)
       .def_readwrite("batch_copies", &Settings::batch_copies)

@@ -97,7 +97,7 @@ void PlanBuilder::map(const std::shared_ptr<IndexedFile>& source, const Which& w
                         .data = mapping->data() + tensor.begin,
                         .bytes = tensor.bytes,
                         .owner = mapping,
-                        .release_pages = !shared});
+                        .pages = shared ? DeadPages::kKept : DeadPages::kReleased});
   });
 }
 
@@ -105,8 +105,7 @@ std::shared_ptr<engine::HostMemory> PlanBuilder::allocate(std::size_t bytes,
                                                           std::optional<int> pin_for) {
   auto memory = [&] {
     const UnlockedGil unlocked;  // pinning touches every page
-    return engine::HostMemory::allocate(bytes, pin_for, settings_.resolved().threads,
-                                        settings_.huge_pages);
+    return engine::HostMemory::allocate(bytes, pin_for, settings_);
   }();
   if (!memory.ok() && !plan_.files.empty()) memory.error().path = plan_.files.back()->path();
   auto block = value_or_raise(std::move(memory));
@@ -121,6 +120,9 @@ void PlanBuilder::read(const std::shared_ptr<IndexedFile>& source, const Which& 
   plan_.keep_alive.push_back(source->index);
   const std::size_t first = outputs_.size();
   engine::HostLayout layout(plan_);
+  const DeadPages pages = pin_for                       ? DeadPages::kKept
+                          : settings_.kept_bytes() != 0 ? DeadPages::kReleasedUnderPressure
+                                                        : DeadPages::kReleased;
   for_each_tensor(*source, which, [&](const format::TensorInfo& tensor) {
     require_exportable(*source, tensor);
     const Dtype target = target_dtype(tensor, dtype);
@@ -132,7 +134,7 @@ void PlanBuilder::read(const std::shared_ptr<IndexedFile>& source, const Which& 
                         .data = nullptr,
                         .bytes = bytes,
                         .owner = {},
-                        .release_pages = !pin_for});
+                        .pages = pages});
   });
   const auto memory = allocate(layout.bytes(), pin_for);
   layout.place_at(memory->data());
@@ -214,7 +216,7 @@ void PlanBuilder::slice(const std::shared_ptr<IndexedFile>& source, std::uint32_
                       .data = memory->data(),
                       .bytes = bytes,
                       .owner = memory,
-                      .release_pages = false});
+                      .pages = DeadPages::kKept});
   plan_.add_slice(part.tensor, part.shape, part.stretches, target, engine::kHostDevice,
                   reinterpret_cast<std::uintptr_t>(memory->data()));
 }
@@ -371,7 +373,7 @@ py::list PlanBuilder::tensors(const py::object& from_dlpack) {
                                               .data = output.data,
                                               .bytes = output.bytes,
                                               .owner = std::move(output.owner),
-                                              .release_pages = output.release_pages});
+                                              .pages = output.pages});
     PyObject* const tensor = PyObject_CallOneArg(from_dlpack.ptr(), capsule.ptr());
     if (tensor == nullptr) throw py::error_already_set();
     PyList_SET_ITEM(result.ptr(), static_cast<Py_ssize_t>(i), tensor);

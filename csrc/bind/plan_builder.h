@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bind/indexed_file.h"
+#include "bind/tensor_export.h"
 #include "engine/host_memory.h"
 #include "engine/load.h"
 #include "engine/plan.h"
@@ -101,7 +102,7 @@ class PlanBuilder {
     std::byte* data = nullptr;
     std::size_t bytes = 0;
     std::shared_ptr<const void> owner;
-    bool release_pages = false;
+    DeadPages pages = DeadPages::kKept;
   };
 
   // What slice() and slice_to() begin with: checked, and what it adds to the plan but the target.

@@ -61,15 +61,19 @@ struct Exported {
   std::array<std::int64_t, kInlineRank> few;
   std::vector<std::int64_t> many;
   std::size_t bytes;
-  bool release_pages;
+  DeadPages pages;
   std::shared_ptr<const void> owner;
 };
 
 void delete_exported(DlManagedTensor* managed) {
   auto* const exported = static_cast<Exported*>(managed->context);
   // The last one's pages go with the block itself.
-  if (exported->release_pages && exported->owner.use_count() > 1) {
-    io::release_whole_pages(static_cast<std::byte*>(managed->tensor.data), exported->bytes);
+  if (exported->owner.use_count() > 1) {
+    auto* const data = static_cast<std::byte*>(managed->tensor.data);
+    if (exported->pages == DeadPages::kReleased) io::release_whole_pages(data, exported->bytes);
+    if (exported->pages == DeadPages::kReleasedUnderPressure) {
+      io::release_under_pressure(data, exported->bytes);
+    }
   }
   delete exported;
 }
@@ -163,7 +167,7 @@ py::object export_tensor(HostTensor tensor) {
   for (std::size_t i = 0; i < rank; ++i) shape[i] = static_cast<std::int64_t>(tensor.shape[i]);
   if (type.packed != 1) shape[rank - 1] /= type.packed;
   exported->bytes = tensor.bytes;
-  exported->release_pages = tensor.release_pages;
+  exported->pages = tensor.pages;
   exported->owner = std::move(tensor.owner);
   exported->managed = {.tensor = {.data = tensor.data,
                                   .device_type = kDlCpu,

@@ -28,15 +28,18 @@ struct TensorType {
 // kUnsupportedDtype where torch cannot hold a tensor of this dtype and shape.
 [[nodiscard]] Status check_exportable(Dtype dtype, std::span<const std::uint64_t> shape);
 
+// What becomes of a tensor's pages when it dies before the block that it lies in: the whole ones
+// inside it go back to the system, now or where memory is short. Only where no other tensor can
+// share them.
+enum class DeadPages : std::uint8_t { kKept, kReleased, kReleasedUnderPressure };
+
 struct HostTensor {
   Dtype dtype = Dtype::kU8;
   std::span<const std::uint64_t> shape;  // in elements of the file
   std::byte* data = nullptr;
   std::size_t bytes = 0;
   std::shared_ptr<const void> owner;
-  // Gives the tensor's whole pages back when it dies before the block that it lies in. Only where
-  // no other tensor can share them.
-  bool release_pages = false;
+  DeadPages pages = DeadPages::kKept;
 };
 
 // The capsule for `from_dlpack`, of a tensor that passed check_exportable.

@@ -15,6 +15,7 @@
 
 #include "device/context.h"
 #include "device/pinned.h"
+#include "engine/memory_pool.h"
 #include "engine/page_choice.h"
 #include "engine/settings.h"
 #include "io/anonymous_memory.h"
@@ -32,22 +33,32 @@ constexpr std::size_t kWatchedBytes = std::size_t{16} << 20;
 
 class PageableMemory final : public HostMemory {
  public:
-  PageableMemory(io::AnonymousMemory memory, HugePages huge_pages)
-      : HostMemory(memory.data(), false), memory_(std::move(memory)) {
+  PageableMemory(io::AnonymousMemory memory, const Settings& settings, bool used_again)
+      : HostMemory(memory.data(), false),
+        memory_(std::move(memory)),
+        pool_bytes_(settings.kept_bytes()) {
     if (memory_.size() < kWatchedBytes) return;
-    if (huge_pages == HugePages::kAuto) {
+    if (used_again) {
+      pages_ = "used again, from tensors that are dead";
+    } else if (settings.huge_pages == HugePages::kAuto) {
       watch_.emplace(memory_);
     } else {
-      pages_ = huge_pages == HugePages::kAlways ? "huge pages, as set" : "small pages, as set";
+      pages_ =
+          settings.huge_pages == HugePages::kAlways ? "huge pages, as set" : "small pages, as set";
     }
+  }
+  ~PageableMemory() override {
+    watch_.reset();
+    if (pool_bytes_ != 0) MemoryPool::instance().keep(std::move(memory_), pool_bytes_);
   }
 
   [[nodiscard]] std::string pages() const override { return watch_ ? watch_->reason() : pages_; }
 
  private:
   io::AnonymousMemory memory_;
+  std::size_t pool_bytes_;
   std::string pages_;
-  std::optional<PageWatch> watch_;  // goes before the memory
+  std::optional<PageWatch> watch_;
 };
 
 class PageLockedMemory final : public HostMemory {
@@ -87,33 +98,45 @@ Status populate(const io::AnonymousMemory& memory, unsigned threads) {
   return {};
 }
 
-}  // namespace
+Status check_headroom(std::size_t bytes) {
+  if (bytes < kCheckedBytes || bytes <= io::memory_headroom()) return {};
+  MemoryPool::instance().clear();
+  device::wait_for_releases();  // what others have dropped may be on its way
+  const std::uint64_t headroom = io::memory_headroom();
+  if (bytes <= headroom) return {};
+  return Error{.code = ErrorCode::kOutOfMemory,
+               .message = "the tensors need " + std::to_string(bytes) + " bytes of memory and " +
+                          std::to_string(headroom) +
+                          " can be had (the machine's and the cgroup's limits): load fewer, use a "
+                          "smaller dtype, or mode=\"map\""};
+}
 
-Result<std::shared_ptr<HostMemory>> HostMemory::allocate(std::size_t bytes,
-                                                         std::optional<int> pin_for,
-                                                         unsigned threads, HugePages huge_pages) {
-  if (bytes >= kCheckedBytes) {
-    std::uint64_t headroom = io::memory_headroom();
-    if (bytes > headroom) {  // what others have dropped may be on its way
-      device::wait_for_releases();
-      headroom = io::memory_headroom();
-    }
-    if (bytes > headroom) {
-      return Error{.code = ErrorCode::kOutOfMemory,
-                   .message = "the tensors need " + std::to_string(bytes) +
-                              " bytes of memory and " + std::to_string(headroom) +
-                              " can be had (the machine's and the cgroup's limits): load fewer, "
-                              "use a smaller dtype, or mode=\"map\""};
+// Fresh memory; what the pool keeps gives way to it.
+Result<io::AnonymousMemory> allocate_fresh(std::size_t bytes, bool huge_pages) {
+  auto memory = io::AnonymousMemory::allocate(bytes, huge_pages);
+  if (memory.ok() || MemoryPool::instance().stats().kept_bytes == 0) return memory;
+  MemoryPool::instance().clear();
+  return io::AnonymousMemory::allocate(bytes, huge_pages);
+}
+
+Result<std::shared_ptr<HostMemory>> allocate_pageable(std::size_t bytes, const Settings& settings) {
+  // Of what the pool has, the kernel may have taken pages: the limits count these as free.
+  WL_RETURN_IF_ERROR(check_headroom(bytes));
+  const bool huge_pages = settings.huge_pages != HugePages::kNever;
+  if (huge_pages && bytes >= io::kHugePageBytes) {
+    if (auto kept = MemoryPool::instance().take(bytes)) {
+      return std::shared_ptr<HostMemory>(new PageableMemory(*std::move(kept), settings, true));
     }
   }
-  const bool pageable = !pin_for || bytes == 0;
-  WL_ASSIGN_OR_RETURN(
-      io::AnonymousMemory memory,
-      io::AnonymousMemory::allocate(bytes, !pageable || huge_pages != HugePages::kNever));
-  if (pageable) {
-    return std::shared_ptr<HostMemory>(new PageableMemory(std::move(memory), huge_pages));
-  }
-  WL_ASSIGN_OR_RETURN(device::Device * device, device::Device::get(*pin_for));
+  WL_ASSIGN_OR_RETURN(io::AnonymousMemory memory, allocate_fresh(bytes, huge_pages));
+  return std::shared_ptr<HostMemory>(new PageableMemory(std::move(memory), settings, false));
+}
+
+Result<std::shared_ptr<HostMemory>> allocate_pinned(std::size_t bytes, int device_ordinal,
+                                                    unsigned threads) {
+  WL_RETURN_IF_ERROR(check_headroom(bytes));
+  WL_ASSIGN_OR_RETURN(io::AnonymousMemory memory, allocate_fresh(bytes, true));
+  WL_ASSIGN_OR_RETURN(device::Device * device, device::Device::get(device_ordinal));
   memory.keep_from_children();
   WL_RETURN_IF_ERROR(populate(memory, threads));
   WL_ASSIGN_OR_RETURN(device::PinnedMemory pinned,
@@ -121,6 +144,15 @@ Result<std::shared_ptr<HostMemory>> HostMemory::allocate(std::size_t bytes,
   std::list<device::PinnedMemory> owned;
   owned.push_back(std::move(pinned));
   return std::shared_ptr<HostMemory>(new PageLockedMemory(std::move(owned)));
+}
+
+}  // namespace
+
+Result<std::shared_ptr<HostMemory>> HostMemory::allocate(std::size_t bytes,
+                                                         std::optional<int> pin_for,
+                                                         const Settings& settings) {
+  if (pin_for && bytes != 0) return allocate_pinned(bytes, *pin_for, settings.resolved().threads);
+  return allocate_pageable(bytes, settings);
 }
 
 }  // namespace weightlift::engine

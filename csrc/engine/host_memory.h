@@ -15,11 +15,11 @@ class HostMemory {
  public:
   // kOutOfMemory where `bytes` are more than the process can still have (its cgroup's limit
   // counts): an error now instead of the kernel's killer later. With `pin_for`, page-locked for all
-  // devices through that one, backed by `threads` threads; that is on huge pages, as a GPU wants
-  // it.
-  [[nodiscard]] static Result<std::shared_ptr<HostMemory>> allocate(
-      std::size_t bytes, std::optional<int> pin_for, unsigned threads,
-      HugePages huge_pages = HugePages::kAuto);
+  // devices through that one, backed by the threads of `settings`; that is on huge pages, as a GPU
+  // wants it. Pageable memory comes from the MemoryPool where it has some, and goes back to it.
+  [[nodiscard]] static Result<std::shared_ptr<HostMemory>> allocate(std::size_t bytes,
+                                                                    std::optional<int> pin_for,
+                                                                    const Settings& settings);
   HostMemory(const HostMemory&) = delete;
   HostMemory& operator=(const HostMemory&) = delete;
   virtual ~HostMemory() = default;

@@ -26,12 +26,18 @@ struct Settings {
   std::size_t chunk_bytes = 0;   // of one staging slot, one copy to a device; 0: 4 MiB
   std::size_t pinned_bytes = 0;  // staging slots of one device at the most; 0: 32 MiB
   unsigned streams = 0;          // that copy to one device, by turns of the slots; 0: 2
+  std::size_t pool_bytes = 0;    // of dead tensors on the host, kept for later loads: memory_pool.h
   IoPath io_path = IoPath::kAuto;
   CastPlace cast_place = CastPlace::kAuto;
   HugePages huge_pages = HugePages::kAuto;
   bool kernels = true;       // false: as on a device without the CUDA kernels
   bool batch_copies = true;  // false: as with a driver without cuMemcpyBatchAsync
-  convert::Fp8Rules fp8;
+  convert::Fp8Rules fp8 = {};
+
+  // Memory on small pages, as set, is not mixed with the pool's.
+  [[nodiscard]] std::size_t kept_bytes() const noexcept {
+    return huge_pages == HugePages::kNever ? 0 : pool_bytes;
+  }
 
   // The same with every zero replaced and every size brought within bounds.
   [[nodiscard]] Settings resolved() const;

@@ -23,6 +23,13 @@ constexpr std::size_t round_up(std::size_t value, std::size_t unit) {
   return (value + unit - 1) / unit * unit;
 }
 
+void advise_whole(std::byte* data, std::size_t bytes, std::size_t unit, int advice) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(data);
+  const std::uintptr_t first = round_up(begin, unit);
+  const std::uintptr_t last = (begin + bytes) / unit * unit;
+  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, advice);
+}
+
 Error out_of_memory(std::size_t bytes, int error_number) {
   return {.code = ErrorCode::kOutOfMemory,
           .message = "cannot get " + std::to_string(bytes) +
@@ -97,15 +104,34 @@ bool AnonymousMemory::is_backed(std::size_t offset) const noexcept {
   return ::mincore(page, kPageBytes, &resident) == 0 && (resident & 1) != 0;
 }
 
+AnonymousMemory AnonymousMemory::split(std::size_t bytes) noexcept {
+  const std::size_t kept = round_up(bytes, kHugePageBytes);
+  if (kept >= bytes_) return {};
+  const std::size_t rest = std::exchange(bytes_, kept) - kept;
+  return {data_ + kept, rest};
+}
+
+bool AnonymousMemory::join(AnonymousMemory& neighbour) noexcept {
+  if (neighbour.data_ + neighbour.bytes_ == data_) {
+    data_ = neighbour.data_;
+  } else if (data_ + bytes_ != neighbour.data_) {
+    return false;
+  }
+  bytes_ += std::exchange(neighbour.bytes_, 0);
+  neighbour.data_ = nullptr;
+  return true;
+}
+
 void AnonymousMemory::keep_from_children() noexcept {
   if (data_ != nullptr) ::madvise(data_, bytes_, MADV_DONTFORK);
 }
 
 void release_whole_pages(std::byte* data, std::size_t bytes) noexcept {
-  const auto begin = reinterpret_cast<std::uintptr_t>(data);
-  const std::uintptr_t first = round_up(begin, kPageBytes);
-  const std::uintptr_t last = (begin + bytes) / kPageBytes * kPageBytes;
-  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+  advise_whole(data, bytes, kPageBytes, MADV_DONTNEED);
+}
+
+void release_under_pressure(std::byte* data, std::size_t bytes) noexcept {
+  advise_whole(data, bytes, kHugePageBytes, MADV_FREE);
 }
 
 }  // namespace weightlift::io

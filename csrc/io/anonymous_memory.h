@@ -36,6 +36,14 @@ class AnonymousMemory {
   // Whether the page at `offset` is backed.
   [[nodiscard]] bool is_backed(std::size_t offset) const noexcept;
 
+  // Cuts off what lies behind the first `bytes`, rounded up to whole huge pages, and returns it;
+  // empty where there is nothing.
+  [[nodiscard]] AnonymousMemory split(std::size_t bytes) noexcept;
+
+  // Takes memory that lies right before or behind this one into it. False, and nothing is done,
+  // where it lies elsewhere.
+  bool join(AnonymousMemory& neighbour) noexcept;
+
   // Keeps the pages out of children (madvise(2) MADV_DONTFORK): a copy-on-write fault in the parent
   // after fork() would move pages away under a device that reads them.
   void keep_from_children() noexcept;
@@ -53,5 +61,10 @@ class AnonymousMemory {
 // Gives the whole pages inside [data, data + bytes) back to the system; they read as before (file
 // mappings) or as zero (anonymous memory) if touched again.
 void release_whole_pages(std::byte* data, std::size_t bytes) noexcept;
+
+// Lets the kernel take the whole huge pages inside [data, data + bytes) where memory is short,
+// until they are written to again (madvise(2) MADV_FREE). The others stay: a huge page that is
+// marked in part is split.
+void release_under_pressure(std::byte* data, std::size_t bytes) noexcept;
 
 }  // namespace weightlift::io

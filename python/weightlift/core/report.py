@@ -7,6 +7,8 @@ import threading
 from collections import Counter
 from typing import Any, NamedTuple
 
+import weightlift._native as _native
+
 __all__ = ["FileReport", "LoadProgress", "LoadReport", "Stats", "last_report", "stats"]
 
 # Names of a kind that a printed report lists.
@@ -57,7 +59,7 @@ class LoadReport:
         pinned_bytes: pinned by the process's staging pool when the load ended.
         peak_staging_bytes: staging slots that this load held at once.
         threads: that read and cast; 0 where the calling thread did it all.
-        memory: of each larger block of new memory, on which pages it lies, and why.
+        memory: of each larger block of host memory, on which pages it lies, and why.
         copies: by CUDA device, how many chunks were copied at once, by which form of batch copies,
             or by the kernel.
         fallbacks: what was done another way than the fastest, and why.
@@ -150,7 +152,7 @@ class LoadReport:
                 f"  staged through {format_bytes(self.peak_staging_bytes)} of pinned memory"
             )
         lines += [f"  copies: {text}" for text in dict.fromkeys(self.copies)]
-        lines += [f"  new memory: {text}" for text in dict.fromkeys(self.memory)]
+        lines += [f"  host memory: {text}" for text in dict.fromkeys(self.memory)]
         lines += [f"  fallback: {text}" for text in self.fallbacks]
         mismatched = [
             f"{name} (checkpoint {_shape(stored)}, model {_shape(own)})"
@@ -175,6 +177,8 @@ class Stats:
     Attributes:
         by_caller: the same by library; what hooks read of weights on the disk, tensor by tensor, is
             by itself, as in ``"transformers, disk weights"``.
+        pool_bytes: of dead tensors, kept now for later loads (``Settings.pool_bytes``).
+        reused_bytes: taken out of these by loads since import.
     """
 
     loads: int = 0
@@ -184,6 +188,8 @@ class Stats:
     seconds: float = 0.0
     fallbacks: int = 0
     by_caller: dict[str, Stats] = dataclasses.field(default_factory=dict)
+    pool_bytes: int = 0
+    reused_bytes: int = 0
 
     def _add(self, native: dict[str, Any], fallbacks: int) -> None:
         self.loads += 1
@@ -272,7 +278,8 @@ def stats() -> Stats:
     """A copy of the sums since import."""
     with _lock:
         callers = {name: dataclasses.replace(sums) for name, sums in _stats.by_caller.items()}
-        return dataclasses.replace(_stats, by_caller=callers)
+        kept, reused = _native.memory_pool()
+        return dataclasses.replace(_stats, by_caller=callers, pool_bytes=kept, reused_bytes=reused)
 
 
 def format_bytes(count: float) -> str:

@@ -16,7 +16,7 @@ from weightlift.core.sizes import parse_size
 
 __all__ = ["Settings"]
 
-_SIZES = ("read_bytes", "chunk_bytes", "pinned_bytes")
+_SIZES = ("read_bytes", "chunk_bytes", "pinned_bytes", "pool_bytes")
 # Read elsewhere than here.
 _OTHER_VARIABLES = (
     "WEIGHTLIFT_ENABLE",
@@ -52,6 +52,10 @@ class Settings:
         read_bytes: bytes of one read; 1 MiB, for a device at most an eighth of ``chunk_bytes``.
         chunk_bytes: bytes of one staging slot, and so of one copy to a device; 4 MiB.
         pinned_bytes: pinned bytes that one load uses for one device; 32 MiB.
+        pool_bytes: bytes of host memory that the process keeps when tensors die, for later loads
+            whose bytes are read or cast: their pages need not be cleared again. 0, none. The kernel
+            takes the memory back where it is short (madvise(2), MADV_FREE), but until then it
+            counts as the process's. With ``huge_pages="never"``, none.
         streams: CUDA streams that copy to one device, by turns; 2, at most 16.
         io_path: ``"auto"``, ``"buffered"`` (read through the page cache) or ``"direct"``
             (``O_DIRECT``). Only ``"auto"`` casts from the page cache itself, without a copy.
@@ -72,6 +76,7 @@ class Settings:
     read_bytes: int | str | None = None
     chunk_bytes: int | str | None = None
     pinned_bytes: int | str | None = None
+    pool_bytes: int | str | None = None
     streams: int | None = None
     io_path: str | None = None
     cast_place: str | None = None
@@ -88,20 +93,23 @@ class Settings:
             if isinstance(value, str):
                 size = parse_size(value, f"Settings.{name}", fractions=False)
                 object.__setattr__(self, name, size)
-        for name, largest in (
-            ("threads", 2**31),
-            ("io_depth", 2**31),
-            ("streams", 2**31),
-            ("read_bytes", 2**62),
-            ("chunk_bytes", 2**62),
-            ("pinned_bytes", 2**62),
+        for name, least, largest in (
+            ("threads", 1, 2**31),
+            ("io_depth", 1, 2**31),
+            ("streams", 1, 2**31),
+            ("read_bytes", 1, 2**62),
+            ("chunk_bytes", 1, 2**62),
+            ("pinned_bytes", 1, 2**62),
+            ("pool_bytes", 0, 2**62),
         ):
             value = getattr(self, name)
             if value is not None and (
-                not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest
+                not isinstance(value, int)
+                or isinstance(value, bool)
+                or not least <= value <= largest
             ):
                 raise ArgumentError(
-                    f"Settings.{name} is {value!r}; it must be an integer from 1 to {largest}"
+                    f"Settings.{name} is {value!r}; it must be an integer from {least} to {largest}"
                 )
         for name, known in (
             ("io_path", ("auto", "buffered", "direct")),

@@ -74,7 +74,7 @@ TEST(HostMemory, IsUnpinnedAfterTheDevicesAreDone) {
     Machine machine(seed % 3 == 0 ? 1 : 2, seed, static_cast<int>(seed % SIM_POLICIES));
     const std::uint64_t target = sim().sim_alloc(ordinal, kMiB);
     {
-      auto memory = HostMemory::allocate(kMiB, 0, 2);
+      auto memory = HostMemory::allocate(kMiB, 0, {.threads = 2});
       ASSERT_TRUE(memory.ok()) << memory.error().describe();
       EXPECT_TRUE((*memory)->pinned());
       EXPECT_EQ(sim().ledger().pinned_bytes, kMiB);
@@ -96,7 +96,7 @@ TEST(HostMemoryAllocate, RefusedRegistering) {
   Machine machine(1);
   sim().sim_fail_call("cuMemHostRegister", 1, CUDA_ERROR_NOT_SUPPORTED, 0);
   {
-    const auto memory = HostMemory::allocate(kMiB, 0, 2);
+    const auto memory = HostMemory::allocate(kMiB, 0, {.threads = 2});
     ASSERT_TRUE(memory.ok()) << memory.error().describe();
     EXPECT_TRUE((*memory)->pinned());
     std::memset((*memory)->data(), 1, kMiB);
@@ -111,7 +111,7 @@ TEST(HostMemoryAllocate, RefusedPinning) {
   Machine machine(1);
   sim().sim_fail_call("cuMemHostRegister", 1, CUDA_ERROR_OUT_OF_MEMORY, 0);
   sim().sim_fail_call("cuMemHostAlloc", 1, CUDA_ERROR_OUT_OF_MEMORY, 0);
-  const auto memory = HostMemory::allocate(kMiB, 0, 2);
+  const auto memory = HostMemory::allocate(kMiB, 0, {.threads = 2});
   ASSERT_FALSE(memory.ok());
   EXPECT_NE(memory.error().message.find("cuMemHostRegister"), std::string::npos);
   expect_machine_clean(machine, "pinned");
@@ -124,7 +124,7 @@ TEST(HostMemoryAllocate, OutOfMemory) {
     const Baseline baseline;
     try {
       const Watched watched;
-      const auto block = HostMemory::allocate(9 * kMiB, 0, 3);
+      const auto block = HostMemory::allocate(9 * kMiB, 0, {.threads = 3});
       if (!block.ok()) {
         EXPECT_EQ(block.error().code, ErrorCode::kOutOfMemory) << what;
       }
@@ -134,7 +134,7 @@ TEST(HostMemoryAllocate, OutOfMemory) {
     device::wait_for_releases();
     EXPECT_EQ(sim().ledger().pinned_bytes, 0U) << what;
     baseline.expect_same(what);
-    EXPECT_TRUE(HostMemory::allocate(9 * kMiB, 0, 3).ok()) << what;
+    EXPECT_TRUE(HostMemory::allocate(9 * kMiB, 0, {.threads = 3}).ok()) << what;
     sim().sim_free(of_torch);
     expect_machine_clean(machine, what);
   });

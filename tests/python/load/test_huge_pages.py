@@ -49,7 +49,7 @@ def test_pages_are_as_they_are_set(
     report = wl.last_report()
     assert report is not None
     (reason,) = report.memory
-    assert f"new memory: {reason}" in str(report)
+    assert f"host memory: {reason}" in str(report)
     huge = huge_bytes(tensor.data_ptr() + tensor.nbytes // 2)
     if huge_pages == "never":
         assert (reason, huge) == ("small pages, as set", 0)

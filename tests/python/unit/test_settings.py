@@ -36,6 +36,8 @@ def test_nothing_is_set() -> None:
         ("chunk_bytes", "2 mb", 2_000_000),
         ("pinned_bytes", "1GiB", 1 << 30),
         ("pinned_bytes", "64kib", 65536),
+        ("pool_bytes", "1 GiB", 1 << 30),
+        ("pool_bytes", "0", 0),
         ("streams", "4", 4),
         ("io_path", "direct", "direct"),
         ("io_path", "BUFFERED", "buffered"),
@@ -280,7 +282,7 @@ def test_populate_is_a_choice(tmp_path: Path) -> None:
     assert resident(None) >= 8 * MIB
 
 
-@pytest.mark.parametrize("name", ["read_bytes", "chunk_bytes", "pinned_bytes"])
+@pytest.mark.parametrize("name", ["read_bytes", "chunk_bytes", "pinned_bytes", "pool_bytes"])
 def test_sizes_are_text_here_too(name: str) -> None:
     assert getattr(Settings(**{name: "32MB"}), name) == 32_000_000
     assert Settings(**{name: "1 MiB"}) == Settings(**{name: MIB})

@@ -1,0 +1,80 @@
+#include "engine/memory_pool.h"
+
+#include <pthread.h>
+
+#include <cstddef>
+#include <exception>
+#include <iterator>
+#include <mutex>
+#include <optional>
+#include <utility>
+
+#include "io/anonymous_memory.h"
+
+namespace weightlift::engine {
+
+// Left alone at exit: tensors may die after the static objects.
+MemoryPool& MemoryPool::instance() {
+  static auto* const pool = new MemoryPool;
+  return *pool;
+}
+
+MemoryPool::MemoryPool() {
+  ::pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
+}
+
+std::optional<io::AnonymousMemory> MemoryPool::take(std::size_t bytes) noexcept {
+  const std::lock_guard lock(mutex_);
+  auto best = blocks_.end();
+  for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
+    if (block->size() < bytes) continue;
+    if (best == blocks_.end() || block->size() < best->size()) best = block;
+  }
+  if (best == blocks_.end()) return std::nullopt;
+  io::AnonymousMemory memory = std::move(*best);
+  *best = memory.split(bytes);
+  if (best->size() == 0) blocks_.erase(best);
+  stats_.kept_bytes -= memory.size();
+  stats_.reused_bytes += memory.size();
+  return memory;
+}
+
+void MemoryPool::keep(io::AnonymousMemory memory, std::size_t limit) noexcept {
+  const std::size_t bytes = memory.size();
+  if (bytes < io::kHugePageBytes || bytes > limit) return;
+  io::release_under_pressure(memory.data(), bytes);
+  Blocks unmapped;  // without the lock
+  try {
+    Blocks kept;
+    kept.push_back(std::move(memory));
+    const std::lock_guard lock(mutex_);
+    // A block that was split is whole again once its parts are back.
+    for (auto block = blocks_.begin(); block != blocks_.end();) {
+      const auto next = std::next(block);
+      if (kept.front().join(*block)) blocks_.erase(block);
+      block = next;
+    }
+    blocks_.splice(blocks_.end(), kept);
+    stats_.kept_bytes += bytes;
+    while (stats_.kept_bytes > limit) {
+      stats_.kept_bytes -= blocks_.front().size();
+      unmapped.splice(unmapped.end(), blocks_, blocks_.begin());
+    }
+  } catch (const std::exception&) {  // no memory for a node: the block is unmapped
+  }
+}
+
+void MemoryPool::clear() noexcept {
+  Blocks unmapped;
+  const std::lock_guard lock(mutex_);
+  unmapped.swap(blocks_);
+  stats_.kept_bytes = 0;
+}
+
+MemoryPool::Stats MemoryPool::stats() noexcept {
+  const std::lock_guard lock(mutex_);
+  return stats_;
+}
+
+}  // namespace weightlift::engine
