@@ -126,6 +126,10 @@ constexpr std::string_view kGgml =
     "download the model's safetensors";
 constexpr std::string_view kPacked = "this is a compressed file: unpack it, and load what is in it";
 
+constexpr std::string_view kPicture = "this is a picture, not weights";
+constexpr std::string_view kTable =
+    "this is a table of data (Parquet, Arrow or SQLite), not weights";
+
 constexpr Magic kMagics[] = {
     {0, "GGUF"sv,
      "this is a GGUF file (of llama.cpp), which is not read here: load it with transformers' "
@@ -148,6 +152,10 @@ constexpr Magic kMagics[] = {
      "again)"},
     {0, "\x1f\x8b"sv, kPacked},
     {0, "BZh"sv, kPacked},
+    {0, "\x1f\x9d"sv, kPacked},
+    {0, "LZIP"sv, kPacked},
+    {0, "\x04\x22\x4d\x18"sv, kPacked},
+    {0, "PK\5\6"sv, "this is a zip archive with nothing in it: download it or save it again"},
     {0,
      "\xfd"
      "7zXZ\0"sv,
@@ -166,16 +174,26 @@ constexpr Magic kMagics[] = {
      "ELF"sv,
      "this is a program or a shared library, not weights"},
     {0, "%PDF"sv, "this is a PDF document, not weights"},
+    {0, "\x89PNG"sv, kPicture},
+    {0, "\xff\xd8\xff"sv, kPicture},
+    {0, "GIF8"sv, kPicture},
+    {0, "PAR1"sv, kTable},
+    {0, "ARROW1"sv, kTable},
+    {0, "SQLite format 3"sv, kTable},
 };
 
 // Texts by their beginnings, in lower case, behind blanks.
 struct Text {
-  std::string_view beginnings[4];
+  std::string_view beginnings[7];
   std::string_view what;
 };
 
+constexpr std::string_view kLfs =
+    "this is a git-lfs pointer, not the weights: run `git lfs pull` in its repository, or download "
+    "the file itself";
+
 constexpr Text kTexts[] = {
-    {{"<!doctype", "<html", "<head", "<body"},
+    {{"<!doctype", "<html", "<head", "<body", "<!--", "<script", "<title"},
      "a web page was saved instead of the weights: download again, and look whether the link asks "
      "for a login"},
     {{"<?xml", "<error"},
@@ -185,14 +203,15 @@ constexpr Text kTexts[] = {
     {{"{\"error", "{ \"error", "{\"message", "{\"detail"},
      "an error of the server (JSON) was saved instead of the weights: look what it says, and "
      "download again"},
-    {{"{\"", "{\n", "{ ", "{\r"},
+    {{"{\"", "{\n", "{ ", "{\r", "[{", "[\"", "[]"},
      "this is JSON text, not weights: give the file of the weights themselves, or an index by a "
      "name that ends in .index.json"},
     {{"entry not found", "repository not found", "invalid username", "access to model"},
      "an error of the Hub was saved instead of the weights: look what it says, and download again"},
     {{"access denied", "forbidden", "unauthorized", "not found"},
      "an error of a server was saved instead of the weights: download again"},
-    {{"/annex/objects/", "../.git/annex", ".git/annex", ""},
+    {{"version https://git-lfs", "version https://hawser"}, kLfs},
+    {{"/annex/objects/", "../.git/annex", ".git/annex"},
      "this is a git-annex pointer, not the weights: run `git annex get` in its repository"},
 };
 
@@ -203,15 +222,53 @@ bool starts_with(std::string_view text, std::string_view prefix) {
          });
 }
 
+// As many bytes as tell that a file was never filled.
+constexpr std::size_t kZeros = 64;
+constexpr std::size_t kShown = 40;
+
+// ONNX and msgpack have no magic bytes: an ONNX model begins with its version and its producer's
+// name, as protobuf writes them; Flax's weights with a small map whose first key is text.
+std::string_view by_structure(std::string_view first) {
+  if (first.size() < 4) return {};
+  const auto at = [first](std::size_t place) { return static_cast<unsigned char>(first[place]); };
+  if (at(0) == 0x08 && at(1) > 0 && at(1) < 0x20 && at(2) == 0x12 && at(3) > 0 && at(3) < 0x40) {
+    return "this seems to be an ONNX model: onnxruntime runs it";
+  }
+  const bool text_behind_one = (at(1) & 0xe0) == 0xa0 || at(1) == 0xd9;
+  const bool text_behind_three = (at(3) & 0xe0) == 0xa0 || at(3) == 0xd9;
+  if ((at(0) > 0x80 && at(0) < 0x90 && text_behind_one) || (at(0) == 0xde && text_behind_three)) {
+    return "this seems to be msgpack, as Flax writes its weights: load it with "
+           "weightlift.flax.load_file, or a model with from_flax=True";
+  }
+  return {};
+}
+
+bool is_text(std::string_view first) {
+  // What pickles of protocol 0 begin with.
+  for (const std::string_view pickle : {"(d"sv, "(l"sv, "(c"sv, "cc"sv, "cr"sv, "ct"sv}) {
+    if (first.starts_with(pickle)) return false;
+  }
+  const auto printable = [](char c) {
+    return (c >= ' ' && c <= '~') || c == '\n' || c == '\r' || c == '\t';
+  };
+  return first.size() >= 8 && std::ranges::all_of(first.substr(0, kZeros), printable);
+}
+
+std::optional<std::string> what_else(std::string_view first, std::string_view text) {
+  if (first.size() >= kZeros && first.find_first_not_of('\0') == std::string_view::npos) {
+    return "it begins with zeros alone: the download or the copy is not complete, so download it "
+           "again";
+  }
+  if (const std::string_view what = by_structure(first); !what.empty()) return std::string(what);
+  if (!is_text(text)) return std::nullopt;
+  const std::string_view line = text.substr(0, std::min(text.find_first_of("\r\n"), kShown));
+  return "this is text, not weights; it begins with \"" + std::string(line) +
+         "\": look what it is, and download the weights again";
+}
+
 }  // namespace
 
 std::optional<Error> foreign_file(std::string_view first) {
-  if (first.starts_with("version https://git-lfs.github.com/spec/")) {
-    return make_error(ErrorCode::kGitLfsPointer,
-                      "this is a git-lfs pointer, not the weights: run `git lfs pull` in its "
-                      "repository, or download the file itself",
-                      0);
-  }
   // A length and the header's first byte: whatever the length looks like, this is safetensors.
   if (first.size() > 8 && first.substr(4, 5) == "\0\0\0\0{"sv) return std::nullopt;
   for (const Magic& magic : kMagics) {
@@ -225,11 +282,15 @@ std::optional<Error> foreign_file(std::string_view first) {
   for (const auto& [beginnings, what] : kTexts) {
     for (const std::string_view beginning : beginnings) {
       if (!beginning.empty() && starts_with(text, beginning)) {
-        return make_error(ErrorCode::kNotWeights, std::string(what), 0);
+        const bool pointer = what == kLfs;
+        return make_error(pointer ? ErrorCode::kGitLfsPointer : ErrorCode::kNotWeights,
+                          std::string(what), 0);
       }
     }
   }
-  return std::nullopt;
+  auto what = what_else(first, text);
+  if (!what) return std::nullopt;
+  return make_error(ErrorCode::kNotWeights, *std::move(what), 0);
 }
 
 }  // namespace weightlift::format

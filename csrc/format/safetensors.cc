@@ -478,6 +478,11 @@ Result<std::uint64_t> length_of(std::string_view first, std::uint64_t file_size)
           ErrorCode::kNotWeights,
           "this is a zip file, perhaps a checkpoint of torch.save: rename it to .bin or .pt", 0);
     }
+    if (first.size() > 2 && first[0] == '\x80' && first[1] >= 2 && first[1] <= 5) {
+      return make_error(
+          ErrorCode::kNotWeights,
+          "this is a pickle, perhaps a checkpoint of torch.save: rename it to .bin or .pt", 0);
+    }
     auto foreign = foreign_file(first);
     return foreign ? *std::move(foreign) : make_error(code, std::move(message), 0);
   };

@@ -96,19 +96,37 @@ def _of_source(source: Source, folder: str, selection: Selection) -> CheckpointF
     names, folders = source.entries(folder)
     known = [found for name in sorted(names) if (found := parse_name(name))]
     weights = [one for one in known if (one.format, one.stem) in MODELS] or known
-    chosen = choose(weights, selection)
+    chosen, notes = _chosen(source, folder, weights, selection)
     if chosen is None:
         why = _why_nothing(source, folder, names, folders, weights, selection)
         raise CheckpointError(f"{source.place(folder)}: {why}")
     if chosen.kind == "index":
         indexed = _of_index(source, folder, names, chosen.name, chosen.format, selection)
-        return indexed._replace(notes=(*_other_forms(weights, chosen), *indexed.notes))
+        return indexed._replace(notes=(*notes, *_other_forms(weights, chosen), *indexed.notes))
     files = source.find(folder, [chosen.name], chosen.format)
     return CheckpointFiles(
         tuple(files),
         source.format or chosen.format,
         _folder_of(files),
-        notes=_other_forms(weights, chosen),
+        notes=(*notes, *_other_forms(weights, chosen)),
+    )
+
+
+def _chosen(
+    source: Source, folder: str, weights: Sequence[WeightsName], selection: Selection
+) -> tuple[WeightsName | None, tuple[str, ...]]:
+    """What a library would load, and what to say. As for the libraries, a link to what is not there
+    is no file where there are other weights."""
+    first = chosen = choose(weights, selection)
+    left = list(weights)
+    while chosen is not None and source.is_gone(folder, chosen.name):
+        left.remove(chosen)
+        chosen = choose(left, selection)
+    if chosen is None or first is None or chosen is first:
+        return first, ()
+    return chosen, (
+        f"{first.name} is a link to what is not there, and {chosen.name} is taken in its place: "
+        "download it again, or remove the link",
     )
 
 
@@ -140,7 +158,12 @@ def _of_index(
     place = f"{source.place(folder)}/{index_name}"
     index = source.find(folder, [index_name], format)
     text = source.read(folder, index[0])
-    weight_map, metadata, notes = parse_index(text, place, format, selection.strict_index)
+    weight_map, metadata, notes = parse_index(text, place, selection.strict_index)
+    listed_format = _format_of_shards(weight_map, place, format, selection.strict_index)
+    if listed_format != format:
+        _check_format(Path(place), listed_format, selection)
+        notes = (*notes, f"{index_name} lists files of the other format, which are taken")
+        format = listed_format
     shards = sorted(set(weight_map.values()))
     missing = [
         name for name in shards if not (source.has(folder, name) if "/" in name else name in names)
@@ -165,6 +188,20 @@ def _of_index(
         metadata,
         tuple(unlisted),
         notes,
+    )
+
+
+def _format_of_shards(
+    weight_map: dict[str, str], place: str, format: Format, strict: bool
+) -> Format:
+    """By the suffixes of what an index lists, as the libraries tell it."""
+    allowed: tuple[Format, ...] = (format,) if strict else (format, *EXTENSIONS)
+    for found in allowed:
+        if all(name.endswith(EXTENSIONS[found]) for name in weight_map.values()):
+            return found
+    others = sorted({n for n in weight_map.values() if not n.endswith(EXTENSIONS[format])})
+    raise CheckpointError(
+        f"{place}: lists the file {others[0]!r}; those of this index end in {EXTENSIONS[format]!r}"
     )
 
 

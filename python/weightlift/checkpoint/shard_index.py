@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import posixpath
 from pathlib import PureWindowsPath
 from typing import Any
 
-from weightlift.checkpoint.file_names import EXTENSIONS
-from weightlift.checkpoint.files import Format
 from weightlift.core.errors import CheckpointError
 
 __all__ = ["LARGEST_INDEX", "parse_index"]
@@ -18,7 +17,7 @@ LARGEST_INDEX = 100_000_000
 
 
 def parse_index(
-    text: bytes, place: str, format: Format, strict: bool
+    text: bytes, place: str, strict: bool
 ) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
     """(tensor -> file, what the index says besides, what to warn of)"""
     if len(text) > LARGEST_INDEX:
@@ -28,7 +27,7 @@ def parse_index(
     twice: list[str] = []
     try:
         found = json.loads(
-            text.decode(), object_pairs_hook=lambda pairs: _object(pairs, twice, strict)
+            text.decode("utf-8-sig"), object_pairs_hook=lambda pairs: _object(pairs, twice, strict)
         )
     except (RecursionError, ValueError) as error:
         raise CheckpointError(f"{place}: is not a valid index: {error}") from None
@@ -42,8 +41,9 @@ def parse_index(
             raise CheckpointError(
                 f"{place}: tensor {tensor!r}: its file is {name!r}; it must be the name of one"
             )
-    for name in sorted(set(weight_map.values())):
-        _check_shard_name(name, place, format)
+    plain = {name: _shard_name(name, place) for name in sorted(set(weight_map.values()))}
+    if any(name != given for given, name in plain.items()):
+        weight_map = {tensor: plain[name] for tensor, name in weight_map.items()}
     metadata = found.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{place}: its metadata is {metadata!r}; it must be an object")
@@ -51,24 +51,24 @@ def parse_index(
     return weight_map, metadata, notes
 
 
-def _check_shard_name(name: str, place: str, format: Format) -> None:
-    """Refuses what leads out of the index's folder, or is of another format."""
+def _shard_name(name: str, place: str) -> str:
+    """Refuses what leads out of the index's folder."""
     # Knows both kinds of separators, and drives, on every system.
     windows = PureWindowsPath(name)
+    plain = posixpath.normpath(name)
     if (
         "\\" in name
         or "\0" in name
         or windows.drive
-        or any(part in ("", ".", "..") for part in name.split("/"))
+        or name.endswith("/")
+        or plain.startswith(("/", "../"))
+        or plain in (".", "..")
     ):
         raise CheckpointError(
-            f"{place}: lists the file {name!r}; it must be the plain name of a file beside it, or "
-            "of one in a folder beside it"
+            f"{place}: lists the file {name!r}; it must be the name of a file beside it, or of one "
+            "in a folder beside it"
         )
-    if not name.endswith(EXTENSIONS[format]):
-        raise CheckpointError(
-            f"{place}: lists the file {name!r}; those of this index end in {EXTENSIONS[format]!r}"
-        )
+    return plain
 
 
 def _object(pairs: list[tuple[str, Any]], twice: list[str], strict: bool) -> dict[str, Any]:

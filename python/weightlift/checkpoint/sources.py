@@ -39,6 +39,10 @@ class Source(Protocol):
     def has(self, folder: str, name: str) -> bool:
         """Whether there is a file, perhaps in a folder of the folder."""
 
+    def is_gone(self, folder: str, name: str) -> bool:
+        """Whether an entry is a link to what is not there."""
+        return False
+
     def read(self, folder: str, file: ShardFile) -> bytes:
         """The beginning of a file, or all that an index can have of it."""
         try:
@@ -96,6 +100,9 @@ class Folder(Source):
 
     def has(self, folder: str, name: str) -> bool:
         return os.path.lexists(self.root / folder / name)
+
+    def is_gone(self, folder: str, name: str) -> bool:
+        return not _exists(self.root / folder / name)
 
 
 def _exists(path: Path) -> bool:
@@ -159,7 +166,7 @@ class Repository(_Listed):
         try:
             path = _hub.download(self.repo_id, posixpath.join(folder, chosen.name), hub)
             text = path.read_bytes()
-            weight_map, _, _ = parse_index(text, place, chosen.format, selection.strict_index)
+            weight_map, _, _ = parse_index(text, place, selection.strict_index)
         except (OSError, CheckpointError):
             return False
         return all(self.has(folder, name) for name in set(weight_map.values()))

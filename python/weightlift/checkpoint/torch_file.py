@@ -286,7 +286,13 @@ class _Unpickled:
             raise _unsupported(self._path, name, _kind(tensor))
         record = self._records.get(methods.untyped_storage(tensor)._cdata)
         if record is None:
-            raise _unsupported(self._path, name, "has no data in the file")
+            raise FormatError(
+                "unsupported_tensor",
+                "it has no data in the file, as a tensor that was on the meta device when it was "
+                "saved: load the model's weights before it is saved",
+                self._path,
+                tensor=name,
+            )
         return _Tensor(
             record, dtype, int(methods.storage_offset(tensor)), tuple(tensor.shape),
             methods.stride(tensor), methods.is_contiguous(tensor),

@@ -7,7 +7,8 @@ as its constructor allows, with random numbers in all tensors, and saved in seve
 load is made twice and must show the same: bits, dtypes, strides, ties and devices of all tensors,
 the loading info, attributes, accelerate's hooks, log lines, warnings, the state of the random
 numbers, and the error where the library raises one. Rows of options are chosen so that every two
-values meet; `FULL=1` takes all combinations. The exit status is 1 where anything differs.
+values meet; `FULL=1` takes all combinations, `--rows 4` four of the rows, others for each
+architecture. The exit status is 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -222,8 +223,10 @@ def main() -> int:
     parser.add_argument("architectures", nargs="*", help="names; all without one")
     parser.add_argument("--library", choices=LIBRARIES, action="append")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rows", type=int, default=0, help="of each architecture; all without it")
     parser.add_argument("--part", default="0/1", help="such as 0/8: every eighth architecture")
     given = parser.parse_args()
+    os.environ["ROWS_EACH"] = str(given.rows)
     part, parts = map(int, given.part.split("/"))
     good = True
     for library in given.library or LIBRARIES:

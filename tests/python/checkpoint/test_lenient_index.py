@@ -106,13 +106,13 @@ def test_shards_in_folders_of_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../out.safetensors", "a/../../out.safetensors", "/etc/x.safetensors", "a//x", "a/./x"]
+    "name", ["../out.safetensors", "a/../../out.safetensors", "/etc/x.safetensors"]
 )
 def test_shards_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     reference_save_file({"w": W}, tmp_path / "out.safetensors")
     (tmp_path / "in" / "a").mkdir(parents=True)
     folder = folder_of(tmp_path / "in", {}, {"w": name})
-    with pytest.raises(wl.CheckpointError, match="must be the plain name"):
+    with pytest.raises(wl.CheckpointError, match="must be the name of a file"):
         wl.open_checkpoint(folder)
 
 
@@ -178,3 +178,62 @@ def test_torch_files_with_a_tensor_in_two_of_them(tmp_path: Path, torch_alone: b
     loaded = wl.load_checkpoint(tmp_path)
     assert torch.equal(loaded["w"], W + 1)
     assert torch.equal(loaded["v"], V)
+
+
+@pytest.mark.parametrize("prefix", ["./", ".//", "sub/../", "sub/./../"])
+def test_names_that_stay_in_the_folder(tmp_path: Path, prefix: str) -> None:
+    (tmp_path / "sub").mkdir()
+    files = {ONE: {"w": W}, TWO: {"v": V}}
+    folder = folder_of(tmp_path, files, {"w": prefix + ONE, "v": TWO})
+    loaded = wl.load_checkpoint(folder)
+    wanted = as_the_libraries(folder, [prefix + ONE, TWO])
+    assert loaded.keys() == wanted.keys()
+    assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    text = "\ufeff" + json.dumps({"weight_map": {"w": ONE}})
+    assert torch.equal(wl.load_checkpoint(folder_of(tmp_path, {ONE: {"w": W}}, text))["w"], W)
+
+
+def test_an_index_of_the_other_format(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers tells the format by the suffix of each file, whatever the index is called."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=5, hidden_size=4, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=4, max_position_embeddings=4,
+    )  # fmt: skip
+    model = BertModel(config)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / ONE)
+    weight_map = dict.fromkeys(reference_load_file(tmp_path / ONE), ONE)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    wanted = BertModel.from_pretrained(tmp_path).state_dict()
+    with caplog.at_level(logging.WARNING, "weightlift"):
+        loaded = wl.load_checkpoint(tmp_path)
+    assert "lists files of the other format" in caplog.text
+    assert all(torch.equal(loaded[name], wanted[name]) for name in loaded)
+    assert loaded.keys() == wanted.keys()
+    with wl.enabled("transformers"):
+        found = BertModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for refused in ({"use_safetensors": False}, {"strict_index": True}):
+        with pytest.raises(wl.CheckpointError, match=r"use_safetensors=False|of this index end in"):
+            wl.open_checkpoint(tmp_path, **refused)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("gone", ["model.safetensors", INDEX])
+def test_a_link_to_nothing_beside_other_weights(
+    tmp_path: Path, gone: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the libraries, which look for files."""
+    torch.save({"w": W}, tmp_path / "pytorch_model.bin")
+    (tmp_path / gone).symlink_to("blobs/gone")
+    with caplog.at_level(logging.WARNING, "weightlift"):
+        assert torch.equal(wl.load_checkpoint(tmp_path)["w"], W)
+    assert f"{gone} is a link to what is not there" in caplog.text
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(wl.CheckpointError, match=r"is a link to blobs/gone, which is not there"):
+        wl.load_checkpoint(tmp_path)

@@ -149,6 +149,21 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1}, 2)), "did not write"),
     "noise": (written(bytes(range(1, 255))), r"not a file of torch.save: it begins with b'\\x01"),
     "nothing": (written(b""), "empty"),
+    "zeros": (written(bytes(4096)), "zeros alone.*not complete"),
+    "LFS, with a mark": (written(b"\xef\xbb\xbfversion https://git-lfs"), "git lfs"),
+    "LFS of 2014": (written(b"version https://hawser.github.com/spec/v1\noid"), "git lfs pull"),
+    "HTML comment": (written(b"<!-- a --><html>"), "web page"),
+    "JSON list": (written(b'[{"error": "x"}]'), "JSON"),
+    "lz4": (written(b"\x04\x22\x4d\x18" + bytes(99)), "compressed file: unpack it"),
+    "compress": (written(b"\x1f\x9d\x90" + bytes(99)), "compressed file: unpack it"),
+    "empty zip": (lambda path: zipfile.ZipFile(path, "w").close(), "zip archive with nothing"),
+    "ONNX": (written(b"\x08\x07\x12\x07pytorch\x1a\x052.0.0" + bytes(99)), "ONNX"),
+    "msgpack": (written(b"\x82\xa6params\x81\xa1a\xc4\x01\0" + bytes(99)), "msgpack.*Flax"),
+    "picture": (written(b"\x89PNG\r\n\x1a\n" + bytes(99)), "picture"),
+    "Parquet": (written(b"PAR1" + bytes(99)), "Parquet"),
+    "other text": (written(b"model:\n  hidden: 4\n"), 'text, not weights; it begins with "model:"'),
+    "headers of HTTP": (written(b"HTTP/1.1 200 OK\r\n\r\n"), 'text.*"HTTP/1.1 200 OK"'),
+    "meta": (lambda path: torch.save({"w": W.to("meta")}, path), "meta device.*before it is saved"),
 }  # fmt: skip
 
 
@@ -164,7 +179,24 @@ def test_says_what_it_is(tmp_path: Path, kind: str) -> None:
     assert "damaged" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["GGUF", "GGML", "Xet", "LFS", "HTML", "error", "tar", "gzip"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "GGUF",
+        "GGML",
+        "Xet",
+        "LFS",
+        "HTML",
+        "error",
+        "tar",
+        "gzip",
+        "zeros",
+        "ONNX",
+        "msgpack",
+        "lz4",
+        "other text",
+    ],
+)
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights", "weights.gguf"])
 def test_under_names_of_safetensors(tmp_path: Path, kind: str, name: str) -> None:
     write, said = FILES[kind]
@@ -201,3 +233,11 @@ def test_a_file_of_safetensors_is_read_by_its_name(tmp_path: Path) -> None:
     assert torch.equal(wl.load_checkpoint(tmp_path / "f.safetensors")["w"], W)
     (tmp_path / "g.sft").write_bytes(padded(200, b"\n"))
     assert torch.equal(wl.load_checkpoint(tmp_path / "g.sft")["w"], W)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_under_the_name_of_safetensors(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "model.safetensors"
+    torch.save({"w": W}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(wl.FormatError, match=r"rename it to \.bin or \.pt"):
+        wl.load_file(path)
