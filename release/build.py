@@ -71,18 +71,19 @@ def make_environment(folder: Path, python: Path, lock: Path) -> Path:
     return folder / "bin" / "python"
 
 
+def find_packages(python: Path) -> Path:
+    """The folder of its packages."""
+    return Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+
+
 class Release:
     """One commit's files, in the making."""
 
     def __init__(self, out: Path, jobs: str) -> None:
         self.out = out
         self.tools = make_environment(WORK / "tools", Path(sys.executable), LOCKS / "tools.txt")
-        paths = json.loads(
-            run(
-                self.tools, "-c", "import json, sysconfig; print(json.dumps(sysconfig.get_paths()))"
-            )
-        )
-        self.site = Path(paths["purelib"])
+        self.site = find_packages(self.tools)
+        self.builder = make_environment(WORK / "sdist", Path(sys.executable), LOCKS / "builder.txt")
         self.source = WORK / "source"
         self.version = ""  # until make_sdist
         self.commit = run("git", "rev-parse", "HEAD", cwd=ROOT).strip()
@@ -106,9 +107,10 @@ class Release:
         run("git", "archive", "--format=tar", "-o", archive, "HEAD", cwd=ROOT)
         with tarfile.open(archive) as file:
             file.extractall(tree, filter="data")
-        build = make_environment(WORK / "sdist", Path(sys.executable), LOCKS / "builder.txt")
-        command = (build, "-m", "build", "--sdist", "--no-isolation", "--outdir", self.out, ".")
-        run(*command, cwd=tree, env=self.environment)
+        run(
+            self.builder, "-m", "build", "--sdist", "--no-isolation", "--outdir", self.out, ".",
+            cwd=tree, env=self.environment,
+        )  # fmt: skip
         (sdist,) = self.out.glob("*.tar.gz")
         shutil.rmtree(self.source, ignore_errors=True)
         with tarfile.open(sdist) as file:
@@ -137,13 +139,14 @@ class Release:
         builder = make_environment(WORK / tag, python, LOCKS / "builder.txt")
         machine = toolchain.machine
         build = WORK / machine / "build"
-        # The engine's objects serve the next Python too; what CMake found does not.
+        # What CMake found is of one Python. The engine's objects serve the next one too, as long as
+        # nothing that they are compiled with lies in that Python's environment.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
-        hidden = [f"-ffile-prefix-map={WORK}=.", f"-ffile-prefix-map={WORK / tag}=."]
-        sections = ["-ffunction-sections", "-fdata-sections"]
         defines = {
             "CMAKE_TOOLCHAIN_FILE": toolchain.cmake_file,
-            "CMAKE_CXX_FLAGS": " ".join([*hidden, *sections]),
+            "CMAKE_CXX_FLAGS": f"-ffile-prefix-map={WORK}=. -ffunction-sections -fdata-sections",
+            "WEIGHTLIFT_JSON_INCLUDE": find_packages(self.builder) / "nlohmann_json" / "include",
+            "WEIGHTLIFT_CUDA_INCLUDE": self.site / "nvidia" / "cu13" / "include",
             "CMAKE_MODULE_LINKER_FLAGS": "-Wl,--gc-sections -Wl,-s",
             "CMAKE_INTERPROCEDURAL_OPTIMIZATION": "OFF",
             "WEIGHTLIFT_CUDA": "ON",
