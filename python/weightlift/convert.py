@@ -94,12 +94,14 @@ def convert_checkpoint(
     target = Path(target)
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise ArgumentError(f"{target} is there already: remove it, or name another target")
-    for part in (stem, variant or ""):
+    for what, part in (("stem", stem), ("variant", variant or "")):
         if "/" in part or "\0" in part:
-            raise ArgumentError(f"{part!r} must be a part of a file name")
+            raise ArgumentError(f"{what} is {part!r}; it must be a part of a file name")
     largest = parse_size(max_shard_size, "max_shard_size")
     if largest <= 0:
-        raise ArgumentError(f"max_shard_size is {max_shard_size!r}; a file holds something")
+        raise ArgumentError(
+            f"max_shard_size is {max_shard_size!r}; a file needs room: write a size such as '5GB'"
+        )
     name = dtypes.parse_dtype(dtype)
     entries, tied = _entries(checkpoint, name)
     _warn_of_left_out(checkpoint)
@@ -110,7 +112,7 @@ def convert_checkpoint(
         {"format": "pt", **_texts(checkpoint.metadata), **tied},
         _Progress(sum(entry.bytes for entry in entries), progress),
     )
-    if target.suffix == ".safetensors":
+    if target.suffix.lower() == ".safetensors":
         _write_file(written, target)
         _warn_of_companions(companions or {}, checkpoint, target, name)
         return [target.name]

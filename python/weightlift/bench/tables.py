@@ -24,6 +24,7 @@ __all__ = [
     "forward_notes",
     "models_table",
     "notes",
+    "verdicts",
 ]
 
 
@@ -85,6 +86,35 @@ def comparison_table(comparison: Comparison, reference: str = "weightlift") -> T
     )
     table.caption_justify = "left"
     return table
+
+
+def verdicts(found: Comparison, ours: str) -> list[str]:
+    """A line for each other contender: who was faster, by how much, and whether all rounds agree.
+
+    Args:
+        found: what was measured.
+        ours: the contender that the others are compared with.
+    """
+    names = {ours: "weightlift", "stock": "the library alone"}
+    own = names[ours]
+    lines = []
+    for other in found.samples:
+        ratios = found.time_ratios(other, ours) if other != ours else []
+        if not ratios:
+            continue
+        against = names.get(other, other)
+        ratio = statistics.median(ratios)
+        rounds = f"{min(ratios):.2f}x to {max(ratios):.2f}x in {len(ratios)} rounds"
+        if len(ratios) == 1:
+            rounds = "one round alone: more --repeat tell more"
+        if min(ratios) > 1:
+            text = f"{own} is {ratio:.2f}x as fast as {against} ({rounds})"
+        elif max(ratios) < 1:
+            text = f"{own} is slower: {ratio:.2f}x as fast as {against} ({rounds})"
+        else:
+            text = f"{own} is neither faster nor slower than {against} for certain ({rounds})"
+        lines.append(f"{state(found.cold)}: {text}")
+    return lines
 
 
 def notes(comparison: Comparison) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import enum
+import errno
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,11 +21,14 @@ from weightlift.cli.sources import (
     expand,
     open_all,
 )
+from weightlift.cli.values import castable_dtype, names_of, one_of, size_text, whole_number
 
 if TYPE_CHECKING:
     from weightlift.bench.measure import Comparison
 
 __all__ = ["bench"]
+
+_PICTURES = (".png", ".svg", ".pdf", ".jpg", ".webp")
 
 
 class Device(enum.Enum):
@@ -34,7 +40,7 @@ def bench(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="PATH...",
+            metavar="PATH",
             show_default=False,
             help="Files of one checkpoint, a folder, a pipeline's folder, or the id of a "
             "repository on the Hub: its files are loaded together. With --from-pretrained: a "
@@ -53,7 +59,7 @@ def bench(
         int | None,
         typer.Option(
             "--distributed",
-            min=1,
+            parser=whole_number(1),
             metavar="N",
             help="Load with N processes on gloo, replicated and sharded, on the CPU; a folder or "
             "files of .safetensors.",
@@ -69,20 +75,44 @@ def bench(
         ),
     ] = False,
     memory: Annotated[
-        str, typer.Option(help="With --stream: bytes that weights may take, such as 2GB.")
-    ] = "2GB",
+        str | None,
+        typer.Option(
+            parser=size_text,
+            metavar="SIZE",
+            help="With --stream: bytes that weights may take, such as 500MB; 2GB by default.",
+            show_default=False,
+        ),
+    ] = None,
     subfolder: Subfolder = None,
     variant: Variant = None,
     use_bin: Bin = False,
     revision: Revision = None,
-    device: Annotated[Device, typer.Option(help="Where the tensors go.")] = Device.CPU,
+    device: Annotated[
+        Device,
+        typer.Option(
+            parser=one_of(Device),
+            autocompletion=names_of(Device),
+            metavar="cpu|cuda",
+            help="Where the tensors go; to the CPU by default.",
+            show_default=False,
+        ),
+    ] = Device.CPU,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Load floating-point tensors as this, such as bfloat16."),
+        typer.Option(
+            parser=castable_dtype,
+            metavar="DTYPE",
+            help="Load floating-point tensors as this, such as bfloat16.",
+        ),
     ] = None,
     against: Annotated[
-        str, typer.Option(help="Whom to compare with, separated by commas.")
-    ] = "safetensors,torch",
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Whom to compare with, separated by commas; safetensors,torch by default.",
+            show_default=False,
+        ),
+    ] = None,
     adapters: Annotated[
         Path | None,
         typer.Option(
@@ -102,7 +132,8 @@ def bench(
     repeat: Annotated[
         int | None,
         typer.Option(
-            min=1,
+            parser=whole_number(1),
+            metavar="N",
             help="Measurements of each; by default 5, with --from-pretrained 3.",
             show_default=False,
         ),
@@ -125,21 +156,16 @@ def bench(
 
       weightlift bench --from-pretrained org/model --cold --json out.json
     """
+    _check_together(locals())
     from weightlift.bench.runs import to_json
 
-    for out in (json_out, plot_out):
-        if out is not None and not out.absolute().parent.is_dir():
-            raise FileNotFoundError(2, "its folder does not exist; make it first", str(out))
+    _check_outputs(json_out, plot_out)
     options = OpenOptions(subfolder, variant, use_bin, revision=revision)
-    if options != OpenOptions() and (distributed is not None or from_pretrained):
-        raise typer.BadParameter(
-            "these choose files, and --from-pretrained and --distributed take the model's own",
-            param_hint="--subfolder, --variant, --bin, --revision",
-        )
     if stream:
-        _bench_stream(paths, memory, repeat or 5, bool(cold), json_out, plot_out)
+        _bench_stream(paths, memory or "2GB", repeat or 5, bool(cold), json_out, plot_out)
         return
     if distributed is not None:
+        _check_safetensors(paths)
         _bench_ranks([Path(path) for path in paths], distributed, repeat or 5, json_out)
         return
     dtype = None if dtype is None else _dtype(dtype)
@@ -151,7 +177,10 @@ def bench(
         states = [True, False] if cold is None else [cold]
         found = _bench_models(_local(paths), device.value, dtype, states, repeat or 3)
     else:
-        contenders = ["weightlift", *_others(against, adapters)]
+        contenders = [
+            "weightlift",
+            *_others("safetensors,torch" if against is None else against, adapters),
+        ]
         found = [
             _bench_files(
                 _files(paths, options),
@@ -173,6 +202,96 @@ def bench(
         plot(found, plot_out, f"Time to load, median of {rounds_of(found)}")
     if not all(one.job.contender in one.samples for one in found):
         raise typer.Exit(1)
+
+
+# What each kind of measurement takes, beside PATH, --repeat and --json.
+_TAKES = {
+    "--stream": {"--memory", "--cold/--warm", "--plot"},
+    "--distributed": set[str](),
+    "--from-pretrained": {"--device", "--dtype", "--cold/--warm", "--plot"},
+}
+# The parameters of these options.
+_KINDS = {
+    "--stream": "stream",
+    "--distributed": "distributed",
+    "--from-pretrained": "from_pretrained",
+}
+_OPTIONS = {
+    "--subfolder": "subfolder",
+    "--variant": "variant",
+    "--bin": "use_bin",
+    "--revision": "revision",
+    "--against": "against",
+    "--adapters": "adapters",
+    "--device": "device",
+    "--dtype": "dtype",
+    "--cold/--warm": "cold",
+    "--plot": "plot_out",
+    "--memory": "memory",
+}
+_BY_DEFAULT = (None, Device.CPU)
+
+
+def _check_together(parameters: Mapping[str, object]) -> None:
+    """An option that would have no effect is a mistake.
+
+    Raises:
+        typer.BadParameter: two kinds of measurement at once, or an option of another kind.
+    """
+    chosen = [kind for kind, name in _KINDS.items() if parameters[name] not in (None, False)]
+    if len(chosen) > 1:
+        raise typer.BadParameter("one of them at a time", param_hint=" and ".join(chosen))
+    given = [
+        option
+        for option, name in _OPTIONS.items()
+        if parameters[name] not in _BY_DEFAULT and (name != "use_bin" or parameters[name])
+    ]
+    if not chosen:
+        if "--memory" in given:
+            raise typer.BadParameter("it goes with --stream", param_hint="--memory")
+        return
+    unused = [option for option in given if option not in _TAKES[chosen[0]]]
+    if unused:
+        raise typer.BadParameter(
+            f"this has no effect with {chosen[0]}: leave it out", param_hint=", ".join(unused)
+        )
+
+
+def _check_outputs(json_out: Path | None, plot_out: Path | None) -> None:
+    """Before anything is measured.
+
+    Raises:
+        OSError: a file cannot be written there.
+        typer.BadParameter: no picture has this suffix.
+    """
+    for out in (json_out, plot_out):
+        if out is None:
+            continue
+        folder = out.absolute().parent
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder: name a file in it", str(out))
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                errno.ENOENT, "its folder does not exist; make it first", str(out)
+            )
+        if not os.access(out if out.exists() else folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "this user may not write it", str(out))
+    if plot_out is not None and plot_out.suffix.lower() not in _PICTURES:
+        raise typer.BadParameter(
+            f"{plot_out} is no name of a picture: it ends in one of {', '.join(_PICTURES)}",
+            param_hint="--plot",
+        )
+
+
+def _check_safetensors(paths: list[str]) -> None:
+    for path in paths:
+        if not Path(path).exists():
+            raise FileNotFoundError(errno.ENOENT, "there is no such file or folder", path)
+        is_file = Path(path).is_file()
+        if is_file and Path(path).suffix != ".safetensors":
+            raise typer.BadParameter(f"{path} is not a .safetensors file", param_hint="PATH")
+        if not is_file and not any(Path(path).glob("*.safetensors")):
+            raise typer.BadParameter(f"{path}: no .safetensors file is in it", param_hint="PATH")
 
 
 def _bench_stream(
@@ -241,7 +360,9 @@ def _others(against: str, adapters: Path | None) -> list[str]:
     try:
         known = read_adapters(adapters)
     except (OSError, ValueError, ImportError, SyntaxError) as error:
-        raise typer.BadParameter(f"{adapters}: {error}", param_hint="--adapters") from None
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        said = said.removeprefix(f"{adapters}: ")
+        raise typer.BadParameter(f"{adapters}: {said}", param_hint="--adapters") from None
     offered = [*AGAINST, *(name for name in known if name not in CONTENDERS)]
     names = dict.fromkeys(part.strip() for part in against.split(","))
     others = [name for name in names if name not in ("", "weightlift")]
@@ -253,17 +374,12 @@ def _others(against: str, adapters: Path | None) -> list[str]:
     return others
 
 
-def _dtype(dtype: str) -> str:
-    """torch's name of it."""
+def _dtype(dtype: str) -> str | None:
+    """torch's name of it; none for ``"auto"``."""
     from weightlift.core import dtypes
 
-    try:
-        name = dtypes.parse_dtype(dtype)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--dtype") from None
-    if name is None:
-        raise typer.BadParameter("leave it out to keep the file's dtypes", param_hint="--dtype")
-    return dtypes.TORCH_NAMES[name]
+    name = dtypes.parse_dtype(dtype)
+    return None if name is None else dtypes.TORCH_NAMES[name]
 
 
 def _bench_files(
@@ -278,7 +394,7 @@ def _bench_files(
     from rich.console import Console
 
     from weightlift.bench.runs import compare_files
-    from weightlift.bench.tables import comparison_table, describe_run, notes
+    from weightlift.bench.tables import comparison_table, describe_run, notes, verdicts
 
     found = compare_files(
         paths, device, dtype, contenders, cold=cold, repeat=repeat, adapters=adapters
@@ -289,7 +405,7 @@ def _bench_files(
     if found.samples:
         console.print()
         console.print(comparison_table(found, contenders[0]))
-    for line in notes(found):
+    for line in [*verdicts(found, contenders[0]), *notes(found)]:
         console.print(line, markup=False, soft_wrap=True)
     return found
 
@@ -300,7 +416,13 @@ def _bench_models(
     from rich.console import Console
 
     from weightlift.bench.runs import compare_models
-    from weightlift.bench.tables import describe_run, forward_notes, models_table, notes
+    from weightlift.bench.tables import (
+        describe_run,
+        forward_notes,
+        models_table,
+        notes,
+        verdicts,
+    )
 
     title, found = compare_models(arguments, device, dtype, states, repeat)
     console = Console(highlight=False)
@@ -310,7 +432,8 @@ def _bench_models(
     console.print()
     if any(one.samples for one in found):
         console.print(models_table(found))
-    lines = [line for one in found for line in [*notes(one), *forward_notes(one)]]
+    lines = [line for one in found for line in verdicts(one, "backend")]
+    lines += [line for one in found for line in [*notes(one), *forward_notes(one)]]
     for line in dict.fromkeys(lines):
         console.print(line, markup=False, soft_wrap=True)
     return found

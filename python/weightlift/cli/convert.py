@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from weightlift.cli.sources import (
     components_of,
     expand,
 )
+from weightlift.cli.values import castable_dtype, size_text
 from weightlift.core.report import format_bytes
 
 __all__ = ["convert"]
@@ -34,7 +36,7 @@ _COMPANIONS = (".json", ".txt", ".model")
 _MOST_BYTES = 1 << 28
 _OTHER_FORMATS = (
     *(".bin", ".pt", ".pth", ".ckpt", ".dduf", ".gguf", ".msgpack", ".h5", ".onnx", ".npz"),
-    *(".json", ".pkl"),
+    *(".json", ".pkl", ".pickle", ".npy", ".zip", ".tar", ".gz", ".tgz", ".txt", ".yaml", ".yml"),
 )
 
 
@@ -66,20 +68,36 @@ class Written:
 
 def convert(
     sources: Annotated[
-        list[str],
-        typer.Argument(metavar="SOURCE... TARGET", help=SOURCE_HELP, show_default=False),
+        list[str], typer.Argument(metavar="SOURCE", help=SOURCE_HELP, show_default=False)
+    ],
+    last: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET", help="A .safetensors file, or a folder.", show_default=False
+        ),
     ],
     dtype: Annotated[
         str | None,
-        typer.Option(help="Cast floating-point tensors, such as bfloat16.", show_default=False),
+        typer.Option(
+            parser=castable_dtype,
+            metavar="DTYPE",
+            help="Cast floating-point tensors, to bfloat16 for example.",
+            show_default=False,
+        ),
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option(help="Largest file of a folder, such as 5GB.")
-    ] = "10GB",
+        str | None,
+        typer.Option(
+            parser=size_text,
+            metavar="SIZE",
+            help="Largest file of a folder, such as 5GB; 10GB by default.",
+            show_default=False,
+        ),
+    ] = None,
     subfolder: Subfolder = None,
     variant: Variant = None,
     to_variant: Annotated[
-        str | None, typer.Option(help="Of the target.", show_default=False)
+        str | None, typer.Option(help="Of the files in the target.", show_default=False)
     ] = None,
     stem: Annotated[
         str | None,
@@ -113,13 +131,19 @@ def convert(
     from weightlift.core.requirements import require
 
     require("torch", "weightlift convert")
-    if len(sources) < 2:
-        raise typer.BadParameter("name a source, and where it goes", param_hint="SOURCE... TARGET")
-    *given, last = sources
-    paths, target = expand(given), Path(last)
-    wanted = Target(dtype, max_shard_size, stem, to_variant)
+    if not last:
+        raise typer.BadParameter("it is empty", param_hint="TARGET")
+    paths, target = expand(sources), Path(last)
+    wanted = Target(dtype, max_shard_size or "10GB", stem, to_variant)
     options = OpenOptions(subfolder, variant, use_bin, state_dict_key, prefix, revision)
     is_file = _is_file(target)
+    for option, value in (
+        ("--max-shard-size", max_shard_size), ("--stem", stem), ("--to-variant", to_variant),
+    ):  # fmt: skip
+        if is_file and value is not None:
+            raise typer.BadParameter(
+                f"it goes with a folder as the target, and {target} is a file", param_hint=option
+            )
     if is_file and len(paths) > 1:
         raise typer.BadParameter(
             f"{len(paths)} sources need a folder, and {target} is a file", param_hint="TARGET"
@@ -149,11 +173,16 @@ def convert(
 
 
 def _is_file(target: Path) -> bool:
-    if target.suffix == ".safetensors":
+    suffix = target.suffix.lower()
+    if suffix == ".safetensors":
         return True
-    if target.suffix.lower() in _OTHER_FORMATS:
+    if target.is_dir():
+        return False
+    near = difflib.get_close_matches(suffix, [".safetensors"], cutoff=0.7)
+    if near or suffix in _OTHER_FORMATS:
+        hint = ": .safetensors is meant?" if near else ": only safetensors are written"
         raise typer.BadParameter(
-            f"{target} is neither a .safetensors file nor a folder: only safetensors are written",
+            f"{target} is neither a .safetensors file nor a folder{hint}",
             param_hint="TARGET",
         )
     return False
@@ -215,7 +244,7 @@ def _convert(
         companions=_companions(checkpoint.paths, subfolder),
         progress=bar.of(component or Path(path).name),
     )
-    where = target.parent if target.suffix == ".safetensors" else target
+    where = target.parent if target.suffix.lower() == ".safetensors" else target
     size = sum((where / file).stat().st_size for file in files)
     title = path if component is None else f"{path} [{component}]"
     return Written(title, str(target), len(checkpoint), list(files), size)

@@ -22,9 +22,11 @@ from weightlift.cli.sources import (
     Variant,
     name_width,
     open_all,
+    print_whole,
     safe_text,
     shorten,
 )
+from weightlift.cli.values import whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +64,12 @@ def diff(
         bool, typer.Option("--headers", help="Names, dtypes and shapes alone; no tensor is read.")
     ] = False,
     limit: Annotated[
-        int, typer.Option(min=0, help="List at most this many differences; 0 lists all.")
+        int,
+        typer.Option(
+            parser=whole_number(0),
+            metavar="N",
+            help="List at most this many differences; 0 lists all.",
+        ),
     ] = 40,
     subfolder: Subfolder = None,
     variant: Variant = None,
@@ -243,7 +250,7 @@ def _show(found: list[Difference], count: int, limit: int) -> None:
         table.add_column(title, justify=side, no_wrap=True, header_style="bold")  # type: ignore[arg-type]
     for one, row in zip(listed, rows, strict=True):
         table.add_row(Text(shorten(safe_text(one.name), width)), *row)
-    console.print(table)
+    print_whole(console, table)
     if len(found) > len(listed):
         console.print(f"... and {len(found) - len(listed):,} more; --limit 0 lists all")
     console.print(f"\n{len(found):,} of {tensors} differ{'s' * (len(found) == 1)}")

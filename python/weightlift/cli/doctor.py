@@ -14,6 +14,7 @@ from weightlift.cli.disk_findings import probe_disk
 from weightlift.cli.findings import Finding
 from weightlift.cli.gpu_findings import probe_gpu
 from weightlift.cli.host_findings import probe_host, probe_memory
+from weightlift.cli.values import whole_number
 
 __all__ = ["doctor"]
 
@@ -32,7 +33,12 @@ def doctor(
         ),
     ] = None,
     disk_mb: Annotated[
-        int, typer.Option(min=1, max=16_384, help="Size of the temporary file, in MB.")
+        int,
+        typer.Option(
+            parser=whole_number(1, 16_384),
+            metavar="N",
+            help="Size of the temporary file, in MB.",
+        ),
     ] = 256,
 ) -> None:
     """Look at what loads depend on: CPU, memory, disk and GPU; say what is missing and costs time.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from weightlift.cli.sources import (
     Subfolder,
     Variant,
     open_all,
+    print_whole,
 )
 from weightlift.core import dtypes
 from weightlift.core.report import format_bytes
@@ -30,6 +32,7 @@ __all__ = ["estimate"]
 _BITS = {"float32": 32, "bfloat16, float16": 16, "8 bits": 8, "4 bits": 4}
 # Of Adam, all in the dtype of the weights: these, their gradients, and two moments.
 _COPIES_TO_TRAIN = 4
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def estimate(
@@ -112,16 +115,39 @@ def _unique(checkpoint: Checkpoint) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _device_map(given: str) -> dict[str, str | int]:
-    text = Path(given).read_text(encoding="utf-8") if Path(given).is_file() else given
+    example = '{"layers": 0, "": "cpu"}'
+    if given in _AUTOMATIC:
+        raise typer.BadParameter(
+            f"{given!r} is made for the memory of one machine, when a model is loaded; here it is "
+            f"JSON, such as {example}, or a file with it",
+            param_hint="--device-map",
+        )
+    is_file = _is_file(given)
+    text = Path(given).read_text(encoding="utf-8", errors="replace") if is_file else given
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise typer.BadParameter(f"it is not JSON: {error}", param_hint="--device-map") from None
-    if not isinstance(found, dict):
+        what = f"{given}: " if is_file else f"{given!r} is no file and "
+        raise typer.BadParameter(f"{what}not JSON: {error}", param_hint="--device-map") from None
+    if not isinstance(found, dict) or not found:
         raise typer.BadParameter(
-            'it is a JSON object, such as {"layers": 0, "": "cpu"}', param_hint="--device-map"
+            f"a map is a JSON object, such as {example}", param_hint="--device-map"
         )
+    for beginning, device in found.items():
+        if isinstance(device, bool) or not re.fullmatch(r"cpu|disk|cuda|(cuda:)?\d+", str(device)):
+            raise typer.BadParameter(
+                f'{beginning!r}: {json.dumps(device)} is not one of 0, 1, ..., "cuda:0", '
+                '"cpu", "disk"',
+                param_hint="--device-map",
+            )
     return found
+
+
+def _is_file(given: str) -> bool:
+    try:
+        return Path(given).is_file()
+    except OSError:  # a text that is longer than any name
+        return False
 
 
 def _by_device(checkpoints: list[Checkpoint], device_map: dict[str, str | int]) -> dict[str, int]:
@@ -131,6 +157,7 @@ def _by_device(checkpoints: list[Checkpoint], device_map: dict[str, str | int]) 
         typer.BadParameter: a tensor has no device.
     """
     found: dict[str, int] = {}
+    used: set[str] = set()
     for checkpoint in checkpoints:
         for name, (dtype, shape) in checkpoint.items():
             parts = name.split(".")
@@ -141,10 +168,19 @@ def _by_device(checkpoints: list[Checkpoint], device_map: dict[str, str | int]) 
                     f'{name} has no device; add "" for all that is left',
                     param_hint="--device-map",
                 )
+            used.add(fit)
             device = str(device_map[fit])
-            device = f"cuda:{device}" if device.isdigit() else device
+            device = (
+                f"cuda:{device}"
+                if device.isdigit()
+                else device.replace("cuda", "cuda:0", device == "cuda")
+            )
             size = math.prod(shape) * dtypes.bits(dtype) // 8
             found[device] = found.get(device, 0) + size
+    for unused in sorted({*device_map} - used - {""}):
+        raise typer.BadParameter(
+            f"no tensor's name begins with {unused!r}", param_hint="--device-map"
+        )
     return found
 
 
@@ -164,6 +200,9 @@ def _show(found: dict[str, Any]) -> None:
         table.add_column(title, justify=side, no_wrap=True, header_style="bold")  # type: ignore[arg-type]
     for name, row in found["dtypes"].items():
         table.add_row(name, *(format_bytes(size) for size in row.values()))
-    console.print(table)
-    for device, size in found.get("devices", {}).items():
+    print_whole(console, table)
+    devices = found.get("devices", {})
+    if devices:
+        console.print()
+    for device, size in devices.items():
         console.print(f"{device}: {format_bytes(size)} as stored")

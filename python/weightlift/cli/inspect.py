@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.resolve import torch_format_of
 from weightlift.cli.sources import (
     SOURCE_HELP,
     Bin,
@@ -23,9 +24,12 @@ from weightlift.cli.sources import (
     Variant,
     components_of,
     name_width,
+    place_of,
+    print_whole,
     safe_text,
     shorten,
 )
+from weightlift.cli.values import names_of, one_of, whole_number
 from weightlift.core import dtypes
 from weightlift.core.report import format_bytes
 
@@ -75,9 +79,23 @@ _ORDERS: dict[Sort, Any] = {
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help=SOURCE_HELP, show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
-    sort: Annotated[Sort, typer.Option(help="The order of the tensors.")] = Sort.OFFSET,
+    sort: Annotated[
+        Sort,
+        typer.Option(
+            parser=one_of(Sort),
+            autocompletion=names_of(Sort),
+            metavar="name|size|offset",
+            help="The order of the tensors; that of the file by default.",
+            show_default=False,
+        ),
+    ] = Sort.OFFSET,
     limit: Annotated[
-        int, typer.Option(min=0, help="List at most this many tensors; 0 lists all.")
+        int,
+        typer.Option(
+            parser=whole_number(0),
+            metavar="N",
+            help="List at most this many tensors; 0 lists all.",
+        ),
     ] = 40,
     subfolder: Subfolder = None,
     variant: Variant = None,
@@ -134,9 +152,9 @@ def describe(path: str, options: OpenOptions, component: str | None = None) -> d
         total["bytes"] += entry.bytes
     filled = [entry for entry in entries if entry.bytes and entry.offset is not None]
     return {
-        "path": path,
+        "path": place_of(path, component or options.subfolder),
         "files": [
-            {"path": file, "format": form, "bytes": size, "header_bytes": _header(file)}
+            {"path": file, "format": form, "bytes": size, "header_bytes": _header(file, form)}
             for (file, _), form, size in zip(
                 checkpoint.files, checkpoint.formats, checkpoint.file_sizes, strict=False
             )
@@ -161,9 +179,9 @@ def describe(path: str, options: OpenOptions, component: str | None = None) -> d
 
 
 def _is_lone(path: str) -> bool:
-    """A file that has no name of torch's or of a DDUF is taken for safetensors."""
-    archives = (".bin", ".pt", ".pth", ".ckpt", ".dduf", ".json")
-    return Path(path).is_file() and not path.lower().endswith(archives)
+    """A file that is not torch's, by its name or its bytes, is taken for safetensors."""
+    others = path.lower().endswith((".dduf", ".json"))
+    return not others and Path(path).is_file() and torch_format_of(path) is None
 
 
 def _entry(checkpoint: Checkpoint, name: str) -> TensorEntry:
@@ -180,9 +198,9 @@ def _entry(checkpoint: Checkpoint, name: str) -> TensorEntry:
     return TensorEntry(name, dtype, shape, Path(path).name, begin, count, shares)
 
 
-def _header(path: str) -> int | None:
+def _header(path: str, form: str) -> int | None:
     """Of a safetensors file of its own: its header's length is in the first eight bytes."""
-    if not path.endswith(".safetensors"):
+    if form != "safetensors" or path.lower().endswith(".dduf"):
         return None
     with Path(path).open("rb") as opened:
         return int.from_bytes(opened.read(8), "little")
@@ -224,7 +242,7 @@ def _show(found: dict[str, Any], entries: list[TensorEntry], limit: int) -> None
             count_text(total["parameters"]),
             format_bytes(total["bytes"]),
         )
-    console.print(totals)
+    print_whole(console, totals)
     if found["metadata"]:
         console.print()
         console.print(_metadata(found["metadata"], limit))
@@ -233,7 +251,7 @@ def _show(found: dict[str, Any], entries: list[TensorEntry], limit: int) -> None
     console.print()
     listed = entries if limit == 0 else entries[:limit]
     number_of = {Path(file["path"]).name: str(n) for n, file in enumerate(found["files"], 1)}
-    console.print(_tensors(listed, number_of, console.width))
+    print_whole(console, _tensors(listed, number_of, console.width))
     left = entries[len(listed) :]
     if left:
         console.print(

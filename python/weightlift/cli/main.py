@@ -88,8 +88,14 @@ def _as_options(text: str) -> str:
     """What an error says of Python's arguments, in the words of the command line."""
     text = text.replace("use_safetensors=False", "--bin").replace("variant=None", "no --variant")
 
+    def option_name(found: re.Match[str]) -> str:
+        return f"--{found[1].replace('_', '-')}"
+
     def option(found: re.Match[str]) -> str:
         value = (found[2] or "").strip("'\"")
-        return f"--{found[1].replace('_', '-')} {value}".rstrip()
+        return f"{option_name(found)} {value}".rstrip()
 
-    return re.sub(rf"\b({'|'.join(_ARGUMENTS)})=('[^']*'|\"[^\"]*\"|\w+)?", option, text)
+    names = "|".join(_ARGUMENTS)
+    text = re.sub(rf"\b({names})=('[^']*'|\"[^\"]*\"|\w+)?", option, text)
+    text = re.sub(rf"\b({names})(?= is ['\"])", option_name, text)
+    return re.sub(r"\b(state_dict_key|max_shard_size)\b", option_name, text)

@@ -19,6 +19,10 @@ from typing import NamedTuple
 __all__ = ["Job", "parse", "run", "start"]
 
 
+# Of files that people name without a command, and that Python would fail to read as a script.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".dduf", ".gguf")
+
+
 class Job(NamedTuple):
     """What to run: a script, a folder or archive with a ``__main__.py``, or a module."""
 
@@ -46,6 +50,9 @@ def parse(arguments: Sequence[str], commands: Sequence[str]) -> Job | None:
         sys.exit(2)
     if rest[:1] == ["-m"]:
         return Job(rest[1], True, rest[2:], report)
+    if explicit and not rest and arguments[1:]:
+        print("weightlift run: name a script, or -m and a module, behind --report", file=sys.stderr)
+        sys.exit(2)
     if not rest or rest[0].startswith("-") or (not explicit and rest[0] in commands):
         return None
     if not Path(rest[0]).exists():
@@ -53,6 +60,13 @@ def parse(arguments: Sequence[str], commands: Sequence[str]) -> Job | None:
         near = [] if explicit else difflib.get_close_matches(rest[0], commands, 1)
         hint = f"; {near[0]} is meant?" if near else ""
         print(f"weightlift: {rest[0]!r} is {known or 'not '}a file{hint}", file=sys.stderr)
+        sys.exit(2)
+    if Path(rest[0]).suffix.lower() in _WEIGHTS and Path(rest[0]).is_file():
+        print(
+            f"weightlift: {rest[0]!r} holds weights and is not a script; to see what is in it: "
+            f"weightlift inspect {rest[0]}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     return Job(rest[0], False, rest[1:], report)
 

@@ -6,7 +6,7 @@ import dataclasses
 import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,10 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.hub import HubArguments, list_files
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 __all__ = [
     "SOURCE_HELP",
@@ -28,6 +32,8 @@ __all__ = [
     "expand",
     "name_width",
     "open_all",
+    "place_of",
+    "print_whole",
     "safe_text",
     "shorten",
 ]
@@ -146,6 +152,28 @@ def open_all(path: str, options: OpenOptions) -> Iterator[tuple[str | None, Chec
 def safe_text(text: str) -> str:
     """Names come from strangers: no escape sequence reaches the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def place_of(path: str, component: str | None) -> str:
+    """What is written of a component: its own path."""
+    if component is None:
+        return path
+    if Path(path).suffix.lower() == ".dduf":
+        return f"{path} [{component}]"
+    return f"{path.rstrip('/')}/{component}"
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """A table that is wider than the terminal is wrapped by the terminal: nothing of it is cut."""
+    from rich.measure import Measurement
+
+    width = console.width
+    needed = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    console.width = max(width, needed)
+    try:
+        console.print(table)
+    finally:
+        console.width = width
 
 
 def name_width(console: int, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> int:

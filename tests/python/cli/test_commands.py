@@ -174,8 +174,8 @@ def test_help_is_wrapped_once_and_offers_no_internals(command: str, type_in: Typ
     if command not in ("doctor", "run"):
         assert f"weightlift {command} " in out.partition("Examples:")[2]
     # A paragraph that is wrapped once has full lines but for its last.
-    text = out.partition("╭")[0].partition("Examples:")[0]
-    for paragraph in re.split(r"\n\s*\n", text)[2:]:
+    text = re.split(r"^(?:Arguments|Options|  Examples):", out, flags=re.MULTILINE)[0]
+    for paragraph in re.split(r"\n\s*\n", text)[1:]:
         lines = [line.strip() for line in paragraph.splitlines() if line.strip()]
         for line, following in itertools.pairwise(lines):
             assert len(line) + 1 + len(following.split()[0]) > 76, lines

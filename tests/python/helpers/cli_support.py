@@ -19,8 +19,8 @@ Type = Callable[..., "tuple[int, str, str]"]
 def type_in(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Type:
     """``weightlift ARGUMENTS`` on a terminal of 80 columns: the status, stdout and stderr."""
 
-    def type_in(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "80")
+    def type_in(*arguments: str | Path, columns: int = 80) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setattr(sys, "argv", ["weightlift", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:

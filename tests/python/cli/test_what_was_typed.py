@@ -1,0 +1,139 @@
+"""What a second user typed, right and wrong, and what the command line has to answer."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cli_support import Type, type_in
+from weightlift.cli import COMMANDS
+
+__all__ = ["type_in"]  # a fixture
+
+TENSORS = {f"layers.{i}.weight": torch.full((4, 4), float(i)) for i in range(3)}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the user is: a file, a torch file of two state dicts, a pipeline."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    save_file(TENSORS, "model.safetensors")
+    Path("weights.dat").write_bytes(Path("model.safetensors").read_bytes())
+    torch.save({"model": TENSORS, "ema": TENSORS}, "two.pt")
+    for part in ("unet", "vae"):
+        Path("pipe", part).mkdir(parents=True)
+        save_file(TENSORS, f"pipe/{part}/diffusion_pytorch_model.safetensors")
+    Path("pipe/model_index.json").write_text('{"_class_name": "P"}')
+    Path("text.bin").write_text("hello world\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (
+            "inspect model.safetensors --sort sise",
+            "'sise' is not one of name, size, offset: 'size'",
+        ),
+        ("inspect model.safetensors --limit many", "'many' is not a whole number"),
+        ("diff model.safetensors two.pt --limit -1", "-1 is too small: the least is 0"),
+        ("bench model.safetensors --repeat 0", "0 is too small: the least is 1"),
+        ("bench model.safetensors --device tpu", "'tpu' is not one of cpu, cuda"),
+        ("bench model.safetensors --stream --memory 3XB", "'3XB'; write bytes, or text with"),
+        ("doctor --disk-mb 99999", "99999 is too large: the most is 16384"),
+        ("convert model.safetensors out --dtype bf17", "'--dtype': 'bf17'; it can be one of"),
+        ("convert model.safetensors out --max-shard-size 5XB", "'--max-shard-size': '5XB'; write"),
+        ("convert model.safetensors out --max-shard-size 0", "'0' is no room at all"),
+        ("convert model.safetensors x.safetensors --stem y", "--stem: it goes with a folder"),
+        ("convert model.safetensors x.safetensors --to-variant y", "--to-variant: it goes with"),
+        ("convert model.safetensors x.safetensors --max-shard-size 1GB", "it goes with a folder"),
+        ("convert model.safetensors x.safetensor", ".safetensors is meant?"),
+        ("convert model.safetensors x.zip", "only safetensors are written"),
+        ("convert model.safetensors ''", "TARGET: it is empty"),
+        ("estimate model.safetensors --device-map auto", "'auto' is made for the memory of one"),
+        ("estimate model.safetensors --device-map no.json", "'no.json' is no file and not JSON"),
+        ("estimate model.safetensors --device-map {}", "a map is a JSON object, such as"),
+        ('estimate model.safetensors --device-map \'{"": "gpu"}\'', '"gpu" is not one of 0, 1'),
+        ("estimate model.safetensors --device-map '{\"\": null}'", "null is not one of"),
+        (
+            'estimate model.safetensors --device-map \'{"layrs": 0, "": 1}\'',
+            "no tensor's name begins with 'layrs'",
+        ),
+        ("run --report", "name a script, or -m and a module"),
+        ("run model.safetensors", "holds weights and is not a script"),
+        ("model.safetensors", "weightlift inspect model.safetensors"),
+    ],
+)
+def test_a_wrong_use(typed: str, said: str, type_in: Type) -> None:
+    before = sorted(Path().rglob("*"))
+    status, out, err = type_in(*_words(typed))
+    assert (status, out) == (2, "")
+    assert said in err
+    for leak in ("Value error", "Input should", "Traceback", "╭"):
+        assert leak not in err
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("inspect two.pt", "choose what is meant by --state-dict-key"),
+        ("convert model.safetensors out --stem a/b", "--stem is 'a/b'; it must be a part of"),
+        ("convert model.safetensors out --to-variant a/b", "variant is 'a/b'"),
+    ],
+)
+def test_an_error_names_the_option(typed: str, said: str, type_in: Type) -> None:
+    status, _, err = type_in(*_words(typed))
+    assert status == 1
+    assert said in err
+
+
+def test_a_component_has_its_own_path(type_in: Type) -> None:
+    assert re.search(r"^path +pipe/unet *$", type_in("inspect", "pipe", "--subfolder", "unet")[1],
+                     re.MULTILINE)  # fmt: skip
+    components = json.loads(type_in("inspect", "pipe", "--json")[1])["components"]
+    assert [one["path"] for one in components.values()] == ["pipe/unet", "pipe/vae"]
+
+
+def test_the_suffix_does_not_matter(type_in: Type) -> None:
+    status, _, _ = type_in("convert", "model.safetensors", "X.SAFETENSORS")
+    assert status == 0
+    assert Path("X.SAFETENSORS").is_file()
+    assert "header " in type_in("inspect", "weights.dat")[1]
+
+
+@pytest.mark.parametrize("columns", [30, 60, 100])
+def test_no_column_is_cut(columns: int, type_in: Type) -> None:
+    save_file({"other": torch.zeros(2)}, "other.safetensors")
+    for typed, shown in (
+        ("inspect model.safetensors", ["dtype", "shape", "offset", "4 x 4", "64 B"]),
+        ("estimate model.safetensors", ["training with Adam", "bfloat16, float16"]),
+        ("diff model.safetensors other.safetensors", ["differs in", "F32 4 x 4 / -"]),
+    ):
+        out = type_in(*_words(typed), columns=columns)[1]
+        assert "…" not in out
+        for word in shown:
+            assert word in out, typed
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_help_cuts_no_word(columns: int, type_in: Type) -> None:
+    for command in COMMANDS:
+        status, out, _ = type_in(command, "--help", columns=columns)
+        assert status == 0
+        assert "…" not in out
+        usage = " ".join(out.partition("\n\n")[0].split())
+        assert {"convert": "TARGET", "run": "ARGS..."}.get(command, "") in usage
+        wide = [line for line in out.splitlines() if len(line) > columns]
+        assert all(line.startswith("    weightlift ") for line in wide)  # to be copied
+
+
+def _words(typed: str) -> list[str]:
+    return shlex.split(typed)
