@@ -88,6 +88,11 @@ Result<Device*> Device::get(int ordinal) {
   std::map<int, std::unique_ptr<Device>> made;
   made.emplace(ordinal, std::unique_ptr<Device>(new Device(*table, ordinal, handle)));
   Device* const device = made.begin()->second.get();
+  int node = -1;  // since CUDA 12.2
+  if (table->cuDeviceGetAttribute(&node, CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, handle) ==
+      CUDA_SUCCESS) {
+    device->node_ = node;
+  }
   // A driver that does not know the attribute serves no such device.
   int shared = 0;
   device->uses_host_page_tables_ =

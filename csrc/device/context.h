@@ -31,6 +31,8 @@ class Device {
   [[nodiscard]] const Driver& driver() const noexcept { return *driver_; }
   [[nodiscard]] CUcontext context() const noexcept { return context_; }
   [[nodiscard]] std::string name() const;
+  // The node of the machine that it is attached to; -1 where the driver does not say.
+  [[nodiscard]] int node() const noexcept { return node_; }
   // Whether it reads the memory of this process through the host's own page tables, as GH200 and
   // GB200 do: memory that it copies from then need not be pinned.
   [[nodiscard]] bool uses_host_page_tables() const noexcept { return uses_host_page_tables_; }
@@ -53,6 +55,7 @@ class Device {
   int ordinal_;
   CUdevice handle_;
   CUcontext context_ = nullptr;
+  int node_ = -1;
   bool uses_host_page_tables_ = false;
   std::mutex kernel_mutex_;
   CUmodule module_ = nullptr;

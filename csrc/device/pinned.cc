@@ -112,6 +112,7 @@ Result<PinnedMemory> PinnedMemory::adopt(Device& device, io::AnonymousMemory mem
 Result<PinnedMemory> PinnedMemory::allocate(Device& device, std::size_t bytes) {
   WL_ASSIGN_OR_RETURN(io::AnonymousMemory memory, io::AnonymousMemory::allocate(bytes));
   memory.keep_from_children();
+  memory.prefer_node(device.node());
   WL_RETURN_IF_ERROR(memory.populate(0, memory.size()));
   return adopt(device, std::move(memory));
 }

@@ -13,8 +13,9 @@ namespace weightlift::device {
 
 class PinnedMemory {
  public:
-  // Own huge pages, backed by the calling thread and registered for all devices: 97 ms/GiB where
-  // cuMemHostAlloc takes 492 (cudf issue 23457). Where registering is refused, cuMemHostAlloc.
+  // Own huge pages of the device's node, backed by the calling thread and registered for all
+  // devices: 97 ms/GiB where cuMemHostAlloc takes 492 (cudf issue 23457). Where registering is
+  // refused, cuMemHostAlloc.
   [[nodiscard]] static Result<PinnedMemory> allocate(Device& device, std::size_t bytes);
 
   // The same with memory that exists and is backed; where registering is refused, the driver's own
@@ -32,6 +33,8 @@ class PinnedMemory {
 
   [[nodiscard]] std::byte* data() const noexcept { return data_; }
   [[nodiscard]] std::size_t size() const noexcept { return bytes_; }
+  // Of the device that it was made for.
+  [[nodiscard]] int node() const noexcept { return device_->node(); }
 
  private:
   PinnedMemory(Device& device, io::AnonymousMemory memory, std::byte* data, std::size_t bytes)

@@ -56,15 +56,20 @@ Result<std::optional<StagingSlot>> StagingPool::take(Device& device, std::size_t
     const MutexLock lock(mutex_);
     if (claim == SlotClaim::kFurther && waiting_ != 0) return std::optional<StagingSlot>();
     while (true) {
-      const auto found =
-          std::find_if(free_.begin(), free_.end(),
-                       [bytes](const PinnedMemory& slot) { return slot.size() == bytes; });
+      const bool may_pin = pinned_bytes_ + bytes <= budget + std::min(abandoned_bytes_, budget);
+      const auto find = [&](bool any_node) {
+        return std::find_if(free_.begin(), free_.end(), [&](const PinnedMemory& slot) {
+          return slot.size() == bytes && (any_node || slot.node() == device.node());
+        });
+      };
+      auto found = find(false);
+      if (found == free_.end() && !may_pin) found = find(true);
       if (found != free_.end()) {
         memory.splice(memory.end(), free_, found);
         busy_bytes_ += bytes;
         break;
       }
-      if (pinned_bytes_ + bytes <= budget + std::min(abandoned_bytes_, budget)) break;
+      if (may_pin) break;
       if (free_.empty()) {
         if (auto error = why_nothing_comes_back(budget)) return *std::move(error);
         return std::optional<StagingSlot>();

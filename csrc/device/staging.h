@@ -43,7 +43,8 @@ class StagingPool {
  public:
   [[nodiscard]] static StagingPool& instance();
 
-  // A slot of `bytes`: a free one, or a new one while no more than `budget` bytes are pinned;
+  // A slot of `bytes`: a free one on the device's node, or a new one while no more than `budget`
+  // bytes are pinned, or a free one on another node;
   // nothing where others hold the budget, or wait for a first slot when this is a further one. Pins
   // without holding the lock: several threads make the slots of a first load at the same time.
   //

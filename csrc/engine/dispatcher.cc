@@ -20,6 +20,9 @@ namespace {
 
 // While other loads hold all pinned memory: how often to look whether some has come back.
 constexpr std::chrono::milliseconds kPoolRetry{2};
+// Of its bytes, how much a lane of the thread's own node may be ahead of the one furthest behind:
+// to write into a slot across the machine's interconnect is slower, an idle link is slower still.
+constexpr double kNodeLead = 0.05;
 
 }  // namespace
 
@@ -35,7 +38,13 @@ Dispatcher::LaneState::LaneState(const Lane& lane_of)
 Dispatcher::Dispatcher(const Schedule& schedule, std::uint32_t populate_steps)
     : populate_steps_(populate_steps) {
   const MutexLock lock(mutex_);
-  for (const Lane& lane : schedule.lanes) lanes_.emplace_back(lane);
+  std::optional<int> node;
+  for (const Lane& lane : schedule.lanes) {
+    lanes_.emplace_back(lane);
+    if (lane.node < 0) continue;
+    several_nodes_ = several_nodes_ || (node && *node != lane.node);
+    node = lane.node;
+  }
 }
 
 void Dispatcher::stop(Error error) {
@@ -47,9 +56,9 @@ void Dispatcher::stop(Error error) {
 
 // --- Reader threads ----------------------------------------------------------------------------
 
-std::optional<Task> Dispatcher::next() {
+std::optional<Task> Dispatcher::next(int (*node)()) {
   while (!stopped_) {
-    if (auto task = pick()) return task;
+    if (auto task = pick(several_nodes_ ? node() : -1)) return task;
     if (all_given_out()) break;
     wait_for_task();
   }
@@ -100,9 +109,20 @@ std::uint32_t Dispatcher::LaneState::tasks_of_a_slot() const {
   return lane.chunks[next_chunk].unit_count + (may_add_slot() ? 1 : 0);
 }
 
+Dispatcher::LaneState* Dispatcher::furthest_behind(std::optional<int> node) {
+  LaneState* best = nullptr;
+  for (LaneState& state : lanes_) {
+    if (state.all_given_out() || (node && state.lane.node != *node)) continue;
+    if (best != nullptr && state.share() >= best->share()) continue;
+    if (state.needs_slot() && !state.may_add_slot()) continue;
+    best = &state;
+  }
+  return best;
+}
+
 // Of the lanes that can take work, the one that is furthest behind, so that all links stay busy to
-// the end.
-std::optional<Task> Dispatcher::pick() {
+// the end; of the thread's own node while that makes little difference.
+std::optional<Task> Dispatcher::pick(int node) {
   if (next_populate_ < populate_steps_ && !populating_) {
     // One at a time: a second caller breaks the sequential read-ahead of the first.
     populating_ = true;
@@ -110,20 +130,14 @@ std::optional<Task> Dispatcher::pick() {
     wake_if_all_given_out();
     return task;
   }
-  LaneState* best = nullptr;
-  std::uint32_t best_lane = 0;
-  double best_share = 2;
-  for (std::uint32_t i = 0; i < lanes_.size(); ++i) {
-    LaneState& state = lanes_[i];
-    if (state.all_given_out()) continue;
-    const double share = state.share();
-    if (share >= best_share) continue;
-    if (state.needs_slot() && !state.may_add_slot()) continue;
-    best = &state;
-    best_lane = i;
-    best_share = share;
-  }
+  LaneState* best = furthest_behind(std::nullopt);
   if (best == nullptr) return std::nullopt;
+  if (node >= 0) {
+    LaneState* const near = furthest_behind(node);
+    if (near != nullptr && near->share() <= best->share() + kNodeLead) best = near;
+  }
+  std::uint32_t best_lane = 0;
+  while (&lanes_[best_lane] != best) ++best_lane;
   ++best->active;
   if (best->needs_slot()) {
     best->adding_slot = true;

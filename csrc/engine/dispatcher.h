@@ -61,8 +61,10 @@ class Dispatcher {
   [[nodiscard]] const std::optional<Error>& error() const WL_REQUIRES(mutex_) { return error_; }
 
   // --- For reader threads ---
-  // The next task, which is waited for; nothing when all are given out or the load stops.
-  [[nodiscard]] std::optional<Task> next() WL_REQUIRES(mutex_);
+  // The next task, which is waited for; nothing when all are given out or the load stops. `node`
+  // says which node of the machine the thread runs on: it is asked each time something may be
+  // picked, and only where lanes are of several nodes.
+  [[nodiscard]] std::optional<Task> next(int (*node)()) WL_REQUIRES(mutex_);
   // Each task ends in one of these.
   void finish(const PopulateTask& task, Status status) WL_REQUIRES(mutex_);
   void finish(const AddSlotTask& task, Result<SlotOutcome> outcome) WL_REQUIRES(mutex_);
@@ -131,7 +133,9 @@ class Dispatcher {
     [[nodiscard]] bool may_add_slot() const;
   };
 
-  [[nodiscard]] std::optional<Task> pick() WL_REQUIRES(mutex_);
+  [[nodiscard]] std::optional<Task> pick(int node) WL_REQUIRES(mutex_);
+  // Among those that can take work the one furthest behind; of one node, or of all.
+  [[nodiscard]] LaneState* furthest_behind(std::optional<int> node) WL_REQUIRES(mutex_);
   [[nodiscard]] UnitTask take_units(std::uint32_t lane) WL_REQUIRES(mutex_);
   void open_next_chunk(LaneState& state) WL_REQUIRES(mutex_);
   void wait_for_task() WL_REQUIRES(mutex_);
@@ -142,6 +146,7 @@ class Dispatcher {
   Mutex mutex_;
   ConditionVariable task_;  // something may be picked
   std::deque<LaneState> lanes_ WL_GUARDED_BY(mutex_);
+  bool several_nodes_ WL_GUARDED_BY(mutex_) = false;
   const std::uint32_t populate_steps_;
   std::uint32_t next_populate_ WL_GUARDED_BY(mutex_) = 0;
   bool populating_ WL_GUARDED_BY(mutex_) = false;

@@ -16,6 +16,7 @@
 #include "engine/schedule.h"
 #include "engine/scratch.h"
 #include "engine/sources.h"
+#include "io/machine.h"
 #include "mutex.h"
 #include "result.h"
 
@@ -57,7 +58,7 @@ Status Runner::open_devices() {
 void Runner::run_tasks() {
   Buffers buffers;
   const MutexLock lock(dispatcher_.mutex());
-  while (const std::optional<Task> task = dispatcher_.next()) {
+  while (const std::optional<Task> task = dispatcher_.next(io::current_node)) {
     if (const auto* const unit = std::get_if<UnitTask>(&*task)) {
       run(*unit, buffers);
     } else if (const auto* const slot = std::get_if<AddSlotTask>(&*task)) {

@@ -436,6 +436,7 @@ Result<Schedule> Schedule::make(LoadPlan& plan, const Settings& settings) {
     device::Device* device = nullptr;
     if (ordinal != kHostDevice) {
       WL_ASSIGN_OR_RETURN(device, device::Device::get(ordinal));
+      lane.node = device->node();
     }
     LaneBuilder builder(plan, settings, device, lane);
     for (const std::uint32_t index : order) builder.add(index);

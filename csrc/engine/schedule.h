@@ -57,6 +57,7 @@ struct Run {
 // The work of one destination, in order.
 struct Lane {
   int device = kHostDevice;
+  int node = -1;  // of the machine, that the device is attached to; -1 where that is not known
   std::vector<Piece> pieces;
   std::vector<Unit> units;
   std::vector<Chunk> chunks;  // device lanes

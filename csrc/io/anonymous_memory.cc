@@ -1,8 +1,12 @@
 #include "io/anonymous_memory.h"
 
+#include <linux/mempolicy.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -72,6 +76,16 @@ AnonymousMemory& AnonymousMemory::operator=(AnonymousMemory&& other) noexcept {
 
 AnonymousMemory::~AnonymousMemory() {
   if (data_ != nullptr) ::munmap(data_, bytes_);
+}
+
+void AnonymousMemory::prefer_node(int node) const noexcept {
+  constexpr int kBits = 8 * sizeof(unsigned long);
+  constexpr int kNodes = 1024;  // CONFIG_NODES_SHIFT is 10 at the most
+  if (data_ == nullptr || node < 0 || node >= kNodes) return;
+  std::array<unsigned long, kNodes / kBits> nodes{};
+  nodes[static_cast<std::size_t>(node / kBits)] = 1UL << (node % kBits);
+  // One more than there are bits: the kernel takes one off.
+  ::syscall(SYS_mbind, data_, bytes_, MPOL_PREFERRED, nodes.data(), kNodes + 1, 0);
 }
 
 Status AnonymousMemory::populate(std::size_t offset, std::size_t bytes) const {

@@ -27,6 +27,11 @@ class AnonymousMemory {
   [[nodiscard]] std::byte* data() const noexcept { return data_; }
   [[nodiscard]] std::size_t size() const noexcept { return bytes_; }
 
+  // Has what is not yet backed come from this node of the machine while it has some (mbind(2),
+  // MPOL_PREFERRED). A hint: of no node (-1), of one that there is not, or in a sandbox that
+  // refuses the call, the pages come from where the thread runs that touches them.
+  void prefer_node(int node) const noexcept;
+
   // Backs the pages of [offset, offset + bytes) now, by this thread.
   [[nodiscard]] Status populate(std::size_t offset, std::size_t bytes) const;
 

@@ -80,6 +80,12 @@ std::vector<std::string> group_folders(const std::string& root, const std::strin
 
 }  // namespace
 
+int current_node() noexcept {
+  unsigned cpu = 0;
+  unsigned node = 0;
+  return ::getcpu(&cpu, &node) == 0 ? static_cast<int>(node) : -1;
+}
+
 unsigned usable_cpus(const std::string& root) {
   // Where there are more than a cpu_set_t holds (1024) the call below fails.
   unsigned count = std::max(1U, std::thread::hardware_concurrency());

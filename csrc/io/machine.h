@@ -10,6 +10,10 @@ namespace weightlift::io {
 // (cpu.max, cpu.cfs_quota_us), at least one.
 [[nodiscard]] unsigned usable_cpus();
 
+// The node of the machine that the calling thread runs on at the moment; -1 where that cannot be
+// told.
+[[nodiscard]] int current_node() noexcept;
+
 // Bytes that can still be had: the smaller of MemAvailable and what the cgroup's limit leaves.
 // Page-cache pages that the cgroup is charged for count as free: the kernel drops them first.
 [[nodiscard]] std::uint64_t memory_headroom();

@@ -1,12 +1,17 @@
 // The device room against the simulated driver: what it finds, refuses, pins, keeps and lets go.
+#include <cuda.h>
 #include <gtest/gtest.h>
+#include <linux/mempolicy.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
+#include <bit>
 #include <cstring>
 #include <list>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -632,6 +637,65 @@ TEST(Staging, FreeSlotsOfAnotherSizeMakeRoom) {
   EXPECT_EQ((*large)->size(), 4 * kSlot);
   EXPECT_LE(sim().ledger().peak_pinned_bytes, 4 * kSlot) << "more than the budget was pinned";
   large->reset();
+  expect_clean(machine);
+}
+
+// Where the kernel is to take a page from: mbind(2), get_mempolicy(2) with MPOL_F_ADDR.
+std::optional<int> preferred_node(const std::byte* address) {
+  int mode = 0;
+  std::array<unsigned long, 16> nodes{};
+  if (::syscall(SYS_get_mempolicy, &mode, nodes.data(), 8 * sizeof nodes + 1, address,
+                MPOL_F_ADDR) != 0 ||
+      mode != MPOL_PREFERRED) {
+    return std::nullopt;
+  }
+  for (std::size_t word = 0; word < nodes.size(); ++word) {
+    if (nodes[word] != 0) return static_cast<int>(64 * word) + std::countr_zero(nodes[word]);
+  }
+  return std::nullopt;
+}
+
+TEST(Staging, SlotsAreOfTheDevicesNodeAndLentByIt) {
+  Machine machine(3);
+  for (const int device : {0, 1, 2}) {
+    sim().sim_set_attribute(device, CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, device == 2 ? -1 : device);
+  }
+  Device* const near = *Device::get(0);
+  Device* const far = *Device::get(1);
+  EXPECT_EQ(near->node(), 0);
+  EXPECT_EQ(far->node(), 1);
+  EXPECT_EQ((*Device::get(2))->node(), -1);
+  StagingPool& pool = StagingPool::instance();
+  const std::size_t budget = pool.pinned_bytes() + 2 * kSlot;
+  const auto take = [&](Device* device) {
+    auto slot = pool.take(*device, kSlot, budget);
+    return slot.ok() ? std::move(*slot) : std::nullopt;
+  };
+  auto first = take(near);
+  ASSERT_TRUE(first.has_value());
+  std::byte* const of_near = first->data();
+  if (::access("/sys/devices/system/node/node0", F_OK) == 0) {
+    EXPECT_EQ(preferred_node(of_near), 0);
+  }
+  first.reset();
+  auto second = take(far);
+  ASSERT_TRUE(second.has_value());
+  std::byte* const of_far = second->data();
+  EXPECT_NE(of_far, of_near) << "there is room for one on its own node";
+  second.reset();
+  auto again = take(near);
+  auto other = take(far);
+  ASSERT_TRUE(again.has_value() && other.has_value());
+  EXPECT_EQ(again->data(), of_near);
+  EXPECT_EQ(other->data(), of_far);
+  other.reset();
+  auto third = take(near);  // nothing of its own is left, nor may more be pinned
+  ASSERT_TRUE(third.has_value());
+  EXPECT_EQ(third->data(), of_far);
+  EXPECT_EQ(sim().sim_calls("cuMemHostRegister"), 2U);
+  again.reset();
+  third.reset();
+  pool.clear();
   expect_clean(machine);
 }
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Proves that the engine's tests bite: each patch in mutants/ breaks the engine, and a native test,
 which knows nothing of the patches, must fail on every one of them: engine_test, or the one that the
-text above the patch names in a line "Killed by: device_test".
+text above the patch names in a line "Killed by: device_test". Of a patch of the Python package that
+line names a file of tests, which runs on the development installation.
 
 README.md, "Mutants", says how to add one.
 """
@@ -21,7 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-TREE = ("csrc", "cmake", "tests", "CMakeLists.txt")
+TREE = ("csrc", "cmake", "tests", "python", "CMakeLists.txt")
+# The installation is editable, and its finder knows each module by its path.
+REDIRECT = """import sys
+for finder in sys.meta_path:
+    if hasattr(finder, "known_source_files"):
+        for name, path in finder.known_source_files.items():
+            finder.known_source_files[name] = path.replace({root!r}, {copy!r})
+"""
 TEST = "engine_test"
 
 
@@ -45,6 +53,11 @@ class Workshop:
         self.build = folder / "build"
         self.jobs = jobs
         self.seeds = seeds
+        self.root = root
+        self.site = folder / "site"
+        self.site.mkdir()
+        redirect = REDIRECT.format(root=f"{root}/python/", copy=f"{self.source}/python/")
+        (self.site / "sitecustomize.py").write_text(redirect)
         self.source.mkdir()
         for name in TREE:
             origin = root / name
@@ -64,6 +77,8 @@ class Workshop:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     def compile(self, test: str) -> subprocess.CompletedProcess[str]:
+        if test.endswith(".py"):
+            return subprocess.CompletedProcess([], 0, "")
         command = ["cmake", "--build", str(self.build), "--target", test, "-j", str(self.jobs)]
         return subprocess.run(command, text=True, capture_output=True, check=False)
 
@@ -80,15 +95,21 @@ class Workshop:
 
     def test(self, test: str, limit: float | None) -> tuple[int | None, float, str]:
         """Exit status (None: ran past the limit), seconds, and the end of the output."""
-        found = self.build.rglob(test)
-        binary = next(path for path in found if path.is_file() and os.access(path, os.X_OK))
         environment = os.environ | {"WEIGHTLIFT_SEEDS": str(self.seeds)}
         # The first failure is proof enough.
-        command = [str(binary), "--gtest_fail_fast", "--gtest_brief=1"]
+        if test.endswith(".py"):
+            command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", test]
+            environment["PYTHONPATH"] = str(self.site)
+            folder = self.root
+        else:
+            found = self.build.rglob(test)
+            binary = next(path for path in found if path.is_file() and os.access(path, os.X_OK))
+            command = [str(binary), "--gtest_fail_fast", "--gtest_brief=1"]
+            folder = self.build
         start = time.monotonic()
         with tempfile.TemporaryFile(mode="w+", errors="replace") as output:
             process = subprocess.Popen(
-                command, cwd=self.build, env=environment, stdout=output,
+                command, cwd=folder, env=environment, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             try:
@@ -108,7 +129,7 @@ def first_report(output: str) -> str:
     lines = [line for line in stripped if line and not line.startswith("Google Test trace:")]
     marks = ("race:", "host write in flight", "use after free", "freed in use", "unpinned in use",
              "out of bounds", "unregistered", "wrong device", "launch:", "context:", "leak",
-             "differ", "Failure", "FAILED")  # fmt: skip
+             "differ", "Failure", "E  ", "FAILED")  # fmt: skip
     for mark in marks:
         for line in lines:
             if mark in line:
@@ -130,7 +151,7 @@ def chosen(only: list[str] | None, quick: bool) -> list[Path]:
 
 
 def test_of(patch: Path) -> str:
-    found = re.search(r"^Killed by: (\w+)", patch.read_text(), re.MULTILINE)
+    found = re.search(r"^Killed by: ([\w/.]+)", patch.read_text(), re.MULTILINE)
     return found[1] if found else TEST
 
 
@@ -178,7 +199,12 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="weightlift-mutants-") as folder:
         workshop = Workshop(arguments.root, Path(folder), arguments.jobs, arguments.seeds)
-        workshop.configure()
+        # All of them, whichever are run: who changes the engine is to see it at once.
+        stale = [path.stem for path in chosen(None, False) if workshop.why_not(path)]
+        if stale:
+            sys.exit(f"no longer apply, make them again: {', '.join(stale)}")
+        if any(not test_of(patch).endswith(".py") for patch in patches):
+            workshop.configure()
         limits: dict[str, float] = {}
         for test in sorted({test_of(patch) for patch in patches}):
             built = workshop.compile(test)

@@ -38,6 +38,10 @@ TEST(BoundedQueue, GivesBackInOrderAroundItsEnd) {
   }
 }
 
+int no_node() {
+  return -1;
+}
+
 // Chunks of `units` units each, for one device and one slot.
 Schedule chunks_of(std::uint32_t units, std::uint32_t chunks) {
   Schedule schedule;
@@ -72,7 +76,7 @@ struct Reader {
     thread = std::thread([this, &dispatcher] {
       id = static_cast<pid_t>(::syscall(SYS_gettid));
       const MutexLock lock(dispatcher.mutex());
-      while (const std::optional<Task> task = dispatcher.next()) {
+      while (const std::optional<Task> task = dispatcher.next(no_node)) {
         const auto* const unit = std::get_if<UnitTask>(&*task);
         ASSERT_NE(unit, nullptr);
         ++units;
@@ -108,7 +112,7 @@ TEST(DispatcherNext, WakesOneThreadAUnit) {
   AddSlotTask slot;
   {
     const MutexLock lock(dispatcher.mutex());
-    const auto task = dispatcher.next();
+    const auto task = dispatcher.next(no_node);
     ASSERT_TRUE(task && std::holds_alternative<AddSlotTask>(*task));
     slot = std::get<AddSlotTask>(*task);
   }
@@ -140,6 +144,46 @@ TEST(DispatcherNext, WakesOneThreadAUnit) {
     units += reader.units;
   }
   EXPECT_EQ(units, kUnits * kChunks);
+}
+
+template <int kNode>
+int on_node() {
+  return kNode;
+}
+
+// Two devices on two nodes: threads fill the slots of their own, until the other lane falls behind.
+TEST(DispatcherNext, PrefersTheThreadsOwnNode) {
+  constexpr std::uint32_t kUnits = 400;
+  Schedule schedule = chunks_of(kUnits, 1);
+  schedule.lanes.push_back(schedule.lanes[0]);
+  for (const int device : {0, 1}) {
+    Lane& lane = schedule.lanes[static_cast<std::size_t>(device)];
+    lane.device = lane.node = device;
+  }
+  Dispatcher dispatcher(schedule, 0);
+  const MutexLock lock(dispatcher.mutex());
+  std::vector<AddSlotTask> slots;
+  for (int i = 0; i < 2; ++i) {
+    const auto task = dispatcher.next(no_node);
+    ASSERT_TRUE(task && std::holds_alternative<AddSlotTask>(*task));
+    slots.push_back(std::get<AddSlotTask>(*task));
+  }
+  for (const AddSlotTask& slot : slots) dispatcher.finish(slot, SlotOutcome::kAdded);
+  const auto lane_of_next = [&](int (*node)()) {
+    const auto task = dispatcher.next(node);
+    return task ? static_cast<int>(std::get<UnitTask>(*task).lane) : -1;
+  };
+  for (int i = 0; i < 15; ++i) {
+    EXPECT_EQ(lane_of_next(on_node<1>), 1);
+    EXPECT_EQ(lane_of_next(on_node<0>), 0);
+  }
+  // Nobody runs on node 0 any more: its lane falls behind by a twentieth, and no further.
+  int of_other_node = 0;
+  for (int i = 0; i < 100; ++i) of_other_node += lane_of_next(on_node<1>) == 0 ? 1 : 0;
+  EXPECT_GE(of_other_node, 35);
+  EXPECT_LE(of_other_node, 45);
+  // Of a node that has no lane: whichever is behind.
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(lane_of_next(on_node<7>), 0);
 }
 
 }  // namespace

@@ -120,8 +120,10 @@ def test_casts_are_those_of_torch(
     for seed, place in enumerate(("auto", "host", "device")):
         settings = Settings(kernels=kernels, cast_place=place, chunk_bytes=256 * 1024, threads=2)
         with machine(1, seed, list(Policy)[seed]) as driver, settings:
-            loaded = _load(checkpoint_path, 0, driver, dtype=dtype)
+            used = SimulatedAllocator(driver)
+            loaded = _load(checkpoint_path, 0, driver, dtype=dtype, allocator=used)
             _assert_loaded(loaded, expected)
+            assert used.reserved == {0: sum(t.nbytes for t in expected.values())}
             launched = driver.calls("cuLaunchKernel")
             assert (launched > 0) == kernels
 
@@ -371,6 +373,37 @@ def test_ctrl_c_drains_and_the_next_load_is_right(
         loaded = _load(path, 0, driver, progress=lambda *now: seen.append(now))
         _assert_loaded(loaded, expected)
         assert seen[-1][0] == seen[-1][1]
+
+
+@pytest.mark.parametrize("how", ["cancel", "interrupt"])
+def test_a_load_that_is_stopped_has_nothing_in_flight(
+    machine: Switch, tmp_path: Path, how: str
+) -> None:
+    """While what stands for it is still there: its end would wait for the copies, too."""
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(_tensors(2, scale=40), path)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with machine() as driver, Settings(threads=1):
+        driver.set_time(Time.REAL)
+        driver.set_link(0, 8e6)
+        options = LoadOptions(progress=interrupt if how == "interrupt" else False)
+        load = LoadPlan(Checkpoint.from_file(path), options, allocator=SimulatedAllocator(driver))
+        load.add(torch.device("cuda", 0))
+        running = load.start()
+        end = time.monotonic() + 60
+        while not driver.link(0).first_start and time.monotonic() < end:
+            time.sleep(0.001)
+        if how == "cancel":
+            running.cancel()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                running.result()
+        assert driver.ledger().pending == 0
+        del running, load
+        gc.collect()
 
 
 # --- Pinned host memory ------------------------------------------------------------------------
