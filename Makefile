@@ -25,7 +25,7 @@ LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-serving test-architectures release release-lock release-check release-checklist docs-check test-aarch64 gpu-check gpu-rehearsal kernel-report bench bench-env clean dev install-release
+.PHONY: help demo readme report summary test test-deep check-perf fuzz lint native-tests python-tests test-matrix test-libraries test-serving test-architectures release release-lock release-check release-checklist docs-check test-aarch64 gpu-check gpu-rehearsal kernel-report bench bench-streams bench-env clean dev install-release
 
 help:
 	@printf '%s\n' \
@@ -43,6 +43,7 @@ help:
 	  'make gpu-check       tests and measures on a machine with a GPU' \
 	  'make gpu-rehearsal   the same here, on the simulated driver' \
 	  'make bench           the benchmark, into build/bench-runs; then make summary report' \
+	  'make bench-streams   models that run while they load, or in less memory than they have' \
 	  'make summary         the summary of this machine, in benchmarks/results' \
 	  'make report          its tables and pictures' \
 	  'make release         sdist and wheels for every Python, x86-64 and aarch64, into dist' \
@@ -120,6 +121,9 @@ demo: install-release
 
 bench: install-release bench-env
 	$(BIN)/python benchmarks/run.py
+
+bench-streams: install-release
+	$(BIN)/python benchmarks/streams.py
 
 # The peers, each in an environment of its own that sees the main one's packages behind its own:
 # torch is installed once.

@@ -10,7 +10,7 @@ from weightlift.bench.measure import Comparison
 
 OURS = "weightlift"
 # What no library is: a floor, and the parts of a load that are measured beside it.
-APART = ("torch.empty", "construction", "reading", "layers-load", "layers-run")
+APART = ("torch.empty", "construction", "reading", "layers-load", "layers-run", "whole")
 
 
 @dataclasses.dataclass(frozen=True)

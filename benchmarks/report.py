@@ -32,6 +32,7 @@ APART = (
     "reading",
     "layers-load",
     "layers-run",
+    "whole",
     "torch.empty",
 )
 # (workload, reference, label) of the README's three figures, whatever their values.

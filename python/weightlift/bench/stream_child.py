@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main"]
+__all__ = ["drop_from_page_cache", "main"]
 
 # Before memory is looked at.
 _IMPORTED = {
@@ -36,15 +37,21 @@ def main() -> None:
     with torch.no_grad(), contextlib.ExitStack() as inside:
         for library in _IMPORTED[task["contender"]]:
             importlib.import_module(library)
+        if task["group"]:
+            (Path(task["group"]) / "cgroup.procs").write_text(str(os.getpid()))
         before = _anonymous_bytes()
         with _peak() as peak:
-            step, trace = _contender(task, inside)
+            made = inside.enter_context(tempfile.TemporaryDirectory(dir=task["scratch"]))
+            step, trace, handle = _contender(task, inside, made)
             step()  # the first one learns the order
             trace.clear()
-            seconds, digest = _steps(step, task)
-    found = {
-        "seconds": seconds,
-        "digest": digest,
+            found: dict[str, Any] = _steps(
+                step, task, [*task["files"], *map(str, Path(made).rglob("*"))]
+            )
+    seconds = found["seconds"]
+    found |= {
+        "is_limited": bool(task["group"]),
+        "streamed_bytes": 0 if handle is None else handle.streamed_bytes,
         "peak_bytes": max(0, peak[0] - before),
         "events": [event for event in trace if event[3] >= seconds_from(trace, seconds)],
     }
@@ -57,27 +64,53 @@ def seconds_from(trace: list[Any], seconds: list[float]) -> float:
     return last - seconds[-1]
 
 
-def _steps(step: Any, task: dict[str, Any]) -> tuple[list[float], str]:
-    import weightlift._native as native
-
-    files = [native.IndexedFile.open(path) for path in task["files"]]
-    seconds, digest = [], ""
-    for _ in range(task["steps"]):
+def _steps(step: Any, task: dict[str, Any], files: list[str]) -> dict[str, Any]:
+    seconds: list[float] = []
+    cpu_seconds: list[float] = []
+    digest, first = "", {}
+    for number in range(task["steps"]):
         if task["cold"]:
             for file in files:
-                file.drop_from_page_cache()
-        begin = time.perf_counter()
+                drop_from_page_cache(file)
+        begin, cpu = time.perf_counter(), time.process_time()
         result = step()
         seconds.append(time.perf_counter() - begin)
+        cpu_seconds.append(time.process_time() - cpu)
         digest = hashlib.sha256(result.float().numpy().tobytes()).hexdigest()
-    return seconds, digest
+        if number == min(10, task["steps"]) - 1:
+            first = _holds()
+    last = _holds()
+    grown = {what: last[what] - count for what, count in first.items()}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "digest": digest, "grown": grown}
 
 
-def _contender(task: dict[str, Any], inside: contextlib.ExitStack) -> tuple[Any, list[Any]]:
-    """What does a step, and what it notes while it does."""
+def drop_from_page_cache(file: str) -> None:
+    """Its pages are read from the disk the next time; those that are mapped stay."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # what waits to be written is not dropped
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _holds() -> dict[str, int]:
+    return {
+        "bytes": _anonymous_bytes(),
+        "threads": len(list(Path("/proc/self/task").iterdir())),
+        "files": len(list(Path("/proc/self/fd").iterdir())),
+    }
+
+
+def _contender(
+    task: dict[str, Any], inside: contextlib.ExitStack, made: str
+) -> tuple[Any, list[Any], Any]:
+    """What does a step, what it notes while it does, and the handle, where it is streamed; ``made``
+    is a folder for its files."""
     import torch
 
     trace: list[Any] = []
+    handle = None
     name, memory = task["contender"], task["memory"]
     with torch.device("meta"):
         model, inputs = _model(task)
@@ -90,14 +123,14 @@ def _contender(task: dict[str, Any], inside: contextlib.ExitStack) -> tuple[Any,
         from accelerate import infer_auto_device_map, load_checkpoint_and_dispatch
 
         spread = infer_auto_device_map(model, max_memory={"cpu": memory, "disk": 1 << 50})
-        folder = inside.enter_context(tempfile.TemporaryDirectory(dir=task["scratch"]))
         model = load_checkpoint_and_dispatch(
-            model, task["folder"], device_map=spread, offload_folder=folder
+            model, task["folder"], device_map=spread, offload_folder=made
         )
     else:
         from weightlift.load_into import load_into
 
-        load_into(model, task["folder"])
+        # Into own memory: some kernels add up in another order where memory lies otherwise.
+        load_into(model, task["folder"], mode="read")
         if name == "diffusers":
             from diffusers.hooks.group_offloading import apply_group_offloading
 
@@ -106,9 +139,7 @@ def _contender(task: dict[str, Any], inside: contextlib.ExitStack) -> tuple[Any,
                 onload_device=torch.device("cpu"),
                 offload_device=torch.device("cpu"),
                 offload_type="leaf_level",
-                offload_to_disk_path=inside.enter_context(
-                    tempfile.TemporaryDirectory(dir=task["scratch"])
-                ),
+                offload_to_disk_path=made,
             )
     model.eval()
 
@@ -116,7 +147,7 @@ def _contender(task: dict[str, Any], inside: contextlib.ExitStack) -> tuple[Any,
         result = model(**inputs)
         return result if isinstance(result, torch.Tensor) else result[0]
 
-    return step, trace
+    return step, trace, handle
 
 
 def _model(task: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -15,14 +16,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from weightlift.bench.stream_child import drop_from_page_cache
 from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.report import format_bytes
 from weightlift.core.sizes import parse_size
 
-__all__ = ["CONTENDERS", "StreamRun", "compare_streams", "describe", "plot_timeline"]
+__all__ = [
+    "CONTENDERS",
+    "Steps",
+    "StreamRun",
+    "compare_streams",
+    "describe",
+    "plot_timeline",
+    "stack_layers",
+]
 
 CONTENDERS = ("weightlift", "accelerate", "diffusers", "whole")
 _WIDTH = 1024
+_VERSION_1 = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
 _COLOURS = {"read": "#2f8f5b", "wait": "#c0504d", "use": "#8a8d91"}
 _WORDS = {"read": "read and cast", "wait": "waiting", "use": "computing"}
 
@@ -33,7 +44,12 @@ class StreamRun:
 
     Attributes:
         seconds: of each step after the first.
+        cpu_seconds: of all threads, the same.
+        streamed_bytes: that weightlift reads in each step.
         peak_bytes: the most anonymous memory that the process took, above its libraries.
+        grown: what the process has more after the last step than after the tenth, or the first of
+            fewer: bytes of anonymous memory, threads, open files.
+        is_limited: a cgroup limited its memory.
         digest: of the result; all should have the same.
         events: of the last step: (kind, block, begin, end).
         error: why there are no figures.
@@ -41,7 +57,11 @@ class StreamRun:
 
     contender: str
     seconds: list[float] = dataclasses.field(default_factory=list)
+    cpu_seconds: list[float] = dataclasses.field(default_factory=list)
+    streamed_bytes: int = 0
     peak_bytes: int = 0
+    grown: dict[str, int] = dataclasses.field(default_factory=dict)
+    is_limited: bool = False
     digest: str = ""
     events: list[tuple[str, str, float, float]] = dataclasses.field(default_factory=list)
     error: str = ""
@@ -51,15 +71,36 @@ class StreamRun:
         return statistics.median(self.seconds) if self.seconds else float("nan")
 
 
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """How steps are measured.
+
+    Attributes:
+        count: of each contender, after a first one that is not counted.
+        cold: the files are dropped from the page cache before each step, and so are those that a
+            contender has made of them.
+        rows: tokens of a step.
+        threads: of torch; 0 leaves them.
+        width: of a stack.
+        beyond: bytes that a process may take beyond its budget and its libraries, its page cache
+            included, where a cgroup may be made; ``None`` sets no limit. ``"whole"`` has none.
+        keep: a folder in which a stack stays for the next time.
+    """
+
+    count: int = 5
+    cold: bool = False
+    rows: int = 8
+    threads: int = 0
+    width: int = _WIDTH
+    beyond: int | None = None
+    keep: Path | None = None
+
+
 def compare_streams(
     model: str,
     memory: int | str,
     contenders: Sequence[str] = CONTENDERS,
-    *,
-    steps: int = 5,
-    cold: bool = False,
-    rows: int = 8,
-    threads: int = 0,
+    steps: Steps = Steps(),
 ) -> list[StreamRun]:
     """Runs steps of a model by each contender, each in a process of its own.
 
@@ -68,10 +109,7 @@ def compare_streams(
             layers of that size, which is made.
         memory: bytes for weights; accelerate is given a device map of as much.
         contenders: of ``CONTENDERS``; ``"whole"`` has all of it in memory.
-        steps: of each, after a first one that is not counted.
-        cold: the files are dropped from the page cache before each step.
-        rows: tokens of a step.
-        threads: of torch; 0 leaves them.
+        steps: how they are measured.
 
     Raises:
         ArgumentError: no such contender, or a memory that is none.
@@ -80,18 +118,53 @@ def compare_streams(
     budget = parse_size(memory, "memory")
     if unknown := [name for name in contenders if name not in CONTENDERS]:
         raise ArgumentError(f"{unknown[0]!r} is not one of {', '.join(CONTENDERS)}")
-    with _folder(model) as (folder, layers):
+    with (
+        _folder(model, steps.width, steps.keep) as (folder, layers),
+        _group(steps.beyond, budget) as group,
+    ):
         task = {
             "folder": str(folder),
             "files": [str(path) for path in sorted(folder.glob("*.safetensors"))],
-            "layers": layers, "width": _WIDTH, "memory": budget, "steps": steps, "cold": cold,
-            "rows": rows, "threads": threads, "scratch": str(folder.parent),
+            "layers": layers, "width": steps.width, "memory": budget, "steps": steps.count,
+            "cold": steps.cold, "rows": steps.rows, "threads": steps.threads,
+            "scratch": str(folder.parent), "group": None,
         }  # fmt: skip
-        return [_run({**task, "contender": name}) for name in contenders]
+        for file in task["files"] if group else ():  # their pages are to be the group's
+            drop_from_page_cache(file)
+        return [
+            _run({**task, "contender": name, "group": None if name == "whole" else group})
+            for name in contenders
+        ]
 
 
 @contextlib.contextmanager
-def _folder(model: str) -> Iterator[tuple[Path, int]]:
+def _group(beyond: int | None, budget: int) -> Iterator[str | None]:
+    """A cgroup with a limit on its memory, where one may be made."""
+    if beyond is None:
+        yield None
+        return
+    name = f"weightlift-bench-{os.getpid()}"
+    for root, limit in (("/sys/fs/cgroup", "memory.max"), _VERSION_1):
+        group = Path(root) / name
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            if (group / limit).exists():
+                (group / limit).write_text(str(budget + beyond))
+                for swap in ("memory.swap.max", "memory.swappiness"):
+                    with contextlib.suppress(OSError):
+                        (group / swap).write_text("0")
+                yield str(group)
+                return
+        finally:
+            group.rmdir()
+    yield None
+
+
+@contextlib.contextmanager
+def _folder(model: str, width: int, keep: Path | None) -> Iterator[tuple[Path, int]]:
     """Where the model is, and how many layers a stack has."""
     found = re.fullmatch(r"stack:(.+)", model)
     if found is None:
@@ -108,14 +181,20 @@ def _folder(model: str) -> Iterator[tuple[Path, int]]:
     from weightlift.bench.stream_child import Stack
     from weightlift.save import save_file
 
-    layer = (8 * _WIDTH * _WIDTH + 7 * _WIDTH) * 4
-    layers = max(2, round(parse_size(found[1], "the stack's size") / layer))
-    with tempfile.TemporaryDirectory(prefix="weightlift-bench-") as temporary:
-        folder = Path(temporary) / "model"
-        folder.mkdir()
-        torch.manual_seed(0)
-        save_file(Stack(layers, _WIDTH).state_dict(), folder / "model.safetensors")
+    layers = stack_layers(parse_size(found[1], "the stack's size"), width)
+    with tempfile.TemporaryDirectory(prefix="weightlift-bench-", dir=keep) as temporary:
+        folder = (keep or Path(temporary)) / f"stack-{layers}-{width}"
+        file = folder / "model.safetensors"
+        if not file.exists():
+            folder.mkdir(exist_ok=True)
+            torch.manual_seed(0)
+            save_file(Stack(layers, width).state_dict(), file)
         yield folder, layers
+
+
+def stack_layers(size: int, width: int) -> int:
+    """Of how many layers a stack of about ``size`` bytes is."""
+    return max(2, round(size / ((8 * width * width + 7 * width) * 4)))
 
 
 def _run(task: dict[str, Any]) -> StreamRun:

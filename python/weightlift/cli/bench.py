@@ -307,11 +307,11 @@ def _bench_stream(
     from rich.console import Console
 
     from weightlift.bench.runs import to_json
-    from weightlift.bench.streaming import compare_streams, describe, plot_timeline
+    from weightlift.bench.streaming import Steps, compare_streams, describe, plot_timeline
 
     if len(paths) != 1:
         raise typer.BadParameter("one model at a time", param_hint="--stream")
-    runs = compare_streams(paths[0], memory, steps=repeat, cold=cold)
+    runs = compare_streams(paths[0], memory, steps=Steps(count=repeat, cold=cold))
     console = Console(highlight=False)
     console.print(f"[bold]A step of {paths[0]} in {memory}, {'cold' if cold else 'warm'}[/bold]")
     for line in describe(runs):

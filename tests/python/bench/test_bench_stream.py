@@ -10,14 +10,23 @@ from pathlib import Path
 import pytest
 
 import weightlift as wl
-from weightlift.bench.streaming import StreamRun, compare_streams, describe, plot_timeline
+from weightlift.bench.streaming import (
+    Steps,
+    StreamRun,
+    compare_streams,
+    describe,
+    plot_timeline,
+)
 
 
 def test_a_stack_by_two_contenders(tmp_path: Path) -> None:
     out, picture = tmp_path / "out.json", tmp_path / "timeline.png"
     budget = 100 * 10**6
     runs = compare_streams(
-        "stack:150MB", budget, ("weightlift", "accelerate"), steps=2, rows=2, threads=1
+        "stack:150MB",
+        budget,
+        ("weightlift", "accelerate"),
+        Steps(2, rows=2, threads=1, beyond=1 << 30),
     )
     ours, theirs = runs
     assert [run.error for run in runs] == ["", ""]
@@ -39,7 +48,7 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    runs = compare_streams(str(tmp_path), 200_000, ("weightlift", "whole"), steps=1, threads=1)
+    runs = compare_streams(str(tmp_path), 200_000, ("weightlift", "whole"), Steps(1, threads=1))
     assert [run.error for run in runs] == ["", ""]
     assert runs[0].events
     assert runs[0].digest

@@ -1,0 +1,248 @@
+"""The figures of models that load while they run, and of models that are larger than their memory.
+
+    python benchmarks/streams.py                   # all parts that this folder has not
+    python benchmarks/streams.py step leaks        # these, measured anew
+    python benchmarks/streams.py --scale 0.05      # quickly, on small models
+
+The parts, of which each writes a run of its own into build/bench-runs, so that a run that was
+stopped goes on where it was:
+
+    load      a cold file of 4 GB that runs while it loads; 1,000 modules that are in the page cache
+    step      a step of 6 GB in 2 GB, by weightlift, by accelerate, and with all of it in memory
+    hooks     what 1,000 small modules cost that stay, and what those cost that are read
+    leaks     100 steps, and what the process has more after them
+
+`python benchmarks/summary.py && python benchmarks/report.py` put them into the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import floors
+from judges import Figure
+from summary import RUNS, machine_name
+from weightlift.bench.conditions import machine
+from weightlift.bench.stream_child import drop_from_page_cache
+from weightlift.bench.streaming import Steps, StreamRun, compare_streams, describe, plot_timeline
+from weightlift.core.version import __version__
+
+GB = 10**9
+MIB = 1 << 20
+# Beyond the budget and the libraries: what the heap takes, and some page cache.
+BEYOND = 256 * MIB
+# Small enough that a module's own work is next to nothing; a layer has three with weights.
+SMALL_WIDTH, SMALL_LAYERS = 64, 334
+STEP_DISK = "disk, direct, once through"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A workload of the summary.
+
+    Attributes:
+        name, about: of the workload.
+        bytes: of the model.
+        runs: of its contenders.
+        figure: beside its target.
+        is_cold: whether what is read was not in the page cache.
+    """
+
+    name: str
+    about: str
+    bytes: int
+    runs: Sequence[StreamRun]
+    figure: Figure
+    is_cold: bool = False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--data", type=Path, default=Path("build/bench-data"))
+    parser.add_argument("--out", type=Path, default=RUNS, help="folder of the runs")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the models' sizes")
+    arguments = parser.parse_args()
+    if unknown := [part for part in arguments.parts if part not in PARTS]:
+        parser.error(f"{unknown[0]}: the parts are {', '.join(PARTS)}")
+    for folder in (arguments.data, arguments.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    for part in arguments.parts or PARTS:
+        scale = "" if arguments.scale == 1 else f"-{arguments.scale:g}"
+        out = arguments.out / f"streams-{part}{scale}-{machine_name(machine())}.json"
+        if out.exists() and not arguments.parts:
+            print(f"{part}: {out} has it")
+            continue
+        start = time.monotonic()
+        PARTS[part](arguments, out)
+        print(f"{part}: {time.monotonic() - start:.0f} s, {out} written\n", flush=True)
+    return 0
+
+
+def measure_load(arguments: argparse.Namespace, out: Path) -> None:
+    """By the loads' own benchmark, whose workloads these are."""
+    command = [sys.executable, str(Path(__file__).with_name("run.py")), "layers-cold",
+               "layers-1000", "--repeat", "3", "--scale", str(arguments.scale),
+               "--data", str(arguments.data), "--out", str(out)]  # fmt: skip
+    subprocess.run(command, check=True)
+
+
+def measure_step(arguments: argparse.Namespace, out: Path) -> None:
+    size, budget = int(6 * GB * arguments.scale), int(2 * GB * arguments.scale)
+    steps = Steps(5, rows=8, beyond=BEYOND, keep=arguments.data)
+    runs = compare_streams(f"stack:{size}", budget, ("weightlift", "accelerate", "whole"), steps)
+    (file,) = arguments.data.glob(f"stack-{layers_of(size)}-*/model.safetensors")
+    rate = disk_rate(file)
+    ours, theirs, whole = runs
+    if ours.error:
+        figure = Figure("", "not measured", False)
+    else:
+        read = ours.streamed_bytes / rate
+        share = max(read, whole.median) / ours.median
+        ratio = theirs.median / ours.median
+        over = (ours.peak_bytes - budget) / MIB
+        figure = Figure(
+            ">= 90 % of the floor, >= 3x accelerate, <= budget + 64 MiB",
+            f"{share * 100:.0f} %, {ratio:.2f}x, {over:+.1f} MiB",
+            share >= 0.9 and ratio >= 3 and over <= 64,
+        )
+        print(
+            f"disk {rate / GB:.2f} GB/s: {read:.3f} s for {ours.streamed_bytes / GB:.2f} GB; "
+            f"computing {whole.median:.3f} s"
+        )
+        plot_timeline(ours, out.with_suffix(".png"), "A step of 6 GB in 2 GB of memory")
+    about = "a step of a model of 6 GB in 2 GB" + (
+        ", limited by a cgroup" if ours.is_limited else ""
+    )
+    result = Result("stream-step", about, size, runs, figure, is_cold=True)
+    write(out, arguments, [result], {STEP_DISK: rate})
+
+
+def layers_of(size: int) -> int:
+    from weightlift.bench.streaming import stack_layers
+
+    return stack_layers(size, Steps().width)
+
+
+def disk_rate(file: Path) -> float:
+    """Bytes a second past the page cache, once through the file: a second pass may find it in a
+    cache of the virtual machine's host."""
+    drop_from_page_cache(str(file))
+    floors.REPEAT = 1
+    return floors.read_rate(file, file.stat().st_size // MIB * MIB, direct=True)
+
+
+def measure_hooks(arguments: argparse.Namespace, out: Path) -> None:
+    """Each step is a few milliseconds; warm, by one thread."""
+    layers = max(2, int(SMALL_LAYERS * arguments.scale))
+    size = layers * (8 * SMALL_WIDTH * SMALL_WIDTH + 7 * SMALL_WIDTH) * 4
+    modules = 3 * layers
+    steps = Steps(100, rows=1, threads=1, width=SMALL_WIDTH, keep=arguments.data)
+    results = []
+    for name, part, limit, about in (
+        ("stream-hooks", 1.5, 20, "1,002 small modules, all of which stay in memory"),
+        ("stream-small", 0.3, 60, "1,002 small modules in 30 % of their memory"),
+    ):
+        runs = compare_streams(f"stack:{size}", int(size * part), ("weightlift", "whole"), steps)
+        ours, whole = runs
+        each = (ours.median - whole.median) / modules * 1e6
+        work = statistics.median(ours.cpu_seconds or [0]) - statistics.median(
+            whole.cpu_seconds or [0]
+        )
+        figure = Figure(
+            f"<= {limit} us a module",
+            f"{each:.1f} us, of {work / modules * 1e6:.1f} us of processors",
+            each <= limit,
+        )
+        results.append(Result(name, about, size, runs, figure))
+    write(out, arguments, results, {})
+
+
+def measure_leaks(arguments: argparse.Namespace, out: Path) -> None:
+    size = int(600e6 * max(arguments.scale, 0.3))  # of layers of 34 MB
+    steps = Steps(100, rows=1, beyond=BEYOND, keep=arguments.data)
+    runs = compare_streams(f"stack:{size}", size // 3, ("weightlift",), steps)
+    grown = runs[0].grown
+    figure = Figure(
+        "nothing more after 100 steps",
+        ", ".join(f"{count:+,} {what}" for what, count in grown.items()) or "not measured",
+        # The allocator gives pages out by the megabyte.
+        bool(grown) and grown["bytes"] <= MIB and grown["threads"] <= 0 and grown["files"] <= 0,
+    )
+    about = "100 steps of a model of 600 MB in 200 MB"
+    write(out, arguments, [Result("stream-leaks", about, size, runs, figure)], {})
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Path], None]] = {
+    "load": measure_load,
+    "step": measure_step,
+    "hooks": measure_hooks,
+    "leaks": measure_leaks,
+}
+
+
+def write(
+    out: Path, arguments: argparse.Namespace, results: Sequence[Result], rates: dict[str, float]
+) -> None:
+    """As ``run.py`` writes its runs; a step stands where a load does there."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    for result in results:
+        print(f"{result.name}: {result.about}")
+        print("\n".join(f"  {line}" for line in describe(result.runs)))
+        verdict = "ok" if result.figure.passed else "missed"
+        print(f"  {result.figure.target}: {result.figure.measured}: {verdict}", flush=True)
+    content = {
+        "date": now.isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "benchmarks/streams.py", *arguments.parts]),
+        "scale": arguments.scale,
+        "machine": machine(),
+        "rates": rates,
+        "figures": {result.name: dataclasses.asdict(result.figure) for result in results},
+        "comparisons": [comparison(result) for result in results],
+    }
+    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def comparison(result: Result) -> dict[str, Any]:
+    return {
+        "name": result.name,
+        "about": result.about,
+        "device": "cpu",
+        "model": None,
+        "folder": None,
+        "cold": result.is_cold,
+        "touched": False,
+        "file_bytes": result.bytes,
+        "refused": {run.contender: run.error for run in result.runs if run.error},
+        "contenders": {run.contender: contender(run) for run in result.runs if not run.error},
+    }
+
+
+def contender(run: StreamRun) -> dict[str, Any]:
+    return {
+        "version": __version__ if run.contender == "weightlift" else None,
+        "peak_anon_bytes": run.peak_bytes,
+        "phases": {"step": statistics.median(run.seconds)},
+        "io": [],
+        "samples": [
+            {"load_seconds": seconds, "touch_seconds": 0.0, "cpu_seconds": cpu}
+            for seconds, cpu in zip(run.seconds, run.cpu_seconds, strict=True)
+        ],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
