@@ -62,6 +62,8 @@ set(CMAKE_SYSTEM_PROCESSOR {machine})
 set(CMAKE_CXX_COMPILER {folder}/c++)
 set(CMAKE_AR {folder}/ar)
 set(CMAKE_RANLIB {folder}/ranlib)
+# CMake's first checks compile alone: for a program zig would build its C++ library once more.
+set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
 # The linker strips; the host's strip does not know every architecture.
 set(CMAKE_STRIP "")
 """
