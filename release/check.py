@@ -33,6 +33,7 @@ SETS = {
     "oldest-diffusers": ALL,
     "newest": ALL,
 }
+SET_OF = {"3.10": "oldest-diffusers"}  # the newest want Python 3.11
 
 
 SMOKE = ROOT / "release" / "smoke.py"
@@ -205,7 +206,7 @@ def check_python(version: str, arguments: argparse.Namespace) -> None:
     if version == MAIN_PYTHON:
         (sdist,) = dist.glob("*.tar.gz")
         check_sdist(version, python, sdist)
-    for name in SETS if version == MAIN_PYTHON else ("newest",):
+    for name in SETS if version == MAIN_PYTHON else (SET_OF.get(version, "newest"),):
         done = check_libraries(version, name, python, wheels[0], arguments.cpu_torch)
         if done and version == MAIN_PYTHON:
             check_tight(version, name)
