@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 
 import weightlift
+from weightlift.module import order_of_use
 
 pytest.register_assert_rewrite(
     "support", "backend_support", "simulated", "accelerate_models", "transformers_models"
@@ -35,6 +36,7 @@ def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if name.startswith("WEIGHTLIFT_") and name not in FOR_TESTS:
             monkeypatch.delenv(name)
+    monkeypatch.setattr(order_of_use, "_orders", {})
     yield
     weightlift.Settings.set_default(None)
 

@@ -122,7 +122,7 @@ def compare_streams(
         _folder(model, steps.width, steps.keep) as (folder, layers),
         _group(steps.beyond, budget) as group,
     ):
-        task = {
+        task: dict[str, Any] = {
             "folder": str(folder),
             "files": [str(path) for path in sorted(folder.glob("*.safetensors"))],
             "layers": layers, "width": steps.width, "memory": budget, "steps": steps.count,

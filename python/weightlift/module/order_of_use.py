@@ -1,51 +1,84 @@
-"""In which order a model uses its tensors, as far as that is known."""
+"""In which order a model uses its tensors, as far as that is known.
+
+What a run has shown is kept for the models that this process builds later: a load in the
+background brings tensors in that order, and a stream cuts its blocks in it. It is not kept in a
+file: the order of the modules is that of use for nearly all models, a wrong guess costs a wait, and
+who reads weights should not write to the user's folders.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["learn_order", "order_of_use"]
+__all__ = ["learn_order", "order_of_use", "which_model"]
 
 # Of so many models an order is kept, those that were learned last.
 _KEPT = 32
 
-_orders: dict[object, list[str]] = {}
+# By model: the names of its modules, in the order in which they used their tensors.
+_orders: dict[Hashable, list[str]] = {}
 _lock = threading.Lock()
 
 
-def order_of_use(identity: object, model: torch.nn.Module, names: Sequence[str]) -> list[str]:
+def which_model(model: torch.nn.Module) -> Hashable:
+    """What models have in common that use their tensors in the same order."""
+    count = sum(1 for _ in model.modules())
+    return type(model).__module__, type(model).__qualname__, count
+
+
+def order_of_use(which: Hashable, model: torch.nn.Module, names: Sequence[str]) -> list[str]:
     """``names`` in the order of an earlier run of such a model in this process, where there was
     one; else in the order of the modules.
 
     Args:
-        identity: what such models have in common.
+        which: ``which_model`` of it.
         model: for the order of its modules.
         names: of its tensors.
     """
-    with _lock:
-        learned = _orders.get(identity)
-    if learned is not None and set(learned) == set(names):
-        return list(learned)
+    by_module: dict[str, dict[str, None]] = {}
     known = frozenset(names)
-    ordered: dict[str, None] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for tensors in (module._parameters, module._buffers):
             for key in tensors:
                 name = f"{prefix}.{key}" if prefix else key
                 if name in known:
-                    ordered[name] = None
+                    by_module.setdefault(prefix, {})[name] = None
+    with _lock:
+        learned = _orders.get(which)
+    modules = list(by_module) if learned is None else _merged(learned, list(by_module))
+    ordered = dict.fromkeys(name for prefix in modules for name in by_module[prefix])
     return [*ordered, *(name for name in names if name not in ordered)]
 
 
-def learn_order(identity: object, names: Sequence[str]) -> None:
-    """Remembers the order in which such a model has used its tensors."""
+def _merged(learned: Iterable[str], modules: Sequence[str]) -> list[str]:
+    """The modules in the learned order; each of which nothing was learned behind the one that it
+    stands behind in the model."""
+    shown = set(learned)
+    behind: dict[str | None, list[str]] = {}
+    last = None
+    for module in modules:
+        if module in shown:
+            last = module
+        else:
+            behind.setdefault(last, []).append(module)
+    here = frozenset(modules)
+    order = behind.get(None, [])
+    for module in learned:
+        order += [module] if module in here else []
+        order += behind.get(module, [])
+    return order
+
+
+def learn_order(which: Hashable, names: Iterable[str]) -> None:
+    """Remembers in which order such a model has used its tensors."""
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     with _lock:
-        _orders.pop(identity, None)
-        _orders[identity] = list(names)
+        _orders.pop(which, None)
+        _orders[which] = modules
         if len(_orders) > _KEPT:
             del _orders[next(iter(_orders))]

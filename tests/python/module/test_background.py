@@ -27,7 +27,6 @@ from background_support import (
     saved,
 )
 from weightlift.load.load_plan import LoadPlan
-from weightlift.module import order_of_use
 
 __all__ = ["gate"]
 
@@ -337,7 +336,6 @@ def test_hooks_of_others(tmp_path: Path) -> None:
 def test_order_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the modules; then the one that an earlier run has shown."""
     _, path = saved(tmp_path)
-    monkeypatch.setattr(order_of_use, "_orders", {})
     orders: list[list[str]] = []
     start = LoadPlan.start_in_order
 

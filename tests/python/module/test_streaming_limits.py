@@ -275,6 +275,28 @@ class TestAround:
             model.order = original.order = order
             assert torch.equal(model(X), original(X)), order
 
+    def test_the_order_of_an_earlier_run(self, file: Path, original: Stack) -> None:
+        """Blocks are cut in it, by streams and by loads in the background alike."""
+        backwards = [*reversed(range(LAYERS))]
+        original.order = backwards
+        names = []
+        for _ in range(2):
+            model = on_meta()
+            model.order = backwards
+            with wl.stream(model, file, device="cpu", memory=4 * LAYER_BYTES) as handle:
+                names.append(handle.blocks)
+                assert torch.equal(model(X), original(X))
+        assert names[0] == sorted(names[0])
+        assert names[1] == sorted(names[1], reverse=True)
+
+    def test_an_order_that_leaves_layers_out_is_not_kept(self, file: Path) -> None:
+        for order in ([7, 0], [0]):
+            model = on_meta()
+            model.order = order
+            with wl.stream(model, file, device="cpu", memory=4 * LAYER_BYTES) as handle:
+                assert handle.blocks == sorted(handle.blocks)
+                model(X)
+
     def test_threads_in_one_model(self, model: Stack, original: Stack) -> None:
         """More of them than there are buffers, each in an order of its own."""
         model.requires_grad_(False)

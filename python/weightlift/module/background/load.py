@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from weightlift.core import dtypes
@@ -12,7 +12,7 @@ from weightlift.core.report import LoadReport
 from weightlift.load.arriving_load import ArrivingLoad
 from weightlift.load.options import Progress
 from weightlift.module.background.waiting import Awaited, Interest, Waiting
-from weightlift.module.order_of_use import learn_order, order_of_use
+from weightlift.module.order_of_use import learn_order, order_of_use, which_model
 from weightlift.module.parameters import ParameterRef, gather, set_all
 from weightlift.module.placement import Placement
 
@@ -54,7 +54,7 @@ class BackgroundLoad:
         placement: Placement,
         checkpoint: Checkpoint,
         memory_format: torch.memory_format | None,
-        identity: object,
+        identity: Hashable,
     ) -> None:
         self.arriving = arriving
         self.lock = threading.RLock()
@@ -95,7 +95,7 @@ class BackgroundLoad:
                 if made is None:
                     made = dtypes.to_torch(group.cast_to or checkpoint[name][0])
                 awaited.append((Awaited(name, ref, group.device, made), ref))
-        identity = (type(model).__module__, type(model).__qualname__, len(awaited))
+        identity = which_model(model)
         by_name = {tensor.name: tensor.source for tensor, _ in awaited}
         order = [by_name[name] for name in order_of_use(identity, model, list(by_name))]
         arriving = plan.start_in_order(order)

@@ -60,6 +60,7 @@ class StreamHandle(Closing):
 
     def _use_what_is_learned(self, uses: dict[int, int]) -> None:
         with self._lock:
+            self._task.learn_order(uses)
             if self._restore is not None and max(uses.values(), default=0) > 1:
                 trace = self._task.executor.ring.trace
                 with torch.inference_mode(False):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 
+from weightlift.module.order_of_use import learn_order, order_of_use, which_model
 from weightlift.module.parameters import ParameterRef
 from weightlift.module.streaming.device_side import DeviceSide
 from weightlift.module.streaming.executor import ALIGNMENT, BlockOfWeights, Executor
@@ -61,7 +62,9 @@ class Task:
         self._lookahead = lookahead
         self._memory = memory
         self._wanted = wanted
-        sizes = {name: want.bytes for name, want in wanted.items()}
+        self.which = which_model(model)
+        order = order_of_use(self.which, model, list(wanted))
+        sizes = {name: wanted[name].bytes for name in order}
         self.pieces: list[Piece] = cut(sizes, memory, lookahead)
         self.share: Share = share_out(self.pieces, memory, fixed, lookahead)
         self.fixed = fixed
@@ -101,6 +104,17 @@ class Task:
             ref = self._wanted[name].ref
             streamed = StreamedWeight(self.executor, weight)
             assign(ref, streamed_parameter(streamed, ref.tensor.requires_grad, vars(ref.tensor)))
+
+    def learn_order(self, uses: Iterable[int]) -> None:
+        """Has later models of this kind be cut in the order of this step's first uses.
+
+        Args:
+            uses: pieces; those that it has not used are left where they are.
+        """
+        used = list(uses)
+        if len(used) < len(self.pieces):
+            return  # not the whole model: what is left out may be used next
+        learn_order(self.which, (name for piece in used for name in self.pieces[piece].weights))
 
     def share_again(self, uses: Mapping[int, int]) -> bool:
         """Has what a step uses more often stay on the device; ``False`` where that changes nothing.
