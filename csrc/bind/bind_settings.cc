@@ -66,6 +66,7 @@ void bind_settings(const py::module_& module) {
       .def_readwrite("threads", &Settings::threads)
       .def_readwrite("io_depth", &Settings::io_depth)
       .def_readwrite("read_bytes", &Settings::read_bytes)
+      .def_readwrite("hole_bytes", &Settings::hole_bytes)
       .def_readwrite("chunk_bytes", &Settings::chunk_bytes)
       .def_readwrite("pinned_bytes", &Settings::pinned_bytes)
       .def_readwrite("pool_bytes", &Settings::pool_bytes)

@@ -23,9 +23,6 @@
 namespace weightlift::engine {
 namespace {
 
-// A hole up to this size is read along rather than jumped over: the page cache hands out pages,
-// and a read of 4 KiB from it costs less than a system call.
-constexpr std::uint64_t kHoleBytes = io::kPageBytes;
 // Copies of their own are cheaper than a kernel with its table up to about this many.
 constexpr std::size_t kDirectRuns = 4;
 constexpr std::uint32_t kPieceAlignment = 16;
@@ -146,7 +143,7 @@ class LaneBuilder {
     while (level > 0) {
       const Dimension& outer = dims[level - 1];
       const auto stride = static_cast<std::uint64_t>(outer.source_stride);
-      if (stride > row_span + kHoleBytes) break;
+      if (stride > row_span + settings_.hole_bytes) break;
       const std::uint64_t span = (outer.extent - 1) * stride + row_span;
       if (span > limit) {
         rows = std::max<std::uint64_t>(1, (limit - std::min(limit, row_span)) / stride + 1);
@@ -215,8 +212,9 @@ class LaneBuilder {
   bool fits(const Copy& copy, std::uint64_t begin, std::uint64_t end, std::uint64_t staged) const {
     if (unit_.file != copy.file || unit_.piece_count == kUnitPieces) return false;
     if (unit_staged_ + staged > read_bytes_) return false;
-    return copy.file == kFromMemory || (begin >= unit_.begin && begin <= unit_.end + kHoleBytes &&
-                                        std::max(end, unit_.end) - unit_.begin <= read_bytes_);
+    return copy.file == kFromMemory ||
+           (begin >= unit_.begin && begin <= unit_.end + settings_.hole_bytes &&
+            std::max(end, unit_.end) - unit_.begin <= read_bytes_);
   }
 
   void close_unit() {

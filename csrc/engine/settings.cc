@@ -22,6 +22,9 @@ Settings Settings::resolved() const {
   if (read_bytes == 0) result.read_bytes = kMiB;
   result.read_bytes =
       std::clamp(result.read_bytes, 64 * kKiB, 64 * kMiB) / io::kPageBytes * io::kPageBytes;
+  // The page cache hands out pages, and a read of one from it costs less than a system call.
+  if (hole_bytes == 0) result.hole_bytes = io::kPageBytes;
+  result.hole_bytes = std::min(result.hole_bytes, kMiB);
   // 4 MiB copies reach 96 % of the pinned peak of PCIe 5 x16 (DeepSpeed pull request 8283).
   if (chunk_bytes == 0) result.chunk_bytes = 4 * kMiB;
   result.chunk_bytes =

@@ -23,6 +23,7 @@ struct Settings {
   unsigned threads = 0;          // that read and cast; 0: the processors this process may use
   unsigned io_depth = 0;         // reads in flight on a cold or direct file; 0: 8
   std::size_t read_bytes = 0;    // of one read; 0: 1 MiB; at most an eighth of a slot
+  std::size_t hole_bytes = 0;    // between parts that are read along; 0: 4 KiB; at most 1 MiB
   std::size_t chunk_bytes = 0;   // of one staging slot, one copy to a device; 0: 4 MiB
   std::size_t pinned_bytes = 0;  // staging slots of one device at the most; 0: 32 MiB
   unsigned streams = 0;          // that copy to one device, by turns of the slots; 0: 2

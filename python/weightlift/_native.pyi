@@ -10,6 +10,7 @@ class Settings:
     threads: int
     io_depth: int
     read_bytes: int
+    hole_bytes: int
     chunk_bytes: int
     pinned_bytes: int
     pool_bytes: int

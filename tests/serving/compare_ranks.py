@@ -20,6 +20,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from parameters import differences, tensors_of
 
 torch.accelerator.empty_cache = lambda: None  # it raises where there is no accelerator
 # Without AMX vLLM has no kernel for float8 in blocks; nothing is computed here.
@@ -83,28 +84,6 @@ class Rank:
         return module, loader, size
 
 
-def tensors_of(module: Any) -> dict[str, torch.Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def differences(found: Any, wanted: Any) -> list[str]:
-    ours, theirs = tensors_of(found), tensors_of(wanted)
-    wrong = sorted(ours.keys() ^ theirs.keys())
-    for name in ours.keys() & theirs.keys():
-        left, right = ours[name], theirs[name]
-        if left.is_meta or right.is_meta:
-            same = left.is_meta == right.is_meta
-        else:
-            same = torch.equal(bytes_of(left), bytes_of(right))
-        if not same:
-            wrong.append(name)
-    return wrong
-
-
 def reloaded(module: Any, config: Any, path: str) -> int:
     """Bytes that ``reload_weights`` reads, by weightlift's loader."""
     before = weightlift.stats().read_bytes
@@ -123,7 +102,7 @@ def compare(rank: Rank, model: str, **options: Any) -> tuple[list[str], Callable
         config = rank.config(model, "weightlift", extra, **options)
         with set_current_vllm_config(config):
             found, loader, needed = rank.load(config)
-        if wrong := differences(found, wanted):
+        if wrong := differences(tensors_of(found), tensors_of(wanted)):
             faults.append(f"{model} {extra}: other bytes in {wrong[:4]}")
         report = loader._reader.report
         if not extra and report.bytes > needed * 1.02:
@@ -155,7 +134,7 @@ def compare_again(rank: Rank, path: str, wanted: Any, stock: Any, ours: list[Any
     for extra, found, config, first in ours:
         with set_current_vllm_config(config):
             read = reloaded(found, config, path)
-        if wrong := differences(found, wanted):
+        if wrong := differences(tensors_of(found), tensors_of(wanted)):
             faults.append(f"{path} {extra}: other bytes in {wrong[:4]} when it is loaded again")
         if not extra and read != first:
             faults.append(f"{path}: {read} bytes again, {first} at first")

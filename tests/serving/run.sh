@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # vLLM on the CPU, in an environment of its own: each parameter of each rank by the stock loader and
-# by ours; and SGLang's loader. `tests/serving/run.sh 1 2 4`: with so many ranks. A GB is downloaded the
-# first time.
+# by ours, the tokens of started engines, bad input, a rank that dies; and SGLang's loader and models.
+# `tests/serving/run.sh 1 2 4`: with so many ranks. A GB is downloaded the first time.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -gt 0 ] || set -- 1 2 4
@@ -44,24 +44,40 @@ for ranks; do
   done
   rm -f "$rendezvous"
 done
-# Two real starts, whose tokens are the same.
-for format in auto weightlift; do
-  "$venv/bin/python" tests/serving/generate.py "$home/models/started" $format \
-    >"$home/started.$format.log" 2>&1 || failed+=" started.$format"
-  grep -h "^tokens \|weightlift read" "$home/started.$format.log" || true
+# Real starts, on one rank and two, whose tokens are the same: at first, and loaded again.
+export VLLM_CPU_OMP_THREADS_BIND=nobind # more ranks than memory nodes
+for ranks in 1 2; do
+  for format in auto weightlift; do
+    log=$home/started.$format.$ranks.log
+    "$venv/bin/python" tests/serving/generate.py "$home/models/started" $format $ranks \
+      >"$log" 2>&1 || failed+=" started.$format.$ranks"
+    grep -h "^tokens \|^rank \|weightlift read" "$log" || tail -20 "$log"
+  done
+  cmp <(grep "^tokens" "$home/started.auto.$ranks.log") \
+    <(grep "^tokens" "$home/started.weightlift.$ranks.log") || failed+=" tokens.$ranks"
 done
-cmp <(grep "^tokens" "$home/started.auto.log") <(grep "^tokens" "$home/started.weightlift.log") ||
-  failed+=" tokens"
-# SGLang's own loader and hooks.
+# One of two ranks is killed while it loads: the engine says so and ends.
+for extra in '{}' '{"share": true}'; do
+  log=$home/dies.log rc=0
+  SERVING_TEST_DIES=1 timeout 600 "$venv/bin/python" tests/serving/generate.py \
+    "$home/models/started" weightlift 2 "$extra" >"$log" 2>&1 || rc=$?
+  grep -h "^[A-Za-z]*: .*initialization failed\|died unexpectedly" "$log" || failed+=" dies.silent"
+  [ $rc -ne 0 ] && [ $rc -ne 124 ] || failed+=" dies.$rc"
+done
+"$venv/bin/python" tests/serving/bad_input.py "$home/bad" "$home/models/llama" \
+  >"$home/bad.log" 2>&1 || failed+=" bad"
+grep "^rank " "$home/bad.log" || tail -20 "$home/bad.log"
+# SGLang's own loader, hooks and models.
 if ! cmp -s tests/serving/sglang-requirements.txt "$home/sglang/requirements.txt"; then
   rm -rf "$home/sglang"
   "$venv/bin/python" -m pip -q --disable-pip-version-check install --no-deps \
     -r tests/serving/sglang-requirements.txt --target "$home/sglang"
   cp tests/serving/sglang-requirements.txt "$home/sglang/requirements.txt"
 fi
-for way in slices whole; do
-  PYTHONPATH=$home/sglang "$venv/bin/python" tests/serving/sglang_loader.py $way "$home/models/sglang" \
+for way in stock slices whole; do
+  PYTHONPATH=$home/sglang "$venv/bin/python" tests/serving/sglang_loader.py $way \
+    "$home/models/sglang" "$home/models/"{llama,qwen3,mixtral} \
     >"$home/sglang.$way.log" 2>&1 || failed+=" sglang.$way"
-  grep -h "^sglang " "$home/sglang.$way.log" || tail -20 "$home/sglang.$way.log"
+  [ $way = stock ] || grep -h "^sglang " "$home/sglang.$way.log" || tail -20 "$home/sglang.$way.log"
 done
 [ -z "$failed" ] || { echo "failed:$failed; see $home/*.log"; exit 1; }

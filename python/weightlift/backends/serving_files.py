@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.checkpoint.shard_index import parse_index
+from weightlift.core.errors import CheckpointError
 from weightlift.core.report import LoadReport, format_bytes
 from weightlift.load.copies import Copy, RunningCopies
 from weightlift.load.options import LoadOptions
@@ -18,7 +22,16 @@ from weightlift.module.recording.recorder import Recorder
 from weightlift.module.recording.replay import Replay, Taken
 from weightlift.module.recording.sources import Source
 
-__all__ = ["AHEAD_BYTES", "OWN_KEYS", "FilesReader", "summary", "weights_again", "weights_of"]
+__all__ = [
+    "AHEAD_BYTES",
+    "OWN_KEYS",
+    "FilesReader",
+    "refuse_unfilled",
+    "summary",
+    "tell_unfilled",
+    "weights_again",
+    "weights_of",
+]
 
 # Of an engine's extra configuration, what is ours.
 OWN_KEYS = ("slices", "check", "share")
@@ -33,6 +46,8 @@ class FilesReader:
         report: of all reads.
         offered: bytes of all tensors in the files.
         whole: name -> why, of tensors that were read whole though a part was to be.
+        absent: (file, tensor) that the file's index says is in it, and is not.
+        last: (file, tensor) that was handed out last.
     """
 
     checkpoint = None
@@ -41,9 +56,12 @@ class FilesReader:
         self.options = options
         self.offered = 0
         self.whole: dict[str, str] = {}
+        self.absent: list[tuple[str, str]] = []
+        self.last: tuple[str, str] | None = None
         self._counted = 0
         self._parts: list[tuple[Checkpoint, dict[str, str]]] = []
         self._keys: set[str] = set()
+        self._indexes: dict[Path, dict[str, list[str]]] = {}
         self._reader: CheckpointReader | None = None
         self._before = LoadReport()
 
@@ -52,6 +70,16 @@ class FilesReader:
         read = LoadReport(bytes=self._counted, read_bytes=self._counted)
         now = self._before if self._reader is None else self._before.plus(self._reader.report)
         return now.plus(read)
+
+    def open(self, file: str) -> Checkpoint:
+        """One of the files; what the index beside it says is looked at too."""
+        checkpoint = open_checkpoint(file)
+        path = Path(file)
+        if path.parent not in self._indexes:
+            self._indexes[path.parent] = _indexes_in(path.parent)
+        said = self._indexes[path.parent].get(path.name, ())
+        self.absent += [(file, name) for name in said if name not in checkpoint]
+        return checkpoint
 
     def add(self, checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, str]:
         """Name -> key in all that there is, for the tensors of another file."""
@@ -107,15 +135,20 @@ def weights_of(
         recorder: with one, the tensors have no bytes; without, they are whole, and read ahead.
         prefix: of the names that are given out.
         skip: of a name in a file, whether it is left out.
+
+    Raises:
+        CheckpointError: without a recorder, a file lacks a tensor that its index names.
     """
     for file in files:
-        checkpoint = open_checkpoint(file)
+        checkpoint = reader.open(file)
         chosen = [name for name in _in_order(file, checkpoint) if not skip(name)]
         keys = reader.add(checkpoint, chosen)
         if recorder is None:
-            yield from _whole(checkpoint, chosen, reader, prefix)
+            _refuse_absent(reader)
+            yield from _whole(file, checkpoint, chosen, reader, prefix)
             continue
         for name, source in sources_of(checkpoint, chosen).items():
+            reader.last = file, name
             if source is None:
                 yield prefix + name, reader.tensors([keys[name]])[keys[name]]
             else:
@@ -138,33 +171,40 @@ def weights_again(
         taken: then, of tensors with these names.
         prefix: of the names that are given out.
         skip: of a name in a file, whether it is left out.
+
+    Raises:
+        CheckpointError: a file lacks a tensor that was taken then and that its index names.
     """
     known: dict[str, Source | None] = {}
-    names: dict[str, str] = {}
-    opened: list[tuple[Checkpoint, list[str]]] = []
+    names: dict[str, tuple[str, str]] = {}
+    opened: list[tuple[str, Checkpoint, list[str]]] = []
     for file in files:
-        checkpoint = open_checkpoint(file)
+        checkpoint = reader.open(file)
         chosen = [name for name in _in_order(file, checkpoint) if not skip(name)]
-        opened.append((checkpoint, chosen))
+        opened.append((file, checkpoint, chosen))
         keys = reader.add(checkpoint, chosen)
         for name, source in sources_of(checkpoint, chosen).items():
-            known[keys[name]], names[keys[name]] = source, prefix + name
+            known[keys[name]], names[keys[name]] = source, (file, name)
+    refuse_unfilled(reader, [name for _, name in reader.absent if name in taken.parts])
     if not taken.is_of(known):
-        for checkpoint, chosen in opened:
-            yield from _whole(checkpoint, chosen, reader, prefix)
+        _refuse_absent(reader)
+        for file, checkpoint, chosen in opened:
+            yield from _whole(file, checkpoint, chosen, reader, prefix)
         return
     sources = ((key, source) for key, source in known.items() if source is not None)
     with contextlib.closing(Replay(reader, taken, reader.whole).tensors(sources)) as tensors:
         for key, source in known.items():
             tensor = reader.tensors([key])[key] if source is None else next(tensors)[1]
-            yield names[key], tensor
+            reader.last = names[key]
+            yield prefix + names[key][1], tensor
 
 
 def _whole(
-    checkpoint: Checkpoint, names: Sequence[str], reader: FilesReader, prefix: str
+    file: str, checkpoint: Checkpoint, names: Sequence[str], reader: FilesReader, prefix: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in read_ahead(checkpoint, names, reader.options):
         reader.count(tensor)
+        reader.last = file, name
         yield prefix + name, tensor
 
 
@@ -188,6 +228,64 @@ def summary(reader: FilesReader, taken: Taken | None, seconds: float) -> str:
         more = ", ..." if len(names) > 3 else ""
         text += f"; {len(names)} came whole by {why}: {', '.join(names[:3])}{more}"
     return text
+
+
+def refuse_unfilled(reader: FilesReader, unfilled: Sequence[str]) -> None:
+    """Raises where the model misses what a file should have had.
+
+    Args:
+        reader: that has read.
+        unfilled: parameters that nothing, or not all, was written to.
+
+    Raises:
+        CheckpointError: some are, and the index names tensors that its files lack.
+    """
+    if not unfilled or not reader.absent:
+        return
+    rest = f" and {len(unfilled) - 3} more" if len(unfilled) > 3 else ""
+    raise CheckpointError(
+        f"{_absent(reader)}; {', '.join(unfilled[:3])}{rest} would be left unfilled: fetch the "
+        "file again"
+    )
+
+
+def _refuse_absent(reader: FilesReader) -> None:
+    """Of whole tensors nobody sees which parameters they fill."""
+    if reader.absent:
+        raise CheckpointError(
+            f"{_absent(reader)}; a parameter may be left unfilled: fetch the file again"
+        )
+
+
+def _absent(reader: FilesReader) -> str:
+    file, name = reader.absent[0]
+    more = f", and {len(reader.absent) - 1} more such" if len(reader.absent) > 1 else ""
+    return f"{file}: the index beside it says that tensor {name!r} is in it, and it is not{more}"
+
+
+def tell_unfilled(log: logging.Logger, reader: FilesReader, unfilled: Sequence[str]) -> None:
+    """Lines in an engine's log on parameters that nothing was written to, and on files that are not
+    as their index says."""
+    if reader.absent:
+        log.warning("weightlift: %s", _absent(reader))
+    if unfilled:
+        more = ", ..." if len(unfilled) > 3 else ""
+        log.warning(
+            "weightlift: the checkpoint has nothing for %d parameters: %s%s",
+            len(unfilled),
+            ", ".join(unfilled[:3]),
+            more,
+        )
+
+
+def _indexes_in(folder: Path) -> dict[str, list[str]]:
+    """File -> the tensors that are in it, by what the indexes in a folder say."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        weight_map, _, _ = parse_index(path.read_bytes(), str(path), "safetensors", False)
+        for name, file in weight_map.items():
+            found.setdefault(file, []).append(name)
+    return found
 
 
 def _in_order(file: str, checkpoint: Checkpoint) -> list[str]:

@@ -16,7 +16,7 @@ from weightlift.core.sizes import parse_size
 
 __all__ = ["Settings"]
 
-_SIZES = ("read_bytes", "chunk_bytes", "pinned_bytes", "pool_bytes")
+_SIZES = ("read_bytes", "hole_bytes", "chunk_bytes", "pinned_bytes", "pool_bytes")
 # Read elsewhere than here.
 _OTHER_VARIABLES = (
     "WEIGHTLIFT_ENABLE",
@@ -50,6 +50,8 @@ class Settings:
             cgroup quota).
         io_depth: reads in flight on a file that is not in the page cache; 8.
         read_bytes: bytes of one read; 1 MiB, for a device at most an eighth of ``chunk_bytes``.
+        hole_bytes: holes of up to so many bytes between the parts of a file that a load takes, such
+            as the rows of a slice, are read along, not jumped over; 4 KiB, at most 1 MiB.
         chunk_bytes: bytes of one staging slot, and so of one copy to a device; 4 MiB.
         pinned_bytes: pinned bytes that one load uses for one device; 32 MiB.
         pool_bytes: bytes of host memory that the process keeps when tensors die, for later loads
@@ -74,6 +76,7 @@ class Settings:
     threads: int | None = None
     io_depth: int | None = None
     read_bytes: int | str | None = None
+    hole_bytes: int | str | None = None
     chunk_bytes: int | str | None = None
     pinned_bytes: int | str | None = None
     pool_bytes: int | str | None = None
@@ -98,6 +101,7 @@ class Settings:
             ("io_depth", 1, 2**31),
             ("streams", 1, 2**31),
             ("read_bytes", 1, 2**62),
+            ("hole_bytes", 1, 2**62),
             ("chunk_bytes", 1, 2**62),
             ("pinned_bytes", 1, 2**62),
             ("pool_bytes", 0, 2**62),

@@ -31,6 +31,7 @@ inline Settings random_settings(Random& random) {
   settings.threads = static_cast<unsigned>(random.between(1, 4));
   settings.io_depth = static_cast<unsigned>(random.between(1, 4));
   settings.read_bytes = random.pick<std::size_t>({64 * kKiB, 64 * kKiB, 128 * kKiB});
+  settings.hole_bytes = random.pick<std::size_t>({0, 0, 1, 64 * kKiB});
   settings.chunk_bytes = random.pick<std::size_t>({256 * kKiB, 256 * kKiB, 512 * kKiB, kMiB});
   settings.pinned_bytes = settings.chunk_bytes * random.between(1, 4);
   settings.streams = static_cast<unsigned>(random.between(1, 4));

@@ -129,3 +129,24 @@ def test_a_version_that_is_not_known_is_left_alone(
     monkeypatch.delattr(sglang.hooks, "HookType")
     register()
     assert "no hooks that are known" in caplog.text
+
+
+def test_options_that_are_not_known_go_the_stock_way(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from weightlift.backends import sglang as backend
+
+    asked: list[dict[str, Any]] = []
+
+    def original(loader: Any, source: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
+        asked.append(options)
+        return iter([("up", torch.ones(2))])
+
+    iterate: Any = backend._iterate
+    loader = SimpleNamespace(load_config=SimpleNamespace(load_format="auto", draft_model_idx=None))
+    found = dict(iterate(original, loader, None, resolved_source=None, shards=[1]))
+    assert found.keys() == {"up"}
+    assert asked == [{"resolved_source": None, "shards": [1]}]
+    assert caplog.messages == [
+        "weightlift does not know shards of this version of SGLang's loader: its own serves"
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -289,6 +290,69 @@ def test_errors_are_those_of_the_engine(loaders: Any, tmp_path: Path) -> None:
     save_file({"q.weight": torch.zeros(64, 60)}, tmp_path / "m.safetensors")
     with pytest.raises(RuntimeError, match="must match the size"):
         loaded(loaders, tmp_path, Rank())
+
+
+class Lenient(Rank):
+    """As vLLM's check is with linear layers."""
+
+    exempt = frozenset({"qkv", "experts"})
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return super().load_weights(weights) - {"qkv"} | {"scale"}
+
+
+def write_index(folder: Path) -> None:
+    names = list(TENSORS)
+    weight_map = {n: f"model-{i + 1}-of-2.safetensors" for i in range(2) for n in names[i::2]}
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+@pytest.mark.parametrize("lost", [("k.weight",), ("q.weight", "k.weight", "v.weight")])
+@pytest.mark.parametrize("slices", [True, False])
+def test_a_shard_that_lacks_a_tensor(
+    loaders: Any, slices: bool, lost: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Of a parameter that the engine's own check leaves out; in part, or wholly."""
+    folder = folder_of(tmp_path)
+    loaded(loaders, folder, Lenient(), slices=slices)
+    write_index(folder)
+    model = Lenient()
+    loaded(loaders, folder, model, slices=slices)
+    names = list(TENSORS)
+    for i in range(2):
+        part = {name: TENSORS[name].clone() for name in names[i::2] if name not in lost}
+        save_file(part, folder / f"model-{i + 1}-of-2.safetensors")
+    with pytest.raises(wl.CheckpointError, match=r"safetensors: the index beside it says .*weight"):
+        loaded(loaders, folder, Lenient(), slices=slices)
+    if slices:
+        with pytest.raises(wl.CheckpointError, match=r"is in it, and it is not"):
+            reload(loaders, folder, model)
+
+
+@pytest.mark.parametrize("slices", [True, False])
+def test_a_parameter_that_nothing_fills_is_told(
+    loaders: Any, slices: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rest = {name: t.clone() for name, t in TENSORS.items() if ".experts." not in name}
+    save_file(rest, tmp_path / "m.safetensors")
+    loaded(loaders, tmp_path, Lenient(), slices=slices)
+    told = "weightlift: the checkpoint has nothing for 1 parameters: experts"
+    assert (told in caplog.messages) == slices
+    assert slices or any("for 2 parameters: qkv, experts" in text for text in caplog.messages)
+
+
+def test_an_error_of_the_model_names_the_tensor(
+    loaders: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file({"q.weight": torch.zeros(64, 60)}, tmp_path / "m.safetensors")
+    for slices in (True, False):
+        caplog.clear()
+        with pytest.raises(RuntimeError, match="must match the size"):
+            loaded(loaders, tmp_path, Rank(), slices=slices)
+        assert caplog.messages == [
+            f"weightlift: after tensor 'q.weight' of {tmp_path / 'm.safetensors'}"
+        ]
 
 
 def test_reading_ahead_gives_all_in_order_and_stops_when_it_is_left(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Unpack
 
     from weightlift.backends.serving_files import FilesReader
     from weightlift.module.recording.recorder import Recorder
@@ -20,9 +21,23 @@ __all__ = ["register"]
 
 _LOADER = "sglang.srt.model_loader.loader.DefaultModelLoader"
 _WAYS = ("slices", "whole")
-# What the hooked methods take, in the versions that are known.
-_KNOWN_OPTIONS = {"resolved_source", "startup_prefetch_started", "startup_prefetch_active"}
 _log = logging.getLogger("weightlift")
+
+
+class _ResolvedSource(Protocol):
+    """SGLang's ``DefaultModelLoader.ResolvedSource``."""
+
+    weight_files: Sequence[str]
+    use_safetensors: bool
+
+
+class _IteratorOptions(TypedDict, total=False):
+    """What ``_get_weights_iterator`` takes by name, in the versions that are known."""
+
+    resolved_source: _ResolvedSource | None
+    startup_prefetch_started: bool
+    startup_prefetch_active: bool
+
 
 # Of a load that is recorded in this context.
 _recording: ContextVar[tuple[FilesReader, Recorder] | None] = ContextVar(
@@ -56,7 +71,13 @@ def register() -> None:
 
 def _load(original: Callable[..., Any], model: Any, weights: Any, target_device: Any) -> Any:
     """Around ``load_weights_only``: the model's own loading, recorded."""
-    from weightlift.backends.serving_files import AHEAD_BYTES, FilesReader, summary
+    from weightlift.backends.serving_files import (
+        AHEAD_BYTES,
+        FilesReader,
+        refuse_unfilled,
+        summary,
+        tell_unfilled,
+    )
     from weightlift.load.options import LoadOptions
     from weightlift.module.recording.recorder import Recorder
     from weightlift.module.recording.replay import Taken
@@ -72,28 +93,39 @@ def _load(original: Callable[..., Any], model: Any, weights: Any, target_device:
     finally:
         _recording.reset(token)
     recorder.finish()
+    parameters = list(model.named_parameters())
+    refuse_unfilled(reader, recorder.unfilled(parameters, in_part=bool(reader.absent)))
+    quantized = getattr(model, "quant_config", None) is not None
+    tell_unfilled(_log, reader, [] if quantized else recorder.unfilled(parameters))
     recorder.replace_kept()
     _log.info("%s", summary(reader, Taken.of(recorder), time.perf_counter() - begun))
     return result
 
 
 def _iterate(
-    original: Callable[..., Any], loader: Any, source: Any, **options: Any
+    original: Callable[..., Iterator[tuple[str, torch.Tensor]]],
+    loader: Any,
+    source: Any,
+    **options: Unpack[_IteratorOptions],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Around ``_get_weights_iterator``."""
     from weightlift.backends.serving_files import FilesReader, weights_of
     from weightlift.load.options import LoadOptions
 
+    unknown = sorted(options.keys() - _IteratorOptions.__annotations__.keys())
+    if unknown:
+        _log.warning(
+            "weightlift does not know %s of this version of SGLang's loader: its own serves",
+            ", ".join(unknown),
+        )
+        return original(loader, source, **options)
     config = loader.load_config
     load_format = str(getattr(config.load_format, "value", config.load_format))
-    plain = load_format in ("auto", "safetensors") and config.draft_model_idx is None
-    if not plain or not options.keys() <= _KNOWN_OPTIONS:
-        found: Iterator[tuple[str, torch.Tensor]] = original(loader, source, **options)
-        return found
+    if load_format not in ("auto", "safetensors") or config.draft_model_idx is not None:
+        return original(loader, source, **options)
     files = _files(loader, source, options.get("resolved_source"))
     if files is None:
-        files_of_sglang: Iterator[tuple[str, torch.Tensor]] = original(loader, source, **options)
-        return files_of_sglang
+        return original(loader, source, **options)
     if loader.counter_before_loading_weights == 0.0:
         loader.counter_before_loading_weights = time.perf_counter()
     recording = _recording.get()
@@ -101,7 +133,7 @@ def _iterate(
     return weights_of(files, reader, recorder, prefix=source.prefix)
 
 
-def _files(loader: Any, source: Any, resolved: Any) -> list[str] | None:
+def _files(loader: Any, source: Any, resolved: _ResolvedSource | None) -> list[str] | None:
     """The safetensors files of a source; ``None`` where it has others."""
     if resolved is not None:
         return list(resolved.weight_files) if resolved.use_safetensors else None

@@ -22,7 +22,9 @@ from weightlift.backends.serving_files import (
     AHEAD_BYTES,
     OWN_KEYS,
     FilesReader,
+    refuse_unfilled,
     summary,
+    tell_unfilled,
     weights_again,
     weights_of,
 )
@@ -40,8 +42,9 @@ __all__ = ["WeightliftModelLoader"]
 _log = init_logger("vllm.weightlift")
 
 _OPTIONS = LoadOptions(caller="vllm")
-if len(inspect.signature(DefaultModelLoader._prepare_weights).parameters) != 6:
-    raise ImportError("DefaultModelLoader._prepare_weights takes other arguments")
+for _method, _count in (("_prepare_weights", 6), ("track_weights_loading", 4)):
+    if len(inspect.signature(getattr(DefaultModelLoader, _method)).parameters) != _count:
+        raise ImportError(f"DefaultModelLoader.{_method} takes other arguments")
 # What each model's own loading took of the tensors, for when it is loaded again.
 _taken_by: WeakKeyDictionary[torch.nn.Module, Taken] = WeakKeyDictionary()
 
@@ -71,6 +74,7 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
         self._slices: bool = own.get("slices", True)
         self._check: bool = own.get("check", False)
         self._share: bool = own.get("share", False)
+        self._untracked: list[str] = []  # of whole tensors: what vLLM knows no weights of
         self._recorder: Recorder | None = None
         self._taken: Taken | None = None
         self._is_loading = False
@@ -80,9 +84,11 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
         begun = time.perf_counter()
         self._reader = reader = FilesReader(_OPTIONS)
         self._is_loading = True
+        self._untracked = []
         try:
             if not self._slices or model_config.quantization == "torchao":
                 super().load_weights(model, model_config)
+                tell_unfilled(_log, reader, self._untracked)
                 _log.info("%s", summary(reader, None, time.perf_counter() - begun))
                 return
             taken = self._load_slices(model, model_config)
@@ -90,6 +96,10 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
             _log.info("%s", summary(reader, taken, time.perf_counter() - begun))
             if self._check:
                 self._compare(model, model_config)
+        except Exception:
+            if reader.last is not None:
+                _log.error("weightlift: after tensor %r of %s", *reversed(reader.last))
+            raise
         finally:
             self._is_loading = False
 
@@ -118,8 +128,21 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
             reader.ended(report)
             group.close()
         recorder.finish()
+        parameters = list(model.named_parameters())
+        refuse_unfilled(reader, recorder.unfilled(parameters, in_part=bool(reader.absent)))
+        quantized = model_config.quantization is not None
+        tell_unfilled(_log, reader, [] if quantized else recorder.unfilled(parameters))
         recorder.replace_kept()
         return Taken.of(recorder)
+
+    def track_weights_loading(
+        self, model: torch.nn.Module, loaded_weights: set[str] | None, quantized: bool = False
+    ) -> None:
+        """vLLM's own check leaves out what it processes after loading: linear layers, ..."""
+        super().track_weights_loading(model, loaded_weights, quantized)
+        if loaded_weights is not None and not quantized:
+            names = (name for name, _ in model.named_parameters())
+            self._untracked = [name for name in names if name not in loaded_weights]
 
     def _ranks(self) -> RankGroup | None:
         """The tensor parallel ranks, where they are to share."""

@@ -127,6 +127,25 @@ class Recorder:
         target = None if storage is None else self.targets.get(storage._cdata)
         return target is not None and bool(target.parts)
 
+    def unfilled(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], *, in_part: bool = False
+    ) -> list[str]:
+        """The names of those of the expected tensors that nothing was written to.
+
+        Args:
+            tensors: those that have been given another memory are left out.
+            in_part: and of those that were written to in part only.
+        """
+        found = []
+        for name, tensor in tensors:
+            storage = _storage_of(tensor)
+            target = None if storage is None else self.targets.get(storage._cdata)
+            if target is None or not tensor.numel():
+                continue
+            if not target.parts or (in_part and target.unwritten()):
+                found.append(name)
+        return found
+
     def take_whole(
         self,
         tensor: torch.Tensor,

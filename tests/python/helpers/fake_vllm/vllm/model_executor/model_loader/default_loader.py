@@ -57,6 +57,10 @@ class DefaultModelLoader:
 
     def load_weights(self, model, model_config):
         loaded = model.load_weights(self.get_all_weights(model_config, model))
-        missing = {name for name, _ in model.named_parameters()} - loaded
+        self.track_weights_loading(model, loaded)
+
+    def track_weights_loading(self, model, loaded_weights, quantized=False):
+        exempt = getattr(model, "exempt", set())
+        missing = {name for name, _ in model.named_parameters()} - loaded_weights - exempt
         if missing:
             raise ValueError(f"Following weights were not initialized from checkpoint: {missing}")
