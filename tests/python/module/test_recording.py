@@ -376,6 +376,133 @@ def test_the_order_of_writes(load: Any, tmp_path: Path) -> None:
     loads_alike(tmp_path, tensors, load, Two)
 
 
+# What weight loaders are seen to do besides.
+
+
+def add_in_place(m: nn.Module, w: dict[str, Tensor]) -> None:
+    m.p.data.copy_(w["x"])
+    m.p.data.add_(w["y"])
+    m.q.data.zero_()
+    m.q.data += w["x"][:, :1]
+
+
+def put_by_index(m: nn.Module, w: dict[str, Tensor]) -> None:
+    m.p.data.copy_(w["x"])
+    m.p.data.index_put_((torch.tensor([1, 1]),), w["y"][:2], accumulate=True)
+    m.q.data.copy_(w["y"])
+    m.q.data.masked_fill_(w["x"] > 0, -1)
+    m.q.data.index_copy_(0, torch.tensor([3]), w["x"][:1])
+
+
+def as_other_bits(m: nn.Module, w: dict[str, Tensor]) -> None:
+    m.p.data.view(torch.int32).copy_(w["x"].view(torch.int32))
+    m.q.data.view(torch.uint8)[:, :4].copy_(w["x"].view(torch.uint8)[:, :4])
+    m.q.data[:, 1:].copy_(w["y"][:, 1:])
+
+
+def as_a_bool(m: nn.Module, w: dict[str, Tensor]) -> None:
+    m.p.data.copy_(w["x"] if w["x"][0, 0] > 0 else w["y"])
+    m.q.data.copy_(w["y"] if w["x"].any() and len(w["x"]) == 4 else w["x"])
+
+
+def row_by_row(m: nn.Module, w: dict[str, Tensor]) -> None:
+    for into, row in zip(m.p.data, w["x"], strict=True):
+        into.copy_(row)
+    for number, column in enumerate(w["y"].unbind(1)):
+        m.q.data[:, number] = column
+
+
+def joined(m: nn.Module, w: dict[str, Tensor]) -> None:
+    both = torch.cat([w["x"], w["y"]])
+    m.p.data.copy_(both[2:6])
+    torch.cat([w["y"][:2], w["x"][:2]], out=m.q.data)
+
+
+def into_both(m: nn.Module, w: dict[str, Tensor]) -> None:
+    for parameter in (m.p, m.q):
+        parameter.data.copy_(w["y"])
+        parameter.data[2:].copy_(w["x"][2:])
+
+
+def made_late(m: nn.Module, w: dict[str, Tensor]) -> None:
+    m.r = nn.Parameter(torch.zeros(2, 6), requires_grad=False)
+    m.r.data.copy_(w["x"][1:3])
+    m.late = nn.UninitializedParameter(requires_grad=False)
+    m.late.materialize((4, 3))
+    m.late.data.copy_(w["y"].chunk(2, 1)[1])
+    m.register_buffer("seen", w["x"][:, 0].clone())
+    m.p.data.copy_(w["x"])
+    m.q.data.copy_(w["y"])
+
+
+def taken_as_parameter(m: nn.Module, w: dict[str, Tensor]) -> None:
+    m.p = nn.Parameter(w["x"][:, :3], requires_grad=False)
+    m.q.data.copy_(w["y"])
+    m.q = nn.Parameter(m.q.data.t().contiguous(), requires_grad=False)
+
+
+def by_state_dict(m: nn.Module, w: dict[str, Tensor]) -> None:
+    m.load_state_dict({"p": w["x"], "q": w["y"].double()})
+
+
+def by_state_dict_assigned(m: nn.Module, w: dict[str, Tensor]) -> None:
+    m.load_state_dict({"p": w["x"], "q": w["y"]}, assign=True)
+
+
+def by_functions(m: nn.Module, w: dict[str, Tensor]) -> None:
+    torch.add(w["x"], 1, out=m.p.data)
+    torch.mul(w["x"], w["y"], out=m.q.data)
+    m.q.data[1] = torch.where(w["x"][1] > 0, w["x"][1], w["y"][1])
+    m.q.data[2] = torch.lerp(w["x"][2], w["y"][2], 0.5)
+
+
+def swapped(m: nn.Module, w: dict[str, Tensor]) -> None:
+    m.p.data.copy_(w["x"])
+    m.q.data.copy_(w["y"])
+    m.p.data, m.q.data = m.q.data.clone(), m.p.data.clone()
+    m.p.data[0].copy_(w["x"][3])
+
+
+ODD = [
+    add_in_place,
+    put_by_index,
+    as_other_bits,
+    as_a_bool,
+    row_by_row,
+    joined,
+    into_both,
+    made_late,
+    taken_as_parameter,
+    by_state_dict,
+    by_state_dict_assigned,
+    by_functions,
+    swapped,
+]
+
+
+@pytest.mark.parametrize("load", ODD, ids=lambda load: load.__name__)
+def test_what_loaders_are_seen_to_do(load: Any, tmp_path: Path) -> None:
+    tensors = {"x": torch.randn(4, 6), "y": torch.randn(4, 6)}
+    loads_alike(tmp_path, tensors, load, Two, devices=("cpu",))
+
+
+def test_memory_that_others_write_to(tmp_path: Path) -> None:
+    """What is written through NumPy's view of a target nobody sees; a copy before it is done."""
+    tensors = {"x": torch.randn(4, 6), "y": torch.randn(4, 6)}
+
+    def load(m: nn.Module, w: dict[str, Tensor]) -> None:
+        seen = m.p.data.numpy()
+        m.p.data.copy_(w["x"])
+        seen[1] = 5
+        m.q.data.copy_(w["y"])
+        other = torch.from_dlpack(m.q.data)
+        m.q.data[:2].copy_(w["x"][:2])
+        other[0] = 7
+        m.q.data[3].copy_(w["x"][3])
+
+    loads_alike(tmp_path, tensors, load, Two, devices=("cpu",))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int32])
 def test_casts_of_the_copy(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {"x": torch.randn(4, 6) * 100, "y": torch.randn(4, 6, dtype=torch.float64)}

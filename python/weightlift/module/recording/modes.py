@@ -91,7 +91,7 @@ class SeeFunctions(TorchFunctionMode):
 def _read_targets(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for tensor in flat(args):
         if not isinstance(tensor, Placeholder):
-            ledger.settle(tensor)
+            ledger.expose(tensor)
     return func(*args, **kwargs)
 
 

@@ -98,6 +98,10 @@ class Ledger(Protocol):
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operator in the thread that is recorded."""
 
+    def expose(self, tensor: torch.Tensor) -> None:
+        """Does what waits for the memory of a tensor, which others may write to unseen from now on:
+        through NumPy's view of it, ..."""
+
     def is_target(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is on ``meta`` now and will be real."""
 

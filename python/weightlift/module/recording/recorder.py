@@ -390,6 +390,15 @@ class Recorder:
                     write.write(part)
         self._copy(waiting)
 
+    def expose(self, tensor: torch.Tensor) -> None:
+        """Does what waits for the memory of a tensor; all later copies to it are done there and
+        then."""
+        self.settle(tensor)
+        storage = _storage_of(tensor)
+        target = None if storage is None else self._target_of(storage, True)
+        if target is not None:
+            target.exposed = True
+
     def take_held(self) -> list[Copy]:
         """The copies that were held back, for the caller to do: of targets that have memory, and
         are not written to twice in the same place."""
@@ -473,7 +482,7 @@ class Recorder:
         target.writes.append(copy)
         target.parts.append(tensor)
         self.done.append(copy)
-        if self._open and self._is_elsewhere():
+        if target.exposed or (self._open and self._is_elsewhere()):
             self.finish([target])
             return None
         if self._ahead.is_time(copy):

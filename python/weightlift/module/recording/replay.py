@@ -200,6 +200,9 @@ class Replay:
     ) -> Placeholder:
         return Placeholder(self, memory, source, dtype, geometry)
 
+    def expose(self, tensor: torch.Tensor) -> None:
+        pass  # nothing waits
+
     def is_target(self, tensor: torch.Tensor) -> bool:
         return False
 

@@ -33,16 +33,18 @@ class Target:
         name: of the parameter, where that is known.
         writes: what is still to be done, in order.
         parts: what was written, in all.
+        exposed: whether others may write to it unseen.
         value: on ``meta``, the real memory, from when somebody has looked at it; flat, of bytes.
     """
 
-    __slots__ = ("name", "parts", "storage", "value", "writes")
+    __slots__ = ("exposed", "name", "parts", "storage", "value", "writes")
 
     def __init__(self, storage: torch.UntypedStorage, name: str | None = None) -> None:
         self.storage = storage
         self.name = name
         self.parts: list[torch.Tensor] = []
         self.writes: list[Copy | Constant] = []
+        self.exposed = False
         self.value: torch.Tensor | None = None
 
     def unwritten(self) -> int:
