@@ -1,20 +1,28 @@
-"""What a rank of a serving engine reads, and how long it takes: `serving.py --output FOLDER`.
+"""What a rank of a serving engine reads, and how long it takes: `python benchmarks/serving.py`.
+
+Writes benchmarks/results/serving/MACHINE.json; then `python benchmarks/report.py`.
 
 A rank of tensor parallelism as the engines build it (stacked q, k, v, merged gate and up, fused
 experts, row- and column-parallel weights), without an engine: the slices are recorded and read as
 for vLLM. Against it, what the engines do themselves: whole tensors of the reference's mapping, of
 which each weight loader copies its part. The files are sparse: they are read from the page cache.
 Bytes are those of the report and, independently, those that the system counts (/proc/self/io).
+Where tests/serving has its environment (`make test-serving`), vLLM's own loader is measured too, on
+one rank and two, by serving_vllm.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import functools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +33,8 @@ import safetensors
 import torch
 
 import weightlift as wl
+from summary import RESULTS, ROOT, machine_name, to_text
+from weightlift.bench.conditions import machine
 from weightlift.module.recording.reader import CheckpointReader, sources_of
 from weightlift.module.recording.recorder import Recorder
 from weightlift.module.recording.replay import Taken
@@ -34,6 +44,9 @@ AHEAD = 128 << 20  # as the backend for vLLM
 DENSE = {"layers": 2, "hidden": 4096, "inner": 16384, "experts": 0, "vocabulary": 32768}
 MOE = {"layers": 2, "hidden": 2048, "inner": 4096, "experts": 16, "vocabulary": 32768}
 MODELS = {"dense": DENSE, "moe": MOE}
+# Holes up to this size are read along; 1: none are.
+HOLES = {"slices": 4096, "without holes": 1, "holes of 64 KiB": 65536}
+VLLM = ROOT / "build" / "serving" / "venv" / "bin" / "python"
 
 
 def shapes_of(
@@ -236,19 +249,28 @@ def measure_recording(folder: Path, names: int) -> dict[str, Any]:
 def measure_times(name: str, path: Path, ranks: int, rounds: int) -> dict[str, Any]:
     """Warm, interleaved: the median of the rounds' ratios."""
     model = Rank(ranks - 1, ranks, **MODELS[name])
-    ways: dict[str, Callable[[Rank, Path], object]] = {
-        "slices": by_slices,
-        "mapping": by_mapping,
+    read: dict[str, int] = {}
+
+    def with_holes(way: str) -> None:
+        with wl.Settings(hole_bytes=HOLES[way]):
+            reader, _ = by_slices(model, path)
+        read[way] = reader.report.read_bytes
+
+    ways: dict[str, Callable[[], object]] = {
+        way: functools.partial(with_holes, way) for way in HOLES
     }
+    ways["mapping"] = functools.partial(by_mapping, model, path)
     times: dict[str, list[float]] = {way: [] for way in ways}
     for load in ways.values():
-        load(model, path)
+        load()
     for _ in range(rounds):
         for way, load in ways.items():
-            times[way].append(seconds_of(lambda: load(model, path)))  # noqa: B023
+            times[way].append(seconds_of(load))
     return {
         "model": name,
         "ranks": ranks,
+        "parameters_bytes": model.nbytes,
+        "read_bytes": read,
         "seconds": {way: round(statistics.median(t), 3) for way, t in times.items()},
         "times_as_long_as_slices": {
             way: round(statistics.median(b / a for a, b in zip(times["slices"], t, strict=True)), 2)
@@ -257,10 +279,62 @@ def measure_times(name: str, path: Path, ranks: int, rounds: int) -> dict[str, A
     }
 
 
+def measure_vllm(folder: Path, ranks: int, rounds: int) -> list[dict[str, Any]]:
+    """By each of the ranks, in processes of their own."""
+    rendezvous = tempfile.mktemp(dir=folder)
+    script = str(Path(__file__).with_name("serving_vllm.py"))
+    command = [str(VLLM), script]
+    environment = {**os.environ, "VLLM_DIST_IDENT": "weightlift"}
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), rendezvous, str(folder / "vllm"), str(rounds)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        for rank in range(ranks)
+    ]
+    texts = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        sys.exit(f"serving_vllm.py on {ranks} ranks has failed: run it by hand")
+    lines = [line for text in texts for line in text.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in lines]
+
+
+def measure_all(arguments: argparse.Namespace, summary: dict[str, Any]) -> Iterator[Any]:
+    """Fills the summary; what was measured, as it comes."""
+    folder: Path = arguments.output
+    summary["recording"] = measure_recording(folder, arguments.names)
+    yield summary["recording"]
+    summary["bytes"], summary["times"], summary["vllm"] = [], [], []
+    for name in MODELS:
+        for ranks in (2, 4, 8):
+            for rank in (0, ranks - 1):
+                command = [sys.executable, __file__, "--output", str(folder), "--one"]
+                command += [name, str(ranks), str(rank)]
+                text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                summary["bytes"].append(json.loads(text.splitlines()[-1]))
+                yield summary["bytes"][-1]
+    for name in MODELS:
+        for ranks in (2, 4, 8):
+            path = folder / f"{name}.safetensors"
+            summary["times"].append(measure_times(name, path, ranks, arguments.rounds))
+            yield summary["times"][-1]
+    if not VLLM.exists():
+        yield "vLLM is left out: `make test-serving` makes its environment"
+        return
+    for ranks in (1, 2):
+        summary["vllm"] += measure_vllm(folder, ranks, arguments.rounds)
+        yield summary["vllm"][-ranks * 3 :]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the files")
-    parser.add_argument("--summary", type=Path, help="JSON that is written")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench-data" / "serving")
+    parser.add_argument("--summary", type=Path, help="instead of results/serving/MACHINE.json")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--names", type=int, default=36_000)
     parser.add_argument("--one", nargs=3, help="MODEL RANKS RANK: bytes of one rank, to stdout")
@@ -275,26 +349,17 @@ def main() -> None:
         found = measure_bytes(name, folder / f"{name}.safetensors", int(ranks), int(rank))
         print(json.dumps(found))
         return
-    summary: dict[str, Any] = {"cpus": os.cpu_count(), "load_average": os.getloadavg()[0]}
-    summary["recording"] = measure_recording(folder, arguments.names)
-    print(summary["recording"], flush=True)
-    summary["bytes"] = []
-    for name in MODELS:
-        for ranks in (2, 4, 8):
-            for rank in (0, ranks - 1):
-                command = [sys.executable, __file__, "--output", str(folder), "--one"]
-                command += [name, str(ranks), str(rank)]
-                text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                summary["bytes"].append(json.loads(text.splitlines()[-1]))
-                print(summary["bytes"][-1], flush=True)
-    summary["times"] = []
-    for name in MODELS:
-        for ranks in (2, 4, 8):
-            path = folder / f"{name}.safetensors"
-            summary["times"].append(measure_times(name, path, ranks, arguments.rounds))
-            print(summary["times"][-1], flush=True)
-            if arguments.summary:
-                arguments.summary.write_text(json.dumps(summary, indent=1) + "\n")
+    run = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+    summary: dict[str, Any] = {"machine": machine(), "runs": [run]}
+    out = arguments.summary or RESULTS / "serving" / f"{machine_name(summary['machine'])}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for measured in measure_all(arguments, summary):
+        print(measured, flush=True)
+    out.write_text(to_text(summary), encoding="utf-8")
 
 
 if __name__ == "__main__":

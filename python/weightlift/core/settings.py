@@ -50,7 +50,7 @@ class Settings:
             cgroup quota).
         io_depth: reads in flight on a file that is not in the page cache; 8.
         read_bytes: bytes of one read; 1 MiB, for a device at most an eighth of ``chunk_bytes``.
-        hole_bytes: holes of up to so many bytes between the parts of a file that a load takes, such
+        hole_bytes: gaps of up to so many bytes between the parts of a file that a load takes, such
             as the rows of a slice, are read along, not jumped over; 4 KiB, at most 1 MiB.
         chunk_bytes: bytes of one staging slot, and so of one copy to a device; 4 MiB.
         pinned_bytes: pinned bytes that one load uses for one device; 32 MiB.
