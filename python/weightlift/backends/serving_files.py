@@ -282,7 +282,7 @@ def _indexes_in(folder: Path) -> dict[str, list[str]]:
     """File -> the tensors that are in it, by what the indexes in a folder say."""
     found: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*.safetensors.index.json")):
-        weight_map, _, _ = parse_index(path.read_bytes(), str(path), "safetensors", False)
+        weight_map, _, _ = parse_index(path.read_bytes(), str(path), False)
         for name, file in weight_map.items():
             found.setdefault(file, []).append(name)
     return found
