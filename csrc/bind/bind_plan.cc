@@ -1,11 +1,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -30,24 +33,39 @@ py::dict report_dict(const engine::Report& report) {
   for (const engine::DeviceReport& device : report.devices) {
     devices.append(py::make_tuple(device.device, device.bytes));
   }
-  py::dict result;
-  result["bytes"] = report.bytes;
-  result["mapped_bytes"] = report.mapped_bytes;
-  result["read_bytes"] = report.read_bytes;
-  result["seconds"] = report.seconds;
-  result["files"] = files;
-  result["devices"] = devices;
-  result["pinned_bytes"] = report.pinned_bytes;
-  result["peak_staging_bytes"] = report.peak_staging_bytes;
-  result["memory"] = report.memory;
-  result["copies"] = report.copies;
-  result["threads"] = report.threads;
   py::list fallbacks;
   for (const std::string& fallback : report.fallbacks) fallbacks.append(path_text(fallback));
-  result["fallbacks"] = fallbacks;
   py::list touched;
   for (const std::string& path : report.touched) touched.append(path_text(path));
-  result["touched"] = touched;
+  const auto fields = std::to_array<std::pair<const char*, py::object>>({
+      {"bytes", py::int_(report.bytes)},
+      {"mapped_bytes", py::int_(report.mapped_bytes)},
+      {"read_bytes", py::int_(report.read_bytes)},
+      {"seconds", py::float_(report.seconds)},
+      {"files", files},
+      {"devices", devices},
+      {"pinned_bytes", py::int_(report.pinned_bytes)},
+      {"peak_staging_bytes", py::int_(report.peak_staging_bytes)},
+      {"memory", py::cast(report.memory)},
+      {"copies", py::cast(report.copies)},
+      {"threads", py::int_(report.threads)},
+      {"fallbacks", fallbacks},
+      {"touched", touched},
+  });
+  // Made once: the load of one small tensor has as long a report as any other.
+  static const auto names = [&] {
+    std::array<PyObject*, std::tuple_size_v<decltype(fields)>> made{};
+    std::ranges::transform(fields, made.begin(), [](const auto& field) {
+      return PyUnicode_InternFromString(field.first);
+    });
+    return made;
+  }();
+  py::dict result;
+  for (std::size_t i = 0; i < fields.size(); ++i) {
+    if (PyDict_SetItem(result.ptr(), names.at(i), fields.at(i).second.ptr()) != 0) {
+      throw py::error_already_set();
+    }
+  }
   return result;
 }
 

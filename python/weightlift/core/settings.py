@@ -158,15 +158,24 @@ class Settings:
     def __exit__(self, *_: object) -> None:
         _entered.set(_entered.get()[:-1])
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - of a frozen value, and few of them
     def native(self, fp8: tuple[bool, bool, bool]) -> _native.Settings:
         """For the engine; ``fp8`` are the rules of ``weightlift.core.dtypes.fp8_rules``."""
-        native = _native.Settings()
-        native.fp8 = fp8
-        for name, value in _set_fields(self).items():
-            if name != "populate":
-                setattr(native, name, value)
+        # Remembered here too: to hash all fields takes a tenth of the load of a small tensor.
+        known: dict[object, _native.Settings] = self.__dict__.setdefault("_native", {})
+        native = known.get(fp8)
+        if native is None:
+            native = known[fp8] = _made_native(self, fp8)
         return native
+
+
+@functools.lru_cache(maxsize=64)  # few differ, and most loads make theirs anew
+def _made_native(settings: Settings, fp8: tuple[bool, bool, bool]) -> _native.Settings:
+    native = _native.Settings()
+    native.fp8 = fp8
+    for name, value in _set_fields(settings).items():
+        if name != "populate":
+            setattr(native, name, value)
+    return native
 
 
 _VARIABLES = {

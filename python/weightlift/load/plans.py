@@ -59,24 +59,27 @@ def finish_plan(
             and the caller finds out whether their bytes have changed.
     """
     enter_phase("wait")
-    with progress_callback(progress) as show:
-        try:
-            if not plan.wait(0):
-                with gc_pause.resumed():
-                    while not plan.wait(POLL_SECONDS):
-                        if show is not None:
-                            show(*plan.progress())
-            if show is not None:
-                show(*plan.progress())
-        except BaseException:
-            cancel_plan(plan)
-            raise
+    try:
+        if progress or not plan.wait(0):
+            _wait(plan, progress)
+    except BaseException:
+        cancel_plan(plan)
+        raise
     enter_phase("deliver")
     report = plan.finish()
     if not check_touched:
         return report
     require_untouched(report)
     return report
+
+
+def _wait(plan: _native.Plan, progress: bool | Progress) -> None:
+    with progress_callback(progress) as show, gc_pause.resumed():
+        while not plan.wait(POLL_SECONDS):
+            if show is not None:
+                show(*plan.progress())
+        if show is not None:
+            show(*plan.progress())
 
 
 def require_untouched(report: dict[str, Any]) -> None:

@@ -108,7 +108,8 @@ def set_all(
     Args:
         values: references and their tensors.
         memory_format: of those with 4 dimensions.
-        adopt: nobody else has the tensors, nor views them: they may become parameters themselves.
+        adopt: nobody else has the tensors, which are contiguous, nor views them: they may become
+            parameters themselves.
     """
     import torch
 
@@ -117,7 +118,7 @@ def set_all(
     for ref, value in values:
         if memory_format is not None and value.dim() == 4:
             value = value.contiguous(memory_format=memory_format)
-        elif not value.is_contiguous():
+        elif not (adopt or value.is_contiguous()):
             value = value.contiguous()
         old = ref.tensor
         if value.dim() != old.dim():  # [1] for a scalar
@@ -146,10 +147,14 @@ def set_all(
             else:
                 new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
         ref.tensor = new
-        _assign(ref.module, ref.key, ref.is_parameter, new, plain)
+        module = ref.module
+        if type(module).__setattr__ is plain:  # as in _assign, without its call
+            (module._parameters if ref.is_parameter else module._buffers)[ref.key] = new
+        else:
+            _assign(module, ref.key, ref.is_parameter, new, plain)
         if ref.ties:
-            for _, module, key in ref.ties:
-                _assign(module, key, ref.is_parameter, new, plain)
+            for _, other, key in ref.ties:
+                _assign(other, key, ref.is_parameter, new, plain)
 
 
 def assign_parameter(module: torch.nn.Module, key: str, parameter: torch.nn.Parameter) -> None:
