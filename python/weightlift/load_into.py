@@ -146,7 +146,7 @@ def _for_group(
     scope: Scope,
 ) -> AbstractContextManager[NewLoad]:
     kinds = dtensor_types()
-    if group is None and not any(isinstance(ref.tensor, kinds) for ref in refs):
+    if group is None and not (kinds and any(isinstance(ref.tensor, kinds) for ref in refs)):
         return contextlib.nullcontext(LoadPlan)
     from weightlift.distributed.collective import group_load
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint
@@ -131,7 +132,7 @@ def open_files(
     opened = _OpenedFiles()
     for shard in files.files:
         opened.add(shard, state_dict_key)
-    notes = [*_duplicates(opened), *_misplaced(files, opened.holders)]
+    notes = [*_duplicates(opened), *_misplaced(files, opened)]
     if notes and strict_index:
         place = files.index_path or files.folder
         raise CheckpointError(f"{place}: {notes[0]}; save or download it again")
@@ -148,6 +149,14 @@ def open_files(
     return opened.checkpoint()
 
 
+class _Names(NamedTuple):
+    """The tensors of a shard."""
+
+    file: str
+    names: dict[str, None]
+    in_memory: bool
+
+
 class _OpenedFiles:
     """Files that become one checkpoint; of tensors of one name the last holds, as for everyone who
     updates one dictionary with the tensors of one file after the other."""
@@ -162,9 +171,7 @@ class _OpenedFiles:
         self.not_tensors: dict[str, str] = {}
         self.left_out: dict[str, int] = {}
         self.fallbacks: list[str] = []
-        # Tensor -> the shards that have it, in their order.
-        self.holders: dict[str, list[str]] = {}
-        self._from_memory: dict[str, bool] = {}
+        self.shards: list[_Names] = []
 
     def add(self, shard: ShardFile, state_dict_key: str | None) -> None:
         if shard.format == "safetensors":
@@ -185,9 +192,7 @@ class _OpenedFiles:
                 names = opened.names
                 self._add_part(opened.part, opened.views, shard.format)
         in_memory = bool(self.loaded) and self.loaded[-1][0] == shard.path
-        for name in names:
-            self.holders.setdefault(name, []).append(shard.name)
-            self._from_memory[name] = in_memory
+        self.shards.append(_Names(shard.name, dict.fromkeys(names), in_memory))
 
     def _add_part(self, part: _native.IndexedFile, views: Mapping[str, View], format: str) -> None:
         self.parts.append(part)
@@ -197,8 +202,10 @@ class _OpenedFiles:
     def checkpoint(self) -> Checkpoint:
         if self.not_tensors:
             self.metadata["not_tensors"] = json.dumps(self.not_tensors)
-        for name in [name for name in self.in_memory if not self._from_memory[name]]:
-            del self.in_memory[name]  # a later file has it
+        if self.in_memory:
+            from_memory = {name: shard.in_memory for shard in self.shards for name in shard.names}
+            for name in [name for name in self.in_memory if not from_memory[name]]:
+                del self.in_memory[name]  # a later file has it
         checkpoint = Checkpoint(
             self.parts,
             formats=self.formats,
@@ -210,15 +217,26 @@ class _OpenedFiles:
             left_out=self.left_out,
         )
         # A state dict has an order of its own, which its storages need not be in.
-        order = list(self.holders)
+        order = list(self.names())
         return checkpoint if list(checkpoint) == order else checkpoint.ordered(order)
+
+    def names(self) -> dict[str, None]:
+        """Of all files, each once."""
+        if len(self.shards) == 1:
+            return self.shards[0].names
+        return dict.fromkeys(itertools.chain.from_iterable(s.names for s in self.shards))
+
+    def holders(self, name: str) -> list[str]:
+        """The shards that have a tensor, in their order."""
+        return [shard.file for shard in self.shards if name in shard.names]
 
 
 def _duplicates(opened: _OpenedFiles) -> list[str]:
     """What to say of tensors that are in several files."""
-    twice = [(name, files) for name, files in opened.holders.items() if len(files) > 1]
-    if not twice:
+    names = opened.names()
+    if len(names) == sum(len(shard.names) for shard in opened.shards):
         return []
+    twice = [(name, files) for name in names if len(files := opened.holders(name)) > 1]
     name, files = twice[0]
     more = f", and {len(twice) - 1} more are so" if len(twice) > 1 else ""
     return [
@@ -227,15 +245,18 @@ def _duplicates(opened: _OpenedFiles) -> list[str]:
     ]
 
 
-def _misplaced(files: CheckpointFiles, holders: Mapping[str, list[str]]) -> list[str]:
+def _misplaced(files: CheckpointFiles, opened: _OpenedFiles) -> list[str]:
     """What to say where the index and its files do not agree."""
     absent = []
     elsewhere = []
+    names = {shard.file: shard.names for shard in opened.shards}
     for name, shard in (files.weight_map or {}).items():
-        found = holders.get(name)
-        if found is None:
+        if name in names.get(shard, ()):
+            continue
+        found = opened.holders(name)
+        if not found:
             absent.append(f"{name!r} in {shard}, and it is in none of its files")
-        elif shard not in found:
+        else:
             elsewhere.append(f"{name!r} in {shard}, and it is in {found[-1]}")
     return [
         f"the index says tensor {wrong[0]}"

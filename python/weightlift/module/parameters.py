@@ -147,11 +147,7 @@ def set_all(
             else:
                 new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
         ref.tensor = new
-        module = ref.module
-        if type(module).__setattr__ is plain:  # as in _assign, without its call
-            (module._parameters if ref.is_parameter else module._buffers)[ref.key] = new
-        else:
-            _assign(module, ref.key, ref.is_parameter, new, plain)
+        _assign(ref.module, ref.key, ref.is_parameter, new, plain)
         if ref.ties:
             for _, other, key in ref.ties:
                 _assign(other, key, ref.is_parameter, new, plain)
