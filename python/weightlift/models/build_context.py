@@ -17,6 +17,7 @@ the GIL released and CPython 3.11's method cache stale: a segmentation fault.
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.util
 import types
@@ -102,18 +103,22 @@ class BuildContext:
             return True
         roots = {
             storage: param
-            for param in reversed(self.parameters)
+            for param in reversed([*self.parameters, *(param for _, _, param in self._places)])
             if (storage := _storage(param)) is not None
         }
         registered = {(id(module), name): (module, p) for module, name, p in self._places}
         disturbed = False
+        shared = collections.Counter(id(param) for _, param in registered.values())
         for (_, name), (module, param) in registered.items():
             found = module._parameters.get(name)
             if found is None or found is param:
                 continue
             if found.is_meta and not param.is_meta:
                 return False
-            disturbed |= _storage(found) in roots
+            if _storage(found) in roots:
+                disturbed = True
+            elif found.is_meta and shared[id(param)] > 1 and found.shape == param.shape:
+                assign_parameter(module, name, param)  # made anew, and a tie is lost by it
         for module in model.modules():
             for name, found in list(module._parameters.items()):
                 if found is None:
@@ -127,17 +132,30 @@ class BuildContext:
 
 
 class KeepOffMeta(TorchFunctionMode):
-    """For this thread, ``tensor.to("meta")`` is the tensor: what a replacement of
-    ``register_parameter`` makes of a parameter then has its memory and its values."""
+    """For this thread, ``tensor.to("meta")`` is the tensor, and new tensors that are asked for on
+    ``meta`` are on the CPU: what a replacement of ``register_parameter`` or ``register_buffer``,
+    or of ``torch.zeros``, makes then has its memory and its values. So has what is made while
+    ``meta`` is torch's default device."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.Tensor.to and isinstance(args[0], torch.nn.Parameter):
-            device, *_ = torch._C._nn._parse_to(*args[1:], **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to:
+            device, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)
             if device is not None and device.type == "meta":
                 return args[0]
-        return func(*args, **(kwargs or {}))
+        elif _asks_for_meta(args, kwargs):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+def _asks_for_meta(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Of the arguments of a function of torch: whether it makes a tensor of nothing on ``meta``."""
+    device = kwargs.get("device")
+    if device is None or (args and isinstance(args[0], torch.Tensor)):
+        return False
+    return torch.device(device).type == "meta"
 
 
 _build: ContextVar[BuildContext | None] = ContextVar("weightlift_build", default=None)

@@ -87,9 +87,11 @@ class Builder(Generic[_Module]):
         with _default_dtype(self._dtype), gc_pause.paused():
             with BuildContext(real) as build:
                 model = self._make()
-            if build.ensure_registered(model):
+            if build.ensure_registered(model) and not _has_meta(model, parameters=real is None):
                 return model, build
-            with KeepOffMeta(), BuildContext(real) as build:
+            on_meta = torch.get_default_device().type == "meta"
+            device = torch.device("cpu") if on_meta else contextlib.nullcontext()
+            with device, KeepOffMeta(), BuildContext(real) as build:
                 model = self._make()
             if build.ensure_registered(model):
                 return model, build
@@ -103,6 +105,16 @@ class Builder(Generic[_Module]):
 def _tensors(model: torch.nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
     held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     return {name: held[name].detach() for name in names}
+
+
+def _has_meta(model: torch.nn.Module, parameters: bool) -> bool:
+    """Whether a tensor that is to be real is on ``meta``: by a default device, or as another
+    library's replacement of ``register_buffer`` has it."""
+    for module in model.modules():
+        tensors = [*module._buffers.values(), *(module._parameters.values() if parameters else ())]
+        if any(tensor is not None and tensor.is_meta for tensor in tensors):
+            return True
+    return False
 
 
 @contextlib.contextmanager

@@ -93,6 +93,8 @@ def _shrunk(key: str, value: Any, way: Way, layers: set[int]) -> Any:
     if isinstance(value, dict):
         if "rope" in key or key in ("id2label", "label2id"):
             return value
+        if key == "per_layer_config":  # of the two layers that are left
+            return {n: shrunk(one, way) for n, one in value.items() if int(n) < 2}
         return shrunk(value, way)
     if isinstance(value, (list, tuple)):
         return _list(key, value, way, layers)

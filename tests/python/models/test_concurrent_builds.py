@@ -50,6 +50,7 @@ class Model(wl.ModelMixin, wl.ConfigMixin):
         self.rnn = nn.LSTM(width, width)
         self.norm = nn.BatchNorm1d(width)
         self.register_buffer("angles", torch.linspace(0.0, 1.0, width).cos())
+        self.register_buffer("computed", torch.ones(width) * 5, persistent=False)
         self.new = nn.Linear(width, width)
         nn.init.constant_(self.new.weight, 3.0)
         nn.init.ones_(self.new.bias)
@@ -82,6 +83,7 @@ def assert_right(model: Any, folder: Path) -> None:
     saved = wl.load_file(folder / "diffusion_pytorch_model.safetensors")
     assert model.tied.weight is model.first.weight
     assert all(torch.equal(model.state_dict()[name], saved[name]) for name in saved)
+    assert torch.equal(model.computed, torch.full((4,), 5.0))
     assert torch.equal(model.new.weight, torch.full((4, 4), 3.0))
     assert torch.equal(model.new.bias, torch.ones(4))
     rnn = model.rnn
@@ -95,7 +97,43 @@ def empty_by_accelerate() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def empty_with_buffers() -> Iterator[None]:
+    with accelerate.init_empty_weights(include_buffers=True):
+        yield
+
+
+@contextlib.contextmanager
+def default_device_meta() -> Iterator[None]:
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def anew_on_meta() -> Iterator[None]:
+    """Another library's, which makes a parameter of the one that it is given."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(module, name, param)
+        if param is not None and name in module._parameters:
+            module._parameters[name] = nn.Parameter(param.to("meta"))
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
 PATCHES: dict[str, Callable[[], Any]] = {
+    "accelerate, buffers too": empty_with_buffers,
+    "device meta": lambda: torch.device("meta"),
+    "default device meta": default_device_meta,
+    "anew on meta": anew_on_meta,
     "accelerate": empty_by_accelerate,
     "diffusers": diffusers_utils.no_init_weights,
     "transformers": no_init_weights,
