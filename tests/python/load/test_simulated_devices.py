@@ -331,11 +331,12 @@ def test_a_full_device_is_an_error_and_leaves_it_empty(
         driver.set_memory(0, 200_000)
         with pytest.raises(
             weightlift.OutOfMemoryError, match=r"model\.safetensors: tensor '[\w.]+': "
-        ):
+        ) as caught:
             _load(checkpoint_path, 0, driver)
         gc.collect()
         driver.drain()  # freed in their stream's order: once that has come so far
         assert driver.ledger().external_allocations == 0
+        assert caught.tb is not None  # which keeps the frames that had the tensors
 
 
 def test_a_missing_device_is_named(machine: Switch, checkpoint_path: Path) -> None:
