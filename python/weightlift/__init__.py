@@ -82,7 +82,7 @@ __all__ = [
     "stream",
 ]
 
-# Imported when they are asked for: they need torch, which the rest does without until it loads.
+# Imported on first access: these modules import torch.
 _LATER = {
     "ConfigMixin": "models.config_mixin",
     "register_to_config": "models.config_mixin",

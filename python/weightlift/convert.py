@@ -1,4 +1,4 @@
-"""A checkpoint of any form becomes safetensors files, in bounded memory."""
+"""Converts a checkpoint of any form to safetensors files, in bounded memory."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ __all__ = ["convert_checkpoint"]
 
 _log = logging.getLogger("weightlift")
 
-# Tensor bytes that are in memory at once, if no tensor alone has more.
+# Tensor bytes in memory at once, unless a single tensor is larger.
 _AT_ONCE = 256 << 20
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _QUANTIZATION = "quantization_config"
-# Of AutoGPTQ and its like, and of NVIDIA's ModelOpt.
+# Quantization configurations of AutoGPTQ and similar tools, and of NVIDIA ModelOpt.
 _OF_QUANTIZATION = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-# Shards are named so by transformers, diffusers and huggingface_hub.
+# The shard names of transformers, diffusers and huggingface_hub.
 _SHARD = "{stem}{variant}-{number:05}-of-{count:05}.safetensors"
 
 
@@ -66,34 +66,34 @@ def convert_checkpoint(
 ) -> list[str]:
     """Writes a checkpoint as one ``.safetensors`` file, or as a folder of shards with an index.
 
-    Everything is written under a temporary name, flushed, and renamed at the end: on an error, or
-    killed, there is no target. Tensors that are one in the checkpoint (tied weights) are written
-    once; the metadata says ``{dropped name: kept name}``, as huggingface_hub's does.
+    The files are written under a temporary name, flushed, and renamed at the end: after an error or
+    a kill there is no target. Tied tensors are written once; the metadata has ``{dropped name: kept
+    name}``, as huggingface_hub writes it.
 
     Args:
-        checkpoint: any form.
-        target: a file that ends in ``.safetensors``, or a folder; neither may be there already.
-        dtype: cast floating-point tensors to this.
-        max_shard_size: largest number of tensor bytes in one file of a folder, if no tensor alone
-            has more: bytes, or text such as ``"5GB"`` (10^9 bytes).
-        stem: what the names in a folder begin with.
+        checkpoint: a checkpoint of any form.
+        target: a file that ends in ``.safetensors``, or a folder; neither may exist.
+        dtype: the dtype to cast floating-point tensors to; ``None`` keeps them.
+        max_shard_size: largest number of tensor bytes in one file of a folder, unless a single
+            tensor is larger: bytes, or text such as ``"5GB"`` (10^9 bytes).
+        stem: the beginning of the file names in a folder.
         variant: ``"fp16"`` gives ``model.fp16.safetensors``.
-        companions: file name -> content, of files that go into the folder too; of a target that is
-            a file, a warning names them. The dtype that a configuration among them states becomes
-            ``dtype``; what it says of a quantization stays, with a warning.
-        progress: called with the bytes done and in all.
+        companions: file name -> content of other files to write into the folder. If the target is
+            a file, a warning names them. ``dtype`` replaces the dtype in a configuration;
+            quantization entries stay, with a warning.
+        progress: called with the bytes done and the total.
 
     Returns:
-        The names of the files that were written.
+        The names of the written files.
 
     Raises:
-        ArgumentError: the target is there, or a size or name is none.
-        CheckpointError: a tensor that safetensors has no dtype for.
+        ArgumentError: the target exists, or a size or a name is invalid.
+        CheckpointError: safetensors has no dtype for a tensor.
     """
     require("torch", "convert")
     target = Path(target)
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise ArgumentError(f"{target} is there already: remove it, or name another target")
+        raise ArgumentError(f"{target} exists: remove it, or give another target")
     for what, part in (("stem", stem), ("variant", variant or "")):
         if "/" in part or "\0" in part:
             raise ArgumentError(f"{what} is {part!r}; it must be a part of a file name")
@@ -121,7 +121,7 @@ def convert_checkpoint(
 
 
 class _Progress:
-    """Tells how many bytes are done."""
+    """Reports the bytes done."""
 
     def __init__(self, total: int, callback: Callable[[int, int], None] | None) -> None:
         self.total = total
@@ -136,14 +136,14 @@ class _Progress:
 
 
 class _Written(NamedTuple):
-    """What is written.
+    """The input of a conversion.
 
     Attributes:
-        source: where it comes from.
-        entries: all tensors, in the order of a file.
-        dtype: the file's name of the dtype to cast to.
-        header: text for the header of a single file, or for the index.
-        progress: is told.
+        source: the checkpoint.
+        entries: all tensors, in the order of the file.
+        dtype: the file's name of the dtype to cast to, or ``None``.
+        header: metadata for the header of a single file, or for the index.
+        progress: receives the bytes done.
     """
 
     source: Checkpoint
@@ -220,14 +220,14 @@ def _warn_of_left_out(checkpoint: Checkpoint) -> None:
     if checkpoint.left_out:
         named = ", ".join(f"{name!r} ({count})" for name, count in checkpoint.left_out.items())
         _log.warning(
-            "%s: not converted are the tensors in %s",
+            "%s: the tensors in %s are not converted",
             describe_location(checkpoint),
             named,
         )
 
 
 def _fitting(companions: Mapping[str, bytes], dtype: str | None) -> dict[str, bytes]:
-    """Companions, with the dtype that the weights have now: transformers casts to what is in
+    """Companions with the dtype of the converted weights: transformers casts to the dtype in
     config.json when it loads."""
     if dtype is None:
         return dict(companions)
@@ -237,12 +237,12 @@ def _fitting(companions: Mapping[str, bytes], dtype: str | None) -> dict[str, by
 def _warn_of_companions(
     companions: Mapping[str, bytes], source: Checkpoint, target: Path, dtype: str | None
 ) -> None:
-    """Of what describes the weights and does not go into a target that is a file."""
+    """Warns of files that describe the weights and do not fit into a single-file target."""
     beside = {Path(path).resolve().parent for path in source.paths}
     if target.resolve().parent not in beside:
         if companions:
             _log.warning(
-                "%s: not copied are %s: name a folder to have them beside the weights",
+                "%s: %s are not copied: give a folder as the target to copy them",
                 target,
                 ", ".join(sorted(companions)),
             )
@@ -250,8 +250,8 @@ def _warn_of_companions(
     for name, content in _fitting(companions, dtype).items():
         if content != companions[name]:
             _log.warning(
-                "%s: %s beside it states another dtype than these weights have: transformers casts "
-                "to that when it loads",
+                "%s: %s beside it has another dtype than these weights, and transformers casts to "
+                "that dtype when it loads: change it",
                 target,
                 name,
             )
@@ -273,7 +273,7 @@ def _with_dtype(name: str, content: bytes, dtype: str) -> bytes:
     changed, quantized = _set_dtype(config, dtypes.TORCH_NAMES[dtype])
     if quantized or name in _OF_QUANTIZATION:
         _log.warning(
-            "%s: the model is quantized, and dtype= has cast what was not: %s was copied as it is",
+            "%s: the model is quantized; dtype= cast the other tensors, %s was copied unchanged",
             name,
             f"its {_QUANTIZATION}" if quantized else "it",
         )
@@ -283,8 +283,8 @@ def _with_dtype(name: str, content: bytes, dtype: str) -> bytes:
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> tuple[bool, bool]:
-    """Sets the dtype of a configuration and of those in it: whether there was one, and whether
-    there was a quantization's, which describes what is not cast."""
+    """Sets the dtype in a configuration and in nested ones. Returns whether there was a dtype, and
+    whether there was a quantization, whose dtypes stay because its tensors are not cast."""
     changed = quantized = False
     todo: list[Any] = [config]
     while todo:
@@ -301,7 +301,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> tuple[bool, bool]:
                 one[key] = ("torch." if value.startswith("torch.") else "") + dtype
                 changed = True
             elif key in _DTYPE_KEYS and isinstance(value, dict):
-                # One for each model in it, by transformers: {"text_config": "float32", ...}.
+                # transformers writes one per sub-model: {"text_config": "float32", ...}.
                 for part in [part for part, held in value.items() if _is_floating(held)]:
                     value[part] = ("torch." if value[part].startswith("torch.") else "") + dtype
                     changed = True
@@ -311,7 +311,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> tuple[bool, bool]:
 
 
 def _is_floating(value: Any) -> bool:
-    """Whether it names a dtype that is cast."""
+    """Whether the value names a floating-point dtype."""
     return isinstance(value, str) and value.removeprefix("torch.") in {
         dtypes.TORCH_NAMES[name] for name in dtypes.FLOATING if name in dtypes.TORCH_NAMES
     }
@@ -322,7 +322,7 @@ def _texts(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _entries(checkpoint: Checkpoint, dtype: str | None) -> tuple[list[Entry], dict[str, str]]:
-    """In the order of the reference's writer; and what is tied."""
+    """The entries in the order of the reference's writer, and the tied names."""
     kept: dict[object, str] = {}
     tied: dict[str, str] = {}
     entries = []

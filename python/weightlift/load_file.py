@@ -1,4 +1,4 @@
-"""Files in, tensors out: ``load_file``, ``load_checkpoint``, ``load_state_dict``."""
+"""Loads of files and checkpoints: ``load_file``, ``load_checkpoint``, ``load_state_dict``."""
 
 from __future__ import annotations
 
@@ -42,33 +42,33 @@ def load_file(
     progress: bool | Progress = False,
     backend: Backend | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Loads all tensors of a file: ``.safetensors``, or what ``torch.save`` wrote.
+    """Loads all tensors of a ``.safetensors`` file or of a file that ``torch.save`` wrote.
 
     Args:
-        filename: the file; what it holds decides where its name says nothing.
+        filename: the file. Its content decides the format if its name does not.
         device: where the tensors go: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``1`` or a
             ``torch.device``.
-        dtype: cast floating-point tensors to this while loading: a torch dtype or its name.
-            ``None`` and ``"auto"`` keep the file's. Bit-identical to ``tensor.to(dtype)`` for all
-            numbers; a NaN becomes the quiet NaN with the same sign.
-        mode: ``"map"`` hands out a private, writable mapping of the file; ``"read"`` reads into
-            memory of its own (take it for files that others may truncate: a mapping then raises
-            SIGBUS when touched); ``"auto"`` maps where nothing is cast, pinned or moved.
-        pin_memory: page-locked host memory, for later asynchronous copies.
-        verify: compare the file's SHA-256 with what the Hub cache or a ``SHA256SUMS`` file beside
-            it says; without either that is an error.
-        progress: ``True`` for a bar, or a function called with the bytes done and in all.
+        dtype: the dtype to cast floating-point tensors to while loading: a torch dtype or its name.
+            ``None`` and ``"auto"`` keep the file's. The cast has the bits of ``tensor.to(dtype)``
+            for all numbers; a NaN becomes the quiet NaN with the same sign.
+        mode: ``"map"`` returns a private, writable mapping of the file; ``"read"`` reads into own
+            memory (use it for files that others may truncate: access to a mapping of a truncated
+            file raises SIGBUS); ``"auto"`` maps where nothing is cast, pinned or moved.
+        pin_memory: use page-locked host memory, for later asynchronous copies.
+        verify: compare the file's SHA-256 with the Hub cache or with a ``SHA256SUMS`` file beside
+            it; it is an error if neither has the hash.
+        progress: ``True`` for a progress bar, or a function of bytes done and total.
         backend: the reference's name for the mode, ``"mmap"`` or ``"pread"``.
 
     Returns:
-        Name -> tensor, in the order of the file.
+        Name -> tensor, with the file's shapes, in the order of the file.
 
     Raises:
-        FormatError: the file breaks the format (also a ``safetensors.SafetensorError``).
-        ReadError: it cannot be read (also an ``OSError``), or changes while it is.
-        DeviceError: there is no such device, or its driver fails.
-        ArgumentError: arguments that do not go together (also a ``ValueError``).
-        OutOfMemoryError: also a ``MemoryError``.
+        FormatError: the file breaks its format (also a ``safetensors.SafetensorError``).
+        ReadError: the file cannot be read (also an ``OSError``), or changes during the load.
+        DeviceError: the device does not exist, or its driver failed.
+        ArgumentError: an argument is invalid, or two contradict each other (also a ``ValueError``).
+        OutOfMemoryError: the host or the device has too little memory (also a ``MemoryError``).
     """
     require("torch", "load_file")
     checkpoint = open_file(filename)
@@ -81,21 +81,23 @@ def load_file(
 
 
 def load(data: bytes) -> dict[str, torch.Tensor]:
-    """Loads all tensors of a safetensors file that is in memory.
+    """Loads all tensors of a safetensors file from its bytes.
 
     Args:
         data: the content of the file.
 
     Returns:
-        Name -> tensor on the CPU, in memory of its own, in the order of the file.
+        Name -> tensor on the CPU, in own memory, in the order of the file.
 
     Raises:
-        FormatError: it breaks the format (also a ``safetensors.SafetensorError``).
-        OutOfMemoryError: also a ``MemoryError``.
+        FormatError: ``data`` breaks the format (also a ``safetensors.SafetensorError``).
+        OutOfMemoryError: the host has too little memory (also a ``MemoryError``).
     """
     require("torch", "load")
     if isinstance(data, (str, os.PathLike)):
-        raise TypeError(f"load takes the bytes of a file, not {type(data).__name__}: load_file")
+        raise TypeError(
+            f"load takes the bytes of a file, not {type(data).__name__}: load_file takes a path"
+        )
     try:
         with _as_file(memoryview(data).cast("B")) as path:
             checkpoint = Checkpoint.from_file(path)
@@ -108,7 +110,7 @@ def load(data: bytes) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def _as_file(view: memoryview) -> Iterator[str]:
-    """The path of a file with these bytes: one in memory, where it can be opened by proc(5)."""
+    """The path of a file with these bytes: a memfd if /proc is available (proc(5))."""
     try:
         descriptor = os.memfd_create("weightlift-load", os.MFD_CLOEXEC)
     except OSError:
@@ -141,21 +143,20 @@ def load_model(
 ) -> tuple[set[str], list[str]]:
     """Loads a file of ``save_model`` into a model, as ``safetensors.torch.load_model`` does.
 
-    Names that share memory in the model (tied weights) are in the file once, under any of them.
+    The file has tied weights (names that share memory in the model) once, under any of the names.
 
     Args:
-        model: its parameters are filled in place.
+        model: the model, whose parameters are filled in place.
         filename: the file.
         strict: missing and unexpected names are an error.
-        device: where the tensors are loaded before they are copied into the model.
+        device: the device to load to before the copy into the model.
         backend: as in ``load_file``.
 
     Returns:
-        The names that are missing in the file, and those that are not expected in it.
+        The model's names that the file lacks, and the file's names that the model lacks.
 
     Raises:
-        RuntimeError: with ``strict``, names that are missing or not expected; or a shape that is
-            another.
+        RuntimeError: with ``strict``, missing or unexpected names; or a shape differs.
         FormatError, ReadError: as ``load_file``.
     """
     tensors = load_file(filename, device, backend=backend)
@@ -178,7 +179,7 @@ def load_model(
 
 
 def _tied_groups(state_dict: dict[str, torch.Tensor]) -> list[list[str]]:
-    """Names whose tensors are the same elements of the same memory."""
+    """Groups of names whose tensors are the same elements of the same memory."""
     groups: dict[object, list[str]] = {}
     for name, tensor in state_dict.items():
         if tensor.device.type != "meta" and tensor.numel():
@@ -202,24 +203,27 @@ def load_checkpoint(
 
     Args:
         path_or_repo_or_checkpoint: a ``Checkpoint``, or what ``open_checkpoint`` takes.
-        device_map: a device, or a dict from the beginnings of names (whole components, ``""`` for
-            all) to devices. Maps that need a model (``"auto"``, ``"disk"``) are for ``load_into``.
+        device_map: a device, or a dict of name prefix (whole components, ``""`` for all) ->
+            device. ``load_into`` has the maps that need a model (``"auto"``, ``"disk"``).
         dtype, mode, pin_memory, verify, progress: as in ``load_file``. ``mode="auto"`` reads torch
-            files into memory of their own: people save back onto the file they loaded.
-        open_arguments: of ``open_checkpoint``.
+            files into own memory, because users save back onto the file that they loaded.
+        open_arguments: the keyword arguments of ``open_checkpoint``.
 
     Returns:
-        Name -> tensor. Tensors that share memory in a torch file share it here too.
+        Name -> tensor. Tensors that share memory in a torch file share memory here too.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or its index contradicts its files.
+        CheckpointError: the checkpoint does not exist, or its index contradicts its files.
         FormatError, ReadError, DeviceError, ArgumentError, OutOfMemoryError: as ``load_file``.
     """
     require("torch", "load_checkpoint")
     if isinstance(path_or_repo_or_checkpoint, Checkpoint):
         checkpoint = path_or_repo_or_checkpoint
         if open_arguments:
-            raise ArgumentError(f"{sorted(open_arguments)}: this checkpoint is open already")
+            raise ArgumentError(
+                f"{sorted(open_arguments)}: the checkpoint is already open; give a path, or leave "
+                "these arguments out"
+            )
     else:
         checkpoint = open_checkpoint(path_or_repo_or_checkpoint, **open_arguments)
     plan = LoadPlan(checkpoint, LoadOptions(mode, pin_memory, verify, progress))
@@ -240,13 +244,20 @@ def load_state_dict(
     map_location: torch.device | str | int = "cpu",
     disable_mmap: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one weights file, under the name and with the arguments that diffusers has.
+    """Loads the tensors of one weights file; has the name and the arguments of diffusers' function.
 
     Args:
-        checkpoint_file: a ``.safetensors`` or torch file; a state dict is handed back.
-        variant: taken, and not used: the file is named.
-        map_location: where the tensors go; ``"meta"`` reads none.
-        disable_mmap: read into memory of its own.
+        checkpoint_file: a ``.safetensors`` or torch file. A dict is returned unchanged.
+        variant: ignored, because the file is given.
+        map_location: the device; ``"meta"`` reads no tensor data.
+        disable_mmap: read into own memory instead of mapping.
+
+    Returns:
+        Name -> tensor.
+
+    Raises:
+        FormatError, ReadError, CheckpointError, DeviceError, OutOfMemoryError: as
+            ``load_checkpoint``.
     """
     require("torch", "load_state_dict")
     import torch

@@ -1,4 +1,4 @@
-"""``load_into``: tensors of a checkpoint into a module, by one process or by several."""
+"""``load_into``: fills a module from a checkpoint, in one process or several."""
 
 from __future__ import annotations
 
@@ -52,56 +52,59 @@ def load_into(
     """Fills a model with the tensors of a checkpoint, each read straight to its device.
 
     Parameters and buffers on ``meta`` are replaced. Real ones are filled in place (same
-    ``data_ptr``, same ``requires_grad``) unless ``device_map``, ``dtype`` or ``pin_memory`` asks
-    for other memory; then their ``.data`` is replaced. Tied parameters stay tied, and one name of
-    them in the checkpoint is enough.
+    ``data_ptr``, same ``requires_grad``), unless ``device_map``, ``dtype`` or ``pin_memory`` needs
+    other memory; then their ``.data`` is replaced. Tied parameters stay tied; the checkpoint needs
+    only one of their names.
 
-    Of a DTensor (``fully_shard``, ``parallelize_module``) the rank's own part alone is read, into
-    the local tensor. All ranks of its mesh, or of ``group``, call this at the same time, and one
-    that fails ends it on all.
+    For a DTensor (``fully_shard``, ``parallelize_module``) the rank reads only its own part, into
+    the local tensor. All ranks of its mesh, or of ``group``, must call this at the same time. If
+    one fails, the call fails on all.
 
     Args:
-        model: on ``meta`` (``accelerate.init_empty_weights``, ``torch.device("meta")``) or real.
+        model: a module on ``meta`` (``accelerate.init_empty_weights``, ``torch.device("meta")``) or
+            with real parameters.
         checkpoint: a ``Checkpoint``, or what ``open_checkpoint`` takes.
-        device_map: ``None`` leaves each tensor where it is (``meta``: the CPU); a device,
-            ``"auto"``, ``"balanced"``, ``"balanced_low_0"``, ``"sequential"``, or module prefix ->
-            device, where ``"disk"`` leaves tensors in their file, to be read at each use. With more
-            than one device the model gets accelerate's hooks.
+        device_map: ``None`` keeps each tensor on its device (``meta`` becomes the CPU); a device;
+            ``"auto"``, ``"balanced"``, ``"balanced_low_0"``, ``"sequential"``; or a dict of module
+            prefix -> device, where ``"disk"`` leaves tensors in their file, to be read at each use.
+            With more than one device the model gets accelerate's hooks.
         max_memory: device -> bytes (``8_000_000_000``, ``"8GB"``, ``"500MiB"``) for automatic maps.
         offload_folder: allows automatic maps to use ``"disk"``; nothing is written to it.
-        dtype: of the floating-point tensors; ``None``: each parameter's own; ``"auto"``: the
+        dtype: the dtype of floating-point tensors; ``None``: each parameter's own; ``"auto"``: the
             checkpoint's. ``_keep_in_fp32_modules`` of the model stay in float32.
-        strict: missing or unexpected keys are an error, before anything is read.
-        ignore_mismatched_sizes: leave out tensors of another shape than the parameter's.
-        key_map: the checkpoint's name of a tensor -> the model's, ``None`` to leave it out.
+        strict: missing or unexpected keys are an error, raised before anything is read.
+        ignore_mismatched_sizes: skip tensors whose shape differs from the parameter's.
+        key_map: a function from a tensor's name in the checkpoint to its name in the model;
+            ``None`` skips the tensor.
         mode: as in ``load_file``.
-        pin_memory: page-locked host memory.
-        memory_format: of 4-D weights, such as ``torch.channels_last``.
+        pin_memory: use page-locked host memory.
+        memory_format: the memory format of 4-D weights, such as ``torch.channels_last``.
         verify: as in ``load_file``.
         progress: as in ``load_file``.
-        group: the ranks that hold the same model: together they read each tensor that is not
-            sharded once, and exchange the parts. ``None`` loads alone, and that is what
-            ``dist.group.WORLD`` is before ``init_process_group``.
-        scope: ``"node"`` reads once a node, and lets the ranks of a node share the mapping of
-            what needs no copy; ``"group"`` reads once altogether, for slow shared storage.
-        background: return when the load runs. Each module waits, before its ``forward``, for its
-            own tensors alone, which are read in the order of the modules, or in the one in which an
-            earlier model of the class used them; whoever reads a tensor otherwise waits for it. For
-            parameters on ``meta`` and one device. The report's ``wait()`` waits for all of it,
-            ``progress`` tells how far it is, ``cancel()`` ends it, and so does dropping the model.
-            What goes wrong is raised by the first module that needs what is missing.
+        group: the ranks that hold the same model. Together they read each tensor that is not
+            sharded once, and exchange the parts. ``None`` loads without other ranks; so does
+            ``dist.group.WORLD`` before ``init_process_group``.
+        scope: ``"node"``: each node reads each byte once, and its ranks share mappings where no
+            copy is needed; ``"group"``: the group reads each byte once, for slow shared storage.
+        background: return as soon as the load runs. Before its ``forward`` each module waits only
+            for its own tensors; every other access to a tensor waits for it. Tensors are read in
+            the order of the modules, or in the order in which an earlier model of the class used
+            them. Needs parameters on ``meta`` and one device. The report's ``wait()`` waits for the
+            end, ``progress`` gives the bytes done, ``cancel()`` ends the load, and so does deleting
+            the model. The first module that needs a tensor that failed raises the error.
 
     Returns:
-        What was loaded, with ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``.
+        The report, with ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``.
 
     Raises:
         CheckpointError: keys or shapes do not match, the model does not fit the devices, or a
-            rank failed or is gone.
-        ArgumentError: arguments contradict each other, or are no model and no checkpoint;
-            ``background=True`` with real parameters, DTensors, a ``group``, several devices or
-            ``verify=True``.
+            rank failed or ended.
+        ArgumentError: arguments contradict each other, ``model`` is not a module, ``checkpoint`` is
+            not a checkpoint; ``background=True`` with real parameters, DTensors, a ``group``,
+            several devices or ``verify=True``.
+        FormatError, ReadError, DeviceError, OutOfMemoryError: as ``load_file``.
     """
-    # With the first load, for they take longer than all that `import weightlift` needs.
+    # Imported with the first load: these imports take longer than `import weightlift`.
     from weightlift.module.fill import fill
     from weightlift.module.matching import MatchPolicy
     from weightlift.module.placement import PlacementPolicy
@@ -119,8 +122,8 @@ def load_into(
     )
     if background and group is not None:
         raise ArgumentError(
-            "background=True cannot be combined with group=: ranks that load together wait for "
-            "each other"
+            "background=True cannot be combined with group=, because the ranks wait for each "
+            "other: leave out one of them"
         )
     with _for_group(model, refs, group, scope) as new_load:
         if not isinstance(checkpoint, Checkpoint):
@@ -156,7 +159,7 @@ def _for_group(
 def _check_arguments(model: object, checkpoint: object) -> None:
     """
     Raises:
-        ArgumentError: what is easily given instead of a model and a checkpoint.
+        ArgumentError: ``model`` is not a module, or ``checkpoint`` is not a checkpoint.
     """
     import torch
 
@@ -166,19 +169,19 @@ def _check_arguments(model: object, checkpoint: object) -> None:
         elif isinstance(model, type):
             meant = f"give an instance of the class: load_into({model.__name__}(...), checkpoint)"
         elif isinstance(model, Mapping):
-            meant = "load_checkpoint gives a dict of tensors"
+            meant = "load_checkpoint returns a dict of tensors"
         else:
             meant = "give a torch.nn.Module"
-        raise ArgumentError(f"the model is {_kind(model)}, and no module: {meant}")
+        raise ArgumentError(f"the model is {_kind(model)}, not a module: {meant}")
     if isinstance(checkpoint, torch.nn.Module):
         raise ArgumentError(
             f"the checkpoint is a model, {type(checkpoint).__name__}: give a path or a Checkpoint; "
-            "of a model in memory, model.load_state_dict(other.state_dict())"
+            "to copy a model in memory, use model.load_state_dict(other.state_dict())"
         )
     if isinstance(checkpoint, Mapping) and not isinstance(checkpoint, Checkpoint):
         raise ArgumentError(
-            "the checkpoint is a dict, whose tensors are in memory already: "
-            "model.load_state_dict(tensors) puts them into the model"
+            "the checkpoint is a dict, whose tensors are already in memory: use "
+            "model.load_state_dict(tensors)"
         )
 
 

@@ -1,4 +1,4 @@
-"""``safe_open``: tensors of a file as they are asked for."""
+"""``safe_open``: single tensors and slices of a file."""
 
 from __future__ import annotations
 
@@ -28,20 +28,26 @@ __all__ = ["TensorSlice", "safe_open"]
 
 
 class safe_open(Closing):
-    """Opens a ``.safetensors`` file and loads tensors as they are asked for.
+    """Opens a ``.safetensors`` file and loads single tensors and slices.
 
-    A context manager; outside ``with`` the file stays open as long as the object. Tensors outlive
-    it. On the CPU they are parts of one mapping: asked for twice, a tensor shares its memory, as in
-    the reference.
+    A context manager; outside ``with`` the file stays open as long as the object lives. Its tensors
+    stay valid after that. On the CPU they are parts of one mapping: two loads of a tensor share
+    memory, as in the reference.
 
     Args:
         filename: the file.
-        framework: ``"pt"``; for the others use ``safetensors.safe_open``.
+        framework: ``"pt"``; for other frameworks use ``safetensors.safe_open``.
         device: as in ``load_file``.
-        backend: ``"mmap"`` (the default) or ``"pread"``, which reads into memory of its own.
+        backend: ``"mmap"`` (the default) or ``"pread"``, which reads into own memory.
+
+    Raises:
+        FormatError: the file breaks the format.
+        ReadError: the file cannot be read; for a missing file also a ``FileNotFoundError``.
+        DeviceError: the device does not exist.
+        ArgumentError: the framework or the backend is invalid.
     """
 
-    # Whom `stats()` books the loads on.
+    # The name of the loads in `stats().by_caller`.
     _caller = "weightlift"
 
     def __init__(
@@ -54,7 +60,7 @@ class safe_open(Closing):
     ) -> None:
         if framework not in ("pt", "torch", "pytorch"):
             raise ArgumentError(
-                f"framework is {framework!r}; weightlift opens files for 'pt', "
+                f"framework is {framework!r}; weightlift opens files for 'pt', use "
                 "safetensors.safe_open for the others"
             )
         require("torch", "safe_open")
@@ -64,7 +70,7 @@ class safe_open(Closing):
         self._checkpoint: Checkpoint | None = Checkpoint.from_file(filename)
 
     def close(self) -> None:
-        """Closes the file; tensors that were loaded from it stay as they are."""
+        """Closes the file. Tensors loaded from it stay valid."""
         self._checkpoint = None
 
     def _open(self) -> Checkpoint:
@@ -78,7 +84,7 @@ class safe_open(Closing):
     def _find(self, name: str) -> tuple[_native.IndexedFile, int]:
         checkpoint = self._open()
         if not isinstance(name, str):
-            raise TypeError(f"the name of a tensor is text, not {name!r}")
+            raise TypeError(f"the name of a tensor must be text, not {name!r}")
         place = locate(checkpoint, name)
         if place is None:
             raise FormatError(
@@ -103,15 +109,16 @@ class safe_open(Closing):
         return indexed_files(self._open())[0].metadata()
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        """Loads one tensor.
+        """Loads one tensor, with the file's dtype and shape.
 
         Raises:
-            FormatError: there is none of that name, or torch has no dtype for it.
+            FormatError: the file has no tensor of this name, or torch has no dtype for it.
+            ReadError: the file cannot be read.
         """
         return self._get(self._open(), name, self._find(name), self._settings)
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
-        """Loads all tensors, in the order of the file."""
+        """Loads all tensors: name -> tensor, in the order of the file."""
         return self._load(self._open(), None, self._settings)
 
     def _load(
@@ -133,10 +140,10 @@ class safe_open(Closing):
         settings: Settings,
         windows: list[tuple[int, int]] | None = None,
     ) -> torch.Tensor:
-        """One tensor; ``windows``: the bytes of it that will be looked at, if not all."""
+        """One tensor; ``windows`` are its byte ranges that will be read, if not all."""
         tensor: torch.Tensor
         if self._device.type == "cpu" and self._mode == "auto":
-            # As load_tensors does it, whose generality takes as long as the rest of a small tensor.
+            # A short form of load_tensors, which takes as long as the rest of a small load.
             plan = new_plan(settings)
             try:
                 plan.map(place[0], [place[1]], True, windows)
@@ -147,17 +154,21 @@ class safe_open(Closing):
             except ReadError:
                 if windows is not None:
                     raise
-                # Mapping refused: load_tensors reads.
+                # The file cannot be mapped: load_tensors reads it.
         tensor = self._load(checkpoint, [name], settings)[name]
         return tensor
 
     def get_slice(self, name: str) -> TensorSlice:
-        """A view of a tensor that loads what it is indexed with."""
+        """A lazy view of a tensor; indexing loads the selected elements.
+
+        Raises:
+            FormatError: the file has no tensor of this name.
+        """
         return TensorSlice(self, name, *self._find(name))
 
 
 class TensorSlice:
-    """A tensor in a file, to be indexed: ``f.get_slice("w")[:, :128]`` loads those bytes alone."""
+    """A tensor in a file: ``f.get_slice("w")[:, :128]`` loads only these elements."""
 
     def __init__(
         self, opened: safe_open, name: str, part: _native.IndexedFile, position: int
@@ -169,7 +180,7 @@ class TensorSlice:
         self._checkpoint = opened._open()
 
     def get_shape(self) -> list[int]:
-        """In elements."""
+        """The shape, in elements."""
         return list(self._part.shape(self._position))
 
     def get_dtype(self) -> str:
@@ -177,9 +188,13 @@ class TensorSlice:
         return self._part.dtype(self._position)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """Indexes as numpy does with integers, slices (steps of either sign) and ``...``.
+        """Indexes like numpy with integers, slices (steps of either sign) and ``...``.
 
-        Other indices (``None``, lists, tensors) load the whole tensor and let torch index it.
+        With other indices (``None``, lists, tensors) it loads the whole tensor, and torch indexes
+        it.
+
+        Raises:
+            IndexError: an index is out of bounds, or there are too many.
         """
         device, mode = self._opened._device, self._opened._mode
         shape = self._part.shape(self._position)
@@ -191,13 +206,13 @@ class TensorSlice:
             windows = None
             if parts is not None and in_place and not settings.populate:
                 windows = _windows(parts, shape, dtypes.bits(self.get_dtype()))
-            # What is touched is read in: a page that cannot be is an error here, and later SIGBUS.
+            # Populated now: a page that cannot be read is an error here, but SIGBUS later.
             try:
                 whole = self._opened._get(self._checkpoint, self._name, place, settings, windows)
             except ReadError:
                 if parts is None or windows is None:
                     raise
-                return self._read(parts, device)  # which says where, or gets by without a mapping
+                return self._read(parts, device)  # names the place of the error, or succeeds
             return whole[_flat(index)]
         return self._read(parts, device)
 
@@ -210,7 +225,7 @@ class TensorSlice:
             (tensor,) = plan.tensors(from_dlpack())
             turned: list[int] = []
         else:
-            # Forwards on the device, turned around there.
+            # Read forwards, then flip on the device.
             ranges = [
                 (start, step, count) if step > 0 else (start + step * (count - 1), -step, count)
                 for start, step, count, _ in parts
@@ -231,7 +246,7 @@ class TensorSlice:
         return result
 
 
-# Windows that are closer together are one, and so are more than this many.
+# Windows with smaller gaps are joined, and so are all windows if there are more than this many.
 _GAP = 64 << 10
 _MOST_WINDOWS = 1024
 
@@ -239,7 +254,7 @@ _MOST_WINDOWS = 1024
 def _windows(
     parts: list[tuple[int, int, int, bool]], shape: tuple[int, ...], bits: int
 ) -> list[tuple[int, int]] | None:
-    """[begin, end) of the bytes of a tensor that a part of it covers; steps are positive."""
+    """The byte ranges [begin, end) of a part of a tensor; steps are positive."""
     if bits % 8:
         return None
     block = bits // 8
@@ -263,14 +278,14 @@ def _windows(
 
 
 def _flat(index: Any) -> Any:
-    # A list is a sequence of indices to numpy and to torch from 2.9 on; a tuple is one index.
+    # numpy, and torch from 2.9 on, treat a list as a sequence of indices, a tuple as one index.
     return tuple(index) if isinstance(index, tuple) else index
 
 
 def _parse_index(index: Any, shape: tuple[int, ...]) -> list[tuple[int, int, int, bool]] | None:
-    """(start, step, count, dropped) for each dimension; ``None`` for indices that are torch's."""
+    """(start, step, count, dropped) for each dimension; ``None`` for indices left to torch."""
     items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
-    before: list[int | slice] = []  # what stands before the ellipsis, and behind it
+    before: list[int | slice] = []  # indices before and after the ellipsis
     behind: list[int | slice] | None = None
     for item in items:
         if item is Ellipsis:
@@ -282,7 +297,7 @@ def _parse_index(index: Any, shape: tuple[int, ...]) -> list[tuple[int, int, int
         else:
             try:
                 entry = item if isinstance(item, slice) else operator.index(item)
-            except TypeError:  # an array of numpy has the method too
+            except TypeError:  # numpy arrays have the method but may refuse
                 return None
             (before if behind is None else behind).append(entry)
     behind = behind or []
@@ -295,7 +310,7 @@ def _parse_index(index: Any, shape: tuple[int, ...]) -> list[tuple[int, int, int
         if isinstance(item, slice):
             start, stop, step = item.indices(extent)
             count = len(range(start, stop, step))
-            # Over nothing, backwards, Python's start may be -1.
+            # For an empty backward slice Python's start may be -1.
             parts.append((start if count else 0, step, count, False))
             continue
         if not -extent <= item < extent:

@@ -1,4 +1,4 @@
-"""``save_file``, ``save``, ``save_model``: all of a file or nothing."""
+"""Atomic saves: ``save_file``, ``save``, ``save_model``."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ def save_file(
     filename: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Saves tensors as a ``.safetensors`` file, all of it or nothing.
+    """Saves tensors as a ``.safetensors`` file, atomically.
 
-    The file is written under a temporary name in the same folder, flushed to the disk, given the
-    mode of the file that it replaces (a new one has what the umask allows), and renamed; the folder
-    is flushed too. Killed anywhere, the old file or the new one is there. Saving over a file whose
-    mapping is in use is safe: the mapping keeps the old one.
+    The file is written under a temporary name in the same folder, flushed to the disk, gets the
+    mode of the file that it replaces (a new file gets what the umask allows), and is renamed; the
+    folder is flushed too. After a kill at any point the old file or the new one is there. Saving
+    over a file whose mapping is in use is safe: the mapping keeps the old file.
 
     Args:
-        tensors: contiguous tensors that share no memory, on any device, as
-            ``safetensors.torch.save_file`` wants them.
+        tensors: name -> tensor: contiguous tensors that share no memory, on any device, as for
+            ``safetensors.torch.save_file``.
         filename: the file.
-        metadata: text for the header.
+        metadata: text -> text, for the header.
 
     Raises:
-        ValueError: a value that is no tensor, or is sparse or not contiguous, or whose dtype
+        ValueError: a value is not a tensor, is sparse or not contiguous, or has a dtype that
             safetensors does not have.
-        RuntimeError: tensors that share memory; ``save_model`` saves a model with tied weights.
-        OSError: of ``filename``: ``FileNotFoundError`` (no such folder), ``PermissionError``,
+        RuntimeError: tensors share memory; ``save_model`` saves a model with tied weights.
+        OSError: with ``filename``: ``FileNotFoundError`` (no such folder), ``PermissionError``,
             ``IsADirectoryError``, a full disk, ...
     """
     require("torch", "save_file")
@@ -78,7 +78,7 @@ def save_file(
 
 
 def save(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The bytes that ``save_file`` would write.
+    """Returns the bytes that ``save_file`` would write.
 
     Args:
         tensors, metadata: as in ``save_file``.
@@ -97,17 +97,17 @@ def save_model(
     metadata: dict[str, str] | None = None,
     force_contiguous: bool = True,
 ) -> None:
-    """Saves a model's state dict as a ``.safetensors`` file, all of it or nothing.
+    """Saves a model's state dict as a ``.safetensors`` file, atomically.
 
-    Of names that share memory (tied weights) one is saved, and the metadata says which stands for
-    which, as ``safetensors.torch.save_model`` does it, which does it here; ``load_model`` ties them
+    Tied weights (names that share memory) are saved once, and the metadata maps the dropped names
+    to the saved one; ``safetensors.torch.save_model`` decides which. ``load_model`` ties them
     again.
 
     Args:
-        model: on any device.
+        model: a module, on any device.
         filename: the file.
-        metadata: text for the header.
-        force_contiguous: save tensors that are not contiguous as if they were.
+        metadata: text -> text, for the header.
+        force_contiguous: save contiguous copies of tensors that are not contiguous.
 
     Raises:
         ValueError, RuntimeError, OSError: as ``save_file``.
@@ -125,22 +125,22 @@ def _remove(path: Path) -> None:
 
 
 def _entries(tensors: Mapping[str, torch.Tensor], what: str) -> list[Entry]:
-    """In the order of the file.
+    """The entries, in the order of the file.
 
     Raises:
-        ValueError, RuntimeError, TypeError: as ``safetensors.torch.save_file`` raises them.
+        ValueError, RuntimeError, TypeError: as ``safetensors.torch.save_file``.
     """
     import torch
 
     if not isinstance(tensors, Mapping):
         raise ArgumentError(
-            f"{what}: the tensors are a mapping of names to tensors, not {type(tensors).__name__}; "
+            f"{what}: tensors must be a dict of names to tensors, not {type(tensors).__name__}; "
             "save_model saves a module"
         )
     entries = []
     for name, tensor in tensors.items():
         if not isinstance(name, str):
-            raise TypeError(f"{what}: the name of a tensor is text, not {name!r}")
+            raise TypeError(f"{what}: the name of a tensor must be text, not {name!r}")
         if not isinstance(tensor, torch.Tensor):
             raise _refused(what, name, f"is {type(tensor).__name__}, not a tensor: leave it out")
         if tensor.layout is not torch.strided:
@@ -149,7 +149,7 @@ def _entries(tensors: Mapping[str, torch.Tensor], what: str) -> list[Entry]:
             raise _refused(
                 what,
                 name,
-                "is not contiguous: save tensor.contiguous(), or of views of one tensor that one",
+                "is not contiguous: save tensor.contiguous(), or the tensor that it is a view of",
             )
         entry = entry_of(name, tensor)
         if entry is None:
@@ -183,15 +183,15 @@ def _check_sharing(tensors: Mapping[str, torch.Tensor], what: str) -> None:
         for (_, end, name), (begin, _, other) in itertools.pairwise(sharing):
             if begin < end:
                 raise RuntimeError(
-                    f"{what}: tensors {name!r} and {other!r} share memory, and would be two "
-                    "tensors when they are loaded: save one of them, or copies (tensor.clone()); "
-                    "weightlift.save_model saves a model whose weights are tied. Nothing was saved"
+                    f"{what}: tensors {name!r} and {other!r} share memory, and a load would make "
+                    "two tensors of them: save one of them, or copies (tensor.clone()); "
+                    "weightlift.save_model saves a model with tied weights. Nothing was saved"
                 )
 
 
 def _data(entries: list[Entry], tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
     for entry in entries:
-        # Of tensors on devices, and of streamed ones, one is in the host's memory at a time.
+        # Copies from devices, and streamed tensors, are in host memory one at a time.
         tensor: Any = tensors[entry.name]
         tensor = tensor.read() if is_streamed(tensor) else tensor.detach()
         yield bytes_of(tensor.to("cpu").resolve_conj().resolve_neg())

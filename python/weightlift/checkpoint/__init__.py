@@ -1,1 +1,1 @@
-"""A path or a Hub id -> Checkpoint: which tensor lives where, for every form of checkpoint."""
+"""A path or a Hub id -> Checkpoint: an index of tensors, for every file format."""

@@ -1,4 +1,4 @@
-"""A checkpoint written down as the paths of its files, for a pickle."""
+"""A pickleable description of a checkpoint by the paths of its files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["CheckpointByPath", "described_by_path"]
 
 
 class CheckpointByPath(NamedTuple):
-    """Safetensors files and which tensors of them are meant.
+    """Safetensors files, and tensors in them.
 
     Attributes:
-        files: in the order of the checkpoint.
-        places: name -> where the tensor lies in them.
+        files: the files, in the order of the checkpoint.
+        places: name -> the tensor's place in the files.
     """
 
     files: tuple[_UnchangedFile, ...]
@@ -27,7 +27,7 @@ class CheckpointByPath(NamedTuple):
 
     def open(self) -> Checkpoint:
         """Raises:
-        CheckpointError: a file has changed since.
+        CheckpointError: a file has changed.
         ReadError: a file cannot be read.
         """
         opened = Checkpoint.from_files(file.path for file in self.files)
@@ -37,8 +37,8 @@ class CheckpointByPath(NamedTuple):
 
 
 def described_by_path(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointByPath | None:
-    """These tensors of a checkpoint; ``None`` where its files cannot be found again by their
-    paths: they are not safetensors files of their own, or others have taken their place."""
+    """Describes these tensors of a checkpoint; ``None`` if the paths do not lead to its files: they
+    are not whole safetensors files, or were replaced."""
     if checkpoint.formats != ["safetensors"] * len(checkpoint.files):
         return None
     with contextlib.suppress(OSError, WeightliftError):
@@ -50,11 +50,11 @@ def described_by_path(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoin
 
 
 class _UnchangedFile(NamedTuple):
-    """A safetensors file, to be found again by its path.
+    """A safetensors file that can be opened again by its path.
 
     Attributes:
-        identity: its device and inode; of a file that is mounted elsewhere, another.
-        state: its bytes and the time of its last change, in nanoseconds.
+        identity: its device and inode; they differ if the file is mounted elsewhere.
+        state: its size in bytes and the time of its last change in nanoseconds.
     """
 
     path: str
@@ -63,15 +63,15 @@ class _UnchangedFile(NamedTuple):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, number: int) -> _UnchangedFile:
-        """Raises a ``CheckpointError`` where the path does not lead to the whole of the file."""
+        """Raises a ``CheckpointError`` if the path does not lead to the whole file."""
         part = indexed_files(checkpoint)[number]
         path = str(Path(part.path).absolute())
         (found,) = indexed_files(Checkpoint.from_file(path))
         last = len(part) - 1
         if found.identity != part.identity or len(found) != len(part):
-            raise CheckpointError(f"{path}: is another file by now")
+            raise CheckpointError(f"{path}: was replaced by another file")
         if last >= 0 and found.range(last) != part.range(last):  # such as a file in an archive
-            raise CheckpointError(f"{path}: is not only this checkpoint's")
+            raise CheckpointError(f"{path}: the checkpoint is only a part of this file")
         return cls(path, part.identity, cls._state_of(path))
 
     @staticmethod
@@ -80,11 +80,11 @@ class _UnchangedFile(NamedTuple):
         return status.st_size, status.st_mtime_ns
 
     def check(self, identity: Identity, size: int) -> None:
-        """Raises a ``CheckpointError`` if what was opened is a changed file."""
+        """Raises a ``CheckpointError`` if the opened file has changed."""
         if self._state_of(self.path) != self.state and (
             identity != self.identity or size != self.state[0]
         ):
             raise CheckpointError(
-                f"{self.path}: is another file than the one from which the pickled model reads its "
-                "weights: pickle a model without weights on the disk, or keep the file"
+                f"{self.path}: changed after the model was pickled; the model reads its weights "
+                "from it: keep the file, or pickle a model without weights on the disk"
             )

@@ -1,4 +1,4 @@
-"""Which tensor lives where: the Checkpoint, an index over all files."""
+"""Checkpoint, the index of the tensors in all files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,24 +25,23 @@ _log = logging.getLogger("weightlift")
 
 __all__ = ["Checkpoint", "Place", "describe_location", "indexed_files", "locate", "nearest"]
 
-# (part, position in it, how the tensor looks at what lies there)
+# (part, position in it, view of the tensor there)
 Place = tuple[int, int, "View | None"]
 
 
 class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
-    """The index of a checkpoint, over all its files: names, dtypes, shapes, and whose bytes they
-    are. Holds no tensor data. A context manager: ``close()`` lets go of the files. As a mapping:
-    name -> (dtype, shape).
+    """The index of all files of a checkpoint: the name, dtype, shape and place of each tensor. It
+    holds no tensor data. A context manager: ``close()`` closes the files. As a mapping: name ->
+    (dtype, shape), with the file's name of the dtype, such as ``"BF16"``.
 
     Attributes:
-        formats: of each file that is indexed, ``"safetensors"`` or ``"torch"``.
-        metadata: text that the files carry about themselves; ``"not_tensors"`` names what a torch
-            file holds besides tensors.
-        in_memory: tensors of files that only torch can read, which are loaded when it is opened.
-        loaded: those files, with their identities.
-        fallbacks: what could not be done the fast way, and why.
-        left_out: what a torch file holds besides the state dict that is a tensor or holds some ->
-            how many.
+        formats: the format of each indexed file, ``"safetensors"`` or ``"torch"``.
+        metadata: the files' own metadata; ``"not_tensors"`` names other objects in a torch file.
+        in_memory: tensors of files that only torch can read; they are loaded at open.
+        loaded: these files, with their identities.
+        fallbacks: steps that do not take the fastest way, with reasons.
+        left_out: key of an object beside the state dict of a torch file -> how many tensors it
+            holds.
     """
 
     def __init__(
@@ -68,41 +67,41 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
         self.fallbacks = list(fallbacks)
         self.left_out = dict(left_out or {})
         self._views = list(views) if views is not None else [{} for _ in parts]
-        # Whether the tensors are those of the parts, under their own names.
+        # Whether the tensors are exactly those of the parts, under their own names.
         self.is_plain = names is None and not any(self._views) and not self.in_memory
         self._names = names
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """The checkpoint in one ``.safetensors`` file.
+        """Opens one ``.safetensors`` file.
 
         Raises:
             FormatError: the file breaks the format.
-            ReadError: it cannot be read; a missing file is a ``FileNotFoundError`` too.
+            ReadError: the file cannot be read; for a missing file also a ``FileNotFoundError``.
         """
         return cls.from_files([path])
 
     @classmethod
     def from_files(cls, files: Iterable[str | os.PathLike[str] | ShardFile]) -> Checkpoint:
-        """The checkpoint in several safetensors files, or entries of archives, in this order.
+        """Opens several safetensors files, or entries of archives, in this order.
 
         Raises:
             FormatError: a file breaks the format.
-            ReadError: it cannot be read; a missing file is a ``FileNotFoundError`` too.
+            ReadError: a file cannot be read; for a missing file also a ``FileNotFoundError``.
         """
         return cls([_open(file) for file in files])
 
     @classmethod
     def of_file(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """The former name of ``from_file``."""
+        """Deprecated: use ``from_file``."""
         warnings.warn(
-            "Checkpoint.of_file is called from_file now", DeprecationWarning, stacklevel=2
+            "Checkpoint.of_file is deprecated: use from_file", DeprecationWarning, stacklevel=2
         )
         return cls.from_file(path)
 
     def close(self) -> None:
-        """Lets go of the files; whatever is asked of it then is a ``FileClosedError``. Loads that
-        run, and tensors, are not concerned."""
+        """Closes the files. Later calls raise ``FileClosedError``; running loads continue, and
+        tensors stay valid."""
         self._closed = True
         self._parts.clear()
         self._views.clear()
@@ -120,13 +119,13 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
 
     @classmethod
     def joined(cls, checkpoints: Iterable[tuple[Checkpoint, Mapping[str, str]]]) -> Checkpoint:
-        """One index over several.
+        """One index over several checkpoints.
 
         Args:
-            checkpoints: each with the tensors that are wanted of it: name -> name in the new one.
+            checkpoints: pairs of a checkpoint and {name in it: name in the new index}.
 
         Raises:
-            CheckpointError: two tensors get one name.
+            CheckpointError: two tensors would get one name.
         """
         parts: list[_native.IndexedFile] = []
         formats: list[str] = []
@@ -139,8 +138,8 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
                 place = checkpoint.place(name)
                 if new in names:
                     raise CheckpointError(
-                        f"{describe_location(checkpoint)}: tensor {name!r} would be called {new!r} "
-                        "as another one is"
+                        f"{describe_location(checkpoint)}: tensor {name!r} would get the name "
+                        f"{new!r} of another tensor: rename one of them"
                     )
                 if place is None:
                     names[new] = None
@@ -171,22 +170,21 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
 
     @property
     def files(self) -> list[tuple[str, Identity]]:
-        """All there are, with their identities."""
+        """All files, with their identities."""
         return [*((part.path, part.identity) for part in self._open_parts), *self.loaded]
 
     @property
     def file_sizes(self) -> list[int]:
-        """Of the files that are indexed, in bytes."""
+        """The sizes of the indexed files, in bytes."""
         return [part.size for part in self._open_parts]
 
     @property
     def stored_bytes(self) -> int:
-        """Of all tensors that lie in the indexed files, whether or not they have a name here."""
+        """Bytes of all tensors in the indexed files, also of those without a name here."""
         return sum(sum(part.sizes()) for part in self._open_parts)
 
     def resident_bytes(self) -> int | None:
-        """Bytes of the indexed files that are in the page cache; ``None`` where the system does
-        not tell."""
+        """Bytes of the indexed files in the page cache; ``None`` if the system does not say."""
         found = [part.resident_bytes() for part in self._open_parts]
         return None if None in found else sum(filter(None, found))
 
@@ -195,11 +193,11 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
         return [part.metadata() or {} for part in self._open_parts]
 
     def byte_range(self, name: str) -> tuple[str, int, int] | None:
-        """(path, first byte, byte behind the last) of a tensor; of one that is a view, those of
-        the tensor it looks at. ``None`` for one that is in memory.
+        """(path, begin, end) of a tensor, in bytes; for a view those of its base. ``None`` for a
+        tensor in memory.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: there is no tensor of this name.
         """
         place = self._lookup(name)
         if place is None:
@@ -212,7 +210,7 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
         return sum(map(len, self._open_parts)) > len(self.headers())
 
     def view(self, name: str) -> View | None:
-        """How a tensor looks at the bytes of another; ``None`` for one with bytes of its own."""
+        """The view of a tensor that uses another tensor's bytes; ``None`` for other tensors."""
         place = self._lookup(name)
         return None if place is None else place[2]
 
@@ -230,16 +228,16 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
             for name, view in views.items():
                 base = part.find(view.base)
                 if base is None:
-                    raise KeyError(f"{part.path}: view {name!r} looks at {view.base!r}: not there")
+                    raise KeyError(f"{part.path}: view {name!r}: there is no tensor {view.base!r}")
                 places[name] = (number, base, view)
         places.update(dict.fromkeys(self.in_memory))
         return places
 
     def place(self, name: str) -> Place | None:
-        """Where a tensor lies; ``None`` for one that is in memory.
+        """The place of a tensor; ``None`` for a tensor in memory.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: there is no tensor of this name.
         """
         return self._lookup(name)
 
@@ -247,10 +245,10 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
         try:
             return self._places[name]
         except KeyError:
-            raise KeyError(f"no tensor {name!r} in it{nearest(name, self._places)}") from None
+            raise KeyError(f"no tensor {name!r}{nearest(name, self._places)}") from None
 
     def is_view(self, name: str) -> bool:
-        """Whether a tensor shares its bytes with others, or does not lie in their order."""
+        """Whether a tensor shares bytes with others, or is not contiguous in the file."""
         if self.is_plain:
             return False
         place = self._places[name]
@@ -265,7 +263,7 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
             return dtypes.file_name(tensor.dtype) or str(tensor.dtype), tuple(tensor.shape)
         part, position, view = place
         if view is not None:
-            if view.dtype == "F4":  # a view counts in torch's elements, which are pairs
+            if view.dtype == "F4":  # views count torch's elements, which are pairs
                 return "F4", (*view.shape[:-1], view.shape[-1] * 2)
             return view.dtype, view.shape
         return self._open_parts[part].dtype(position), self._open_parts[part].shape(position)
@@ -287,7 +285,7 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
             return isinstance(name, str) and self._open_parts[0].find(name) is not None
         return name in self._places
 
-    # As an object, not by its contents: two handles on equal files are not one checkpoint.
+    # Compared by identity: two handles on equal files are different checkpoints.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -298,7 +296,7 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
         return f"<Checkpoint of {len(self)} tensors in {where}>"
 
     def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> (dtype, shape) of all tensors at once: faster than one by one."""
+        """Name -> (dtype, shape) of all tensors, faster than one by one."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         if not self.is_plain:
             return {name: self[name] for name in self._places}
@@ -309,10 +307,10 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
         return found
 
     def renamed(self, rename: Callable[[str], str | None]) -> Checkpoint:
-        """The same tensors under other names; those that become ``None`` are left out.
+        """The same tensors under other names; a name that becomes ``None`` leaves its tensor out.
 
         Raises:
-            CheckpointError: two tensors get one name.
+            CheckpointError: two tensors would get one name.
         """
         names: dict[str, Place | None] = {}
         in_memory: dict[str, torch.Tensor] = {}
@@ -332,7 +330,7 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
         return self._with_names(names, in_memory)
 
     def placed(self, places: Mapping[str, Place | None]) -> Checkpoint:
-        """The tensors that lie at these places of the same files."""
+        """The tensors at these places of the same files."""
         return self._with_names(places, self.in_memory)
 
     def ordered(self, names: Sequence[str]) -> Checkpoint:
@@ -357,12 +355,12 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
 
 
 def indexed_files(checkpoint: Checkpoint) -> list[_native.IndexedFile]:
-    """What the engine reads from, for ``load/``: ``Place`` counts in this list."""
+    """The engine's files, for ``load/``; ``Place`` has indices into this list."""
     return checkpoint._open_parts
 
 
 def locate(checkpoint: Checkpoint, name: str) -> tuple[_native.IndexedFile, int] | None:
-    """The file that holds a tensor as it is, and its position there, for ``load/``."""
+    """The file that holds a tensor contiguously, and its position there, for ``load/``."""
     parts = checkpoint._open_parts
     if checkpoint.is_plain and len(parts) == 1:
         position = parts[0].find(name)
@@ -386,16 +384,16 @@ def _open(file: str | os.PathLike[str] | ShardFile) -> _native.IndexedFile:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """For messages: the names that look most like one that is not there."""
+    """For messages: the names most similar to a missing one."""
     import difflib
 
-    # In many names the search takes longer than anybody waits.
+    # Over more names the search would take too long.
     found = difflib.get_close_matches(name, itertools.islice(names, 5_000), n=3, cutoff=0.7)
-    return f"; near are {', '.join(map(repr, found))}" if found else ""
+    return f"; similar are {', '.join(map(repr, found))}" if found else ""
 
 
 def describe_location(checkpoint: Checkpoint) -> str:
-    """For messages."""
+    """The files of a checkpoint, for messages."""
     paths = checkpoint.paths
     if len(paths) == 1:
         return paths[0]

@@ -1,4 +1,4 @@
-"""DDUF files: a diffusion pipeline in one archive, whose weights are read where they lie."""
+"""DDUF files: a diffusion pipeline in one archive, whose weights are read in place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ENDINGS = frozenset({"json", "model", "safetensors", "txt"})
 _CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json",
             "scheduler_config.json")  # fmt: skip
 _INDEX = "model_index.json"
-# Of what is read whole: a tokenizer may have tens of megabytes.
+# Limit for entries that are read whole: a tokenizer may have tens of megabytes.
 _MOST_BYTES = 1 << 28
 
 
@@ -25,9 +25,9 @@ class Dduf:
     """An open DDUF file.
 
     Attributes:
-        entries: name, such as ``"unet/config.json"``, -> (begin, bytes) in the file, in the order
-            of the file.
-        checksums: name -> CRC-32. Those of weights are not checked when they are loaded.
+        entries: name, such as ``"unet/config.json"``, -> (begin, size) in the file, in bytes, in
+            the order of the file.
+        checksums: name -> CRC-32. Loads of weights do not check it.
         model_index: the content of ``model_index.json``.
     """
 
@@ -77,25 +77,25 @@ class Dduf:
         return self._archive.path
 
     def folders(self) -> list[str]:
-        """The folders that are there, in the order of ``model_index.json``."""
+        """The existing folders, in the order of ``model_index.json``."""
         there = {name.partition("/")[0] for name in self.entries if "/" in name}
         return [folder for folder in self.model_index if folder in there]
 
     def read(self, name: str) -> bytes:
-        """A whole entry, its checksum checked; for all but weights.
+        """Reads a whole entry, other than weights, and checks its checksum.
 
         Raises:
-            CheckpointError: there is none of that name.
-            FormatError: its checksum is wrong, or it is too large to be read whole.
+            CheckpointError: there is no entry of this name.
+            FormatError: its checksum is wrong, or it is too large.
         """
         begin, count = self.place(name)
         if count > _MOST_BYTES:
-            raise self._invalid(f"{name!r} has {count} bytes, and {_MOST_BYTES} is the most")
+            raise self._invalid(f"{name!r} has {count} bytes; the limit is {_MOST_BYTES}")
         content = self._archive.read(begin, count)
         if zlib.crc32(content) != self.checksums[name]:
             raise FormatError(
                 "checksum_mismatch",
-                f"{name!r} does not have its checksum: the file is damaged, so download it again",
+                f"{name!r} has a wrong checksum: the file is damaged; download it again",
                 self.path,
                 begin,
             )
@@ -105,7 +105,7 @@ class Dduf:
         """The content of a ``.json`` entry.
 
         Raises:
-            CheckpointError: there is none of that name.
+            CheckpointError: there is no entry of this name.
             FormatError: it is not JSON, or as in ``read``.
         """
         try:
@@ -114,26 +114,26 @@ class Dduf:
             raise self._invalid(f"{name!r} is not JSON ({str(error)[:100]})") from error
 
     def place(self, name: str) -> tuple[int, int]:
-        """(first byte, bytes) of an entry in the DDUF file.
+        """(first byte, number of bytes) of an entry in the DDUF file.
 
         Raises:
-            CheckpointError: there is none of that name.
+            CheckpointError: there is no entry of this name.
         """
         if name not in self.entries:
             near = [
                 other for other in self.entries if other.partition("/")[0] == name.partition("/")[0]
             ]
             listed = ", ".join((near or list(self.entries))[:20])
-            raise CheckpointError(f"{self.path}: there is no {name!r} in it; there are {listed}")
+            raise CheckpointError(f"{self.path}: has no entry {name!r}; it has {listed}")
         return self.entries[name]
 
 
 def open_dduf(path: str | os.PathLike[str]) -> Dduf:
-    """Opens a ``.dduf`` file. Stricter than ``huggingface_hub.read_dduf_file``: entries that leave
-    the file, overlap, are there twice or contradict the archive's directory are refused.
+    """Opens a ``.dduf`` file. Unlike ``huggingface_hub.read_dduf_file`` it also refuses entries
+    that leave the file, overlap, are duplicates or contradict the archive's directory.
 
     Raises:
         FormatError: the file is damaged, or breaks the rules of DDUF (code ``"dduf_invalid"``).
-        ReadError: it cannot be read; a missing file is a ``FileNotFoundError`` too.
+        ReadError: the file cannot be read; for a missing file also a ``FileNotFoundError``.
     """
     return Dduf(_native.Archive.open(os.fspath(path)))

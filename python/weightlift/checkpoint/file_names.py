@@ -1,4 +1,4 @@
-"""What the names of weight files say, and which of them a library would take."""
+"""Parses the names of weight files, and chooses the file that a library would load."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = [
     "parse_name",
 ]
 
-# The names that diffusers and transformers give to weights, in the order in which they are looked
-# for: any safetensors before .bin, diffusers' name before transformers'.
+# The weight file names of diffusers and transformers, in search order: any safetensors before .bin,
+# diffusers' name before transformers'.
 MODELS: tuple[tuple[Format, str], ...] = (
     ("safetensors", "diffusion_pytorch_model"),
     ("safetensors", "model"),
     ("torch", "diffusion_pytorch_model"),
     ("torch", "pytorch_model"),
 )
-# peft's, and diffusers' for LoRA; where there is no model beside them.
+# The names of peft, and of diffusers for LoRA; used only if there is no model.
 ADAPTERS: tuple[tuple[Format, str], ...] = (
     ("safetensors", "adapter_model"),
     ("safetensors", "pytorch_lora_weights"),
@@ -36,7 +36,7 @@ ADAPTERS: tuple[tuple[Format, str], ...] = (
     ("torch", "pytorch_lora_weights"),
 )
 EXTENSIONS: dict[Format, str] = {"safetensors": ".safetensors", "torch": ".bin"}
-# Of files that are named by their own path.
+# The formats of files given by their own path.
 FILE_FORMATS: dict[str, Format] = {
     ".safetensors": "safetensors",
     ".bin": "torch",
@@ -50,7 +50,7 @@ FLAX_NAMES = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
 
 
 class Selection(NamedTuple):
-    """Which weights of a folder a caller asks for."""
+    """The weights of a folder that a caller requests."""
 
     variant: str | None
     use_safetensors: bool | None
@@ -61,7 +61,7 @@ class Selection(NamedTuple):
 
 
 class WeightsName(NamedTuple):
-    """What the name of a file says."""
+    """The parsed name of a weight file."""
 
     name: str
     format: Format
@@ -73,7 +73,7 @@ class WeightsName(NamedTuple):
 
 
 def parse_name(name: str) -> WeightsName | None:
-    """``None`` for a name that no library gives to weights."""
+    """Parses a name; ``None`` if no library names weights so."""
     for format, stem in (*MODELS, *ADAPTERS):
         extension = EXTENSIONS[format]
         if not name.startswith(stem) or extension not in name:
@@ -91,13 +91,13 @@ def parse_name(name: str) -> WeightsName | None:
     return None
 
 
-# (kind, which of its spellings, variant, shards); not regular expressions, which take longer to
+# (kind, spelling, variant, shards). Parsed without regular expressions, which take longer to
 # compile than a checkpoint takes to open.
 _Parsed = tuple[Literal["index", "single", "shard"], int, "str | None", int]
 
 
 def _parse_index_name(rest: str, extension: str) -> _Parsed | None:
-    """What stands between the stem and the end of an index's name."""
+    """Parses the part of an index's name after the stem."""
     # diffusers and transformers: .safetensors.index.json, .safetensors.index.fp16.json
     inner = rest.removesuffix(".json")
     if inner == f"{extension}.index":
@@ -110,14 +110,14 @@ def _parse_index_name(rest: str, extension: str) -> _Parsed | None:
     # huggingface_hub's save_torch_state_dict: .fp16.safetensors.index.json
     if inner.endswith(extension) and (variant := _variant(inner.removesuffix(extension))):
         return "index", 1, variant, 0
-    # diffusers of 2024, which still reads them: .safetensors.fp16.index.json
+    # diffusers in 2024 (still read today): .safetensors.fp16.index.json
     if variant := _variant(inner.removeprefix(extension), inner):
         return "index", 2, variant, 0
     return None
 
 
 def _parse_file_name(rest: str) -> _Parsed | None:
-    """What stands between the stem and the extension of a file's name."""
+    """Parses the part of a file's name between the stem and the extension."""
     before, _, total = rest.rpartition("-of-")
     before, dash, number = before.rpartition("-")
     if dash and _is_count(number) and _is_count(total) and (not before or _variant(before)):
@@ -132,7 +132,8 @@ def _parse_file_name(rest: str) -> _Parsed | None:
 
 
 def _variant(text: str, unless: str | None = None) -> str | None:
-    """``"fp16"`` of ``".fp16"``; ``None`` for ``unless``, from which nothing was taken."""
+    """``"fp16"`` for ``".fp16"``; ``None`` if ``text`` equals ``unless`` (no prefix was
+    removed)."""
     return text[1:] if text[:1] == "." and len(text) > 1 and text != unless else None
 
 
@@ -141,7 +142,7 @@ def _is_count(text: str) -> bool:
 
 
 def choose(weights: Sequence[WeightsName], selection: Selection) -> WeightsName | None:
-    """The file, or the index, that a library would load."""
+    """The file or index that a library would load."""
     order = (*MODELS, *ADAPTERS)
     fit = [
         (order.index((found.format, found.stem)), _later(found), found.spelling, found)
@@ -160,7 +161,7 @@ def _later(weights: WeightsName) -> bool:
 
 
 def listed(names: Iterable[str]) -> str:
-    """For messages: names up to twenty, and the number of the rest."""
+    """For messages: up to twenty names, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more

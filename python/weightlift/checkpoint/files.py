@@ -1,4 +1,4 @@
-"""The files that a checkpoint consists of."""
+"""The files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class ShardFile(NamedTuple):
     """One file of a checkpoint, or one entry of an archive.
 
     Attributes:
-        name: as an index has it, without a folder.
+        name: the name in the index, without a folder.
         path: the file on the disk.
-        format: of its bytes: ``"safetensors"`` or ``"torch"``.
-        begin: byte of ``path`` where it begins; 0, unless it is an entry of an archive.
-        bytes: how many; ``None`` for all of the file.
+        format: ``"safetensors"`` or ``"torch"``.
+        begin: the first byte in ``path``; 0, unless it is an entry of an archive.
+        bytes: the number of bytes; ``None`` for the whole file.
     """
 
     name: str
@@ -33,14 +33,14 @@ class CheckpointFiles(NamedTuple):
     """The files of one checkpoint.
 
     Attributes:
-        files: in the order of their names.
-        format: of all of them.
-        folder: where they are.
-        weight_map: tensor -> ``ShardFile.name``, where there is an index.
-        index_path: that index; the archive, if it is an entry of one.
-        index_metadata: what it says besides.
-        unlisted: files that are named like the index's shards, but are not listed in it.
-        notes: what a user should be warned of.
+        files: the files, in the order of their names.
+        format: their format.
+        folder: their folder.
+        weight_map: tensor -> ``ShardFile.name``, if there is an index.
+        index_path: the index; the archive, if the index is an entry of one.
+        index_metadata: the index's ``metadata``.
+        unlisted: files that are named like shards of the index but not listed in it.
+        notes: warnings for the user.
     """
 
     files: tuple[ShardFile, ...]

@@ -1,4 +1,4 @@
-"""What the first bytes of a file say about its format, whatever its name."""
+"""Recognizes the format of a file by its first bytes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 __all__ = ["FirstBytes"]
 
-# What a safetensors header may begin with, behind its length: blanks are allowed.
+# White space that may begin a safetensors header.
 _BLANKS = b" \t\r\n"
 _LARGEST_HEADER = 100_000_000
-# As many as tell a padded header from a pickle.
+# Enough to distinguish a padded header from a pickle.
 _BYTES = 1024
 
 
 class FirstBytes(NamedTuple):
     """Attributes:
-    head: up to 1024 bytes.
-    size: of the whole file, in bytes.
+    head: the first bytes, up to 1024.
+    size: the size of the file, in bytes.
     """
 
     head: bytes
@@ -26,7 +26,7 @@ class FirstBytes(NamedTuple):
     @classmethod
     def of(cls, path: str) -> FirstBytes:
         """Raises an ``OSError`` for a file that cannot be read."""
-        # Not open(): four system calls in the place of nine.
+        # os.open takes four system calls, open() nine.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             return cls(os.pread(file, _BYTES, 0), os.fstat(file).st_size)
@@ -43,7 +43,7 @@ class FirstBytes(NamedTuple):
 
     @property
     def is_torch(self) -> bool:
-        """Whether it is a zip archive or a pickle, of any protocol."""
+        """Whether the file is a zip archive, or a pickle of any protocol."""
         head = self.head
         pickled = head[:1] == b"\x80" or head[:2] in (b"(d", b"(l", b"(c", b"cc", b"cr", b"ct")
         return head[:4] == b"PK\x03\x04" or pickled

@@ -1,7 +1,7 @@
-"""Weights of Flax models for torch models, and the names of the one in the other.
+"""Converts weights and names between Flax models and torch models.
 
-The rules are those of diffusers up to 0.39, the last that converted. The file is a tree in msgpack,
-as flax writes it; msgpack reads it, without flax or jax.
+The rules are those of diffusers up to 0.39, the last version with a conversion. The file is a tree
+in flax's msgpack format; msgpack reads it, without flax or jax.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_flax_state_dict", "read_flax_tree", "to_flax_path", "to_torch_name"]
 
-# What flax calls its kinds of msgpack extensions: an array, and a scalar of numpy, of which the
-# content is the same.
+# The types of flax's msgpack extensions: an array, and a numpy scalar with the same content.
 _ARRAYS = (1, 3)
 _CHUNKED = "__msgpack_chunked_array__"
 # numpy's and ml_dtypes' names of element types are torch's.
@@ -38,7 +37,7 @@ def to_torch_name(path: Sequence[str], dimensions: int) -> tuple[str, tuple[int,
 
     Args:
         path: the keys that lead to the leaf.
-        dimensions: of its shape.
+        dimensions: its number of dimensions.
 
     Returns:
         The name, and the axes for ``tensor.permute``.
@@ -47,7 +46,7 @@ def to_torch_name(path: Sequence[str], dimensions: int) -> tuple[str, tuple[int,
     axes = tuple(range(dimensions))
     if parts[-1] == "kernel":
         parts[-1] = "weight"
-        # Of convolutions: height, width, in, out.
+        # Flax convolutions: height, width, in, out.
         axes = (3, 2, 0, 1) if dimensions == 4 else axes[::-1]
     elif parts[-1] == "scale":
         parts[-1] = "weight"
@@ -61,18 +60,18 @@ def to_flax_path(
 ) -> tuple[Keys, tuple[int, ...]]:
     """A torch tensor's place in the Flax model, and the order of its axes there.
 
-    Other than in diffusers, the weight of an embedding becomes ``embedding``.
+    Unlike in diffusers, the weight of an embedding becomes ``embedding``.
 
     Args:
-        name: of the tensor.
-        dimensions: of its shape.
-        paths: those of the Flax model; some rules depend on what there is.
+        name: the tensor's name.
+        dimensions: its number of dimensions.
+        paths: the paths of the Flax model; some rules depend on them.
 
     Returns:
         The keys that lead to the leaf, and the axes for ``permute``. A tensor that the Flax model
         lacks gets a path that is not in ``paths``.
     """
-    # layers.0.weight becomes layers_0.weight; of two numbers in a row only the first is drawn in.
+    # layers.0.weight becomes layers_0.weight; of two successive numbers only the first is joined.
     for numbered in re.findall(r"\w+\.\d+", name):
         name = name.replace(numbered, numbered.replace(".", "_"))
     path = tuple(name.split("."))
@@ -108,15 +107,15 @@ def load_flax_state_dict(
 
     Args:
         path: a ``diffusion_flax_model.msgpack`` or ``flax_model.msgpack``.
-        expected_shapes: of the torch model's tensors; those that are not in it are not checked.
-            ``embedding`` becomes ``weight`` where the model has that alone.
+        expected_shapes: the torch model's shapes by name; other tensors are not checked.
+            ``embedding`` becomes ``weight`` if the model has only ``weight``.
 
     Returns:
-        Name -> tensor, in the order of the file; bfloat16 as float32, other dtypes as they are.
+        Name -> tensor, in the order of the file; bfloat16 becomes float32, other dtypes stay.
 
     Raises:
-        FormatError: the file is not what flax writes.
-        CheckpointError: shapes that are not the expected ones; every one of them is named.
+        FormatError: the file is not in flax's format.
+        CheckpointError: shapes differ from the expected ones; the text names all of them.
         ReadError: the file cannot be read.
     """
     import torch
@@ -126,13 +125,13 @@ def load_flax_state_dict(
     for leaf, found in read_flax_tree(path):
         name, axes = to_torch_name(leaf, found.dim())
         if leaf[-1:] == ("embedding",) and expected_shapes and name not in expected_shapes:
-            # Of a torch.nn.Embedding, which diffusers' rule leaves without its weight.
+            # A torch.nn.Embedding, to which diffusers' rule gives no weight.
             weight = name.removesuffix("embedding") + "weight"
             name = weight if weight in expected_shapes else name
         if name in tensors:
             raise FormatError(
                 "duplicate_name",
-                f"two leaves become {name!r}",
+                f"two leaves of the tree become {name!r}",
                 os.fspath(path),
                 tensor=".".join(leaf),
             )
@@ -148,14 +147,14 @@ def load_flax_state_dict(
         more = len(mismatched) - _MOST_LINES
         lines = [*mismatched[:_MOST_LINES], *([f"and {more} more"] if more > 0 else [])]
         raise CheckpointError(
-            f"{os.fspath(path)}: not the weights of this model:\n  " + "\n  ".join(lines)
+            f"{os.fspath(path)}: these weights do not fit the model:\n  " + "\n  ".join(lines)
         )
     return tensors
 
 
 def read_flax_tree(path: str | os.PathLike[str]) -> Iterator[tuple[Keys, torch.Tensor]]:
-    """The leaves of a msgpack file of flax, in its order: the keys that lead to each, and its array
-    in memory of its own."""
+    """The leaves of a flax msgpack file, in its order: the keys that lead to each, and its array in
+    own memory."""
     place = os.fspath(path)
     stack: list[tuple[Keys, Any]] = [((), _unpack(place))]
     while stack:
@@ -163,21 +162,21 @@ def read_flax_tree(path: str | os.PathLike[str]) -> Iterator[tuple[Keys, torch.T
         if isinstance(node, dict) and _CHUNKED not in node:
             if not all(isinstance(key, str) for key in node):
                 raise _invalid_tensor(place, at, "has keys that are not text")
-            # Popped from, so that what flax packed is freed leaf by leaf.
+            # Popped, so that the packed arrays are freed leaf by leaf.
             stack += [((*at, key), node.pop(key)) for key in reversed(list(node))]
         else:
             yield at, _array(place, at, node)
 
 
 class _Packed(NamedTuple):
-    """An extension; parsed when its place in the tree is known, for messages."""
+    """An extension, parsed when its place in the tree is known (for messages)."""
 
     code: int
     data: bytes
 
 
 def _unpack(place: str) -> dict[Any, Any]:
-    require("msgpack", f"{place}: a file of Flax")
+    require("msgpack", f"{place}: a Flax file")
     import msgpack
 
     try:
@@ -189,7 +188,7 @@ def _unpack(place: str) -> dict[Any, Any]:
                 file,
                 read_size=1 << 20,
                 max_buffer_size=2**32 - 1,  # of an extension; flax cuts arrays at 1 GiB
-                max_array_len=0,  # flax makes maps of its lists and tuples
+                max_array_len=0,  # flax writes lists and tuples as maps
                 ext_hook=_Packed,
             )
             try:
@@ -202,15 +201,20 @@ def _unpack(place: str) -> dict[Any, Any]:
                     place,
                 ) from None
             except (ValueError, msgpack.exceptions.UnpackException) as error:
-                raise FormatError("not_weights", f"no msgpack of flax: {error}", place) from error
+                raise FormatError(
+                    "not_weights", f"is not a msgpack file of flax: {error}", place
+                ) from error
             if unpacker.tell() != size:
                 raise FormatError(
-                    "trailing_bytes", "there are bytes behind the tree", place, unpacker.tell()
+                    "trailing_bytes",
+                    "there are bytes after the tree; save the file again",
+                    place,
+                    unpacker.tell(),
                 )
     except OSError as error:
         raise _os_error(error, place) from None
     if not isinstance(tree, dict):
-        raise FormatError("not_weights", "no tree of flax: its top is not a map", place)
+        raise FormatError("not_weights", "is not a flax tree: its top is not a map", place)
     return tree
 
 
@@ -236,13 +240,13 @@ def _check_head(place: str, head: bytes, size: int) -> None:
         )
     text = head.lstrip().lower()
     if head.startswith(b"PK\x03\x04") or (head[0] == 0x80 and size > 1):
-        kind = "of torch.save: load it without from_flax, and into Flax models with from_pt=True"
+        kind = "of torch.save: load it without from_flax, or into Flax models with from_pt=True"
     elif head[4:9] == b"\0\0\0\0{":
-        kind = "of safetensors: load it without from_flax, and into Flax models with from_pt=True"
+        kind = "of safetensors: load it without from_flax, or into Flax models with from_pt=True"
     elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        kind = "that is a web page: download again, and look whether the link asks for a login"
+        kind = "with a web page: check whether the link needs a login, and download again"
     elif not (0x80 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)):
-        kind = "that does not begin with a msgpack map, as those of flax do"
+        kind = "that does not begin with a msgpack map, as flax files do"
     else:
         return
     raise FormatError("not_weights", f"this is a file {kind}", place, 0)
@@ -280,7 +284,7 @@ def _array(place: str, at: Keys, node: Any) -> torch.Tensor:
 
 
 def _joined(place: str, at: Keys, node: dict[Any, Any]) -> torch.Tensor:
-    """An array that flax has cut because msgpack has no larger extensions."""
+    """An array that flax cut into chunks, because msgpack limits the size of extensions."""
     import torch
 
     shape, chunks = (_in_order(node.get(part)) for part in ("shape", "chunks"))
@@ -288,7 +292,7 @@ def _joined(place: str, at: Keys, node: dict[Any, Any]) -> torch.Tensor:
         raise _invalid_tensor(place, at, "is not a chunked array: it has no shape or no chunks")
     parts = [_array(place, (*at, str(number)), chunk) for number, chunk in enumerate(chunks)]
     if len({part.dtype for part in parts}) > 1 or any(part.dim() != 1 for part in parts):
-        raise _invalid_tensor(place, at, "has chunks that do not belong together")
+        raise _invalid_tensor(place, at, "has chunks of several dtypes or shapes")
     whole = torch.cat(parts)
     if math.prod(shape) != whole.numel():
         raise FormatError(
@@ -301,7 +305,7 @@ def _joined(place: str, at: Keys, node: dict[Any, Any]) -> torch.Tensor:
 
 
 def _in_order(node: Any) -> list[Any] | None:
-    # As flax packs a tuple: {"0": ..., "1": ...}.
+    # flax packs a tuple as {"0": ..., "1": ...}.
     if not isinstance(node, dict) or node.keys() != {str(n) for n in range(len(node))}:
         return None
     return [node[str(n)] for n in range(len(node))]
@@ -312,7 +316,7 @@ def _is_shape(shape: Any) -> bool:
         isinstance(shape, (list, tuple))
         and len(shape) <= 64  # numpy has no more
         and all(type(n) is int and n >= 0 for n in shape)
-        and math.prod(n for n in shape if n) < 2**63  # of strides, where there are no elements
+        and math.prod(n for n in shape if n) < 2**63  # strides must fit, also without elements
     )
 
 

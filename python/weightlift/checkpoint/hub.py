@@ -1,4 +1,4 @@
-"""The Hub, through huggingface_hub: one set of arguments, and errors that say what to do."""
+"""Access to the Hub through huggingface_hub, with weightlift's errors."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclasses.dataclass(frozen=True)
 class HubArguments:
-    """How to get at a repository of the Hub.
+    """The arguments for access to a Hub repository.
 
     Attributes:
         cache_dir: the cache; huggingface_hub's own (``HF_HUB_CACHE``) by default.
-        force_download: fetch what is in the cache already.
-        local_files_only: take what is in the cache and make no request.
+        force_download: download files again that are in the cache.
+        local_files_only: use only the cache and make no request.
         token: ``None`` sends the stored token, if there is one; ``False`` sends none; ``True``
-            insists on the stored one; or a token.
+            requires the stored one; or a token.
         revision: a branch, a tag or a commit; ``main`` by default.
         subfolder: the folder of the repository that file names are relative to.
-        mirror: the endpoint to ask in place of ``HF_ENDPOINT``, for these arguments alone. It is
-            not the Hub, so the stored token is not sent to it, nor to where it redirects.
+        mirror: the endpoint to use instead of ``HF_ENDPOINT``, only with these arguments. The
+            stored token is not sent to it, nor to hosts that it redirects to.
     """
 
     cache_dir: str | os.PathLike[str] | None = None
@@ -51,18 +51,21 @@ class HubArguments:
     def __post_init__(self) -> None:
         if self.mirror is not None and not re.match(r"https?://[^/]", self.mirror):
             raise ArgumentError(
-                f"mirror is {self.mirror!r}; it is the URL of an endpoint that speaks as the Hub "
-                "does, such as 'https://hub.example.org'"
+                f"mirror is {self.mirror!r}; it must be the URL of an endpoint with the Hub's "
+                "interface, such as 'https://hub.example.org'"
             )
         if self.force_download and self.local_files_only:
-            raise ArgumentError("force_download=True and local_files_only=True contradict another")
+            raise ArgumentError(
+                "force_download=True and local_files_only=True contradict each other: leave out "
+                "one of them"
+            )
 
     @classmethod
     def pop_from(cls, arguments: MutableMapping[str, Any]) -> HubArguments:
-        """Takes them out of keyword arguments, the ones of former days included.
+        """Removes these arguments from keyword arguments, including deprecated ones.
 
-        ``use_auth_token`` is ``token``; ``resume_download`` has nothing left to choose;
-        ``proxies`` is not possible for a single call any more and warns once a process.
+        ``use_auth_token`` means ``token``; ``resume_download`` has no effect; ``proxies`` has no
+        effect for a single call and warns once per process.
         """
         given = {
             field.name: arguments.pop(field.name)
@@ -72,7 +75,7 @@ class HubArguments:
         former = arguments.pop("use_auth_token", None)
         if former is not None:
             if given.get("token") is not None:
-                raise ArgumentError("use_auth_token is the former name of token: give token alone")
+                raise ArgumentError("use_auth_token is the old name of token: give only token")
             given["token"] = former
         arguments.pop("resume_download", None)
         if arguments.pop("proxies", None):
@@ -83,8 +86,8 @@ class HubArguments:
         return cls(**given)
 
     def pinned(self, repo_id: str) -> HubArguments:
-        """The same with a commit for revision, so that all that is loaded with them is of one
-        commit, whatever is pushed meanwhile. One request, or none where it is a commit already.
+        """The same arguments with a commit as revision, so that all files come from one commit,
+        whatever is pushed meanwhile. Makes one request, or none if the revision is a commit.
 
         Raises:
             ReadError: neither the Hub nor the cache knows the repository or its revision.
@@ -109,9 +112,8 @@ class HubArguments:
             except RevisionNotFoundError:
                 raise
             except HTTPError as error:
-                # Refused (a token that expired, a repository that was deleted), or a proxy that
-                # does not answer: what is in the cache loads nevertheless, as it does when it is
-                # downloaded file by file.
+                # Refused (expired token, deleted repository), or a proxy without answer: the cache
+                # is used, as in a download file by file.
                 try:
                     commit = resolve(local_files_only=True).resolved
                 except RevisionResolutionError:
@@ -125,7 +127,7 @@ class HubArguments:
         return os.fspath(self.cache_dir or constants.HF_HUB_CACHE)
 
     def api(self) -> HfApi:
-        """huggingface_hub's client, for the endpoint and with the token of these arguments."""
+        """huggingface_hub's client with the endpoint and the token of these arguments."""
         from huggingface_hub import HfApi
 
         from weightlift.core.version import __version__
@@ -140,14 +142,14 @@ class HubArguments:
 
 
 def download(repo_id: str, filename: str, arguments: HubArguments) -> Path:
-    """The path of a file of a repository in the cache, downloaded if it is not there.
+    """The path in the cache of a repository's file, which is downloaded if missing.
 
     Raises:
         ReadError: there is no such file (``"not_found"``), revision (``"revision_not_found"``) or
-            repository (``"repository_not_found"``), all three a ``FileNotFoundError`` too; access
-            is refused (``"permission_denied"``, a ``PermissionError``); the Hub is out of reach
+            repository (``"repository_not_found"``), each also a ``FileNotFoundError``; access
+            is refused (``"permission_denied"``, a ``PermissionError``); the Hub is unreachable
             and the file is not in the cache (``"not_cached"``, a ``FileNotFoundError``); or the
-            download broke off (``"read_failed"``).
+            download failed (``"read_failed"``).
     """
     with _hub_errors(repo_id, arguments, filename):
         path = arguments.api().hf_hub_download(
@@ -166,10 +168,10 @@ def snapshot(repo_id: str, patterns: Sequence[str], arguments: HubArguments) -> 
     """Downloads the files that match glob patterns, several at a time.
 
     Returns:
-        The folder in the cache that they are in: that of the commit, or ``subfolder`` in it.
+        The files' folder in the cache: that of the commit, or ``subfolder`` in it.
 
     Raises:
-        ReadError: as ``download``; files that match nothing are no error.
+        ReadError: as ``download``; a pattern without matches is no error.
     """
     prefix = glob.escape(f"{arguments.subfolder}/") if arguments.subfolder else ""
     with _hub_errors(repo_id, arguments, ", ".join(patterns)):
@@ -187,10 +189,10 @@ def snapshot(repo_id: str, patterns: Sequence[str], arguments: HubArguments) -> 
 def list_files(repo_id: str, arguments: HubArguments) -> list[str]:
     """The names of a repository's files, relative to ``subfolder``, sorted.
 
-    Where the Hub is out of reach, or not to be asked, those that are in the cache.
+    If the Hub is unreachable or ``local_files_only``, the files in the cache.
 
     Raises:
-        ReadError: neither the Hub nor the cache knows the repository or its revision.
+        ReadError: neither the Hub nor the cache has the repository or its revision.
     """
     from huggingface_hub import errors
 
@@ -215,11 +217,11 @@ def list_files(repo_id: str, arguments: HubArguments) -> list[str]:
 
 
 def cached_files(repo_id: str, arguments: HubArguments) -> list[str] | None:
-    """The names of the files of a commit that are in the cache; ``None`` where none is. No request.
+    """The names of a commit's files in the cache; ``None`` if there are none. Makes no request.
 
     Args:
         repo_id: the repository.
-        arguments: ``pinned``.
+        arguments: the arguments after ``pinned``.
     """
     from huggingface_hub import errors
 
@@ -238,7 +240,7 @@ def cached_files(repo_id: str, arguments: HubArguments) -> list[str] | None:
 
 
 def commit_of(path: str | os.PathLike[str]) -> str | None:
-    """The commit of a file that lies in a Hub cache; ``None`` for any other."""
+    """The commit of a file in a Hub cache; ``None`` for any other file."""
     parts = Path(path).parts
     for parent, name in itertools.pairwise(parts[:-1]):
         if parent == "snapshots":
@@ -249,8 +251,8 @@ def commit_of(path: str | os.PathLike[str]) -> str | None:
 @functools.cache
 def _warn_of_proxies() -> None:
     warnings.warn(
-        "proxies= has no effect: huggingface_hub takes its proxies for the whole process, from the "
-        "environment variables HTTPS_PROXY and HTTP_PROXY",
+        "proxies= has no effect: set the environment variables HTTPS_PROXY and HTTP_PROXY, which "
+        "huggingface_hub uses for the whole process",
         UserWarning,
         stacklevel=4,
     )
@@ -267,15 +269,15 @@ def _hub_errors(repo_id: str, arguments: HubArguments, filename: str = "") -> It
         raise _translate(error, repo_id, arguments, filename) from error
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the cache's disk: it names the file
+            raise  # an error of the cache's disk, which names the file
         raise _translate(error, repo_id, arguments, filename) from error
 
 
 def _no_such_path(path: str, reason: str) -> str:
-    """Of what could be a path or the id of a repository, and is neither."""
+    """The message for text that is neither an existing path nor a repository id."""
     text = "there is no such file or folder"
     is_path = path.startswith((".", "/", "~")) or path.count("/") > 1
-    return text if is_path else f"{text}, and no id of a repository: {reason}"
+    return text if is_path else f"{text}, and it is not a repository id: {reason}"
 
 
 def _translate(
@@ -298,7 +300,7 @@ def _translate(
     elif type(error) is ValueError:
         return ArgumentError(f"{place}: {error}")
     elif isinstance(error, errors.RevisionNotFoundError):
-        code, text = "revision_not_found", f"{endpoint} has no {revision} of it"
+        code, text = "revision_not_found", f"{endpoint} has no {revision} of this repository"
     elif isinstance(error, errors.RemoteEntryNotFoundError):
         code, text = "not_found", f"{endpoint} has no such file in {revision}"
     elif isinstance(error, errors.GatedRepoError):
@@ -309,8 +311,8 @@ def _translate(
     elif isinstance(error, errors.RepositoryNotFoundError):
         code = "repository_not_found"
         text = (
-            f"no such folder, and {endpoint} has no such repository, or hides it: for a private "
-            f"one {log_in}; {endpoint} says: {reason}"
+            f"no such folder, and {endpoint} has no such repository, or it is private: then "
+            f"{log_in}; {endpoint} says: {reason}"
         )
     elif refused:
         code, text = "permission_denied", f"{endpoint} refuses: {reason}; {log_in}"
@@ -323,16 +325,16 @@ def _translate(
         ),
     ):
         if arguments.local_files_only:
-            reason = "local_files_only=True keeps from asking the Hub"
+            reason = "local_files_only=True forbids a request to the Hub"
         elif constants.is_offline_mode():
-            reason = "HF_HUB_OFFLINE keeps from asking the Hub"
+            reason = "HF_HUB_OFFLINE forbids a request to the Hub"
         else:
-            reason = f"{endpoint} gave no answer: {error.__cause__ or reason}"
+            reason = f"{endpoint} did not answer: {error.__cause__ or reason}"
         code = "not_cached"
         text = f"{revision} is not in the cache {arguments._cache}, and {reason}"
     else:
         code, text = (
             "read_failed",
-            f"{endpoint}: {reason}; what was downloaded is not kept, try again",
+            f"{endpoint}: {reason}; the partial download was deleted, try again",
         )
     return read_error(code, text, place)

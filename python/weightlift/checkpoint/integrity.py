@@ -1,4 +1,4 @@
-"""Whether a file holds the bytes that it was published with: SHA-256 against what is known."""
+"""Compares the SHA-256 of files with the published ones."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["HashCheck", "Identity", "identity_of", "known_sha256", "verify_file"]
 
-# (device, inode): a name may be given to another file.
+# (device, inode), because a name may be given to another file.
 Identity: TypeAlias = "tuple[int, int]"
 
 _SUMS = ("SHA256SUMS", "sha256sums.txt")
 
 
 def known_sha256(path: str | Path) -> tuple[str, str] | None:
-    """The SHA-256 that a file should have, and who says so.
+    """The published SHA-256 of a file, and its source.
 
-    In a Hub cache the file is a link to a blob that is named after its SHA-256 (large files; small
-    ones have a git hash of 40 digits). Beside any file, ``NAME.sha256`` or a ``SHA256SUMS`` file in
-    the format of sha256sum(1) may tell.
+    In a Hub cache a large file is a link to a blob that is named after its SHA-256 (small files
+    have a git hash of 40 digits). ``NAME.sha256`` or ``SHA256SUMS`` beside a file, in the format of
+    sha256sum(1), may also have it.
     """
     path = Path(path)
     target = path.resolve()
@@ -47,8 +47,8 @@ def known_sha256(path: str | Path) -> tuple[str, str] | None:
 
 
 def _parse_sum(line: str) -> tuple[str, str] | None:
-    """(SHA-256, name) of a line of sha256sum(1): in text or binary mode, with ``--tag``, of a
-    ``./NAME``, and with a name that it had to escape."""
+    """(SHA-256, name) of a line of sha256sum(1): in text or binary mode, with ``--tag``, with
+    ``./NAME`` and with escaped names."""
     escaped = line.startswith("\\")
     tagged = re.fullmatch(r"\\?SHA256 \((.*)\) = ([0-9a-fA-F]{64})\s*", line)
     plain = re.fullmatch(r"\s*\\?([0-9a-fA-F]{64})(?:[ \t]+\*?(.*?))?\s*", line)
@@ -67,8 +67,8 @@ def _parse_sum(line: str) -> tuple[str, str] | None:
 
 
 class HashCheck:
-    """Compares the SHA-256 of files with the known ones while they are being loaded, several at
-    once: both read the same pages of the page cache."""
+    """Compares the SHA-256 of files with the known ones during the load, several files at once. The
+    load and the check read the same pages of the page cache."""
 
     def __init__(self, files: Iterable[tuple[str, Identity]]) -> None:
         self._files = dict(files)
@@ -88,7 +88,7 @@ class HashCheck:
         pool.shutdown(wait=False)
 
     def result(self) -> None:
-        """Waits for the hashes, and raises for the first file that is another."""
+        """Waits for the hashes, and raises an error for the first file that differs."""
         try:
             for check in self._checks:
                 check.result()
@@ -103,8 +103,8 @@ def _required_sha256(path: str | Path) -> tuple[str, str]:
     known = known_sha256(path)
     if known is None:
         raise CheckpointError(
-            f"{path}: nothing says which SHA-256 it should have: it is in no Hub cache, and there "
-            "is no SHA256SUMS file beside it; make one with sha256sum, or load without verify=True"
+            f"{path}: its SHA-256 is unknown: the file is not in a Hub cache, and there is no "
+            "SHA256SUMS file beside it; make one with sha256sum, or load without verify=True"
         )
     return known
 
@@ -118,12 +118,12 @@ def verify_file(
 ) -> None:
     """Compares a file's SHA-256 with the known one.
 
-    ``identity`` is that of the file that is being loaded: were the name given to another file
-    meanwhile, the hash would speak of that one. ``stopped`` ends it early.
+    ``identity`` is that of the loaded file, in case the name is given to another file meanwhile.
+    ``stopped`` ends the check early.
 
     Raises:
-        CheckpointError: nobody says what it should be.
-        FormatError: it is another (code ``"hash_mismatch"``).
+        CheckpointError: the published SHA-256 is unknown.
+        FormatError: the SHA-256 differs (code ``"hash_mismatch"``).
     """
     known = _required_sha256(path)
     digest = hashlib.sha256()
@@ -131,7 +131,7 @@ def verify_file(
         if identity_of(os.fstat(file.fileno())) != identity:
             raise FormatError(
                 "hash_mismatch",
-                "the name was given to another file while it was being loaded; load it again",
+                "another file took this name during the load; load it again",
                 str(path),
             )
         buffer = bytearray(1 << 20)

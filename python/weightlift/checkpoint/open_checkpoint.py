@@ -1,4 +1,4 @@
-"""A path or a Hub id becomes a Checkpoint."""
+"""Opens a path or a Hub id as a Checkpoint."""
 
 from __future__ import annotations
 
@@ -49,30 +49,33 @@ def open_checkpoint(
     """Opens a checkpoint of any form: reads its index, not its tensors.
 
     Args:
-        path_or_repo: a ``.safetensors``, ``.bin``, ``.pt``, ``.pth``, ``.ckpt`` or ``.dduf`` file,
-            a folder with weights under one of their usual names (sharded or not), or the id of a
-            repository on the Hub, of which only the files that are needed are downloaded.
-        subfolder: within the folder or repository; of a ``.dduf`` file, the component.
-        variant: such as ``"fp16"``, for ``model.fp16.safetensors``.
-        use_safetensors: ``None`` takes ``.bin`` where there is no safetensors, ``True`` does not,
-            ``False`` takes ``.bin``.
-        state_dict_key: where in a torch file the tensors are, dotted; ``""`` is the top level.
-            ``None`` takes the only dictionary of tensors that may be meant; where there are
-            several it is an error that names them.
-        prefix: of the names that are wanted; it is stripped, tensors without it are left out.
-        ignore: tensors to leave out: beginnings of their names, or patterns with ``*``.
-        revision: a branch, tag or commit.
-        token: for the Hub; ``False`` sends none.
-        cache_dir: of the Hub.
-        local_files_only: do not ask the Hub.
-        force_download: again, whatever the cache holds.
-        mirror: the endpoint to ask instead of the Hub; it gets no token but an explicit one.
-        strict_index: an index that contradicts its files, or a tensor that is in two of them, is
-            an error. By default the tensors of all files that the index lists are taken, of equal
-            names the last, as the libraries do whose files they are, and a warning says so.
+        path_or_repo: a ``.safetensors``, ``.bin``, ``.pt``, ``.pth``, ``.ckpt`` or ``.dduf`` file;
+            a folder with weights under one of their usual names (sharded or not); or the id of a
+            Hub repository, of which only the needed files are downloaded.
+        subfolder: a folder within the folder or repository; the component of a ``.dduf`` file.
+        variant: a variant such as ``"fp16"``, for ``model.fp16.safetensors``.
+        use_safetensors: ``None`` prefers safetensors to ``.bin``, ``True`` accepts only
+            safetensors, ``False`` only ``.bin``.
+        state_dict_key: the dotted key of the tensors in a torch file; ``""`` is the top level.
+            ``None`` takes the only plausible dictionary of tensors; if there are several, the error
+            names them.
+        prefix: selects the names with this prefix and strips it.
+        ignore: tensors to leave out: name prefixes, or patterns with ``*``.
+        revision: a branch, tag or commit; ``main`` by default.
+        token: the Hub token; ``None`` sends the stored token, ``False`` none.
+        cache_dir: the Hub cache.
+        local_files_only: make no request to the Hub.
+        force_download: download files again that are in the cache.
+        mirror: the endpoint to use instead of the Hub; it gets only an explicit token.
+        strict_index: raise an error if the index contradicts its files, or a tensor is in two
+            files. By default all tensors of the listed files are taken, the last of duplicates, as
+            the files' own library does, with a warning.
+
+    Returns:
+        The checkpoint, a mapping of name -> (dtype, shape).
 
     Raises:
-        CheckpointError: there is no such checkpoint, or, with ``strict_index``, its index
+        CheckpointError: the checkpoint does not exist, or, with ``strict_index``, its index
             contradicts its files.
         FormatError: a file breaks its format.
         ReadError: a file cannot be read.
@@ -98,7 +101,9 @@ def open_checkpoint(
         if not checkpoint:
             given = {"prefix": prefix, "ignore": ignore}
             told = " and ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
-            raise CheckpointError(f"{path_or_repo}: no tensor is left with {told}")
+            raise CheckpointError(
+                f"{path_or_repo}: {told} leaves no tensor: change or drop the argument"
+            )
     return checkpoint
 
 
@@ -106,10 +111,10 @@ def open_file(filename: str | os.PathLike[str]) -> Checkpoint:
     """Opens one file: safetensors by its name or its bytes, or a file of ``torch.save``.
 
     Raises:
-        FormatError: it is neither, or is damaged.
-        ReadError: it cannot be read; a missing file is a ``FileNotFoundError`` too, a folder an
-            ``IsADirectoryError``.
-        CheckpointError: a torch file in which several state dicts may be meant.
+        FormatError: the file is neither, or is damaged.
+        ReadError: the file cannot be read; for a missing file also a ``FileNotFoundError``, for a
+            folder an ``IsADirectoryError``.
+        CheckpointError: a torch file has several plausible state dicts.
     """
     text = os.fspath(filename)
     format = torch_format_of(text) if isinstance(text, str) else None
@@ -126,8 +131,8 @@ def open_files(
     """Opens the files of a checkpoint; see ``open_checkpoint``."""
     if state_dict_key is not None and files.format != "torch":
         raise ArgumentError(
-            f"{files.folder}: state_dict_key={state_dict_key!r} is for torch files, and this "
-            "checkpoint is safetensors"
+            f"{files.folder}: state_dict_key={state_dict_key!r} is for torch files, and these are "
+            "safetensors: leave it out"
         )
     opened = _OpenedFiles()
     for shard in files.files:
@@ -139,7 +144,7 @@ def open_files(
     if files.unlisted:
         are = " is" if len(files.unlisted) == 1 else " are"
         _log.warning(
-            "%s: %s not in the index %s, and left out",
+            "%s: %s not in the index %s, so left out",
             files.folder,
             ", ".join(files.unlisted) + are,
             files.index_path,
@@ -158,8 +163,8 @@ class _Names(NamedTuple):
 
 
 class _OpenedFiles:
-    """Files that become one checkpoint; of tensors of one name the last holds, as for everyone who
-    updates one dictionary with the tensors of one file after the other."""
+    """Files that become one checkpoint. The last tensor of a name wins, as in a library that
+    updates one dict with the tensors of file after file."""
 
     def __init__(self) -> None:
         self.parts: list[_native.IndexedFile] = []
@@ -238,10 +243,10 @@ def _duplicates(opened: _OpenedFiles) -> list[str]:
         return []
     twice = [(name, files) for name in names if len(files := opened.holders(name)) > 1]
     name, files = twice[0]
-    more = f", and {len(twice) - 1} more are so" if len(twice) > 1 else ""
+    more = f" (and {len(twice) - 1} more tensors)" if len(twice) > 1 else ""
     return [
-        f"tensor {name!r} is in {' and in '.join(files)}{more}; the last of them is taken, as by "
-        "the libraries that load shard after shard"
+        f"tensor {name!r} is in {' and in '.join(files)}{more}; the last one is taken, as in "
+        "libraries that load shard after shard"
     ]
 
 
@@ -260,10 +265,10 @@ def _misplaced(files: CheckpointFiles, opened: _OpenedFiles) -> list[str]:
             elsewhere.append(f"{name!r} in {shard}, and it is in {found[-1]}")
     return [
         f"the index says tensor {wrong[0]}"
-        + (f", and {len(wrong) - 1} more such" if len(wrong) > 1 else "")
-        + f": index and shards are of different checkpoints{consequence}"
+        + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+        + f": index and shards are from different checkpoints{consequence}"
         for wrong, consequence in (
-            (elsewhere, "; what the files hold is taken"),
+            (elsewhere, "; the tensors in the files are taken"),
             (absent, "; these tensors are missing"),
         )
         if wrong

@@ -1,4 +1,4 @@
-"""A path or a Hub id becomes the list of a checkpoint's files. Of these, only an index is read."""
+"""Finds the files of a checkpoint by a path or a Hub id. Reads only the index."""
 
 from __future__ import annotations
 
@@ -39,36 +39,39 @@ def resolve(
     hub: HubArguments | None = None,
     strict_index: bool = False,
 ) -> CheckpointFiles:
-    """The files of a checkpoint; those of a repository are downloaded, and no others of it.
+    """Finds the files of a checkpoint, and downloads them from a repository (no others).
 
-    In a folder, any safetensors go before ``.bin``, and ``diffusion_pytorch_model`` before
-    ``model``. Where there are an index and a single file of one name, the one is taken that the
-    library takes whose name it is, with a warning: of diffusers' names the index, of others the
-    single file.
+    In a folder, any safetensors are preferred to ``.bin``, and ``diffusion_pytorch_model`` to
+    ``model``. If there are an index and a single file of one name, the choice is that of the
+    library that uses the name, with a warning: the index for diffusers' names, else the single
+        file.
 
     Args:
-        path_or_repo: a file, an index, a ``.dduf`` file, a folder, or, where there is no such path,
-            the id of a repository on the Hub.
-        subfolder: a folder in it; of a pipeline, the component. ``hub.subfolder`` by default.
-        variant: such as ``"fp16"`` for ``model.fp16.safetensors``. Nothing stands in for a variant
-            that is not there.
-        use_safetensors: ``None`` takes safetensors where there are some, else ``.bin``; ``True``
-            takes nothing but safetensors, ``False`` nothing but ``.bin``.
-        hub: how to get at the repository.
+        path_or_repo: a file, an index, a ``.dduf`` file, a folder, or, if the path does not exist,
+            the id of a Hub repository.
+        subfolder: a folder in it; the component of a pipeline. ``hub.subfolder`` by default.
+        variant: a variant such as ``"fp16"`` for ``model.fp16.safetensors``. A missing variant is
+            an error.
+        use_safetensors: ``None`` prefers safetensors to ``.bin``; ``True`` accepts only
+            safetensors, ``False`` only ``.bin``.
+        hub: the arguments for access to the repository.
         strict_index: an index that names a tensor twice is an error.
 
     Raises:
-        CheckpointError: there are no such weights, and what there is; or an index is broken.
-        ReadError: the path does not exist, nor does the repository, or it cannot be had (a
-            ``FileNotFoundError`` or ``PermissionError`` too); the Hub's own reason is in it.
-        FormatError: a ``.dduf`` file that is none.
-        ArgumentError: arguments that do not go together.
+        CheckpointError: there are no such weights (the text lists those that exist), or an index is
+            invalid.
+        ReadError: neither the path nor the repository exists, or access fails (also a
+            ``FileNotFoundError`` or ``PermissionError``); the text has the Hub's reason.
+        FormatError: a ``.dduf`` file is invalid.
+        ArgumentError: an argument is invalid, or two contradict each other.
     """
     text = os.fspath(path_or_repo)
     if not isinstance(text, str):
         raise ArgumentError(f"the path is {text!r}; it must be text, not bytes")
     if variant is not None and (not variant or "/" in variant or "\0" in variant):
-        raise ArgumentError(f"variant is {variant!r}; it is a part of a file name, such as 'fp16'")
+        raise ArgumentError(
+            f"variant is {variant!r}; it must be a part of a file name, such as 'fp16'"
+        )
     hub = hub or HubArguments()
     folder = posixpath.normpath((hub.subfolder if subfolder is None else subfolder) or ".")
     folder = "" if folder == "." else folder
@@ -88,7 +91,7 @@ def resolve(
         return _of_source(DdufFile(path), folder, selection)
     if folder or variant is not None:
         given = f"subfolder={folder!r}" if folder else f"variant={variant!r}"
-        raise ArgumentError(f"{path} is a file; {given} goes with a folder")
+        raise ArgumentError(f"{path} is a file; {given} needs a folder: leave it out")
     return _of_file(path, selection)
 
 
@@ -131,7 +134,7 @@ def _chosen(
 
 
 def _other_forms(weights: Sequence[WeightsName], chosen: WeightsName) -> tuple[str, ...]:
-    """What to say where the same weights are there in the other form."""
+    """The warning if both an index and a single file exist."""
     others = [
         one.name
         for one in weights
@@ -142,8 +145,8 @@ def _other_forms(weights: Sequence[WeightsName], chosen: WeightsName) -> tuple[s
         return ()
     library = "diffusers" if chosen.stem == "diffusion_pytorch_model" else "transformers"
     return (
-        f"{chosen.name} is taken, as by {library}, and {listed(others)} beside it is not: remove "
-        "one of them",
+        f"{chosen.name} is taken, as {library} does; {listed(others)} is ignored: remove one of "
+        "them",
     )
 
 
@@ -218,14 +221,14 @@ def _of_file(path: Path, selection: Selection) -> CheckpointFiles:
         source = Folder(path.parent)
         return _of_index(source, "", source.entries("")[0], path.name, format, selection)
     if path.name.startswith(FLAX_NAMES):
-        raise CheckpointError(f"{path}: holds Flax weights, which are read with from_flax=True")
+        raise CheckpointError(f"{path}: holds Flax weights: read them with from_flax=True")
     named = FILE_FORMATS.get(path.suffix.lower())
     format = named if named == "safetensors" else _format_of_bytes(path, named)
     _check_format(path, format, selection)
     files = [ShardFile(path.name, str(path), format)]
     notes: tuple[str, ...] = ()
     if named is not None and format != named:
-        notes = (f"{path.name} holds safetensors, and is read as that whatever its name says",)
+        notes = (f"{path.name} holds safetensors despite its name, and is read as safetensors",)
     return CheckpointFiles(tuple(files), format, _folder_of(files), notes=notes)
 
 
@@ -234,15 +237,15 @@ def _format_of_index(path: Path) -> Format:
         if f"{extension}." in path.name:
             return format
     raise CheckpointError(
-        f"{path}: is not named as an index is, with '.safetensors.' or '.bin.', as "
-        "'model.safetensors.index.json' has"
+        f"{path}: is not the name of an index, which has '.safetensors.' or '.bin.' in it, such as "
+        "'model.safetensors.index.json'"
     )
 
 
 def _format_of_bytes(path: Path, named: Format | None) -> Format:
-    """Of a file whose name does not tell, such as a blob of a Hub cache; or whose name says torch,
-    where it is no safetensors."""
-    if not path.is_file():  # opening a pipe would wait for its writer
+    """The format of a file whose name does not give it, such as a blob of a Hub cache, or whose
+    name gives torch, which may still be safetensors."""
+    if not path.is_file():  # to open a pipe would wait for its writer
         raise CheckpointError(f"{path}: is not a regular file")
     try:
         first = FirstBytes.of(str(path))
@@ -250,13 +253,13 @@ def _format_of_bytes(path: Path, named: Format | None) -> Format:
         raise as_read_error(error, str(path)) from None
     if first.is_safetensors:
         return "safetensors"
-    # What else it may be, the reader of safetensors can tell.
+    # The safetensors parser recognizes all other files.
     return named or ("torch" if first.is_torch else "safetensors")
 
 
 def torch_format_of(path: str) -> Literal["torch"] | None:
-    """``"torch"`` for a file that torch.save wrote, by its name and its bytes, or by its bytes
-    alone where its name does not tell; ``None`` for what the reader of safetensors shall judge."""
+    """``"torch"`` for a file of torch.save, by its name and bytes, or only by its bytes if the name
+    gives no format; ``None`` for all other files, which the safetensors parser judges."""
     named = FILE_FORMATS.get(Path(path).suffix.lower())
     if named == "safetensors":
         return None
@@ -295,8 +298,7 @@ def _why_nothing(
     if fit:
         wanted = "safetensors" if selection.use_safetensors else ".bin"
         return (
-            f"use_safetensors={selection.use_safetensors} asks for {wanted}, and there is: "
-            f"{listed(fit)}"
+            f"use_safetensors={selection.use_safetensors} needs {wanted}; there is: {listed(fit)}"
         )
     if whole:
         wanted = (
@@ -330,33 +332,33 @@ def _why_nothing(
         return f"is a repository of a Hub cache; open one of its snapshots: {there or 'none'}"
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         return (
-            "is a checkpoint of torch.distributed.checkpoint: make one file of it with "
+            "is a checkpoint of torch.distributed.checkpoint: convert it to one file with "
             "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`"
         )
     return _no_weights(names, folders, selection)
 
 
 def _no_weights(names: set[str], folders: set[str], selection: Selection) -> str:
-    """What there is in the place of weights."""
+    """The message for a folder without weights: what it has instead."""
     looked_for = ", ".join(_looked_for(selection))
     if not names and not folders:
-        return f"the folder is empty; looked for {looked_for}"
+        return f"the folder is empty; expected {looked_for}"
     there = listed([*sorted(names), *(f"{name}/" for name in sorted(folders))])
     other = any(Path(name).suffix in FILE_FORMATS for name in names)
-    hint = "; a file of another name is opened by its own path" if other else ""
+    hint = "; to open a file of another name, give its own path" if other else ""
     gguf = ""
     if any(name.lower().endswith(".gguf") for name in names):
         gguf = (
-            " (GGUF is not read here: transformers' from_pretrained(gguf_file=...) and diffusers' "
-            "from_single_file read it)"
+            " (for GGUF use transformers' from_pretrained(gguf_file=...) or diffusers' "
+            "from_single_file)"
         )
-    return f"there are no weights: looked for {looked_for}{gguf}; there is: {there}{hint}"
+    return f"there are no weights: expected {looked_for}{gguf}; there is: {there}{hint}"
 
 
 def _has_weights(source: Source, folder: str) -> bool:
     try:
         names = source.entries(folder)[0]
-    except (ReadError, CheckpointError):  # a folder that may not be read
+    except (ReadError, CheckpointError):  # a folder without read permission
         return False
     return any(parse_name(name) or name in FLAX_NAMES for name in names)
 

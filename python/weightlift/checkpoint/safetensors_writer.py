@@ -1,4 +1,4 @@
-"""A safetensors file is written in one pass, and on its way to the disk while that lasts."""
+"""Writes a safetensors file in one pass, and starts its write-back early."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Entry", "bytes_of", "entry_of", "header_of", "in_order", "write_safetensors"]
 
-# Of one write(2), and of what the kernel is told to begin with writing back.
+# Bytes of one write(2) and of one sync_file_range(2).
 _STEP = 16 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _LARGEST_HEADER = 100_000_000  # MAX_HEADER_SIZE of the reference
 
-# From the last to the first: the reference's writer puts tensors so, and equal ones by name.
+# The reference's writer orders tensors by dtype, from the last in this list to the first, then by
+# name.
 _ORDER = {name: number for number, name in enumerate(dtypes.TORCH_NAMES)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor as it will be in the file.
+    """A tensor of the file to write.
 
     Attributes:
         name: its name.
-        dtype: the file's name, such as ``"BF16"``.
-        shape: in elements of that dtype.
-        bytes: how many it takes.
+        dtype: the file's name of its dtype, such as ``"BF16"``.
+        shape: its shape, in elements of that dtype.
+        bytes: its number of bytes.
     """
 
     name: str
@@ -48,40 +49,42 @@ class Entry:
 
 
 def entry_of(name: str, tensor: torch.Tensor) -> Entry | None:
-    """Of a strided tensor; ``None``: safetensors does not have its dtype."""
+    """The entry for a strided tensor; ``None`` if safetensors does not have its dtype."""
     dtype = dtypes.file_name(tensor.dtype)
     if dtype is None or dtype in ("C32", "C128"):
         return None
     shape = tuple(tensor.shape)
-    if dtype == "F4":  # an element of torch's is two of the format's
+    if dtype == "F4":  # a torch element is two elements of the format
         shape = (*shape[:-1], shape[-1] * 2)
     return Entry(name, dtype, shape, tensor.nbytes)
 
 
 def in_order(entries: Iterable[Entry]) -> list[Entry]:
-    """As the reference's writer puts them."""
+    """The entries in the order of the reference's writer."""
     return sorted(entries, key=lambda entry: (-_ORDER[entry.dtype], entry.name))
 
 
 def header_of(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> bytes:
-    """The first bytes of a file with these tensors in this order, padded to eight.
+    """The first bytes of a file with these tensors in this order, padded to a multiple of eight.
 
     Raises:
-        ArgumentError: a name that no tensor may have, or more than a header may hold.
-        TypeError: names or metadata that are no text.
+        ArgumentError: a name is forbidden, or the header is too large.
+        TypeError: a name or metadata is not text.
     """
     header: dict[str, object] = {}
     if metadata:
         for key, value in metadata.items():
             if not isinstance(key, str) or not isinstance(value, str):
-                raise TypeError(f"metadata is text for text, and {key!r} is {value!r}")
+                raise TypeError(f"metadata must map text to text, and {key!r} is {value!r}")
         header["__metadata__"] = dict(metadata)
     end = 0
     for entry in entries:
         if not isinstance(entry.name, str):
-            raise TypeError(f"the name of a tensor is text, not {entry.name!r}")
+            raise TypeError(f"the name of a tensor must be text, not {entry.name!r}")
         if entry.name == "__metadata__":
-            raise ArgumentError("a tensor may not be called '__metadata__', which is the metadata")
+            raise ArgumentError(
+                "a tensor is called '__metadata__', the format's name of the metadata: rename it"
+            )
         header[entry.name] = {
             "dtype": entry.dtype,
             "shape": list(entry.shape),
@@ -94,8 +97,8 @@ def header_of(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> b
         raise ArgumentError(f"a name or the metadata cannot be written as UTF-8: {error}") from None
     if len(text) > _LARGEST_HEADER:
         raise ArgumentError(
-            f"the header has {len(text)} bytes, and {_LARGEST_HEADER} is the most that loaders "
-            "take: save the tensors as several files"
+            f"the header has {len(text)} bytes, and loaders accept at most {_LARGEST_HEADER}: save "
+            "the tensors as several files"
         )
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
@@ -109,15 +112,15 @@ def write_safetensors(
     replaces: Path | None = None,
     show: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a file and flushes it to the disk. The kernel begins with that while it is written, so
-    that the flush at the end has little left to wait for.
+    """Writes a file and flushes it to the disk. The kernel starts the write-back early, so that the
+    flush at the end is short.
 
     Args:
-        path: a file that is not there yet.
-        header: of ``header_of``.
+        path: a file that does not exist.
+        header: the bytes of ``header_of``.
         data: the tensors' bytes, in the order of the header.
-        replaces: the file whose place it will take; it gets its mode.
-        show: told how many bytes of tensors were written, each time.
+        replaces: the file that it will replace and whose mode it gets.
+        show: called with the tensor bytes of each write.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o666)
@@ -137,7 +140,7 @@ def write_safetensors(
 
 
 def _parts(header: bytes, data: Iterable[memoryview]) -> Iterator[tuple[memoryview, bool]]:
-    """(bytes, whether they are of tensors)"""
+    """Yields (bytes, whether they belong to tensors)."""
     yield memoryview(header), False
     for whole in data:
         for begin in range(0, len(whole), _STEP):
@@ -150,7 +153,7 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 
 def _start_writeback(descriptor: int, offset: int, count: int) -> None:
-    """Advice: refused by some file systems and sandboxes, and not missed there."""
+    """Only advice to the kernel: some file systems and sandboxes refuse it."""
     call = _sync_file_range()
     if call is not None and count == _STEP:
         call(descriptor, offset, count, _SYNC_FILE_RANGE_WRITE)
@@ -160,7 +163,7 @@ def _start_writeback(descriptor: int, offset: int, count: int) -> None:
 def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     try:
         call = ctypes.CDLL(None).sync_file_range
-    except (OSError, AttributeError):  # not of every C library
+    except (OSError, AttributeError):  # some C libraries lack the function
         return None
     call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
     found: Callable[[int, int, int, int], int] = call
@@ -168,7 +171,7 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, which it must outlive."""
+    """The bytes of a CPU tensor, which must stay alive."""
     import torch
 
     if tensor.numel() == 0:

@@ -1,4 +1,4 @@
-"""The index of a checkpoint in shards: tensor -> file, as JSON."""
+"""Parses the index of a sharded checkpoint: tensor -> file, as JSON."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from weightlift.core.errors import CheckpointError
 
 __all__ = ["LARGEST_INDEX", "parse_index"]
 
-# As much as a safetensors header may have; an index of 92,000 tensors has 9 MB.
+# The limit of a safetensors header. An index of 92,000 tensors has 9 MB.
 LARGEST_INDEX = 100_000_000
 
 
 def parse_index(
     text: bytes, place: str, strict: bool
 ) -> tuple[dict[str, str], dict[str, Any], tuple[str, ...]]:
-    """(tensor -> file, what the index says besides, what to warn of)"""
+    """Returns (tensor -> file, the index's metadata, warnings)."""
     if len(text) > LARGEST_INDEX:
-        raise CheckpointError(f"{place}: has more than {LARGEST_INDEX} bytes, as no index has")
+        raise CheckpointError(
+            f"{place}: has more than {LARGEST_INDEX} bytes, the limit for an index"
+        )
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{place}: is a git-lfs pointer: fetch the file with `git lfs pull`")
     twice: list[str] = []
@@ -35,11 +37,11 @@ def parse_index(
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{place}: is not an index: it has no object 'weight_map'")
     if not weight_map:
-        raise CheckpointError(f"{place}: is an index of nothing: its weight_map is empty")
+        raise CheckpointError(f"{place}: is an empty index: its weight_map has no tensor")
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
             raise CheckpointError(
-                f"{place}: tensor {tensor!r}: its file is {name!r}; it must be the name of one"
+                f"{place}: tensor {tensor!r}: its file is {name!r}; it must be a file name"
             )
     plain = {name: _shard_name(name, place) for name in sorted(set(weight_map.values()))}
     if any(name != given for given, name in plain.items()):
@@ -47,13 +49,13 @@ def parse_index(
     metadata = found.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{place}: its metadata is {metadata!r}; it must be an object")
-    notes = (f"{twice[0]!r} is in it twice; the last entry holds",) if twice else ()
+    notes = (f"{twice[0]!r} is in it twice; the last entry is taken",) if twice else ()
     return weight_map, metadata, notes
 
 
 def _shard_name(name: str, place: str) -> str:
-    """Refuses what leads out of the index's folder."""
-    # Knows both kinds of separators, and drives, on every system.
+    """A shard's path, normalized; refuses paths that leave the index's folder."""
+    # PureWindowsPath recognizes both separators, and drives, on every system.
     windows = PureWindowsPath(name)
     plain = posixpath.normpath(name)
     if (
@@ -65,14 +67,14 @@ def _shard_name(name: str, place: str) -> str:
         or plain in (".", "..")
     ):
         raise CheckpointError(
-            f"{place}: lists the file {name!r}; it must be the name of a file beside it, or of one "
-            "in a folder beside it"
+            f"{place}: lists the file {name!r}; it must be a file beside the index, or in a folder "
+            "beside it"
         )
     return plain
 
 
 def _object(pairs: list[tuple[str, Any]], twice: list[str], strict: bool) -> dict[str, Any]:
-    """A JSON object; of a key that is there twice the last value holds, as in Python's own."""
+    """A JSON object; the last value of a duplicate key wins, as in Python's json."""
     made = dict(pairs)
     if len(made) != len(pairs):
         keys = sorted(key for key, _ in pairs)

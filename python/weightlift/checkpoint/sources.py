@@ -1,4 +1,4 @@
-"""What holds folders of files: a folder, a repository on the Hub, a DDUF archive."""
+"""Sources of files: a folder, a Hub repository, a DDUF archive."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ __all__ = ["DdufFile", "Folder", "Repository", "Source", "as_read_error"]
 
 
 class Source(Protocol):
-    """What holds folders of files: a folder, a repository, an archive."""
+    """A source of files, organized in folders."""
 
     format: Literal["dduf-safetensors"] | None = None
-    incomplete: str  # what has happened where a file is missing
+    incomplete: str  # the probable reason if a file is missing
 
     def place(self, folder: str) -> str:
-        """For messages."""
+        """The folder's name in messages."""
 
     def entries(self, folder: str) -> tuple[set[str], set[str]]:
-        """The files and the folders that are directly in a folder."""
+        """The files and the folders directly in a folder."""
 
     def find(self, folder: str, names: Sequence[str], format: Format) -> list[ShardFile]:
-        """Files of a folder, downloaded if need be."""
+        """Files of a folder, downloaded if necessary."""
 
     def has(self, folder: str, name: str) -> bool:
-        """Whether there is a file, perhaps in a folder of the folder."""
+        """Whether the file exists, in the folder or in a sub-folder."""
 
     def is_gone(self, folder: str, name: str) -> bool:
         """Whether an entry is a link to what is not there."""
         return False
 
     def read(self, folder: str, file: ShardFile) -> bytes:
-        """The beginning of a file, or all that an index can have of it."""
+        """Reads a file up to the size limit of an index."""
         try:
             with Path(file.path).open("rb") as opened:
                 return opened.read(LARGEST_INDEX + 1)
@@ -61,7 +61,7 @@ class Source(Protocol):
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # links in a circle, or to where one may not look
+    except OSError:  # circular links, or links into a folder without permission
         return False
 
 
@@ -92,9 +92,9 @@ class Folder(Source):
         for _, path in found:
             if not _exists(path):
                 raise CheckpointError(
-                    f"{path}: is a link to {path.readlink()}, which is not there; download it again"
+                    f"{path}: is a link to {path.readlink()}, which is missing; download it again"
                     if path.is_symlink()
-                    else f"{path}: is not there; {self.incomplete}"
+                    else f"{path}: is missing; {self.incomplete}"
                 )
         return [ShardFile(name, str(path), format) for name, path in found]
 
@@ -113,7 +113,7 @@ def _exists(path: Path) -> bool:
 
 
 class _Listed(Source, Protocol):
-    """Where all paths are known beforehand."""
+    """A source whose paths are all known in advance."""
 
     paths: Collection[str]
 
@@ -132,14 +132,14 @@ class _Listed(Source, Protocol):
 
 
 class Repository(_Listed):
-    incomplete = "neither the Hub, if it may be asked, nor the cache has them"
+    incomplete = "neither the Hub (if requests are allowed) nor the cache has them"
 
     def __init__(self, repo_id: str, hub: HubArguments, folder: str, selection: Selection) -> None:
-        # One commit for the list and for every download, whatever is pushed meanwhile.
+        # One commit for the list and all downloads, whatever is pushed meanwhile.
         self.hub = dataclasses.replace(hub, subfolder=None).pinned(repo_id)
         self.repo_id = repo_id
         if not hub.force_download:
-            # What a commit holds does not change: with all of it here, nobody need be asked.
+            # A commit does not change: if the cache has all of it, no request is needed.
             self.paths = _hub.cached_files(repo_id, self.hub) or []
             if self._is_complete(folder, selection):
                 self.hub = dataclasses.replace(self.hub, local_files_only=True)
@@ -147,7 +147,7 @@ class Repository(_Listed):
         self.paths = _hub.list_files(repo_id, self.hub)
 
     def _is_complete(self, folder: str, selection: Selection) -> bool:
-        """Whether the weights that are wanted are here, and not only others."""
+        """Whether the cache has the requested weights, and not only others."""
         try:
             names = self.entries(folder)[0]
         except CheckpointError:
@@ -177,7 +177,7 @@ class Repository(_Listed):
     def find(self, folder: str, names: Sequence[str], format: Format) -> list[ShardFile]:
         paths = [posixpath.join(folder, name) for name in names]
         hub = self.hub
-        if len(paths) > 1:  # several at a time; it is silent where the Hub does not answer
+        if len(paths) > 1:  # downloads several at a time; no error if the Hub does not answer
             _hub.snapshot(self.repo_id, [glob.escape(path) for path in paths], hub)
             hub = dataclasses.replace(hub, force_download=False)
         here = [_hub.download(self.repo_id, path, hub) for path in paths]

@@ -1,7 +1,7 @@
-"""Which dictionary in a torch file is the state dict: taken where it is clear, asked for where not.
+"""Finds the state dict in a torch file, or raises an error that lists the candidates.
 
-A pickle may give dictionaries and tensors attributes of any name, so that methods are called by
-their class.
+A pickle may set attributes of any name on dicts and tensors, so this module calls methods through
+the class.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from weightlift.core.errors import CheckpointError
 
 __all__ = ["Found", "StoredTensor", "count_tensors", "find_state_dict", "key_text", "type_name"]
 
-# How deep the search for tensors goes, and how many values it looks at, in what is not taken.
+# Limits of the search for tensors beside the state dict: depth and number of values.
 _DEEPEST = 8
 _MOST_VALUES = 1_000_000
-# What training scripts call the state dict of a model.
+# Usual keys of a model's state dict in training checkpoints.
 _MODELS = frozenset(
     {
         "model",
@@ -39,10 +39,10 @@ class StoredTensor(NamedTuple):
     """A tensor as its pickle describes it.
 
     Attributes:
-        record: its storage is ``data/<this>`` in the archive.
-        dtype: the file's name, such as ``"BF16"``.
-        offset: into the storage; this, shape and stride are in elements of the torch dtype.
-        contiguous: as ``torch.Tensor.is_contiguous``.
+        record: its storage is the record ``data/<record>`` of the archive.
+        dtype: the file's name of its dtype, such as ``"BF16"``.
+        offset: offset into the storage; like shape and stride in elements of the torch dtype.
+        contiguous: the result of ``torch.Tensor.is_contiguous``.
     """
 
     record: str
@@ -54,14 +54,14 @@ class StoredTensor(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A state dict in what a file holds.
+    """The state dict of a file.
 
     Attributes:
-        state_dict: name -> tensor, and whatever else is in it.
-        key: where it is, dotted; ``""`` for the whole.
-        beside: name -> name of its type, of what is beside it.
-        left_out: those of ``beside`` that are tensors or hold some: name -> how many.
-        chosen: by the caller, with ``state_dict_key``.
+        state_dict: name -> tensor or other value.
+        key: its dotted key; ``""`` for the top level.
+        beside: name -> type name of the objects beside it.
+        left_out: name -> number of tensors, for the entries of ``beside`` that hold tensors.
+        chosen: whether the caller chose it with ``state_dict_key``.
     """
 
     state_dict: dict[Any, Any]
@@ -71,26 +71,26 @@ class Found(NamedTuple):
     chosen: bool
 
     def note(self) -> str | None:
-        """What to say where tensors are left out that nobody left out on purpose."""
+        """The warning if tensors are left out that the caller did not exclude."""
         if self.chosen or not self.left_out:
             return None
-        where = f"taken are the tensors of {self.key!r}" if self.key else "taken is the top level"
+        where = f"the tensors of {self.key!r} are taken" if self.key else "the top level is taken"
         return (
-            f"{where} ({_direct(self.state_dict)}); left out are tensors in "
-            f"{_counted(self.left_out)}: state_dict_key= chooses"
+            f"{where} ({_direct(self.state_dict)}), without the tensors in "
+            f"{_counted(self.left_out)}: choose others with state_dict_key="
         )
 
 
 def find_state_dict(loaded: Any, key: str | None, path: str) -> Found:
-    """The state dict in what ``torch.load`` would return.
+    """The state dict in the object that ``torch.load`` would return.
 
     Args:
-        loaded: that.
-        key: ``state_dict_key``; ``None`` takes the only reading there is, ``""`` the top level.
-        path: for errors.
+        loaded: the object.
+        key: ``state_dict_key``; ``None`` takes the only plausible dict, ``""`` the top level.
+        path: the file, for errors.
 
     Raises:
-        CheckpointError: there is none, or several may be meant; it says which.
+        CheckpointError: there is no state dict, or there are several; the text lists them.
     """
     beside: dict[str, str] = {}
     left_out: dict[str, int] = {}
@@ -98,8 +98,8 @@ def find_state_dict(loaded: Any, key: str | None, path: str) -> Found:
         loaded = _at(loaded, key, path, beside, left_out)
     if not isinstance(loaded, dict):
         raise CheckpointError(
-            f"{path}: {repr(key) if key else 'it'} is a {type_name(loaded)}, not a "
-            "mapping of names to tensors"
+            f"{path}: {repr(key) if key else 'its content'} is a {type_name(loaded)}, not a "
+            "dict of names to tensors"
         )
     if key is not None or not loaded:
         return _found(loaded, key or "", beside, left_out, True)
@@ -126,14 +126,14 @@ def _found(
 
 
 def _only_reading(loaded: dict[Any, Any], path: str) -> Any:
-    """The key of the dictionary that is meant; ``None`` for the top level."""
+    """The key of the only plausible dict; ``None`` for the top level."""
     top = [value for value in dict.values(loaded) if _is_tensor(value)]
     inner = {
         name: value
         for name, value in dict.items(loaded)
         if _direct(value) and not str(key_text(name)).endswith("_extra_state")
     }
-    # A learning rate, a step, the state of a random generator: kept beside a model, and none.
+    # A learning rate, a step or the state of a random generator is not a model.
     models = {name: value for name, value in inner.items() if not all(map(_is_note, _of(value)))}
     inner = models or inner
     whole = bool(top) and not (models and all(map(_is_note, top)))
@@ -153,23 +153,22 @@ def _question(
         )
         further = f": there are tensors in {deeper}" if deeper else ""
         return (
-            f"{path}: it holds no tensors, but {_keys(loaded)}; state_dict_key may lead further "
-            f"in{further}"
+            f"{path}: has no tensors at the top, but {_keys(loaded)}; give state_dict_key= of a "
+            f"nested dict{further}"
         )
     sizes = _listed(_direct(value) for value in itertools.islice(inner.values(), 10))
-    found = f"it holds several state dicts: {_keys(inner)} ({sizes})"
+    found = f"has several state dicts: {_keys(inner)} ({sizes})"
     if top:
         names = [name for name, value in dict.items(loaded) if _is_tensor(value)]
         found = (
-            f"it holds {_plural(len(top))} at the top ({_keys(names)}) and in {_keys(inner)} "
-            f"({sizes})"
+            f"has {_plural(len(top))} at the top ({_keys(names)}) and in {_keys(inner)} ({sizes})"
         )
-    whole = ", '' for the top" if top else ""
-    return f"{path}: {found}; choose what is meant by state_dict_key{whole}"
+    whole = " ('' for the top)" if top else ""
+    return f"{path}: {found}; choose one with state_dict_key={whole}"
 
 
 def _deeper(loaded: dict[Any, Any]) -> Iterator[tuple[str, int]]:
-    """Dictionaries of tensors further in, by their dotted keys."""
+    """Nested dicts of tensors, by their dotted keys."""
     todo: list[tuple[str, Any, int]] = [("", loaded, 0)]
     seen: set[int] = set()
     while todo and len(seen) < 1000:
@@ -201,13 +200,13 @@ def _of(mapping: dict[Any, Any]) -> list[Any]:
 
 
 def _direct(value: object) -> str:
-    """How many tensors a dictionary holds, in words; empty where it holds none."""
+    """The number of tensors directly in a dict, in words; empty if there are none."""
     count = len(_of(value)) if isinstance(value, dict) else 0
     return _plural(count) if count else ""
 
 
 def _is_note(tensor: Any) -> bool:
-    """A number, or the state of a random generator."""
+    """Whether the tensor is a number, or the state of a random generator."""
     import torch
 
     if isinstance(tensor, StoredTensor):
@@ -217,7 +216,7 @@ def _is_note(tensor: Any) -> bool:
 
 
 def count_tensors(value: object) -> int:
-    """How many tensors a value is or holds, however they are nested."""
+    """The number of tensors in a value, at any depth."""
     count, looked_at = 0, 0
     todo: list[object] = [value]
     seen: set[int] = set()
@@ -233,16 +232,18 @@ def count_tensors(value: object) -> int:
 
 
 def _at(loaded: Any, key: str, path: str, beside: dict[str, str], left_out: dict[str, int]) -> Any:
-    """The value at a dotted key; of keys that have dots themselves the longest goes first."""
+    """The value at a dotted key; if keys have dots themselves, the longest is tried first."""
     value, rest = loaded, key
     while rest:
         if not isinstance(value, dict):
-            raise CheckpointError(f"{path}: {key!r} leads through a {type_name(value)}")
+            raise CheckpointError(
+                f"{path}: state_dict_key={key!r} leads through a {type_name(value)}, not a dict"
+            )
         head = rest
         while head not in value:
             head, dot, _ = head.rpartition(".")
             if not dot:
-                raise CheckpointError(f"{path}: there is no {key!r} in it, but {_keys(value)}")
+                raise CheckpointError(f"{path}: has no key {key!r}; it has {_keys(value)}")
         _note_beside(value, key[: len(key) - len(rest)], head, beside, left_out)
         value, rest = value[head], rest[len(head) + 1 :]
     return value
@@ -285,13 +286,13 @@ def _keys(keys: Collection[Any]) -> str:
 
 
 def key_text(key: object) -> str:
-    """A key, to be shown."""
-    # Not repr: a tuple may be nested as deep as the pickle is long.
+    """A key as text for messages."""
+    # Not repr: a tuple in a pickle may be nested deeper than the recursion limit.
     if isinstance(key, str):
         return key
     return str(key) if isinstance(key, int) else f"a {type_name(key)}"
 
 
 def type_name(value: object) -> str:
-    """The name of a value's type, to be shown."""
+    """The name of a value's type, for messages."""
     return "Tensor" if isinstance(value, StoredTensor) else type(value).__name__

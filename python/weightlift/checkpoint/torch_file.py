@@ -1,5 +1,5 @@
-"""torch's own checkpoint files: where each tensor's bytes lie, and nothing run that torch's
-weights-only unpickler does not run."""
+"""Indexes torch's own checkpoint files. Runs no code of a pickle that torch's weights-only
+unpickler would not run."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ __all__ = ["LoadedTorchFile", "TorchFile", "View", "open_torch_file"]
 
 
 class View(NamedTuple):
-    """A tensor whose elements are not one run of bytes of its own.
+    """A tensor that shares bytes with others, or is not contiguous.
 
     Attributes:
-        base: the tensor of the index that holds its elements: flat, and of the same dtype.
-        dtype: the file's name, such as ``"BF16"``.
-        shape: in elements of the torch dtype (of ``float4_e2m1fn_x2``, pairs).
-        stride: in the same elements.
-        offset: into the base, in the same elements; ``base.as_strided(shape, stride, offset)``.
+        base: the flat tensor of the index, of the same dtype, that holds its elements.
+        dtype: the file's name of its dtype, such as ``"BF16"``.
+        shape: its shape, in elements of the torch dtype (pairs for ``float4_e2m1fn_x2``).
+        stride: its strides, in the same elements.
+        offset: its offset into the base, in the same elements: the tensor is
+            ``base.as_strided(shape, stride, offset)``.
     """
 
     base: str
@@ -51,17 +52,16 @@ class View(NamedTuple):
 
 
 class TorchFile(NamedTuple):
-    """A state dict in a file of ``torch.save``, none of its tensors read.
+    """The index of a state dict in a file of ``torch.save``; no tensor is read.
 
     Attributes:
-        part: what is to be read: each tensor that is one run of bytes of its own, under its name;
-            for those that overlap in memory, or have strides, what they cover together, flat, under
-            the name of the first.
-        views: the latter tensors.
-        names: of all tensors, in the order of the state dict.
-        not_tensors: key -> name of its type, for everything else in the state dict, and for what is
-            beside it in the file (dotted where that is further in).
-        left_out: of these what is a tensor or holds some -> how many.
+        part: the byte runs to read: each contiguous tensor with bytes of its own, under its name;
+            the common range of tensors that overlap or have strides, flat, under the first name.
+        views: the tensors that overlap or have strides.
+        names: the names of all tensors, in the order of the state dict.
+        not_tensors: key -> type name of all other objects in the state dict and beside it (dotted
+            keys if nested).
+        left_out: key -> number of tensors, for those of ``not_tensors`` that hold tensors.
     """
 
     part: _native.IndexedFile
@@ -72,13 +72,13 @@ class TorchFile(NamedTuple):
 
 
 class LoadedTorchFile(NamedTuple):
-    """A state dict that torch had to load.
+    """A state dict that torch loaded.
 
     Attributes:
-        tensors: on the CPU, in the order of the state dict.
+        tensors: CPU tensors, in the order of the state dict.
         not_tensors, left_out: as in ``TorchFile``.
-        reason: why, to be shown in a report.
-        identity: of the file.
+        reason: why torch loaded it, for the report.
+        identity: the identity of the file.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -95,19 +95,19 @@ def open_torch_file(
 
     Args:
         path: the file.
-        state_dict_key: where in the file the state dict is, such as ``"state_dict"`` or
-            ``"model.ema"``, or ``""`` for the whole. By default the one reading that there is; a
-            number beside a state dict, or the state of a random generator, is no other. Tensors
-            that are left out so are named in a warning.
+        state_dict_key: the dotted key of the state dict, such as ``"state_dict"`` or
+            ``"model.ema"``, or ``""`` for the top level. By default the only plausible dict;
+            numbers and states of random generators beside it do not count. A warning names tensors
+            that are left out.
 
     Raises:
-        FormatError: the file is damaged, not of torch, or has what the weights-only unpickler
-            refuses. It is never loaded in a weaker way. Codes besides those of ``csrc/result.h``:
+        FormatError: the file is damaged, not from torch, or refused by the weights-only unpickler.
+            It is never loaded with weaker checks. Codes besides those of ``csrc/result.h``:
             ``"unsafe_pickle"`` (refused by the unpickler), ``"malformed_pickle"``,
             ``"torchscript"``, ``"big_endian"`` and ``"unsupported_tensor"`` (sparse, quantized,
             conjugated, of a subclass, without data).
-        CheckpointError: no state dict, or several, or none under ``state_dict_key``.
-        ReadError: the file cannot be read; a missing file is a ``FileNotFoundError`` too.
+        CheckpointError: there is no state dict, or several, or none under ``state_dict_key``.
+        ReadError: the file cannot be read; for a missing file also a ``FileNotFoundError``.
     """
     path = os.fspath(path)
     try:
@@ -130,7 +130,7 @@ def open_torch_file(
     describe: _Describe = _described
     if value is None:
         if not _unpickles():
-            reason = "the unpickler of this torch is not the one that is known"
+            reason = "this torch has an unknown unpickler"
             return _loaded(path, state_dict_key, reason, mmap=True)
         with errors_of_torch(path, data):
             unpickled = _Unpickled(data, places, path)
@@ -152,12 +152,12 @@ def _find(value: Any, state_dict_key: str | None, path: str) -> Found:
 # kMaxSupportedFileFormatVersion of torch's caffe2/serialize/versions.h.
 _LATEST_VERSION = 10
 
-# Where a record lies: its begin and its bytes.
+# Record -> (begin, number of bytes).
 _Places = dict[str, tuple[int, int]]
 
 
 def _places(archive: _native.Archive) -> _Places:
-    """The records without the folder that all are in."""
+    """The records, without their common folder."""
     records = archive.records()
     folder = records[0][0].partition("/")[0] + "/" if records else ""
     places = {
@@ -173,36 +173,35 @@ def _places(archive: _native.Archive) -> _Places:
     if "constants.pkl" in places:
         raise FormatError(
             "torchscript",
-            "this is a TorchScript archive, which holds code: load it with torch.jit.load where it "
-            "is trusted, and save its state_dict()",
+            "this is a TorchScript archive, which holds code: if you trust it, load it with "
+            "torch.jit.load and save its state_dict()",
             archive.path,
         )
     version = archive.read(*places[number]).strip()
     if not version.isdigit() or not 1 <= int(version[:9]) <= _LATEST_VERSION:
         raise FormatError(
             "archive_unsupported",
-            f"it is of version {version[:16]!r} of torch's format, and 1 to {_LATEST_VERSION} are "
-            "known: look for a newer weightlift, or save it again with an older torch",
+            f"it has version {version[:16]!r} of torch's format; weightlift reads versions 1 to "
+            f"{_LATEST_VERSION}: update weightlift, or save it again with an older torch",
             archive.path,
         )
     order = archive.read(*places["byteorder"]) if "byteorder" in places else b"little"
     if order != b"little":
         raise FormatError(
             "big_endian",
-            f"its numbers are in the byte order {order[:16]!r}; save it again on a little-endian "
-            "machine",
+            f"its byte order is {order[:16]!r}; save it again on a little-endian machine",
             archive.path,
         )
     return places
 
 
-# A tensor of the unpickled value, under its name.
+# Describes a tensor of the unpickled value.
 _Describe = Callable[[str, Any], _Tensor]
 
 
 def _value_of(data: bytes, places: _Places) -> dict[Any, Any] | None:
-    """What the pickle holds, read without torch's unpickler, which takes 50 microseconds a tensor;
-    ``None`` where that one must say what it is."""
+    """The content of the pickle, read without torch's unpickler, which takes longer (`make
+    check-perf` counts it); ``None`` if the pickle needs torch's unpickler."""
     known = _native.torch_pickle(data, _Tensor)
     if known is None:
         return None
@@ -216,13 +215,13 @@ def _described(name: str, tensor: _Tensor) -> _Tensor:
 
 
 class _Unpickled:
-    """What ``torch.load(map_location="meta", weights_only=True)`` returns, tensors without data,
-    and where the storages of these lie.
+    """The object that ``torch.load(map_location="meta", weights_only=True)`` returns, with tensors
+    without data, and the places of their storages.
 
-    torch's unpickler is used, and its loader is not: that one reads the archive by other rules than
-    those by which it was checked here, and where there is a ``.format_version`` it computes the
-    places of storages from their order in the pickle, which an archive need not have. Nor does it
-    keep the sizes that the pickle states: a tensor that leaves its storage on meta enlarges it.
+    This uses torch's unpickler but not its loader. The loader reads the archive by other rules than
+    the checks here. With a ``.format_version`` it computes the places of storages from their order
+    in the pickle, which an archive need not have. It also drops the sizes in the pickle: on meta, a
+    tensor that exceeds its storage enlarges the storage.
 
     Attributes:
         value: the object.
@@ -234,10 +233,10 @@ class _Unpickled:
         self._places = places
         self._path = path
         self._storages: dict[str, Any] = {}
-        self._records: dict[int, str] = {}  # by the address of the storage
+        self._records: dict[int, str] = {}  # address of the storage -> record
         unpickler: Any = _weights_only_unpickler.Unpickler(io.BytesIO(data), encoding="utf-8")
         unpickler.persistent_load = self._storage
-        # Where tensors go whose rebuilding names a device.
+        # The device for tensors whose pickle names a device.
         serialization._serialization_tls.map_location = "meta"
         try:
             self.value = unpickler.load()
@@ -258,7 +257,7 @@ class _Unpickled:
         if type(count) is not int or count * dtype.itemsize != stored:
             raise FormatError(
                 "size_mismatch",
-                f"its pickle states {count!r:.30} elements of {dtype} for the record {name!r}, "
+                f"its pickle gives {count!r:.30} elements of {dtype} for the record {name!r}, "
                 f"which has {stored} bytes; the file is damaged: download it or save it again",
                 self._path,
                 begin,
@@ -267,7 +266,7 @@ class _Unpickled:
         untyped = of_torch.UntypedStorage(stored, device="meta")
         storage = of_torch.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
         self._records[untyped._cdata] = key
-        # Kept, so that no other storage gets its address.
+        # Kept alive, so that no other storage gets its address.
         self._storages[name] = storage
         return storage
 
@@ -299,8 +298,8 @@ class _Unpickled:
         )  # fmt: skip
 
 
-# data.pkl of {"probe": torch.zeros(3)}, as torch has written it since 1.6. To have torch.save write
-# it here would take longer than to open a checkpoint.
+# data.pkl of {"probe": torch.zeros(3)}, as torch writes it since 1.6. A call of torch.save would
+# take longer than opening a checkpoint.
 _PROBE = (
     b"\x80\x02}X\x05\x00\x00\x00probectorch._utils\n_rebuild_tensor_v2\n"
     b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
@@ -310,7 +309,7 @@ _PROBE = (
 
 @functools.cache
 def _unpickles() -> bool:
-    """Whether the installed torch can be used so; most of it is private to it."""
+    """Whether the installed torch has the private interfaces that this class uses."""
     try:
         unpickled = _Unpickled(_PROBE, {"data/0": (4096, 12)})
         tensor = unpickled.value["probe"]
@@ -341,7 +340,9 @@ def _loaded(path: str, state_dict_key: str | None, reason: str, mmap: bool) -> L
 
 def _name(name: object, path: str) -> str:
     if not isinstance(name, str):
-        raise FormatError("tensor_invalid", f"a tensor's key is {key_text(name)}, not text", path)
+        raise FormatError(
+            "tensor_invalid", f"the key of a tensor is {key_text(name)}, not text", path
+        )
     if not name.isascii():
         try:
             name.encode()
@@ -352,7 +353,7 @@ def _name(name: object, path: str) -> str:
 
 
 class _Span(NamedTuple):
-    """A tensor in its storage: what it covers, in bytes from the storage's begin."""
+    """The byte range of a tensor in its storage."""
 
     name: str
     dtype: str
@@ -371,7 +372,7 @@ class _Indexer:
         self._path = archive.path
         self._places = places
         self._describe = describe
-        # (name, dtype, shape, begin) of what goes into the index.
+        # (name, dtype, shape, begin) of the entries of the index.
         self._bases: list[tuple[str, str, tuple[int, ...], int]] = []
         self._views: dict[str, View] = {}
 
@@ -395,7 +396,7 @@ class _Indexer:
         return TorchFile(index, self._views, names, not_tensors, {})
 
     def _span(self, name: str, tensor: _Tensor, order: int) -> tuple[int, _Span]:
-        """A tensor's storage, by its begin in the file, and its place in it."""
+        """The begin of a tensor's storage in the file, and the tensor's range in it."""
         record, dtype, first, shape, stride, contiguous = tensor
         begin, stored = self._places[f"data/{record}"]
         itemsize = _itemsize(dtype)
@@ -407,8 +408,8 @@ class _Indexer:
         elif first < 0 or min(stride, default=0) < 0 or (last + 1) * itemsize > stored:
             raise FormatError(
                 "offsets_invalid",
-                f"it reaches to byte {(last + 1) * itemsize} of its storage, which has {stored}; "
-                "the file is damaged: download it or save it again",
+                f"it ends at byte {(last + 1) * itemsize} of its storage, which has {stored} "
+                "bytes; the file is damaged: download it or save it again",
                 self._path,
                 begin,
                 name,
@@ -419,7 +420,8 @@ class _Indexer:
         )  # fmt: skip
 
     def _add(self, storage: int, spans: list[_Span]) -> None:
-        """The tensors of one storage: alone where they can be, otherwise what they cover."""
+        """Adds the tensors of one storage: singly if they do not overlap, else their common
+        range."""
         if len(spans) > 1:
             spans = sorted(spans, key=lambda span: (span.begin, span.end))
         first, end = 0, -1
@@ -431,7 +433,7 @@ class _Indexer:
         self._add_overlapping(storage, spans[first:])
 
     def _add_overlapping(self, storage: int, spans: list[_Span]) -> None:
-        packed = 2 if spans[0].dtype == "F4" else 1  # elements of the file in one of torch
+        packed = 2 if spans[0].dtype == "F4" else 1  # the format's elements per torch element
         if len(spans) == 1 and spans[0].contiguous and (packed == 1 or spans[0].shape):
             (span,) = spans
             shape = span.shape
@@ -465,7 +467,7 @@ def _itemsize(dtype: str) -> int:
 def _unsupported(path: str, name: str, what: str) -> FormatError:
     return FormatError(
         "unsupported_tensor",
-        f"it {what}: load the file with torch.load(weights_only=True) and save plain tensors",
+        f"it {what}: load the file with torch.load(weights_only=True), and save plain tensors",
         path,
         tensor=name,
     )
@@ -480,4 +482,4 @@ def _kind(tensor: torch.Tensor) -> str:
         return f"is sparse ({tensor.layout})"
     if torch.Tensor.is_conj(tensor) or torch.Tensor.is_neg(tensor):
         return "is a conjugated or negated view"
-    return f"is of {tensor.dtype}, which no file of weights has"
+    return f"has dtype {tensor.dtype}, which weight files do not support"

@@ -293,7 +293,7 @@ class _NewFolder:
         from weightlift.core.errors import ArgumentError
 
         if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-            raise ArgumentError(f"{target} is there already: remove it, or name another target")
+            raise ArgumentError(f"{target} exists: remove it, or give another target")
         self._target = target
 
     def __enter__(self) -> Path:

@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str], commands: Sequence[str]) -> Job | None:
     if not Path(rest[0]).exists():
         known = "" if explicit else f"neither a command ({', '.join(commands)}) nor "
         near = [] if explicit else difflib.get_close_matches(rest[0], commands, 1)
-        hint = f"; {near[0]} is meant?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else ""
         print(f"weightlift: {rest[0]!r} is {known or 'not '}a file{hint}", file=sys.stderr)
         sys.exit(2)
     if Path(rest[0]).suffix.lower() in _WEIGHTS and Path(rest[0]).is_file():

@@ -1,1 +1,1 @@
-"""What every room may use: errors, settings, reports, dtypes, devices. It knows no other room."""
+"""Errors, settings, reports, dtypes and devices: used by every folder, imports none of them."""

@@ -1,7 +1,7 @@
-"""Files written all of it or nothing.
+"""Atomic writes of files and folders.
 
-What a file system may lack is done where it can be done: chmod(2) is refused by mounts of other
-systems' disks, fsync(2) of a folder by CIFS and some FUSE servers, rename(2) by object stores.
+Some calls may be refused, and a save continues without them: mounts of other systems' disks refuse
+chmod(2), CIFS and some FUSE servers refuse fsync(2) of a folder, object stores refuse rename(2).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ __all__ = [
 
 _log = logging.getLogger("weightlift")
 
-# Of fsync(2): the bytes are lost, or nobody knows. Everything else says that it cannot be called.
+# Errors of fsync(2) after which the bytes may be lost. All others mean that it is not supported.
 _LOST = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ESTALE})
-# Of writers that go through mkstemp(3), as safetensors does.
+# The mode of files made by mkstemp(3), which safetensors uses.
 _PRIVATE = 0o600
-# Of rename(2), where the file system has none.
+# Errors of rename(2) on file systems without rename.
 _NO_RENAME = frozenset(
     {errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL, errno.EXDEV, errno.EBUSY}
 )
@@ -45,15 +45,15 @@ _NO_RENAME = frozenset(
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; what is written there becomes ``path``.
+    """Yields a temporary path in the same folder; the file written there becomes ``path``.
 
-    On success the file is flushed to the disk, given the mode of the file that it replaces (a new
-    one has what the umask allows), and renamed; the folder is flushed too. On an error it is
-    removed. Killed anywhere, the old file or the new one is at ``path``.
+    On success the file is flushed to the disk, gets the mode of the file that it replaces (a new
+    file gets what the umask allows), and is renamed; the folder is flushed too. On an error the
+    temporary file is removed. After a kill at any point ``path`` has the old file or the new one.
 
     Raises:
         IsADirectoryError: ``path`` is a directory.
-        OSError: of ``path``, whatever name the failed call had.
+        OSError: with ``path`` as its file name, also if the call on the temporary file failed.
     """
     path = Path(path)
     if path.is_dir():
@@ -72,7 +72,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def temporary_beside(path: Path) -> Path:
-    # Not made of the file's name, which may be as long as a name can be.
+    # Not derived from the file's name, which may already have the largest length.
     return path.with_name(f".weightlift-{os.urandom(8).hex()}.tmp")
 
 
@@ -82,7 +82,7 @@ def flush_file(path: Path, replaces: Path | None = None) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except PermissionError:
-        # The umask that its writer obeyed forbids to read it.
+        # The umask may have made the file unreadable for its owner.
         with contextlib.suppress(OSError):
             path.chmod(0o600)
         try:
@@ -103,8 +103,8 @@ def flush_file(path: Path, replaces: Path | None = None) -> None:
 
 
 def _new_mode(path: Path) -> int:
-    """What the umask allows for a new file beside another. os.umask() can only tell it by changing
-    it, for all threads of the process; where there is no /proc, a file that is made tells."""
+    """The mode of a new file under the umask. os.umask() would change the umask for all threads to
+    read it; without /proc, a probe file shows the mode."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("Umask:"):
@@ -120,7 +120,7 @@ def _new_mode(path: Path) -> int:
 
 
 def keep_mode(descriptor: int, replaces: Path) -> None:
-    """Gives an open file the owner and the mode of the file whose place it takes, where it may."""
+    """Gives an open file the owner and mode of the file that it replaces, if permitted."""
     try:
         old = replaces.stat()
     except OSError:
@@ -135,7 +135,7 @@ def keep_mode(descriptor: int, replaces: Path) -> None:
 
 
 def flush_descriptor(descriptor: int) -> None:
-    """fsync(2). That a file system cannot do it is no error; that it could not write is one."""
+    """fsync(2). A file system without fsync is no error; a failed write is an error."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -144,8 +144,8 @@ def flush_descriptor(descriptor: int) -> None:
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
-    """Renames a file. Where a file system cannot do that, and nothing is in the place, copies it:
-    object stores show an object when it is whole."""
+    """Renames a file. Without rename(2), copies it if ``path`` does not exist: object stores show
+    an object only when it is complete."""
     try:
         temporary.replace(path)
     except OSError as error:
@@ -163,10 +163,10 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 
 def put_folder_in_place(temporary: Path, path: Path) -> None:
-    """Renames a folder of files and folders to a path where there is none, or an empty one. Where a
-    file system cannot rename, its files are copied there, one after the other."""
+    """Renames a folder to a path that does not exist or is an empty folder. Without rename(2),
+    copies its files one after the other."""
     try:
-        temporary.rename(path)  # over an empty folder too: rename(2)
+        temporary.rename(path)  # rename(2) also replaces an empty folder
     except OSError as error:
         if error.errno not in _NO_RENAME or (os.path.lexists(path) and any(path.iterdir())):
             raise
@@ -184,20 +184,20 @@ def put_folder_in_place(temporary: Path, path: Path) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Flushes the names in a folder to the disk, where that can be done.
+    """Flushes the names in a folder to the disk, if the file system can.
 
-    The files are in their places by then, so nothing that goes wrong here is a failed save.
+    The files are already in place, so an error here does not fail the save.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
-        return  # one may write to a folder that one may not read
+        return  # a folder may be writable but not readable
     try:
         flush_descriptor(descriptor)
     except OSError as error:
         _log.warning(
-            "%s: the names in this folder may not have reached the disk (%s): after a power cut, "
-            "what was saved may be gone",
+            "%s: the names in this folder may not have reached the disk (%s): a power failure may "
+            "lose the saved files",
             path,
             error.strerror,
         )
@@ -207,7 +207,7 @@ def flush_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def naming_target(path: Path, temporary: Path) -> Iterator[None]:
-    """Makes errors of the system about a temporary file, or about none, errors about ``path``."""
+    """Turns system errors that name the temporary file, or no file, into errors about ``path``."""
     outside = sys.exc_info()[1]
     try:
         yield
@@ -217,7 +217,7 @@ def naming_target(path: Path, temporary: Path) -> Iterator[None]:
             raise
         raise save_error(error.errno, path) from error
     except Exception as error:
-        # safetensors, which is Rust, has the number in its text alone.
+        # safetensors (Rust) gives errno only in the text.
         number = errno_of(error, outside) if "os error" in str(error) else None
         if number is None:
             raise
@@ -225,11 +225,11 @@ def naming_target(path: Path, temporary: Path) -> Iterator[None]:
 
 
 def errno_of(error: BaseException | None, outside: BaseException | None = None) -> int | None:
-    """The number of the system's error that an exception is, tells of, or came from."""
+    """The errno of an exception, of its text, or of its context."""
     while error is not None and error is not outside:
         if isinstance(error, OSError) and error.errno:
             return error.errno
-        # safetensors, which is Rust, has it in its text alone.
+        # safetensors (Rust) gives errno only in the text.
         found = re.search(r"\(os error (\d+)\)", str(error))
         if found:
             return int(found[1])
@@ -238,19 +238,20 @@ def errno_of(error: BaseException | None, outside: BaseException | None = None) 
 
 
 def save_error(number: int, path: Path) -> OSError:
-    """The error of a save to ``path``, with what helps."""
+    """The error of a save to ``path``; its text says what to do."""
     folder = path.parent
     remedies = {
         errno.ENOENT: f"no folder {folder}: make it first",
         errno.ENOTDIR: f"{folder} is not a folder: save elsewhere",
         errno.EACCES: f"this user may not make files in {folder}: save elsewhere, or change the "
-        "rights of the folder (a file is replaced as a whole, so its own do not suffice)",
+        "permissions of the folder (a save replaces the whole file, so the file's own permissions "
+        "do not suffice)",
         errno.EPERM: f"this user may not make files in {folder}: save elsewhere",
-        errno.EROFS: "the file system may only be read: save elsewhere",
-        errno.ENOSPC: "make room, or save elsewhere",
-        errno.EDQUOT: "make room, or save elsewhere",
+        errno.EROFS: "the file system is read-only: save elsewhere",
+        errno.ENOSPC: "free some space, or save elsewhere",
+        errno.EDQUOT: "free some space, or save elsewhere",
         errno.EBUSY: "it is a mount point, which cannot be replaced: save elsewhere",
     }
     remedy = remedies.get(number, "")
     text = os.strerror(number) + (f": {remedy}" if remedy else "")
-    return OSError(number, f"{text}; nothing was saved, what was there is unchanged", str(path))
+    return OSError(number, f"{text}; nothing was saved, the old file is unchanged", str(path))

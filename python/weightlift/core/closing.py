@@ -11,7 +11,7 @@ _Self = TypeVar("_Self", bound="Closing")
 
 
 class Closing:
-    """``with`` closes it, whatever happens inside."""
+    """A context manager that calls ``close`` at its end, also after an error."""
 
     def close(self) -> None:
         raise NotImplementedError

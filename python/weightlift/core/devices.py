@@ -1,4 +1,4 @@
-"""Devices as people name them."""
+"""Parses device names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["loadable_device", "parse_device"]
 
 
-# What stands for several devices, where there is a model.
+# Names that stand for several devices and need a model.
 _OF_MODELS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 
 
@@ -22,21 +22,21 @@ def _meant(device: object) -> str:
     if device in _OF_MODELS:
         return " here (load_into and from_pretrained take it as device_map)"
     near = difflib.get_close_matches(str(device), ("cpu", "cuda", "cuda:0", *_OF_MODELS), n=1)
-    return f" ({near[0]!r} is meant?)" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def parse_device(device: torch.device | str | int) -> torch.device:
     """``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``1`` or a ``torch.device``, with its index filled in.
 
     Raises:
-        DeviceError: no such device, or ``meta``.
+        DeviceError: the device is unknown, or ``meta``.
     """
     import torch
 
     try:
         if isinstance(device, int) and not isinstance(device, bool):
             if device < 0:
-                raise ValueError("an index below zero")
+                raise ValueError("negative index")
             parsed = torch.device("cuda", device)
         else:
             parsed = torch.device(device)
@@ -46,7 +46,7 @@ def parse_device(device: torch.device | str | int) -> torch.device:
             "or a torch.device"
         ) from None
     if parsed.type == "meta":
-        raise DeviceError("device 'meta' is invalid: it holds no data, and a load brings some")
+        raise DeviceError("device 'meta' is invalid: it holds no data; give 'cpu' or 'cuda'")
     if parsed.type == "cuda" and parsed.index is None:
         current = torch.cuda.current_device() if torch.cuda.is_available() else 0
         return torch.device("cuda", current)
@@ -54,15 +54,15 @@ def parse_device(device: torch.device | str | int) -> torch.device:
 
 
 def loadable_device(device: torch.device | str | int) -> torch.device:
-    """The same, of the kinds that tensors are loaded to.
+    """As ``parse_device``; only the CPU and CUDA devices.
 
     Raises:
-        DeviceError: no such device, or none of these kinds.
+        DeviceError: the device is unknown, or of another kind.
     """
     parsed = parse_device(device)
     if parsed.type not in ("cpu", "cuda"):
         raise DeviceError(
-            f"device {device!r}: tensors are loaded to the CPU and to CUDA devices; load to the "
-            f"CPU, and move what is there with .to({str(parsed)!r})"
+            f"device {device!r}: weightlift loads to the CPU and to CUDA devices; load to the "
+            f"CPU, then move the tensors with .to({str(parsed)!r})"
         )
     return parsed

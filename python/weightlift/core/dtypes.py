@@ -1,4 +1,4 @@
-"""The names of element types: the file's, torch's, and which casts the engine has."""
+"""Names of element types in files and in torch, and the casts of the engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weightlift.core.errors import ArgumentError
 if TYPE_CHECKING:
     import torch
 
-# File name -> torch's name. F6_E2M3 and F6_E3M2 have none.
+# Dtype name in the file -> torch's name. F6_E2M3 and F6_E3M2 have no torch dtype.
 TORCH_NAMES = {
     "BOOL": "bool",
     "F4": "float4_e2m1fn_x2",
@@ -37,10 +37,10 @@ TORCH_NAMES = {
     "C32": "complex32",
     "C128": "complex128",
 }
-# As torch.Tensor.is_floating_point.
+# The dtypes for which torch.Tensor.is_floating_point is true.
 FLOATING = frozenset(name for name in TORCH_NAMES if name[0] in "FB" and name != "BOOL")
-# What the engine casts among each other; the other floating types are cast by torch.
-# As people write them, besides torch's names and the file's.
+# The engine casts between these; torch casts the other floating types.
+# Other usual spellings, besides the names of torch and of the file.
 _ALIASES = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -70,24 +70,24 @@ def _file_names() -> dict[torch.dtype, str]:
 
 
 def bits(name: str) -> int:
-    """Of one element of a file's dtype."""
+    """The number of bits of one element of a file's dtype."""
     return {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}.get(name) or to_torch(name).itemsize * 8
 
 
 def file_name(dtype: torch.dtype) -> str | None:
-    """The file's name of a torch dtype; ``None`` where the format has none."""
+    """The file's name of a torch dtype; ``None`` if the format has none."""
     return _file_names().get(dtype)
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> str | None:
-    """The file's name of a requested dtype; ``None`` (keep each tensor's own) for ``None`` and
+    """The file's name of a requested dtype; ``None`` (keep each tensor's dtype) for ``None`` and
     ``"auto"``.
 
-    Names are taken as people write them: ``bfloat16``, ``torch.bfloat16``, ``bf16``, ``BF16``,
-    ``half``, ``fp16``, ``float``, ``fp32``, ``double``, ``fp8_e4m3``.
+    Usual spellings are valid: ``bfloat16``, ``torch.bfloat16``, ``bf16``, ``BF16``, ``half``,
+    ``fp16``, ``float``, ``fp32``, ``double``, ``fp8_e4m3``.
 
     Raises:
-        ArgumentError: not the name of a floating-point dtype.
+        ArgumentError: ``dtype`` is not a floating-point dtype.
     """
     import torch
 
@@ -102,7 +102,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> str | None:
     if name is None or name not in CASTABLE:
         known = sorted(TORCH_NAMES[known] for known in CASTABLE)
         near = difflib.get_close_matches(str(dtype).removeprefix("torch."), known, 1)
-        hint = f" ({near[0]!r} is meant?)" if near else ""
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ArgumentError(
             f"dtype is {dtype!r}{hint}; it can be one of {', '.join(known)}, or 'auto'"
         )
@@ -111,9 +111,9 @@ def parse_dtype(dtype: torch.dtype | str | None) -> str | None:
 
 @functools.cache
 def fp8_rules(dtype: str | None) -> tuple[bool, bool, bool]:
-    """What the installed torch makes of values beyond the largest fp8 number, when casting to
-    ``dtype``: (e4m3fn saturates, e4m3fn saturates infinity, e5m2 saturates). Versions of torch
-    differ, so it is asked, once."""
+    """How the installed torch casts values beyond the largest fp8 number to ``dtype``: (e4m3fn
+    saturates, e4m3fn saturates infinity, e5m2 saturates). Versions of torch differ, so the first
+    call casts such values with torch and keeps the result."""
     if dtype not in ("F8_E4M3", "F8_E5M2"):
         return False, False, False
     import torch

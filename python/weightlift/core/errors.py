@@ -1,4 +1,4 @@
-"""The exceptions of weightlift, and how the engine's errors become them."""
+"""The exceptions of weightlift, and their construction from the engine's errors."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = [
 
 
 class WeightliftError(Exception):
-    """The base of all errors that weightlift raises on purpose."""
+    """The base class of all errors that weightlift raises on purpose."""
 
 
-# The codes of ``FormatError`` that are born in Python; all others are in csrc/result.h.
+# The codes of ``FormatError`` that Python code raises; all others are in csrc/result.h.
 PYTHON_CODES = frozenset(
     {
         "big_endian",
@@ -44,15 +44,15 @@ PYTHON_CODES = frozenset(
 
 
 class FormatError(WeightliftError, SafetensorError):
-    """A checkpoint file breaks its format, or holds what was asked for in no usable form.
+    """A checkpoint file breaks its format, or does not hold the requested tensor in a usable form.
 
     Attributes:
         code: the kind of fault, such as ``"header_too_large"``, ``"git_lfs_pointer"`` or
-            ``"no_such_tensor"``: one of the table in ``csrc/result.h``, or of ``PYTHON_CODES``.
+            ``"no_such_tensor"``: listed in ``csrc/result.h`` or in ``PYTHON_CODES``.
         path: the file.
-        offset: the byte in the file at which the fault was found, where there is one.
-        tensor: the tensor that is at fault, or ``""``.
-        message: what is wrong, without the place.
+        offset: the byte in the file at which the fault was found, or ``None``.
+        tensor: the name of the faulty tensor, or ``""``.
+        message: what is wrong, without the file and the tensor.
     """
 
     def __init__(
@@ -71,23 +71,23 @@ class FormatError(WeightliftError, SafetensorError):
         self.tensor = tensor
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The default calls the class with `args`, which is the finished text alone.
+        # The default would call the class with `args`, which has only the finished text.
         return type(self), (self.code, self.message, self.path, self.offset, self.tensor)
 
 
 class FileClosedError(FormatError, ValueError):
-    """A file that was closed is asked for tensors; a ``ValueError``, as of Python's own files."""
+    """A closed file was used; also a ``ValueError``, as for Python's own files."""
 
 
 class LoadCancelledError(WeightliftError):
-    """A load was cancelled, so that it has no result."""
+    """The load was cancelled and has no result."""
 
 
 class ReadError(WeightliftError, OSError):
-    """The operating system would not give the bytes: ``errno``, ``strerror`` and ``filename``.
+    """The operating system did not deliver the bytes: ``errno``, ``strerror`` and ``filename``.
 
-    A missing file is also a ``FileNotFoundError``, a denied one a ``PermissionError``, a directory
-    an ``IsADirectoryError``.
+    The error is also a ``FileNotFoundError`` for a missing file, a ``PermissionError`` for a
+    denied one, an ``IsADirectoryError`` for a directory.
 
     Attributes:
         code: the kind of fault, such as ``"not_found"``, ``"file_shrank"`` or ``"file_changed"``.
@@ -96,25 +96,25 @@ class ReadError(WeightliftError, OSError):
     code = "read_failed"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By what they are caught as: the classes below go by ReadError's name.
+        # Rebuilt from the code: the subclasses below carry ReadError's name.
         place = () if self.filename is None else (self.filename,)
         return _read_error, (self.code, self.errno, self.strerror, *place)
 
 
 class DeviceError(WeightliftError, RuntimeError, SafetensorError):
-    """A device that is not there, or a call of its driver that failed."""
+    """A device does not exist, or a call of its driver failed."""
 
 
 class CheckpointError(WeightliftError, ValueError):
-    """A checkpoint, taken as a whole, is not what was asked for."""
+    """A checkpoint as a whole does not fit the request."""
 
 
 class ArgumentError(WeightliftError, ValueError, SafetensorError):
-    """An argument without meaning here, or one that contradicts another."""
+    """An argument has no meaning here, or contradicts another argument."""
 
 
 class OutOfMemoryError(WeightliftError, MemoryError):
-    """The memory of the host or of a device does not suffice."""
+    """The host or a device has too little memory."""
 
 
 class _MissingError(ReadError, FileNotFoundError):
@@ -133,18 +133,18 @@ _READ_ERRORS: dict[str, tuple[type[ReadError], int]] = {
     "not_found": (_MissingError, _errno.ENOENT),
     "permission_denied": (_DeniedError, _errno.EACCES),
     "is_directory": (_DirectoryError, _errno.EISDIR),
-    # Of the Hub.
+    # Errors of the Hub.
     "repository_not_found": (_MissingError, _errno.ENOENT),
     "revision_not_found": (_MissingError, _errno.ENOENT),
     "not_cached": (_MissingError, _errno.ENOENT),
 }
-# The names that tracebacks show.
+# Tracebacks show the public name.
 for _error, _ in _READ_ERRORS.values():
     _error.__name__ = _error.__qualname__ = "ReadError"
 
 
 def read_error(code: str, message: str, path: str = "", number: int | None = None) -> ReadError:
-    """The ``ReadError`` of a kind, with the ``errno`` that goes with it."""
+    """The ``ReadError`` for a code, with its ``errno``."""
     default = _READ_ERRORS.get(code, (ReadError, _errno.EIO))[1]
     return _read_error(code, number or default, message, *([path] if path else []))
 

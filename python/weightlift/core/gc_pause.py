@@ -11,22 +11,22 @@ from collections.abc import Iterator
 __all__ = ["paused", "resumed"]
 
 _lock = threading.Lock()
-_mine = threading.local()  # depth: how many pauses this thread is in
-_threads = 0  # that pause
+_mine = threading.local()  # depth: nested pauses of this thread
+_threads = 0  # threads in a pause
 _was_enabled = False
 
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """For code that makes many objects which all live on.
+    """Pauses the collector while code makes many objects that all stay alive.
 
-    The collector looks at the young objects whenever 700 or 2,000 have been made, and at all when
-    a quarter is new (https://docs.python.org/3/library/gc.html#gc.set_threshold). Nothing of a
-    model is garbage while it is made, and these looks take a third to a half of the time. Where
-    such code waits, it lets others collect: ``resumed``.
+    The collector scans the young objects after every 700 or 2,000 new ones, and all objects when a
+    quarter is new (https://docs.python.org/3/library/gc.html#gc.set_threshold). Nothing of a model
+    under construction is garbage, and these scans take a third to a half of the time. ``resumed``
+    lets other threads collect while such code waits.
 
-    What was made counts as old afterwards, unless an error ends the pause: then the collector soon
-    looks at all that is new, for what the error's traceback held.
+    Afterwards the new objects count as old. If an error ends the pause they stay young, because
+    the traceback may hold garbage.
     """
     depth = getattr(_mine, "depth", 0)
     if depth == 0:
@@ -44,7 +44,7 @@ def paused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def resumed() -> Iterator[None]:
-    """Ends the pauses of this thread for a while."""
+    """Suspends the pauses of this thread inside the block."""
     depth = getattr(_mine, "depth", 0)
     if depth == 0:
         yield
@@ -78,10 +78,10 @@ def _resume(made: bool) -> None:
 
 
 def _move_to_oldest() -> None:
-    """Makes all objects old, without a look at them, where the collector would look at once.
+    """Makes all objects old without a scan, if the next collection would start at once.
 
-    ``gc.unfreeze`` gives what is frozen to the oldest generation; a program that has frozen objects
-    of its own wants them kept out of all.
+    ``gc.unfreeze`` moves frozen objects to the oldest generation, so nothing is done if the program
+    has frozen objects itself.
     """
     if gc.get_count()[0] > gc.get_threshold()[0] and gc.get_freeze_count() == 0:
         gc.freeze()
@@ -89,7 +89,7 @@ def _move_to_oldest() -> None:
 
 
 def _after_fork() -> None:
-    """A child has one thread, and of the others' pauses nobody ends."""
+    """A forked child has one thread: the pauses of other threads would never end in it."""
     global _lock, _threads
     _lock = threading.Lock()
     others = _threads - (getattr(_mine, "depth", 0) > 0)

@@ -1,4 +1,4 @@
-"""What a load did: the report of the last one, and the sums since import."""
+"""The report of the last load, and the sums over all loads since import."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import weightlift._native as _native
 
 __all__ = ["FileReport", "LoadProgress", "LoadReport", "Stats", "last_report", "stats"]
 
-# Names of a kind that a printed report lists.
+# How many names of one kind a printed report lists.
 _LISTED = 5
 _DISK_WEIGHTS = ", disk weights"
 
@@ -21,10 +21,10 @@ class FileReport:
     """One file of a load.
 
     Attributes:
-        path: as it was given.
-        bytes: of tensors that came from it.
-        io: ``"mapped"``, ``"page cache"``, ``"buffered"`` or ``"direct"``.
-        reason: why that path was taken.
+        path: the path as given.
+        bytes: bytes of the tensors from this file.
+        io: the I/O path, ``"mapped"``, ``"page cache"``, ``"buffered"`` or ``"direct"``.
+        reason: why this I/O path was chosen.
     """
 
     path: str
@@ -34,11 +34,11 @@ class FileReport:
 
 
 class LoadProgress(NamedTuple):
-    """How far a load is.
+    """The progress of a load.
 
     Attributes:
-        done: bytes of tensors that have arrived.
-        total: those in all.
+        done: bytes of the tensors that have arrived.
+        total: bytes of all tensors of the load.
     """
 
     done: int
@@ -47,27 +47,28 @@ class LoadProgress(NamedTuple):
 
 @dataclasses.dataclass
 class LoadReport:
-    """What a load did; prints as a short table.
+    """The report of a load; prints as a short table.
 
     Attributes:
-        bytes: tensor bytes of the checkpoint that were delivered, mapped or copied.
-        mapped_bytes: of these, handed out as a mapping, without a copy.
-        read_bytes: moved out of files.
-        seconds: from the plan to the last byte.
-        files: by file, the bytes, the I/O path and why.
-        devices: by device, such as ``"cuda:0"``, the bytes.
-        pinned_bytes: pinned by the process's staging pool when the load ended.
-        peak_staging_bytes: staging slots that this load held at once.
-        threads: that read and cast; 0 where the calling thread did it all.
-        memory: of each larger block of host memory, on which pages it lies, and why.
-        copies: by CUDA device, how many chunks were copied at once, by which form of batch copies,
-            or by the kernel.
-        fallbacks: what was done another way than the fastest, and why.
-        missing_keys: the model's, that the checkpoint does not have.
-        unexpected_keys: the checkpoint's, that the model does not have.
-        mismatched_keys: name, the checkpoint's shape, the model's shape.
-        error_msgs: what else is wrong with the model.
-        meta_keys: the model's tensors that are still on ``meta``, without data.
+        bytes: tensor bytes of the checkpoint that the load delivered, mapped or copied.
+        mapped_bytes: the part of ``bytes`` that is mapped, without a copy.
+        read_bytes: bytes copied out of files.
+        seconds: time from the plan to the last byte, in seconds.
+        files: for each file its bytes, its I/O path and the reason.
+        devices: bytes for each device, such as ``"cuda:0"``.
+        pinned_bytes: bytes that the process's staging pool had pinned when the load ended.
+        peak_staging_bytes: largest number of bytes in staging slots that this load held at once.
+        threads: number of threads that read and cast; 0 if the calling thread did all the work.
+        memory: for each larger block of host memory its kind of pages, and the reason.
+        copies: for each CUDA device the number of chunks copied by each form of batch copy and by
+            the kernel.
+        fallbacks: each step that did not take the fastest way, and the reason.
+        missing_keys: names that the model has and the checkpoint lacks.
+        unexpected_keys: names that the checkpoint has and the model lacks.
+        mismatched_keys: (name, the checkpoint's shape, the model's shape) of each tensor whose
+            shapes differ.
+        error_msgs: other faults of the model.
+        meta_keys: names of the model's tensors that are still on ``meta``, without data.
     """
 
     bytes: int = 0
@@ -91,21 +92,22 @@ class LoadReport:
     copies: list[str] = dataclasses.field(default_factory=list)
 
     def wait(self) -> LoadReport:
-        """Until all of it has been loaded; itself. Only loads with ``background=True`` go on when
-        their report is there.
+        """Waits until the load has ended, and returns the report. Only a load with
+        ``background=True`` still runs when the caller has its report.
 
         Raises:
-            WeightliftError: the load has failed, or was cancelled.
+            LoadCancelledError: the load was cancelled.
+            WeightliftError: the load failed.
         """
         return self
 
     @property
     def progress(self) -> LoadProgress:
-        """How far it is."""
+        """The bytes that have arrived, and those of the whole load."""
         return LoadProgress(self.bytes, self.bytes)
 
     def cancel(self) -> None:
-        """Ends a load with ``background=True``: what has not arrived stays on ``meta``."""
+        """Ends a load with ``background=True``. Tensors that have not arrived stay on ``meta``."""
 
     @classmethod
     def from_native(cls, native: dict[str, Any]) -> LoadReport:
@@ -116,7 +118,7 @@ class LoadReport:
         return report
 
     def plus(self, other: LoadReport) -> LoadReport:
-        """What two loads did, one after the other."""
+        """The sum of two reports of loads that ran one after the other."""
         devices = dict(self.devices)
         for name, count in other.devices.items():
             devices[name] = devices.get(name, 0) + count
@@ -175,10 +177,11 @@ class Stats:
     """Sums over all loads of this process since import.
 
     Attributes:
-        by_caller: the same by library; what hooks read of weights on the disk, tensor by tensor, is
-            by itself, as in ``"transformers, disk weights"``.
-        pool_bytes: of dead tensors, kept now for later loads (``Settings.pool_bytes``).
-        reused_bytes: taken out of these by loads since import.
+        by_caller: the same sums for each library. Weights on the disk that hooks read tensor by
+            tensor have their own entry, such as ``"transformers, disk weights"``.
+        pool_bytes: bytes of deleted tensors that are kept now for later loads
+            (``Settings.pool_bytes``).
+        reused_bytes: bytes that loads since import took from them.
     """
 
     loads: int = 0
@@ -222,12 +225,11 @@ def record(
     *,
     is_last: bool = True,
 ) -> dict[str, Any]:
-    """Makes the engine's report this thread's last one and adds it to the sums.
+    """Adds the engine's report to the sums and makes it the last report of this thread.
 
-    ``fallbacks`` are those that were decided before the engine ran. What hooks read of weights on
-    the disk (``disk_reads_of``) is summed apart, and is nobody's last load. What ends long after it
-    was begun, perhaps on another thread, is not that thread's (``is_last``). Returns the whole
-    report.
+    ``fallbacks`` were decided before the engine ran. Reads of weights on the disk by hooks
+    (``disk_reads_of``) have their own sums and do not become a last report, nor do loads with
+    ``is_last=False``, which may end on another thread. Returns the complete report.
     """
     if fallbacks:
         native["fallbacks"] = [*native["fallbacks"], *fallbacks]
@@ -241,18 +243,19 @@ def record(
 
 
 def set_last_report(report: LoadReport) -> None:
-    """Makes a report that says more than the engine's this thread's last one."""
+    """Replaces this thread's last report by one with more content than the engine's."""
     _thread.last = report
 
 
 def disk_reads_of(caller: str) -> str:
-    """As whom ``stats().by_caller`` sums what hooks read, during a forward pass, of weights that a
-    load of ``caller`` left on the disk: such as ``"diffusers, disk weights"``."""
+    """The name in ``stats().by_caller``, such as ``"diffusers, disk weights"``, for the reads by
+    hooks during a forward pass of weights that a load of ``caller`` left on the disk."""
     return caller + _DISK_WEIGHTS
 
 
 def record_fallback(caller: str, reason: str) -> int:
-    """Counts a load that the engine did not do; returns how often there was this reason."""
+    """Counts a load that the library did instead of the engine; returns the count of this
+    reason."""
     with _lock:
         _stats.fallbacks += 1
         _stats.by_caller.setdefault(caller, Stats()).fallbacks += 1
@@ -261,7 +264,7 @@ def record_fallback(caller: str, reason: str) -> int:
 
 
 def fallback_reasons() -> dict[tuple[str, str], int]:
-    """(caller, reason) of what ``record_fallback`` counted -> how often."""
+    """(caller, reason) -> how often ``record_fallback`` counted it."""
     with _lock:
         return dict(_reasons)
 
@@ -269,7 +272,7 @@ def fallback_reasons() -> dict[tuple[str, str], int]:
 def last_report() -> LoadReport | None:
     """The report of this thread's last load, or ``None`` before the first."""
     last = getattr(_thread, "last", None)
-    if isinstance(last, dict):  # made when asked for: loads of one tensor are short
+    if isinstance(last, dict):  # built on demand, to keep loads of one tensor short
         last = _thread.last = LoadReport.from_native(last)
     return last
 
@@ -283,7 +286,7 @@ def stats() -> Stats:
 
 
 def format_bytes(count: float) -> str:
-    """``1536`` as ``"1.5 kB"``: decimal units, as disks and links are sold."""
+    """``1536`` as ``"1.5 kB"``: decimal units."""
     if abs(count) < 1000:
         return f"{count:.0f} B"
     for unit in ("kB", "MB", "GB"):

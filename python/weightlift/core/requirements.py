@@ -1,4 +1,4 @@
-"""Libraries that are needed at run time and may not be installed."""
+"""Errors for optional libraries that are not installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weightlift.core.errors import WeightliftError
 
 __all__ = ["MissingLibraryError", "missing_library", "require"]
 
-# Library -> how it is brought in.
+# Library -> how to install it.
 _REMEDIES = {
     "torch": "pip install torch (pytorch.org has builds for each CUDA), or 'weightlift[torch]'",
     "accelerate": "pip install 'weightlift[accelerate]'",
@@ -25,11 +25,11 @@ _REMEDIES = {
 
 
 class MissingLibraryError(WeightliftError, ModuleNotFoundError):
-    """A library that a call needs is not installed; also a ``ModuleNotFoundError``."""
+    """A call needs a library that is not installed; also a ``ModuleNotFoundError``."""
 
 
 def missing_library(name: str, what: str = "this") -> MissingLibraryError:
-    """The error for a library that is not there; ``what`` needs it."""
+    """The error for a missing library that ``what`` needs."""
     library = name.partition(".")[0]
     remedy = _REMEDIES.get(library, f"pip install {library}")
     return MissingLibraryError(
@@ -38,7 +38,7 @@ def missing_library(name: str, what: str = "this") -> MissingLibraryError:
 
 
 def require(library: str, what: str) -> None:
-    """Raises ``MissingLibraryError`` where ``library`` cannot be imported; imports nothing."""
+    """Raises ``MissingLibraryError`` if ``library`` is not installed; imports nothing."""
     if library in sys.modules:
         return
     try:

@@ -1,4 +1,4 @@
-"""What a user may set about how bytes move."""
+"""User settings that control how bytes move."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ _FALSE = {"0": False, "false": False, "no": False, "off": False}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How loads of this process read, stage and cast; ``None`` leaves the choice to weightlift.
+    """How loads read, stage and cast; weightlift chooses the value of a field that is ``None``.
 
-    Each field is also an environment variable, ``WEIGHTLIFT_`` and its name in capitals, read when
-    a load begins; another ``WEIGHTLIFT_`` variable is warned of. Sizes may be written ``"64MiB"``,
-    here and there. An instance is a context manager: inside
-    ``with Settings(io_path="direct"):`` loads of this thread (or asyncio task) use it, and fields
-    that it leaves at ``None`` are those outside. ``Settings.set_default`` is for the whole process.
+    Each field is also an environment variable, ``WEIGHTLIFT_`` and its name in capitals, which a
+    load reads when it begins; an unknown ``WEIGHTLIFT_`` variable causes a warning. Fields and
+    variables accept sizes such as ``"64MiB"``. An instance is a context manager: inside
+    ``with Settings(io_path="direct"):`` the loads of this thread (or asyncio task) use it; fields
+    that are ``None`` keep the value from outside. ``Settings.set_default`` sets the default of the
+    process.
 
     Attributes:
         threads: threads that read and cast; the processors this process may use (affinity and
@@ -60,17 +61,20 @@ class Settings:
             counts as the process's. With ``huge_pages="never"``, none.
         streams: CUDA streams that copy to one device, by turns; 2, at most 16.
         io_path: ``"auto"``, ``"buffered"`` (read through the page cache) or ``"direct"``
-            (``O_DIRECT``). Only ``"auto"`` casts from the page cache itself, without a copy.
-        cast_place: where casts for a device run: ``"auto"`` (narrowing on the host, all else on the
-            device), ``"host"`` or ``"device"``.
-        huge_pages: on which pages new memory of 16 MiB and more lies: ``"always"``, ``"never"``, or
-            ``"auto"``: huge ones, as long as they do not come slower than small ones, as they do in
-            a virtual machine whose host has taken its free memory. Page-locked memory is always on
-            huge pages.
-        populate: whether a mapped file that is not resident is read in before the load returns
-            (``True``), or at the first touch.
-        kernels: ``False`` does without the CUDA kernels.
-        batch_copies: ``False`` does without ``cuMemcpyBatchAsync``.
+            (``O_DIRECT``). Only ``"auto"`` casts straight from the page cache, without a copy.
+        cast_place: where casts for a device run: ``"auto"`` (narrowing casts on the host, others on
+            the device), ``"host"`` or ``"device"``.
+        huge_pages: the kind of pages of new memory from 16 MiB on: ``"always"`` huge, ``"never"``
+            huge, or ``"auto"``: huge while they arrive faster than small pages. They arrive slower
+            in a virtual machine whose host has taken back its free memory. Page-locked memory is
+            always on huge pages.
+        populate: ``True`` reads a mapped file that is not resident before the load returns,
+            ``False`` at the first access.
+        kernels: ``False`` disables the CUDA kernels.
+        batch_copies: ``False`` disables ``cuMemcpyBatchAsync``.
+
+    Raises:
+        ArgumentError: a value is invalid.
     """
 
     threads: int | None = None
@@ -130,8 +134,8 @@ class Settings:
 
     @classmethod
     def current(cls) -> Settings:
-        """The settings of a load that begins now: those of the innermost ``with``, then the
-        process's default, then the environment."""
+        """The settings of a load that begins now: from the innermost ``with``, then the process's
+        default, then the environment."""
         _warn_of_unknown_variables()
         chosen: dict[str, Any] = {}
         for layer in (*_entered.get()[-1:], cls._default):
@@ -145,7 +149,7 @@ class Settings:
 
     @staticmethod
     def set_default(settings: Settings | None) -> None:
-        """Makes ``settings`` those of the whole process; ``None`` goes back to the environment."""
+        """Sets the process's default; ``None`` restores that of the environment."""
         Settings._default = settings
 
     def __enter__(self) -> Settings:
@@ -203,12 +207,12 @@ def _parse(name: str, text: str) -> object:
 
 @functools.cache
 def _warn_of_unknown_variables() -> None:
-    """Once a process: a variable that nobody reads is a mistake in its name."""
+    """Warns, once per process, of unknown variables: their names are probably misspelt."""
     known = [*_VARIABLES.values(), *_OTHER_VARIABLES]
     begins = "WEIGHTLIFT_"
     for name in sorted(os.environ):
         if name.startswith(begins) and name not in (*known, *_TEST_VARIABLES):
             ends = [one.removeprefix(begins) for one in known]
             near = difflib.get_close_matches(name.removeprefix(begins), ends, 1)
-            hint = f"; {begins}{near[0]} is meant?" if near else f"; there are {', '.join(known)}"
-            warnings.warn(f"the environment's {name} is not known{hint}", stacklevel=3)
+            hint = f"did you mean {begins}{near[0]}?" if near else f"known are {', '.join(known)}"
+            warnings.warn(f"environment variable {name} is unknown; {hint}", stacklevel=3)

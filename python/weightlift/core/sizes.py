@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Parses sizes in bytes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _UNITS = {
 
 
 def parse_size(size: int | str, name: str, *, fractions: bool = True) -> int:
-    """Bytes: of a number, or of text such as ``"32MB"`` (10^6), ``"64MiB"`` (2^20), ``"1.5GB"``.
+    """The bytes of a number or of text such as ``"32MB"`` (10^6), ``"64MiB"`` (2^20), ``"1.5GB"``.
 
-    ``fractions=False`` takes whole numbers alone.
+    ``fractions=False`` accepts only whole numbers.
 
     Raises:
-        ArgumentError: it is neither; the text begins with ``name``.
+        ArgumentError: ``size`` is neither; the text begins with ``name``.
     """
     if isinstance(size, int) and not isinstance(size, bool):
         return size

@@ -1,1 +1,1 @@
-"""Checkpoint + placement -> LoadPlan -> tensors: options, what is planned, what runs."""
+"""Checkpoint + placement -> LoadPlan -> tensors: options, plans, running loads, allocation."""

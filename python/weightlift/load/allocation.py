@@ -1,4 +1,4 @@
-"""Memory for a load: on devices torch's, unless a caller brings another."""
+"""Memory for a load. On devices torch allocates, unless the caller gives another allocator."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Allocator", "TorchAllocator", "empty_on_host", "from_dlpack", "naming_tensor"]
 
-# torch's caching allocator cuts what is larger than this out of a block of its own, with a
-# cudaMalloc each, in units of the other (c10/cuda/CUDACachingAllocator.cpp, kSmallSize and
-# kMinBlockSize).
+# torch's caching allocator serves larger requests from large blocks, with a cudaMalloc each, in
+# multiples of kMinBlockSize (c10/cuda/CUDACachingAllocator.cpp, kSmallSize and kMinBlockSize).
 _OWN_BLOCK_BYTES = 1 << 20
 _UNIT_BYTES = 512
 _HUGE_PAGE_BYTES = 2 << 20
 
 
 class Allocator(Protocol):
-    """Where device memory comes from, and in which order its users come.
+    """Allocates device memory, and names the stream that orders its use.
 
-    ``empty`` returns the address and what owns it: the tensor, where torch allocates.
+    ``empty`` returns the address and its owner: the tensor, if torch allocates.
     """
 
     def empty(self, device: int, shape: Sequence[int], dtype: str) -> tuple[int, Any]: ...
@@ -38,7 +37,7 @@ class Allocator(Protocol):
 
 
 class TorchAllocator:
-    """torch's caching allocator, so that its statistics and its freeing stay right."""
+    """torch's caching allocator, which keeps its own statistics and frees the memory."""
 
     def __init__(self) -> None:
         import torch
@@ -52,7 +51,7 @@ class TorchAllocator:
             raise DeviceError(f"cannot load to CUDA: {reason}; `weightlift doctor` tells more")
         # Before the engine's own first call, or torch would not notice a fork (torch.cuda docs).
         torch.cuda.init()  # type: ignore[no-untyped-call]
-        # Said once: there may be a hundred thousand tensors.
+        # Looked up once: a load may have 100,000 tensors.
         self._out_of_memory = torch.OutOfMemoryError
         self._empty = torch.empty
         self._device = functools.cache(functools.partial(torch.device, "cuda"))
@@ -74,14 +73,15 @@ class TorchAllocator:
         return int(torch.cuda.current_stream(device).cuda_stream)
 
     def reserve(self, device: int, sizes: Sequence[int]) -> None:
-        """Gets one block for what is missing in torch's cache, so that the tensors to come are cut
-        out of it: a cudaMalloc a tensor made loads several times slower (transformers #36380)."""
+        """Allocates one block for the bytes that torch's cache lacks; torch then cuts the tensors
+        out of it. One cudaMalloc per tensor made loads several times slower (transformers
+        #36380)."""
         import torch
 
         large = sum(-(-size // _UNIT_BYTES) for size in sizes if size > _OWN_BLOCK_BYTES)
         large *= _UNIT_BYTES
         config = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-        # These never cut a tensor out of a large block.
+        # With these, torch never cuts a tensor out of a large block.
         whole = ("expandable_segments:True", "max_split_size_mb", "cudaMallocAsync")
         if large == 0 or (config and any(option in config for option in whole)):
             return
@@ -92,17 +92,17 @@ class TorchAllocator:
             try:
                 torch.empty(large - cached, dtype=torch.uint8, device=torch.device("cuda", device))
             except torch.OutOfMemoryError:
-                return  # in pieces it may still fit
+                return  # smaller allocations may still fit
 
 
 def empty_on_host(
     shape: Sequence[int], dtype: torch.dtype, *, pin_memory: bool = False
 ) -> torch.Tensor:
-    """A CPU tensor, on huge pages where it fills one: on small ones, most of the time of a load
-    into it goes into page faults.
+    """A CPU tensor, on huge pages if it fills one: on small pages a load spends most of its time
+    in page faults.
 
     Raises:
-        OutOfMemoryError: it is larger than what the process can still have.
+        OutOfMemoryError: the tensor is larger than the memory that the process can still get.
     """
     import torch
 
@@ -115,8 +115,8 @@ def empty_on_host(
 
 @contextlib.contextmanager
 def naming_tensor(path: str, name: str) -> Iterator[None]:
-    """Says which tensor there is no memory for. The cause stays torch's error where there is one:
-    the backends raise that."""
+    """Adds the file and the tensor to an out-of-memory error. torch's error stays its cause: the
+    backends raise that."""
     try:
         yield
     except OutOfMemoryError as error:
@@ -128,7 +128,7 @@ def naming_tensor(path: str, name: str) -> Iterator[None]:
 def from_dlpack() -> Callable[[object], Any]:
     import torch
 
-    # The C function takes a capsule; the public one is a Python layer around it.
+    # The C function skips the Python layer of torch.from_dlpack.
     if hasattr(torch._C, "_from_dlpack"):
         return torch._C._from_dlpack
     from torch.utils.dlpack import from_dlpack as public

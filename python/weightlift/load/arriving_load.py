@@ -1,4 +1,4 @@
-"""A load that runs while some of its tensors are used already."""
+"""A running load whose tensors are used as they arrive."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _running: weakref.WeakSet[ArrivingLoad] = weakref.WeakSet()
 
 
 class Told(NamedTuple):
-    """What the engine was told of, in the order of the calls.
+    """The tensors that were given to the engine, in the order of the calls.
 
     Attributes:
-        numbers: of the tensors in the outputs.
-        devices: where each goes: a CUDA ordinal; -1 is the host.
+        numbers: the tensors' numbers in the outputs.
+        devices: the CUDA ordinal of each tensor; -1 is the host.
     """
 
     numbers: list[int]
@@ -42,16 +42,16 @@ class Told(NamedTuple):
 
 
 class ArrivingLoad:
-    """What ``LoadPlan.start_in_order`` has started: its tensors are waited for and taken one by
-    one. Any thread may do so.
+    """A load started by ``LoadPlan.start_in_order``. Any thread may wait for its tensors and take
+    them one by one.
 
     Args:
-        native: the engine's plan, which has started, in an order of use.
-        outputs: what becomes of the engine's tensors.
-        told: which of them the engine tells of.
-        fallbacks: what was planned another way than the fastest, and why.
-        options: of the load.
-        allocator: of memory on CUDA devices, and of the streams on which it is used.
+        native: the engine's plan, already started, in the order of use.
+        outputs: turns the engine's tensors into those of the caller.
+        told: the tensors whose arrival the engine reports.
+        fallbacks: steps that do not take the fastest way, with reasons.
+        options: the options of the load.
+        allocator: allocates memory on CUDA devices and names the streams that use it.
     """
 
     def __init__(
@@ -75,17 +75,17 @@ class ArrivingLoad:
         self._report: dict[str, Any] | None = None
         self._is_cancelled = False
         self._pid = os.getpid()
-        # Of devices, until the copies that may still be on their way to them have ended.
+        # Device tensors, kept until the copies to them have ended.
         self._handed_out: list[Any] = []
         _running.add(self)
 
     def wait_for(self, names: Sequence[str]) -> None:
-        """Until these can be taken. On a CUDA device that is when their copies are queued, behind
-        which the current stream then waits. Ctrl-C ends the wait, and not the load.
+        """Waits until these tensors can be taken. On a CUDA device it waits until their copies are
+        queued, and the current stream then waits for the copies. Ctrl-C ends only the wait.
 
         Raises:
             LoadCancelledError: the load was cancelled.
-            WeightliftError: the load failed before these came, or their file was written to.
+            WeightliftError: the load failed before they arrived, or their file was written to.
         """
         self._require_this_process()
         by_device: dict[int, list[int]] = {}
@@ -105,7 +105,7 @@ class ArrivingLoad:
             raise LoadCancelledError("the load of this model was cancelled")
 
     def take(self, name: str) -> Any:
-        """A tensor that was waited for; once."""
+        """The tensor, after ``wait_for``; each tensor can be taken once."""
         with self._lock:
             number = self._outputs.number(name)
             tensor = self._outputs.deliver_one(name)
@@ -115,10 +115,10 @@ class ArrivingLoad:
             return tensor
 
     def finish(self, progress: Progress | None = None) -> dict[str, Any]:
-        """Waits for the end; what the engine reports. Ctrl-C ends the wait, and not the load.
+        """Waits for the end and returns the engine's report. Ctrl-C ends only the wait.
 
         Args:
-            progress: a function of bytes done and in all, that is called meanwhile.
+            progress: called during the wait with the bytes done and the total.
         """
         self._require_this_process()
         while not self._native.wait(POLL_SECONDS if self._report is None else 0):
@@ -140,15 +140,15 @@ class ArrivingLoad:
         return record(report, self._fallbacks, caller, is_last=False)
 
     def progress(self) -> tuple[int, int]:
-        """Bytes that have arrived, and those in all."""
+        """Bytes that have arrived, and the total."""
         return self._native.progress()
 
     def cancel(self) -> None:
-        """Stops it, waits until nothing is in flight, and lets go of what was not taken."""
+        """Stops the load, waits until nothing is in flight, and drops the tensors not taken."""
         if os.getpid() != self._pid or self._report is not None:
             return
         if self._native.wait(0):
-            with contextlib.suppress(WeightliftError):  # nobody is left to hear it
+            with contextlib.suppress(WeightliftError):  # the caller gave up the load
                 self.finish()
         else:
             cancel_plan(self._native)
@@ -161,13 +161,13 @@ class ArrivingLoad:
     def _require_this_process(self) -> None:
         if os.getpid() != self._pid:
             raise WeightliftError(
-                "the model is still being loaded by the process that this one was forked from, and "
-                "its threads are there: call wait() of the load's report before a fork"
+                "the parent process is still loading this model, and the load's threads exist only "
+                "there: call wait() of the load's report before the fork"
             )
 
 
 def ranks_of(told: Told, numbers: Mapping[str, int], order: Sequence[str]) -> list[int]:
-    """Of each tensor that the engine was told of, its place in the order of use."""
+    """The place in the order of use of each tensor given to the engine."""
     places: dict[int, int] = {}
     for place, name in enumerate(order):
         places.setdefault(numbers[name], place)
@@ -175,7 +175,8 @@ def ranks_of(told: Told, numbers: Mapping[str, int], order: Sequence[str]) -> li
 
 
 def _after_fork() -> None:
-    """The engine's threads are not in the child: to end its loads would be to wait for them."""
+    """Drops the loads in a forked child: the engine's threads do not exist there, so ending a load
+    would wait forever."""
     for load in _running:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(load._native))
 

@@ -1,4 +1,4 @@
-"""Parts of tensors to parts of other tensors, whatever the strides on both sides."""
+"""Copies parts of a checkpoint's tensors to parts of other tensors, with any strides."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = ["Copy", "RunningCopies", "copy_parts", "start_parts"]
 
 @dataclasses.dataclass(slots=True)
 class Copy:
-    """Elements of a checkpoint's tensor that go to a part of a target.
+    """A copy of elements of a checkpoint's tensor to a part of a target.
 
     Attributes:
-        name: of the checkpoint's tensor.
-        offset: of the first element in it; in elements, as all here.
-        shape: of what is copied.
-        strides: in the checkpoint's tensor.
-        target: the part that is written, of this shape; what is copied is cast to its dtype.
-        as_bits: the checkpoint's elements are taken for others of the same size: no cast.
+        name: the checkpoint's tensor.
+        offset: the first element to copy, in elements.
+        shape: the shape of the copy, in elements.
+        strides: strides in the checkpoint's tensor, in elements.
+        target: the part to write, of this shape; the copy casts to its dtype.
+        as_bits: reinterpret the elements as another dtype of the same size instead of a cast.
     """
 
     name: str
@@ -49,9 +49,9 @@ def copy_parts(
     """Copies parts of tensors to their targets, all files and all devices at once.
 
     Args:
-        checkpoint: whose tensors they are.
-        copies: no two of them write the same byte.
-        options: how; memory is where the targets are.
+        checkpoint: the checkpoint.
+        copies: the copies; no two may write the same byte.
+        options: how to load; the targets define the memory.
     """
     return start_parts(checkpoint, copies, options).result()
 
@@ -59,8 +59,8 @@ def copy_parts(
 def start_parts(
     checkpoint: Checkpoint, copies: Sequence[Copy], options: LoadOptions = LoadOptions()
 ) -> RunningCopies:
-    """As ``copy_parts``, and returns when the engine has begun. Until ``result`` or ``cancel`` has
-    returned, nobody may look at the targets."""
+    """As ``copy_parts``, but returns when the engine has begun. The targets must not be read until
+    ``result`` or ``cancel`` has returned."""
     narrow = {dtypes.file_name(copy.target.dtype) for copy in copies} & {"F8_E4M3", "F8_E5M2"}
     plan = new_plan(options.settings or Settings.current(), next(iter(narrow), None))
     devices = {copy.target.device for copy in copies}
@@ -78,13 +78,13 @@ def start_parts(
 
 
 class RunningCopies:
-    """Copies that the engine does.
+    """Copies in progress.
 
     Args:
-        plan: that was started.
-        options: of it.
-        later: what torch is to put into place afterwards: target, value.
-        targets: kept until the end.
+        plan: the started plan.
+        options: its options.
+        later: (target, value) pairs that torch copies afterwards.
+        targets: tensors to keep alive until the end.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class RunningCopies:
         fallbacks = []
         if self._later:
             fallbacks.append(
-                f"{len(self._later)} parts put into place by torch: the engine's are contiguous"
+                f"torch copied {len(self._later)} parts to targets that are not contiguous"
             )
         with torch.no_grad():
             for target, value in self._later:
@@ -119,7 +119,7 @@ class RunningCopies:
         return LoadReport.from_native(record(native, fallbacks, self._options.caller))
 
     def cancel(self) -> None:
-        """Stops, and waits until nothing is in flight."""
+        """Stops the copies and waits until nothing is in flight."""
         cancel_plan(self._plan)
 
 
@@ -155,7 +155,7 @@ def _add(
 
 
 def _runs(copy: Copy) -> bool:
-    """Whether the target is filled from its first byte to its last, in the order of the source."""
+    """Whether the copy fills the target contiguously, in the order of the source."""
     expected = 1
     dimensions = zip(copy.strides, copy.shape, copy.target.stride(), strict=True)
     for _, count, stride in sorted(dimensions, key=lambda d: d[0]):

@@ -1,4 +1,4 @@
-"""Where tensors of a checkpoint go."""
+"""Destinations of a checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Destination", "SliceRange"]
 
-# (start, step, count) of one dimension. One of each dimension: a part of a tensor.
+# (start, step, count) of one dimension. One per dimension gives a part of a tensor.
 SliceRange: TypeAlias = "tuple[int, int, int]"
 
 
 class Destination(NamedTuple):
-    """Tensors that go to one device, in one way.
+    """Tensors with the same device and dtype.
 
     Attributes:
-        device: with its index filled in.
-        dtype: the file's name of a floating-point dtype to cast floating-point tensors to.
-        names: which tensors; ``None`` for all.
-        targets: of each name, the tensor that is written to; they give the dtypes. ``None`` makes
-            new ones.
-        parts: of each name, what is loaded of it; ``None`` for whole tensors.
+        device: the device, with its index filled in.
+        dtype: the file's name of the dtype to cast floating-point tensors to.
+        names: the tensors; ``None`` for all.
+        targets: the tensor to write to for each name, which gives the dtype. ``None`` makes new
+            tensors.
+        parts: the part to load for each name; ``None`` for whole tensors.
     """
 
     device: torch.device
@@ -34,12 +34,12 @@ class Destination(NamedTuple):
 
     @property
     def on_host(self) -> bool:
-        """Whether the engine brings it to host memory, where torch may fetch it."""
+        """Whether the engine delivers to host memory, from where torch may copy on."""
         return self.device.type != "cuda"
 
     @property
     def is_native(self) -> bool:
-        """Whether it is where the engine can write."""
+        """Whether the engine can write to the device."""
         return self.device.type in ("cpu", "cuda")
 
     @property

@@ -1,4 +1,4 @@
-"""A load while it is planned: which tensors go where."""
+"""The plan of a load: which tensors go where."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["LoadPlan", "Planned", "Running"]
 
 
 class Running(Protocol):
-    """A load that runs: of one process, or shared by several."""
+    """A running load, of one process or shared by several."""
 
     def result(self) -> dict[str, Any]: ...
     def cancel(self) -> None: ...
@@ -36,7 +36,7 @@ class Running(Protocol):
 
 
 class Planned(Protocol):
-    """A load that is planned: of one process, or shared by several."""
+    """A planned load, of one process or shared by several."""
 
     def add(
         self,
@@ -52,15 +52,15 @@ class Planned(Protocol):
 
 
 class LoadPlan:
-    """What goes where; ``add`` it, then ``start`` it.
+    """A plan; ``add`` destinations, then ``start`` it.
 
-    All files and all devices are one plan, so that every link is busy to the end.
+    One plan has all files and all devices, so that every link stays busy until the end.
 
     Args:
-        checkpoint: what there is.
-        options: how it is loaded.
-        shared: others may get the same tensors from ``checkpoint`` while these live.
-        allocator: where memory on CUDA devices comes from; torch, by default.
+        checkpoint: the checkpoint.
+        options: how to load.
+        shared: other loads may map the same tensors of ``checkpoint`` while these are alive.
+        allocator: allocates memory on CUDA devices; torch by default.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class LoadPlan:
         """Adds tensors with one destination.
 
         Args:
-            device: where to; its index is filled in.
-            dtype: the file's name of a floating-point dtype to cast floating-point tensors to.
-            names: which tensors; all by default. A name is added once for a device.
+            device: the device, with its index filled in.
+            dtype: the file's name of the dtype to cast floating-point tensors to.
+            names: the tensors; all by default. A name is added at most once for a device.
             targets: tensors of the names' shapes on ``device`` to write to; they give the dtypes.
-            parts: of each of the names, what is loaded, in memory of its own; steps are positive.
+            parts: the part of each tensor to load, into own memory; steps are positive.
 
         Raises:
             ArgumentError: the options forbid this device or dtype.
@@ -107,7 +107,7 @@ class LoadPlan:
 
     @gc_pause.paused()
     def start(self) -> RunningLoad:
-        """Allocates, and starts the engine's threads; small loads run in ``RunningLoad.result``."""
+        """Allocates memory and starts the engine; small loads run in ``RunningLoad.result``."""
         writer = self._written(in_order=False)
         running = writer.start(HashCheck(self._checkpoint.files) if self._options.verify else None)
         enter_phase("run")
@@ -115,19 +115,18 @@ class LoadPlan:
 
     @gc_pause.paused()
     def start_in_order(self, order: Sequence[str]) -> ArrivingLoad:
-        """The same for tensors that are waited for one by one.
+        """As ``start``, for tensors that the caller takes one by one.
 
         Args:
             order: the names of all tensors of the plan, in the order in which they are used.
 
         Raises:
-            ArgumentError: hashes are to be compared, which are known at the end alone.
+            ArgumentError: ``verify=True``, whose result is known only at the end.
         """
         if self._options.verify:
             raise ArgumentError(
-                "verify=True knows at the end of a load whether the files are what they should be, "
-                "and background=True uses them before: load without one of them, or run "
-                "`weightlift verify` first"
+                "verify=True checks the files at the end of a load, but background=True uses the "
+                "tensors earlier: leave out one of them, or run `weightlift verify` first"
             )
         arriving = self._written(in_order=True).start_in_order(order)
         enter_phase("run")

@@ -1,4 +1,4 @@
-"""Tensors on one device, at once: of a checkpoint, or of the host."""
+"""Loads tensors to one device, from a checkpoint or from host memory."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def load_tensors(
     """Loads tensors of a checkpoint to one device, in the order of the files; see ``LoadPlan``.
 
     Args:
-        checkpoint: what there is.
-        device: where to; its index is filled in.
-        options: how.
-        dtype: the file's name of a floating-point dtype to cast floating-point tensors to.
-        names: which tensors; all by default.
-        shared: others may get the same tensors from ``checkpoint`` while these live.
-        allocator: where memory on CUDA devices comes from; torch, by default.
+        checkpoint: the checkpoint.
+        device: the device, with its index filled in.
+        options: how to load.
+        dtype: the file's name of the dtype to cast floating-point tensors to.
+        names: the tensors; all by default.
+        shared: other loads may map the same tensors of ``checkpoint`` while these are alive.
+        allocator: allocates memory on CUDA devices; torch by default.
     """
     plan = LoadPlan(checkpoint, options, shared=shared, allocator=allocator)
     plan.add(device, dtype, names)
@@ -60,19 +60,19 @@ def copy_to_device(
     """Copies contiguous CPU tensors to a CUDA device, through the staging ring.
 
     Args:
-        tensors: of dtypes that the format has; they must not change meanwhile.
-        device: its index is filled in.
-        dtype: the file's name of a dtype to cast to what the engine casts.
-        settings: instead of those that hold now.
-        allocator: where memory on CUDA devices comes from; torch, by default.
-        caller: whom ``stats()`` books it on.
+        tensors: tensors of dtypes that the format has; they must not change meanwhile.
+        device: the device, with its index filled in.
+        dtype: the file's name of the dtype to cast to, where the engine has the cast.
+        settings: replaces the current settings.
+        allocator: allocates memory on CUDA devices; torch by default.
+        caller: the name in ``stats().by_caller``.
     """
     plan = new_plan(settings or Settings.current(), dtype)
     allocator = allocator or TorchAllocator()
     sources = [dtypes.file_name(tensor.dtype) for tensor in tensors.values()]
     found = [source for source in sources if source is not None]
     targets = [dtype if dtype and own in dtypes.CASTABLE else own for own in found]
-    # Of F4, an element of torch's is two of the format's.
+    # An F4 element of torch is two elements of the format.
     doubled = [2 if own == "F4" else 1 for own in found]
     shapes = [
         (*t.shape[:-1], t.shape[-1] * n) if n != 1 else tuple(t.shape)
@@ -107,9 +107,9 @@ def write_to_device(
     """Copies contiguous CPU tensors into contiguous ones on one CUDA device, through the ring.
 
     Args:
-        pairs: (source, target) of the same shape; of dtypes that the engine casts among each other,
-            or the same. The sources must not change meanwhile.
-        caller: whom ``stats()`` books it on.
+        pairs: (source, target) of the same shape, with the same dtype or dtypes that the engine
+            casts between. The sources must not change meanwhile.
+        caller: the name in ``stats().by_caller``.
     """
     sources = [source for source, _ in pairs]
     targets = [target for _, target in pairs]

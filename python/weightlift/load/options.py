@@ -1,4 +1,4 @@
-"""How tensors are to be loaded."""
+"""The options of a load."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "LoadOptions", "Mode", "Progress", "mode_of_backend"]
 
-# Called with the bytes that are done and those in all.
+# Called with the bytes done and the total.
 Progress: TypeAlias = Callable[[int, int], None]
 Mode: TypeAlias = Literal["auto", "map", "read"]
-# What the reference calls its two ways to the bytes.
+# The reference's names for its two I/O paths.
 Backend: TypeAlias = Literal["mmap", "pread"]
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadOptions:
-    """How bytes move, whatever they are and wherever they go.
+    """How bytes move.
 
     Attributes:
-        mode: ``"map"`` hands out mappings of the files, ``"read"`` memory of its own; ``"auto"``
-            maps where nothing is cast, pinned or moved.
-        pin_memory: page-locked host memory.
+        mode: ``"map"`` returns mappings of the files, ``"read"`` own memory; ``"auto"`` maps where
+            nothing is cast, pinned or moved.
+        pin_memory: use page-locked host memory.
         verify: compare the SHA-256 of the files with the known ones while they are read.
-        progress: ``True`` for a bar, or a function of bytes done and in all.
-        settings: instead of those that hold when the load is planned.
-        caller: whom ``stats()`` books the load on.
-        background: modules are handed out while their tensors are on their way (``module/fill``).
+        progress: ``True`` for a progress bar, or a function of bytes done and total.
+        settings: replaces the settings in effect when the load is planned.
+        caller: the name of the load in ``stats().by_caller``.
+        background: return modules before their tensors have arrived (``module/fill``).
 
     Raises:
-        ArgumentError: a mode that there is not.
-        MissingLibraryError: a bar without rich, which draws it.
+        ArgumentError: an unknown mode.
+        MissingLibraryError: a progress bar needs rich.
     """
 
     mode: Mode = "auto"
@@ -57,8 +57,8 @@ class LoadOptions:
             require("rich", "progress=True")
 
     def check_target(self, device: torch.device, dtype: str | None) -> None:
-        """Raises an ``ArgumentError`` where tensors cannot go to ``device``, cast to ``dtype``, in
-        this way."""
+        """Raises an ``ArgumentError`` if these options do not allow loads to ``device`` with a cast
+        to ``dtype``."""
         if self.mode == "map":
             conflicts = [
                 text
@@ -75,14 +75,16 @@ class LoadOptions:
                     f"{' and '.join(conflicts)}; use mode='auto'"
                 )
         if self.pin_memory and device.type != "cpu":
-            raise ArgumentError(f"pin_memory=True is for the CPU, not for {device}")
+            raise ArgumentError(
+                f"pin_memory=True is for the CPU, not for {device}: leave out one of them"
+            )
 
 
 def mode_of_backend(mode: Mode, backend: Backend | None) -> Mode:
-    """The mode that the reference's name for it means.
+    """The mode for the reference's ``backend``.
 
     Raises:
-        ArgumentError: there is no such backend, or the mode contradicts it.
+        ArgumentError: the backend is unknown, or contradicts the mode.
     """
     if backend is None:
         return mode
@@ -90,7 +92,9 @@ def mode_of_backend(mode: Mode, backend: Backend | None) -> Mode:
     if backend not in modes:
         raise ArgumentError(f"backend {backend!r} is invalid (expected one of: 'mmap', 'pread')")
     if mode not in ("auto", modes[backend]):
-        raise ArgumentError(f"backend={backend!r} and mode={mode!r} contradict each other")
+        raise ArgumentError(
+            f"backend={backend!r} and mode={mode!r} contradict each other: leave out one of them"
+        )
     if mode == "auto" and backend == "pread":
         return "read"
     return mode

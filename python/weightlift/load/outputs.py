@@ -1,4 +1,4 @@
-"""What a load hands out, and what torch still does to it when the engine has ended."""
+"""The tensors that a load returns, and torch's work on them after the engine has ended."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ __all__ = ["Outputs"]
 
 
 class Outputs:
-    """Tensors by number, and the names under which they are handed out.
+    """Tensors by number, and the names under which the load returns them.
 
-    A number is a tensor's place in ``tensors``. Several names may have one number: what shares
-    memory in a torch file is loaded once, and each name is a view of it.
+    A number is a tensor's index in ``tensors``. Several names may have one number: tensors that
+    share memory in a torch file are loaded once, and each name is a view.
     """
 
     def __init__(self) -> None:
         self.tensors: list[Any] = []
         self._names: list[str] = []
-        # Of each name; ``None`` while they count up from 0.
+        # The number of each name; ``None`` while they count up from 0.
         self._numbers: list[int] | None = None
         self._views: list[tuple[int, View]] = []
         self._made_by_engine: list[Sequence[int]] = []
-        # What the engine does not do: casts between rare dtypes, copies into targets that are not
-        # contiguous or of a dtype that it does not cast to, and other devices than CUDA's.
+        # torch's work: casts between rare dtypes, copies into targets that are not contiguous or
+        # have a dtype that the engine does not cast to, and devices other than CUDA.
         self._casts: list[tuple[int, str]] = []
         self._copies: list[tuple[int, torch.Tensor]] = []
         self._moves: list[tuple[range, torch.device]] = []
-        # Where tensors are taken one by one: of each name, its place and its number; how many
-        # names of a number are left; which numbers torch is done with.
+        # If tensors are taken one by one: name -> (place, number); the number of names left for
+        # each number; the numbers that torch has finished.
         self._entries: dict[str, tuple[int, int]] | None = None
         self._left: Counter[int] = Counter()
         self._finished: set[int] = set()
 
     def new(self, tensor: Any = None) -> int:
-        """A number for a tensor, which may come later."""
+        """The number for a tensor, which may be set later."""
         number = len(self.tensors)
         self.tensors.append(tensor)
         return number
 
     def hand_out(self, name: str, number: int, view: View | None = None) -> None:
-        """Hands out a tensor, or a view of it, under a name."""
+        """Returns a tensor, or a view of it, under a name."""
         if view is not None:
             self._views.append((len(self._names), view))
         if self._numbers is None:
@@ -57,7 +57,7 @@ class Outputs:
         self._numbers.append(number)
 
     def hand_out_all(self, names: Sequence[str]) -> range:
-        """Numbers for tensors that come later, each under its name."""
+        """Numbers for tensors that are set later, each under its name."""
         numbers = range(len(self.tensors), len(self.tensors) + len(names))
         if self._numbers is not None:
             self._numbers += numbers
@@ -66,32 +66,32 @@ class Outputs:
         return numbers
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """The next tensors that the engine makes have these numbers."""
+        """Declares the numbers of the next tensors that the engine makes."""
         self._made_by_engine.append(numbers)
 
     def cast(self, number: int, dtype: str) -> None:
-        """Has torch cast a tensor, before it is viewed."""
+        """Schedules a cast by torch, before views are made."""
         self._casts.append((number, dtype))
 
     def copy_into(self, target: torch.Tensor) -> None:
-        """Has torch copy what was handed out last into ``target``, which takes its place."""
+        """Schedules a copy by torch of the last tensor into ``target``, which replaces it."""
         self._copies.append((len(self._names) - 1, target))
 
     def move(self, numbers: range, device: torch.device) -> None:
-        """Has torch move tensors, before they are cast."""
+        """Schedules a move by torch, before casts."""
         self._moves.append((numbers, device))
 
     def number(self, name: str) -> int:
-        """Of a tensor, by a name that it is handed out under."""
+        """The number of a tensor, by one of its names."""
         return self._entry(name)[1]
 
     def numbers(self) -> dict[str, int]:
-        """The same of all names."""
+        """Name -> number."""
         numbers = range(len(self._names)) if self._numbers is None else self._numbers
         return dict(zip(self._names, numbers, strict=True))
 
     def deliver_one(self, name: str) -> Any:
-        """The tensor of a name, once the engine has filled it; no name is asked for twice."""
+        """The tensor of a name after the engine has filled it; call it once for each name."""
         entry, number = self._entry(name)
         tensor = self.tensors[number]
         if number not in self._finished:
@@ -112,7 +112,7 @@ class Outputs:
         return tensor
 
     def clear(self) -> None:
-        """Lets go of all tensors."""
+        """Drops all tensors."""
         self.tensors = [None] * len(self.tensors)
 
     def _entry(self, name: str) -> tuple[int, int]:
@@ -123,7 +123,7 @@ class Outputs:
         return self._entries[name]
 
     def deliver(self, made: Sequence[Any]) -> dict[str, Any]:
-        """Name -> tensor, with the tensors that the engine has made."""
+        """Name -> tensor, from the tensors that the engine has made."""
         self.take(made)
         tensors = self.tensors
         for numbers, device in self._moves:
@@ -140,11 +140,11 @@ class Outputs:
             handed_out[entry] = base.as_strided(view.shape, view.stride, view.offset)
         for entry, target in self._copies:
             handed_out[entry] = target.copy_(handed_out[entry])
-        self.tensors = []  # whoever keeps the load does not keep them
+        self.tensors = []  # the load must not keep them alive
         return dict(zip(self._names, handed_out, strict=True))
 
     def take(self, made: Sequence[Any]) -> None:
-        """Takes the tensors that the engine makes, which it may not have filled yet."""
+        """Stores the engine's tensors, which the engine may not have filled yet."""
         expected = sum(map(len, self._made_by_engine))
         if len(made) != expected:
             raise RuntimeError(f"the engine has made {len(made)} tensors, not {expected}")

@@ -1,4 +1,4 @@
-"""The phases of a load, for whoever measures them."""
+"""The phases of a load, for measurements."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal, TypeAlias
 
 __all__ = ["Phase", "enter_phase", "observe_phases"]
 
-# A plan is made, and memory allocated; the engine runs while the caller does something else; the
-# caller waits for it; tensors are made of what it has moved.
+# plan: make the plan and allocate memory. run: the engine runs while the caller does other work.
+# wait: the caller waits for the engine. deliver: make tensors of the moved bytes.
 Phase: TypeAlias = Literal["plan", "run", "wait", "deliver"]
 
 _observer: ContextVar[Callable[[Phase], None] | None] = ContextVar(
@@ -18,8 +18,8 @@ _observer: ContextVar[Callable[[Phase], None] | None] = ContextVar(
 
 
 def observe_phases(observer: Callable[[Phase], None] | None) -> None:
-    """Calls ``observer`` with each phase that a load of this thread (or asyncio task) enters, from
-    now on; ``None`` ends that."""
+    """From now on calls ``observer`` with each phase that a load of this thread (or asyncio task)
+    enters; ``None`` ends this."""
     _observer.set(observer)
 
 

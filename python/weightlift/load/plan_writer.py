@@ -1,4 +1,4 @@
-"""Destinations become entries of the engine's plan."""
+"""Turns destinations into entries of the engine's plan."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class _Selection(NamedTuple):
 
     Attributes:
         file: the indexed file.
-        positions: of the tensors in it; ``None`` for all of them.
-        numbers: of each.
+        positions: the tensors' positions in the file; ``None`` for all.
+        numbers: their numbers.
     """
 
     file: _native.IndexedFile
@@ -48,7 +48,7 @@ class _Selection(NamedTuple):
     numbers: Sequence[int]
 
     def take(self, indices: Sequence[int]) -> _Selection:
-        """Some of them, by their place in ``numbers``."""
+        """A part of the selection, by indices into ``numbers``."""
         positions = self.positions
         return _Selection(
             self.file,
@@ -57,7 +57,7 @@ class _Selection(NamedTuple):
         )
 
     def name(self, index: int) -> str:
-        """In the file."""
+        """The tensor's name in the file."""
         return self.file.names([index if self.positions is None else self.positions[index]])[0]
 
 
@@ -72,16 +72,16 @@ class _OnDevice(NamedTuple):
 
 
 class PlanWriter:
-    """Writes destinations into a plan of the engine's; ``add`` them, then ``start``.
+    """Writes destinations into a plan of the engine; ``add`` them, then ``start``.
 
     Args:
-        checkpoint: what there is.
-        options: how it is loaded.
-        settings: that hold for this load.
-        shared: others may get the same tensors from ``checkpoint`` while these live.
-        allocator: of memory on CUDA devices; torch, by default.
-        cast_to: the dtypes that tensors are cast to.
-        in_order: ``start_in_order`` will start it.
+        checkpoint: the checkpoint.
+        options: how to load.
+        settings: the settings of this load.
+        shared: other loads may map the same tensors of ``checkpoint`` while these are alive.
+        allocator: allocates memory on CUDA devices; torch by default.
+        cast_to: the dtypes to cast to.
+        in_order: ``start_in_order`` will start the plan.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class PlanWriter:
         return self._given_allocator
 
     def add(self, destination: Destination) -> None:
-        """Plans what goes to one destination."""
+        """Adds one destination."""
         first = len(self._outputs.tensors)
         checkpoint = self._checkpoint
         is_whole = all(given is None for given in destination[2:])
@@ -132,11 +132,11 @@ class PlanWriter:
                 self._add_parts(destination, names, destination.parts)
         if not destination.is_native:
             device = destination.device
-            self._fallbacks.append(f"{device}: loaded to the CPU, then moved by torch")
+            self._fallbacks.append(f"{device}: loaded to the CPU, then torch moved the tensors")
             self._outputs.move(range(first, len(self._outputs.tensors)), device)
 
     def start(self, hashes: HashCheck | None = None) -> RunningLoad:
-        """Allocates on devices and starts the engine; ``hashes`` are computed meanwhile."""
+        """Allocates device memory and starts the engine; ``hashes`` are computed in parallel."""
         self._allocate_on_devices()
         if hashes is not None:
             hashes.start()
@@ -149,8 +149,8 @@ class PlanWriter:
         return RunningLoad(self._native, self._outputs, self._fallbacks, self._options, hashes)
 
     def start_in_order(self, order: Sequence[str]) -> ArrivingLoad:
-        """The same for tensors that are waited for one by one: those of ``order``, which are all
-        that are handed out, in the order in which they are used."""
+        """As ``start``, for tensors that the caller takes one by one. ``order`` has the names of
+        all tensors in their order of use."""
         if self._told is None:
             raise RuntimeError("this plan was not made to be started in an order")
         self._allocate_on_devices()
@@ -162,8 +162,8 @@ class PlanWriter:
         )
 
     def _add_names(self, destination: Destination, names: Sequence[str]) -> None:
-        """Plans whole tensors, file by file."""
-        # Of each file, position -> number; and what is written to a target as it is.
+        """Adds whole tensors, file by file."""
+        # For each file, position -> number.
         chosen: dict[int, dict[int, int]] = {}
         in_place: dict[int, dict[int, torch.Tensor]] = {}
         outputs = self._outputs
@@ -203,7 +203,7 @@ class PlanWriter:
     def _add_in_memory(
         self, destination: Destination, name: str, target: torch.Tensor | None
     ) -> None:
-        """Hands out a tensor that torch read when the checkpoint was opened."""
+        """Adds a tensor that torch read when the checkpoint was opened."""
         outputs = self._outputs
         number = outputs.new(self._checkpoint.in_memory[name].to(destination.device))
         outputs.hand_out(name, number)
@@ -219,7 +219,9 @@ class PlanWriter:
         for position, target in targets.items():
             if target.data_ptr() == 0 and target.numel():  # such as a subclass around others
                 name = self._files[part].names([position])[0]
-                raise ArgumentError(f"tensor {name!r}: what it goes to has no memory of its own")
+                raise ArgumentError(
+                    f"tensor {name!r}: its target has no memory of its own: load into plain tensors"
+                )
         addresses = [targets[position].data_ptr() for position in positions]
         own = [str(dtypes.file_name(targets[position].dtype)) for position in positions]
         self._native.copy_to(
@@ -230,7 +232,7 @@ class PlanWriter:
         self._use_stream(destination)
 
     def _add_file(self, destination: Destination, part: int, selection: _Selection) -> None:
-        """Plans tensors of one file, into memory of their own or a mapping."""
+        """Adds tensors of one file, with own memory or mapped."""
         casts = []
         if destination.dtype is not None:
             casts = self._note_casts(selection, destination.dtype)
@@ -247,7 +249,7 @@ class PlanWriter:
             self._add_on_host(part, selection)
 
     def _note_casts(self, selection: _Selection, dtype: str) -> list[int]:
-        """Which of them the engine casts; what only torch can cast is noted."""
+        """The tensors that the engine casts; schedules the other casts with torch."""
         casts = []
         by_torch = 0
         for i, own in enumerate(selection.file.dtypes(selection.positions)):
@@ -264,13 +266,13 @@ class PlanWriter:
                 self._outputs.cast(selection.numbers[i], dtype)
                 by_torch += 1
         if by_torch:
-            self._fallbacks.append(f"{selection.file.path}: {by_torch} tensors cast by torch")
+            self._fallbacks.append(f"{selection.file.path}: torch cast {by_torch} tensors")
         return casts
 
     def _add_on_host(self, part: int, selection: _Selection) -> None:
-        """Maps tensors as they are, or reads them."""
+        """Maps tensors, or reads them."""
         mode = self._options.mode
-        # People torch.save back onto the very file they loaded, which truncates it.
+        # Users torch.save back onto the file that they loaded, which truncates it.
         rewritten = mode == "auto" and self._checkpoint.formats[part] == "torch"
         if mode == "read" or rewritten or self._pin_for is not None:
             self._read(selection, None)
@@ -278,16 +280,16 @@ class PlanWriter:
         try:
             self._native.map(selection.file, selection.positions, self._shared)
         except ReadError as error:
-            # A file system that cannot map (ENODEV), or no address space left.
+            # The file system cannot map (ENODEV), or no address space is left.
             if mode == "map":
                 raise
-            self._fallbacks.append(f"read, because mapping was refused: {error}")
+            self._fallbacks.append(f"read instead of mapped: {error}")
             self._read(selection, None)
         else:
             self._expect(selection)
 
     def _expect(self, selection: _Selection) -> None:
-        """The engine makes these next, on the host."""
+        """Declares the next tensors that the engine makes, on the host."""
         self._outputs.expect(selection.numbers)
         if self._told is not None:
             self._told.add(selection.numbers, -1)
@@ -299,7 +301,7 @@ class PlanWriter:
     def _add_on_device(
         self, destination: Destination, selection: _Selection, casts: Sequence[int]
     ) -> None:
-        """Plans tensors on a CUDA device, for which there will be memory."""
+        """Adds tensors on a CUDA device; ``_allocate_on_devices`` allocates their memory."""
         file, positions = selection.file, selection.positions
         shapes, made_dtypes = file.shapes(positions), file.dtypes(positions)
         sizes = file.sizes(positions)
@@ -316,8 +318,8 @@ class PlanWriter:
         self._on_devices.append(_OnDevice(destination, selection, shapes, made_dtypes, sizes))
 
     def _allocate_on_devices(self) -> None:
-        """Reserves once a device: asking torch what it has takes up to a millisecond, and a
-        checkpoint may have a hundred files."""
+        """Reserves memory once per device: the query of torch's cache takes up to a millisecond,
+        and a checkpoint may have a hundred files."""
         sizes: dict[int, list[int]] = {}
         for wanted in self._on_devices:
             sizes.setdefault(wanted.destination.device_index, []).extend(wanted.sizes)
@@ -328,7 +330,7 @@ class PlanWriter:
         self._on_devices.clear()
 
     def _allocate_on_device(self, wanted: _OnDevice) -> None:
-        """Allocates on a CUDA device, and has it filled."""
+        """Allocates on a CUDA device and adds the copies."""
         destination, selection = wanted.destination, wanted.selection
         file, index, empty = selection.file, destination.device_index, self._allocator.empty
         made: list[tuple[int, Any]] = []
@@ -337,7 +339,7 @@ class PlanWriter:
                 made.append(empty(index, shape, dtype))
         except OutOfMemoryError:
             missing = len(made)
-            made.clear()  # the traceback would keep them, and a second try find no more room
+            made.clear()  # the traceback would keep them, and a second try would fail too
             with naming_tensor(file.path, selection.name(missing)):
                 raise
         addresses = [address for address, _ in made]
@@ -361,7 +363,7 @@ class PlanWriter:
         names: Sequence[str],
         parts: Sequence[Sequence[SliceRange]],
     ) -> None:
-        """Plans parts of tensors: what the engine can cut goes straight to its place."""
+        """Adds parts of tensors. The engine reads a part straight to its place if it can."""
         if not destination.on_host and destination.targets is None:
             self._reserve_parts(destination, names, parts)
         whole = 0
@@ -370,7 +372,7 @@ class PlanWriter:
             whole += not self._add_part(destination, name, ranges, target)
         self._use_stream(destination)
         if whole:
-            self._fallbacks.append(f"{whole} tensors loaded whole to cut their parts out of them")
+            self._fallbacks.append(f"loaded {whole} tensors whole to cut their parts out")
 
     def _reserve_parts(
         self,
@@ -391,13 +393,13 @@ class PlanWriter:
         ranges: Sequence[SliceRange],
         target: torch.Tensor | None,
     ) -> bool:
-        """Plans a part of a tensor; ``False`` where only torch can cut it out of the whole."""
+        """Adds a part of a tensor; ``False`` if only torch can cut it out of the whole."""
         outputs = self._outputs
         own = self._checkpoint[name][0]
         place = locate(self._checkpoint, name) if dtypes.bits(own) % 8 == 0 else None
         final = destination.dtype if destination.dtype and own in dtypes.FLOATING else own
         if target is not None:
-            final = own  # unless the target takes it, torch casts while it copies
+            final = own  # torch casts while it copies, unless the target has this dtype
             if place is not None and _writes_directly(own, target, destination):
                 outputs.hand_out(name, outputs.new(target))
                 self._slice(place, ranges, destination, target, dtypes.file_name(target.dtype))
@@ -426,7 +428,7 @@ class PlanWriter:
         tensor: torch.Tensor,
         dtype: str | None,
     ) -> None:
-        """Has the engine cut a part of a tensor out of its file."""
+        """Adds a part that the engine reads from the file."""
         file, position = place
         if tensor.numel() > 0:
             made = dtype or file.dtype(position)
@@ -441,7 +443,7 @@ class PlanWriter:
         return made
 
     def _cut(self, name: str, ranges: Sequence[SliceRange]) -> torch.Tensor:
-        """A part of what only torch can cut, in memory of its own."""
+        """A part that only torch can cut, in own memory."""
         import torch
 
         writer = PlanWriter(
@@ -456,7 +458,7 @@ class PlanWriter:
 
 
 def _writes_directly(own: str, target: torch.Tensor, destination: Destination) -> bool:
-    """Whether the engine can write a tensor of the file's dtype ``own`` to a target."""
+    """Whether the engine can write a tensor with the file's dtype ``own`` to the target."""
     wanted = dtypes.file_name(target.dtype)
     castable = own in dtypes.CASTABLE and wanted in dtypes.CASTABLE
     return (own == wanted or castable) and target.is_contiguous() and destination.is_native
@@ -470,6 +472,6 @@ def _pinning_device() -> int:
     import torch
 
     if not torch.cuda.is_available():
-        raise DeviceError("pin_memory=True needs a CUDA driver and a GPU: there is none")
+        raise DeviceError("pin_memory=True needs a CUDA driver and a GPU, and there is none")
     torch.cuda.init()  # type: ignore[no-untyped-call]
     return torch.cuda.current_device()

@@ -1,4 +1,4 @@
-"""LoadPlans that run: made, started, waited for, stopped."""
+"""Makes, starts, awaits and cancels the engine's plans."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = [
     "start_plan",
 ]
 
-# How often a waiting caller looks up: for Ctrl-C, and for progress.
+# How often a waiting caller checks for Ctrl-C and reports progress.
 POLL_SECONDS = 0.05
 
 
 def new_plan(settings: Settings, dtype: str | None = None) -> _native.Plan:
-    """An empty plan under these settings, for casts to ``dtype``."""
+    """An empty plan with these settings, for casts to ``dtype``."""
     plan = _native.Plan(settings.native(dtypes.fp8_rules(dtype)))
     if settings.populate is not None:
         plan.populate(settings.populate)
@@ -49,14 +49,14 @@ def start_plan(plan: _native.Plan, allocator: Allocator | None) -> None:
 def finish_plan(
     plan: _native.Plan, progress: bool | Progress = False, *, check_touched: bool = True
 ) -> dict[str, Any]:
-    """Waits for a started plan; Ctrl-C stops it, drains what is in flight and goes on up.
+    """Waits for a started plan. Ctrl-C stops it, drains the copies in flight and is raised again.
 
     Args:
-        plan: that was started.
-        progress: ``True`` for a bar, or what to tell how far it is.
-        check_touched: a file whose modification time has changed during the load, and whose bytes
-            cannot be compared, is an error. Otherwise the report's ``"touched"`` names those files,
-            and the caller finds out whether their bytes have changed.
+        plan: the started plan.
+        progress: ``True`` for a progress bar, or a function of bytes done and total.
+        check_touched: raise an error for a file whose modification time changed during the load
+            and whose bytes cannot be compared. Otherwise the report's ``"touched"`` names these
+            files, and the caller checks their bytes.
     """
     enter_phase("wait")
     try:
@@ -83,16 +83,16 @@ def _wait(plan: _native.Plan, progress: bool | Progress) -> None:
 
 
 def require_untouched(report: dict[str, Any]) -> None:
-    """Takes ``"touched"`` out of a report.
+    """Removes ``"touched"`` from a report.
 
     Raises:
-        ReadError: it names a file.
+        ReadError: ``"touched"`` names a file.
     """
     if touched := report.pop("touched"):
         raise read_error(
             "file_changed",
-            "the file was written to, or its modification time was changed, while it was being "
-            "read; load it again once its writer is done",
+            "the file, or only its modification time, was changed during the load; load it again "
+            "when its writer is done",
             touched[0],
         )
 
@@ -114,7 +114,7 @@ def run_plan(
 
 @contextlib.contextmanager
 def progress_callback(progress: bool | Progress) -> Iterator[Progress | None]:
-    """What to tell how far a load is; ``True``: a bar on the terminal."""
+    """The function to call with the progress; ``True`` draws a bar on the terminal."""
     if progress is not True:
         yield progress or None
         return

@@ -1,4 +1,4 @@
-"""Checkpoints on their way into the page cache, for a load that comes later."""
+"""Reads checkpoints into the page cache for a later load."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from weightlift.load.plans import cancel_plan, new_plan, start_plan
 
 __all__ = ["memory_headroom", "populate"]
 
-# How often it is looked whether they are still wanted.
+# How often the loop checks ``ended``.
 _POLL_SECONDS = 0.05
 
 
 def memory_headroom() -> int:
-    """Bytes that this process may still take, by its cgroup and by what the machine has free."""
+    """Bytes that this process can still allocate, by its cgroup and the machine's free memory."""
     return int(_native.machine()["memory_headroom"])
 
 
 def populate(checkpoint: Checkpoint, ended: threading.Event) -> bool:
-    """Has the engine read what it would map, and map it for nobody; ``False`` where a file cannot
-    be read. Not posix_fadvise(2): pages that are on their way count as resident, and are then
-    waited for one by one.
+    """Reads the byte ranges that a load would map into the page cache; ``False`` if a file cannot
+    be read. posix_fadvise(2) would mark pages as resident before their read ends, and a load would
+    then wait for them one by one.
 
     Args:
-        ended: set once nobody wants them any more.
+        ended: set it to stop.
     """
     plan = new_plan(Settings.current())
     try:
@@ -38,5 +38,5 @@ def populate(checkpoint: Checkpoint, ended: threading.Event) -> bool:
             if ended.is_set():
                 cancel_plan(plan)
     except WeightliftError:
-        return False  # whoever loads the file meets it
+        return False  # the load will raise the error
     return True

@@ -1,4 +1,4 @@
-"""Loads that begin before their module is built."""
+"""Loads that start before their module is built."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["PrefetchedLoad"]
 
 @dataclasses.dataclass(frozen=True)
 class PrefetchedLoad:
-    """A load that runs before its module is there, of tensors that are expected to go to one
-    device in one dtype; ``fill`` takes from it those that do.
+    """A load that runs while its module is built, for tensors that are expected to go to one device
+    in one dtype. ``fill`` takes from it the tensors for which this holds.
 
     Attributes:
         running: the load.
-        device: where its tensors go.
-        dtype: the file's name of the dtype that floating-point tensors are cast to, if any.
-        names: of its tensors.
-        renames: the checkpoint's names -> those that its tensors have here, where they differ.
+        device: the device of its tensors.
+        dtype: the file's name of the dtype to cast floating-point tensors to, or ``None``.
+        names: the names of its tensors.
+        renames: name in the checkpoint -> name here, where they differ.
     """
 
     running: Running
@@ -47,19 +47,19 @@ class PrefetchedLoad:
         names: Sequence[str] | None = None,
         options: LoadOptions = LoadOptions(),
     ) -> PrefetchedLoad:
-        """Starts to load; ``names`` are all by default."""
+        """Starts the load; ``names`` is all tensors by default."""
         plan = LoadPlan(checkpoint, options)
         plan.add(device, dtype, names)
         return cls(plan.start(), device, dtype, frozenset(checkpoint if names is None else names))
 
     def renamed(self, renames: Mapping[str, str]) -> PrefetchedLoad:
-        """The same load under the names that ``Checkpoint.renamed`` gives."""
+        """The same load with the names of ``Checkpoint.renamed``."""
         names = frozenset(renames.get(name, name) for name in self.names)
         return dataclasses.replace(self, names=names, renames=renames)
 
     def delivers(self, device: torch.device, file_dtype: str, cast_to: str | None) -> bool:
-        """Whether a tensor of a file's dtype comes to this device, and in the dtype that it is to
-        be cast to, if to any."""
+        """Whether this load delivers a tensor with the file's dtype to ``device``, cast to
+        ``cast_to``."""
         if device != self.device:
             return False
         if file_dtype not in dtypes.FLOATING:
@@ -67,17 +67,17 @@ class PrefetchedLoad:
         return (cast_to or file_dtype) == (self.dtype or file_dtype)
 
     def result(self) -> dict[str, Any]:
-        """Waits for the end: name -> tensor."""
+        """Waits for the end and returns name -> tensor."""
         tensors = self.running.result()
         if self.renames:
             return {self.renames.get(name, name): tensor for name, tensor in tensors.items()}
         return tensors
 
     def cancel(self) -> None:
-        """Stops it, and waits until nothing is in flight."""
+        """Stops the load and waits until nothing is in flight."""
         self.running.cancel()
 
     @property
     def report(self) -> LoadReport:
-        """What it did, when it has ended."""
+        """The report of the ended load."""
         return self.running.report

@@ -1,4 +1,4 @@
-"""Tensors one by one, while those that come next are read."""
+"""Yields tensors one by one and reads the next ones ahead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read_ahead"]
 
-# Of one group; two are in memory at a time, and what the caller keeps.
+# Bytes of one group. Two groups are in memory at a time, plus the tensors that the caller keeps.
 _GROUP_BYTES = 256 << 20
 
 
@@ -28,14 +28,14 @@ def read_ahead(
     *,
     group_bytes: int = _GROUP_BYTES,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, CPU tensor) in the order of ``names``; the engine reads a group while the one before
-    is used. Each tensor is memory of the caller's.
+    """Yields (name, CPU tensor) in the order of ``names``; the engine reads the next group while
+    the caller uses the current one. The caller owns each tensor.
 
     Args:
-        checkpoint: what there is.
-        names: which tensors.
-        options: how; they are read, not mapped, whatever the mode.
-        group_bytes: how much is read at once; a larger tensor is a group of its own.
+        checkpoint: the checkpoint.
+        names: the tensors.
+        options: how to load; tensors are read, never mapped.
+        group_bytes: bytes of one group; a larger tensor is a group alone.
     """
 
     options = dataclasses.replace(options, mode="read")

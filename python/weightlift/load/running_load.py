@@ -1,4 +1,4 @@
-"""A load while it runs: waited for, or cancelled."""
+"""A running load."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["RunningLoad"]
 
 
 class RunningLoad:
-    """What ``LoadPlan.start`` has started. ``result`` or ``cancel`` ends it.
+    """A load started by ``LoadPlan.start``. Call ``result`` or ``cancel`` to end it.
 
     Args:
-        native: the engine's plan, which has started.
-        outputs: what becomes of the engine's tensors.
-        fallbacks: what was planned another way than the fastest, and why.
-        options: of the load.
-        hashes: that are computed meanwhile.
+        native: the engine's plan, already started.
+        outputs: turns the engine's tensors into those of the caller.
+        fallbacks: steps that do not take the fastest way, with reasons.
+        options: the options of the load.
+        hashes: a hash check that runs in parallel.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class RunningLoad:
 
     @gc_pause.paused()
     def result(self) -> dict[str, Any]:
-        """Waits for the end: name -> tensor, in the order of the files where one destination takes
-        them all, else destination by destination."""
+        """Waits for the end and returns name -> tensor, in the order of the files if there is one
+        destination for all tensors, else destination by destination."""
         try:
             report = finish_plan(self._native, self._progress)
             if self._hashes is not None:
@@ -61,22 +61,22 @@ class RunningLoad:
         return tensors
 
     def show(self, progress: Progress) -> None:
-        """Tells this, from now on, how far the load is."""
+        """From now on calls ``progress`` with the progress of the load."""
         self._progress = progress
 
     @property
     def report(self) -> LoadReport:
-        """What it did.
+        """The report.
 
         Raises:
-            RuntimeError: the load has not ended, or not well.
+            RuntimeError: the load has not ended, or has failed.
         """
         if self._report is None:
             raise RuntimeError("the load has no report before its result() has returned")
         return LoadReport.from_native(self._report)
 
     def cancel(self) -> None:
-        """Stops it, and waits until nothing is in flight."""
+        """Stops the load and waits until nothing is in flight."""
         if self._hashes is not None:
             self._hashes.stop()
         cancel_plan(self._native)

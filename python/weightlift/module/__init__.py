@@ -1,1 +1,1 @@
-"""Tensors into a module: parameter references, matching, device maps, DTensors, offload."""
+"""Fills modules with tensors: parameter references, matching, device maps, DTensors, offload."""

@@ -1,4 +1,4 @@
-"""Loaded tensors into a module, and what becomes of those that were not loaded."""
+"""Puts loaded tensors into a module, and handles the module's other tensors."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def attach(
     *,
     exclusive: bool,
 ) -> None:
-    """Gives the model its tensors; what stays in a file is on ``meta`` then.
+    """Puts tensors into the model. Tensors that stay in a file become ``meta`` tensors.
 
     Args:
         placement: what goes where.
-        tensors: name in the checkpoint -> tensor; used up.
-        checkpoint: they are from.
-        memory_format: of those with 4 dimensions.
-        exclusive: nobody else has what a plain checkpoint's load makes.
+        tensors: name in the checkpoint -> tensor; emptied by this call.
+        checkpoint: the checkpoint of the tensors.
+        memory_format: the memory format of tensors with 4 dimensions.
+        exclusive: no other object uses the tensors of a plain checkpoint.
     """
     storages: set[int] = set()
 
@@ -50,14 +50,14 @@ def attach(
             values = ((ref, taken(name)) for name, ref in members)
             set_all(values, memory_format, adopt=exclusive and checkpoint.is_plain)
     for name, ref, cast_to in placement.on_disk:
-        # accelerate's hooks cast what they read to the dtype of what they replace.
+        # accelerate's hooks cast a tensor to the dtype of the one that it replaces.
         held = dtypes.to_torch(cast_to or checkpoint[name][0])
         if ref.tensor.dtype != held or not ref.tensor.is_meta:
             set_one(ref, ref.tensor.detach().to("meta", held), None)
 
 
 def _unshared(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
-    """Tensors that share memory in the file are separate parameters where the model has them so."""
+    """Copies a tensor that shares memory in the file but is a separate parameter in the model."""
     address = tensor.untyped_storage().data_ptr()
     if address in storages:
         return tensor.clone()
@@ -66,8 +66,8 @@ def _unshared(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
 
 
 def bump_versions(placement: Placement, own: OwnLoading | None, names: Collection[str]) -> None:
-    """Tells autograd which tensors were written to: as often as torch writes to them, which is once
-    for each of their ``names``. Those of modules with a loading of their own know."""
+    """Increases the autograd versions of written tensors as torch would: once for each of their
+    ``names``. Modules with their own loading have done it already."""
     import torch
 
     told = frozenset() if own is None else frozenset(id(ref) for _, ref in own.matched)
@@ -92,7 +92,7 @@ def attach_own(
     rule: DtypeRule,
     memory_format: torch.memory_format | None,
 ) -> dict[str, torch.Tensor]:
-    """What modules made themselves goes where it belongs; those that stay on disk are returned."""
+    """Moves tensors that modules made themselves; returns those that stay on the disk."""
     made = dict(own.values_by_name())
     if not rule.keep_models:
         made.update((ref.name, ref.tensor.detach()) for ref in own.filled)
@@ -107,7 +107,7 @@ def initialize(
     rule: DtypeRule,
     memory_format: torch.memory_format | None,
 ) -> dict[str, torch.Tensor]:
-    """Gives values to what the checkpoint does not hold; those that stay on disk are returned."""
+    """Initializes tensors that the checkpoint lacks; returns those that stay on the disk."""
     offloaded: dict[str, torch.Tensor] = {}
     values = values_of([ref.name for ref in refs])
     for ref, device in zip(refs, devices.of(refs), strict=True):
@@ -129,7 +129,7 @@ def initialize(
 
 
 def move_unmatched(refs: Sequence[ParameterRef], devices: Devices) -> None:
-    """What the checkpoint does not hold goes where its module goes."""
+    """Moves tensors that the checkpoint lacks to the device of their module."""
     for ref, device in zip(refs, devices.of(refs), strict=True):
         tensor = ref.tensor
         if device is None or device == "disk" or tensor.is_meta:

@@ -1,4 +1,4 @@
-"""Which tensor goes to which device."""
+"""Device maps: the device of each tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "single_entry",
 ]
 
-# A device, the name of a way to spread a model, or module prefix -> device.
+# A device, the name of a strategy, or module prefix -> device.
 DeviceMap: TypeAlias = "str | int | torch.device | Mapping[str, str | int | torch.device]"
 _Device = TypeVar("_Device")
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -45,14 +45,13 @@ _SHOWN = 3
 
 
 def single_device(device_map: DeviceMap) -> torch.device | None:
-    """The device that takes everything; ``None`` where there are several, or a disk."""
+    """The only device of a map; ``None`` if there are several, or the disk."""
     alone = single_entry(device_map)
     return None if alone is None else loadable_device(alone)
 
 
 def single_entry(device_map: Any) -> Any:
-    """What a map says of the device that takes everything, not parsed; ``None`` where there are
-    several, or a disk."""
+    """The only entry of a map, unparsed; ``None`` if there are several, or the disk."""
     if isinstance(device_map, Mapping):
         if set(device_map) != {""}:
             return None
@@ -66,25 +65,23 @@ def parse_device_map(device_map: DeviceMap) -> dict[str, torch.device]:
     """A device map that needs no model: module prefix -> device, ``""`` for all.
 
     Raises:
-        ArgumentError: it needs a model, or leaves tensors on the disk.
-        DeviceError: there is no such device.
+        ArgumentError: the map needs a model, or leaves tensors on the disk.
+        DeviceError: a device does not exist.
     """
     devices = device_map if isinstance(device_map, Mapping) else {"": device_map}
     parsed = {}
     for prefix, device in devices.items():
         if device in AUTOMATIC or device == "disk":
-            raise ArgumentError(
-                f"device_map: {device!r} needs a model to spread over the devices; use load_into"
-            )
+            raise ArgumentError(f"device_map: {device!r} needs a model: use load_into")
         parsed[prefix] = loadable_device(device)
     return parsed
 
 
 def assign(names: Iterable[str], devices: Mapping[str, _Device]) -> dict[_Device, list[str]]:
-    """The tensors of each device, by the longest prefix that is whole components of their name.
+    """The tensors of each device, by the longest matching prefix (whole components of the name).
 
     Raises:
-        CheckpointError: a name that no prefix covers.
+        CheckpointError: no prefix matches a name.
     """
     assigned: dict[_Device, list[str]] = {}
     of_module: dict[str, _Device] = {}
@@ -107,8 +104,8 @@ def assign(names: Iterable[str], devices: Mapping[str, _Device]) -> dict[_Device
     if uncovered:
         more = f" and {len(uncovered) - _SHOWN} more" if len(uncovered) > _SHOWN else ""
         raise CheckpointError(
-            f"device_map has no device for {', '.join(uncovered[:_SHOWN])}{more}: name their "
-            'module, or add "" for all the rest'
+            f"device_map has no device for {', '.join(uncovered[:_SHOWN])}{more}: add their "
+            'module, or "" for all others'
         )
     return assigned
 
@@ -123,27 +120,27 @@ def resolve_device_map(
     no_split_module_classes: Collection[str] | None = None,
     offload: bool = False,
 ) -> dict[str, torch.device | str]:
-    """A device map for a model: module prefix -> device or ``"disk"``; it covers every tensor.
+    """A complete device map for a model: module prefix -> device or ``"disk"``.
 
     Args:
-        model: its tensors may be on ``meta``; tied ones are tied already.
+        model: the model, which may be on ``meta``; tied tensors are already tied.
         device_map: a device; module prefix -> device or ``"disk"``; or ``"sequential"``, which
             fills one device after another; ``"auto"`` and ``"balanced"``, which give each GPU about
-            as much; ``"balanced_low_0"``, which leaves GPU 0 for other uses.
-        max_memory: of an automatic map: device -> bytes. Devices that it does not name are not
-            used. By default what is free now.
-        dtype: of the floating-point tensors when they are loaded, or tensor -> dtype; ``None``:
+            the same number of bytes; ``"balanced_low_0"``, which leaves GPU 0 for other uses.
+        max_memory: for automatic maps, device -> bytes. Devices that it does not name are not
+            used. By default the memory that is free now.
+        dtype: the dtype of floating-point tensors after the load, or tensor -> dtype; ``None``:
             their own.
         keep_in_fp32: path components whose tensors are float32.
         no_split_module_classes: classes of modules that stay on one device; by default those in
             ``_no_split_modules`` of the model and its modules.
-        offload: an automatic map may put on the disk what does not fit; as it may with a
-            ``"disk"`` in ``max_memory``.
+        offload: an automatic map may put tensors that do not fit on the disk, as with ``"disk"`` in
+            ``max_memory``.
 
     Raises:
-        CheckpointError: the model does not fit, or the map leaves out tensors of it.
-        DeviceError: there is no such device.
-        ArgumentError: ``max_memory`` is not understood, or accelerate is not installed.
+        CheckpointError: the model does not fit, or the map does not cover a tensor.
+        DeviceError: a device does not exist.
+        ArgumentError: ``max_memory`` is invalid, or accelerate is not installed.
     """
     import torch
 
@@ -177,14 +174,14 @@ def resolve_device_map(
 
 
 def parse_max_memory(max_memory: Mapping[int | str, int | str]) -> dict[int | str, int]:
-    """Device -> bytes, the GPUs first, of what users write: ``{"0": "8GB", "cpu": "30GiB"}``.
+    """Parses ``max_memory``, such as ``{"0": "8GB", "cpu": "30GiB"}``: device -> bytes, GPUs first.
 
-    GPUs are integers, ``"0"`` or ``"cuda:0"``; sizes are bytes or ``"500MiB"``, ``"8GB"``, in
-    capitals or not.
+    GPUs are integers, ``"0"`` or ``"cuda:0"``; sizes are bytes or text such as ``"500MiB"`` or
+    ``"8GB"``, in any case.
 
     Raises:
-        DeviceError: there is no such device.
-        ArgumentError: a size that is none.
+        DeviceError: a device does not exist.
+        ArgumentError: a size is invalid.
     """
     import torch
 
@@ -221,7 +218,7 @@ def _device_or_disk(device: torch.device | str | int) -> torch.device | str:
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, bool]:
-    """Every name of a parameter or buffer -> whether a state dict has it."""
+    """Name of each parameter or buffer -> whether the state dict has it."""
     return {
         f"{prefix}.{key}" if prefix else key: key not in module._non_persistent_buffers_set
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -244,10 +241,10 @@ def _outline(
     dtype: torch.dtype | Mapping[str, torch.dtype] | None,
     keep_in_fp32: Collection[str],
 ) -> torch.nn.Module:
-    """The same modules with tensors on ``meta`` that have the dtypes to come.
+    """A copy of the modules with tensors on ``meta`` in their future dtypes.
 
-    accelerate can be told other dtypes, but counts a wider one as the tensor's own, or takes time
-    that is quadratic in their number.
+    accelerate accepts other dtypes, but counts a wider dtype as the tensor's own, or takes time
+    quadratic in the number of tensors.
     """
     import torch
 
@@ -266,7 +263,7 @@ def _outline(
     made: dict[int, torch.nn.Module] = {
         id(module): kinds[type(module).__name__]() for _, module in modules
     }
-    tensors: dict[int, torch.Tensor] = {}  # by what they stand for, so that tied ones are tied
+    tensors: dict[int, torch.Tensor] = {}  # id of the original -> copy, to keep ties
     for prefix, module in modules:
         outline = made[id(module)]
         for key, child in module._modules.items():
@@ -310,7 +307,7 @@ def _automatic(
     def infer(
         places: Sequence[int | str], limits: Mapping[int | str, int]
     ) -> dict[str, torch.device | str]:
-        """accelerate's map; it knows ``places`` as GPUs 0, 1, ..."""
+        """accelerate's map, in which ``places`` are GPUs 0, 1, ..."""
         found = modeling.infer_auto_device_map(model, dict(limits), **options)
         devices = {
             name: _device_or_disk(places[place] if isinstance(place, int) else place)
@@ -331,13 +328,13 @@ def _automatic(
     if offload or "disk" in memory or "disk" not in devices.values():
         return devices
 
-    # It may fit nevertheless. The first GPU keeps room for the largest layer, in case that layers
-    # have to come to it: not if it is a GPU without any room.
+    # A second try: accelerate reserves room for the largest layer on the first GPU, which is needed
+    # only if layers are offloaded.
     if gpus:
         with _quiet(modeling.logger):
             devices = infer([gpus[0], *gpus], dict(enumerate([0, *(room[gpu] for gpu in gpus)])))
     if "disk" in devices.values():
-        devices = infer(gpus, whole)  # without equal shares
+        devices = infer(gpus, whole)  # without balancing
     if "disk" in devices.values():
         sizes = modeling.compute_module_sizes(model)
         limits_of = {_device_or_disk(device): size for device, size in room.items()}
@@ -350,9 +347,9 @@ def _free_memory(modeling: Any, strategy: str) -> dict[int | str, int]:
 
     free: dict[int | str, int] = modeling.get_max_memory()
     gpus = [device for device in free if isinstance(device, int)]
-    for gpu in gpus:  # what torch's cache holds, tensors can have
+    for gpu in gpus:  # torch's cached memory is available for tensors
         free[gpu] += torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
-    if len(gpus) == 1 and strategy != "sequential":  # as get_balanced_memory, where it may choose
+    if len(gpus) == 1 and strategy != "sequential":  # as in accelerate's get_balanced_memory
         free[gpus[0]] = int(free[gpus[0]] * 0.9)
     return free
 
@@ -371,7 +368,7 @@ def _shortage(
         *others, last = room
         missing = used["disk"] - (room[last] - used.get(last, 0))
         lacks = [f"{d} would hold {_size(used.get(d, 0))} of its {_size(room[d])}" for d in others]
-        lacks.append(f"{last} has {_size(room[last])} and is short of {_size(missing)}")
+        lacks.append(f"{last} has {_size(room[last])} and lacks {_size(missing)}")
     return (
         f"{type(model).__name__} has {_size(sizes[''])}, which does not fit: {'; '.join(lacks)}. "
         "Give more max_memory, or let weights stay on the disk with a 'disk' in it or an "
@@ -380,8 +377,8 @@ def _shortage(
 
 
 def _cover(devices: dict[str, torch.device | str], names: Iterable[str]) -> None:
-    """Adds what a map leaves out: accelerate's the buffers of modules that it spreads, users' the
-    buffers that are in no checkpoint. They go with the first other thing in the same module."""
+    """Adds tensors that a map omits: accelerate omits buffers of split modules, users omit buffers
+    that no checkpoint has. They get the device of the first other entry of the same module."""
     import torch
 
     for name in names:
@@ -398,7 +395,7 @@ def _cover(devices: dict[str, torch.device | str], names: Iterable[str]) -> None
 
 @contextlib.contextmanager
 def _quiet(logger: logging.Logger) -> Iterator[None]:
-    """Without accelerate's warning that there is no GPU of a number that we made up."""
+    """Suppresses accelerate's warning about the GPU numbers that stand for places."""
 
     def others(record: logging.LogRecord) -> bool:
         return "is not available" not in record.getMessage()

@@ -1,4 +1,4 @@
-"""DTensors: the part of the whole that is this rank's, and the local tensor that holds it."""
+"""DTensors: this rank's part of the whole tensor, and the local tensor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["device_of", "from_local", "initialized", "local_of", "local_part"]
 
 
 def local_part(tensor: DTensor) -> list[SliceRange] | None:
-    """The part of the whole tensor that this rank holds; ``None`` where every rank holds it all.
+    """This rank's part of the whole tensor; ``None`` if every rank holds all of it.
 
     Raises:
-        ArgumentError: a placement whose local tensor is not a regular part of the whole.
+        ArgumentError: the local tensor is not a regular part of the whole.
     """
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
-    if coordinate is None:  # this rank is not of the mesh
+    if coordinate is None:  # this rank is not in the mesh
         return [(0, 1, 0) for _ in tensor.shape]
     if all(placement.is_replicate() for placement in tensor.placements):
         return None
@@ -32,8 +32,8 @@ def local_part(tensor: DTensor) -> list[SliceRange] | None:
         if rows is None or rows[2] != local[dimension]:
             raise ArgumentError(
                 f"a DTensor of shape {tuple(tensor.shape)} placed {tensor.placements} on {mesh}: "
-                f"what a rank has of dimension {dimension} is not a regular part of it; shard it "
-                "evenly, by Shard and Replicate, before it is loaded"
+                f"a rank's rows of dimension {dimension} are not evenly spaced; shard it evenly, "
+                "with Shard and Replicate, before the load"
             )
         ranges.append(rows)
     return ranges
@@ -47,8 +47,8 @@ def _rows(
     mesh_shape: tuple[int, ...],
     coordinate: tuple[int, ...],
 ) -> tuple[int, int, int] | None:
-    """(start, step, count) of a dimension on a rank; ``None`` for what is not that regular."""
-    # torch cuts the numbers of the rows just as it cuts the rows, from left to right (see
+    """(start, step, count) of a dimension on a rank; ``None`` if the rows are not evenly spaced."""
+    # Applies torch's cuts to the row numbers, from left to right (see
     # torch.distributed.tensor._utils.compute_local_shape_and_global_offset).
     index = torch.arange(extent).reshape([1] * dimension + [extent])
     for placement, size, place in zip(placements, mesh_shape, coordinate, strict=True):
@@ -73,7 +73,7 @@ def local_of(tensor: DTensor) -> torch.Tensor:
 
 
 def device_of(tensor: DTensor) -> torch.device:
-    """Where the local tensor belongs."""
+    """The device of the local tensor."""
     if tensor.device.type != "meta":
         return tensor.device
     kind = tensor.device_mesh.device_type
@@ -83,7 +83,7 @@ def device_of(tensor: DTensor) -> torch.device:
 
 
 def from_local(local: torch.Tensor, like: DTensor) -> DTensor:
-    """A DTensor placed as another one is, of this local tensor."""
+    """A DTensor with this local tensor and the placement of ``like``."""
     made: DTensor = DTensor.from_local(
         local,
         like.device_mesh,
@@ -96,6 +96,6 @@ def from_local(local: torch.Tensor, like: DTensor) -> DTensor:
 
 
 def initialized(value: torch.Tensor, like: DTensor) -> torch.Tensor:
-    """The local tensor of a value that no checkpoint holds: the first rank's, on all."""
+    """The local tensor of a value that no checkpoint has: all ranks use the first rank's value."""
     value = value.to(device_of(like))
     return local_of(distribute_tensor(value, like.device_mesh, like.placements))

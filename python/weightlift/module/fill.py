@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint into a module: matched, placed, loaded, attached, dispatched."""
+"""Fills a module from a checkpoint: match, place, load, attach, dispatch."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 
 __all__ = ["NewLoad", "fill"]
 
-# Makes the plan of a load; with the ranks of a group, one that they share.
+# Makes the plan of a load, which the ranks of a group may share.
 NewLoad: TypeAlias = Callable[[Checkpoint, LoadOptions], Planned]
 
 
 class _Filling(NamedTuple):
-    """What is known of a load before anything is read, apart from what modules read themselves."""
+    """The state of a load before anything is read, except by modules with their own loading."""
 
     model: torch.nn.Module
     checkpoint: Checkpoint
@@ -79,21 +79,23 @@ def fill(
     new_load: NewLoad = LoadPlan,
     refs: Sequence[ParameterRef] | None = None,
 ) -> LoadReport:
-    """``load_into`` for callers that have more to say.
+    """``load_into`` with all options.
 
     Args:
-        model: on ``meta`` or real.
-        checkpoint: what there is.
+        model: the model, on ``meta`` or real.
+        checkpoint: the checkpoint.
         placement: where tensors go.
-        matching: what becomes of those that are on one side alone.
-        options: how they are loaded.
-        prefetched: a load of ``checkpoint`` that runs already.
-        new_load: makes the plan of the load; of ``distributed.collective.group_load``.
-        refs: of the model's tensors, if they are known.
+        matching: the treatment of missing and unexpected tensors.
+        options: how to load.
+        prefetched: a running load of ``checkpoint``.
+        new_load: makes the plan of the load, for example ``distributed.collective.group_load``.
+        refs: references to the model's tensors, if known.
     """
     refs = parameter_refs(model) if refs is None else refs
     for ref in streamed_refs(refs):
-        raise ArgumentError(f"{ref.name!r} is streamed and has no memory: close the stream first")
+        raise ArgumentError(
+            f"tensor {ref.name!r} is streamed and has no memory: close the stream first"
+        )
     headers = checkpoint.headers()
     own = None
     if modules := modules_with_own_loading(model, headers):
@@ -124,9 +126,12 @@ def _in_background(
     options: LoadOptions,
     new_load: NewLoad,
 ) -> LoadReport:
-    """Has the modules wait for what is on ``meta``; the rest is filled now."""
+    """Makes the modules wait for tensors on ``meta``; fills all others now."""
     if new_load is not LoadPlan:
-        raise ArgumentError("background=True loads for one process; several wait for each other")
+        raise ArgumentError(
+            "background=True cannot be combined with group=, because the ranks wait for each "
+            "other: leave out one of them"
+        )
     require_one_device(filling.devices.by_prefix)
     later, placed = split_by_meta(filling.placed)
     plan = LoadPlan(filling.checkpoint, options)
@@ -153,7 +158,7 @@ def _now(
     new_load: NewLoad,
     prefetched: PrefetchedLoad | None,
 ) -> LoadReport:
-    """Runs the load, and gives the model what comes of it."""
+    """Runs the load and puts the tensors into the model."""
     model, checkpoint, refs, own, found, rule, devices, placed = filling
     memory_format = placement.memory_format
     plan = new_load(checkpoint, options)
@@ -180,7 +185,7 @@ def _now(
 
 
 def _add_to_plan(plan: Planned, placed: Placement, checkpoint: Checkpoint) -> None:
-    """Plans to load all that is neither on its way nor stays in its file."""
+    """Adds all tensors that are neither prefetched nor stay in their file."""
     for group, members in placed.groups.items():
         names = [name for name, _ in members if name not in placed.prefetched]
         parts = [placed.parts[name] for name in names] if group.in_parts else None
@@ -188,7 +193,7 @@ def _add_to_plan(plan: Planned, placed: Placement, checkpoint: Checkpoint) -> No
             targets = [local_tensor(ref.tensor) for _, ref in members]
             plan.add(group.device, None, names, targets, parts)
         elif len(names) == len(checkpoint) and not group.in_parts:
-            # In the order of the files, which is planned sooner.
+            # All names at once: planning is faster in the order of the files.
             plan.add(group.device, group.cast_to)
         elif names:
             plan.add(group.device, group.cast_to, names, parts=parts)
@@ -197,7 +202,7 @@ def _add_to_plan(plan: Planned, placed: Placement, checkpoint: Checkpoint) -> No
 def _load(
     plan: Planned, prefetched: PrefetchedLoad | None, placed: Placement
 ) -> tuple[dict[str, torch.Tensor], LoadReport]:
-    """Runs what is planned, and brings in what was prefetched: name in the checkpoint -> tensor."""
+    """Runs the plan and takes the prefetched tensors: name in the checkpoint -> tensor."""
     if prefetched is not None and not placed.prefetched:
         prefetched.cancel()
     if prefetched is None or not placed.prefetched:
@@ -213,16 +218,16 @@ def _load(
 
 
 def _report_keys(report: LoadReport, found: Match) -> None:
-    """Reports what was on one side alone."""
+    """Reports missing, unexpected and mismatched tensors."""
     report.missing_keys = found.missing
     report.unexpected_keys = found.unexpected
     report.mismatched_keys = found.mismatched
     report.error_msgs = [
-        f"{ref.name}: a buffer on meta that no checkpoint holds"
+        f"{ref.name}: a buffer on meta that no checkpoint has"
         for ref in found.unmatched
         if not ref.persistent and ref.tensor.is_meta
     ]
-    # What was matched has its data, or is read where it is used.
+    # Matched tensors have their data, or are read at each use.
     report.meta_keys = [
         ref.name
         for ref in found.unmatched

@@ -1,4 +1,4 @@
-"""What is used next: learned from the uses, and never relied on for more than a guess."""
+"""Predicts the next use of a block from earlier uses."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Iterable, Sequence
 
 __all__ = ["LONGEST", "LearnedOrder"]
 
-# Of how many uses together it is remembered what followed them. A block that is used between all
-# others (a shared table, a module in several places) has many successors; what was used before it
-# tells which.
+# Lengths of the sequences of uses whose successor is remembered. A block that is used between all
+# others (a shared table, a module in several places) has many successors; the uses before it
+# distinguish them.
 _CONTEXTS = (8, 4, 2, 1)
 LONGEST = _CONTEXTS[0]
-# Remembered for each block, at most: an order that changes every step has no end of contexts.
+# Limit of remembered sequences for each block: an order that changes in every step has no end.
 _REMEMBERED = 64
 
 
 class LearnedOrder:
-    """What is used next, by what was used last.
+    """Predicts the next block from the last uses.
 
-    The longest sequence of uses that has been seen before decides; where none has, the order of the
-    modules. There is no notion of a step: a generation with its first pass and its further ones, or
-    an encoder that is called without its decoder, is learned like any other.
+    The longest known sequence of uses decides, else the order of the modules. Steps play no role: a
+    generation with a first and further passes, or an encoder that runs without its decoder, is
+    learned in the same way.
 
     Args:
-        blocks: in the order of the modules, by number.
+        blocks: the numbers of the blocks, in the order of the modules.
     """
 
     def __init__(self, blocks: Iterable[int]) -> None:
@@ -33,7 +33,7 @@ class LearnedOrder:
         self._after: dict[tuple[int, ...], int] = {}
 
     def note(self, last: Sequence[int], used: int) -> None:
-        """``used`` came after these, the last of which came last."""
+        """Learns that ``used`` followed ``last`` (newest at the end)."""
         if len(self._after) > self._limit:
             self._after.clear()
         for length in _CONTEXTS:
@@ -41,11 +41,11 @@ class LearnedOrder:
                 self._after[tuple(last[-length:])] = used
 
     def ahead(self, last: Sequence[int], count: int) -> list[int]:
-        """The next ``count`` different blocks that are not the last one, as far as is known."""
+        """A prediction of the next ``count`` distinct blocks, without the last one."""
         found: list[int] = []
         recent = list(last[-LONGEST:])
         now = recent[-1]
-        for _ in range(2 * count + 4):  # a walk may go round within few blocks
+        for _ in range(2 * count + 4):  # the prediction may cycle within few blocks
             if len(found) == count:
                 break
             following = self._next(recent)

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint is which of a model, and what is said where they differ."""
+"""Matches the tensors of a checkpoint to those of a model, and reports the differences."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 __all__ = ["Match", "MatchPolicy", "check_keys", "format_names", "match"]
 
 # How many names an error lists before it only counts.
-# Of torch.compile, of DistributedDataParallel and DataParallel, of fully sharded models.
+# Name prefixes of torch.compile, (Distributed)DataParallel and FullyShardedDataParallel.
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
 _LISTED = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class MatchPolicy:
-    """What becomes of tensors that are in the model or in the checkpoint alone.
+    """The treatment of missing and unexpected tensors.
 
     Attributes:
-        strict: missing or unexpected names are an error, before anything is read.
-        ignore_mismatched_sizes: leave out tensors of another shape than the model's.
-        ignore_missing: of a name, whether it may be missing.
-        ignore_unexpected: of a name, whether it may be there.
-        initialize: gives values to tensors on ``meta`` that the checkpoint does not hold, by name;
-            called only if there are any.
-        compare_ties: warn where the checkpoint has different values for the names of one tensor.
+        strict: missing or unexpected names are an error, raised before anything is read.
+        ignore_mismatched_sizes: skip tensors whose shape differs from the model's.
+        ignore_missing: whether a name may be missing.
+        ignore_unexpected: whether a name may be unexpected.
+        initialize: initializes tensors on ``meta`` that the checkpoint lacks, by name; called only
+            if there are any.
+        compare_ties: warn if the checkpoint has different values for the names of one tensor.
     """
 
     strict: bool = True
@@ -46,15 +46,15 @@ class MatchPolicy:
 
 
 class Match(NamedTuple):
-    """Which tensor of a checkpoint is which of a model.
+    """The result of matching.
 
     Attributes:
-        pairs: (name in the checkpoint, tensor of the model) for all that is to be loaded.
+        pairs: (name in the checkpoint, tensor of the model) for all tensors to load.
         unmatched: the model's other tensors.
-        missing: names of the model's that are not in the checkpoint.
-        unexpected: names in the checkpoint that are not the model's.
-        mismatched: (name, shape in the checkpoint, shape in the model) of those left out for it.
-        errors: what modules that load in a way of their own complain about.
+        missing: names that the model has and the checkpoint lacks.
+        unexpected: names that the checkpoint has and the model lacks.
+        mismatched: (name, shape in the checkpoint, shape in the model) of skipped tensors.
+        errors: errors of modules with their own loading.
     """
 
     pairs: list[tuple[str, ParameterRef]]
@@ -65,7 +65,7 @@ class Match(NamedTuple):
     errors: list[str]
 
     def empty_buffers(self) -> list[str]:
-        """Names of buffers on ``meta`` that no checkpoint holds."""
+        """Names of buffers on ``meta`` that no checkpoint has."""
         return [ref.name for ref in self.unmatched if not ref.persistent and ref.tensor.is_meta]
 
 
@@ -77,18 +77,18 @@ def match(
     policy: MatchPolicy,
     own: OwnLoading | None = None,
 ) -> Match:
-    """Finds the model's tensors in a checkpoint, by their names and shapes.
+    """Finds the model's tensors in a checkpoint, by name and shape.
 
     Args:
-        model: for messages.
+        model: the model, for messages.
         refs: its tensors.
-        checkpoint: for messages.
-        headers: of it.
-        policy: what may be on one side alone.
-        own: what modules with a loading of their own made of it.
+        checkpoint: the checkpoint, for messages.
+        headers: its headers.
+        policy: the treatment of missing and unexpected tensors.
+        own: the result of modules with their own loading.
 
     Raises:
-        CheckpointError: the two do not fit, and the policy does not allow for that.
+        CheckpointError: model and checkpoint differ in a way that the policy forbids.
     """
     found = _match_names(refs, headers, own)
     missing, unexpected = found.missing, found.unexpected
@@ -109,7 +109,7 @@ def _match_names(refs: Sequence[ParameterRef], headers: Headers, own: OwnLoading
     found = Match([], [], [], [], [], [])
     for ref in by_name:
         header = free.get(ref.name)
-        # Most of them. Of tied ones, other names may be of other shapes.
+        # The common case. Other names of a tied tensor may have other shapes.
         if (
             header is not None
             and header[1] == ref.tensor.shape
@@ -140,7 +140,7 @@ def _match_names(refs: Sequence[ParameterRef], headers: Headers, own: OwnLoading
 
 
 def _match_one(ref: ParameterRef, headers: Headers, found: Match) -> None:
-    """Matches a tensor that may have several names; the last one is loaded, as by
+    """Matches a tensor that may have several names; the last one is loaded, as in
     ``load_state_dict``."""
     shape = tuple(ref.tensor.shape)
     match = None
@@ -150,7 +150,7 @@ def _match_one(ref: ParameterRef, headers: Headers, found: Match) -> None:
         if header is None:
             continue
         theirs = header[1]
-        if header[0] == "F4":  # two numbers are one element of torch's dtype
+        if header[0] == "F4":  # an element of torch's dtype holds two numbers
             theirs = (*theirs[:-1], theirs[-1] // 2)
         if theirs == shape or (shape == () and theirs == (1,)):  # torch loads [1] into a scalar
             match = name
@@ -168,11 +168,11 @@ def _match_one(ref: ParameterRef, headers: Headers, found: Match) -> None:
 def check_keys(
     checkpoint: Checkpoint, model: torch.nn.Module, found: Match, policy: MatchPolicy
 ) -> None:
-    """Raises a ``CheckpointError`` with all that does not fit, and that the policy forbids."""
+    """Raises a ``CheckpointError`` that lists all forbidden differences."""
     problems = format_names("errors of the modules' own loading", found.errors)
     if found.mismatched and not policy.ignore_mismatched_sizes:
         problems += format_names(
-            "of another shape than the model's (ignore_mismatched_sizes=True leaves them out)",
+            "of another shape than the model's (ignore_mismatched_sizes=True skips them)",
             [
                 f"{name}: {theirs} in the checkpoint, {ours} in the model"
                 for name, theirs, ours in found.mismatched
@@ -181,9 +181,9 @@ def check_keys(
     hint = ""
     if policy.strict:
         problems += format_names("missing in the checkpoint", found.missing)
-        problems += format_names("unexpected: the model has no place for them", found.unexpected)
+        problems += format_names("unexpected: the model does not have them", found.unexpected)
         problems += format_names(
-            "buffers on meta that no checkpoint holds (non-persistent); build the model with "
+            "buffers on meta that no checkpoint has (non-persistent); build the model with "
             "accelerate.init_empty_weights(include_buffers=False)",
             found.empty_buffers(),
         )
@@ -197,15 +197,15 @@ def check_keys(
 
 
 def _what_helps(found: Match) -> str:
-    """A beginning that all names have, or lack, against the model's; else the way to do without."""
+    """The remedy: a common prefix of the names, similar names, or ``strict=False``."""
     missing, unexpected = set(found.missing), set(found.unexpected)
     for prefix in _WRAPPERS:
         if missing and {f"{prefix}{name}" for name in missing} <= unexpected:
             return f": its names begin with {prefix!r}; open_checkpoint(..., prefix={prefix!r})"
         if unexpected and {f"{prefix}{name}" for name in unexpected} <= missing:
             return (
-                f": the model's names begin with {prefix!r}, as its wrapper makes them; load into "
-                "the model in it"
+                f": the model's names begin with {prefix!r}, the prefix of a wrapper; load into "
+                "the wrapped model"
             )
     near = {}
     for name in list(unexpected)[:_LISTED]:
@@ -214,14 +214,14 @@ def _what_helps(found: Match) -> str:
             near[name] = close[0]
     if near and len(near) == len(unexpected):
         told = ", ".join(
-            f"{theirs!r} is near {ours!r}" for theirs, ours in sorted(near.items())[:3]
+            f"{theirs!r} resembles {ours!r}" for theirs, ours in sorted(near.items())[:3]
         )
         return f"; {told}; key_map= renames, strict=False loads what matches"
     return "; strict=False loads what matches"
 
 
 def format_names(title: str, names: Sequence[str]) -> list[str]:
-    """Lines of an error: how many, and the first of them."""
+    """Lines of an error text: the count and the first names."""
     if not names:
         return []
     shown = [f"    {name}" for name in names[:_LISTED]]

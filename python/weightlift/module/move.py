@@ -1,4 +1,4 @@
-"""A module's tensors from the CPU to a CUDA device."""
+"""Moves a module's tensors from the CPU to a CUDA device."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def move(
     *,
     caller: str = "weightlift",
 ) -> None:
-    """Brings a model's CPU tensors to a CUDA device through the staging ring, as they are now.
+    """Copies a model's CPU tensors to a CUDA device through the staging ring.
 
-    What the engine does not copy (strided tensors, gradients, dtypes that no file has) stays, for
-    ``torch.nn.Module.to`` to move. Tied tensors stay tied.
+    Tensors that the engine does not copy (strided tensors, gradients, dtypes without a file format)
+    stay for ``torch.nn.Module.to``. Tied tensors stay tied.
 
     Args:
-        model: parameters keep their identity.
-        device: its index is filled in.
-        dtype: of the floating-point tensors.
+        model: the model; its parameters keep their identity.
+        device: the device, with its index filled in.
+        dtype: the dtype of floating-point tensors.
     """
     import torch
 

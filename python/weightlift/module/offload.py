@@ -1,4 +1,4 @@
-"""Models spread over devices and the disk: their weights outside them, and accelerate's hooks."""
+"""Models over several devices and the disk: offloaded weights and accelerate's hooks."""
 
 from __future__ import annotations
 
@@ -41,18 +41,17 @@ _log = logging.getLogger("weightlift")
 
 
 class DiskWeights(Mapping[str, "torch.Tensor"]):
-    """Tensors that stay in their file and are read when they are asked for; their files are held
-    open, so that a save over them does not change what is read.
+    """Tensors that stay in their file and are read at each access. The files stay open, so that a
+    save over them does not change the values.
 
-    A copy reads the same open files. A pickle holds the paths of safetensors files, and whoever
-    unpickles it must find these files unchanged; of other files, and of those that another has
-    taken the place of, it holds the tensors.
+    A copy reads the same open files. A pickle holds the paths of safetensors files, which must be
+    unchanged when it is loaded; for other files, and for replaced ones, it holds the tensors.
 
     Args:
-        checkpoint: where they are.
-        names: the model's name -> (the checkpoint's name, the file's name of a dtype to cast to).
-        caller: who loads; ``stats()`` sums what is read here by itself, as ``disk_reads_of`` names
-            it, and ``last_report()`` is not about it.
+        checkpoint: the checkpoint.
+        names: the model's name -> (the checkpoint's name, the file's name of the dtype to cast to).
+        caller: the library; ``stats()`` sums these reads under ``disk_reads_of(caller)``, and
+            ``last_report()`` does not include them.
     """
 
     def __init__(
@@ -73,8 +72,7 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
         return _read(self._checkpoint, self._names, self._caller, name, False)
 
     def read_ahead(self) -> None:
-        """From now on reads tensors before they are asked for, in the order in which they are
-        asked for again and again."""
+        """From now on reads tensors ahead, in the learned order of accesses."""
         read = functools.partial(_read, self._checkpoint, self._names, self._caller)
         own = functools.partial(_own_bytes, self._checkpoint, self._names)
         self._ahead = WeightsAhead(self._names, read, own)
@@ -89,7 +87,7 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
         return name in self._names
 
     def __deepcopy__(self, memo: object) -> DiskWeights:
-        return self  # nothing of it changes
+        return self  # immutable
 
     def __reduce__(self) -> tuple[Any, ...]:
         checkpoint = self._checkpoint
@@ -110,7 +108,7 @@ def _read(
     name: str,
     ahead: bool,
 ) -> torch.Tensor:
-    """One of ``DiskWeights``; ``ahead``: with the pages of its mapping, before they are touched."""
+    """Reads one tensor of ``DiskWeights``; ``ahead`` also populates the pages of its mapping."""
     stored, dtype = names[name]
     settings = dataclasses.replace(Settings.current(), populate=True) if ahead else None
     tensor: torch.Tensor = load_tensors(
@@ -127,7 +125,7 @@ def _read(
 def _own_bytes(
     checkpoint: Checkpoint, names: Mapping[str, tuple[str, str | None]], name: str
 ) -> int:
-    """What ``_read`` takes of memory that is not the page cache's."""
+    """Bytes of own memory that ``_read`` needs, beside the page cache."""
     stored, cast_to = names[name]
     if cast_to is None and set(checkpoint.formats) <= {"safetensors"}:
         return 0
@@ -143,7 +141,7 @@ def _reopened(
     return weights
 
 
-# (model, its device map, what stays on the disk, what was given a value and is not on a device)
+# (model, device map, weights on the disk, initialized tensors that are on no device)
 Dispatch: TypeAlias = Callable[
     [
         "torch.nn.Module",
@@ -161,7 +159,7 @@ def dispatch(
     on_disk: DiskWeights,
     initialized: Mapping[str, torch.Tensor],
 ) -> None:
-    """accelerate's hooks, where a forward pass has to cross devices."""
+    """Adds accelerate's hooks if a forward pass must cross devices."""
     spread = set(devices.values())
     if len(spread) < 2 and "disk" not in spread:
         return
@@ -172,7 +170,7 @@ def dispatch(
         for name, device in disjoint_map(model, devices).items()
     }
     with warnings.catch_warnings():
-        # A tensor of a module whose children are elsewhere stands in the map by its own name.
+        # The map names a tensor itself if the module's children are on another device.
         warnings.filterwarnings("ignore", "The following device_map keys do not match")
         dispatch_model(
             model,
@@ -187,8 +185,7 @@ def dispatch(
 
 
 def _make_picklable(model: torch.nn.Module) -> None:
-    """Puts what pickle can write in the place of the functions that accelerate gives to modules:
-    they are local ones."""
+    """Replaces the local functions that accelerate sets on modules, which pickle cannot write."""
     for module in model.modules():
         forward = vars(module).get("forward")
         if "_hf_hook" in vars(module) and isinstance(forward, functools.partial):
@@ -200,7 +197,7 @@ def _make_picklable(model: torch.nn.Module) -> None:
 
 
 class _HookedForward(functools.partial[Any]):
-    """What accelerate makes a module's ``forward``; a pickle of it makes it again."""
+    """accelerate's ``forward`` of a module, in a form that pickles."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _hooked_forward, self.args
@@ -217,7 +214,7 @@ def _hooked_forward(module: torch.nn.Module) -> _HookedForward:
 
 
 def _refuse_move(model: torch.nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    """``model.to`` and ``model.cuda``, as accelerate has them for a dispatched model."""
+    """accelerate's ``model.to`` and ``model.cuda`` of a dispatched model."""
     import torch
 
     if name != "to" or torch._C._nn._parse_to(*args, **kwargs)[0] is not None:
@@ -233,7 +230,7 @@ def offloaded_weights(
     on_disk: DiskWeights,
     initialized: Mapping[str, torch.Tensor],
 ) -> Mapping[str, torch.Tensor] | None:
-    """What accelerate's hooks read from: the tensors that are on no device that computes."""
+    """The source of accelerate's hooks: the tensors that are on no compute device."""
     from accelerate.utils import extract_submodules_state_dict
 
     on_cpu = [name for name, device in device_map.items() if str(device) == "cpu"]
@@ -244,7 +241,7 @@ def offloaded_weights(
 
 
 def whole_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of a model, with the tensors that accelerate's hooks keep elsewhere in it."""
+    """The complete state dict of a model, including tensors that accelerate's hooks hold."""
     state: dict[str, torch.Tensor] = model.state_dict()
     read: dict[int, torch.Tensor] = {}
     for name, tensor in state.items():
@@ -270,7 +267,7 @@ def whole_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def disjoint_map(
     model: torch.nn.Module, devices: Mapping[str, torch.device | str]
 ) -> dict[str, torch.device | str]:
-    """The same map without a prefix of another: accelerate's hook on a module takes all below."""
+    """The map without nested prefixes: accelerate's hook on a module covers everything below it."""
     of_name: dict[str, torch.device | str] = {}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in model.named_buffers(remove_duplicate=False)]
@@ -296,7 +293,7 @@ def disjoint_map(
 
 
 class _Chained(Mapping[str, "torch.Tensor"]):
-    """Weights in memory before those on the disk."""
+    """Two mappings in one; weights in memory win over those on the disk."""
 
     def __init__(self, host: Mapping[str, torch.Tensor], on_disk: DiskWeights) -> None:
         self._host, self._on_disk = host, on_disk
@@ -320,5 +317,5 @@ def _ordinal(device: torch.device | str) -> int | str:
     if index is None:
         return str(device)
     if getattr(device, "type", "") != "cuda":
-        raise ArgumentError(f"{device}: accelerate's hooks know CUDA devices by their number")
+        raise ArgumentError(f"{device}: accelerate's hooks need a CUDA device with a number")
     return int(index)

@@ -1,9 +1,9 @@
-"""In which order a model uses its tensors, as far as that is known.
+"""Remembers the order in which models use their tensors.
 
-What a run has shown is kept for the models that this process builds later: a load in the
-background brings tensors in that order, and a stream cuts its blocks in it. It is not kept in a
-file: the order of the modules is that of use for nearly all models, a wrong guess costs a wait, and
-who reads weights should not write to the user's folders.
+An order is kept in the process for models that are built later: a background load reads tensors in
+this order, and a stream cuts its blocks in it. It is not kept in a file: nearly all models use their
+tensors in the order of the modules, a wrong prediction only causes a wait, and a load should not
+write to the user's folders.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["learn_order", "order_of_use", "which_model"]
 
-# Of so many models an order is kept, those that were learned last.
+# Number of orders to keep, the newest.
 _KEPT = 32
 
 # By model: the names of its modules, in the order in which they used their tensors.
@@ -26,19 +26,18 @@ _lock = threading.Lock()
 
 
 def which_model(model: torch.nn.Module) -> Hashable:
-    """What models have in common that use their tensors in the same order."""
+    """A key for models that use their tensors in the same order."""
     count = sum(1 for _ in model.modules())
     return type(model).__module__, type(model).__qualname__, count
 
 
 def order_of_use(which: Hashable, model: torch.nn.Module, names: Sequence[str]) -> list[str]:
-    """``names`` in the order of an earlier run of such a model in this process, where there was
-    one; else in the order of the modules.
+    """``names`` in the order of an earlier run in this process, else in the order of the modules.
 
     Args:
-        which: ``which_model`` of it.
-        model: for the order of its modules.
-        names: of its tensors.
+        which: the key from ``which_model``.
+        model: the model, for the order of its modules.
+        names: the names of its tensors.
     """
     by_module: dict[str, dict[str, None]] = {}
     known = frozenset(names)
@@ -56,8 +55,8 @@ def order_of_use(which: Hashable, model: torch.nn.Module, names: Sequence[str]) 
 
 
 def _merged(learned: Iterable[str], modules: Sequence[str]) -> list[str]:
-    """The modules in the learned order; each of which nothing was learned behind the one that it
-    stands behind in the model."""
+    """The modules in the learned order. A module without a learned place follows its predecessor in
+    the model."""
     shown = set(learned)
     behind: dict[str | None, list[str]] = {}
     last = None
@@ -75,7 +74,7 @@ def _merged(learned: Iterable[str], modules: Sequence[str]) -> list[str]:
 
 
 def learn_order(which: Hashable, names: Iterable[str]) -> None:
-    """Remembers in which order such a model has used its tensors."""
+    """Remembers the order in which a model used its tensors."""
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     with _lock:
         _orders.pop(which, None)

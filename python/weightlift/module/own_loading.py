@@ -1,4 +1,4 @@
-"""Modules that do something of their own while they load: old names, hooks, counters, state."""
+"""Modules with their own loading: old names, hooks, counters, extra state."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Headers = Mapping[str, "tuple[str, tuple[int, ...]]"]
 
 
 class OwnLoading(NamedTuple):
-    """What the modules made of the checkpoint.
+    """The result of the modules' own loading.
 
     Attributes:
-        refs: the model's tensors, which may be others than before.
-        matched: (name in the checkpoint, tensor of the model): to be loaded as a whole.
+        refs: the model's tensors, which the modules may have replaced.
+        matched: (name in the checkpoint, tensor of the model) to load whole.
         filled: tensors of the model that have their values.
-        values: those that hung on ``meta``, and their values.
-        prefixes: of the modules.
-        claimed: names in the checkpoint that the modules were shown.
-        missing: names that they did not find.
-        unexpected: names that they have no place for.
-        errors: what they complain about.
-        report: of what was read.
+        values: tensors that were on ``meta``, and their values.
+        prefixes: the prefixes of the modules.
+        claimed: names in the checkpoint that the modules received.
+        missing: names that the modules did not find.
+        unexpected: names that the modules do not have.
+        errors: the modules' error messages.
+        report: the report of the reads.
     """
 
     refs: list[ParameterRef]
@@ -53,7 +53,7 @@ class OwnLoading(NamedTuple):
         return [(ref.name, value) for ref, value in self.values]
 
     def others(self) -> list[ParameterRef]:
-        """Tensors that are to be loaded by their names."""
+        """Tensors to load by their names."""
         done = self._done()
         return [
             ref
@@ -62,7 +62,7 @@ class OwnLoading(NamedTuple):
         ]
 
     def rest(self) -> list[ParameterRef]:
-        """Those of the modules that need nothing more."""
+        """Tensors of the modules that need no more work."""
         others = {id(ref) for ref in self.others()}
         others.update(id(ref) for _, ref in self.matched)
         others.update(id(ref) for ref, _ in self.values)
@@ -71,8 +71,8 @@ class OwnLoading(NamedTuple):
     def mismatched(
         self, headers: Headers
     ) -> tuple[list[tuple[str, tuple[int, ...], tuple[int, ...]]], list[str]]:
-        """(name, shape in the checkpoint, shape in the model) of those left out for their shape;
-        and what else the modules complain about."""
+        """(name, shape in the checkpoint, shape in the model) of tensors skipped for their shape,
+        and the modules' other errors."""
         done = self._done()
         found = [
             (name, headers[name][1], tuple(ref.tensor.shape))
@@ -93,11 +93,11 @@ class OwnLoading(NamedTuple):
 def modules_with_own_loading(
     model: torch.nn.Module, headers: Headers
 ) -> list[tuple[str, torch.nn.Module]]:
-    """(prefix, module) of the outermost modules whose ``load_state_dict`` is more than copies of
-    tensors to where they are called the same."""
+    """(prefix, module) of the outermost modules whose ``load_state_dict`` does more than copy
+    tensors to the same names."""
     if type(model).load_state_dict is not _module_class().load_state_dict and _is_plain(model):
         return [("", model)]
-    if not _any_special(model):  # most models: they pay a look at each module, and nothing more
+    if not _any_special(model):  # most models
         return []
     found: list[tuple[str, torch.nn.Module]] = []
     waiting = [("", model)]
@@ -120,16 +120,15 @@ def record_own_loading(
     headers: Headers,
     options: LoadOptions,
 ) -> OwnLoading:
-    """Lets modules load as they do in ``load_state_dict``, with tensors that have no bytes. What
-    comes of it that is a whole tensor for a whole tensor is left to be loaded with the others; all
-    else is done.
+    """Runs the modules' own loading, as ``load_state_dict`` does, with tensors that have no bytes.
+    Copies of whole tensors to whole tensors are left for the common load; all others are done here.
 
     Args:
-        model: that the modules are of.
-        modules: of ``modules_with_own_loading``.
-        checkpoint: what there is.
-        headers: of it.
-        options: how it is loaded.
+        model: the model.
+        modules: the result of ``modules_with_own_loading``.
+        checkpoint: the checkpoint.
+        headers: its headers.
+        options: how to load.
     """
     import torch
 
@@ -169,7 +168,7 @@ def record_own_loading(
     for ref in hanging:
         value = recorder.real_target(ref.tensor)
         if value is not None:
-            values.append((ref, value.data))  # with a version of its own
+            values.append((ref, value.data))  # .data has its own version counter
     done = {name for _, ref in matched for name in ref.names}
     done.update(name for ref in (*filled, *hanging) for name in ref.names)
     return OwnLoading(
@@ -189,8 +188,8 @@ def record_own_loading(
 def _sort_out(
     refs: Sequence[ParameterRef], recorder: Recorder, headers: Headers
 ) -> tuple[list[tuple[str, ParameterRef]], list[ParameterRef], list[ParameterRef]]:
-    """What is to be loaded as a whole, and is no more the recorder's; what is written otherwise to
-    real tensors; and to those on ``meta``."""
+    """Splits the recorded writes: whole tensors, which leave the recorder; other writes to real
+    tensors; other writes to tensors on ``meta``."""
     matched: list[tuple[str, ParameterRef]] = []
     filled: list[ParameterRef] = []
     hanging: list[ParameterRef] = []
@@ -216,7 +215,7 @@ def _load(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """As ``load`` within ``torch.nn.Module.load_state_dict``, from a module on."""
+    """The inner ``load`` of ``torch.nn.Module.load_state_dict``, from a module on."""
     from torch.nn.modules.module import _IncompatibleKeys
 
     module._load_from_state_dict(state, prefix, {}, True, missing, unexpected, errors)
@@ -230,7 +229,7 @@ def _load(
         if result is not None:
             raise ArgumentError(
                 f"{type(module).__name__}: a hook of register_load_state_dict_post_hook must "
-                "return None; it can change the keys that it is given"
+                "return None; to change the keys, change its argument"
             )
 
 
@@ -242,7 +241,7 @@ def _module_class() -> type[torch.nn.Module]:
 
 def _any_special(model: torch.nn.Module) -> bool:
     modules = [model]
-    for module in modules:  # it grows
+    for module in modules:  # grows during the loop
         if children := module._modules:
             modules += [child for child in children.values() if child is not None]
     return any(map(_is_special, set(map(type, modules)))) or any(
@@ -259,7 +258,7 @@ def _has_own(module: torch.nn.Module) -> bool:
     )
 
 
-# By class, for a model has many modules of few classes; weakly, as classes are made and dropped.
+# Cached by class: a model has many modules of few classes. Weak, because classes may be deleted.
 _special: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
@@ -275,7 +274,7 @@ def _is_special(kind: type[torch.nn.Module]) -> bool:
 
 
 def _matters(module: torch.nn.Module, prefix: str, headers: Headers) -> bool:
-    """Whether what a module does of its own can change what is loaded."""
+    """Whether a module's own loading can change the result."""
     from torch.nn.modules.batchnorm import _NormBase
 
     kind = type(module)
@@ -288,9 +287,8 @@ def _matters(module: torch.nn.Module, prefix: str, headers: Headers) -> bool:
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether its tensors are of torch's own classes: DTensors take their parts by our plan (the
-    hook that FSDP gives each module only brings them into that form), and quantized tensors what
-    their quantizer makes."""
+    """Whether its tensors have torch's own classes. The plan cuts DTensors into parts (FSDP's hook
+    on each module only makes DTensors), and quantizers make quantized tensors."""
     import torch
     from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 

@@ -1,4 +1,4 @@
-"""The places of a module where tensors hang: found, and given other tensors."""
+"""References to the parameters and buffers of a module, to read and replace them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclasses.dataclass(slots=True)
 class ParameterRef:
-    """A parameter or buffer of the model: where it hangs, and where else, if it is tied."""
+    """A parameter or buffer of the model, and all its places if it is tied."""
 
     tensor: torch.Tensor
     is_parameter: bool
@@ -48,7 +48,7 @@ def parameter_refs(model: torch.nn.Module) -> list[ParameterRef]:
     tensors, modules = gather(model)
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp and any(issubclass(kind, fsdp.FSDPModule) for kind in {*map(type, modules)}):
-        for module in modules:  # between two passes a root holds whole parameters
+        for module in modules:  # between passes an FSDP root may hold unsharded parameters
             if isinstance(module, fsdp.FSDPModule):
                 module.reshard()
         tensors, _ = gather(model)
@@ -56,11 +56,11 @@ def parameter_refs(model: torch.nn.Module) -> list[ParameterRef]:
 
 
 def gather(model: torch.nn.Module) -> tuple[list[ParameterRef], list[torch.nn.Module]]:
-    """The tensors and the modules, in the order of ``named_modules``; a module that hangs in
-    several places comes as often.
+    """The tensors and the modules, in the order of ``named_modules``; a module in several places
+    appears once for each.
 
-    Each place is looked at once: of a large model nothing is in a cache, and ``named_modules``
-    takes a step for every level above each.
+    Visits each place once: a large model is not in the processor's caches, and ``named_modules``
+    takes one generator step for every level above a module.
     """
     found: dict[int, ParameterRef] = {}
     modules = []
@@ -102,8 +102,8 @@ def set_all(
     *,
     adopt: bool = False,
 ) -> None:
-    """Gives references other tensors, of their shapes: in place of those on ``meta``, and as the
-    ``.data`` of real parameters.
+    """Sets tensors of the same shapes: replaces tensors on ``meta``, sets the ``.data`` of real
+    parameters.
 
     Args:
         values: references and their tensors.
@@ -121,7 +121,7 @@ def set_all(
         elif not (adopt or value.is_contiguous()):
             value = value.contiguous()
         old = ref.tensor
-        if value.dim() != old.dim():  # [1] for a scalar
+        if value.dim() != old.dim():  # shape [1] for a scalar
             value = value.reshape(old.shape)
         new: Any = value
         if kinds and is_sharded(old):
@@ -136,8 +136,8 @@ def set_all(
             requires_grad = old.requires_grad and (value.is_floating_point() or value.is_complex())
             if type(old) is parameter:
                 if adopt and type(value) is torch.Tensor:
-                    # As torch's UninitializedParameter.materialize does: half the time of making
-                    # another tensor of the same memory.
+                    # As in torch's UninitializedParameter.materialize; takes half the time of a
+                    # new tensor on the same memory.
                     value.__class__ = parameter
                     new.requires_grad = requires_grad
                 else:
@@ -154,7 +154,7 @@ def set_all(
 
 
 def assign_parameter(module: torch.nn.Module, key: str, parameter: torch.nn.Parameter) -> None:
-    """Makes this very parameter the module's, also where another library has replaced
+    """Sets exactly this parameter, also if another library has replaced
     ``register_parameter``."""
     import torch
 
@@ -164,14 +164,14 @@ def assign_parameter(module: torch.nn.Module, key: str, parameter: torch.nn.Para
 def _assign(module: torch.nn.Module, key: str, is_parameter: bool, new: Any, plain: Any) -> None:
     if type(module).__setattr__ is plain:
         (module._parameters if is_parameter else module._buffers)[key] = new
-    else:  # such as RNNs, which keep a list of their weights
+    else:  # modules such as RNNs keep a list of their weights
         setattr(module, key, new)
-        # Another library's replacement of register_parameter may have made another of it.
+        # A replaced register_parameter may have made another object of it.
         (module._parameters if is_parameter else module._buffers)[key] = new
 
 
 def _sharded(ref: ParameterRef, value: torch.Tensor, old: DTensor) -> torch.Tensor:
-    """A DTensor as the reference's, with this local part."""
+    """A DTensor like the reference's, with this local part."""
     import torch
 
     from weightlift.module.dtensors import from_local
@@ -196,22 +196,22 @@ def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
 
 
 def is_streamed(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has no memory, and reads its values at each use."""
+    """Whether a tensor has no memory and reads its values at each use."""
     streamed = _streamed_module()
     return streamed is not None and isinstance(tensor, streamed.StreamedWeight)
 
 
 def streamed_refs(refs: Iterable[ParameterRef]) -> list[ParameterRef]:
-    """Those of streamed tensors."""
+    """The references to streamed tensors."""
     return [] if _streamed_module() is None else [ref for ref in refs if is_streamed(ref.tensor)]
 
 
 def _streamed_module() -> Any:
-    """The module of their class, if anyone has imported it."""
+    """The module of StreamedWeight, if imported."""
     return sys.modules.get("weightlift.module.streaming.streamed_weight")
 
 
 def dtensor_types() -> tuple[type[DTensor], ...]:
-    """DTensor, if anyone has imported it."""
+    """DTensor, if imported."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return () if tensors is None else (tensors.DTensor,)

@@ -1,4 +1,4 @@
-"""Where the tensors of a model are to be: what callers say of it, and what follows for each."""
+"""Decides the device and dtype of each tensor of a model, from the caller's policy."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
 
 __all__ = ["Devices", "DtypeRule", "Placement", "PlacementPolicy", "decide", "place"]
 
-# "disk" for what stays in its file; ``None`` for where a tensor is.
+# "disk": the tensor stays in its file. ``None``: it stays on its device.
 Device: TypeAlias = "torch.device | str | None"
 
 
 @dataclasses.dataclass(frozen=True)
 class PlacementPolicy:
-    """What a caller says of where a model's tensors go, and in which dtype.
+    """The caller's policy for the devices and dtypes of a model's tensors.
 
     Attributes:
-        device_map: ``None`` leaves each tensor where it is (``meta``: the CPU).
+        device_map: ``None`` keeps each tensor on its device (``meta`` becomes the CPU).
         max_memory: device -> bytes, for automatic maps.
-        offload: an automatic map may leave on the disk what does not fit.
-        dtype: of the floating-point tensors; ``None``: each parameter's own; ``"auto"``: the
+        offload: an automatic map may leave tensors that do not fit on the disk.
+        dtype: the dtype of floating-point tensors; ``None``: each parameter's own; ``"auto"``: the
             checkpoint's.
         keep_in_fp32: path components whose tensors stay in float32; ``None``: the model's
             ``_keep_in_fp32_modules``.
-        models_dtype_on: "disk", or types of devices, on which floating-point tensors take the dtype
-            of the model's, whatever is wanted.
-        memory_format: of 4-D tensors, such as ``torch.channels_last``.
-        dispatch: gives the model the hooks that bring tensors to where they are used; who has
-            hooks of its own takes what stays on the disk here.
+        models_dtype_on: "disk", or types of devices, on which floating-point tensors get the
+            model's dtype, whatever ``dtype`` is.
+        memory_format: the memory format of 4-D tensors, such as ``torch.channels_last``.
+        dispatch: adds the hooks that move tensors to their use. A library with its own hooks
+            receives the weights on the disk here.
     """
 
     device_map: DeviceMap | None = None
@@ -62,13 +62,13 @@ class PlacementPolicy:
 
 
 class DtypeRule(NamedTuple):
-    """In which dtype floating-point tensors are wanted.
+    """The rule for the dtypes of floating-point tensors.
 
     Attributes:
-        wanted: the file's name of it; ``None`` for the file's own.
-        keep_models: rather that of each tensor of the model.
-        in_fp32: path components under which it is float32, whatever is wanted.
-        models_on: of ``PlacementPolicy.models_dtype_on``.
+        wanted: the file's name of the dtype; ``None`` for the file's own.
+        keep_models: use the dtype of each tensor of the model instead.
+        in_fp32: path components whose tensors are float32 in any case.
+        models_on: ``PlacementPolicy.models_dtype_on``.
     """
 
     wanted: str | None
@@ -87,7 +87,7 @@ class DtypeRule(NamedTuple):
     def target(
         self, name: str, tensor: torch.Tensor, file_dtype: str, device: Device = None
     ) -> str | None:
-        """What to cast to on a device; ``None`` for nothing."""
+        """The dtype to cast to on a device; ``None`` for no cast."""
         if file_dtype not in dtypes.FLOATING:
             return None
         of_model = self.keep_models or _type_of(device) in self.models_on
@@ -111,7 +111,7 @@ class Devices:
     """The device of each tensor of a model.
 
     Attributes:
-        by_prefix: module prefix -> device or ``"disk"``; ``None`` where all stay where they are.
+        by_prefix: module prefix -> device or ``"disk"``; ``None`` if all stay on their devices.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Devices:
         headers: Headers,
         rule: DtypeRule,
     ) -> Devices:
-        """Those that a device map gives; see ``resolve_device_map``."""
+        """Resolves a device map; see ``resolve_device_map``."""
         if policy.device_map is None:
             return cls(refs, None)
         if (alone := single_device(policy.device_map)) is not None:
@@ -152,8 +152,7 @@ class Devices:
         return cls(refs, by_prefix)
 
     def of(self, refs: Sequence[ParameterRef]) -> Iterable[Device]:
-        """The device of each. Of a tied tensor some of whose names are on the disk, it is that of
-        the others: it is in memory anyway."""
+        """The device of each tensor. A tied tensor is on the disk only if all its names are."""
         by_name = self._by_name
         if by_name is None:
             return itertools.repeat(
@@ -167,8 +166,8 @@ class Devices:
         )
 
     def on_disk_elsewhere(self, refs: Iterable[ParameterRef]) -> Iterator[tuple[str, ParameterRef]]:
-        """Names that the map leaves on the disk, of tied tensors that are in memory for another
-        name: hooks ask for them."""
+        """Names on the disk of tied tensors that are in memory under another name: hooks read
+        them."""
         by_name = self._by_name
         if by_name is not None:
             for ref in refs:
@@ -182,8 +181,8 @@ class Devices:
 def _without_lone_tensors(
     model: torch.nn.Module, devices: Mapping[str, torch.device | str], given: DeviceMap
 ) -> dict[str, torch.device | str]:
-    """The map with single tensors in memory that an automatic one leaves on the disk: hooks bring
-    whole modules."""
+    """Moves single tensors of an automatic map from the disk to memory, because hooks load whole
+    modules."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     alone = [
         name
@@ -194,8 +193,8 @@ def _without_lone_tensors(
     for name in alone:
         if not (isinstance(given, str) and given in AUTOMATIC):
             raise ArgumentError(
-                f"device_map leaves the tensor {name!r} on the disk and the rest of its module "
-                "not; hooks bring whole modules: name the module, or give the tensor a device"
+                f"device_map leaves the tensor {name!r} on the disk, but not the rest of its "
+                "module, and hooks load whole modules: name the module, or give the tensor a device"
             )
         in_memory = (device for device in devices.values() if device != "disk")
         changed[name] = next(in_memory, parse_device("cpu"))
@@ -205,7 +204,7 @@ def _without_lone_tensors(
 def _dtypes_in_map(
     dtype: torch.dtype | str | None, headers: Headers
 ) -> torch.dtype | dict[str, torch.dtype] | None:
-    """What a tensor will count in an automatic device map."""
+    """The dtype that an automatic device map uses for the size of each tensor."""
     if dtype is None:
         return None
     name = dtypes.parse_dtype(dtype)
@@ -217,15 +216,15 @@ def _dtypes_in_map(
 
 
 class Decision(NamedTuple):
-    """What becomes of one tensor of a model.
+    """The placement of one tensor of a model.
 
     Attributes:
-        device: where it goes; ``None``: it stays in its file.
-        cast_to: the file's name of the dtype that it is cast to, if to any.
-        in_place: it is written to the memory that the model has.
-        part: what is loaded of it, where that is not all.
-        recast: the dtype that torch gives it in the end, as ``copy_`` does: of integers and
-            booleans, and of what goes into such.
+        device: its device; ``None``: it stays in its file.
+        cast_to: the file's name of the dtype to cast to, or ``None``.
+        in_place: write to the memory of the model's tensor.
+        part: the part to load; ``None`` for all of it.
+        recast: the dtype to which torch casts at the end, as ``copy_`` does: for casts from or to
+            integers and booleans.
     """
 
     device: torch.device | None
@@ -238,18 +237,18 @@ class Decision(NamedTuple):
 def decide(
     name: str, ref: ParameterRef, file_dtype: str, device: Device, rule: DtypeRule, reuse: bool
 ) -> Decision:
-    """Decides where a tensor goes.
+    """Decides the placement of a tensor.
 
     Args:
-        name: in the checkpoint.
-        ref: in the model.
-        file_dtype: in the checkpoint.
-        device: that the device map gives it.
-        rule: in which dtype it is wanted.
-        reuse: the model's memory may be written to.
+        name: its name in the checkpoint.
+        ref: the tensor of the model.
+        file_dtype: its dtype in the checkpoint.
+        device: its device by the device map.
+        rule: the rule for dtypes.
+        reuse: the load may write to the model's memory.
 
     Raises:
-        ArgumentError: the map gives a device to a DTensor.
+        ArgumentError: the device map has a device for a DTensor.
     """
     tensor = ref.tensor
     cast_to = rule.target(name, tensor, file_dtype, device)
@@ -264,7 +263,7 @@ def decide(
         if device is not None:
             raise ArgumentError(
                 f"device_map={str(device)!r} cannot be combined with DTensors such as "
-                f"{ref.name!r}: their mesh says where they are"
+                f"{ref.name!r}, whose mesh defines the device: leave it out"
             )
         device, part = device_of(tensor), local_part(tensor)
     if device is None:
@@ -279,8 +278,8 @@ def decide(
 
 
 def _recast(file_dtype: str, own: torch.dtype) -> torch.dtype | None:
-    """What torch casts to: integers and booleans, and numbers that go into one; the engine casts
-    the rest."""
+    """The dtype that torch must cast to: for casts from or to integers and booleans, which the
+    engine does not do."""
     is_number = own.is_floating_point or own.is_complex
     if is_number and (file_dtype in dtypes.FLOATING or file_dtype[0] == "C"):
         return None
@@ -288,13 +287,13 @@ def _recast(file_dtype: str, own: torch.dtype) -> torch.dtype | None:
 
 
 class Group(NamedTuple):
-    """Tensors of a model that go the same way.
+    """The key of tensors with the same placement.
 
     Attributes:
-        device: where to.
-        cast_to: the file's name of the dtype that they are cast to, if to any.
-        in_place: they are written to the memory that the model has.
-        in_parts: of each, a part is loaded.
+        device: their device.
+        cast_to: the file's name of the dtype to cast to, or ``None``.
+        in_place: write to the memory of the model's tensors.
+        in_parts: load only a part of each.
     """
 
     device: torch.device
@@ -304,14 +303,15 @@ class Group(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """What goes where.
+    """The placement of all tensors.
 
     Attributes:
-        groups: (name in the checkpoint, tensor of the model) of all that go the same way.
-        parts: by name in the checkpoint, what is loaded of a DTensor.
-        prefetched: names of what a prefetched load brings as it is wanted.
-        on_disk: what stays in its file: (name there, tensor of the model, dtype at use).
-        recast: by name in the checkpoint, the dtype that torch gives a tensor in the end.
+        groups: group -> (name in the checkpoint, tensor of the model) pairs.
+        parts: name in the checkpoint -> the part of a DTensor to load.
+        prefetched: names that a prefetched load delivers in the right form.
+        on_disk: (name in the file, tensor of the model, dtype at use) of tensors that stay on the
+            disk.
+        recast: name in the checkpoint -> the dtype to which torch casts at the end.
     """
 
     groups: dict[Group, list[tuple[str, ParameterRef]]]
@@ -330,10 +330,10 @@ def place(
     *,
     reuse: bool,
 ) -> Placement:
-    """Decides for all tensors of a model; see ``decide``."""
+    """Decides the placement of all tensors of a model; see ``decide``."""
     placement = Placement({}, {}, set(), [], {})
     on_their_way = frozenset() if prefetched is None else prefetched.names
-    # Most tensors are of the same kind as the one before, and go where that one went.
+    # Most tensors have the kind of the one before, and its placement.
     last_kind = None
     members: list[tuple[str, ParameterRef]] = []
     arrives = False
@@ -373,6 +373,6 @@ def place(
 
 
 def _is_decided_by_kind(ref: ParameterRef, device: Device, rule: DtypeRule) -> bool:
-    """Whether all tensors of this class, these dtypes and these devices go the same way: not where
-    that depends on names, on a mesh, or on whether it is a parameter."""
+    """Whether the class, the dtypes and the devices alone decide the placement, and not names, a
+    mesh, or whether it is a parameter."""
     return device != "disk" and not rule.in_fp32 and not is_sharded(ref.tensor)

@@ -1,4 +1,4 @@
-"""Tensors that a model has under several names, and a checkpoint under more than one of them."""
+"""Checks tied tensors for which a checkpoint has several values."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def warn_of_unequal_ties(
     headers: Headers,
     options: LoadOptions,
 ) -> None:
-    """Warns of tied tensors whose names have different values in the checkpoint: the model can
-    have one of them.
+    """Warns of tied tensors whose names have different values in the checkpoint; the model can
+    have only one of them.
 
     Args:
-        pairs: (name that is loaded, tensor of the model).
-        checkpoint: what there is.
-        headers: of it.
-        options: how it is loaded.
+        pairs: (loaded name, tensor of the model).
+        checkpoint: the checkpoint.
+        headers: its headers.
+        options: how to load.
     """
     for name, ref in pairs:
         if not ref.ties:
@@ -47,9 +47,9 @@ def warn_of_unequal_ties(
         ]
         if unequal:
             warnings.warn(
-                f"the model has one tensor under the names {', '.join(ref.names)}, and the "
-                f"checkpoint other values for {', '.join(unequal)} than for {name}: those of "
-                f"{name} are loaded; untie them before the load to keep both",
+                f"the model ties {', '.join(ref.names)}, but the checkpoint has other values for "
+                f"{', '.join(unequal)} than for {name}: those of {name} are loaded; untie them "
+                "before the load to keep both",
                 UserWarning,
                 stacklevel=4,
             )

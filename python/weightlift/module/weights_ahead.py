@@ -1,4 +1,4 @@
-"""Weights that hooks ask for one by one: read before they are asked for."""
+"""Reads weights ahead of hooks that request them one by one."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from weightlift.module.learned_order import LONGEST, LearnedOrder
 
 __all__ = ["WeightsAhead"]
 
-# Of what is read ahead: tensors, and bytes of memory that is not the page cache's.
+# Limits of reading ahead: tensors, and bytes of own memory.
 _LOOKAHEAD = 6
 _OWN_BYTES = 64 << 20
 _POLL_SECONDS = 0.05
 
 
 class WeightsAhead:
-    """Reads what is likely to be asked for next, by a thread of its own, in the order that is
-    learned while each is asked for the first time; what was not read is read when it is asked for.
+    """Reads the probable next weights in its own thread, in the learned order of requests. Other
+    weights are read at their request.
 
     Args:
-        names: all that can be asked for, in the order of the modules.
-        load: reads one, whatever stands for it; with ``True``, before anybody has asked for it.
-        own_bytes: of a name, how much memory of its own the tensor takes: nothing, where it is a
-            mapping of its file.
+        names: all names, in the order of the modules.
+        load: reads one weight; its second argument is ``True`` for a read ahead.
+        own_bytes: bytes of own memory that a tensor takes; 0 for a mapping of its file.
     """
 
     def __init__(
@@ -44,8 +43,8 @@ class WeightsAhead:
 
 
 class _Shared:
-    """What the thread has in common with those who ask. It knows nothing of them, so that it ends
-    when nobody can ask any more."""
+    """The state shared by the thread and the requests. It has no reference to the requesting
+    object, so that the thread ends when that is deleted."""
 
     def __init__(
         self,
@@ -69,7 +68,7 @@ class _Shared:
         self._pid = os.getpid()
 
     def get(self, name: Hashable) -> Any:
-        if os.getpid() != self._pid:  # a fork has no thread, and perhaps a lock that nobody frees
+        if os.getpid() != self._pid:  # a fork has no thread, and perhaps a lock held forever
             return self._load(name, False)
         number = self._number[name]
         with self._changed:
@@ -88,9 +87,9 @@ class _Shared:
         asked_before = number in self._asked
         self._asked.add(number)
         if not asked_before or len(self._names) < 2 or self._stopped:
-            return  # who asks for each once, such as a save, has no use for what comes after
+            return  # a pass that requests each weight once, such as a save, needs no reads ahead
         self._wanted = self._order.ahead(last, min(_LOOKAHEAD, len(self._names) - 1))
-        for other in [*self._ready]:  # a guess that was wrong
+        for other in [*self._ready]:  # drop a wrong prediction
             if other not in self._wanted:
                 del self._ready[other]
         if self._thread is None:
@@ -124,7 +123,7 @@ class _Shared:
                     return
                 self._reading = found
             tensor = None
-            with contextlib.suppress(Exception):  # who asks for it reads it, and hears of it
+            with contextlib.suppress(Exception):  # the request reads it again and raises
                 tensor = self._load(self._names[found], True)
             with self._changed:
                 self._reading = None

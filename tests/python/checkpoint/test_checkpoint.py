@@ -74,7 +74,10 @@ def test_a_name_with_a_typo(path: Path) -> None:
     checkpoint = wl.open_checkpoint(path)
     with pytest.raises(KeyError, match=r"'layer\.weight'"):
         checkpoint["layer.wieght"]
-    with wl.safe_open(path) as file, pytest.raises(wl.FormatError, match=r"near are .*layer\.bias"):
+    with (
+        wl.safe_open(path) as file,
+        pytest.raises(wl.FormatError, match=r"similar are .*layer\.bias"),
+    ):
         file.get_tensor("layers.bias")
 
 

@@ -196,7 +196,7 @@ def test_what_is_too_large_to_be_read_whole(
     dduf = open_dduf(path)
     name = "tokenizer/merges.txt"
     monkeypatch.setattr(dduf_module, "_MOST_BYTES", len(dduf.read(name)) - 1)
-    with pytest.raises(wl.FormatError, match=rf"{name}' has 4000 bytes, and 3999 is the most"):
+    with pytest.raises(wl.FormatError, match=rf"{name}' has 4000 bytes; the limit is 3999"):
         dduf.read(name)
     archive = _native.Archive.open(str(path))
     for begin, count in ((archive.size, 1), (archive.size - 1, 2), (0, 1 << 63)):

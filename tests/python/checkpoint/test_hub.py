@@ -230,7 +230,7 @@ def test_neither_path_nor_id(hub: HubServer, name: str) -> None:
         download(name, "config.json", HubArguments())
     assert caught.value.filename == name
     # A path is told as one, without the rules of the Hub for ids.
-    assert ("no id of a repository" in str(caught.value)) == (name in ("a--b", "a b"))
+    assert ("not a repository id" in str(caught.value)) == (name in ("a--b", "a b"))
     assert hub.requests == []
 
 
@@ -251,7 +251,7 @@ def test_a_connection_that_stays_cut_leaves_nothing(
     hub: HubServer, repository: Repository, tmp_path: Path
 ) -> None:
     hub.cuts["model.safetensors"] = [0] * 20
-    with pytest.raises(wl.ReadError, match="not kept, try again") as caught:
+    with pytest.raises(wl.ReadError, match="download was deleted, try again") as caught:
         download(NAME, "model.safetensors", HubArguments())
     assert caught.value.code == "read_failed"
     assert caught.value.filename == f"{NAME}/model.safetensors"
@@ -420,7 +420,7 @@ def test_the_former_name_of_the_token(hub: HubServer, repository: Repository) ->
     assert Saved.load_config(NAME, use_auth_token="hf_former")["width"] == 3
     assert {request.token for request in hub.requests} == {"hf_former"}
     assert HubArguments.pop_from({"use_auth_token": None}).token is None
-    with pytest.raises(wl.ArgumentError, match="former name"):
+    with pytest.raises(wl.ArgumentError, match="old name"):
         HubArguments.pop_from({"use_auth_token": "a", "token": "b"})
 
 

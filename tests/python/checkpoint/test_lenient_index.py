@@ -52,7 +52,7 @@ CASES: dict[str, tuple[dict[str, dict[str, torch.Tensor]], dict[str, str] | str,
     "a tensor in another shard": (
         {ONE: {"w": W}, TWO: {"v": V}},
         {"w": TWO, "v": ONE},
-        "of different checkpoints",
+        "from different checkpoints",
     ),
     "a tensor that is nowhere": (
         {ONE: {"w": W}, TWO: {"v": V}},
@@ -112,7 +112,7 @@ def test_shards_outside_the_folder_are_refused(tmp_path: Path, name: str) -> Non
     reference_save_file({"w": W}, tmp_path / "out.safetensors")
     (tmp_path / "in" / "a").mkdir(parents=True)
     folder = folder_of(tmp_path / "in", {}, {"w": name})
-    with pytest.raises(wl.CheckpointError, match="must be the name of a file"):
+    with pytest.raises(wl.CheckpointError, match="must be a file beside the index"):
         wl.open_checkpoint(folder)
 
 

@@ -281,10 +281,10 @@ INDEX = {
 }
 # Where huggingface_hub takes what is refused here: what the error says -> why it is one.
 INDEX_DIVERGENCES = {
-    "of different checkpoints": "theirs loads the whole of each shard, whatever the index says",
+    "from different checkpoints": "theirs loads the whole of each shard, whatever the index says",
     "is in it twice": "theirs takes the last one; another reader may take the first",
     "metadata is": "theirs does not look at it",
-    "the plain name": "theirs takes folders below; no writer is known that makes them",
+    "a file beside": "theirs takes folders below; no writer is known that makes them",
 }
 
 
@@ -346,12 +346,12 @@ INDEX_CASES = {
     "nul_in_name": (b'{"weight_map":{"a":"s1\\u0000.safetensors"}}', "refused"),
     "no_such_shard": (MAP.replace(b"s3", b"s2").join([b'{"weight_map":', b"}"]), "refused"),
     "pickle": (b'{"weight_map":{"a":"s1.bin","c":"s3.safetensors"}}', "refused"),
-    "folder": (MAP.replace(b"s1", b"./s1").join([b'{"weight_map":', b"}"]), "the plain name"),
+    "folder": (MAP.replace(b"s1", b"./s1").join([b'{"weight_map":', b"}"]), "a file beside"),
     "swapped": (
-        b'{"weight_map":{"c":"s1.safetensors","a":"s3.safetensors"}}', "of different checkpoints",
+        b'{"weight_map":{"c":"s1.safetensors","a":"s3.safetensors"}}', "from different checkpoints",
     ),
     "one_more": (
-        b'{"weight_map":{"b":"s1.safetensors",%s}' % MAP[1:], "of different checkpoints",
+        b'{"weight_map":{"b":"s1.safetensors",%s}' % MAP[1:], "from different checkpoints",
     ),
     "name_twice": (b'{"weight_map":{"a":"s1.safetensors",%s}' % MAP[1:], "is in it twice"),
     "map_twice": (b'{"weight_map":{},"weight_map":%s}' % MAP, "is in it twice"),
@@ -376,7 +376,7 @@ def test_index_changed_at_every_bit(shards: Path) -> None:
     outcomes = collections.Counter(
         check_index(shards, changed) for _, changed in changes(text, all_bits=True)
     )
-    assert outcomes.keys() == {hand_made.OK, "refused", "of different checkpoints"}
+    assert outcomes.keys() == {hand_made.OK, "refused", "from different checkpoints"}
 
 
 def test_index_cut_at_every_byte(shards: Path) -> None:

@@ -126,7 +126,7 @@ def test_errors_speak_of_options(pipeline: Path, type_in: Type) -> None:
         (["inspect", pipeline, "--subfolder", "vae", "--variant", "fp16"], "there is"),
         (["verify", pipeline / "unet", "--variant", "fp16"], "without a variant|variant"),
         (["inspect", pipeline / "unet" / "diffusion_pytorch_model.safetensors", "--subfolder", "x"],
-         "--subfolder x goes with a folder"),
+         "--subfolder x needs a folder"),
         (["inspect", pipeline / "unet", "--variant", "fp16"], "there is: --variant None|variant"),
     ):  # fmt: skip
         status, out, err = type_in(*arguments)
@@ -276,7 +276,7 @@ def test_estimate(tmp_path: Path, type_in: Type) -> None:
 def test_a_command_with_a_mistake_gets_the_nearest(type_in: Type) -> None:
     status, out, err = type_in("inspct", "model.safetensors")
     assert (status, out) == (2, "")
-    assert "inspect is meant?" in err
+    assert "did you mean inspect?" in err
 
 
 def test_log_lines_speak_of_options(tmp_path: Path, type_in: Type) -> None:
@@ -285,11 +285,11 @@ def test_log_lines_speak_of_options(tmp_path: Path, type_in: Type) -> None:
         [sys.executable, "-m", "weightlift", "convert", "c.pth", "c.safetensors"],
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert "--state-dict-key chooses" in done.stderr
-    assert "not converted are the tensors in 'best'" in done.stderr
+    assert "choose others with --state-dict-key" in done.stderr
+    assert "the tensors in 'best' (1) are not converted" in done.stderr
     assert "state_dict_key=" not in done.stderr
     _, _, err = type_in("inspect", tmp_path / "c.pth", "--prefix", "x.")
-    assert "no tensor is left with --prefix x." in re.sub(r"\s+", " ", err)
+    assert "--prefix x. leaves no tensor" in re.sub(r"\s+", " ", err)
     assert "ignore" not in err
 
 

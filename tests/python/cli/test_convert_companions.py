@@ -168,11 +168,11 @@ def test_a_target_that_is_a_file_leaves_the_others_and_says_so(
     folder: Path, tmp_path: Path, type_in: Type, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert type_in("convert", folder, tmp_path / "x.safetensors", "--dtype", "fp16")[0] == 0
-    assert "not copied are config.json, generation_config.json: name a folder" in plain(caplog.text)
+    assert "config.json, generation_config.json are not copied: give a folder" in plain(caplog.text)
     caplog.clear()
     # Beside its source it has them; but they say bfloat16.
     assert type_in("convert", folder, folder / "half.safetensors", "--dtype", "fp16")[0] == 0
-    assert "config.json beside it states another dtype" in plain(caplog.text)
+    assert "config.json beside it has another dtype" in plain(caplog.text)
     caplog.clear()
     assert type_in("convert", folder / "model.safetensors", folder / "again.safetensors")[0] == 0
     assert caplog.text == ""

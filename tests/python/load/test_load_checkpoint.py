@@ -55,14 +55,14 @@ def test_prefix_and_ignore(
 
 
 def test_nothing_left_is_an_error(file: Path) -> None:
-    with pytest.raises(wl.CheckpointError, match=r"no tensor is left with prefix='clip\.'"):
+    with pytest.raises(wl.CheckpointError, match=r"prefix='clip\.' leaves no tensor"):
         wl.load_checkpoint(file, prefix="clip.")
 
 
 def test_an_open_checkpoint_has_its_arguments_already(file: Path) -> None:
     checkpoint = wl.open_checkpoint(file)
     assert_equal(wl.load_checkpoint(checkpoint), load_file(file))
-    with pytest.raises(wl.ArgumentError, match="open already"):
+    with pytest.raises(wl.ArgumentError, match="already open"):
         wl.load_checkpoint(checkpoint, prefix="unet.")
 
 
@@ -90,7 +90,7 @@ def test_load_state_dict_of_packed_fours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device_map", ["auto", {"unet": "cpu", "vae": "disk"}])
 def test_a_map_that_needs_a_model(file: Path, device_map: Any) -> None:
-    with pytest.raises(wl.ArgumentError, match="needs a model to spread over the devices"):
+    with pytest.raises(wl.ArgumentError, match="needs a model: use load_into"):
         wl.load_checkpoint(file, device_map=device_map)
 
 
@@ -265,7 +265,7 @@ def test_verify_is_of_the_file_that_is_loaded(file: Path, tmp_path: Path) -> Non
     save_file(TENSORS, tmp_path / "other")
     (tmp_path / "other").replace(file)
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {file.name}\n")
-    with pytest.raises(wl.FormatError, match="the name was given to another file") as caught:
+    with pytest.raises(wl.FormatError, match="another file took this name") as caught:
         wl.load_checkpoint(checkpoint, verify=True)
     assert caught.value.code == "hash_mismatch"
 

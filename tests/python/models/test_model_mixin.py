@@ -361,7 +361,7 @@ def test_a_map_that_spills(folder: Path) -> None:
         assert "disk" in loaded.hf_device_map.values()
         assert_works(loaded, model, "UNet")
     before = wl.stats().bytes
-    with pytest.raises(wl.CheckpointError, match="cpu has 4,000 bytes and is short of"):
+    with pytest.raises(wl.CheckpointError, match="cpu has 4,000 bytes and lacks"):
         OURS.UNet.from_pretrained(folder, device_map="auto", max_memory={"cpu": "4KB"})
     assert wl.stats().bytes == before
     assert OURS.UNet.from_pretrained(folder, device_map="auto", max_memory={"cpu": "1MiB"})
@@ -635,7 +635,7 @@ def test_mismatches_are_an_error_that_names_all(folder: Path) -> None:
         OURS.UNet.from_pretrained(folder)
     assert str(folder / f"{STEM}.safetensors") in str(caught.value)
     assert str(caught.value).splitlines()[1:] == [
-        "  2 of another shape than the model's (ignore_mismatched_sizes=True leaves them out):",
+        "  2 of another shape than the model's (ignore_mismatched_sizes=True skips them):",
         "    middle.conv.bias: (3,) in the checkpoint, (8,) in the model",
         "    conv_out.weight: (3, 4) in the checkpoint, (3, 4, 1, 1) in the model",
     ]

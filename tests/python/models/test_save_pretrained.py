@@ -325,7 +325,7 @@ def test_a_model_is_pushed_when_it_is_saved(hub: HubServer, folder: Path) -> Non
     for token in ({"token": "hf_stored"}, {"use_auth_token": "hf_stored"}, {}):
         loaded = OURS.UNet.from_pretrained("user/named", variant="fp16", **token)
         assert_same_tensors(state(loaded), state(model))
-    with pytest.raises(FileNotFoundError, match="no such repository, or hides it"):
+    with pytest.raises(FileNotFoundError, match="no such repository, or it is private"):
         OURS.UNet.from_pretrained(
             "user/named", variant="fp16", token=False, cache_dir=folder / "cache"
         )

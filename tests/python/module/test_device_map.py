@@ -262,7 +262,7 @@ def test_what_is_short_is_said(caplog: pytest.LogCaptureFixture) -> None:
         resolve_device_map(model, "auto", max_memory={0: "13MB", "cpu": "9MB"})
     assert str(raised.value) == (
         "Sequential has 32.00 MB, which does not fit: cuda:0 would hold 8.00 MB of its 13.00 MB; "
-        "cpu has 9.00 MB and is short of 15.00 MB. Give more max_memory, or let weights stay on "
+        "cpu has 9.00 MB and lacks 15.00 MB. Give more max_memory, or let weights stay on "
         "the disk with a 'disk' in it or an offload_folder"
     )
     with pytest.raises(CheckpointError, match=r"32\.00 MB, which does not fit: cuda:3 has 31"):

@@ -29,7 +29,7 @@ def path(tmp_path: Path) -> Path:
 MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "swapped": (lambda path: wl.load_into(path, model()), "the model comes first"),  # type: ignore[arg-type]
     "a class": (lambda path: wl.load_into(torch.nn.Linear, path), "an instance of the class"),  # type: ignore[arg-type]
-    "into a dict": (lambda path: wl.load_into({}, path), "load_checkpoint gives a dict"),  # type: ignore[arg-type]
+    "into a dict": (lambda path: wl.load_into({}, path), "load_checkpoint returns a dict"),  # type: ignore[arg-type]
     "into nothing": (lambda path: wl.load_into(None, path), "torch.nn.Module"),  # type: ignore[arg-type]
     "a dict": (lambda path: wl.load_into(model(), TENSORS), "load_state_dict"),  # type: ignore[arg-type]
     "a model": (lambda path: wl.load_into(model(), model()), "the checkpoint is a model"),  # type: ignore[arg-type]
@@ -50,11 +50,11 @@ def test_arguments(mistake: str, path: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "said"),
     [
-        ("atuo", "'auto' is meant"),
+        ("atuo", "did you mean 'auto'"),
         ("gpu", "can be 'cpu', 'cuda'"),
-        ("cdua", "'cuda' is meant"),
-        ("cpuu", "'cpu' is meant"),
-        ("mps", r"load to the CPU, and move what is there with .to\('mps'\)"),
+        ("cdua", "did you mean 'cuda'"),
+        ("cpuu", "did you mean 'cpu'"),
+        ("mps", r"load to the CPU, then move the tensors with .to\('mps'\)"),
         ("xpu:1", r"with .to\('xpu:1'\)"),
     ],
 )
@@ -99,7 +99,7 @@ def test_wrapped_models(wrapper: str, path: Path) -> None:
 
 def test_a_name_with_a_typo(path: Path) -> None:
     other = torch.nn.ModuleDict({"frist": torch.nn.Linear(3, 2)})
-    with pytest.raises(wl.CheckpointError, match=r"'first.bias' is near 'frist.bias'.*key_map="):
+    with pytest.raises(wl.CheckpointError, match=r"'first.bias' resembles 'frist.bias'.*key_map="):
         wl.load_into(other, path)
     more = torch.nn.ModuleDict({"other": torch.nn.Linear(3, 2)})
     with pytest.raises(wl.CheckpointError, match="strict=False loads what matches"):

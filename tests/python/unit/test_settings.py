@@ -299,10 +299,10 @@ def test_a_variable_that_nobody_reads_is_warned_of() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
     )
-    said = [line for line in done.stderr.splitlines() if "not known" in line]
+    said = [line for line in done.stderr.splitlines() if "is unknown" in line]
     assert len(said) == 2
-    assert "WEIGHTLIFT_THREAD is not known; WEIGHTLIFT_THREADS is meant?" in said[0]
-    assert "WEIGHTLIFT_ZZZ is not known; there are " in said[1]
+    assert "WEIGHTLIFT_THREAD is unknown; did you mean WEIGHTLIFT_THREADS?" in said[0]
+    assert "WEIGHTLIFT_ZZZ is unknown; known are " in said[1]
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_dtypes_as_people_write_them(tmp_path: Path, written: str, dtype: torch.
 
 def test_a_dtype_with_a_mistake_gets_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(file_bytes({"w": entry("F32", [3])}))
-    with pytest.raises(wl.ArgumentError, match=r"'bflot16' .'bfloat16' is meant"):
+    with pytest.raises(wl.ArgumentError, match=r"'bflot16' .did you mean 'bfloat16'"):
         wl.load_file(tmp_path / "f", dtype="bflot16")
     for wrong in ("int8", "fp8", "cuda", ""):
         with pytest.raises(wl.ArgumentError, match="it can be one of"):
