@@ -433,7 +433,7 @@ class TestAround:
 
 class TestRefused:
     def test_streamed_already(self, model: Stack, file: Path) -> None:
-        with pytest.raises(wl.ArgumentError, match="streamed already"):
+        with pytest.raises(wl.ArgumentError, match="already streamed"):
             wl.stream(model, file, device="cpu", memory="1MB")
 
     def test_on_meta_without_a_checkpoint(self) -> None:

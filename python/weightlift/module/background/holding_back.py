@@ -1,5 +1,4 @@
-"""Libraries that look at all tensors of a model before they return it: until then no module of it
-waits."""
+"""Delays the waits for libraries that read all tensors of a model before they return it."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ __all__ = ["hold_back", "holding_back"]
 
 
 class _HeldBack(NamedTuple):
-    """A load whose model somebody still has in hand."""
+    """A load whose model a library still works on."""
 
     load: BackgroundLoad
     model: torch.nn.Module
@@ -34,8 +33,8 @@ _held_back: ContextVar[list[_HeldBack] | None] = ContextVar(
 
 @contextlib.contextmanager
 def holding_back() -> Iterator[None]:
-    """Around code of a library that looks at the tensors of a model which begins to load within
-    it: the model's modules wait from its end on. Where it fails the load is cancelled."""
+    """For library code that inspects the tensors of a model whose load begins inside the block: the
+    modules begin to wait at the end of the block. If the block fails, the load is cancelled."""
     held_back: list[_HeldBack] = []
     token = _held_back.set(held_back)
     try:
@@ -55,7 +54,7 @@ def holding_back() -> Iterator[None]:
 def hold_back(
     load: BackgroundLoad, model: torch.nn.Module, options: LoadOptions
 ) -> BackgroundReport:
-    """Makes the modules wait; within ``holding_back`` when that has ended. The load's report."""
+    """Makes the modules wait, within ``holding_back`` at its end. Returns the load's report."""
     report = BackgroundReport(load, LoadReport(), options)
     held_back = _held_back.get()
     if held_back is None:

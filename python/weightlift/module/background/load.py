@@ -36,15 +36,15 @@ class BackgroundLoad:
 
     Args:
         arriving: the load.
-        awaited: its tensors, and where they go.
-        placement: what else is to be done to them.
-        checkpoint: they are from.
-        memory_format: of those with 4 dimensions.
-        identity: what models have in common that use their tensors in the same order.
+        awaited: its tensors, and their places.
+        placement: the placement of the tensors.
+        checkpoint: the checkpoint.
+        memory_format: the memory format of tensors with 4 dimensions.
+        identity: a key for models that use their tensors in the same order.
 
     Attributes:
         arriving: the load.
-        lock: guards what the modules have; nobody waits for the engine with it held.
+        lock: guards the modules' dicts; never held while waiting for the engine.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class BackgroundLoad:
         self.arriving = arriving
         self.lock = threading.RLock()
         self.report: Callable[[], Completes | None] = _no_report
-        self._recast = placement.recast  # not all of it: it holds the modules
+        self._recast = placement.recast  # the placement itself would keep the modules alive
         self._checkpoint = checkpoint
         self._memory_format = memory_format
         self._identity = identity
@@ -67,7 +67,7 @@ class BackgroundLoad:
         self._awaited = [tensor for tensor, _ in awaited]
         self._left = len(awaited)
         self._interest: weakref.ref[Interest] | None = None
-        self._used: list[str] | None = []  # in their order; None where that says nothing
+        self._used: list[str] | None = []  # in order of use; None if there is no useful order
         self._storages: set[int] = set()
 
     @classmethod
@@ -79,14 +79,14 @@ class BackgroundLoad:
         checkpoint: Checkpoint,
         memory_format: torch.memory_format | None,
     ) -> BackgroundLoad:
-        """Starts a load; nobody waits for it yet.
+        """Starts a load; no module waits for it yet.
 
         Args:
-            model: that the tensors are of.
-            plan: of the load, with all of ``placed``.
-            placed: what goes where; all on ``meta`` now.
-            checkpoint: it comes from.
-            memory_format: of 4-D tensors.
+            model: the model.
+            plan: the plan of the load, with all of ``placed``.
+            placed: what goes where; all tensors are on ``meta`` now.
+            checkpoint: the checkpoint.
+            memory_format: the memory format of 4-D tensors.
         """
         awaited = []
         for group, members in placed.groups.items():
@@ -102,7 +102,7 @@ class BackgroundLoad:
         return cls(arriving, awaited, placed, checkpoint, memory_format, identity)
 
     def find_again(self, model: torch.nn.Module) -> None:
-        """Looks where the tensors hang by now: somebody may have tied or replaced them."""
+        """Finds the tensors' places again: other code may have tied or replaced them."""
         refs = {id(ref.tensor): ref for ref in gather(model)[0]}
         self._hanging = [
             (tensor, refs.get(id(tensor.meta), ref))
@@ -113,7 +113,7 @@ class BackgroundLoad:
         self._left = len(self._awaited)
 
     def make_modules_wait(self) -> None:
-        """From now on who needs a tensor waits for it."""
+        """Makes the modules wait from now on."""
         interest = Interest()
         self._interest = weakref.ref(interest)
         weakref.finalize(interest, self.arriving.cancel)
@@ -125,25 +125,25 @@ class BackgroundLoad:
                 waiting = by_module[id(module)][1]
                 waiting.awaited[ref.is_parameter, key] = tensor
                 tensor.places.append((weakref.ref(waiting), key))
-        self._hanging = ()  # which would keep the modules
+        self._hanging = ()  # would keep the modules alive
         for module, waiting in by_module.values():
             waiting.watch(module)
 
     def bring(self, awaited: Sequence[Awaited], *, is_use: bool = True) -> None:
-        """Waits for tensors, and gives them to their modules.
+        """Waits for tensors, and puts them into their modules.
 
         Raises:
-            WeightliftError: the load has failed before they came.
+            WeightliftError: the load failed before they arrived.
         """
         import torch
 
         wanted = [tensor for tensor in awaited if not tensor.has_arrived]
         if not wanted:
             return
-        # Not to be taken for given up when the last module has its tensors.
+        # Kept, so that the load does not end when the last module gets its tensors.
         interest = None if self._interest is None else self._interest()
         self.arriving.wait_for([tensor.source for tensor in wanted])
-        # Whatever the forward pass is in: these are the model's own, as if loaded before it.
+        # Independent of the caller's modes: the tensors must be as if loaded before.
         with self.lock, torch.inference_mode(False), torch.no_grad():
             for tensor in wanted:
                 if not (tensor.has_arrived or tensor.is_attaching):
@@ -158,15 +158,15 @@ class BackgroundLoad:
         del interest
 
     def _attach(self, tensor: Awaited) -> None:
-        """Gives a tensor that has arrived to its modules. Setting it may read it: that is this
-        thread, which has the lock."""
+        """Puts an arrived tensor into its modules. Setting it may read it in this thread, which has
+        the lock."""
         tensor.is_attaching = True
         try:
             if tensor.value is None:
                 tensor.value = self._made(tensor.source)
             ref = tensor.ref()
             if ref is not None:
-                if not ref.is_parameter:  # libraries note what they have initialized
+                if not ref.is_parameter:  # libraries mark initialized parameters
                     vars(tensor.value).update(vars(tensor.meta))
                 values = [(ref, tensor.value)]
                 set_all(values, self._memory_format, adopt=self._checkpoint.is_plain)
@@ -184,13 +184,13 @@ class BackgroundLoad:
         if not self._checkpoint.is_view(name):
             return value
         address = value.untyped_storage().data_ptr()
-        if address in self._storages:  # separate parameters, where the model has them so
+        if address in self._storages:  # separate parameters in the model
             return value.clone()
         self._storages.add(address)
         return value
 
     def wait(self, progress: Progress | None = None) -> None:
-        """Until all modules have all."""
+        """Waits until all modules have all tensors."""
         interest = None if self._interest is None else self._interest()
         native = self.arriving.finish(progress)
         self.bring(self._awaited, is_use=False)
@@ -198,7 +198,7 @@ class BackgroundLoad:
         del interest
 
     def _finish(self) -> None:
-        """When all tensors were handed out: says what the load did, or that it failed after all."""
+        """Ends the load after the last tensor: completes the report, or raises a late error."""
         native = self.arriving.finish()
         if self._used is not None:
             learn_order(self._identity, self._used)
@@ -211,7 +211,7 @@ class BackgroundLoad:
             report.complete(LoadReport.from_native(native))
 
     def cancel(self) -> None:
-        """Ends it; what has not arrived is on ``meta`` for good, and nobody waits for it."""
+        """Ends the load; tensors that have not arrived stay on ``meta``, and no module waits."""
         self.arriving.cancel()
         with self.lock:
             for tensor in self._awaited:

@@ -1,4 +1,4 @@
-"""What the caller of a load in the background is given."""
+"""The report of a background load."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ __all__ = ["BackgroundReport"]
 
 
 class BackgroundReport(LoadReport):
-    """The report of a load that goes on, and its handle. What the load did, such as ``bytes`` and
-    ``seconds``, is in it when the load has ended: after ``wait()``, or when the last module has
-    taken its tensors; the names of tensors are at once."""
+    """The report and the handle of a running load. Figures such as ``bytes`` and ``seconds`` are
+    set when the load has ended: after ``wait()``, or when the last module has its tensors. The
+        names
+    of tensors are set at once."""
 
     def __init__(self, load: BackgroundLoad, earlier: LoadReport, options: LoadOptions) -> None:
         super().__init__()
         self._load = load
-        self.earlier = earlier  # what was read before it
+        self.earlier = earlier  # the report of tensors loaded before
         self._progress = options.progress
         self._is_complete = False
         load.report = weakref.ref(self)
 
     def wait(self) -> LoadReport:
-        """Until all tensors are the model's; itself. Ctrl-C ends the wait, and not the load.
+        """Waits until the model has all tensors, and returns the report. Ctrl-C ends only the
+        wait.
 
         Raises:
             LoadCancelledError: the load was cancelled.
-            WeightliftError: the load has failed.
+            WeightliftError: the load failed.
         """
         with progress_callback(self._progress) as show:
             self._load.wait(show)
@@ -38,17 +40,17 @@ class BackgroundReport(LoadReport):
 
     @property
     def progress(self) -> LoadProgress:
-        """How far it is."""
+        """The bytes that have arrived, and the total."""
         done, total = self._load.arriving.progress()
         earlier = self.earlier.bytes
         return LoadProgress(done + earlier, total + earlier)
 
     def cancel(self) -> None:
-        """Ends the load; what has not arrived stays on ``meta``."""
+        """Ends the load; tensors that have not arrived stay on ``meta``."""
         self._load.cancel()
 
     def complete(self, native: LoadReport) -> None:
-        """The load has ended."""
+        """Sets the figures of the ended load."""
         if self._is_complete:
             return
         self._is_complete = True

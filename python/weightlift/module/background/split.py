@@ -1,4 +1,4 @@
-"""Which tensors of a model can come later than its structure."""
+"""Selects the tensors that may arrive after the call returns."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = ["require_one_device", "split_by_meta"]
 
 
 def require_one_device(by_prefix: Mapping[str, torch.device | str] | None) -> None:
-    """Raises an ``ArgumentError`` where a device map has more than one, or the disk."""
+    """Raises an ``ArgumentError`` if a device map has several devices or the disk."""
     devices = sorted({str(device) for device in (by_prefix or {}).values()})
     if len(devices) > 1 or "disk" in devices:
         raise ArgumentError(
-            f"background=True is for models on one device, and the device map has "
-            f"{', '.join(devices)}: load without it, or with device_map= of one device"
+            f"background=True needs one device, and the device map has {', '.join(devices)}: load "
+            "without background=True, or with device_map= of one device"
         )
 
 
 def split_by_meta(placed: Placement) -> tuple[Placement, Placement]:
-    """What goes to tensors on ``meta``, and can come later; and what goes to real ones: buffers,
+    """Splits a placement into tensors on ``meta``, which may arrive later, and real ones: buffers,
     which most modules make themselves.
 
     Raises:
-        ArgumentError: of the parameters, some are real, stay on the disk, or are DTensors.
+        ArgumentError: a parameter is real, stays on the disk, or is a DTensor.
     """
     later = placed._replace(groups={}, on_disk=[])
     now = placed._replace(groups={})
@@ -45,12 +45,12 @@ def split_by_meta(placed: Placement) -> tuple[Placement, Placement]:
 def _check(ref: ParameterRef) -> None:
     if is_sharded(ref.tensor):
         raise ArgumentError(
-            f"background=True cannot be combined with DTensors such as {ref.name!r}: ranks that "
-            "load together wait for each other"
+            f"background=True cannot be combined with DTensors such as {ref.name!r}, because their "
+            "ranks wait for each other: load without it"
         )
     if ref.is_parameter and not ref.tensor.is_meta:
         raise ArgumentError(
-            f"background=True replaces parameters on meta, and {ref.name!r} is real: what it holds "
-            "could be used before it is loaded. Build the model under torch.device('meta') or "
+            f"background=True needs parameters on meta, and {ref.name!r} is real: its old values "
+            "could be used before the load. Build the model under torch.device('meta') or "
             "accelerate.init_empty_weights(), or load without background=True"
         )

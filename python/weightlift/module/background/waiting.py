@@ -1,4 +1,4 @@
-"""What hangs in a module that waits for its tensors."""
+"""The hook and the dicts of a module that waits for its tensors."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Awaited:
 
     Attributes:
         source: its name in the checkpoint.
-        meta: what is in its place.
-        device: where it will be.
-        dtype: that it will have.
-        places: where it hangs: the modules that wait for it, and its key there.
-        has_arrived: it is the modules' own.
-        is_attaching: it is just being given to them.
-        value: what has arrived, until then.
+        meta: the meta tensor in its place.
+        device: its future device.
+        dtype: its future dtype.
+        places: the modules that wait for it, and its key in each.
+        has_arrived: the modules have the tensor.
+        is_attaching: the modules are about to get it.
+        value: the arrived tensor, until the modules get it.
     """
 
     __slots__ = (
@@ -71,14 +71,14 @@ class Awaited:
         self.value: torch.Tensor | None = None
 
     def forget(self) -> None:
-        """Nobody waits for it any more. The load's lock is held."""
+        """Removes it from the modules that wait for it. Requires the load's lock."""
         for place, key in self.places:
             waiting = place()
             if waiting is not None and waiting.awaited.get((self.is_parameter, key)) is self:
                 waiting.forget(self.is_parameter, key)
 
     def ref(self) -> ParameterRef | None:
-        """Where it hangs now; ``None`` where it is not wanted any more."""
+        """Its current places; ``None`` if no module needs it any more."""
         found: list[tuple[str, torch.nn.Module, str]] = []
         for place, key in self.places:
             waiting = place()
@@ -94,24 +94,24 @@ class Awaited:
 
 
 class Interest:
-    """Of all modules that wait together: when it is gone nobody waits any more."""
+    """A token shared by all waiting modules: when it is deleted, no module waits."""
 
     __slots__ = ("__weakref__",)
 
 
 class Waiting:
-    """What one module waits for; its forward pre-hook."""
+    """The tensors that one module waits for; also its forward pre-hook."""
 
     __slots__ = ("__weakref__", "awaited", "handle", "interest", "load", "module")
 
-    # torch.compile runs it and does not trace it.
+    # torch.compile runs the hook without tracing it.
     _torchdynamo_disable = True
 
     def __init__(self, load: Brings, interest: Interest, module: torch.nn.Module) -> None:
         self.load = load
         self.interest: Interest | None = interest
         self.module = weakref.ref(module)
-        # By (whether it is a parameter, key).
+        # (is a parameter, key) -> tensor.
         self.awaited: dict[tuple[bool, str], Awaited] = {}
         self.handle: Any = None
 
@@ -119,7 +119,7 @@ class Waiting:
         self.load.bring(list(self.awaited.values()))
 
     def watch(self, module: torch.nn.Module) -> None:
-        """Makes the module wait, from now on."""
+        """Makes the module wait from now on."""
         held = vars(module)
         for is_parameter, name in ((True, "_parameters"), (False, "_buffers")):
             if any(is_parameter == kind for kind, _ in self.awaited):
@@ -127,13 +127,13 @@ class Waiting:
         self.handle = module.register_forward_pre_hook(self, prepend=True)
 
     def forget(self, is_parameter: bool, key: str) -> None:
-        """A tensor is there, or not wanted any more. The load's lock is held."""
+        """A tensor has arrived, or is not needed any more. Requires the load's lock."""
         self.awaited.pop((is_parameter, key), None)
         if not self.awaited:
             self._release()
 
     def _release(self) -> None:
-        """Makes the module one that never waited."""
+        """Removes the hook and the waiting dicts."""
         module = self.module()
         if module is not None:
             for name in ("_parameters", "_buffers"):
@@ -146,10 +146,10 @@ class Waiting:
 
 
 class WaitingTensors(dict[str, Any]):
-    """``_parameters`` or ``_buffers`` of a module that waits: who reads a tensor waits for it.
+    """``_parameters`` or ``_buffers`` of a waiting module: reading a tensor waits for it.
 
-    Once it is settled it hands on to the plain dict that has taken its place, for those who still
-    have it in their hands.
+    When all tensors have arrived, it forwards to the plain dict that replaced it, for code that
+    still holds a reference.
     """
 
     __slots__ = ("is_parameters", "plain", "waiting")
@@ -169,7 +169,7 @@ class WaitingTensors(dict[str, Any]):
         return self.waiting.awaited.get((self.is_parameters, key))
 
     def bring(self) -> dict[str, Any]:
-        """All of them; a copy."""
+        """Waits for all tensors; returns a copy."""
         for key in self:
             self[key]
         return dict(dict.items(self)) if self.plain is None else dict(self.plain)
@@ -192,10 +192,10 @@ class WaitingTensors(dict[str, Any]):
                 dict.__delitem__(self, key)
             else:
                 del self.plain[key]
-                dict.pop(self, key, None)  # others may have put it there
+                dict.pop(self, key, None)  # other code may have added the key
             self.waiting.forget(self.is_parameters, key)
 
-    # In Python, so that dict() and ** come by __getitem__.
+    # Defined in Python, so that dict() and ** call __getitem__.
     def __iter__(self) -> Iterator[str]:
         return iter(list(dict.keys(self) if self.plain is None else self.plain.keys()))
 
@@ -205,7 +205,7 @@ class WaitingTensors(dict[str, Any]):
     def __contains__(self, key: object) -> bool:
         return dict.__contains__(self, key) if self.plain is None else key in self.plain
 
-    # By the methods above, one item at a time; those of dict read and write its memory.
+    # dict's own methods would bypass the methods above.
     keys = MutableMapping.keys  # type: ignore[assignment]
     items = MutableMapping.items  # type: ignore[assignment]
     values = MutableMapping.values  # type: ignore[assignment]
@@ -248,8 +248,7 @@ class WaitingTensors(dict[str, Any]):
 def tensors_to_come(
     model: torch.nn.Module, kind: Literal["_parameters", "_buffers"] = "_parameters"
 ) -> Iterator[tuple[str, torch.device, torch.dtype]]:
-    """(name, device, dtype) of the parameters or buffers, as they are or will be, without waiting
-    for any."""
+    """(name, device, dtype) of the parameters or buffers, final values, without a wait."""
     for prefix, module in model.named_modules():
         tensors = vars(module)[kind]
         for key, tensor in dict.items(tensors):

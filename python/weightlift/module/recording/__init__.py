@@ -1,4 +1,4 @@
-"""``record``: which elements of a checkpoint somebody's own loading code puts where."""
+"""``record``: records which elements of a checkpoint loading code copies where."""
 
 from __future__ import annotations
 
@@ -30,31 +30,35 @@ def record(
     device: torch.device | str = "cpu",
     check: bool = False,
 ) -> Recording:
-    """Runs loading code with tensors that have no bytes, and notes which elements of a checkpoint
-    it puts where, so that ``recording.load()`` reads these alone, straight to their places.
+    """Runs loading code with tensors that have no bytes, and records which elements of a checkpoint
+    it copies where. ``recording.load()`` then reads only these elements, straight to their places.
 
-    What can be recorded: views of the tensors (``narrow``, ``chunk``, ``select``, indexing by
-    slices, ``t``, ``permute``, ``view``, ...), ``to`` and ``clone`` of them, and ``copy_`` into any
-    part of a tensor, cast where the engine casts. Constants (``fill_``, ``zero_``) and what is
-    copied from elsewhere are written there and then, in order. For everything else (``numpy()``,
-    ``item()``, ``data_ptr()``, arithmetic, ``cat``, ``p.data = tensor``) that tensor is read whole,
-    once, there and then, and the code goes on with the real one; ``recording.whole`` says why.
-    Nothing is run twice. The code must use the tensors in the thread that calls this.
+    These operations are recorded: views of the tensors (``narrow``, ``chunk``, ``select``, slicing,
+    ``t``, ``permute``, ``view``, ...), ``to`` and ``clone``, and ``copy_`` into any part of a
+    tensor, with casts that the engine does. Constants (``fill_``, ``zero_``) and copies of other
+    tensors are written at once, in order. For every other operation (``numpy()``, ``item()``,
+    ``data_ptr()``, arithmetic, ``cat``, ``p.data = tensor``) the tensor is read whole, once, and
+    the code continues with the real tensor; ``recording.whole`` gives the reason. No operation runs
+    twice. The code must use the tensors in the thread that calls this.
 
     Args:
-        load_weights: takes an iterable of (name, tensor), as the models of serving engines do. It
-            may keep tensors: ``load()`` makes them real.
-        headers: name -> (dtype of the file, shape), in the order in which the tensors are given
-            out. A ``Checkpoint`` is such a mapping; without one, code that needs bytes is an error.
-        module: whose parameters and buffers are the targets. Only those of a module can be on
-            ``meta``: ``load()`` gives it real ones.
-        device: where ``load_weights`` believes the tensors to be.
-        check: for finding faults: ``load()`` then runs ``load_weights`` again with whole tensors,
-            and compares all bytes of all targets.
+        load_weights: a function of an iterable of (name, tensor), as models of serving engines have
+            it. It may keep tensors: ``load()`` makes them real.
+        headers: name -> (the file's dtype, shape), in the order in which the code gets the tensors.
+            A ``Checkpoint`` is such a mapping; with other mappings, code that needs bytes is an
+            error.
+        module: the module whose parameters and buffers are the targets. Only its targets may be on
+            ``meta``: ``load()`` replaces them with real ones.
+        device: the device that the tensors report to ``load_weights``.
+        check: to find faults, ``load()`` runs ``load_weights`` again with whole tensors and
+            compares all bytes of all targets.
+
+    Returns:
+        The recording.
 
     Raises:
-        CheckpointError: it needs bytes, and ``headers`` is no ``Checkpoint``; or it does what a
-            tensor without storage cannot follow.
+        CheckpointError: the code needs bytes and ``headers`` is not a ``Checkpoint``, or it does
+            something that is impossible for a tensor without storage.
     """
     reader = CheckpointReader(headers) if isinstance(headers, Checkpoint) else NoReader()
     recorder = Recorder(reader, torch.device(device))
@@ -73,20 +77,20 @@ def _weights(
         if source is not None:
             yield name, recorder.placeholder(name, source)
         else:
-            recorder.whole[name] = "its elements share bytes, or torch alone reads it"
+            recorder.whole[name] = "its elements share bytes, or only torch can read it"
             recorder.used.add(name)
             yield name, reader.tensors([name])[name]
 
 
 class Recording:
-    """What loading code would read and where it would put it.
+    """The copies that loading code makes.
 
     Attributes:
-        result: what the loading code returned.
-        copies: the parts of tensors that go to parts of targets, in order.
-        whole: name -> why, of tensors that had to be read whole while it ran.
-        unused: names whose bytes nobody wanted.
-        needed_bytes: what the copies take out of the checkpoint.
+        result: the return value of the loading code.
+        copies: the copies from parts of tensors to parts of targets, in order.
+        whole: name -> reason, for tensors that were read whole while the code ran.
+        unused: names of tensors whose bytes the code did not use.
+        needed_bytes: bytes of the checkpoint that the copies read.
     """
 
     def __init__(
@@ -126,20 +130,25 @@ class Recording:
         return found
 
     def load(self, checkpoint: Checkpoint | None = None) -> LoadReport:
-        """Reads what was recorded, straight to its places; a second call does it all again, as
-        long as the targets' memory is the same.
+        """Reads the recorded elements straight to their places. A second call repeats this, as long
+        as the targets keep their memory.
 
         Args:
-            checkpoint: another one than ``record`` had, with tensors of the same dtypes and shapes.
+            checkpoint: another checkpoint with the same names, dtypes and shapes; that of
+                ``record`` by default.
+
+        Returns:
+            The report of the load.
 
         Raises:
-            CheckpointError: there is no checkpoint, or one of other tensors; or something was
-                written that was not recorded, so that it cannot be done again.
+            CheckpointError: there is no checkpoint, or its tensors differ; or the code wrote
+                computed values, which a second call cannot repeat.
+            FormatError, ReadError, DeviceError, OutOfMemoryError: as ``load_file``.
         """
         recorder = self._recorder
         known = recorder.reader.checkpoint
         if checkpoint is None and known is None:
-            raise CheckpointError("the recording has headers alone: give load() a Checkpoint")
+            raise CheckpointError("the recording has only headers: give load() a Checkpoint")
         if checkpoint is not None:
             self._check(checkpoint)
             recorder.reader = CheckpointReader(checkpoint)
@@ -161,10 +170,10 @@ class Recording:
         return report
 
     def _attach_targets(self) -> None:
-        """The real targets into the module, in place of those on ``meta``."""
+        """Replaces the module's targets on ``meta`` with the real ones."""
         refs = [] if self._module is None else parameter_refs(self._module)
         values = [
-            (ref, value.data)  # with a version of its own
+            (ref, value.data)  # .data has its own version counter
             for ref in refs
             if ref.tensor.is_meta and (value := self._recorder.real_target(ref.tensor)) is not None
         ]
@@ -186,8 +195,8 @@ class Recording:
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise CheckpointError(
-                f"{', '.join(wrong[:3])}{more}: whole tensors give other bytes than the recording "
-                "did: this is a fault of the recorder, please report it"
+                f"{', '.join(wrong[:3])}{more}: whole tensors give other bytes than the recording: "
+                "this is a bug in weightlift, please report it"
             )
 
     def _check(self, checkpoint: Checkpoint) -> None:
@@ -195,13 +204,13 @@ class Recording:
             source = sources_of(checkpoint, [name]).get(name) if name in checkpoint else None
             if source != self._sources[name]:
                 raise CheckpointError(
-                    f"tensor {name!r} is not in the checkpoint with the dtype and shape with which "
-                    "it was recorded: record anew"
+                    f"tensor {name!r} is missing in the checkpoint, or has another dtype or shape "
+                    "than recorded: record again"
                 )
 
 
 def _reasons(whole: Mapping[str, str]) -> list[str]:
-    """For the report: reason by reason, the tensors that came whole."""
+    """For the report: the tensors that were read whole, by reason."""
     by_reason: dict[str, list[str]] = {}
     for name, why in whole.items():
         by_reason.setdefault(why, []).append(name)

@@ -1,4 +1,4 @@
-"""Copies that the engine does while the loading code still runs."""
+"""Runs recorded copies while the loading code still runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Ahead:
     """One group of copies at a time.
 
     Args:
-        limit: bytes that wait before a group is started; 0: none is.
+        limit: bytes of waiting copies that start a group; 0: never.
     """
 
     def __init__(self, limit: int) -> None:
@@ -25,7 +25,7 @@ class Ahead:
         self._touched: set[int] = set()
 
     def is_time(self, copy: Copy) -> bool:
-        """Whether, with another copy, a group is to be started."""
+        """Whether this copy completes a group."""
         if not self._limit:
             return False
         self._waiting += copy.target.numel() * copy.target.element_size()
@@ -35,17 +35,17 @@ class Ahead:
         return True
 
     def start(self, reader: Reader, copies: Sequence[Copy]) -> None:
-        """Starts these, after those before them."""
+        """Starts these copies, after the earlier ones have ended."""
         self.wait()
         self._running = reader.start(copies)
         self._reader = reader
         self._touched = {copy.target.untyped_storage()._cdata for copy in copies}
 
     def wait(self, storage: int | None = None) -> None:
-        """Waits for what is being copied.
+        """Waits for running copies.
 
         Args:
-            storage: its address, where only copies to that are to be waited for.
+            storage: wait only for copies to the storage at this address.
         """
         if self._running is None or (storage is not None and storage not in self._touched):
             return
@@ -56,7 +56,7 @@ class Ahead:
             self._reader.ended(report)
 
     def cancel(self) -> None:
-        """Stops what is being copied."""
+        """Stops running copies."""
         if self._running is not None:
             running, self._running = self._running, None
             running.cancel()

@@ -1,4 +1,4 @@
-"""Which casts of a chain the engine does as one."""
+"""Decides which chains of casts the engine can do as one cast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from weightlift.core import dtypes
 
 __all__ = ["casts"]
 
-# dtype -> those that hold each of its values
+# dtype -> dtypes that represent each of its values
 _HELD_BY = {
     torch.float8_e4m3fn: {torch.float16, torch.bfloat16, torch.float32, torch.float64},
     torch.float8_e5m2: {torch.float16, torch.bfloat16, torch.float32, torch.float64},
@@ -19,7 +19,7 @@ _HELD_BY = {
 
 
 def casts(own: torch.dtype, through: torch.dtype, to: torch.dtype) -> bool:
-    """Whether the engine's one cast from ``own`` gives what two casts of torch's would."""
+    """Whether one cast by the engine equals two casts by torch."""
     if own == through == to:
         return True
     if not _castable(own) or not _castable(to):

@@ -1,4 +1,4 @@
-"""How the recorder sees what loading code does: torch's two modes, of this thread alone."""
+"""The recorder's two torch modes, which observe the loading code in this thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["SeeFunctions", "SeeOperators"]
 
 _Tensor = torch.Tensor
 
-# Of these only the bytes of a real target are wanted, not its address.
+# Functions that use only the bytes of a real target, not its address.
 _READ_TARGETS = TAKE_BYTES - {
     _Tensor.data_ptr,
     _Tensor.untyped_storage,
@@ -23,7 +23,7 @@ _READ_TARGETS = TAKE_BYTES - {
     _Tensor._typed_storage,
     _Tensor.is_shared,
 }
-# They change the shape of the very tensor, which a tensor without storage cannot follow.
+# Functions that change the shape in place, which is impossible for a tensor without storage.
 _RESHAPE_IN_PLACE: frozenset[Any] = frozenset(
     getattr(_Tensor, name)
     for name in (
@@ -46,11 +46,11 @@ def _accessor(name: str, which: str) -> Any:
 
 
 class SeeOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every operator, whoever calls it."""
+    """Observes every operator."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Else each call goes through a wrapper that costs as much as the rest.
+        # Avoids a wrapper around each call, which would double its cost.
         return False
 
     def __init__(self, ledger: Ledger) -> None:
@@ -69,7 +69,7 @@ class SeeOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class SeeFunctions(TorchFunctionMode):
-    """What reads or swaps a tensor's memory without an operator."""
+    """Observes functions that read or swap a tensor's memory without an operator."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()

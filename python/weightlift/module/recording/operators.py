@@ -1,4 +1,4 @@
-"""What the recorder makes of each operator: a view, a copy, a constant, or one that needs bytes."""
+"""Handles each operator as a view, a copy, a constant, or one that needs bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Handler: TypeAlias = "Callable[[Ledger, Any, tuple[Any, ...], dict[str, Any]], A
 
 _aten: Any = torch.ops.aten
 _META = torch.device("meta")
-# Views by strides that are told, not changed: of a copy they mean the copy's own.
+# Views with given strides; on a copy these refer to the copy's own memory.
 _BY_STRIDES = (_aten.as_strided.default, _aten._reshape_alias.default)
 
 
@@ -37,7 +37,7 @@ def handler_of(func: Any) -> Handler:
 
 
 def run_on_real(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operator that is not known: on tensors with bytes, after what waits for them."""
+    """Runs an unknown operator on real tensors, after the writes that wait for them."""
     tensors = flat(args, kwargs)
     if not tensors:
         return func(*args, **kwargs)
@@ -49,7 +49,7 @@ def run_on_real(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: dict[s
         if isinstance(tensor, Placeholder):
             if id(tensor) in written and torch.Tag.inplace_view in func.tags:
                 raise CheckpointError(
-                    f"tensor {tensor.memory.name!r}: {func} of a recorded tensor cannot be done; "
+                    f"tensor {tensor.memory.name!r}: {func} is impossible for a recorded tensor; "
                     "load whole tensors instead"
                 )
             real[id(tensor)] = tensor.with_bytes()
@@ -87,7 +87,7 @@ def _view(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     except RuntimeError:
         if same:
             raise
-        return run_on_real(ledger, func, args, kwargs)  # it is a view of the copy alone
+        return run_on_real(ledger, func, args, kwargs)  # a view only of the copy
     one = isinstance(found, torch.Tensor)
     sources = [found] if one else found
     if not all(_follows(tensor, source) for source in sources):
@@ -104,7 +104,7 @@ def _view(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _follows(tensor: Placeholder, source: torch.Tensor) -> bool:
-    """Whether a view is one of the same elements, whatever they are taken for."""
+    """Whether a view has the same elements, in any dtype of the same size."""
     before = tensor.source
     if source.dtype != before.dtype:
         if tensor.dtype != before.dtype or source.dtype.itemsize != before.dtype.itemsize:
@@ -114,8 +114,7 @@ def _follows(tensor: Placeholder, source: torch.Tensor) -> bool:
 
 
 def _duplicate(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``clone`` and ``to``: the same elements in memory of their own, perhaps cast, perhaps on
-    another device."""
+    """``clone`` and ``to``: a copy of the elements, perhaps cast or on another device."""
     tensor = args[0]
     if not isinstance(tensor, Placeholder) or tensor.memory.value is not None:
         return run_on_real(ledger, func, args, kwargs)
@@ -166,7 +165,7 @@ def _fill(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _like(ledger: Ledger, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """New tensors that are like one, whatever is in it."""
+    """New tensors like another one, without its values."""
     tensor = args[0]
     if not isinstance(tensor, Placeholder):
         if tensor.is_meta and ledger.is_target(tensor):
@@ -185,7 +184,7 @@ def _on_meta(geometry: Geometry, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _name_of(func: Any) -> str:
-    """As users call it."""
+    """The operator's public name."""
     if func is _aten._local_scalar_dense.default:
         return "item()"
     return f"{str(func).removeprefix('aten.').partition('.')[0]}()"
@@ -193,7 +192,7 @@ def _name_of(func: Any) -> str:
 
 @functools.cache
 def _writes(func: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Which arguments an operator writes to: positions, names."""
+    """The arguments that an operator writes to: positions, names."""
     arguments = func._schema.arguments
     found = [(i, a.name) for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
     return tuple(i for i, _ in found), tuple(name for _, name in found)

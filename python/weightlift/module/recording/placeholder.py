@@ -1,4 +1,4 @@
-"""Tensors without storage, which stand for those of a checkpoint while loading code runs."""
+"""Tensors without storage that replace a checkpoint's tensors while loading code runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 __all__ = ["TAKE_BYTES", "Geometry", "Ledger", "Memory", "Placeholder", "flat", "geometry_of"]
 
-# Functions that look at the bytes without an operator that the dispatcher would see.
+# Functions that read the bytes without an operator.
 TAKE_BYTES: frozenset[Any] = frozenset(
     getattr(torch.Tensor, name)
     for name in (
@@ -38,16 +38,16 @@ def geometry_of(tensor: torch.Tensor) -> Geometry:
 
 
 class Memory:
-    """What the views of one tensor share, as its storage would be: a tensor of the checkpoint, or a
-    copy of a part of one.
+    """The storage shared by the views of one tensor: a tensor of the checkpoint, or a copy of a
+    part of it.
 
     Attributes:
-        name: of the checkpoint's tensor.
-        source: where its elements lie in that tensor: a meta tensor of the file's dtype.
-        dtype: of the elements here: another than the file's in a copy that casts.
-        geometry: of the whole of it, here.
-        device: where the loading code believes it to be.
-        value: the bytes, from when somebody has asked for them.
+        name: the checkpoint's tensor.
+        source: a meta tensor of the file's dtype that shows the place of its elements there.
+        dtype: the dtype of its elements, which differs from the file's after a cast.
+        geometry: its geometry.
+        device: the device that it reports.
+        value: the bytes, after the first request.
     """
 
     __slots__ = ("device", "dtype", "geometry", "name", "source", "value")
@@ -68,7 +68,7 @@ class Memory:
         self.value: torch.Tensor | None = None
 
     def part_of(self, value: torch.Tensor) -> torch.Tensor:
-        """The elements of this in the checkpoint's tensor, which has its bytes."""
+        """These elements of the checkpoint's real tensor."""
         shape, strides, offset = geometry_of(self.source)
         if self.source.dtype != value.dtype:
             value = value.view(self.source.dtype)
@@ -77,18 +77,18 @@ class Memory:
     def duplicate(
         self, source: torch.Tensor, dtype: torch.dtype, geometry: Geometry, device: torch.device
     ) -> Memory:
-        """A copy of a part of it."""
+        """The memory of a copy of a part."""
         return Memory(self.name, source, dtype, geometry, device)
 
 
 class Ledger(Protocol):
-    """Who is told what becomes of placeholders, and of what they are written to."""
+    """Handles the operations on placeholders and on their targets."""
 
     def after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A placeholder in an operator that no mode saw."""
+        """Handles a placeholder in an operator outside the modes."""
 
     def materialize(self, tensor: Placeholder, why: str) -> None:
-        """The very object becomes a tensor with bytes."""
+        """Turns this object into a tensor with bytes."""
 
     def derive(
         self, memory: Memory, source: torch.Tensor, dtype: torch.dtype, geometry: Geometry
@@ -96,56 +96,56 @@ class Ledger(Protocol):
         """Another view of a memory."""
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An operator in the thread that is recorded."""
+        """Handles an operator in the recorded thread."""
 
     def expose(self, tensor: torch.Tensor) -> None:
         """Does what waits for the memory of a tensor, which others may write to unseen from now on:
         through NumPy's view of it, ..."""
 
     def is_target(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is on ``meta`` now and will be real."""
+        """Whether a tensor is a target on ``meta`` that will become real."""
 
     def overwrite(
         self, tensor: torch.Tensor, write: Callable[[torch.Tensor], object], *, constant: bool
     ) -> None:
-        """Writes to a part of a target without looking at what was there.
+        """Overwrites a part of a target.
 
         Args:
             tensor: the part.
-            write: does it.
-            constant: and does the same at any later time.
+            write: writes it.
+            constant: whether ``write`` can be repeated later with the same result.
         """
 
     def read(self, memories: Sequence[Memory], why: str) -> None:
-        """Gives bytes to these, by one read."""
+        """Reads the bytes of these memories at once."""
 
     def real(self, tensor: Placeholder, why: str) -> torch.Tensor:
         """The tensor with its bytes."""
 
     def record(self, tensor: torch.Tensor, source: Placeholder) -> str | None:
-        """Notes a copy; else says why it cannot be one."""
+        """Records a copy, or returns the reason why that is impossible."""
 
     def set_data(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
-        """``tensor.data = value``, for what stands for others."""
+        """``tensor.data = value`` with a placeholder."""
 
     def settle(self, tensor: torch.Tensor, *, write: bool = False) -> torch.Tensor:
-        """Does what waits for the memory of a tensor; returns the tensor, or the real one for one
-        on ``meta``.
+        """Runs the writes that wait for a tensor's memory. Returns the tensor, or its real tensor
+        if it is on ``meta``.
 
         Args:
-            tensor: that an operator is about to look at.
-            write: and to write to.
+            tensor: the tensor that an operator will read.
+            write: whether the operator writes to it too.
         """
 
 
 class Placeholder(torch.Tensor):
-    """A tensor of a checkpoint, or a view of one, that has a shape, strides and a dtype but no
-    bytes. Whoever needs these gets them by one read of the whole tensor.
+    """A tensor of a checkpoint, or a view of one, with a shape, strides and a dtype but no bytes.
+    An operation that needs bytes reads the whole tensor once.
 
     Attributes:
-        memory: what it shares with its views.
-        source: which of the checkpoint's elements it shows: a meta tensor of its shape.
-        ledger: whom operations on it are told.
+        memory: the memory shared with its views.
+        source: a meta tensor of its shape that shows its elements in the checkpoint's tensor.
+        ledger: handles operations on it.
     """
 
     memory: Memory
@@ -207,7 +207,7 @@ class Placeholder(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Outside the mode: after the recording, or in another thread."""
+        """Called outside the mode: after the recording, or in another thread."""
         ledger = next(arg.ledger for arg in flat(args, kwargs) if isinstance(arg, Placeholder))
         return ledger.after(func, args, kwargs or {})
 
@@ -215,10 +215,10 @@ class Placeholder(torch.Tensor):
         return repr(self.ledger.real(self, "repr()"))
 
     def with_bytes(self) -> torch.Tensor:
-        """The same elements with bytes, once the memory has some: a view of its value."""
+        """The elements with bytes: a view of the memory's value."""
         value = self.memory.value
         if value is None:
-            raise RuntimeError(f"{self.memory.name!r} was not read")  # a fault of our own
+            raise RuntimeError(f"{self.memory.name!r} was not read")  # a bug in this package
         if value.dtype != self.dtype:
             value = value.view(self.dtype)  # of the same size
         shape, strides, offset = geometry_of(self)
@@ -232,7 +232,7 @@ def _with_bytes(func: Any, value: object) -> object:
 
 
 def flat(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> list[torch.Tensor]:
-    """The tensors among the arguments of an operator, those in its lists too."""
+    """The tensors among the arguments of an operator, including those in lists."""
     found: list[torch.Tensor] = []
     for arg in args if not kwargs else (*args, *kwargs.values()):
         if isinstance(arg, torch.Tensor):

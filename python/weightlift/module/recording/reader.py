@@ -1,4 +1,4 @@
-"""Where the recorder's bytes come from: a checkpoint, through the engine."""
+"""Reads the recorder's bytes from a checkpoint, through the engine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class CheckpointReader:
 
     def ended(self, report: LoadReport) -> None:
         self.report = self.report.plus(report)
-        files: dict[tuple[str, str], FileReport] = {}  # each once, however often it was read
+        files: dict[tuple[str, str], FileReport] = {}  # one entry per file
         for file in self.report.files:
             known = files.get((file.path, file.io))
             count = file.bytes + (known.bytes if known else 0)
@@ -58,7 +58,7 @@ class CheckpointReader:
 
 
 class NoReader:
-    """Of a recording that has headers alone."""
+    """The reader of a recording that has only headers."""
 
     checkpoint = None
 
@@ -67,8 +67,8 @@ class NoReader:
 
     def tensors(self, names: Sequence[str]) -> NoReturn:
         raise CheckpointError(
-            f"tensor {names[0]!r}: the loading code asks for its bytes, and there are headers "
-            "alone: give record() a Checkpoint"
+            f"tensor {names[0]!r}: the loading code needs its bytes, and record() has only "
+            "headers: give it a Checkpoint"
         )
 
     def copy(self, copies: Sequence[Copy]) -> None:
@@ -85,8 +85,8 @@ class NoReader:
 def sources_of(
     headers: Mapping[str, tuple[str, tuple[int, ...]]], names: Iterable[str] | None = None
 ) -> dict[str, Source | None]:
-    """The tensors of a checkpoint as the recorder wants them; ``None`` for those that it cannot
-    stand for: their elements share bytes, or they are in memory already."""
+    """The tensors of a checkpoint for the recorder; ``None`` for those that cannot be recorded:
+    their elements share bytes, or they are already in memory."""
     found: dict[str, Source | None] = {}
     checkpoint = headers if isinstance(headers, Checkpoint) else None
     if checkpoint is not None and names is None:

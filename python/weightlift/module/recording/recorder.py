@@ -1,4 +1,4 @@
-"""The recorder: which elements of a checkpoint somebody's loading code puts where."""
+"""The recorder: records which elements of a checkpoint loading code copies where."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _OWN_ATTRIBUTES = frozenset({"_is_param", "ledger", "memory", "source"})
 
 
 class IdentitySet:
-    """Tensors, as objects."""
+    """A set of tensors, compared by identity."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._members = {id(tensor): tensor for tensor in tensors}
@@ -47,19 +47,19 @@ class IdentitySet:
 
 
 class Recorder:
-    """Runs loading code and notes what it writes.
+    """Runs loading code and records its writes.
 
-    Writes of a checkpoint's elements wait; what is written otherwise is done there and then, after
-    what waits for the same memory. So at each moment whoever looks at a target sees what is in it.
+    Copies of a checkpoint's elements wait. Other writes run at once, after the copies that wait for
+    the same memory, so that a read of a target always sees the right values.
 
     Args:
-        reader: gives bytes to what cannot be recorded.
-        device: where the loading code is to believe the tensors to be.
-        ahead: bytes of waiting copies from which on these are done while the loading code still
-            runs; 0: none are.
-        held: whether a copy is to wait to the end nevertheless.
-        threads: whether the loading code may use the tensors in threads of its own. What these
-            write otherwise nobody sees, so their copies are done there and then.
+        reader: reads tensors that cannot be recorded.
+        device: the device that placeholders report.
+        ahead: bytes of waiting copies that start a group while the loading code still runs; 0:
+            never.
+        held: whether a copy must wait until the end in any case.
+        threads: whether the loading code may use the tensors in its own threads. The recorder does
+            not see other writes of these threads, so it runs their copies at once.
     """
 
     def __init__(
@@ -79,27 +79,27 @@ class Recorder:
         self._lock = threading.RLock() if threads else None
         self._open = False
         self.targets: dict[int, Target] = {}  # by the address of the storage
-        self.whole: dict[str, str] = {}  # name -> why it came whole
+        self.whole: dict[str, str] = {}  # name -> why it was read whole
         self.used: set[str] = set()
-        self.done: list[Copy | Constant] = []  # all writes that can be done again, in order
-        self.once: str | None = None  # a write that cannot
-        self.sources: dict[str, Source] = {}  # of the placeholders that were given out
+        self.done: list[Copy | Constant] = []  # all repeatable writes, in order
+        self.once: str | None = None  # describes a write that cannot be repeated
+        self.sources: dict[str, Source] = {}  # the sources of all placeholders
         self._forms: dict[Source, torch.Tensor] = {}
         self._made: list[weakref.ref[Placeholder]] = []
 
     # Before and after the loading code.
 
     def expect(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Names targets, and tells those on ``meta`` that are going to be real."""
+        """Names targets, and declares those on ``meta`` that will become real."""
         for name, tensor in tensors:
             storage = _storage_of(tensor)
             if storage is not None:
                 self.targets.setdefault(storage._cdata, Target(storage, name))
 
     def placeholder(self, name: str, source: Source) -> Placeholder:
-        """What stands for a tensor of the checkpoint."""
+        """The placeholder for a tensor of the checkpoint."""
         self.sources[name] = source
-        # Nobody sees that it is one for all tensors of the same form.
+        # One meta tensor serves all tensors of the same form.
         lies = self._forms.get(source)
         if lies is None:
             with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
@@ -110,7 +110,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it, loading code of this thread is recorded."""
+        """Records loading code of this thread inside the block."""
         self._open = True
         try:
             with SeeOperators(self), SeeFunctions(self):
@@ -254,14 +254,14 @@ class Recorder:
                 torch.autograd.graph.increment_version(copy.target)
 
     def kept(self) -> IdentitySet:
-        """The placeholders that somebody has kept."""
+        """The placeholders that the loading code kept."""
         return IdentitySet(tensor for ref in self._made if (tensor := ref()) is not None)
 
     def replace_kept(self) -> dict[str, torch.Tensor]:
-        """Puts real tensors in place of the placeholders that somebody has kept, such as those that
-        became parameters: name -> tensor."""
+        """Replaces kept placeholders, such as those that became parameters, with real tensors: name
+        -> tensor."""
         kept = [tensor for ref in self._made if (tensor := ref()) is not None]
-        self._made.clear()  # what weak references look at cannot be swapped
+        self._made.clear()  # a tensor with weak references cannot be swapped
         self.read([tensor.memory for tensor in kept], "kept", note=False)
         found: dict[str, torch.Tensor] = {}
         while kept:
@@ -273,7 +273,7 @@ class Recorder:
                 real.requires_grad_()
             extra = {k: v for k, v in tensor.__dict__.items() if k not in _OWN_ATTRIBUTES}
             found[tensor.memory.name] = tensor
-            with contextlib.suppress(RuntimeError):  # somebody else's C++ holds it: it reads itself
+            with contextlib.suppress(RuntimeError):  # C++ code holds it: it reads its bytes itself
                 torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
                 tensor.__dict__.update(extra)
         return found
@@ -292,8 +292,8 @@ class Recorder:
             if self._lock is not None:
                 return self.dispatch(func, args, kwargs)
             raise CheckpointError(
-                f"{func}: loading code used a tensor in another thread than the one that is "
-                "recorded; load whole tensors instead"
+                f"{func}: the loading code used a tensor in a thread that is not recorded; load "
+                "whole tensors instead"
             )
         return run_on_real(self, func, args, kwargs)
 
@@ -319,7 +319,7 @@ class Recorder:
             torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise CheckpointError(
-                f"tensor {tensor.memory.name!r}: {why} of a recorded tensor cannot be done "
+                f"tensor {tensor.memory.name!r}: {why} is impossible for a recorded tensor "
                 f"({error}); load whole tensors instead"
             ) from error
 
@@ -329,7 +329,7 @@ class Recorder:
         if value.is_meta or not self.is_target(tensor) or not tensor.is_meta:
             tensor.data = value
             return
-        # torch refuses other memory to a tensor on meta.
+        # torch does not set other memory on a meta tensor.
         kind, attributes = type(tensor), dict(tensor.__dict__)
         new = value
         if isinstance(tensor, torch.nn.Parameter):
@@ -365,7 +365,7 @@ class Recorder:
         return self._at(target, tensor)
 
     def finish(self, targets: Sequence[Target] | None = None) -> None:
-        """Does all that waits, at once."""
+        """Runs all waiting writes."""
         waiting: list[Copy] = []
         if targets is None:
             self._ahead.wait()
@@ -400,8 +400,8 @@ class Recorder:
             target.exposed = True
 
     def take_held(self) -> list[Copy]:
-        """The copies that were held back, for the caller to do: of targets that have memory, and
-        are not written to twice in the same place."""
+        """Hands the held copies over to the caller: those to targets that have memory and are not
+        written twice in the same place."""
         taken: list[Copy] = []
         for target in self.targets.values():
             copies = [write for write in target.writes if isinstance(write, Copy)]
@@ -413,7 +413,7 @@ class Recorder:
         return taken
 
     def put_back(self, copies: Sequence[Copy]) -> None:
-        """Copies of ``take_held`` that the caller has not done."""
+        """Takes back copies of ``take_held`` that the caller did not run."""
         for copy in copies:
             self.targets[copy.target.untyped_storage()._cdata].writes.append(copy)
 
@@ -456,7 +456,7 @@ class Recorder:
             return f"copied into a {type(tensor).__name__}"
         lies = source.source
         if lies.shape != tensor.shape:
-            # As copy_ would say it, where they do not go together.
+            # Raises copy_'s own error for incompatible shapes.
             torch.empty(tensor.shape, device=_META).copy_(lies)
             lies = lies.expand(tensor.shape)
         strides = lies.stride()
@@ -475,7 +475,7 @@ class Recorder:
             return None
         target = self._target_of(storage, True)
         if target is None:
-            raise RuntimeError("no target was made")  # a fault of the recorder's
+            raise RuntimeError("no target was made")  # a bug in the recorder
         into = tensor if target.value is None else self._at(target, tensor)
         offset = int(lies.storage_offset())
         copy = Copy(memory.name, offset, tuple(lies.shape), strides, into, as_bits)
@@ -528,11 +528,11 @@ class Recorder:
     # Inside.
 
     def _is_elsewhere(self) -> bool:
-        """Whether this thread is another than that which is recorded."""
+        """Whether this is not the recorded thread."""
         return threading.get_ident() != self._thread
 
     def _start_ahead(self) -> None:
-        """Starts what waits for targets with memory, unless some of it has to wait for other."""
+        """Starts the waiting copies to targets with memory, unless they depend on others."""
         targets = [
             target
             for target in self.targets.values()
@@ -559,18 +559,18 @@ class Recorder:
         return target
 
     def _at(self, target: Target, tensor: torch.Tensor) -> torch.Tensor:
-        """The real memory of a tensor on ``meta``."""
+        """The real memory of a target on ``meta``."""
         if target.value is None:
-            raise RuntimeError("a target on meta without memory")  # a fault of the recorder's
+            raise RuntimeError("a target on meta without memory")  # a bug in the recorder
         shape, strides, offset = geometry_of(tensor)
         return target.value.view(tensor.dtype).as_strided(shape, strides, offset)
 
 
 def _storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    """``None`` for what has none of its own, such as sparse tensors."""
+    """The storage; ``None`` for tensors without one, such as sparse tensors."""
     try:
         return tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError, ValueError):  # ValueError: of lazy modules
+    except (NotImplementedError, RuntimeError, ValueError):  # lazy modules raise ValueError
         return None
 
 

@@ -1,4 +1,4 @@
-"""Loading code that runs again: the parts that its first run took of each tensor are read ahead."""
+"""Replays loading code: reads the parts of tensors that its first run used ahead of it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Taken:
-    """What loading code took of the tensors of a checkpoint.
+    """The parts of a checkpoint's tensors that loading code used.
 
     Attributes:
-        sources: the tensors that it was given.
-        parts: name -> what was copied: (shape, strides, offset), in elements; or all.
-        whole: name -> why, of tensors that came whole.
+        sources: the tensors that it received.
+        parts: name -> the copied parts: (shape, strides, offset), in elements; or all.
+        whole: name -> reason, for tensors that were read whole.
     """
 
     sources: Mapping[str, Source]
@@ -42,7 +42,7 @@ class Taken:
 
     @classmethod
     def of(cls, recorder: Recorder) -> Taken:
-        """When the loading code has ended."""
+        """From a recorder, after the loading code has ended."""
         parts: dict[str, dict[Geometry, None]] = {}
         for write in recorder.done:
             if isinstance(write, Copy):
@@ -55,7 +55,7 @@ class Taken:
 
     @property
     def sliced_bytes(self) -> int:
-        """Of all that was copied without the whole tensor."""
+        """Bytes of all parts that were copied without reading the whole tensor."""
         return sum(
             math.prod(shape) * self.sources[name].dtype.itemsize
             for name, parts in self.parts.items()
@@ -64,17 +64,17 @@ class Taken:
         )
 
     def is_of(self, sources: Mapping[str, Source | None]) -> bool:
-        """Whether other tensors have the dtypes and shapes of those of the same names."""
+        """Whether these tensors have the same dtypes and shapes as the recorded ones."""
         return all(
             source == self.sources[name] for name, source in sources.items() if name in self.parts
         )
 
 
 class _TakenApart(Memory):
-    """A tensor of which some parts have bytes.
+    """A tensor with bytes for some of its parts.
 
     Attributes:
-        parts: these, by the geometry that they have in the whole.
+        parts: geometry in the whole tensor -> the part.
     """
 
     __slots__ = ("parts",)
@@ -90,7 +90,7 @@ class _TakenApart(Memory):
 
 @dataclasses.dataclass(slots=True)
 class _Group:
-    """Tensors whose parts are read at once."""
+    """Tensors whose parts are read together."""
 
     memories: list[_TakenApart]
     sources: list[Source]
@@ -98,19 +98,18 @@ class _Group:
 
 
 class Replay:
-    """Gives out tensors to loading code that was recorded before, where no mode watches it.
+    """Gives tensors to loading code that was recorded before, without torch modes.
 
-    What came whole then is whole now. All else has the shape of the whole and the bytes of the
-    parts that were copied then.
-    Whoever takes another part, or does something else with it, gets the tensor read whole, there
-    and then: so a part that was not read is never taken for one that was.
+    Tensors that were read whole the first time are whole again. Others have the shape of the whole
+    and the bytes of the parts that were copied. If the code uses another part, or another
+    operation, the tensor is read whole at once, so that bytes that were not read are never used.
 
     Args:
-        reader: whom the bytes come from.
-        taken: by that code before.
-        whole: where to note the tensors that are read whole: name -> why.
-        group_bytes: of parts that are read at once; two groups are in memory at a time, and what
-            the loading code keeps.
+        reader: reads the bytes.
+        taken: the parts that the code used the first time.
+        whole: receives the tensors that are read whole: name -> reason.
+        group_bytes: bytes of parts in one group; two groups are in memory at a time, plus the
+            tensors that the code keeps.
     """
 
     def __init__(
@@ -130,7 +129,7 @@ class Replay:
     def tensors(
         self, sources: Iterable[tuple[str, Source]]
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """(name, tensor) in this order, while the parts of those that come next are read."""
+        """Yields (name, tensor) in this order, and reads the parts of the next tensors ahead."""
         groups = self._groups(sources)
         running: RunningCopies | None = None
         group = next(groups, None)
@@ -191,8 +190,8 @@ class Replay:
 
     def materialize(self, tensor: Placeholder, why: str) -> None:
         raise CheckpointError(
-            f"tensor {tensor.memory.name!r}: {why} of a tensor that is loaded again cannot be "
-            "done; load whole tensors instead"
+            f"tensor {tensor.memory.name!r}: {why} is impossible for a tensor that is loaded "
+            "again; load whole tensors instead"
         )
 
     def derive(
@@ -218,7 +217,7 @@ class Replay:
         tensor.data = value
 
     def record(self, tensor: torch.Tensor, source: Placeholder) -> str | None:
-        """Does a copy of a part that was read; else says why it cannot."""
+        """Copies a part that was read, or returns the reason why that is impossible."""
         memory, lies = source.memory, source.source
         if lies.shape != tensor.shape:
             lies = lies.expand(tensor.shape)

@@ -1,4 +1,4 @@
-"""What the recorder is given: tensors of a checkpoint without their bytes, and who has these."""
+"""The recorder's input: descriptions of a checkpoint's tensors, and the reader of their bytes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Source(NamedTuple):
     """A tensor of a checkpoint, for the recorder.
 
     Attributes:
-        dtype: of its elements.
-        shape: of it.
-        strides: where torch would load it with other than contiguous ones.
+        dtype: its dtype.
+        shape: its shape.
+        strides: its strides, if torch would not load it contiguous.
     """
 
     dtype: torch.dtype
@@ -31,11 +31,11 @@ class Source(NamedTuple):
 
 
 class Reader(Protocol):
-    """Where bytes come from.
+    """Reads bytes for the recorder.
 
     Attributes:
-        checkpoint: if there is one.
-        report: of all reads so far.
+        checkpoint: the checkpoint, or ``None``.
+        report: the report of all reads so far.
     """
 
     @property
@@ -45,16 +45,16 @@ class Reader(Protocol):
     def report(self) -> LoadReport: ...
 
     def tensors(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        """Whole tensors, in memory that nobody else has."""
+        """Whole tensors, in memory that no other object uses."""
 
     def copy(self, copies: Sequence[Copy]) -> None:
-        """Does these at once; no two write the same byte."""
+        """Runs these copies together; no two write the same byte."""
 
     def start(self, copies: Sequence[Copy]) -> RunningCopies:
-        """Starts what ``copy`` does."""
+        """Starts copies, as ``copy`` runs them."""
 
     def ended(self, report: LoadReport) -> None:
-        """Hears of the end of what was started."""
+        """Called when started copies have ended."""
 
 
 def form_of(source: Source) -> torch.Tensor:

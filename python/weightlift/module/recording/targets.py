@@ -1,4 +1,4 @@
-"""What was written to which memory, in which order, and what of it can be done at once."""
+"""The recorded writes to each target, in order, and their grouping into rounds."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Constant", "Target", "covers", "disjoint", "write_rounds"]
 
 @dataclasses.dataclass(slots=True)
 class Constant:
-    """A write to a part of a target that no checkpoint is needed for.
+    """A write to a part of a target that needs no checkpoint.
 
     Attributes:
         target: the part.
-        write: does it, to the tensor that it is given instead of the part.
+        write: writes to the tensor given instead of the part.
     """
 
     target: torch.Tensor
@@ -26,7 +26,7 @@ class Constant:
 
 
 class Target:
-    """Memory that the loading code writes to: one storage.
+    """One storage that the loading code writes to.
 
     Attributes:
         storage: kept, for its address is what it is known by.
@@ -48,12 +48,12 @@ class Target:
         self.value: torch.Tensor | None = None
 
     def unwritten(self) -> int:
-        """How many elements no write has reached."""
+        """The number of elements that no write covers."""
         if not self.parts:
             return 0
         item = min(part.element_size() for part in self.parts)
         wanted = self.storage.nbytes() // item
-        # Most targets are written once, by one part or by several that share no element.
+        # Most targets are written once, by one part or by disjoint parts.
         total = sum(part.numel() * part.element_size() for part in self.parts) // item
         if total == wanted and len(_rounds_of_storage([_touch(part) for part in self.parts])) == 1:
             return 0
@@ -72,7 +72,7 @@ def _touch(part: torch.Tensor) -> Copy:
 
 
 def extent_of(part: torch.Tensor) -> tuple[int, int]:
-    """[first, last) of the storage's bytes that a part reaches over, holes included."""
+    """The byte range [first, last) of a part in its storage, including holes."""
     item = part.element_size()
     first = last = int(part.storage_offset())
     for count, stride in zip(part.shape, part.stride(), strict=True):
@@ -81,7 +81,7 @@ def extent_of(part: torch.Tensor) -> tuple[int, int]:
 
 
 def covers(part: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether all of another part of the same storage is surely inside this one."""
+    """Whether this part certainly contains another part of the same storage."""
     if part.dtype == other.dtype and (
         (part.shape, part.stride(), part.storage_offset())
         == (other.shape, other.stride(), other.storage_offset())
@@ -95,10 +95,10 @@ def covers(part: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two parts of one storage surely share no byte.
+    """Whether two parts of one storage certainly share no byte.
 
-    Parts that reach over each other, such as the columns of a matrix, are compared as boxes in the
-    coordinates that their strides make, where each stride is a multiple of the next.
+    Parts whose ranges overlap, such as columns of a matrix, are compared as boxes in the
+    coordinates of their strides, if each stride is a multiple of the next.
     """
     first, last = extent_of(one)
     begin, end = extent_of(other)
@@ -125,8 +125,8 @@ def disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _box(part: torch.Tensor, strides: Sequence[int]) -> list[tuple[int, int]] | None:
-    """(start, count) along each of the strides, largest first, and within the smallest; ``None``
-    where the part is no box of them."""
+    """(start, count) along each stride, largest first, and within the smallest; ``None`` if the
+    part is not a box."""
     counts = dict.fromkeys(strides, 1)
     for count, stride in zip(part.shape, part.stride(), strict=True):
         if count == 1:
@@ -150,8 +150,8 @@ def _box(part: torch.Tensor, strides: Sequence[int]) -> list[tuple[int, int]] | 
 
 
 def write_rounds(copies: Sequence[Copy]) -> list[list[Copy]]:
-    """The copies in groups that are done one after the other: within a group no two write the same
-    byte. What is overwritten altogether is left out."""
+    """Groups of copies that run one after the other; within a group no two write the same byte.
+    Copies that are overwritten completely are left out."""
     by_storage: dict[int, list[Copy]] = {}
     for copy in copies:
         by_storage.setdefault(copy.target.untyped_storage()._cdata, []).append(copy)

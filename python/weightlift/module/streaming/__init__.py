@@ -1,16 +1,17 @@
-"""Models that are larger than the memory they run in: their weights are read ahead of their use.
+"""Runs models that are larger than their device: reads weights ahead of their use.
 
-- `streamed_weight`: what hangs in a module in the place of a weight; each use of it asks the ring.
-- `ring`: which block is in which buffer, what is read next, who waits for what; `learned_order`,
-  beside this folder, says what is used next.
-- `device_side`: the buffers of a device, and the order of its copies and its computing.
-- `sources`: where weights lie: in files, or in the host's memory.
-- `residency`: what a model is cut into, and what of it stays on the device.
-- `executor`: the ring, with its thread.
-- `originals`: the model's own tensors, and what takes their place.
-- `task`: the plan: it puts streamed weights into the model, and shares memory out again when `uses`
-  has counted how often a step uses each.
-- `begin`: what is streamed of a model, from files or from memory.
+- `streamed_weight`: the tensor in the place of a weight; each use gets the values from the ring.
+- `ring`: assigns blocks to buffers and decides what to read next; `learned_order`, beside this
+  folder, predicts the next use.
+- `device_side`: the buffers of a device, and the order of its copies and its computation.
+- `sources`: reads weights from files, or from host memory.
+- `residency`: cuts a model into pieces, and decides which stay on the device.
+- `executor`: the ring and its thread.
+- `originals`: the model's own tensors, and their replacement.
+- `task`: the plan: it puts streamed weights into the model, and decides again which stay when
+`uses`
+  has counted the uses of a step.
+- `begin`: selects the weights to stream, from files or from host memory.
 - `call`: the public call; `handle`: what it returns.
 """
 

@@ -1,4 +1,4 @@
-"""What is streamed of a model, and from where: the files of a checkpoint, or the host's memory."""
+"""Selects the weights to stream, and their source: a checkpoint's files, or host memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def of_a_checkpoint(
     dtype: torch.dtype | str | None,
     lookahead: int,
 ) -> Task:
-    """Loads what stays on the device; the rest stays in the files."""
+    """Loads the weights that stay on the device; the others stay in the files."""
     headers = checkpoint.headers()
     own = {
         id(module)
@@ -70,7 +70,7 @@ def of_a_checkpoint(
     }
     on_meta = _put_on_meta(refs)
     kept = PlacementPolicy(device_map=device_map, dtype=dtype, dispatch=lambda *_: None)
-    # In memory of its own: pages of a mapping would be given up for those of what is read.
+    # Own memory: the streamed reads would evict the pages of a mapping.
     how = LoadOptions(mode="read")
     fill(model, checkpoint, kept, MatchPolicy(compare_ties=True), how, refs=on_meta)
     # The caller may close the checkpoint.
@@ -80,8 +80,8 @@ def of_a_checkpoint(
 
 
 def _settings_for(streamed_bytes: int) -> Settings:
-    """Reads past the page cache what it could not keep from one step to the next: page by page it
-    would throw out what is needed soonest."""
+    """Reads around the page cache if the cache cannot hold the weights from step to step: it would
+    evict the pages that are needed soonest."""
     settings = Settings.current()
     headroom: int = _native.machine()["memory_headroom"]
     if settings.io_path in (None, "auto") and streamed_bytes > headroom // 2:
@@ -90,7 +90,7 @@ def _settings_for(streamed_bytes: int) -> Settings:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether what takes its place need know no more than its shape and its dtype."""
+    """Whether shape and dtype describe the tensor completely."""
     return type(tensor) is torch.nn.Parameter
 
 
@@ -102,8 +102,8 @@ def _keeps_kind(file_dtype: str, own: torch.dtype) -> bool:
 
 
 def _put_on_meta(refs: Sequence[ParameterRef]) -> list[ParameterRef]:
-    """In place of real tensors that a checkpoint has, ones on ``meta``: the real ones stay as they
-    are."""
+    """Replaces real tensors that the checkpoint has with tensors on ``meta``; the real ones stay
+    unchanged."""
     for ref in refs:
         if ref.tensor.is_meta or not ref.persistent:
             continue
@@ -126,7 +126,7 @@ def of_the_host(
     dtype: torch.dtype | str | None,
     lookahead: int,
 ) -> Task:
-    """Brings what stays to the device; the rest stays in the host's memory."""
+    """Moves the weights that stay to the device; the others stay in host memory."""
     rule = DtypeRule.of(model, PlacementPolicy(dtype="auto" if dtype is None else dtype))
     wanted: dict[str, Wanted] = {}
     moved: list[tuple[ParameterRef, torch.dtype]] = []
@@ -141,7 +141,7 @@ def of_the_host(
         target = None if own is None else rule.target(ref.name, tensor, own)
         kind = tensor.dtype if target is None else dtypes.to_torch(target)
         if tensor.device == side.device and kind == tensor.dtype:
-            continue  # it is where it is used
+            continue  # already on its device
         if ref.is_parameter and _is_plain(tensor) and tensor.device.type == "cpu":
             wanted[ref.name] = Wanted(ref, kind, ref.name)
         else:

@@ -1,4 +1,4 @@
-"""``stream``: a model runs with a budget of weights on its device."""
+"""``stream``: runs a model within a budget of weight memory on its device."""
 
 from __future__ import annotations
 
@@ -30,38 +30,39 @@ def stream(
     dtype: torch.dtype | str | None = None,
     lookahead: int = 2,
 ) -> StreamHandle:
-    """Runs a model with a budget of weights on its device; the rest is read ahead of its use.
+    """Runs a model within a budget of weight memory on its device; reads the other weights ahead of
+    their use.
 
-    What stays on the device is chosen by bytes, and by how often a step uses it. The rest is read
-    from where it lies (the checkpoint's own files, or the host tensors of the model) into a few
-    buffers that are used again and again, cast on the way, by a thread that runs ahead of the
-    computing. The order is learned while the model runs; a wrong guess is a wait. Nothing is
-    written, and no second copy of the model is made.
+    The weights that stay on the device are chosen by their bytes and by how often a step uses them.
+    A thread reads the others from their source (the checkpoint's files, or the model's host
+    tensors) ahead of the computation into a few buffers that it uses again and again, with a cast
+    if needed. It learns the order while the model runs; a wrong prediction causes a wait. Nothing
+    is written, and there is no second copy of the model.
 
-    Weights that are streamed are read-only: training them is an error; adapters on top of them
-    (LoRA) can be trained. Their tensors tell shape, dtype and device; a deep copy of the model
-    streams too, a pickle has the values. Moving or casting the model is refused until the handle is
-    closed. The caller moves the inputs to ``device``.
+    Streamed weights are read-only: training them is an error; adapters on top of them (LoRA) can be
+    trained. Their tensors have the right shape, dtype and device; a deep copy of the model streams
+    too, a pickle has the values. The model cannot be moved or cast until the handle is closed. The
+    caller moves the inputs to ``device``.
 
     Args:
-        model: on ``meta``, or, without a checkpoint, with its tensors on the CPU.
+        model: a module on ``meta``, or, without a checkpoint, with its tensors on the CPU.
         checkpoint: a ``Checkpoint``, or what ``open_checkpoint`` takes. ``None`` streams the
             model's own tensors, which must not change meanwhile; on the CPU, those that ``dtype``
             casts.
-        device: where the model computes: the CPU or a CUDA device.
-        memory: bytes that weights may take on ``device``, buffers included; such as ``"2GB"``.
-        dtype: of the floating-point tensors on ``device``, as in ``load_into``.
-        lookahead: how many blocks are read ahead.
+        device: the device of the computation: the CPU or a CUDA device.
+        memory: bytes that weights may take on ``device``, buffers included, such as ``"2GB"``.
+        dtype: the dtype of floating-point tensors on ``device``, as in ``load_into``.
+        lookahead: the number of blocks to read ahead.
 
     Returns:
-        A handle; closing it puts the model's tensors back as they were. A context manager.
+        A handle, which is a context manager; closing it restores the model's tensors.
 
     Raises:
-        ArgumentError: the memory does not suffice (the text names the layer and the smallest budget
-            that does), or the model cannot be streamed.
+        ArgumentError: the memory is too small (the text names the layer and the smallest budget),
+            or the model cannot be streamed.
         CheckpointError: the checkpoint does not fit the model.
-        DeviceError: there is no such device, or it cannot be streamed to.
-        ReadError: a file cannot be read; later, from the operation that needs it.
+        DeviceError: the device does not exist, or cannot be streamed to.
+        ReadError: a file cannot be read; raised later by the operation that needs it.
     """
     budget = _checked_budget(memory, lookahead)
     side = device_side(loadable_device(device))
@@ -69,7 +70,7 @@ def stream(
     _check_model(model, refs)
     restore = Originals(refs)
     try:
-        # What is made here is used in any mode, and autograd keeps nothing that one mode made.
+        # The tensors made here must work in any mode, and autograd cannot save inference tensors.
         with torch.inference_mode(False):
             if checkpoint is None:
                 task = of_the_host(model, refs, side, budget, dtype, lookahead)
@@ -87,7 +88,7 @@ def stream(
 def _checked_budget(memory: int | str, lookahead: int) -> int:
     budget = parse_size(memory, "memory")
     if budget <= 0:
-        raise ArgumentError(f"memory is {memory!r}; it must be bytes above zero, such as '2GB'")
+        raise ArgumentError(f"memory is {memory!r}; it must be more than 0 bytes, such as '2GB'")
     if not isinstance(lookahead, int) or isinstance(lookahead, bool) or lookahead < 0:
         raise ArgumentError(f"lookahead is {lookahead!r}; it must be 0 or more blocks")
     return budget
@@ -98,9 +99,12 @@ def _check_model(model: torch.nn.Module, refs: Sequence[ParameterRef]) -> None:
         raise ArgumentError("a TorchScript module cannot be streamed: its code holds its weights")
     for ref in refs:
         if is_streamed(ref.tensor):
-            raise ArgumentError(f"{ref.name!r} is streamed already: close that handle first")
+            raise ArgumentError(f"tensor {ref.name!r} is already streamed: close its handle first")
         if is_sharded(ref.tensor):
-            raise ArgumentError(f"{ref.name!r} is a DTensor: a sharded model cannot be streamed")
+            raise ArgumentError(
+                f"tensor {ref.name!r} is a DTensor, which cannot be streamed: give a model that is "
+                "not sharded"
+            )
     for name, module in model.named_modules():
         if "_hf_hook" in vars(module):
             raise ArgumentError(

@@ -1,6 +1,6 @@
-"""The device of a stream: its buffers, and the order of its copies and its computing.
+"""The device of a stream: its buffers, and the order of its copies and its computation.
 
-This is all that the ring knows of a device. The tests have another one, with a clock.
+The ring uses only this interface; the tests have an implementation with a simulated clock.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from weightlift.load.allocation import empty_on_host
 
 __all__ = ["CudaSide", "DeviceSide", "HostSide", "Mark", "Transfer", "device_side"]
 
-# A point in what the device has been given to compute.
+# A point in the device's queue of work.
 Mark: TypeAlias = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """The weights of one block on their way into a buffer.
+    """The transfer of one block's weights into a buffer.
 
     Attributes:
-        block: its number.
-        buffer: that is written to.
-        bytes: of the weights.
-        run: reads and copies; returns when all is in the buffer.
+        block: the block's number.
+        buffer: the buffer to write to.
+        bytes: bytes of the weights.
+        run: reads and copies; returns when the buffer is complete.
     """
 
     block: int
@@ -39,7 +39,7 @@ class Transfer:
 
 
 class DeviceSide(Protocol):
-    """Buffers of a device, and what comes before what on it."""
+    """Allocates buffers of a device, and orders its work."""
 
     device: torch.device
 
@@ -47,24 +47,24 @@ class DeviceSide(Protocol):
         """A buffer of ``count`` bytes."""
 
     def copy(self, transfer: Transfer, after: Sequence[Mark]) -> Any:
-        """Begins, or does, a transfer, not before the marks have passed. Called by one thread.
+        """Begins or runs a transfer after the marks have passed. Called by one thread.
 
         Returns:
-            What ``wait`` takes.
+            The argument for ``wait``.
         """
 
     def wait(self, arrival: Any) -> None:
-        """What the calling thread gives the device from now on runs after this transfer."""
+        """Orders the calling thread's later work on the device after this transfer."""
 
     def mark(self) -> Mark:
-        """What the calling thread has given the device until now: the last use of a buffer."""
+        """A mark after the calling thread's work so far: the last use of a buffer."""
 
     def finish(self) -> None:
-        """Waits until nothing that was given to the device uses a buffer."""
+        """Waits until no work on the device uses a buffer."""
 
 
 class HostSide:
-    """The CPU: what was called has computed when it returns."""
+    """The CPU: a call has finished when it returns."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -86,12 +86,12 @@ class HostSide:
 
 
 class CudaSide:
-    """A CUDA device. The engine's copies wait for a stream of our own, which waits for the marks; a
-    transfer has ended on the device when ``copy`` returns, because the host has waited for it."""
+    """A CUDA device. The engine's copies wait for a stream of this object, which waits for the
+    marks. When ``copy`` returns the transfer has ended, because the host waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         if not torch.cuda.is_available():
-            raise DeviceError(f"cannot stream to {device}: torch sees no GPU")
+            raise DeviceError(f"cannot stream to {device}: torch finds no GPU")
         self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -105,7 +105,7 @@ class CudaSide:
             for mark in after:
                 self._stream.wait_event(mark)
             transfer.run()
-            self._stream.synchronize()  # what torch copied, where the engine could not
+            self._stream.synchronize()  # for copies by torch
 
     def wait(self, arrival: None) -> None:
         pass
@@ -120,9 +120,9 @@ class CudaSide:
 
 
 def device_side(device: torch.device) -> DeviceSide:
-    """Raises a ``DeviceError`` for devices that weights cannot be streamed to."""
+    """The device side of a device; raises ``DeviceError`` if it cannot be streamed to."""
     if device.type == "cpu":
         return HostSide(device)
     if device.type == "cuda":
         return CudaSide(device)
-    raise DeviceError(f"cannot stream to {device}: weights are streamed to 'cpu' and 'cuda'")
+    raise DeviceError(f"cannot stream to {device}: use 'cpu' or 'cuda'")

@@ -1,4 +1,4 @@
-"""The weights of a model that is streamed: those who use them, the ring, and its thread."""
+"""Serves the weights of a streamed model through the ring and its thread."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from weightlift.module.streaming.streamed_weight import Lease, Stored
 
 __all__ = ["ALIGNMENT", "BlockOfWeights", "Executor"]
 
-# Of a weight in a buffer: the one that torch's allocators keep.
+# Alignment in bytes of a weight in a buffer, as in torch's allocators.
 ALIGNMENT = 512
 
 
 class BlockOfWeights:
-    """What is read at once: weights, and where they lie.
+    """Weights that are read together, and their sources.
 
     Attributes:
-        number, name: of the block.
-        bytes: that it takes of a buffer.
-        weights: each with its source.
+        number, name: the block's number and name.
+        bytes: bytes that it takes in a buffer.
+        weights: the weights, each with its source.
     """
 
     def __init__(self, number: int, name: str) -> None:
@@ -62,7 +62,7 @@ class BlockOfWeights:
         self._views.clear()
 
     def fill(self, buffer: torch.Tensor) -> None:
-        """Reads all into a buffer, source by source."""
+        """Reads all weights into a buffer, source by source."""
         views = self.views(buffer)
         by_source: dict[int, tuple[Source, list[str], list[torch.Tensor]]] = {}
         for stored, source in self.weights:
@@ -74,14 +74,14 @@ class BlockOfWeights:
 
 
 class Executor:
-    """Gives out weights for as long as an operation takes. It lives as long as they.
+    """Lends weights for the duration of an operation. It lives as long as the weights.
 
     Args:
-        blocks: all that is streamed, in the order of the modules.
-        device: where it is used.
-        buffers: how many.
-        lookahead: how many blocks are read ahead, at most.
-        pickles: what a pickle has in the place of a weight, if not its values.
+        blocks: all streamed blocks, in the order of the modules.
+        device: the device of the model.
+        buffers: the number of buffers.
+        lookahead: the largest number of blocks to read ahead.
+        pickles: a weight's replacement in a pickle, if not its values.
     """
 
     def __init__(
@@ -111,22 +111,22 @@ class Executor:
             lookahead,
             threaded=threaded and bool(blocks),
         )
-        # When nobody has a weight any more, nor the handle.
+        # Runs when the handle and all weights are deleted.
         self._finalizer = weakref.finalize(self, self.ring.stop)
         self._blocks = {block.number: block for block in blocks}
 
     def lease(self, stored: Stored, *, may_wait: bool) -> Lease:
-        """A weight on the device, until ``end``.
+        """Lends a weight on the device until ``end``.
 
         Args:
-            stored: which.
-            may_wait: the caller has no other lease.
+            stored: the weight.
+            may_wait: whether the call may wait: the caller has no other lease.
 
         Raises:
-            WeightliftError: it could not be read.
+            WeightliftError: the weight cannot be read.
         """
         slot = None
-        if os.getpid() == self._pid:  # a fork has neither the thread nor a lock that is free
+        if os.getpid() == self._pid:  # a fork has no thread, and perhaps a lock held forever
             slot = self.ring.pin(stored.block, may_wait=may_wait)
         if slot is None:
             return _Alone(self._read_alone(stored))
@@ -139,7 +139,7 @@ class Executor:
         def run() -> None:
             source.fill([stored.key], [tensor])
 
-        # The memory may be that of a tensor that the device still works with.
+        # The new memory may be that of a tensor that the device still uses.
         after = [self._side.mark()]
         transfer = Transfer(stored.block, tensor, tensor.nbytes, run)
         self._side.wait(self._side.copy(transfer, after))
@@ -149,7 +149,7 @@ class Executor:
         return None if self._pickles is None else self._pickles(stored)
 
     def close(self) -> None:
-        """Gives the buffers back. Weights that are left are read at each use from now on."""
+        """Frees the buffers. Remaining weights are read at each use from now on."""
         self._finalizer()
         if os.getpid() == self._pid:
             self.ring.join()
@@ -158,7 +158,7 @@ class Executor:
 
 
 class _Alone:
-    """A weight in memory of its own."""
+    """A lease of a weight in its own memory."""
 
     in_buffer = False
 

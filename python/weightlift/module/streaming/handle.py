@@ -1,4 +1,4 @@
-"""The handle of a model that is streamed."""
+"""The handle of a streamed model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["StreamHandle"]
 
 
 class StreamHandle(Closing):
-    """A model that is streamed; ``close`` ends that. A context manager.
+    """A streamed model; ``close`` ends the stream. A context manager.
 
     Attributes:
-        device: where the model computes.
-        resident_bytes: of weights that stay on it.
-        streamed_bytes: of weights that are read at each use.
-        buffer_bytes: of all buffers.
-        blocks: the names of what is read at once, in the order of the modules.
+        device: the device of the computation.
+        resident_bytes: bytes of the weights that stay on it.
+        streamed_bytes: bytes of the weights that are read at each use.
+        buffer_bytes: bytes of all buffers.
+        blocks: the names of the blocks, which are read as a whole, in the order of the modules.
     """
 
     def __init__(self, task: Task, restore: Originals) -> None:
@@ -73,17 +73,18 @@ class StreamHandle(Closing):
 
     @property
     def waits(self) -> int:
-        """How often an operation had to wait for its weights, up to now."""
+        """The number of operations so far that waited for their weights."""
         return self._task.executor.ring.waits
 
     def trace(self, tell: Trace | None) -> None:
-        """Has ``tell(kind, block, begin, end)`` called for what takes time: ``"read"``, ``"wait"``
-        and ``"use"``, by the clock of ``time.perf_counter``; from the threads that do it."""
+        """From now on calls ``tell(kind, block, begin, end)`` for each ``"read"``, ``"wait"`` and
+        ``"use"``, with times of ``time.perf_counter`` in seconds, in the thread that did it.
+        ``None`` ends this."""
         self._task.executor.ring.trace = tell
 
     def close(self) -> None:
-        """Puts the model's tensors back as they were, and gives the buffers back. Waits for what is
-        being read. Twice is as once."""
+        """Restores the model's tensors and frees the buffers. Waits for running reads. A second
+        call has no effect."""
         with self._lock:
             restore, self._restore = self._restore, None
         if restore is None:
@@ -107,12 +108,12 @@ class StreamHandle(Closing):
 
 
 class _Apply:
-    """``model._apply``, on which ``to``, ``half``, ``cuda`` and the like are built: it refuses what
-    would change a streamed weight before anything else is changed. Weights refuse it too, where a
-    part of the model is moved.
+    """``model._apply``, the base of ``to``, ``half``, ``cuda`` and others: it refuses to change a
+    streamed weight before anything else changes. Weights refuse it too, if only a part of the model
+    is moved.
 
-    It knows its module weakly: a model that is dropped goes at once. Copies and pickles of the
-    module have one of their own.
+    It has a weak reference to its module, so that a deleted model is freed at once. Copies and
+    pickles of the module have their own.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -136,7 +137,7 @@ class _Apply:
             after = change(before)
             if (after.dtype, after.device, after.stride()) != (dtype, device, before.stride()):
                 raise MoveError(
-                    f"{type(module).__name__} reads weights anew at each use and cannot be moved "
-                    "or cast: close the stream first, or stream it to that device, in that dtype"
+                    f"{type(module).__name__} is streamed and cannot be moved or cast: close the "
+                    "stream first, or stream it to that device, in that dtype"
                 )
         return module

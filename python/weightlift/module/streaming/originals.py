@@ -1,4 +1,4 @@
-"""The tensors of a model, and what takes their place."""
+"""The model's own tensors, and their replacement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is cut into, and what of it stays on its device."""
+"""Cuts a model into pieces, and decides which stay on its device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from weightlift.core.report import format_bytes
 
 __all__ = ["Piece", "Plan", "Share", "cut", "share_out"]
 
-# Beyond this, reading a block takes no less for each byte.
+# Larger blocks do not read faster per byte.
 _LARGEST_BLOCK_BYTES = 256 << 20
-# Blocks are cut so that their buffers take this share of the memory at most, where modules allow.
+# The buffers take at most 1/_BUFFERS_PART of the memory, if the modules can be cut so.
 _BUFFERS_PART = 4
-# Pieces that are together this many times smaller than their neighbour are read with it.
+# Pieces that together are this many times smaller than their neighbour are joined to it.
 _SMALL_PART = 16
 
 
@@ -23,9 +23,9 @@ class Piece:
     """Weights that are read together, or stay together.
 
     Attributes:
-        name: of their module.
+        name: the name of their module.
         weights: their names.
-        bytes: on the device.
+        bytes: their bytes on the device.
     """
 
     name: str
@@ -35,12 +35,12 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What stays and what is read again and again.
+    """The pieces that stay, and the buffers for the others.
 
     Attributes:
-        resident: pieces, by number.
-        buffers: how many there are.
-        buffer_bytes: of each.
+        resident: the numbers of the pieces that stay.
+        buffers: the number of buffers.
+        buffer_bytes: the bytes of each buffer.
     """
 
     resident: frozenset[int]
@@ -52,13 +52,13 @@ Plan = tuple[list[Piece], Share]
 
 
 def cut(sizes: Mapping[str, int], memory: int, lookahead: int) -> list[Piece]:
-    """Cuts a model along its modules: the largest ones that are no larger than a block should be,
-    and of larger modules what they hold themselves.
+    """Cuts a model along its modules: into the largest modules that fit a block, and the own
+    weights of larger modules.
 
     Args:
-        sizes: the name of a weight -> bytes, in the order of the modules.
-        memory: that weights may take on the device.
-        lookahead: blocks that are read ahead.
+        sizes: name of a weight -> bytes, in the order of the modules.
+        memory: bytes that weights may take on the device.
+        lookahead: the number of blocks to read ahead.
     """
     target = min(_LARGEST_BLOCK_BYTES, memory // (_BUFFERS_PART * (lookahead + 1)))
     pieces: list[Piece] = []
@@ -88,10 +88,10 @@ def cut(sizes: Mapping[str, int], memory: int, lookahead: int) -> list[Piece]:
 
 
 def _joined(pieces: Sequence[Piece], target: int) -> list[Piece]:
-    """Joins neighbours that are small together, or next to nothing beside the largest of them:
-    each piece takes a whole buffer."""
+    """Joins neighbours that together are small, absolutely or relative to the largest of them,
+    because each piece takes a whole buffer."""
     joined: list[Piece] = []
-    largest = 0  # of the pieces that the last one is made of
+    largest = 0  # the largest piece joined into the last one
     for piece in pieces:
         last = joined[-1] if joined else Piece("", (), 0)
         together, base = last.bytes + piece.bytes, max(largest, piece.bytes)
@@ -112,22 +112,22 @@ def share_out(
     lookahead: int,
     uses: Mapping[int, int] | None = None,
 ) -> Share:
-    """Decides what stays on the device.
+    """Decides which pieces stay on the device.
 
-    First the number and the size of the buffers: the largest pieces may be better kept than made
-    room for three times. Then what else stays: what a step uses more often comes first, and of what
-    it uses as often, pieces that lie evenly between those that are read, so that reading and
-    computing go on side by side.
+    First it sets the number and the size of the buffers: keeping the largest pieces may take less
+    memory than buffers of their size. Then it chooses other pieces to keep: first those that a step
+    uses most often; among equals, pieces that lie evenly between those to read, so that reading and
+    computing overlap.
 
     Args:
-        pieces: in the order of their use.
+        pieces: the pieces, in the order of their use.
         memory: bytes that weights may take on the device.
-        fixed: bytes of it that are taken by what cannot be streamed.
-        lookahead: blocks that are read ahead.
-        uses: piece -> how often a step uses it; 1 by default.
+        fixed: bytes of ``memory`` taken by weights that cannot be streamed.
+        lookahead: the number of blocks to read ahead.
+        uses: piece -> number of uses in a step; 1 by default.
 
     Raises:
-        ArgumentError: the memory does not suffice; names the layer and the smallest budget.
+        ArgumentError: the memory is too small; the text names the layer and the smallest budget.
     """
     available = memory - fixed
     if sum(piece.bytes for piece in pieces) <= available:
@@ -145,7 +145,7 @@ def share_out(
 def _buffers(
     pieces: Sequence[Piece], available: int, fixed: int, memory: int, lookahead: int
 ) -> tuple[list[tuple[int, Piece]], int]:
-    """Which of the largest pieces stay, and how many buffers there are for the rest."""
+    """The largest pieces that stay, and the number of buffers for the others."""
     by_size = sorted(enumerate(pieces), key=lambda item: -item[1].bytes)
     total = sum(piece.bytes for piece in pieces)
     best: tuple[tuple[int, int], int, int] | None = None
@@ -174,13 +174,13 @@ def _buffers(
 def _fill(
     pieces: Sequence[Piece], rest: Sequence[int], left: int, uses: Mapping[int, int]
 ) -> set[int]:
-    """What stays in the memory that is left."""
+    """The pieces that stay in the remaining memory."""
     resident: set[int] = set()
     for often in sorted({uses.get(number, 1) for number in rest}, reverse=True):
         alike = [number for number in rest if uses.get(number, 1) == often]
         total = sum(pieces[number].bytes for number in alike)
         part = 1 - min(1.0, left / total) if total else 0.0
-        owed = 0.0  # bytes that should have been left to be read by now
+        owed = 0.0  # bytes that should have been left for reading so far
         for number in alike:
             size = pieces[number].bytes
             owed += part * size

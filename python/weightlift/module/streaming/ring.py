@@ -1,4 +1,4 @@
-"""Which block is in which buffer, what is read next, and who waits for what."""
+"""The ring: assigns blocks to buffers, chooses the next read, and lets uses wait."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["Block", "Ring", "Slot", "Trace"]
 # ("read", "wait" or "use", the block's name, begin, end)
 Trace: TypeAlias = Callable[[str, str, float, float], None]
 
-# How often a waiting thread looks up, so that Ctrl-C reaches it.
+# How often a waiting thread checks for Ctrl-C.
 _POLL_SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """What is read at once.
+    """Weights that are read together.
 
     Attributes:
-        number: in the order of the modules.
-        name: for messages.
-        bytes: that it takes of a buffer.
+        number: its number, in the order of the modules.
+        name: its name, for messages.
+        bytes: bytes that it takes in a buffer.
         fill: writes its weights to a buffer.
     """
 
@@ -44,10 +44,10 @@ class Slot:
     """A buffer.
 
     Attributes:
-        block: whose weights are in it, or on their way into it.
-        is_ready: they have been given to the device; ``arrival`` says when they are there.
-        pins: uses that run now.
-        marks: by thread, the last of its uses that were given to the device.
+        block: the block in it, or being read into it.
+        is_ready: the copy was queued on the device; ``arrival`` is its end.
+        pins: the number of running uses.
+        marks: thread -> mark after its last use.
     """
 
     def __init__(self, buffer: torch.Tensor) -> None:
@@ -60,7 +60,7 @@ class Slot:
 
 
 class _Cursor(threading.local):
-    """Where one thread is: the last blocks that it used."""
+    """The last blocks that one thread used."""
 
     def __init__(self) -> None:
         self.last: list[int] = []
@@ -69,16 +69,16 @@ class _Cursor(threading.local):
 class Ring:
     """Buffers that are filled ahead of their use.
 
-    A use pins the buffer of its block. A buffer is given to another block only when nothing pins it
-    and nobody waits for it, and the copy into it comes after the marks of its uses. What is read
-    ahead is a guess; a block that is asked for comes before all guesses.
+    A use pins the buffer of its block. A buffer gets another block only if no use pins it and no
+    thread waits for it, and the copy into it comes after the marks of its uses. Reads ahead follow
+    a prediction; requested blocks come before predicted ones.
 
     Args:
-        blocks: in the order of the modules.
-        device: whose buffers they are.
-        buffers: each as large as the largest block.
-        lookahead: how many blocks are read ahead, at most.
-        threaded: ``False`` reads within ``pin``, for devices whose ``copy`` only begins one.
+        blocks: the blocks, in the order of the modules.
+        device: the device of the buffers.
+        buffers: the number of buffers, each as large as the largest block.
+        lookahead: the largest number of blocks to read ahead.
+        threaded: ``False`` reads within ``pin``, for devices whose ``copy`` only begins a copy.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Ring:
         self.device = device
         self.blocks = {block.number: block for block in blocks}
         self._slots = [Slot(buffer) for buffer in buffers]
-        for slot in self._slots:  # whose memory may have been another's until now
+        for slot in self._slots:  # queued work may still use the memory
             slot.marks[threading.get_ident()] = device.mark()
         self._slot_of: dict[int, Slot] = {}
         self._lookahead = min(lookahead, len(buffers) - 1)
@@ -101,7 +101,7 @@ class Ring:
         self._cursor = _Cursor()
         self._current: int | None = None
         self._ahead = [block.number for block in blocks[: len(buffers)]] if lookahead else []
-        # Block -> threads that wait for it; asked for first, read first.
+        # Block -> number of waiting threads; the first request is read first.
         self._waiting: Counter[int] = Counter()
         self._errors: dict[int, Exception] = {}
         self._changed = threading.Condition()
@@ -109,7 +109,7 @@ class Ring:
         self._lacks_buffer = False  # the thread waits for a buffer, and not for something to read
         self.uses: Counter[int] = Counter()
         self.waits = 0
-        # Told what took from when to when, by the clock of time.perf_counter.
+        # Receives the begin and end of reads, waits and uses, by time.perf_counter.
         self.trace: Trace | None = None
         self._since = 0.0
         self._thread: threading.Thread | None = None
@@ -122,11 +122,11 @@ class Ring:
             self._read_what_is_wanted()
 
     def pin(self, number: int, *, may_wait: bool) -> Slot | None:
-        """The buffer that holds a block, until ``unpin``; ``None`` where the ring has stopped, or
-        the caller, who has another buffer pinned, would have to wait.
+        """The buffer with a block, until ``unpin``; ``None`` if the ring has stopped, or if the
+        caller has another buffer pinned and would have to wait.
 
         Raises:
-            Exception: what reading the block has raised; the next use reads it again.
+            Exception: the error of the read; the next use reads the block again.
         """
         with self._changed:
             if self._stopped:
@@ -145,7 +145,7 @@ class Ring:
         return slot
 
     def unpin(self, slot: Slot) -> None:
-        """The use that ``pin`` began has been given to the device."""
+        """Ends the use that ``pin`` began; its work is queued on the device."""
         with self._changed:
             slot.marks[threading.get_ident()] = self.device.mark()
             slot.pins -= 1
@@ -154,13 +154,13 @@ class Ring:
                 self._notify()
 
     def stop(self) -> None:
-        """Ends the reading; who waits gets no buffer, and pinned ones stay as they are."""
+        """Ends the reads. Waiting threads get no buffer; pinned buffers stay valid."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     def join(self) -> None:
-        """After ``stop``: waits for the thread's end and for the device."""
+        """After ``stop``, waits for the end of the thread and for the device."""
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         with self._changed:
@@ -171,7 +171,7 @@ class Ring:
         self._slots.clear()
 
     def _go_to(self, number: int) -> None:
-        """Notes that a block is used, and guesses what comes after it."""
+        """Records the use of a block, and predicts the next ones."""
         last = self._cursor.last
         if last and last[-1] == number:
             return
@@ -193,7 +193,7 @@ class Ring:
         begin = time.perf_counter()
         self._waiting[number] += 1
         try:
-            if self._waiting[number] == 1:  # that it failed before is no reason not to try again
+            if self._waiting[number] == 1:  # try again after an earlier error
                 self._errors.pop(number, None)
             while not self._stopped:
                 self._notify()
@@ -235,7 +235,7 @@ class Ring:
             self._read(*self._begin(*job))
 
     def _next_job(self) -> tuple[Slot, Block] | None:
-        """What to read now, and where to."""
+        """The next block to read, and its buffer."""
         for number in self._wanted():
             slot = self._free_slot(is_guess=number not in self._waiting)
             if slot is not None:
@@ -249,7 +249,7 @@ class Ring:
         return [n for n in [*asked, *self._ahead] if n not in held and n not in failed]
 
     def _free_slot(self, *, is_guess: bool) -> Slot | None:
-        """A buffer that may be given to another block; the one whose loss costs least."""
+        """A buffer for another block: the one that is needed last."""
         found, worst = None, 3
         for slot in self._slots:
             number = slot.block
@@ -279,7 +279,7 @@ class Ring:
                 Transfer(block.number, slot.buffer, block.bytes, lambda: block.fill(slot.buffer)),
                 list(marks.values()),
             )
-        except Exception as error:  # who waits for the block raises it
+        except Exception as error:  # raised by the thread that waits for the block
             failed = error
         if self.trace is not None:
             self.trace("read", block.name, begin, time.perf_counter())

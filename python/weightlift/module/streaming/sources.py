@@ -1,4 +1,4 @@
-"""Where streamed weights lie: in the files of a checkpoint, or in the host's memory."""
+"""Sources of streamed weights: the files of a checkpoint, or host memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["FileSource", "HostSource", "Source"]
 
 
 class Source(Protocol):
-    """Weights by name. What it reads is as it was when streaming began, or an error."""
+    """Weights by name. A source returns the values from the start of the stream, or an error."""
 
     def fill(self, names: Sequence[str], targets: Sequence[torch.Tensor]) -> None:
-        """Writes weights to contiguous memory, cast to the targets' dtypes; returns when all is
+        """Writes weights to contiguous memory, cast to the targets' dtypes; returns when all are
         written."""
 
 
@@ -30,9 +30,9 @@ class FileSource:
     """The tensors of a checkpoint, which stay in their files.
 
     Args:
-        checkpoint: its files are open; it is not closed while this lives.
-        settings: how they are read; ``None``: as is set when streaming begins.
-        caller: whom ``stats()`` books it on.
+        checkpoint: the checkpoint, which must stay open while this lives.
+        settings: the settings of the reads; ``None``: those in effect when the stream begins.
+        caller: the name in ``stats().by_caller``.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class FileSource:
 
 
 class HostSource:
-    """Tensors in this process's memory, which must not change while they are streamed."""
+    """Tensors in host memory, which must not change during the stream."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], caller: str = "weightlift") -> None:
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""What hangs in a module in the place of a weight that is not on its device."""
+"""The tensor that replaces a streamed weight in a module."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _AS_IT_IS: contextlib.nullcontext[None] = contextlib.nullcontext()
 
 
 class TrainingError(WeightliftError, RuntimeError):
-    """Something wants to write to a weight that is streamed, or a gradient of it."""
+    """A streamed weight would be written to, or needs a gradient."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stored:
-    """A weight that is streamed.
+    """A streamed weight.
 
     Attributes:
-        name: the model's.
-        shape, dtype: as the model uses it; contiguous.
-        block: the number of the block that it is read with.
-        offset: of its first byte in the block's buffer.
+        name: its name in the model.
+        shape, dtype: its shape and dtype in the model; it is contiguous.
+        block: the number of its block.
+        offset: its first byte in the block's buffer.
         key: its name in its source.
     """
 
@@ -53,7 +53,7 @@ class Stored:
     key: str
 
     def view_of(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Itself in its block's buffer."""
+        """The weight in its block's buffer."""
         count = self.dtype.itemsize * _elements(self.shape)
         part = buffer.narrow(0, self.offset, count)
         return part.view(self.dtype).view(self.shape)
@@ -64,19 +64,19 @@ def _elements(shape: Sequence[int]) -> int:
 
 
 class Lease(Protocol):
-    """A weight while it is used."""
+    """A weight that is in use."""
 
     @property
     def tensor(self) -> torch.Tensor: ...
     @property
     def in_buffer(self) -> bool:
-        """Whether others get its memory when the lease ends."""
+        """Whether its memory is reused when the lease ends."""
 
     def end(self) -> None: ...
 
 
 class Weights(Protocol):
-    """Who has the weights; ``executor.Executor``."""
+    """Lends the weights; implemented by ``executor.Executor``."""
 
     device: torch.device
 
@@ -85,16 +85,16 @@ class Weights(Protocol):
 
 
 class MoveError(WeightliftError, RuntimeError):
-    """A model that is streamed cannot be moved or cast."""
+    """A streamed model cannot be moved or cast."""
 
 
 class StreamedWeight(torch.Tensor):
-    """A tensor without memory: what is computed with it is computed with the weight, which is there
-    while it is. Views of it are such tensors too, and so is what autograd saves for the backward
-    pass: nothing ever holds on to a buffer.
+    """A tensor without memory: each operation on it runs with the weight, which is read for it.
+    Views of it, and the tensors that autograd saves for the backward pass, are such tensors too, so
+    that nothing holds a buffer.
 
-    It tells the shape, the dtype and the device that the weight is used with. It cannot be written
-    to. A deep copy reads the same source; a pickle has the values.
+    It has the shape, the dtype and the device of the weight in use. It is read-only. A deep copy
+    reads the same source; a pickle has the values.
     """
 
     _weights: Weights
@@ -129,7 +129,7 @@ class StreamedWeight(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func.is_view:
-            # torch keeps version counters for views of what was made outside of inference mode.
+            # torch keeps version counters only for views of tensors made outside inference mode.
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS:
                 view = _view(func, args, kwargs)
             if view is not None:
@@ -151,7 +151,7 @@ class StreamedWeight(torch.Tensor):
         return self._stored
 
     def read(self) -> torch.Tensor:
-        """Its values, in memory of their own."""
+        """Its values, in own memory."""
         with torch.no_grad():
             return self.detach().clone()
 
@@ -181,8 +181,8 @@ class StreamedWeight(torch.Tensor):
 
 
 def _keep_dynamo_out(function: Any) -> None:
-    """Has torch.compile run what reads weights as it is, below the graphs that it makes of a model:
-    as ``torch._dynamo.eval_frame.skip_code`` does it, without importing all of that here."""
+    """Makes torch.compile run this function as it is, outside its graphs, like
+    ``torch._dynamo.eval_frame.skip_code`` but without that import."""
     with contextlib.suppress(ImportError, AttributeError, TypeError):  # not a public name
         from torch._C._dynamo import eval_frame
 
@@ -204,7 +204,7 @@ def _unpickled(
 def streamed_parameter(
     weight: StreamedWeight, requires_grad: bool, attributes: dict[str, Any]
 ) -> Any:
-    """A parameter whose gradient nobody can ask for, with the attributes of another one."""
+    """A parameter without gradient, with the attributes of another parameter."""
     made = torch.nn.Parameter(weight, requires_grad)
     vars(made).update({key: value for key, value in attributes.items() if key not in vars(made)})
     made._weights, made._stored = weight._weights, weight._stored  # type: ignore[attr-defined]
@@ -217,9 +217,8 @@ def streamed_parameter(
 
 def _refuse_gradient(name: str, _gradient: torch.Tensor) -> None:
     raise TrainingError(
-        f"the gradient of {name!r} is asked for, which is read anew at each use and cannot be "
-        "trained: call requires_grad_(False) on the model before it is streamed and train "
-        "adapters, or close the stream first"
+        f"tensor {name!r} is streamed and cannot be trained: call requires_grad_(False) on the "
+        "model before the stream and train adapters, or close the stream first"
     )
 
 
@@ -250,7 +249,7 @@ class _Leases:
         return whole.as_strided(shadow.size(), shadow.stride(), offset)
 
     def without_buffers(self, result: Any) -> Any:
-        """What an operation has returned; what lies in a buffer is copied out of it."""
+        """The result of an operation, with copies of tensors that lie in a buffer."""
         buffers = {
             lease.tensor.untyped_storage().data_ptr()
             for lease in self._held.values()
@@ -283,24 +282,24 @@ _FRAMES = 12
 
 
 def _refuse_move(weight: Any) -> None:
-    """``torch.nn.Module.to``, ``half``, ``cuda`` and the like would read all of the model into its
-    parameters; they go by ``_apply``. Of a single weight, as a module's ``forward`` does it, it is
-    an operation like any other."""
+    """Refuses ``torch.nn.Module.to``, ``half``, ``cuda`` and others that use ``_apply``, which
+    would read the whole model into its parameters. ``weight.to(...)`` in a ``forward`` is
+    allowed."""
     frame: types.FrameType | None = sys._getframe(2)
     for _ in range(_FRAMES):
         if frame is None:
             return
         if frame.f_code is _APPLY:
             raise MoveError(
-                f"{type(frame.f_locals['self']).__name__} reads {weight._stored.name!r} anew at "
-                "each use and cannot be moved or cast: close the stream first, or stream it to "
-                "that device, in that dtype"
+                f"{type(frame.f_locals['self']).__name__} streams {weight._stored.name!r} and "
+                "cannot be moved or cast: close the stream first, or stream it to that device, in "
+                "that dtype"
             )
         frame = frame.f_back
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
-    """Views of a weight; ``None`` where they cannot be told by sizes and strides alone."""
+    """A view of a weight; ``None`` if sizes and strides do not describe it."""
     base = args[0]
     rest = (args[1:], kwargs)
     if not isinstance(base, StreamedWeight) or _has_streamed(rest):
@@ -320,7 +319,7 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _is_view_of(base: torch.Tensor, shadow: torch.Tensor) -> bool:
-    """Whether it is the same memory, and the same numbers in it: ``reshape`` may have copied."""
+    """Whether it views the same memory and elements: ``reshape`` may have copied."""
     return (
         shadow.untyped_storage()._cdata == base.untyped_storage()._cdata
         and shadow.dtype == base.dtype
@@ -339,7 +338,7 @@ def _has_streamed(values: Any) -> bool:
 
 @functools.cache
 def _written(func: Any) -> tuple[tuple[int, str], ...]:
-    """Positions and names of the arguments that an operation writes to."""
+    """The positions and names of the arguments that an operation writes to."""
     return tuple(
         (position, argument.name)
         for position, argument in enumerate(func._schema.arguments)
@@ -354,6 +353,6 @@ def _check_written(func: Any, args: Any, kwargs: Any) -> None:
         tree_map_only(StreamedWeight, found.append, value)
         if found:
             raise TrainingError(
-                f"{func} would write to {found[0]._stored.name!r}, which is read anew at each "
-                "use: close the stream first"
+                f"{func} would write to tensor {found[0]._stored.name!r}, which is streamed and "
+                "read-only: close the stream first"
             )

@@ -1,4 +1,4 @@
-"""A stream that is planned: what of a model stays, what is read again and again, and from where."""
+"""The plan of a stream: the weights that stay, those that are read, and their source."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Wanted(NamedTuple):
     """A weight that may be streamed.
 
     Attributes:
-        ref: in the model.
-        dtype: on the device.
-        key: in its source.
+        ref: its reference in the model.
+        dtype: its dtype on the device.
+        key: its key in its source.
     """
 
     ref: ParameterRef
@@ -38,15 +38,15 @@ class Wanted(NamedTuple):
 
 
 class Task:
-    """A stream that is planned.
+    """A planned stream.
 
     Args:
-        model: whose it is.
+        model: the model.
         side: its device.
-        memory: the budget.
-        lookahead: blocks that are read ahead.
-        wanted: what may be streamed, by name, in the order of the modules.
-        fixed: bytes of what stays anyway.
+        memory: the budget in bytes.
+        lookahead: the number of blocks to read ahead.
+        wanted: the weights that may be streamed, by name, in the order of the modules.
+        fixed: bytes of weights that stay in any case.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Task:
         return sum(p.bytes for number, p in enumerate(self.pieces) if number not in resident)
 
     def install(self) -> None:
-        """Puts streamed weights where the share says so."""
+        """Puts streamed weights into the model, by the current share."""
         stored = {}
         self.blocks = []
         for number, piece in enumerate(self.pieces):
@@ -117,10 +117,10 @@ class Task:
         learn_order(self.which, (name for piece in used for name in self.pieces[piece].weights))
 
     def share_again(self, uses: Mapping[int, int]) -> bool:
-        """Has what a step uses more often stay on the device; ``False`` where that changes nothing.
+        """Decides again which weights stay, by their uses; ``False`` if nothing changes.
 
         Args:
-            uses: piece -> how often.
+            uses: piece -> number of uses in a step.
         """
         before = self.share
         after = share_out(self.pieces, self._memory, self.fixed, self._lookahead, uses)

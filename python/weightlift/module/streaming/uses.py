@@ -1,4 +1,4 @@
-"""How often a step uses which weights."""
+"""Counts how often a step uses each weight."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Uses"]
 
 
 class Uses:
-    """How often a step uses each piece: counted by hooks in the first one, which then go.
+    """Counts the uses of each piece in the first step with hooks, which it then removes.
 
     Args:
-        model: whose ``forward`` is a step.
+        model: the model; its ``forward`` is a step.
         owners: piece -> modules.
-        learned: is told piece -> uses at the end of the step.
+        learned: called with piece -> uses at the end of the step.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Uses:
 
 
 class _Hook:
-    """A hook that stays behind when the module is copied or pickled."""
+    """A hook that copies and pickles of the module do not get."""
 
     def __init__(self, call: Callable[..., None]) -> None:
         self._call = call
