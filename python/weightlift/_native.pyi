@@ -1,10 +1,16 @@
-"""The native engine; csrc/bind/module.cc. Dtypes are the file's names, such as ``"BF16"``."""
+"""The native engine (csrc/bind/module.cc).
+
+Dtypes are the file's names, such as ``"BF16"``. Shapes, strides and element offsets count elements;
+positions count the tensors of a file; sizes and other offsets are bytes; ``-1`` is the host, other
+devices are CUDA ordinals. Errors are those of ``weightlift.core.errors``: ``FormatError`` and
+``ReadError`` for files, ``DeviceError`` for drivers, ``OutOfMemoryError`` for memory.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 class Settings:
-    """Zero lets the engine decide for the machine."""
+    """As ``weightlift.Settings``. With 0 or ``"auto"`` the engine chooses the value."""
 
     def __init__(self) -> None: ...
     threads: int
@@ -25,7 +31,12 @@ class Settings:
 class IndexedFile:
     @staticmethod
     def open(path: str, begin: int = 0, bytes: int | None = None) -> IndexedFile:
-        """A safetensors file, or the one that lies in ``[begin, begin + bytes)`` of a file."""
+        """Opens a safetensors file, or the one in ``[begin, begin + bytes)`` of a file.
+
+        Raises:
+            FormatError: the bytes break the format.
+            ReadError: the file cannot be read.
+        """
 
     @property
     def path(self) -> str: ...
@@ -34,20 +45,32 @@ class IndexedFile:
     @property
     def size(self) -> int: ...
     def __len__(self) -> int: ...
-    def names(self, which: Sequence[int] | None = None) -> list[str]: ...
+    def names(self, which: Sequence[int] | None = None) -> list[str]:
+        """Names of these positions; of all by default. So too ``dtypes``, ``shapes`` and ``sizes``
+        (bytes)."""
+
     def dtypes(self, which: Sequence[int] | None = None) -> list[str]: ...
     def shapes(self, which: Sequence[int] | None = None) -> list[tuple[int, ...]]: ...
     def sizes(self, which: Sequence[int] | None = None) -> list[int]: ...
-    def find(self, name: str) -> int | None: ...
+    def find(self, name: str) -> int | None:
+        """The position of a tensor."""
+
     def dtype(self, position: int) -> str: ...
     def shape(self, position: int) -> tuple[int, ...]: ...
-    def range(self, position: int) -> tuple[int, int]: ...
-    def metadata(self) -> dict[str, str] | None: ...
-    def resident_bytes(self) -> int | None: ...
-    def drop_from_page_cache(self) -> None: ...
+    def range(self, position: int) -> tuple[int, int]:
+        """[begin, end) of a tensor's bytes in the file."""
+
+    def metadata(self) -> dict[str, str] | None:
+        """The header's ``__metadata__``."""
+
+    def resident_bytes(self) -> int | None:
+        """Bytes in the page cache; ``None`` if the system does not say (cachestat(2))."""
+
+    def drop_from_page_cache(self) -> None:
+        """Evicts the file from the page cache (posix_fadvise(2))."""
 
 class Archive:
-    """A zip file of stored records, open."""
+    """An open zip file of stored (uncompressed) records."""
 
     @staticmethod
     def open(path: str) -> Archive: ...
@@ -58,33 +81,38 @@ class Archive:
     @property
     def size(self) -> int: ...
     def records(self) -> list[tuple[str, int, int, int, bool]]:
-        """(name, begin, bytes, CRC-32 as stated, whether its header is a ZIP64 one), in the order
-        of their bytes."""
+        """(name, begin, bytes, stated CRC-32, whether its header is ZIP64), in the order of their
+        bytes."""
 
-    def read(self, begin: int, bytes: int) -> bytes: ...
+    def read(self, begin: int, bytes: int) -> bytes:
+        """Reads bytes of the file."""
+
     def safetensors(self, begin: int, bytes: int) -> IndexedFile:
-        """The safetensors file that lies there."""
+        """The safetensors file in these bytes."""
 
     def index(self, entries: Sequence[tuple[str, str, Sequence[int], int]]) -> IndexedFile:
-        """Tensors whose places in the file are known: (name, dtype, shape, begin). They may share
+        """An index of tensors with known places: (name, dtype, shape, begin). They may share
         bytes."""
 
 def torch_pickle(
     pickle: bytes, tensor: Callable[[str, str, int, tuple[int, ...], tuple[int, ...], bool], object]
 ) -> tuple[dict[Any, Any], dict[str, int]] | None:
-    """What torch.save pickled, without calling anything that it names: the dict, in which a tensor
-    is ``tensor(record, dtype, offset, shape, stride, contiguous)``; and record -> bytes of all
-    storages. ``None`` where it is not what torch.save writes of plain tensors, good or bad."""
+    """Reads a pickle of ``torch.save`` as data; calls nothing that it names.
+
+    Returns:
+        The dict, with ``tensor(record, dtype, offset, shape, stride, contiguous)`` for each tensor,
+        and record -> bytes of all storages. ``None`` for every other pickle, valid or not.
+    """
 
 class Targets:
-    """Where tensors go on one device: contiguous memory that the caller owns."""
+    """Contiguous target memory on one device, which the caller owns: an address and a dtype for
+    each tensor."""
 
     def __init__(self, device: int, addresses: Sequence[int], dtypes: Sequence[str]) -> None:
         """``device``: a CUDA ordinal; -1 is the host."""
 
 class HostTensors:
-    """Contiguous tensors in this process's memory; they stay as they are until the load has
-    ended."""
+    """Contiguous source tensors in host memory, which must not change until the load has ended."""
 
     def __init__(
         self,
@@ -95,6 +123,8 @@ class HostTensors:
     ) -> None: ...
 
 class Plan:
+    """A load: add copies, ``prepare``, ``start``, ``wait``, ``finish``, then ``tensors``."""
+
     def __init__(self, settings: Settings) -> None: ...
     def map(
         self,
@@ -102,18 +132,32 @@ class Plan:
         which: Sequence[int] | None,
         shared: bool,
         windows: Sequence[tuple[int, int]] | None = None,
-    ) -> None: ...
+    ) -> None:
+        """Maps tensors of a file without a copy.
+
+        Args:
+            source: the file.
+            which: positions; ``None`` for all.
+            shared: other loads may map the same bytes of ``source``.
+            windows: [begin, end) of the tensor's bytes to populate; all by default.
+        """
+
     def read(
         self,
         source: IndexedFile,
         which: Sequence[int] | None,
         dtype: str | None,
         pin_for: int | None,
-    ) -> None: ...
-    def copy_to(
-        self, source: IndexedFile, which: Sequence[int] | None, targets: Targets
-    ) -> None: ...
-    def copy_memory(self, tensors: HostTensors, targets: Targets) -> None: ...
+    ) -> None:
+        """Reads tensors into memory of the engine; casts floating-point tensors to ``dtype``.
+        ``pin_for``: the CUDA device to pin the memory for."""
+
+    def copy_to(self, source: IndexedFile, which: Sequence[int] | None, targets: Targets) -> None:
+        """Reads tensors into targets, in the order of ``which``, cast to the targets' dtypes."""
+
+    def copy_memory(self, tensors: HostTensors, targets: Targets) -> None:
+        """Copies tensors in host memory to targets."""
+
     def slice(
         self,
         source: IndexedFile,
@@ -121,7 +165,8 @@ class Plan:
         parts: Sequence[tuple[int, int, int]],
         dtype: str | None,
     ) -> None:
-        """Into memory of the engine's. ``parts``: (start, step, count) for each dimension."""
+        """Reads a part of a tensor into memory of the engine, in the shape of the counts.
+        ``parts``: (start, step, count) for each dimension; steps are not 0."""
 
     def slice_to(
         self,
@@ -129,7 +174,9 @@ class Plan:
         which: int,
         parts: Sequence[tuple[int, int, int]],
         target: Targets,
-    ) -> None: ...
+    ) -> None:
+        """Reads a part of a tensor into one target."""
+
     def copy_strided(
         self,
         source: IndexedFile,
@@ -137,36 +184,69 @@ class Plan:
         offset: int,
         dimensions: Sequence[tuple[int, int, int]],
         target: Targets,
-    ) -> None: ...
-    def use_stream(self, device: int, stream: int) -> None: ...
-    def populate(self, now: bool) -> None: ...
-    def order(self, ranks: Sequence[int]) -> None:
-        """Loads tensors in this order, and tells of each when it has arrived. ``ranks``: of each
-        tensor that the plan was told of, in the order of the calls, its place."""
+    ) -> None:
+        """Reads elements of a tensor into one target. ``offset``: the first element;
+        ``dimensions``: (extent, stride in the tensor, stride in the target), in elements."""
 
-    def prepare(self) -> list[tuple[int, int]]: ...
-    def start(self, scratch: Sequence[tuple[int, int, object]]) -> None: ...
-    def wait(self, seconds: float) -> bool: ...
+    def use_stream(self, device: int, stream: int) -> None:
+        """Orders the copies to a device after the present work of this stream (a ``CUstream``)."""
+
+    def populate(self, now: bool) -> None:
+        """Whether mapped pages that are not resident are read before the load ends."""
+
+    def order(self, ranks: Sequence[int]) -> None:
+        """Loads in an order of use, for ``wait_for``. ``ranks``: the place of each tensor of the
+        plan, in the order of the calls that added them."""
+
+    def prepare(self) -> list[tuple[int, int]]:
+        """Schedules the load. Returns (device, bytes) of the scratch memory for ``start``."""
+
+    def start(self, scratch: Sequence[tuple[int, int, object]]) -> None:
+        """Starts the load. ``scratch``: (device, address, owner) for each entry of ``prepare``."""
+
+    def wait(self, seconds: float) -> bool:
+        """Waits at most so long, without the GIL; whether the load has ended."""
+
     def wait_for(self, which: Sequence[int], seconds: float) -> bool:
-        """Whether tensors have arrived, for which it is waited so long; by their numbers in
-        ``ranks``. Raises the load's error where it has ended without them."""
+        """Waits at most so long for tensors, by their index in ``ranks``; whether they have
+        arrived. Raises the load's error if it ended before."""
 
     def wait_for_on_stream(
         self, which: Sequence[int], device: int, stream: int, seconds: float
     ) -> bool:
-        """The same for tensors on a CUDA device that are used on a stream of it: the host waits
-        until their copies are queued, and the stream for the copies."""
+        """The same for tensors on a CUDA device: the host waits until their copies are queued, and
+        the stream waits for the copies."""
 
-    def cancel(self) -> None: ...
-    def progress(self) -> tuple[int, int]: ...
-    def finish(self) -> dict[str, Any]: ...
-    def tensors(self, from_dlpack: Callable[[object], Any]) -> list[Any]: ...
+    def cancel(self) -> None:
+        """Stops the load and waits until nothing is in flight."""
 
-def set_error_factory(factory: Callable[..., BaseException]) -> None: ...
-def machine() -> dict[str, Any]: ...
-def host_memory(bytes: int) -> object: ...
-def driver_report() -> dict[str, Any]: ...
-def pinned_bytes() -> int: ...
-def memory_pool() -> tuple[int, int]: ...
+    def progress(self) -> tuple[int, int]:
+        """(bytes done, total bytes)."""
+
+    def finish(self) -> dict[str, Any]:
+        """Ends the load and returns its report. Raises the load's first error."""
+
+    def tensors(self, from_dlpack: Callable[[object], Any]) -> list[Any]:
+        """The tensors of ``map``, ``read`` and ``slice``, in the order of the calls, each made from
+        its DLPack capsule."""
+
+def set_error_factory(factory: Callable[..., BaseException]) -> None:
+    """Sets the function that makes exceptions from the engine's errors."""
+
+def machine() -> dict[str, Any]:
+    """Processors, free memory, instruction set and CUDA kernels, without starting CUDA."""
+
+def host_memory(bytes: int) -> object:
+    """A DLPack capsule of uint8 on the host, on huge pages if it fills one."""
+
+def driver_report() -> dict[str, Any]:
+    """The CUDA driver and its devices; starts CUDA. Raises ``DeviceError`` without a driver."""
+
+def pinned_bytes() -> int:
+    """Bytes pinned by the staging pool now."""
+
+def memory_pool() -> tuple[int, int]:
+    """(bytes kept, bytes reused since import) of the memory of deleted tensors."""
+
 def use_driver_for_testing(path: str) -> None:
-    """Only in builds with WEIGHTLIFT_TESTING."""
+    """Loads this driver library instead of ``libcuda.so.1``; only with WEIGHTLIFT_TESTING."""
