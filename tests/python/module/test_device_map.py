@@ -495,7 +495,7 @@ def test_a_map_that_leaves_tensors_out() -> None:
     assert "steps" in str(theirs.value)
     assert str(ours.value) == (
         "device_map has no device for steps, blocks.11.inner.0.weight, blocks.11.inner.1.weight "
-        'and 2 more: name their module, or add "" for all the rest'
+        'and 2 more: add their module, or "" for all others'
     )
     device_map |= {"blocks.11": "disk", "steps": "cpu"}
     found = resolve_device_map(model, device_map)
