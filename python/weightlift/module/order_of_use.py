@@ -1,9 +1,9 @@
 """Remembers the order in which models use their tensors.
 
-An order is kept in the process for models that are built later: a background load reads tensors in
-this order, and a stream cuts its blocks in it. It is not kept in a file: nearly all models use their
-tensors in the order of the modules, a wrong prediction only causes a wait, and a load should not
-write to the user's folders.
+An order is kept in the process for models that are built later: a background load reads tensors
+in this order, and a stream cuts its blocks in it. It is not kept in a file: nearly all models use
+their tensors in the order of the modules, a wrong prediction only causes a wait, and a load should
+not write to the user's folders.
 """
 
 from __future__ import annotations
