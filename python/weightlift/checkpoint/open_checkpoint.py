@@ -221,7 +221,7 @@ class _OpenedFiles:
             fallbacks=self.fallbacks,
             left_out=self.left_out,
         )
-        # A state dict has an order of its own, which its storages need not be in.
+        # The order of the state dict, which may differ from that of its storages.
         order = list(self.names())
         return checkpoint if list(checkpoint) == order else checkpoint.ordered(order)
 
@@ -237,7 +237,7 @@ class _OpenedFiles:
 
 
 def _duplicates(opened: _OpenedFiles) -> list[str]:
-    """What to say of tensors that are in several files."""
+    """The warning for tensors in several files."""
     names = opened.names()
     if len(names) == sum(len(shard.names) for shard in opened.shards):
         return []
@@ -251,7 +251,7 @@ def _duplicates(opened: _OpenedFiles) -> list[str]:
 
 
 def _misplaced(files: CheckpointFiles, opened: _OpenedFiles) -> list[str]:
-    """What to say where the index and its files do not agree."""
+    """The warnings for an index that contradicts its files."""
     absent = []
     elsewhere = []
     names = {shard.file: shard.names for shard in opened.shards}
@@ -260,9 +260,9 @@ def _misplaced(files: CheckpointFiles, opened: _OpenedFiles) -> list[str]:
             continue
         found = opened.holders(name)
         if not found:
-            absent.append(f"{name!r} in {shard}, and it is in none of its files")
+            absent.append(f"{name!r} is in {shard}, but it is in none of its files")
         else:
-            elsewhere.append(f"{name!r} in {shard}, and it is in {found[-1]}")
+            elsewhere.append(f"{name!r} is in {shard}, but it is in {found[-1]}")
     return [
         f"the index says tensor {wrong[0]}"
         + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")

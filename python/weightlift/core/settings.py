@@ -17,7 +17,7 @@ from weightlift.core.sizes import parse_size
 __all__ = ["Settings"]
 
 _SIZES = ("read_bytes", "hole_bytes", "chunk_bytes", "pinned_bytes", "pool_bytes")
-# Read elsewhere than here.
+# Variables that other modules read.
 _OTHER_VARIABLES = (
     "WEIGHTLIFT_ENABLE",
     "WEIGHTLIFT_STRICT",

@@ -287,7 +287,7 @@ class Recorder:
             return handler_of(func)(self, func, args, kwargs)
 
     def after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A placeholder in an operator that no mode saw."""
+        """Handles a placeholder in an operator outside the modes."""
         if self._open and self._is_elsewhere():
             if self._lock is not None:
                 return self.dispatch(func, args, kwargs)
@@ -298,7 +298,7 @@ class Recorder:
         return run_on_real(self, func, args, kwargs)
 
     def is_target(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is on ``meta`` now and will be real."""
+        """Whether a tensor is a target on ``meta`` that will become real."""
         if type(tensor) is Placeholder:
             return False
         storage = _storage_of(tensor)
@@ -312,7 +312,7 @@ class Recorder:
         return tensor.with_bytes()
 
     def materialize(self, tensor: Placeholder, why: str) -> None:
-        """The very object becomes a tensor with bytes."""
+        """Turns this object into a tensor with bytes."""
         real = self.real(tensor, why)
         self._made = [ref for ref in self._made if ref() is not tensor]
         try:
@@ -339,12 +339,12 @@ class Recorder:
         tensor.__dict__.update(attributes)
 
     def settle(self, tensor: torch.Tensor, *, write: bool = False) -> torch.Tensor:
-        """Does what waits for the memory of a tensor; returns the tensor, or the real one for one
-        on ``meta``.
+        """Runs the writes that wait for a tensor's memory. Returns the tensor, or its real tensor
+        if it is on ``meta``.
 
         Args:
-            tensor: that an operator is about to look at.
-            write: and to write to.
+            tensor: the tensor that an operator will read.
+            write: whether the operator writes to it too.
         """
         storage = _storage_of(tensor)
         target = None if storage is None else self.targets.get(storage._cdata)
@@ -420,12 +420,12 @@ class Recorder:
     def overwrite(
         self, tensor: torch.Tensor, write: Callable[[torch.Tensor], object], *, constant: bool
     ) -> None:
-        """Writes to a part of a target without looking at what was there.
+        """Overwrites a part of a target.
 
         Args:
             tensor: the part.
-            write: does it.
-            constant: and does the same at any later time.
+            write: writes it.
+            constant: whether ``write`` can be repeated later with the same result.
         """
         storage = _storage_of(tensor)
         target = None if storage is None else self._target_of(storage, tensor.is_meta)
@@ -449,7 +449,7 @@ class Recorder:
             write(self.settle(tensor, write=True))
 
     def record(self, tensor: torch.Tensor, source: Placeholder) -> str | None:
-        """Notes a copy; else says why it cannot be one."""
+        """Records a copy, or returns the reason why that is impossible."""
         memory = source.memory
         storage = _storage_of(tensor)
         if storage is None or type(tensor).__torch_dispatch__ is not _plain_dispatch:
@@ -500,7 +500,7 @@ class Recorder:
         return made
 
     def read(self, memories: Sequence[Memory], why: str, *, note: bool = True) -> None:
-        """Gives bytes to these, by one read."""
+        """Reads the bytes of these memories at once."""
         wanted = {id(memory): memory for memory in memories if memory.value is None}
         if not wanted:
             return
