@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from weightlift.backends import accelerate_hooks
 from weightlift.backends.fallback import FallbackToLibrary, fall_back
 from weightlift.backends.hooks import WITHOUT_SIGNATURE, Hook
 from weightlift.backends.safetensors import load_file_adapters, open_adapters, usable_device
@@ -41,7 +42,7 @@ from weightlift.module.weights_ahead import WeightsAhead
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HOOKS"]
+__all__ = ["HOOKS", "release"]
 
 _NAME = "accelerate"
 
@@ -458,4 +459,15 @@ HOOKS = (
     Hook(
         "accelerate.utils.offload", "OffloadedWeightsLoader.__getitem__", {"(self, key)": _getitem}
     ),
+    *(
+        Hook("accelerate.hooks", f"AlignDevicesHook.{name}", {signature: adapter})
+        for name, signature, adapter in (
+            ("init_hook", "(self, module)", accelerate_hooks.init_hook),
+            ("pre_forward", "(self, module, *args, **kwargs)", accelerate_hooks.pre_forward),
+            ("post_forward", "(self, module, output)", accelerate_hooks.post_forward),
+            ("detach_hook", "(self, module)", accelerate_hooks.detach_hook),
+        )
+    ),
 )
+# When the backend is switched off.
+release = accelerate_hooks.release

@@ -20,6 +20,7 @@ __all__ = [
     "is_strict",
     "levels_to_caller",
     "report_fallback",
+    "report_unstreamed",
     "torch_errors",
 ]
 
@@ -73,6 +74,20 @@ def report_fallback(library: str, reason: str, *, warn: bool = True) -> None:
         warnings.warn(text, stacklevel=levels_to_caller())
     else:
         _log.info("%s", text)
+
+
+def report_unstreamed(library: str, reason: str) -> None:
+    """Counts a model whose offloaded weights the library brings in itself, and says so in a line of
+    log: as a warning, once a reason.
+
+    Raises:
+        WeightliftError: with ``WEIGHTLIFT_STRICT=1``.
+    """
+    text = f"weightlift: {library} brings offloaded weights in itself: {reason}"
+    if is_strict():
+        raise WeightliftError(f"{text} (WEIGHTLIFT_STRICT=1 makes that an error)")
+    is_new = record_fallback(library, reason) == 1
+    _log.log(logging.WARNING if is_new else logging.INFO, "%s", text)
 
 
 def fall_back(library: str, error: Exception, own_way: Callable[[], _Result]) -> _Result:

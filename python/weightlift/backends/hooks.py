@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["ANY_SIGNATURE", "LIBRARIES", "WITHOUT_SIGNATURE", "Hook", "signature_text"]
+__all__ = [
+    "ANY_SIGNATURE",
+    "LIBRARIES",
+    "WITHOUT_SIGNATURE",
+    "Hook",
+    "outside_of_graphs",
+    "signature_text",
+]
 
 # That there are backends for.
 LIBRARIES = ("diffusers", "transformers", "accelerate", "safetensors")
@@ -35,6 +44,23 @@ class Hook(NamedTuple):
     def adapter(self, signature: str) -> Callable[[Any], Any] | None:
         """What makes the replacement of a function with this signature, if it is known."""
         return self.adapters.get(signature) or self.adapters.get(ANY_SIGNATURE)
+
+
+def outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Has ``torch.compile`` run a function as it is; without importing what that takes."""
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            import torch
+
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return disabled[0](*args, **kwargs)
+
+    return call
 
 
 def signature_text(function: Any) -> str:

@@ -78,7 +78,7 @@ def activate(libraries: frozenset[str]) -> list[str]:
     """
     global _active
     with lock:
-        _active = libraries
+        left, _active = _active - libraries, libraries
         export_to_children(_active)
         for patch in reversed(patches):
             if patch.library in _active:
@@ -88,6 +88,10 @@ def activate(libraries: frozenset[str]) -> list[str]:
             if vars(patch.owner).get(patch.name) is patch.replacement:
                 setattr(patch.owner, patch.name, patch.original)
         patches[:] = [patch for patch in patches if patch.library in _active]
+        for library in sorted(left):
+            # What a backend holds for models that are in use goes with it.
+            backend = importlib.import_module(f"weightlift.backends.{library}")
+            getattr(backend, "release", _nothing)()
         modules = _hooked_modules()
         if modules and _finder not in sys.meta_path:
             sys.meta_path.insert(0, _finder)
@@ -100,6 +104,10 @@ def activate(libraries: frozenset[str]) -> list[str]:
             else:
                 install(name)
         return unfinished
+
+
+def _nothing() -> None:
+    pass
 
 
 def _hooked_modules() -> set[str]:

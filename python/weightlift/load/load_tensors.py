@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import weightlift._native as _native
@@ -12,14 +13,21 @@ from weightlift.core.settings import Settings
 from weightlift.load.allocation import Allocator, TorchAllocator
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions
-from weightlift.load.plans import new_plan, run_plan
+from weightlift.load.plans import (
+    POLL_SECONDS,
+    cancel_plan,
+    finish_plan,
+    new_plan,
+    run_plan,
+    start_plan,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from weightlift.checkpoint.checkpoint import Checkpoint
 
-__all__ = ["copy_to_device", "load_tensors", "write_to_device"]
+__all__ = ["begin_writing_to_device", "copy_to_device", "load_tensors"]
 
 
 def load_tensors(
@@ -101,15 +109,25 @@ def copy_to_device(
     return {name: owner for name, (_, owner) in zip(tensors, made, strict=True)}
 
 
-def write_to_device(
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, caller: str = "weightlift"
-) -> None:
+def begin_writing_to_device(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    caller: str = "weightlift",
+    allocator: Allocator | None = None,
+    device: int | None = None,
+) -> Callable[[], None]:
     """Copies contiguous CPU tensors into contiguous ones on one CUDA device, through the ring.
+    Returns when all copies are queued, behind which the current stream of the device then waits.
 
     Args:
         pairs: (source, target) of the same shape, with the same dtype or dtypes that the engine
             casts between. The sources must not change meanwhile.
         caller: the name in ``stats().by_caller``.
+        allocator: gives the current stream; torch's by default.
+        device: the number of the device, if the targets do not tell it.
+
+    Returns:
+        A function that waits for the end of the copies. Call it once.
     """
     sources = [source for source, _ in pairs]
     targets = [target for _, target in pairs]
@@ -117,8 +135,8 @@ def write_to_device(
     wanted = [str(dtypes.file_name(target.dtype)) for target in targets]
     narrow = next((name for name in wanted if name.startswith("F8")), None)
     plan = new_plan(Settings.current(), narrow)
-    allocator = TorchAllocator()
-    index = targets[0].device.index
+    allocator = allocator or TorchAllocator()
+    index = targets[0].device.index if device is None else device
     plan.copy_memory(
         _native.HostTensors(
             [str(number) for number in range(len(pairs))],
@@ -128,5 +146,21 @@ def write_to_device(
         ),
         _native.Targets(index, [target.data_ptr() for target in targets], wanted),
     )
-    plan.use_stream(index, allocator.stream(index))
-    record(run_plan(plan, allocator), caller=caller)
+    stream = allocator.stream(index)
+    plan.use_stream(index, stream)
+    numbers = list(range(len(pairs)))
+    plan.order(numbers)
+    start_plan(plan, allocator)
+    try:
+        while not plan.wait_for_on_stream(numbers, index, stream, POLL_SECONDS):
+            pass
+    except BaseException:
+        cancel_plan(plan)
+        raise
+
+    return functools.partial(_finish_writing, plan, caller, pairs)
+
+
+def _finish_writing(plan: _native.Plan, caller: str, _pairs: object) -> None:
+    """``_pairs``: the engine knows them by their addresses alone."""
+    record(finish_plan(plan), caller=caller)

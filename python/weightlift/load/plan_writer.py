@@ -165,7 +165,7 @@ class PlanWriter:
         """Adds whole tensors, file by file."""
         # For each file, position -> number.
         chosen: dict[int, dict[int, int]] = {}
-        in_place: dict[int, dict[int, torch.Tensor]] = {}
+        in_place: dict[int, dict[int, tuple[int, torch.Tensor]]] = {}
         outputs = self._outputs
         for i, name in enumerate(names):
             target = None if destination.targets is None else destination.targets[i]
@@ -179,8 +179,9 @@ class PlanWriter:
                 if _writes_directly(own, target, destination):
                     if part not in in_place:
                         in_place[part] = {}
-                    in_place[part][position] = target
-                    outputs.hand_out(name, outputs.new(target))
+                    made = outputs.new(target)
+                    in_place[part][position] = made, target
+                    outputs.hand_out(name, made)
                     continue
             if part not in chosen:
                 chosen[part] = {}
@@ -213,9 +214,10 @@ class PlanWriter:
             outputs.cast(number, destination.dtype)
 
     def _write_in_place(
-        self, destination: Destination, part: int, targets: dict[int, torch.Tensor]
+        self, destination: Destination, part: int, chosen: dict[int, tuple[int, torch.Tensor]]
     ) -> None:
-        positions = sorted(targets)
+        positions = sorted(chosen)
+        targets = {position: chosen[position][1] for position in positions}
         for position, target in targets.items():
             if target.data_ptr() == 0 and target.numel():  # such as a subclass around others
                 name = self._files[part].names([position])[0]
@@ -229,6 +231,9 @@ class PlanWriter:
             positions,
             _native.Targets(destination.device_index, addresses, own),
         )
+        if self._told is not None:
+            numbers = [chosen[position][0] for position in positions]
+            self._told.add(numbers, destination.device_index)
         self._use_stream(destination)
 
     def _add_file(self, destination: Destination, part: int, selection: _Selection) -> None:

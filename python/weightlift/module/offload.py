@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "ChainedWeights",
     "DiskWeights",
     "Dispatch",
     "disjoint_map",
@@ -70,6 +71,18 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
             tensor: torch.Tensor = self._ahead.get(name)
             return tensor
         return _read(self._checkpoint, self._names, self._caller, name, False)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self._checkpoint
+
+    def place(self, name: str) -> tuple[Checkpoint, str, str | None]:
+        """(where it is, its name there, the file's name of a dtype that it is cast to).
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        return self._checkpoint, *self._names[name]
 
     def read_ahead(self) -> None:
         """From now on reads tensors ahead, in the learned order of accesses."""
@@ -237,7 +250,7 @@ def offloaded_weights(
     host: dict[str, torch.Tensor] = dict(initialized)
     if on_cpu and any(str(device) not in ("cpu", "disk") for device in device_map.values()):
         host.update(extract_submodules_state_dict(model.state_dict(), on_cpu))
-    return _Chained(host, on_disk) if host or on_disk else None
+    return ChainedWeights(host, on_disk) if host or on_disk else None
 
 
 def whole_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -292,24 +305,24 @@ def disjoint_map(
     return found
 
 
-class _Chained(Mapping[str, "torch.Tensor"]):
+class ChainedWeights(Mapping[str, "torch.Tensor"]):
     """Two mappings in one; weights in memory win over those on the disk."""
 
     def __init__(self, host: Mapping[str, torch.Tensor], on_disk: DiskWeights) -> None:
-        self._host, self._on_disk = host, on_disk
+        self.host, self.on_disk = host, on_disk
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._host[name] if name in self._host else self._on_disk[name]
+        return self.host[name] if name in self.host else self.on_disk[name]
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._host
-        yield from (name for name in self._on_disk if name not in self._host)
+        yield from self.host
+        yield from (name for name in self.on_disk if name not in self.host)
 
     def __len__(self) -> int:
-        return len(set(self._host) | set(self._on_disk))
+        return len(set(self.host) | set(self.on_disk))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._host or name in self._on_disk
+        return name in self.host or name in self.on_disk
 
 
 def _ordinal(device: torch.device | str) -> int | str:

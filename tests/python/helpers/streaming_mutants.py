@@ -98,3 +98,57 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "ring", "            if self._lacks_buffer or self._thread", "            if self._thread",
     ),
 }  # fmt: skip
+
+CUDA_MUTANTS: dict[str, tuple[str, str, str]] = {
+    "the_copies_do_not_wait_for_uses": (
+        "device_side", "                self._stream.wait_event(mark)\n", "                pass\n",
+    ),
+    "the_copies_wait_for_one_use_alone": (
+        "device_side", "            for mark in after:\n", "            for mark in after[:1]:\n",
+    ),
+    "uses_do_not_wait_for_the_copies": (
+        "device_side", "        torch.cuda.current_stream(self.device).wait_event(arrival)\n", "        pass\n",
+    ),
+    "the_event_is_recorded_before_the_copies": (
+        "device_side",
+        "            self._settle = transfer.begin()\n"
+        "            arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]\n"
+        "            arrival.record(self._stream)\n",
+        "            arrival = torch.cuda.Event()\n"
+        "            arrival.record(self._stream)\n"
+        "            self._settle = transfer.begin()\n",
+    ),
+    "the_copies_are_queued_behind_another_stream": (
+        "device_side", "            inside.enter_context(torch.cuda.stream(self._stream))\n",
+        "            inside.enter_context(torch.cuda.stream(torch.cuda.Stream(self.device)))\n",
+    ),
+    "uses_are_marked_on_the_copies_stream": (
+        "device_side", "        event.record(torch.cuda.current_stream(self.device))\n",
+        "        event.record(self._stream)\n",
+    ),
+    "the_copies_stream_waits_in_the_place_of_the_uses": (
+        "device_side", "        torch.cuda.current_stream(self.device).wait_event(arrival)\n",
+        "        self._stream.wait_event(arrival)\n",
+    ),
+    "the_end_is_not_waited_for": (
+        "device_side", "        torch.cuda.synchronize(self.device)\n", "        pass\n",
+    ),
+    "what_has_failed_is_what_arrived": (
+        "device_side", "            self._settle = transfer.begin()\n",
+        "            with contextlib.suppress(Exception):\n"
+        "                self._settle = transfer.begin()\n",
+    ),
+    "marks_are_kept_for_one_thread": (
+        "ring", "slot.marks[threading.get_ident()] = self.device.mark()\n            slot.pins",
+        "slot.marks[0] = self.device.mark()\n            slot.pins",
+    ),
+    "the_buffers_go_before_the_device_has_ended": (
+        "ring", "        self.device.finish()\n        self._slot_of.clear()\n", "        self._slot_of.clear()\n",
+    ),
+    "half_of_the_weights_are_copied": (
+        "sources", "        if not by_engine:\n", "        del by_engine[1:]\n        if not by_engine:\n",
+    ),
+    "arrived_when_begun": (
+        "sources", "            load.wait_for(names)\n", "            pass\n",
+    ),
+}  # fmt: skip

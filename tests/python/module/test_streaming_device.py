@@ -42,11 +42,13 @@ MIB = 1 << 20
 LIMIT_SECONDS = 4
 
 
-def loaded(changed: dict[str, str] | None = None) -> types.SimpleNamespace:
-    """The modules, executed anew; of some, another text."""
+def loaded(
+    changed: dict[str, str] | None = None, more: Sequence[str] = ()
+) -> types.SimpleNamespace:
+    """The modules, and more, executed anew; of some, another text."""
     made: dict[str, types.ModuleType] = {}
     with mock.patch.dict(sys.modules):
-        for name in MODULES:
+        for name in (*MODULES, *more):
             path = file_of(name)
             spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{name}", path)
             assert spec is not None

@@ -16,6 +16,8 @@ Hooked:
 - ``safetensors`` and ``safe_open`` in the loaders of adapters (`adapters`); the Hub's functions,
   where a mirror is named (`arguments`).
 
+- ``apply_group_offloading`` and ``ModuleGroup`` (`group_offload`): the executor brings groups in.
+
 Decided in `weights`, load by load: whether the engine can place all tensors as diffusers would; if
 not, it reads them and diffusers places them.
 
@@ -25,6 +27,7 @@ a tensor that is in several shards, dtypes that torch does not have, other devic
 
 from __future__ import annotations
 
+from weightlift.backends.diffusers import group_offload
 from weightlift.backends.diffusers.adapters import safetensors_module
 from weightlift.backends.diffusers.arguments import from_mirror
 from weightlift.backends.diffusers.calls import model_from_pretrained, on_model_file, on_shard_files
@@ -40,7 +43,7 @@ from weightlift.backends.diffusers.weights import dispatch_model, load_pretraine
 from weightlift.backends.hooks import ANY_SIGNATURE, WITHOUT_SIGNATURE, Hook
 from weightlift.backends.safetensors import open_adapters
 
-__all__ = ["HOOKS"]
+__all__ = ["HOOKS", "release"]
 
 
 _MODELS = "diffusers.models.modeling_utils"
@@ -187,4 +190,20 @@ HOOKS = (
         )
         for name in names
     ),
+    # What `apply_group_offloading` calls, which others have imported by its name.
+    Hook(
+        "diffusers.hooks.group_offloading",
+        "_apply_group_offloading",
+        {"(module, config)": group_offload.apply_group_offloading},
+    ),
+    *(
+        Hook("diffusers.hooks.group_offloading", f"ModuleGroup.{name}", {"(self)": adapter})
+        for name, adapter in (
+            ("_init_cpu_param_dict", group_offload.init_cpu_param_dict),
+            ("onload_", group_offload.onload),
+            ("offload_", group_offload.offload),
+        )
+    ),
 )
+# When the backend is switched off.
+release = group_offload.release

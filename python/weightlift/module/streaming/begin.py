@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 
-import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
 from weightlift.core.errors import ArgumentError
-from weightlift.core.settings import Settings
 from weightlift.load.options import LoadOptions
 from weightlift.module.fill import fill
 from weightlift.module.matching import MatchPolicy, match
@@ -20,7 +17,7 @@ from weightlift.module.parameters import ParameterRef, set_all
 from weightlift.module.placement import DtypeRule, PlacementPolicy
 from weightlift.module.streaming.device_side import DeviceSide
 from weightlift.module.streaming.originals import assign, parameter_like, places
-from weightlift.module.streaming.sources import FileSource, HostSource
+from weightlift.module.streaming.sources import FileSource, HostSource, settings_for
 from weightlift.module.streaming.task import Task, Wanted
 
 __all__ = ["of_a_checkpoint", "of_the_host"]
@@ -75,18 +72,8 @@ def of_a_checkpoint(
     fill(model, checkpoint, kept, MatchPolicy(compare_ties=True), how, refs=on_meta)
     # The caller may close the checkpoint.
     mine = checkpoint.renamed(lambda name: name)
-    task.source = FileSource(mine, _settings_for(task.streamed_bytes))
+    task.source = FileSource(mine, settings_for(task.streamed_bytes))
     return task
-
-
-def _settings_for(streamed_bytes: int) -> Settings:
-    """Reads around the page cache if the cache cannot hold the weights from step to step: it would
-    evict the pages that are needed soonest."""
-    settings = Settings.current()
-    headroom: int = _native.machine()["memory_headroom"]
-    if settings.io_path in (None, "auto") and streamed_bytes > headroom // 2:
-        return dataclasses.replace(settings, io_path="direct")
-    return settings
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from weightlift.core.errors import DeviceError
+from weightlift.core.errors import DeviceError, WeightliftError
 from weightlift.load.allocation import empty_on_host
 
 __all__ = ["CudaSide", "DeviceSide", "HostSide", "Mark", "Transfer", "device_side"]
@@ -30,12 +31,15 @@ class Transfer:
         buffer: the buffer to write to.
         bytes: bytes of the weights.
         run: reads and copies; returns when the buffer is complete.
+        begin: reads, and queues the copies; the current stream of the device then waits for them.
+            Returns a function that waits for their end. Call it once.
     """
 
     block: int
     buffer: torch.Tensor
     bytes: int
     run: Callable[[], None]
+    begin: Callable[[], Callable[[], None]]
 
 
 class DeviceSide(Protocol):
@@ -87,28 +91,36 @@ class HostSide:
 
 class CudaSide:
     """A CUDA device. The engine's copies wait for a stream of this object, which waits for the
-    marks. When ``copy`` returns the transfer has ended, because the host waits for it."""
+    marks. That stream waits for the copies, and an event on it tells the computing streams that
+    they have ended: no host thread waits for a copy before it queues what uses the copy."""
 
     def __init__(self, device: torch.device) -> None:
         if not torch.cuda.is_available():
             raise DeviceError(f"cannot stream to {device}: torch finds no GPU")
         self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._lock = threading.Lock()
+        # Waits for the end of the transfer that was begun last.
+        self._settle: Callable[[], None] | None = None
 
     def allocate(self, count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.uint8, device=self.device)
 
-    def copy(self, transfer: Transfer, after: Sequence[Mark]) -> None:
-        with contextlib.ExitStack() as inside:
+    def copy(self, transfer: Transfer, after: Sequence[Mark]) -> torch.cuda.Event:
+        with self._lock, contextlib.ExitStack() as inside:
+            # Its staging memory is for the next one, and it may have failed after it was begun.
+            self._end_last()
             inside.enter_context(torch.cuda.device(self.device))
             inside.enter_context(torch.cuda.stream(self._stream))
             for mark in after:
                 self._stream.wait_event(mark)
-            transfer.run()
-            self._stream.synchronize()  # for copies by torch
+            self._settle = transfer.begin()
+            arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrival.record(self._stream)
+            return arrival
 
-    def wait(self, arrival: None) -> None:
-        pass
+    def wait(self, arrival: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self.device).wait_event(arrival)
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -116,7 +128,14 @@ class CudaSide:
         return event
 
     def finish(self) -> None:
+        with self._lock, contextlib.suppress(WeightliftError):  # whoever used it has heard of it
+            self._end_last()
         torch.cuda.synchronize(self.device)
+
+    def _end_last(self) -> None:
+        settle, self._settle = self._settle, None
+        if settle is not None:
+            settle()
 
 
 def device_side(device: torch.device) -> DeviceSide:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,14 +64,36 @@ class BlockOfWeights:
 
     def fill(self, buffer: torch.Tensor) -> None:
         """Reads all weights into a buffer, source by source."""
+        for source, keys, targets in self._by_source(buffer):
+            source.fill(keys, targets)
+
+    def begin(self, buffer: torch.Tensor) -> Callable[[], None]:
+        """The same on a CUDA device, as ``Source.begin``."""
+        begun: list[Callable[[], None]] = []
+
+        def settle() -> None:
+            with contextlib.ExitStack() as all_of_them:
+                for one in begun:
+                    all_of_them.callback(one)
+
+        try:
+            for source, keys, targets in self._by_source(buffer):
+                begun.append(source.begin(keys, targets))
+        except BaseException:
+            settle()
+            raise
+        return settle
+
+    def _by_source(
+        self, buffer: torch.Tensor
+    ) -> Iterable[tuple[Source, list[str], list[torch.Tensor]]]:
         views = self.views(buffer)
-        by_source: dict[int, tuple[Source, list[str], list[torch.Tensor]]] = {}
+        found: dict[int, tuple[Source, list[str], list[torch.Tensor]]] = {}
         for stored, source in self.weights:
-            _, keys, targets = by_source.setdefault(id(source), (source, [], []))
+            _, keys, targets = found.setdefault(id(source), (source, [], []))
             keys.append(stored.key)
             targets.append(views[stored])
-        for source, keys, targets in by_source.values():
-            source.fill(keys, targets)
+        return found.values()
 
 
 class Executor:
@@ -105,7 +128,7 @@ class Executor:
         self.buffer_bytes = largest * buffers
         memory = [device.allocate(largest) for _ in range(buffers)]
         self.ring = Ring(
-            [Block(block.number, block.name, block.bytes, block.fill) for block in blocks],
+            [Block(b.number, b.name, b.bytes, b.fill, b.begin) for b in blocks],
             device,
             memory,
             lookahead,
@@ -135,13 +158,17 @@ class Executor:
     def _read_alone(self, stored: Stored) -> torch.Tensor:
         tensor = torch.empty(stored.shape, dtype=stored.dtype, device=self.device)
         source = self._sources[stored]
+        keys, targets = [stored.key], [tensor]
 
         def run() -> None:
-            source.fill([stored.key], [tensor])
+            source.fill(keys, targets)
+
+        def begin() -> Callable[[], None]:
+            return source.begin(keys, targets)
 
         # The new memory may be that of a tensor that the device still uses.
         after = [self._side.mark()]
-        transfer = Transfer(stored.block, tensor, tensor.nbytes, run)
+        transfer = Transfer(stored.block, tensor, tensor.nbytes, run, begin)
         self._side.wait(self._side.copy(transfer, after))
         return tensor
 

@@ -32,12 +32,30 @@ class Block:
         name: its name, for messages.
         bytes: bytes that it takes in a buffer.
         fill: writes its weights to a buffer.
+        begin: begins that, on a CUDA device; returns what waits for the end.
     """
 
     number: int
     name: str
     bytes: int
     fill: Callable[[torch.Tensor], None]
+    begin: Callable[[torch.Tensor], Callable[[], None]] | None = None
+
+    def into(self, buffer: torch.Tensor) -> Transfer:
+        def run() -> None:
+            self.fill(buffer)
+
+        def begin() -> Callable[[], None]:
+            if self.begin is not None:
+                return self.begin(buffer)
+            run()
+            return _nothing
+
+        return Transfer(self.number, buffer, self.bytes, run, begin)
+
+
+def _nothing() -> None:
+    pass
 
 
 class Slot:
@@ -225,9 +243,13 @@ class Ring:
                     self._lacks_buffer = bool(self._wanted())
                     self._changed.wait()
                     job = self._next_job()
-                if self._stopped or job is None:
-                    return
-                slot, block, marks = self._begin(*job)
+                stopped = self._stopped or job is None
+                if job is not None and not stopped:
+                    slot, block, marks = self._begin(*job)
+            if stopped:
+                # Where nobody closes the stream, this thread is the last to hold the buffers.
+                self.device.finish()
+                return
             self._read(slot, block, marks)
 
     def _read_what_is_wanted(self) -> None:
@@ -275,10 +297,7 @@ class Ring:
         arrival = None
         begin = time.perf_counter()
         try:
-            arrival = self.device.copy(
-                Transfer(block.number, slot.buffer, block.bytes, lambda: block.fill(slot.buffer)),
-                list(marks.values()),
-            )
+            arrival = self.device.copy(block.into(slot.buffer), list(marks.values()))
         except Exception as error:  # raised by the thread that waits for the block
             failed = error
         if self.trace is not None:

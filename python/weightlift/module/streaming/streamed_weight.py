@@ -103,8 +103,16 @@ class StreamedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, weights: Weights, stored: Stored, shadow: torch.Tensor | None = None
+        cls,
+        weights: Weights,
+        stored: Stored | None = None,
+        shadow: torch.Tensor | None = None,
+        requires_grad: bool = True,
     ) -> StreamedWeight:
+        if isinstance(weights, torch.Tensor) or stored is None:
+            # As libraries do it that put a value in a parameter's place: type(old)(value, ...).
+            value: Any = weights
+            return torch.nn.Parameter(value, requires_grad)  # type: ignore[return-value]
         if shadow is None:
             shadow = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
         made: StreamedWeight = torch.Tensor._make_wrapper_subclass(
