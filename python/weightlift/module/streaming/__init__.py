@@ -9,9 +9,9 @@
 - `executor`: the ring and its thread.
 - `originals`: the model's own tensors, and their replacement.
 - `task`: the plan: it puts streamed weights into the model, and decides again which stay when
-`uses`
-  has counted the uses of a step.
+  `uses` has counted the uses of a step.
 - `begin`: selects the weights to stream, from files or from host memory.
+- `on_demand`: weights for the hooks of libraries, which put them into modules during a forward.
 - `call`: the public call; `handle`: what it returns.
 """
 
