@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <ranges>
 #include <string>
 #include <utility>
 
@@ -144,9 +145,9 @@ Result<CUfunction> Device::load_kernel() {
   WL_RETURN_IF_ERROR(current.status());
   std::optional<Error> refusal;
   for (const bool ptx : {false, true}) {
-    for (auto image = images.rbegin(); image != images.rend(); ++image) {
-      if (image->is_ptx != ptx || !convert::runs_on(*image, 10 * major + minor)) continue;
-      auto function = load_image(*image);
+    for (const convert::KernelImage& image : std::views::reverse(images)) {
+      if (image.is_ptx != ptx || !convert::runs_on(image, 10 * major + minor)) continue;
+      auto function = load_image(image);
       if (function.ok()) return function;
       if (!refusal) refusal = std::move(function).error();
     }

@@ -64,11 +64,13 @@ void release_later(std::list<PinnedMemory> memory) noexcept {
     if (state.running) return;
     state.join();
     state.running = true;
+    bool started = true;
     try {
       state.thread = std::thread([&state] { release_all(state); });
-      return;
     } catch (const std::exception&) {  // no more threads to be had
+      started = false;
     }
+    if (started) return;
   }
   release_all(state);
 }

@@ -57,13 +57,8 @@ Result<std::optional<StagingSlot>> StagingPool::take(Device& device, std::size_t
     if (claim == SlotClaim::kFurther && waiting_ != 0) return std::optional<StagingSlot>();
     while (true) {
       const bool may_pin = pinned_bytes_ + bytes <= budget + std::min(abandoned_bytes_, budget);
-      const auto find = [&](bool any_node) {
-        return std::find_if(free_.begin(), free_.end(), [&](const PinnedMemory& slot) {
-          return slot.size() == bytes && (any_node || slot.node() == device.node());
-        });
-      };
-      auto found = find(false);
-      if (found == free_.end() && !may_pin) found = find(true);
+      auto found = find_free(bytes, device.node());
+      if (found == free_.end() && !may_pin) found = find_free(bytes, std::nullopt);
       if (found != free_.end()) {
         memory.splice(memory.end(), free_, found);
         busy_bytes_ += bytes;
@@ -99,6 +94,13 @@ Result<std::optional<StagingSlot>> StagingPool::take(Device& device, std::size_t
   memory.push_back(std::move(made));
   reserved.bytes = 0;
   return std::optional(StagingSlot(std::move(memory)));
+}
+
+std::list<PinnedMemory>::iterator StagingPool::find_free(std::size_t bytes,
+                                                         std::optional<int> node) {
+  return std::find_if(free_.begin(), free_.end(), [bytes, node](const PinnedMemory& slot) {
+    return slot.size() == bytes && (!node || slot.node() == *node);
+  });
 }
 
 // Makes room, which counts as taken until it is unpinned. Unpinning takes long: without the lock.

@@ -82,6 +82,10 @@ class StagingPool {
   friend class StagingSlot;
   StagingPool() = default;
 
+  // The first free slot of this size and node; of any, where none is named.
+  [[nodiscard]] std::list<PinnedMemory>::iterator find_free(std::size_t bytes,
+                                                            std::optional<int> node)
+      WL_REQUIRES(mutex_);
   void unpin_a_free_slot() WL_REQUIRES(mutex_);
   [[nodiscard]] std::optional<Error> why_nothing_comes_back(std::size_t budget) const
       WL_REQUIRES(mutex_);

@@ -199,10 +199,10 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="weightlift-mutants-") as folder:
         workshop = Workshop(arguments.root, Path(folder), arguments.jobs, arguments.seeds)
-        # All of them, whichever are run: who changes the engine is to see it at once.
+        # Of all of them, whichever are run: who changes the engine is to see it at once.
         stale = [path.stem for path in chosen(None, False) if workshop.why_not(path)]
         if stale:
-            sys.exit(f"no longer apply, make them again: {', '.join(stale)}")
+            print(f"no longer apply, make them again: {', '.join(stale)}", flush=True)
         if any(not test_of(patch).endswith(".py") for patch in patches):
             workshop.configure()
         limits: dict[str, float] = {}
