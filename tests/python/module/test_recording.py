@@ -104,6 +104,30 @@ def test_no_more_is_read_than_the_parts_need(tmp_path: Path) -> None:
     assert torch.equal(target, load_file(path)["rows"][2 * side : 4 * side])
 
 
+@pytest.mark.parametrize(("hole_bytes", "rows"), [(1, 1), (None, 1), (8192, 2), ("1MiB", 2)])
+def test_holes_between_rows(hole_bytes: int | str | None, rows: int, tmp_path: Path) -> None:
+    """Of 8 KiB: jumped over, or read along. The report and the kernel count both."""
+    path = checkpoint_of(tmp_path, {"t": torch.randn(512, 4096)})
+    target = torch.zeros(512, 2048)
+
+    def load(weights: Weights) -> None:
+        for _, tensor in weights:
+            target.copy_(tensor[:, 2048:])
+
+    def read_bytes() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    recording = wl.record(load, wl.open_checkpoint(path))
+    with wl.Settings(hole_bytes=hole_bytes, io_path="buffered"):
+        before = read_bytes()
+        report = recording.load()
+        read = read_bytes() - before
+    assert torch.equal(target, load_file(path)["t"][:, 2048:])
+    needed = recording.needed_bytes
+    for count in (report.read_bytes, read):
+        assert (rows - 0.05) * needed <= count <= rows * needed * 1.02
+
+
 # Chains of views, on both sides.
 
 
