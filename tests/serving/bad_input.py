@@ -135,7 +135,7 @@ class Tests:
             sys.modules["weightlift.backends.vllm.loader"] = module
         wanted = self.load(self.model, "auto", {})
         print(f"rank 0 of 1: unknown hooks: {messages}", flush=True)
-        if len(messages) != 1 or "vLLM's own serves" not in messages[0]:
+        if len(messages) != 1 or "vLLM's own loader is used" not in messages[0]:
             self.faults.append(f"unknown hooks: {messages}")
         if wrong := differences(tensors_of(found), tensors_of(wanted)):
             self.faults.append(f"unknown hooks: other bytes in {wrong[:4]}")

@@ -1,17 +1,16 @@
-"""The fast backend: installed libraries load through the engine, with the same result.
+"""Backends: installed libraries load through the engine, with the same result.
 
-``enable()`` replaces the few functions with which diffusers, transformers, accelerate and
-safetensors load; ``disable()`` puts the very objects back. A library that is not imported yet is
-hooked when it is.
+``enable()`` replaces the loading functions of diffusers, transformers, accelerate and safetensors;
+``disable()`` restores the original objects. A library that is not imported yet is hooked at its
+import.
 
 A backend is a module ``weightlift.backends.LIBRARY`` with a tuple ``HOOKS`` of :class:`Hook`
-(`hooks`); `patching` puts them in place. It imports its library inside functions only. A
-replacement that finds it should not do this call raises :class:`FallbackToLibrary` before it has
-placed any tensor (`fallback`).
+(`hooks`), which `patching` installs. It imports its library only inside functions. A replacement
+that cannot do a call raises :class:`FallbackToLibrary` before it places any tensor (`fallback`).
 
-Only the names that ``HOOKS`` list are replaced. A module that did ``from library import name``
-before keeps the original; one that does so while a backend is on keeps a name that follows the
-backend: on or off, it goes the way that ``enable()`` and ``disable()`` said last.
+Only the names in ``HOOKS`` are replaced. A module that did ``from library import name`` before
+keeps the original. One that does so while a backend is on gets a function that follows the last
+``enable()`` or ``disable()``.
 """
 
 from __future__ import annotations
@@ -43,28 +42,27 @@ __all__ = [
 # Both under the lock of `patching`.
 _explicit: set[str] = set()  # by enable()
 _held: dict[str, set[object]] = {name: set() for name in LIBRARIES}  # by `with enabled()`
-# Of these, what returns early: by enable(), and by each `with enabled()`.
+# The libraries that return early: by enable(), and by each `with enabled()`.
 _early: set[str] = set()
 _held_early: dict[object, frozenset[str]] = {}
 
 
 def enable(*libraries: str, background: bool = False) -> None:
-    """Makes these libraries load through the engine; all known ones without an argument.
+    """Makes these libraries load through the engine; all libraries without an argument.
 
-    Nothing is imported: what is not imported yet is hooked when it is. Twice is as once. Where a
-    function of the library has a signature that is not known, it stays as it is, which one log line
-    says.
+    It imports nothing: a library is hooked at its import. A second call has no effect. A function
+    with an unknown signature keeps the library's own implementation, with one log line.
 
     Args:
         libraries: ``"diffusers"``, ``"transformers"``, ``"accelerate"``, ``"safetensors"``.
         background: ``from_pretrained`` of diffusers' and transformers' models returns while the
-            model loads: each module waits for its own tensors, as of ``load_into(...,
+            model loads: each module waits for its own tensors, as with ``load_into(...,
             background=True)``, and ``weightlift.last_report()`` is the handle. Models that are
-            quantized, cut for several processes, or spread over devices and the disk, and single
+            quantized, cut for several processes, or on several devices or the disk, and single
             files of diffusers, are loaded before the return.
 
     Raises:
-        ArgumentError: an unknown library, or ``background=True`` with none that can.
+        ArgumentError: a library is unknown, or none of them supports ``background=True``.
         WeightliftError: with ``WEIGHTLIFT_STRICT=1``, an unknown signature.
     """
     names = _names(libraries)
@@ -84,12 +82,12 @@ def enable(*libraries: str, background: bool = False) -> None:
 
 
 def disable(*libraries: str) -> None:
-    """Puts the libraries' own functions back; all without an argument.
+    """Restores the libraries' own functions; all libraries without an argument.
 
-    It also ends what a ``with enabled()`` around it began.
+    It also ends the effect of a surrounding ``with enabled()``.
 
     Raises:
-        ArgumentError: an unknown library.
+        ArgumentError: a library is unknown.
     """
     names = _names(libraries)
     with patching.lock:
@@ -103,10 +101,14 @@ def disable(*libraries: str) -> None:
 
 
 class enabled(contextlib.ContextDecorator):
-    """``with enabled("diffusers"):`` enables for the block, and restores what was before.
+    """``with enabled("diffusers"):`` enables backends for the block, and restores the earlier
+    state.
 
-    For the whole process, as ``enable``: several threads may be in such blocks at once, and the
-    last to leave restores.
+    It applies to the whole process, like ``enable``. Several threads may be in such blocks at once;
+    the last one to leave restores the state.
+
+    Raises:
+        ArgumentError: as ``enable``.
     """
 
     def __init__(self, *libraries: str, background: bool = False) -> None:
@@ -146,7 +148,7 @@ def is_enabled(library: str) -> bool:
 
 
 def enable_from_environment() -> None:
-    """What ``WEIGHTLIFT_ENABLE=diffusers,transformers`` asks for when weightlift is imported.
+    """Enables the libraries in ``WEIGHTLIFT_ENABLE`` when weightlift is imported.
 
     Raises:
         ArgumentError: an unknown library.
@@ -165,7 +167,7 @@ def _names(libraries: Iterable[str]) -> frozenset[str]:
     unknown = sorted({repr(name) for name in names if name not in LIBRARIES})
     if unknown:
         raise ArgumentError(
-            f"no backend for {', '.join(unknown)}; weightlift knows {', '.join(LIBRARIES)}"
+            f"no backend for {', '.join(unknown)}; there are {', '.join(LIBRARIES)}"
         )
     return frozenset(names or LIBRARIES)
 
@@ -176,14 +178,14 @@ def _early_of(names: frozenset[str], background: bool) -> frozenset[str]:
     early = names & early_return.ABLE
     if not early:
         raise ArgumentError(
-            f"background=True is for {' and '.join(sorted(early_return.ABLE))}; "
-            f"{', '.join(sorted(names))} loads what it is asked for"
+            f"background=True is for {' and '.join(sorted(early_return.ABLE))}: leave it out for "
+            f"{', '.join(sorted(names))}"
         )
     return early
 
 
 def _apply_or(undo: Callable[[], None]) -> None:
-    """Puts in place what is wanted now; where that fails, undoes the wish."""
+    """Installs the requested hooks; undoes the request if that fails."""
     try:
         for module in _apply():
             # Another thread imports it: this waits for its end.

@@ -1,10 +1,10 @@
 """accelerate: ``load_checkpoint_in_model``, ``load_checkpoint_and_dispatch``, weights on the disk.
 
-accelerate's own loop over the files stays; what it calls gets faster. While one of the two runs,
-``load_state_dict`` returns each tensor on its device and in its dtype already, all by one plan a
-file; the device's cache is not emptied after every tensor; what goes to the disk is not read, for
-the index says where in the original file it is; what ``offload_state_dict`` would carry to the
-disk and back stays in memory.
+accelerate's own loop over the files stays; its calls get faster. During a call of the two
+functions, ``load_state_dict`` returns each tensor on its final device and in its final dtype, by
+one plan per file. The device's cache is not emptied after every tensor. Weights for the disk are
+not read: the index refers to the original file. Weights that ``offload_state_dict`` would write to
+the disk and read back stay in memory.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _NAME = "accelerate"
 
 
 class _Call:
-    """One call of ``load_checkpoint_in_model`` with a device map that the engine serves."""
+    """One call of ``load_checkpoint_in_model`` with a device map that the engine supports."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         import torch
@@ -65,16 +65,16 @@ class _Call:
             device: usable_device(device) for device in self.device_map.values() if device != "disk"
         }
         self.dtype: torch.dtype | None = dtype
-        # accelerate keeps these out of float16 alone.
+        # accelerate applies keep_in_fp32_modules only to float16.
         self.in_fp32 = (given["keep_in_fp32_modules"] or ()) if dtype == torch.float16 else ()
         self.offload_state_dict = bool(given["offload_state_dict"])
         self.offload_buffers = bool(given["offload_buffers"])
         self.on_disk: dict[str, dict[str, str]] = {}  # entries for accelerate's index
-        self.kept: dict[str, torch.Tensor] = {}  # by offload_state_dict
+        self.kept: dict[str, torch.Tensor] = {}  # tensors under offload_state_dict
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> _Call | None:
-        """``None`` where accelerate does more than to place tensors, or elsewhere."""
+        """``None`` if accelerate does more than place tensors, or uses other devices."""
         import torch
 
         if given["device_map"] is None or given["offload_8bit_bnb"]:
@@ -84,16 +84,16 @@ class _Call:
         try:
             return _Call(given)
         except (FallbackToLibrary, WeightliftError, AttributeError, TypeError):
-            return None  # a device or a dtype, of which accelerate says what it thinks
+            return None  # an invalid device or dtype, for accelerate's own error
 
     def place(self, name: str) -> Any:
-        """What the map says, by the longest prefix; ``None`` where there is none."""
+        """The map's entry with the longest matching prefix; ``None`` if there is none."""
         while name and name not in self.device_map:
             name = name.rpartition(".")[0]
         return self.device_map.get(name)
 
     def final_dtype(self, name: str, own: torch.dtype) -> torch.dtype:
-        """That of the parameter in the end."""
+        """The final dtype of the parameter."""
         import torch
 
         if self.dtype is None:
@@ -117,7 +117,7 @@ class _Call:
         for name, (own, shape) in checkpoint.headers().items():
             place = self.place(name)
             if place is None or name not in self.tensors:
-                # accelerate passes over it, or says what is wrong with it.
+                # accelerate skips it, or raises its own error.
                 loaded[name] = torch.empty(shape, device="meta")
                 continue
             kind = dtypes.to_torch(own)
@@ -125,7 +125,7 @@ class _Call:
             if place != "disk":
                 group = self.devices[place], _cast(own, final)
             elif name in self.buffers and not self.offload_buffers:
-                # accelerate 1.15 leaves them as they are: it offloads parameters alone.
+                # accelerate 1.15 offloads only parameters.
                 group = cpu, _cast(own, final)
                 buffers.append(name)
             elif in_its_file:
@@ -158,10 +158,10 @@ def _load(
             plan.add(device, dtype, names)
         return plan.start().result()
 
-    # Not within `except`: the error holds on to what was loaded until there.
+    # Not within `except`: the error keeps the loaded tensors alive.
     with contextlib.suppress(OutOfMemoryError):
         return load()
-    # What accelerate's own collection after every file would have freed.
+    # Replaces accelerate's garbage collection after every file.
     import torch
 
     gc.collect()
@@ -170,7 +170,7 @@ def _load(
 
 
 def _cast(own: str, final: torch.dtype) -> str | None:
-    """The dtype for the engine to cast to; ``None``: none, or what is left to torch."""
+    """The dtype for a cast by the engine; ``None``: no cast, or a cast by torch."""
     target = dtypes.file_name(final)
     return target if target != own and {own, target} <= dtypes.CASTABLE else None
 
@@ -206,7 +206,7 @@ def _load_checkpoint_and_dispatch(reference: Callable[..., Any]) -> Callable[...
             isinstance(device_map, dict) and "disk" in device_map.values()
         ):
             return reference(*args, **kwargs)
-        # For the index alone, where the weights are safetensors.
+        # Only for the index, if the weights are safetensors.
         folder = tempfile.mkdtemp(prefix="weightlift-")
         try:
             model = reference(**{**given, "offload_folder": folder})
@@ -232,10 +232,10 @@ def _load_state_dict(reference: Callable[..., Any]) -> Callable[..., Any]:
         except CheckpointError:  # something else than a state dict
             return original_call()
         except WeightliftError as error:
-            # Its safe_open and load_file are ours: they count what they leave to the reference.
+            # The reference's safe_open and load_file are hooked and count fallbacks themselves.
             return original_call() if is_safetensors else fall_back(_NAME, error, original_call)
         if is_safetensors and checkpoint.file_metadata()[0].get("format") != "pt":
-            return original_call()  # which has something to say about that
+            return original_call()  # for accelerate's own error
         if "not_tensors" in checkpoint.metadata:
             return original_call()
         if call is not None:
@@ -347,8 +347,8 @@ def _advise(folder: str, index: Mapping[str, Any], key: str, ahead: bool) -> Non
 
 
 def _files_ahead_of(loader: Any, key: str) -> None:
-    """Asks for the files that accelerate's hooks will map next, in the order learned; what they are
-    given is what accelerate maps itself."""
+    """Reads ahead the files that accelerate's hooks will map next, in the learned order; accelerate
+    maps them itself."""
     if loader.save_folder is None or not hasattr(os, "posix_fadvise"):
         return
     found = _ahead.get(-id(loader))
@@ -360,8 +360,7 @@ def _files_ahead_of(loader: Any, key: str) -> None:
 
 
 def _ahead_of(loader: Any, device: torch.device) -> WeightsAhead | None:
-    """Reads ahead of the hooks that read from this loader: on the CPU, where that takes no memory
-    but the page cache's."""
+    """Reads ahead of the hooks of this loader: on the CPU, where it needs only the page cache."""
     if device.type != "cpu":
         return None
     found = _ahead.get(id(loader))

@@ -1,9 +1,9 @@
-"""Processes that this one starts have the backends on that it has.
+"""Enables the backends of this process in its child processes.
 
-A child by fork has this process's memory. One by spawn or forkserver, and any other Python, starts
-anew and has its environment alone: ``WEIGHTLIFT_ENABLE`` names the libraries there, and at the head
-of ``PYTHONPATH`` is the folder ``startup``, whose ``sitecustomize`` Python executes. With ``-E``,
-``-I`` or ``-S`` it does not. A fork server keeps the environment of its own start.
+A forked child inherits the memory. A child by spawn or forkserver, and any other Python, inherits
+only the environment: ``WEIGHTLIFT_ENABLE`` names the libraries, and ``PYTHONPATH`` begins with the
+folder ``startup``, whose ``sitecustomize`` Python executes (not with ``-E``, ``-I`` or ``-S``). A
+fork server keeps the environment of its own start.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _ENABLE = "WEIGHTLIFT_ENABLE"
 _PATH = "PYTHONPATH"
 _STARTUP = str(Path(__file__).resolve().parent / "startup")
 
-# What this module has set, and what was there before.
+# The value that this module set, and the value before.
 _set: str | None = None
 _before: str | None = None
 
 
 def export_to_children(libraries: Collection[str]) -> None:
-    """Has children start with the backends of these libraries on; without any, as before."""
+    """Enables the backends of these libraries in children; restores the environment if none."""
     global _set, _before
     path = os.environ.get(_PATH)
     value = os.environ.get(_ENABLE)

@@ -1,4 +1,4 @@
-"""Which libraries' ``from_pretrained`` return while the model loads."""
+"""The libraries whose ``from_pretrained`` returns while the model loads."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from contextvars import ContextVar
 
 __all__ = ["ABLE", "is_enabled", "is_wanted", "returning_early", "set_libraries"]
 
-# That can: the others load what they are asked for one by one.
+# Libraries that support it; the others load single tensors on request.
 ABLE = frozenset({"diffusers", "transformers"})
 
 _libraries: frozenset[str] = frozenset()
-# Whose from_pretrained this thread is in.
+# The library whose from_pretrained runs in this thread.
 _current: ContextVar[str | None] = ContextVar("weightlift_early_return", default=None)
 
 
 def set_libraries(libraries: frozenset[str]) -> None:
-    """From now on these return early."""
+    """Sets the libraries that return early."""
     global _libraries
     _libraries = libraries & ABLE
 
 
 @contextlib.contextmanager
 def returning_early(library: str) -> Iterator[None]:
-    """Around a ``from_pretrained`` of the library: models that begin to load within it wait for
-    their tensors from its end on, for until then the library looks at all of them."""
+    """Surrounds a ``from_pretrained`` of the library: models whose load begins inside wait for
+    their tensors only after its end, because the library reads all tensors before."""
     if not is_enabled(library):
         token = _current.set(None)
         try:
@@ -49,5 +49,5 @@ def is_enabled(library: str) -> bool:
 
 
 def is_wanted(library: str) -> bool:
-    """Whether a load within this call goes on when it has returned."""
+    """Whether a load inside this call continues after its return."""
     return _current.get() == library

@@ -1,4 +1,4 @@
-"""Loads that go the library's own way: they are counted, said, and never silently different."""
+"""Fallbacks: loads by the library itself, which are counted and logged."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ _falling_back: ContextVar[bool] = ContextVar("weightlift_falling_back", default=
 
 
 class FallbackToLibrary(Exception):
-    """Raised by a replacement that leaves this call to the original; no tensor is placed yet.
+    """Raised by a replacement that leaves this call to the original, before it places any tensor.
 
     Args:
-        reason: for the user, such as ``"GGUF files are read by diffusers"``.
-        warn: ``False`` where the fallback is documented.
+        reason: the reason for the user, such as ``"GGUF files are read by diffusers"``.
+        warn: ``False`` if the fallback is documented.
     """
 
     def __init__(self, reason: str, *, warn: bool = True) -> None:
@@ -62,7 +62,7 @@ def is_strict() -> bool:
 
 
 def report_fallback(library: str, reason: str, *, warn: bool = True) -> None:
-    """Counts a load that falls back to the library's own way, and warns of it once a reason.
+    """Counts a load that falls back to the library, and warns once per reason.
 
     Raises:
         WeightliftError: with ``WEIGHTLIFT_STRICT=1``.
@@ -91,9 +91,9 @@ def report_unstreamed(library: str, reason: str) -> None:
 
 
 def fall_back(library: str, error: Exception, own_way: Callable[[], _Result]) -> _Result:
-    """After an error of the engine, before any tensor is placed: the library's own way, which
-    raises the library's own error, or works and is counted and warned of."""
-    if _falling_back.get():  # the library's own way came upon another hook, for the same reason
+    """Lets the library do a load after an error of the engine, before any tensor is placed. The
+    library raises its own error, or succeeds; then the fallback is counted and logged."""
+    if _falling_back.get():  # the library called another hook, which fails for the same reason
         return own_way()
     token = _falling_back.set(True)
     aside = error if isinstance(error, FallbackToLibrary) else None
@@ -108,8 +108,8 @@ def fall_back(library: str, error: Exception, own_way: Callable[[], _Result]) ->
 
 
 def levels_to_caller() -> int:
-    """The ``stacklevel`` of a warning, from the function that calls this, for the first frame that
-    is of neither weightlift nor the libraries. (Python has ``skip_file_prefixes`` from 3.12 on.)"""
+    """The ``stacklevel`` of a warning by the calling function that points to the first frame
+    outside weightlift and the libraries. (Python 3.12 and newer have ``skip_file_prefixes``.)"""
     frame = sys._getframe(1)
     level = 1
     while frame.f_back is not None:
@@ -122,7 +122,7 @@ def levels_to_caller() -> int:
 
 @contextlib.contextmanager
 def torch_errors() -> Iterator[None]:
-    """Out of device memory is torch's own exception to callers of these libraries."""
+    """Raises torch's own out-of-memory exception, which callers of these libraries expect."""
     try:
         yield
     except OutOfMemoryError as error:

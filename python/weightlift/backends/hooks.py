@@ -1,4 +1,4 @@
-"""What a backend says of the functions of its library that it replaces."""
+"""Hooks: the functions of a library that a backend replaces."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ __all__ = [
 
 # That there are backends for.
 LIBRARIES = ("diffusers", "transformers", "accelerate", "safetensors")
-# In the place of a known signature: all are taken, as arguments are passed on as they are.
+# Matches every signature, for replacements that pass all arguments on.
 ANY_SIGNATURE = "(...)"
-# Of a target that is no function.
+# The signature of a target that is not a function.
 WITHOUT_SIGNATURE = "without a signature"
 
 
 class Hook(NamedTuple):
-    """One function, method or class of a library, and what takes its place.
+    """One function, method or class of a library, and its replacement.
 
     Attributes:
-        module: where it is defined, such as ``"diffusers.models.modeling_utils"``; hooked when
-            this very module is imported.
+        module: the module that defines it, such as ``"diffusers.models.modeling_utils"``; it is
+            hooked when this module is imported.
         target: its name there, such as ``"ModelMixin._load_pretrained_model"``.
-        adapters: known signature, as ``signature_text`` writes it, -> what makes the replacement
-            from the original. Both are plain functions where the target is a classmethod or
-            staticmethod. A replacement that is no function is put in place as it is, and asks
-            ``is_enabled`` itself; a target that is none is ``WITHOUT_SIGNATURE``.
+        adapters: known signature, as ``signature_text`` writes it, -> function that makes the
+            replacement from the original. Both are plain functions if the target is a classmethod
+            or staticmethod. A replacement that is not a function is installed unchanged and checks
+            ``is_enabled`` itself; a target that is not a function has ``WITHOUT_SIGNATURE``.
     """
 
     module: str
@@ -42,7 +42,7 @@ class Hook(NamedTuple):
     adapters: Mapping[str, Callable[[Any], Any]]
 
     def adapter(self, signature: str) -> Callable[[Any], Any] | None:
-        """What makes the replacement of a function with this signature, if it is known."""
+        """The adapter for a signature; ``None`` if it is unknown."""
         return self.adapters.get(signature) or self.adapters.get(ANY_SIGNATURE)
 
 
@@ -66,10 +66,10 @@ def outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 def signature_text(function: Any) -> str:
     """A signature without annotations: ``"(cls, path, device_map=None, **kwargs)"``.
 
-    Defaults that are no plain values are written ``...``.
+    Defaults that are not plain values are written ``...``.
 
     Raises:
-        ValueError, TypeError: it has none, or is no callable.
+        ValueError, TypeError: it has no signature, or is not callable.
     """
     import inspect
 

@@ -1,4 +1,4 @@
-"""Puts replacements into the libraries' modules, when these are imported, and takes them out."""
+"""Installs replacements in the libraries' modules at their import, and removes them."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _log = logging.getLogger("weightlift")
 
 
 class Patch(NamedTuple):
-    """A replacement that is in place.
+    """An installed replacement.
 
     Attributes:
         owner: the module or class.
-        name: in it.
-        original: what is put back.
+        name: the name in it.
+        original: the object to restore.
     """
 
     library: str
@@ -71,10 +71,10 @@ def hooks_of(library: str) -> tuple[Hook, ...]:
 
 
 def activate(libraries: frozenset[str]) -> list[str]:
-    """Has replacements in place for these libraries, and for no others.
+    """Installs the replacements of these libraries, and removes all others.
 
     Returns:
-        The modules whose import another thread has not ended: they are hooked when it has.
+        The modules that another thread is importing: they are hooked when the import ends.
     """
     global _active
     with lock:
@@ -83,8 +83,8 @@ def activate(libraries: frozenset[str]) -> list[str]:
         for patch in reversed(patches):
             if patch.library in _active:
                 continue
-            # Not where somebody else has put something on top: that calls what is below, which
-            # goes the original's way from now on.
+            # Other code may have wrapped the replacement; the replacement then calls the original
+            # from now on.
             if vars(patch.owner).get(patch.name) is patch.replacement:
                 setattr(patch.owner, patch.name, patch.original)
         patches[:] = [patch for patch in patches if patch.library in _active]
@@ -116,7 +116,7 @@ def _hooked_modules() -> set[str]:
 
 def install(name: str) -> None:
     """Puts the replacements of the active libraries into this module."""
-    # The entry in sys.modules, not what was executed: a lazy package puts another object there.
+    # The entry in sys.modules: a lazy package replaces the executed module there.
     module = sys.modules.get(name)
     if module is None:
         return
@@ -167,7 +167,7 @@ def _patch_made_for(function: Any) -> tuple[str, Any] | None:
 
 
 def _replacement(library: str, hook: Hook, function: Any, place: str) -> Any:
-    """What takes a function's place; ``None`` where its signature is not known."""
+    """The replacement of a function; ``None`` if its signature is unknown."""
     try:
         signature = signature_text(function)
     except (TypeError, ValueError):
@@ -197,7 +197,7 @@ def _report_unknown(library: str, what: str) -> None:
 def _route(
     library: str, original: Callable[..., Any], replacement: Callable[..., Any]
 ) -> Callable[..., Any]:
-    # Python names a function that is called wrongly by this.
+    # Python's errors about wrong arguments use this name.
     replacement.__qualname__ = original.__qualname__
 
     @functools.wraps(original)
@@ -220,7 +220,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        # Of a library, not of ours, which `_hooked_modules` imports.
+        # Only libraries' modules: `_hooked_modules` imports weightlift's.
         if fullname.partition(".")[0] == "weightlift" or fullname not in _hooked_modules():
             return None
         others = list(sys.meta_path)
@@ -236,7 +236,7 @@ class _Finder(MetaPathFinder):
 def _follow(loader: Any, name: str) -> None:
     """Installs the hooks of a module after its loader has executed it.
 
-    On the loader itself, because a proxy would stay behind as the module's ``__loader__``.
+    Patches the loader itself, because a proxy would remain as the module's ``__loader__``.
     """
     execute = getattr(loader, "exec_module", None)
     if execute is None or isinstance(loader, type):  # a class loads built-in and frozen modules

@@ -1,8 +1,8 @@
 """safetensors: ``safe_open`` for torch, and so ``load_file`` and ``load_model``.
 
-``safetensors.torch.load_model`` and every ``load_file`` that a module imported before go through
-the ``safe_open`` of ``safetensors.torch``; ``load_file`` is replaced as well, for its tensors each
-own their memory.
+``safetensors.torch.load_model``, and every ``load_file`` that a module imported before, call the
+``safe_open`` of ``safetensors.torch``. ``load_file`` is also replaced, so that each of its tensors
+owns its memory.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def load_file_adapters(library: str) -> dict[str, Callable[[Any], Any]]:
 
 
 def usable_device(device: Any) -> torch.device:
-    """The device, where the engine can load to it; ``None`` is the CPU to the reference.
+    """The device, if the engine can load to it; ``None`` means the CPU in the reference.
 
     Raises:
-        DeviceError: there is no such device.
-        FallbackToLibrary: it is not the engine's.
+        DeviceError: the device does not exist.
+        FallbackToLibrary: the engine does not support it.
     """
     import torch
 
@@ -62,7 +62,7 @@ def usable_device(device: Any) -> torch.device:
 
 
 class _Opened(safe_open):
-    """What ``safe_open`` returns while the backend is on."""
+    """The result of ``safe_open`` while the backend is on."""
 
     def __init__(
         self,
@@ -77,13 +77,13 @@ class _Opened(safe_open):
         self._reference = functools.partial(reference, filename, framework, device, **options)
         super().__init__(filename, framework, usable_device(device), **options)
 
-    # For isinstance() with the reference's own class, in modules that imported that.
+    # For isinstance() with the reference's own class, in modules that imported it.
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return self._reference.func
 
     def __getattr__(self, name: str) -> Any:
-        # What newer versions have on top.
+        # Additional methods of newer versions.
         if name.startswith("_") or not hasattr(self._reference.func, name):
             raise AttributeError(f"'safe_open' object has no attribute {name!r}")
         self._open()

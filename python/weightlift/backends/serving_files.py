@@ -1,4 +1,4 @@
-"""What the loaders of serving engines share: files as one checkpoint, weights by name."""
+"""Shared code of the serving engines' loaders: files as one checkpoint, weights by name."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ __all__ = [
     "weights_of",
 ]
 
-# Of an engine's extra configuration, what is ours.
+# weightlift's keys in an engine's extra configuration.
 OWN_KEYS = ("slices", "check", "share")
-# From so many bytes on, slices are read while the model's code still runs.
+# Bytes of waiting slices that start a read while the model's code still runs.
 AHEAD_BYTES = 128 << 20
 
 
 class FilesReader:
-    """Reads from all files that were added, as from one checkpoint.
+    """Reads from all added files as from one checkpoint.
 
     Attributes:
-        report: of all reads.
+        report: the report of all reads.
         offered: bytes of all tensors in the files.
-        whole: name -> why, of tensors that were read whole though a part was to be.
+        whole: name -> reason, for tensors that were read whole instead of a part.
         absent: (file, tensor) that the file's index says is in it, and is not.
         last: (file, tensor) that was handed out last.
     """
@@ -82,7 +82,7 @@ class FilesReader:
         return checkpoint
 
     def add(self, checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, str]:
-        """Name -> key in all that there is, for the tensors of another file."""
+        """Adds a file's tensors; returns name -> key in the joined checkpoint."""
         number = len(self._parts)
         keys = {name: name if name not in self._keys else f"{name} ({number})" for name in names}
         self._keys.update(keys.values())
@@ -93,7 +93,7 @@ class FilesReader:
         return keys
 
     def count(self, tensor: torch.Tensor) -> None:
-        """Of a tensor that was read elsewhere."""
+        """Counts a tensor that was read elsewhere."""
         self._counted += tensor.numel() * tensor.element_size()
 
     def tensors(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
@@ -110,7 +110,7 @@ class FilesReader:
 
     @property
     def joined(self) -> Checkpoint:
-        """All that was added."""
+        """The checkpoint of all added tensors."""
         return self._all().checkpoint
 
     def _all(self) -> CheckpointReader:
@@ -127,14 +127,15 @@ def weights_of(
     prefix: str = "",
     skip: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of all files, in the order in which the engines hand them out.
+    """Yields (name, tensor) of all files, in the engines' order.
 
     Args:
-        files: safetensors or torch's.
-        reader: whom the bytes come from, or are counted by.
-        recorder: with one, the tensors have no bytes; without, they are whole, and read ahead.
-        prefix: of the names that are given out.
-        skip: of a name in a file, whether it is left out.
+        files: safetensors or torch files.
+        reader: reads or counts the bytes.
+        recorder: with a recorder, the tensors have no bytes; without, they are whole and read
+            ahead.
+        prefix: the prefix of the yielded names.
+        skip: whether to leave out a name of a file.
 
     Raises:
         CheckpointError: without a recorder, a file lacks a tensor that its index names.
@@ -166,11 +167,11 @@ def weights_again(
     """As ``weights_of``, for loading code that has run before.
 
     Args:
-        files: safetensors or torch's.
-        reader: whom the bytes come from.
-        taken: then, of tensors with these names.
-        prefix: of the names that are given out.
-        skip: of a name in a file, whether it is left out.
+        files: safetensors or torch files.
+        reader: reads the bytes.
+        taken: the parts that the first run used.
+        prefix: the prefix of the yielded names.
+        skip: whether to leave out a name of a file.
 
     Raises:
         CheckpointError: a file lacks a tensor that was taken then and that its index names.
@@ -212,9 +213,9 @@ def summary(reader: FilesReader, taken: Taken | None, seconds: float) -> str:
     """One line for the engine's log.
 
     Args:
-        reader: that has read.
-        taken: what was wanted of the tensors; without it they were handed out whole.
-        seconds: that it took.
+        reader: the reader.
+        taken: the used parts of the tensors; ``None`` if the model got whole tensors.
+        seconds: the duration in seconds.
     """
     read, offered = format_bytes(reader.report.read_bytes), format_bytes(reader.offered)
     text = f"weightlift read {read} of {offered} in {seconds:.2f} s"
@@ -289,5 +290,5 @@ def _indexes_in(folder: Path) -> dict[str, list[str]]:
 
 
 def _in_order(file: str, checkpoint: Checkpoint) -> list[str]:
-    """As the reference's ``keys()``, which the engines go by."""
+    """The names in the order of the reference's ``keys()``, which the engines use."""
     return sorted(checkpoint) if file.endswith(".safetensors") else list(checkpoint)

@@ -1,5 +1,5 @@
-"""Loading by several processes under torch.distributed: shards of DTensors, and replicated weights
-that the processes of a group read once among them."""
+"""Loads by several processes under torch.distributed: each rank's shards of DTensors, and
+replicated weights that a group reads once."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ __all__ = ["TensorParallel", "collective_load", "group_load", "tensor_parallel"]
 
 
 class TensorParallel:
-    """What all ranks of a mesh do together with one model.
+    """A tensor-parallel load by all ranks of a mesh.
 
     Attributes:
-        new_load: makes the plan of a load, of the parts that are this rank's.
+        new_load: makes the plan of a load of this rank's parts.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class TensorParallel:
         self._tp_plan = tp_plan
 
     def cut(self, model: torch.nn.Module) -> None:
-        """Makes DTensors of the parameters of a model on ``meta``.
+        """Turns the parameters of a model on ``meta`` into DTensors.
 
         Raises:
             ArgumentError: neither the caller nor the model has a plan.
@@ -54,7 +54,7 @@ class TensorParallel:
         plan = self._tp_plan if self._tp_plan is not None else getattr(model, "_tp_plan", None)
         if not plan:
             raise ArgumentError(
-                f"device_mesh needs tp_plan=, for {type(model).__name__} has no _tp_plan"
+                f"device_mesh= needs tp_plan=, because {type(model).__name__} has no _tp_plan"
             )
         parallelize_module(model, self._device_mesh, dict(plan))
 
@@ -63,15 +63,15 @@ class TensorParallel:
 def tensor_parallel(
     device_mesh: DeviceMesh | None, tp_plan: Mapping[str, ParallelStyle] | None
 ) -> Iterator[TensorParallel]:
-    """For ``from_pretrained``: what it does within this, all ranks of the mesh do together.
+    """For ``from_pretrained``: all ranks of the mesh run the block together.
 
     Args:
-        device_mesh: 1-D; all ranks, by default.
-        tp_plan: module path, with ``*`` as in ``fnmatch`` -> how its parameters are cut; by
-            default the model's ``_tp_plan``.
+        device_mesh: a 1-D mesh; all ranks by default.
+        tp_plan: module path, with ``*`` as in ``fnmatch`` -> parallel style; the model's
+            ``_tp_plan`` by default.
 
     Raises:
-        ArgumentError: no process group, or a mesh that does not go.
+        ArgumentError: there is no process group, or the mesh is unsuitable.
     """
     _require_initialized("device_mesh and tp_plan")
     if device_mesh is None:
@@ -79,11 +79,14 @@ def tensor_parallel(
         device_mesh = init_device_mesh(kind, (dist.get_world_size(),))
     if device_mesh.ndim != 1:
         raise ArgumentError(
-            f"device_mesh is {device_mesh}: tensor parallelism takes one dimension, such as "
+            f"device_mesh is {device_mesh}: tensor parallelism needs one dimension, such as "
             'device_mesh["tp"]'
         )
     if device_mesh.get_coordinate() is None:
-        raise ArgumentError(f"device_mesh is {device_mesh}, and rank {dist.get_rank()} not of it")
+        raise ArgumentError(
+            f"device_mesh is {device_mesh}, without rank {dist.get_rank()}: give a mesh with all "
+            "ranks that call this"
+        )
     with _rank_group([device_mesh.get_group()], None) as new_load:
         yield TensorParallel(device_mesh, tp_plan, new_load)
 
@@ -100,10 +103,8 @@ def _require_initialized(what: str) -> None:
 def group_load(
     model: torch.nn.Module, group: dist.ProcessGroup | DeviceMesh | None, scope: Scope = "node"
 ) -> Iterator[NewLoad]:
-    """Within it, a load that one rank cannot end ends on all with an error.
-
-    It gives what makes the load for ``fill``: one of a rank group, if there is a group or the model
-    has DTensors.
+    """Yields the function that makes the load for ``fill``: a group load, if there is a group or
+    the model has DTensors. If the load fails on one rank inside the block, it fails on all.
     """
     if scope not in ("node", "group"):
         raise ArgumentError(f"scope is {scope!r}; it can be 'node' or 'group'")
@@ -117,7 +118,7 @@ def group_load(
 
 
 def _groups_of(model: torch.nn.Module) -> list[dist.ProcessGroup]:
-    """Those of the meshes that the model's tensors are on."""
+    """The process groups of the meshes of the model's tensors."""
     meshes = {t.device_mesh: None for _, t in _all_tensors(model) if isinstance(t, DTensor)}
     found = [g for mesh in meshes if mesh.get_coordinate() for g in mesh.get_all_groups()]
     return list({group.group_name: group for group in found}.values())
@@ -137,7 +138,7 @@ def _require_within(group: dist.ProcessGroup, model: torch.nn.Module) -> None:
 
 
 class CollectiveLoad:
-    """A load that the ranks of a model's meshes do at the same time, each by itself."""
+    """A load by the ranks of a model's meshes, at the same time but without an exchange."""
 
     def __init__(self, rank_group: RankGroup) -> None:
         self._rank_group = rank_group
@@ -149,14 +150,14 @@ class CollectiveLoad:
         error: BaseException | None,
         outcomes: Mapping[str, str],
     ) -> bool:
-        """Waits for all ranks; ``False`` where none of them could open the checkpoint.
+        """Waits for all ranks; ``False`` if no rank could open the checkpoint.
 
         Args:
-            checkpoint: must be the same on all ranks.
-            error: why there is none.
-            outcomes: the name of a tensor -> what becomes of it, the same on all ranks.
+            checkpoint: the checkpoint, the same on all ranks.
+            error: the error, if this rank has no checkpoint.
+            outcomes: name of a tensor -> its treatment, the same on all ranks.
         """
-        self.ended = True  # unless it is got through
+        self.ended = True  # unless all ranks agree
         failure = None if error is None else f"{type(error).__name__}: {error}"
         described = None if checkpoint is None else describe(checkpoint)
         payload = (failure, described, digest(sorted(outcomes.items())))
@@ -173,10 +174,10 @@ class CollectiveLoad:
 
 @contextlib.contextmanager
 def collective_load(model: torch.nn.Module) -> Iterator[CollectiveLoad]:
-    """Within it, what fails on one rank fails on all that share a model's DTensors.
+    """An error on one rank inside the block becomes an error on all ranks of the model's DTensors.
 
     Raises:
-        CheckpointError: on every rank, at the latest when it is left.
+        CheckpointError: on every rank, at the latest at the end of the block.
     """
     rank_group = RankGroup([group for group in _groups_of(model) if group.size() > 1], None)
     load = CollectiveLoad(rank_group)
@@ -198,7 +199,7 @@ def _rank_group(groups: Sequence[dist.ProcessGroup], scope: Scope | None) -> Ite
     try:
         yield functools.partial(GroupLoadPlan, rank_group)
     except Exception as error:
-        if not rank_group.load_started:  # the others wait there
+        if not rank_group.load_started:  # the other ranks wait at the start
             rank_group.agree(error)
         raise
     finally:

@@ -1,5 +1,5 @@
-"""What ranks read for each other: in rounds, each reads a part of what all of them want, and gives
-it to the others."""
+"""Shared reads: in rounds, each rank reads a part of the shared tensors and sends it to the
+others."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Exchange", "SharedTensor"]
 
-# What a rank reads in one round: while a round is exchanged, the next is being read.
+# Bytes that a rank reads in one round. A round is exchanged while the next one is read.
 _ROUND_BYTES = 32 << 20
 _LEAST_ROUND_BYTES = 1 << 20
-# Smaller pieces travel together, copied into one buffer: a collective takes some 100 us on gloo.
+# Smaller pieces are copied into one buffer: a collective takes about 100 us on gloo.
 _ALONE_BYTES = 256 << 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SharedTensor:
-    """A tensor that a group reads once, and every rank's memory for it."""
+    """A tensor that a group reads once, and this rank's memory for it."""
 
     name: str
     device: torch.device
@@ -43,7 +43,7 @@ class SharedTensor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Piece:
-    """Rows of a tensor, contiguous: what one rank reads of it in one round."""
+    """Contiguous rows of a tensor that one rank reads in one round."""
 
     shared: SharedTensor
     dimension: int
@@ -67,19 +67,19 @@ class _Piece:
         return ranges
 
 
-# Of one round, the pieces that each rank reads.
+# The pieces that each rank reads in one round.
 _Round = Sequence[Sequence[_Piece]]
 
 
 class Exchange:
-    """The reading and giving of tensors that a group shares; all its ranks ``run`` it.
+    """Reads and exchanges the tensors that a group shares; all ranks ``run`` it.
 
     Args:
-        checkpoint: where they are; the same on all ranks.
+        checkpoint: the checkpoint, the same on all ranks.
         options: how a rank reads its pieces.
-        tensors: the same on all ranks, in the same order.
-        rank_group: the ranks of the load, which learn of each other's failures.
-        readers: those of them that share the reading.
+        tensors: the shared tensors, the same on all ranks, in the same order.
+        rank_group: the ranks of the load, which share their errors.
+        readers: the ranks that share the reads.
     """
 
     def __init__(
@@ -98,14 +98,14 @@ class Exchange:
         self._rounds = _rounds(tensors, checkpoint, readers.size())
 
     def run(self) -> LoadReport | None:
-        """Fills the tensors on every rank: what this rank has read goes to the others, and theirs
-        comes; meanwhile the next round is being read.
+        """Fills the tensors on every rank: exchanges the pieces of each round while it reads the
+        next round.
 
         Returns:
-            What this rank has read and got; ``None`` where another rank has failed.
+            This rank's report; ``None`` if another rank has failed.
 
         Raises:
-            Exception: what failed in the reading, after all readers have heard of it.
+            Exception: the error of this rank's reads, after all readers have received it.
         """
         with progress_callback(self._progress) as show:
             report = self._run(show)
@@ -114,7 +114,7 @@ class Exchange:
         return report.plus(LoadReport(bytes=sum(map(self._file_bytes, self._pieces_of_others()))))
 
     def refuse(self, failure: BaseException) -> None:
-        """Instead of ``run``: this rank has failed, and tells the readers that run."""
+        """Replaces ``run`` on a rank that has failed: sends the error to the other readers."""
         if self._rounds:
             self._all_continue(failure)
 
@@ -150,12 +150,12 @@ class Exchange:
         return report
 
     def _all_continue(self, failure: BaseException | None) -> bool:
-        """Tells the other readers whether this rank goes on; returns whether all do."""
+        """Sends this rank's state to the other readers; returns whether all continue."""
         answers = self._rank_group.gather([self._readers], failure)
         return all(answer.failure is None for answer in answers.values())
 
     def _reads(self) -> Iterator[RunningLoad | None]:
-        """Starts to read this rank's pieces of each round; ``None`` where it has none."""
+        """Starts the reads of this rank's pieces, round by round; ``None`` if it has none."""
         for shares in self._rounds:
             share = shares[self._readers.rank()]
             yield self._read(share) if share else None
@@ -182,19 +182,19 @@ class Exchange:
                     yield from share
 
     def _file_bytes(self, piece: _Piece) -> int:
-        """What a piece takes in its file."""
+        """Bytes of a piece in its file."""
         elements = math.prod(count for _, _, count in piece.ranges)
         return elements * dtypes.bits(self._checkpoint[piece.shared.name][0]) // 8
 
 
 def _rounds(tensors: Sequence[SharedTensor], checkpoint: Checkpoint, ranks: int) -> list[_Round]:
-    """Of each round, what each rank reads: stretches of the files, of equal lengths."""
+    """The pieces of each rank in each round: byte runs of equal lengths."""
     ordered = sorted(
         (shared for shared in tensors if shared.tensor.numel() > 0),
         key=lambda shared: _file_order(checkpoint, shared.name),
     )
     total = sum(shared.tensor.nbytes for shared in ordered)
-    # Several rounds even of a small model, so that reading and exchanging overlap.
+    # A small model also gets several rounds, so that reads and exchanges overlap.
     limit = min(max(total // (8 * ranks), _LEAST_ROUND_BYTES), _ROUND_BYTES)
     shares: list[list[_Piece]] = [[]]
     room = limit
@@ -234,14 +234,14 @@ def _small(share: Sequence[_Piece]) -> list[torch.Tensor]:
 
 
 def _pack(share: Sequence[_Piece]) -> torch.Tensor:
-    """The small pieces of a share, one behind the other."""
+    """The small pieces of a share in one buffer."""
     small = _small(share)
     device = small[0].device if small else torch.device("cpu")
     return torch.cat([raw.to(device) for raw in small]) if small else torch.empty(0)
 
 
 def _broadcast(group: dist.ProcessGroup, shares: _Round, packed: Sequence[torch.Tensor]) -> None:
-    """Every rank's share to all; in place, but for the small pieces."""
+    """Broadcasts every rank's share; in place, except for the small pieces."""
     works: list[Any] = []
     for rank, (share, buffer) in enumerate(zip(shares, packed, strict=True)):
         large = [raw for raw in (p.raw for p in share) if raw.numel() >= _ALONE_BYTES]

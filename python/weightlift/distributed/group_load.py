@@ -1,4 +1,4 @@
-"""A load that all ranks of a group do at the same time."""
+"""A load by all ranks of a group together."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = ["GroupLoadPlan", "RunningGroupLoad"]
 
 
 class GroupLoadPlan:
-    """What goes where on this rank, of a load that all ranks of a group do: what each of them
-    needs whole is read once and exchanged, the rest is read by each rank alone.
+    """This rank's plan of a group load: tensors that each rank needs whole are read once and
+    exchanged; each rank reads the others itself.
 
     Args:
-        rank_group: who loads.
-        checkpoint: the same on all ranks.
-        options: how; the same on all ranks.
+        rank_group: the ranks of the load.
+        checkpoint: the checkpoint, the same on all ranks.
+        options: how to load, the same on all ranks.
     """
 
     def __init__(self, rank_group: RankGroup, checkpoint: Checkpoint, options: LoadOptions) -> None:
@@ -43,11 +43,11 @@ class GroupLoadPlan:
         self._options = dataclasses.replace(
             options, settings=options.settings or Settings.current()
         )
-        # Each file is verified by one rank, which is not known yet.
+        # One rank verifies each file; the ranks decide later which.
         self._own = LoadPlan(checkpoint, dataclasses.replace(self._options, verify=False))
-        # On `meta` until the load starts, where they are new.
+        # New tensors stay on `meta` until the load starts.
         self._shared: list[SharedTensor] = []
-        # Of each name, what becomes of it: the same on all ranks.
+        # Name -> its treatment, the same on all ranks.
         self._outcomes: dict[str, str] = {}
 
     def add(
@@ -87,14 +87,14 @@ class GroupLoadPlan:
 
     @property
     def is_empty(self) -> bool:
-        """Never: the other ranks wait for this one."""
+        """Always false: the other ranks wait for this one."""
         return False
 
     def start(self) -> RunningGroupLoad:
-        """Waits for all ranks, and starts to load on each.
+        """Waits for all ranks, and starts the load on each.
 
         Raises:
-            CheckpointError: on all ranks, where they are to load different things.
+            CheckpointError: on all ranks, if their plans differ.
         """
         rank_group = self._rank_group
         rank_group.load_started = True
@@ -112,7 +112,7 @@ class GroupLoadPlan:
                 hashes.start()
             shared = self._allocate()
             own = self._own.start()
-        except Exception as error:  # the others learn of it in result()
+        except Exception as error:  # result() sends it to the other ranks
             own = error
         exchange = None
         if readers is not None:
@@ -122,7 +122,7 @@ class GroupLoadPlan:
     def _is_shared(
         self, name: str, stored: str, device: torch.device, tensor: torch.Tensor
     ) -> bool:
-        """Whether the ranks exchange a tensor: where it is copied, and the engine can do it."""
+        """Whether the ranks exchange a tensor: if it is copied, and the engine supports it."""
         scope, options = self._rank_group.scope, self._options
         place = self._checkpoint.place(name)
         wanted = dtypes.file_name(tensor.dtype)
@@ -136,14 +136,14 @@ class GroupLoadPlan:
             or not tensor.is_contiguous()
         ):
             return False
-        # What would be mapped needs no exchange on one node: its ranks share the page cache.
+        # Mapped tensors need no exchange on one node: its ranks share the page cache.
         is_copied = device.type == "cuda" or not tensor.is_meta or stored != wanted
         rewritten = options.mode == "auto" and self._checkpoint.formats[place[0]] == "torch"
         is_read = rewritten or options.mode == "read" or options.pin_memory
         return is_copied or is_read or scope == "group"
 
     def _allocate(self) -> list[SharedTensor]:
-        """The shared tensors, with memory for those that are new."""
+        """The shared tensors, with memory for new ones."""
         new = [shared for shared in self._shared if shared.tensor.is_meta]
         sizes: dict[int, list[int]] = {}
         for shared in new:
@@ -167,14 +167,14 @@ class GroupLoadPlan:
 
 
 class RunningGroupLoad:
-    """What ``GroupLoadPlan.start`` has started; all ranks of the group wait for its ``result``.
+    """A load started by ``GroupLoadPlan.start``; all ranks of the group wait for its ``result``.
 
     Args:
-        rank_group: who loads.
-        own: what this rank reads for itself, or why it does not.
-        shared: what is read once for all ranks.
-        exchange: that brings it.
-        hashes: of the files that this rank verifies.
+        rank_group: the ranks of the load.
+        own: this rank's own load, or its error.
+        shared: the tensors that are read once for all ranks.
+        exchange: reads and exchanges them.
+        hashes: the check of the files that this rank verifies.
     """
 
     def __init__(
@@ -193,10 +193,10 @@ class RunningGroupLoad:
         self._exchanged: LoadReport | None = None
 
     def result(self) -> dict[str, Any]:
-        """Waits for the end on all ranks: name -> tensor.
+        """Waits for the end on all ranks and returns name -> tensor.
 
         Raises:
-            CheckpointError: on all ranks, where one has failed or is gone.
+            CheckpointError: on all ranks, if one failed or ended.
         """
         failure = None
         tensors: dict[str, Any] = {}
@@ -232,7 +232,7 @@ class RunningGroupLoad:
                 self._hashes.stop()
 
     def cancel(self) -> None:
-        """Stops what this rank does, and waits until nothing is in flight."""
+        """Stops this rank's part, and waits until nothing is in flight."""
         if self._hashes is not None:
             self._hashes.stop()
         if not isinstance(self._own, Exception):
@@ -240,8 +240,8 @@ class RunningGroupLoad:
 
     @property
     def report(self) -> LoadReport:
-        """What this rank has read and got, when the load has ended."""
+        """This rank's report of the ended load."""
         if isinstance(self._own, Exception):
-            raise RuntimeError("a load that has failed has no report") from self._own
+            raise RuntimeError("a failed load has no report") from self._own
         report = self._own.report
         return report if self._exchanged is None else report.plus(self._exchanged)

@@ -1,4 +1,4 @@
-"""The ranks of one load: what they agree on, and how they learn that one of them failed."""
+"""The ranks of one load: they compare their plans and share their errors."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 __all__ = ["RankGroup", "Scope", "describe", "digest", "require_same"]
 
 
-# Who exchanges replicated tensors: the ranks of a node, or all.
+# The ranks that exchange replicated tensors: those of a node, or all.
 Scope: TypeAlias = Literal["node", "group"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a rank tells the others at a point that all of them reach.
+    """A rank's message at a common point.
 
     Attributes:
-        failure: what has failed there, in words.
-        payload: what it gives.
+        failure: the text of its error, or ``None``.
+        payload: its data.
     """
 
     failure: str | None
@@ -42,11 +42,12 @@ class RankGroup:
     """The ranks that load together.
 
     Args:
-        groups: over which a message goes to all of them, one after the other (those of a mesh).
-        scope: who exchanges replicated tensors; ``None``: nobody.
+        groups: process groups over which, one after the other, a message reaches all ranks (those
+            of a mesh).
+        scope: the ranks that exchange replicated tensors; ``None``: none.
 
     Attributes:
-        load_started: whether all ranks have met at the start of the load.
+        load_started: whether all ranks have reached the start of the load.
     """
 
     def __init__(self, groups: Sequence[dist.ProcessGroup], scope: Scope | None) -> None:
@@ -57,10 +58,10 @@ class RankGroup:
         self._lost: CheckpointError | None = None
 
     def agree(self, error: BaseException | None, payload: Any = None) -> dict[int, Any]:
-        """Waits for all ranks; returns what each of them gives.
+        """Waits for all ranks; returns rank -> payload.
 
         Raises:
-            CheckpointError: on every rank, where one has an error.
+            CheckpointError: on every rank, if one has an error.
         """
         answers = self.gather(self.groups, error, payload)
         self.refuse({rank: answer.failure for rank, answer in answers.items()}, error)
@@ -68,12 +69,10 @@ class RankGroup:
 
     @staticmethod
     def refuse(failures: Mapping[int, str | None], error: BaseException | None) -> None:
-        """Raises, on all ranks alike, where one has failed."""
+        """Raises the same error on all ranks if one has failed."""
         reasons = [f"rank {rank}: {reason}" for rank, reason in failures.items() if reason]
         if reasons:
-            raise CheckpointError(
-                f"no rank has loaded anything, because of {'; '.join(reasons)}"
-            ) from error
+            raise CheckpointError(f"no rank has loaded anything: {'; '.join(reasons)}") from error
 
     def gather(
         self,
@@ -98,20 +97,20 @@ class RankGroup:
     def naming_lost_ranks(
         self, group: dist.ProcessGroup, failure: str | None = None
     ) -> Iterator[None]:
-        """Within it, a rank that does not answer is a ``CheckpointError``."""
+        """Raises a ``CheckpointError`` inside the block if a rank does not answer."""
         try:
             yield
-        except RuntimeError as error:  # torch's own errors of all backends are RuntimeErrors
+        except RuntimeError as error:  # all backends of torch raise RuntimeErrors
             gone = _unreachable(group)
             who = f"rank {', '.join(map(str, gone))} is" if gone else "one of its ranks is"
             own = f"; rank {dist.get_rank()} itself had failed: {failure}" if failure else ""
             self._lost = CheckpointError(
-                f"the load ended, because {who} gone or does not answer ({error}){own}"
+                f"the load ended: {who} gone or does not answer ({error}){own}; restart all ranks"
             )
             raise self._lost from error
 
     def readers(self) -> dist.ProcessGroup:
-        """Those who share the reading: all ranks, or those of this node."""
+        """The ranks that share the reads: all ranks, or those of this node."""
         (group,) = self.groups
         if self.scope == "node":
             nodes = self.agree(None, _node_id())
@@ -132,7 +131,7 @@ def _node_id() -> str:
 
 
 def _unreachable(group: dist.ProcessGroup) -> list[int]:
-    """The ranks whose connections are closed, where the backend tells that at once (gloo)."""
+    """The ranks with closed connections, if the backend reports them at once (gloo)."""
     if dist.get_backend(group) != "gloo":
         return []
     gone = []
@@ -147,7 +146,7 @@ def _unreachable(group: dist.ProcessGroup) -> list[int]:
 
 
 def describe(checkpoint: Checkpoint) -> tuple[str, str]:
-    """(hash of the index and of the files' sizes, for a person)."""
+    """(hash of the index and of the files' sizes, the same in words)."""
     sizes = checkpoint.file_sizes
     what = f"{len(checkpoint)} tensors in {len(sizes)} files of {sum(sizes)} bytes"
     where = checkpoint.paths[0] if checkpoint.files else "memory"
@@ -161,12 +160,12 @@ def digest(value: object) -> str:
 def require_same(
     rank_group: RankGroup, answers: Mapping[int, Sequence[Any]], outcomes: Mapping[str, str]
 ) -> None:
-    """Raises, on all ranks alike, where the ranks are to load different things.
+    """Raises the same error on all ranks if their plans differ.
 
     Args:
-        rank_group: who loads.
-        answers: of each rank, ``describe`` of its checkpoint and the digest of its outcomes.
-        outcomes: of each tensor's name, what becomes of it on this rank.
+        rank_group: the ranks of the load.
+        answers: rank -> (``describe`` of its checkpoint, digest of its outcomes).
+        outcomes: name -> its treatment on this rank.
     """
     first = min(answers)
     for rank, ((digest, text), _) in answers.items():
@@ -181,7 +180,7 @@ def require_same(
     for rank, names in everyone.items():
         for name in sorted(names.keys() | everyone[first].keys()):
             here, there = names.get(name), everyone[first].get(name)
-            # Without an exchange, a rank may have modules that the others have not.
+            # Without an exchange, a rank may have modules that the others lack.
             if here != there and (rank_group.scope is not None or None not in (here, there)):
                 raise CheckpointError(
                     f"the ranks load different things: {name!r} is to be {there or 'nowhere'} on "

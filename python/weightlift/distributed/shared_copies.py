@@ -1,4 +1,4 @@
-"""Copies of whole tensors that several ranks do alike: each tensor is read once and exchanged."""
+"""Copies of whole tensors that several ranks share: each tensor is read once and exchanged."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["is_of_whole_tensor", "share_copies"]
 
-# A copy as all ranks know it: name, which file, its range there, the target's dtype and device.
+# The key of a copy on all ranks: name, file, byte range, the target's dtype and device.
 _Key: TypeAlias = "tuple[str, str, int, int, str, str]"
 
 
 def is_of_whole_tensor(copy: Copy, shape: Sequence[int]) -> bool:
-    """Whether a copy takes all of a tensor, as it lies, to a part of a target without holes.
+    """Whether a copy reads a whole tensor contiguously, to a contiguous part of a target.
 
     Args:
-        copy: it.
-        shape: of the tensor.
+        copy: the copy.
+        shape: the tensor's shape.
     """
     expected = 1
     for count, stride in zip(reversed(copy.shape), reversed(copy.strides), strict=True):
@@ -41,19 +41,19 @@ def is_of_whole_tensor(copy: Copy, shape: Sequence[int]) -> bool:
 def share_copies(
     copies: Sequence[Copy], checkpoint: Checkpoint, options: LoadOptions, rank_group: RankGroup
 ) -> tuple[list[Copy], LoadReport]:
-    """Does those copies that all ranks of a group have; all of them call this at the same time.
+    """Runs the copies that all ranks of a group have; all ranks call this at the same time.
 
     Args:
-        copies: of this rank, of whole tensors. No two write the same byte.
-        checkpoint: where they are.
-        options: how they are read.
-        rank_group: who exchanges them.
+        copies: this rank's copies of whole tensors. No two write the same byte.
+        checkpoint: the checkpoint.
+        options: how to read.
+        rank_group: the ranks that exchange them.
 
     Returns:
-        The copies that are still to be done, and what was read and got.
+        The remaining copies, and the report.
 
     Raises:
-        CheckpointError: on all ranks, where one has failed or is gone.
+        CheckpointError: on all ranks, if one failed or ended.
     """
     mine = {key: copy for copy in copies if (key := _key(copy, checkpoint)) is not None}
     everyone = rank_group.agree(None, set(mine))
@@ -77,7 +77,8 @@ def share_copies(
 
 
 def _key(copy: Copy, checkpoint: Checkpoint) -> _Key | None:
-    """``None`` for what is not exchanged: the engine cannot cast it, or it is in no file."""
+    """The key; ``None`` if the copy is not exchanged: the engine cannot cast it, or it is in no
+    file."""
     stored = checkpoint[copy.name][0]
     wanted = dtypes.file_name(copy.target.dtype)
     place = checkpoint.byte_range(copy.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# Imported when they are asked for: ModelMixin is a torch.nn.Module.
+# Imported on first access: ModelMixin needs torch.
 _HOMES = {
     "ConfigMixin": "config_mixin",
     "FrozenDict": "config_mixin",

@@ -1,4 +1,4 @@
-"""The arguments of ``ModelMixin.from_pretrained``: what they mean, and which contradict another."""
+"""Parses the arguments of ``ModelMixin.from_pretrained``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PretrainedArguments", "QuantizationArguments"]
 
-# Arguments with their defaults, apart from those of the Hub.
+# Arguments with their defaults, without those of the Hub.
 _DEFAULTS: dict[str, Any] = {
     "torch_dtype": None,
     "dtype": None,
@@ -52,7 +52,7 @@ _DEFAULTS: dict[str, Any] = {
     "progress": False,
     "background": False,
 }
-# Of these, those that diffusers does not have: a class may have arguments of these names.
+# Arguments that diffusers lacks: a class may have constructor arguments of these names.
 _NOT_OF_DIFFUSERS = frozenset(
     (
         "device_mesh",
@@ -69,7 +69,7 @@ _NOT_OF_DIFFUSERS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationArguments:
-    """What the caller wants quantized; the flags are those of former days."""
+    """The quantization that the caller requests; the flags are deprecated forms."""
 
     config: Any = None
     load_in_8bit: bool = False
@@ -77,7 +77,7 @@ class QuantizationArguments:
 
     @property
     def names(self) -> list[str]:
-        """Of the arguments that ask for it."""
+        """The names of the given arguments."""
         asked = {
             "quantization_config": self.config,
             "load_in_8bit": self.load_in_8bit,
@@ -92,13 +92,13 @@ class PretrainedArguments:
 
     Attributes:
         path: a folder, a file or the id of a repository.
-        hub: how to get at the repository.
+        hub: the arguments for access to the repository.
         config_overrides: arguments of the class's constructor.
-        placement: where the tensors go, and in which dtype.
-        options: how their bytes move.
-        quantization: what is quantized on the way.
+        placement: the devices and dtypes of the tensors.
+        options: how to load.
+        quantization: the requested quantization.
         low_cpu_mem_usage: build the module on ``meta``.
-        tensor_parallel: ``device_mesh`` or ``tp_plan`` was given.
+        tensor_parallel: whether ``device_mesh`` or ``tp_plan`` was given.
     """
 
     path: str
@@ -120,10 +120,10 @@ class PretrainedArguments:
     def parse(
         cls, model_class: type[LoadableModel], path: str, keywords: Mapping[str, Any]
     ) -> PretrainedArguments:
-        """The keyword arguments of ``model_class.from_pretrained(path, ...)``.
+        """Parses the keyword arguments of ``model_class.from_pretrained(path, ...)``.
 
         Raises:
-            ArgumentError: one that nobody knows, or that contradicts another.
+            ArgumentError: an argument is unknown, or contradicts another.
         """
         rest = dict(keywords)
         own = inspect.signature(model_class.__init__).parameters
@@ -167,7 +167,7 @@ class PretrainedArguments:
         )
 
     def pinned(self) -> PretrainedArguments:
-        """The same with the commit that a repository of the Hub is at now."""
+        """The same arguments with the current commit of a Hub repository."""
         if os.path.exists(self.path):  # noqa: PTH110 - pathlib raises for what no file can be named
             return self
         return dataclasses.replace(self, hub=self.hub.pinned(self.path))
@@ -178,7 +178,7 @@ class PretrainedArguments:
 
 
 def _refuse_unknown(model_class: type[LoadableModel], rest: Mapping[str, Any]) -> None:
-    """What is neither an argument of ``from_pretrained`` nor of the config."""
+    """Refuses arguments of neither ``from_pretrained`` nor the config."""
     parameters = list(inspect.signature(model_class.__init__).parameters.values())[1:]
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     own = [parameter.name for parameter in parameters if parameter.kind not in variable]
@@ -187,8 +187,8 @@ def _refuse_unknown(model_class: type[LoadableModel], rest: Mapping[str, Any]) -
     for name in rest:
         if name in ignored:
             raise ArgumentError(
-                f"{model_class.__name__}.from_pretrained takes no {name!r}: the class leaves it "
-                "out of its config (ignore_for_config)"
+                f"{model_class.__name__}.from_pretrained takes no {name!r}, because the class "
+                "excludes it from its config (ignore_for_config): set it after the load"
             )
         if name not in known:
             hub = HubArguments.__dataclass_fields__
@@ -205,24 +205,30 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
     if values["device_mesh"] is not None or values["tp_plan"] is not None:
         for other in ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit"):
             if values[other]:
-                raise ArgumentError(f"{other}= cannot be combined with device_mesh= and tp_plan=")
+                raise ArgumentError(
+                    f"{other}= cannot be combined with device_mesh= and tp_plan=: leave it out"
+                )
         if not low_memory:
             raise ArgumentError("device_mesh= and tp_plan= need low_cpu_mem_usage=True")
     if values["background"]:
         for other in ("device_mesh", "tp_plan", "quantization_config", "load_in_8bit"):
             if values[other]:
-                raise ArgumentError(f"background=True cannot be combined with {other}=")
+                raise ArgumentError(
+                    f"background=True cannot be combined with {other}=: leave out one of them"
+                )
         if values["load_in_4bit"]:
-            raise ArgumentError("background=True cannot be combined with load_in_4bit=")
+            raise ArgumentError(
+                "background=True cannot be combined with load_in_4bit=: leave out one of them"
+            )
         if not low_memory:
             raise ArgumentError(
-                "background=True needs low_cpu_mem_usage=True: built for real, the model could be "
-                "used with weights that are none"
+                "background=True needs low_cpu_mem_usage=True, because a real model could be used "
+                "with random weights"
             )
     if device_map is not None and not low_memory:
         raise ArgumentError(
-            f"device_map={device_map!r} needs low_cpu_mem_usage=True: built for real, the "
-            "model would be on the CPU first"
+            f"device_map={device_map!r} needs low_cpu_mem_usage=True, because a real model would "
+            "be built on the CPU first"
         )
 
 

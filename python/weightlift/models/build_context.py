@@ -1,18 +1,17 @@
-"""What constructors do in a build of ours, without a patch that is put in place and taken away.
+"""Changes what constructors do inside a build, without patches that are set and restored.
 
-Two things are touched, once, when this module is imported; both ask a context variable, and whoever
-is in no build of ours finds torch as it was:
+The import of this module changes torch in two places, once. Both check a context variable; outside
+a build torch behaves as before:
 
-- torch's own hook for parameters that are registered;
-- ``torch.nn.init`` gets a class, as Python's reference has it for modules ("Customizing module
-  attribute access"). In a build its functions are torch's own, without what does nothing on
-  ``meta``; what is assigned to them there holds for this build alone. Outside, they are what is in
-  the module's dictionary, whoever put it there.
+- torch's own hook for registered parameters;
+- ``torch.nn.init`` gets a module class (Python's reference, "Customizing module attribute access").
+  In a build its functions are torch's own and skip tensors on ``meta``; assignments to them hold
+  only for this build. Outside a build, attribute access reads the module's dictionary.
 
 diffusers, transformers and accelerate replace ``torch.nn.init`` and ``Module.register_parameter``
-for the whole process while they build. Two that do so at the same time put back each other's
-replacement; and where such a replacement held tensors, putting back the original freed them with
-the GIL released and CPython 3.11's method cache stale: a segmentation fault.
+for the whole process while they build. Two such builds at the same time restore each other's
+replacement. If a replacement held tensors, restoring the original freed them with the GIL released
+and CPython 3.11's method cache stale: a segmentation fault.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ _Place = tuple[torch.nn.Module, str, torch.nn.Parameter]
 
 
 class BuildContext:
-    """A build: the parameters that modules register in a ``with`` block go to ``meta``.
+    """A build: parameters that modules register in a ``with`` block go to ``meta``.
 
-    One that is registered twice stays one. ``accelerate.init_empty_weights`` makes a new parameter
-    at each registration, which unties tied weights.
+    A parameter that is registered twice stays one parameter. ``accelerate.init_empty_weights``
+    makes a new parameter at each registration, which unties tied weights.
 
     Args:
-        real: which stay as they are, by the order in which they are registered; ``None``: all.
+        real: the parameters that stay real, by their order of registration; ``None``: all.
 
     Attributes:
-        parameters: those that were registered, in this order.
-        init_functions: what the build itself assigned to ``torch.nn.init``.
+        parameters: the registered parameters, in this order.
+        init_functions: functions that the build assigned to ``torch.nn.init``.
     """
 
     def __init__(self, real: Container[int] | None = ()) -> None:
@@ -58,7 +57,7 @@ class BuildContext:
         self.init_functions: dict[str, Any] = {}
         self._real = real
         self._places: list[_Place] = []
-        # What each that was registered became; itself, too, as its id may be another's by now.
+        # id -> (the original, its replacement). The original, because ids are reused.
         self._became: dict[int, tuple[weakref.ref[torch.nn.Parameter], torch.nn.Parameter]] = {}
 
     def __enter__(self) -> BuildContext:
@@ -72,7 +71,7 @@ class BuildContext:
     def register(
         self, module: torch.nn.Module, name: str, param: torch.nn.Parameter
     ) -> torch.nn.Parameter:
-        """What is registered in the place of a parameter."""
+        """The parameter to register instead."""
         if not is_lazy(param) and not param.is_meta:
             known = self._became.get(id(param))
             if known is None or known[0]() is not param:
@@ -85,14 +84,14 @@ class BuildContext:
         return param
 
     def ensure_registered(self, model: torch.nn.Module) -> bool:
-        """Makes sure that a finished model holds what was registered.
+        """Ensures that a finished model holds the registered parameters.
 
-        A parameter may have got past the hook into one module, and by the hook into another that
-        shares it; and another library's replacement of ``register_parameter`` may have made a new
-        one of it, on ``meta``, that shares its storage.
+        A parameter may have bypassed the hook in one module but not in another that shares it, and
+        another library's replacement of ``register_parameter`` may have made a new parameter on
+        ``meta``.
 
         Returns:
-            ``False``: such a replacement took values, and the model must be made again.
+            ``False`` if such a replacement dropped values and the model must be built again.
         """
         bypassed = {
             id(param): held
@@ -174,11 +173,11 @@ def in_build() -> bool:
 
 
 class _InitFunction:
-    """A function of ``torch.nn.init``: in a build its own, outside what the module holds.
+    """A function of ``torch.nn.init``: in a build torch's own, outside the module's entry.
 
     Args:
         name: its name.
-        function: what it is in a build, for tensors that are not on ``meta``.
+        function: the function in a build, for tensors that are not on ``meta``.
     """
 
     def __init__(self, name: str, function: _Initializer) -> None:
@@ -203,7 +202,7 @@ class _InitFunction:
         build = _build.get()
         if build is not None:
             build.init_functions[self._name] = value
-        else:  # who looked in a build, and assigns outside, means torch's own
+        else:  # read in a build but assigned outside: torch's own function
             vars(module)[self._name] = self._original if value is self._skipping else value
 
     def __delete__(self, module: types.ModuleType) -> None:
@@ -211,8 +210,8 @@ class _InitFunction:
 
 
 def _skipping_meta(initialize: _Initializer) -> _Initializer:
-    """The same without the tensors on ``meta``: what does nothing there takes torch as long as the
-    rest of the construction."""
+    """The function without tensors on ``meta``, on which torch's no-op takes as long as the rest of
+    the construction."""
 
     @functools.wraps(initialize)
     def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -223,9 +222,8 @@ def _skipping_meta(initialize: _Initializer) -> _Initializer:
 
 
 def _own_init_functions() -> dict[str, _Initializer]:
-    """Torch's own functions, from a second execution of their module: another library may have
-    replaced them at the moment, and where a torch function mode is active they look up themselves
-    in their module."""
+    """torch's own functions, from a second execution of their module: another library may have
+    replaced them now, and under a torch function mode they look themselves up in their module."""
     spec = torch.nn.init.__spec__
     if spec is None or spec.loader is None:
         raise ImportError("torch.nn.init has no loader to execute it again")
@@ -250,12 +248,12 @@ def _empty(param: torch.nn.Parameter) -> torch.nn.Parameter:
 def _storage(tensor: torch.Tensor) -> int | None:
     try:
         address: int = tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # subclasses may have none
+    except (NotImplementedError, RuntimeError):  # some subclasses have no storage
         return None
     return address
 
 
-# Its annotation knows of hooks that only look.
+# The annotation covers only hooks without a result.
 register_module_parameter_registration_hook(_on_registration)  # type: ignore[arg-type]
 torch.nn.init.__class__ = type(
     "_InitModule",

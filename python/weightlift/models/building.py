@@ -1,4 +1,4 @@
-"""Building a module without its weights."""
+"""Builds a module without its weights."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _one_at_a_time = threading.RLock()
 
 
 class Builder(Generic[_Module]):
-    """Makes a module without its weights, and afterwards those of its weights that no file has.
+    """Builds a module without its weights, and later the weights that no file has.
 
-    While it builds, ``dtype`` is torch's default for the whole process; builds wait for each other.
+    During a build ``dtype`` is torch's default dtype of the whole process; builds wait for each
+    other.
 
     Args:
-        cls: the module's class, which has a ``from_config``.
+        cls: the module's class, which has ``from_config``.
         config: its configuration.
-        overrides: what takes the place of the configuration's values.
-        dtype: of new floating-point tensors; ``None`` for the one that holds.
+        overrides: values that replace those of the configuration.
+        dtype: the dtype of new floating-point tensors; ``None`` for the current default.
     """
 
     def __init__(
@@ -48,27 +49,27 @@ class Builder(Generic[_Module]):
         self._parameters: list[torch.nn.Parameter] = []
 
     def build(self, empty: bool) -> _Module:
-        """The module; its parameters are on ``meta`` if ``empty``, its buffers are real.
+        """Builds the module; its parameters are on ``meta`` if ``empty``, its buffers are real.
 
         Raises:
-            WeightliftError: another library's replacement of ``register_parameter`` is in the way.
+            WeightliftError: another library's replacement of ``register_parameter`` prevents it.
         """
         model, build = self._construct(() if empty else None)
         self._model, self._parameters = model, build.parameters
         return model
 
     def initialized(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Tensors of the module that was built last, as its constructor initializes them: made by
-        a second call of it in which all others are on ``meta`` again.
+        """Tensors of the last module with the values of its constructor, from a second call in
+        which all other tensors are on ``meta``.
 
         Args:
-            names: of the tensors; parameters must be those of ``build(empty=True)`` still.
+            names: the tensors; parameters must still be those of ``build(empty=True)``.
         """
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         position = {id(parameter): n for n, parameter in enumerate(self._parameters)}
         wanted = {position.get(id(parameters.get(name)), -1) for name in names}
         if -1 not in wanted:
-            # A constructor may register other parameters each time, or make one of another.
+            # A constructor may register different parameters in each call.
             with contextlib.suppress(Exception):
                 found = _tensors(self._construct(wanted)[0], names)
                 if all(
@@ -83,7 +84,7 @@ class Builder(Generic[_Module]):
         return model
 
     def _construct(self, real: Container[int] | None) -> tuple[_Module, BuildContext]:
-        """The module, with those of its parameters real that ``BuildContext`` has so."""
+        """The module, with the real parameters of ``BuildContext``."""
         with _default_dtype(self._dtype), gc_pause.paused():
             with BuildContext(real) as build:
                 model = self._make()
@@ -97,8 +98,9 @@ class Builder(Generic[_Module]):
                 return model, build
         register = torch.nn.Module.register_parameter
         raise WeightliftError(
-            f"{self._cls.__name__} cannot be made: {register.__module__}.{register.__qualname__} "
-            "is in the place of torch.nn.Module.register_parameter and puts parameters on meta"
+            f"{self._cls.__name__} cannot be built: {register.__module__}.{register.__qualname__} "
+            "replaces torch.nn.Module.register_parameter and puts parameters on meta: build outside"
+            " its context"
         )
 
 

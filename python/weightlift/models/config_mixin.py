@@ -1,4 +1,4 @@
-"""``ConfigMixin``: a class whose constructor's arguments are saved as JSON and loaded from it."""
+"""``ConfigMixin``: saves the constructor's arguments as JSON, and loads them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from weightlift.core.errors import ArgumentError, CheckpointError, ReadError, re
 __all__ = ["ConfigMixin", "FrozenDict", "register_to_config"]
 
 _log = logging.getLogger("weightlift")
-# What a config holds for this process alone.
+# Entries of a config that are only for this process.
 _NOT_SAVED = ("_ignore_files", "_use_default_values", "_pre_quantization_dtype")
 
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
 
 class FrozenDict(dict[str, Any]):
-    """A config. Its values are attributes too; it is changed by ``register_to_config`` alone."""
+    """A config. Its values are also attributes; only ``register_to_config`` changes it."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -37,7 +37,7 @@ class FrozenDict(dict[str, Any]):
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(
-            "a config is frozen: change it with register_to_config(...), or change a copy of it, "
+            "a config is frozen: change it with register_to_config(...), or change a copy, "
             "dict(config)"
         )
 
@@ -50,17 +50,17 @@ class FrozenDict(dict[str, Any]):
 
 
 class ConfigMixin:
-    """Keeps what an object was made with, so that it can be saved and made again.
+    """Keeps the constructor's arguments of an object, to save and restore it.
 
-    The constructor is decorated with ``register_to_config``. Files and behaviour are those of
-    diffusers' class of the same name: what either writes, the other loads.
+    Decorate the constructor with ``register_to_config``. Files and behaviour are those of
+    diffusers' class of the same name; each loads the other's files.
 
     Attributes:
         config_name: the name of the JSON file, such as ``"config.json"``.
         ignore_for_config: constructor arguments that are not saved.
-        has_compatibles: whether other classes' configs are for this one as well, see
-            ``_get_compatibles``; what only those know is kept, and not warned of.
-        _deprecated_kwargs: arguments that the constructor takes in its ``**kwargs`` still.
+        has_compatibles: whether this class accepts the configs of other classes (see
+            ``_get_compatibles``); their additional entries are kept, without a warning.
+        _deprecated_kwargs: arguments that the constructor still accepts in its ``**kwargs``.
     """
 
     config_name: ClassVar[str | None] = None
@@ -77,14 +77,14 @@ class ConfigMixin:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
-        """Has saved configs say, in ``auto_map``, which class of which module loads them.
+        """Makes saved configs name this class and its module in ``auto_map``.
 
         Raises:
             ArgumentError: ``auto_class`` is not ``"AutoModel"``.
         """
         name = auto_class if isinstance(auto_class, str) else auto_class.__name__
         if name != "AutoModel":
-            raise ArgumentError(f"auto_class is {name!r}; there is only 'AutoModel'")
+            raise ArgumentError(f"auto_class is {name!r}; it must be 'AutoModel'")
         cls._auto_class = name
 
     @property
@@ -96,7 +96,7 @@ class ConfigMixin:
         if self.config_name is None:
             raise NotImplementedError(f"{type(self)} must define config_name, as 'config.json'")
         kwargs.pop("kwargs", None)
-        # Past __setattr__: modules of Flax are frozen once they are made.
+        # Bypasses __setattr__: Flax modules are frozen after construction.
         config = FrozenDict({**self.__dict__.get("_internal_dict", {}), **kwargs})
         self.__dict__["_internal_dict"] = config
 
@@ -110,9 +110,9 @@ class ConfigMixin:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _deprecated_attribute(self, name: str) -> tuple[bool, Any]:
-        """Whether the config has the value that an object was asked for, as in former days.
+        """Whether the config has the value of a deprecated attribute, and the value.
 
-        For the ``__getattr__`` of this class and of those that come before it.
+        For the ``__getattr__`` of this class and of classes before it in the MRO.
         """
         config = self.__dict__.get("_internal_dict", ())
         if name not in config:
@@ -129,17 +129,17 @@ class ConfigMixin:
         return f"{type(self).__name__} {self.to_json_string()}"
 
     def to_json_string(self) -> str:
-        """The config as it is saved.
+        """The config as JSON text.
 
         Raises:
-            TypeError: a value is of a type that JSON has no form for.
+            TypeError: JSON cannot represent a value.
         """
         from weightlift.core.version import __version__
 
         config = dict(self.__dict__.get("_internal_dict", {}))
         for name in _NOT_SAVED:
             config.pop(name, None)
-        # The version of diffusers stays where it wrote one: it goes by that how to read the rest.
+        # diffusers' version stays: diffusers reads the other values by it.
         config |= {"_class_name": type(self).__name__, "_weightlift_version": __version__}
         if self._auto_class is not None:
             module = type(self).__module__.rpartition(".")[2]
@@ -155,7 +155,7 @@ class ConfigMixin:
             ) from None
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Writes the config to a file, all of it or nothing."""
+        """Writes the config to a file, atomically."""
         text = self.to_json_string()
         with atomic_file(json_file_path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -163,21 +163,21 @@ class ConfigMixin:
     def save_config(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Saves the config into a folder, which is made if there is none.
+        """Saves the config into a folder, which is made if missing.
 
         Args:
             save_directory: the folder.
-            push_to_hub: upload the folder then; ``kwargs`` are those of ``push_folder``.
+            push_to_hub: upload the folder; ``kwargs`` are those of ``push_folder``.
 
         Raises:
             ArgumentError: ``save_directory`` is a file.
-            TypeError: a value is of a type that JSON has no form for.
+            TypeError: JSON cannot represent a value.
         """
         if self.config_name is None:
             raise ArgumentError(f"{type(self)} must define config_name, as 'config.json'")
         folder = Path(save_directory)
         if folder.is_file():
-            raise ArgumentError(f"{folder} is a file: name a folder to save the config in")
+            raise ArgumentError(f"{folder} is a file: give a folder to save the config in")
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / self.config_name)
         _log.info("%s: config saved", folder / self.config_name)
@@ -196,9 +196,9 @@ class ConfigMixin:
         """Makes an object from a config.
 
         Args:
-            config: the config of this class, or of one that is compatible.
-            return_unused_kwargs: return what the constructor did not take, too.
-            kwargs: values in place of the config's; ``dtype`` goes to the constructor as it is.
+            config: the config of this class, or of a compatible class.
+            return_unused_kwargs: also return the values that the constructor does not take.
+            kwargs: values that replace the config's; ``dtype`` goes to the constructor unchanged.
 
         Returns:
             The object, or the object and the unused values of config and ``kwargs``.
@@ -222,13 +222,13 @@ class ConfigMixin:
         parameters = inspect.signature(cls.__init__).parameters.values()
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         for name in ("dtype", *cls._deprecated_kwargs):
-            # transformers' configs have a dtype that is not the constructor's.
+            # transformers' configs have a dtype that is no constructor argument.
             if name in unused and (name in kwargs or takes_any):
                 arguments[name] = unused.pop(name)
         made = cls(**arguments)
         if "_class_name" in hidden:
             hidden["_class_name"] = cls.__name__
-        # What a compatible class knows: it is not lost when this one is saved.
+        # Entries of a compatible class are kept for the next save.
         made.register_to_config(**hidden)
         return (made, {**unused, **hidden}) if return_unused_kwargs else made
 
@@ -236,11 +236,11 @@ class ConfigMixin:
     def extract_init_dict(
         cls, config_dict: Mapping[str, Any], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Divides a config, and values that go before it, by what the constructor takes.
+        """Splits a config and overriding values by the constructor's arguments.
 
         Returns:
-            The constructor's arguments; what neither it nor the config's own working accounts for,
-            together with the rest of ``kwargs``; and what of the config is no argument.
+            The constructor's arguments; the unused values, with the rest of ``kwargs``; and the
+            entries of the config that are not arguments.
         """
         omitted = {*config_dict.get("_use_default_values", ()), "_use_default_values"}
         config = {name: value for name, value in config_dict.items() if name not in omitted}
@@ -271,8 +271,8 @@ class ConfigMixin:
         }
         if unexpected:
             _log.warning(
-                "%s: %s of the config are not expected and will be ignored; is %s the config of "
-                "this class?",
+                "%s: ignored unexpected entries %s of the config; check that %s is the config of "
+                "this class",
                 cls.__name__,
                 unexpected,
                 cls.config_name,
@@ -292,18 +292,18 @@ class ConfigMixin:
         """Reads a config.
 
         Args:
-            pretrained_model_name_or_path: a folder, a file, the id of a repository on the Hub, or
-                what was read of one already.
-            return_unused_kwargs: return what is left of ``kwargs``, too.
-            return_commit_hash: and the commit that the file is of; ``None`` for one that is in no
-                Hub cache.
-            kwargs: how to get at the repository, see ``weightlift.checkpoint.hub.HubArguments``.
+            pretrained_model_name_or_path: a folder, a file, the id of a Hub repository, or a config
+                that was already read.
+            return_unused_kwargs: also return the rest of ``kwargs``.
+            return_commit_hash: also return the file's commit; ``None`` for a file outside a Hub
+                cache.
+            kwargs: the arguments of ``weightlift.checkpoint.hub.HubArguments``.
 
         Returns:
-            The config, or a tuple of the config and what else is wanted.
+            The config, or a tuple of the config and the requested values.
 
         Raises:
-            ReadError: there is no such file, or the Hub does not give it (also an ``OSError``).
+            ReadError: the file does not exist, or the Hub refuses it (also an ``OSError``).
             CheckpointError: the file is not a JSON object (also a ``ValueError``).
         """
         hub = HubArguments.pop_from(kwargs)
@@ -340,7 +340,7 @@ class ConfigMixin:
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
-        """Deprecated: the former name of ``load_config``."""
+        """Deprecated: use ``load_config``."""
         warnings.warn(
             f"{cls.__name__}.get_config_dict is deprecated: use {cls.__name__}.load_config",
             FutureWarning,
@@ -352,8 +352,11 @@ class ConfigMixin:
 def register_to_config(init: _Init) -> _Init:
     """Decorates the constructor of a ``ConfigMixin``: its arguments become the config.
 
-    Arguments that begin with an underscore go to the config alone, those that
-    ``ignore_for_config`` names to the constructor alone.
+    Arguments that begin with an underscore go only to the config; arguments in
+    ``ignore_for_config`` go only to the constructor.
+
+    Raises:
+        RuntimeError: the class does not derive from ``ConfigMixin`` (raised by the constructor).
     """
     parameters = {
         name: parameter
@@ -381,7 +384,7 @@ def register_to_config(init: _Init) -> _Init:
                 config[name] = parameter.default
                 defaults.append(name)
         if defaults:
-            # A compatible class that is made of this config has defaults of its own for them.
+            # A compatible class made from this config uses its own defaults for them.
             config["_use_default_values"] = defaults
         self.register_to_config(**config)
         init(self, *args, **kwargs)
@@ -407,7 +410,7 @@ def _has_json_form(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has a form for, in place of a value that it has none for."""
+    """A JSON value for a value that JSON cannot represent."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
         return value.tolist()
@@ -415,13 +418,13 @@ def _plain(value: Any) -> Any:
         return value.as_posix()
     if callable(getattr(value, "to_dict", None)):
         return value.to_dict()
-    raise TypeError(f"JSON has no form for {type(value)}")
+    raise TypeError(f"JSON cannot represent {type(value)}")
 
 
 def _missing_config(path: Path) -> ReadError:
     if path.is_dir():
-        return read_error("is_directory", "a folder, where the config should be", str(path))
-    return read_error("not_found", "this folder holds no config", str(path))
+        return read_error("is_directory", "is a folder, not a config file", str(path))
+    return read_error("not_found", "the folder has no config", str(path))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -434,6 +437,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(
-            f"{path}: is not a config: it holds a {type(config).__name__}, not an object"
+            f"{path}: is not a config: it has a {type(config).__name__}, not an object"
         )
     return config

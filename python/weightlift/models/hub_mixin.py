@@ -1,4 +1,4 @@
-"""``PushToHubMixin``: what can be saved can be uploaded to the Hub."""
+"""``PushToHubMixin``: uploads saved objects to the Hub."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ class PushToHubMixin:
         *,
         tags: str | Sequence[str] | None = None,
     ) -> str:
-        """Saves into a temporary folder and uploads what is in it.
+        """Saves into a temporary folder and uploads it.
 
         Args:
-            repo_id: the repository, made if there is none; or the path of a local folder, whose
-                name it then has. A relative path that reads like an id, ``"a/b"``, is an id:
-                write ``"./a/b"``.
-            commit_message: ``"Upload model"`` or its like by default.
-            private: for a repository that is made now; ``None`` leaves it to the Hub.
-            token: one that may write; the stored one by default.
-            create_pr: open a pull request in place of a commit.
-            safe_serialization: weights as safetensors; for objects that have weights.
-            variant: of the weights' file names.
-            subfolder: where in the repository; its model card is left alone then.
-            tags: added to the model card.
+            repo_id: the repository, made if missing; or the path of a local folder, whose name the
+                repository gets. A relative path that looks like an id, ``"a/b"``, is an id: write
+                ``"./a/b"``.
+            commit_message: the commit message; ``"Upload model"`` or similar by default.
+            private: whether a new repository is private; ``None``: the Hub's default.
+            token: a token with write access; the stored one by default.
+            create_pr: open a pull request instead of a commit.
+            safe_serialization: save weights as safetensors.
+            variant: the variant in the weights' file names.
+            subfolder: the folder in the repository; its model card then stays unchanged.
+            tags: tags to add to the model card.
 
         Returns:
             The URL of the commit.
@@ -60,7 +60,7 @@ class PushToHubMixin:
         save = getattr(self, "save_pretrained", None) or getattr(self, "save_config", None)
         if save is None:
             raise ArgumentError(
-                f"{type(self).__name__} has neither save_pretrained nor save_config to push by"
+                f"{type(self).__name__} has neither save_pretrained nor save_config: define one"
             )
         with tempfile.TemporaryDirectory() as folder:
             of_weights = {"safe_serialization": safe_serialization, "variant": variant}
@@ -106,10 +106,9 @@ def push_folder(
     create_pr: bool = False,
     subfolder: str | None = None,
 ) -> str:
-    """Uploads a folder into which ``saved`` was saved; returns the URL of the commit.
+    """Uploads a folder with a saved object; returns the URL of the commit.
 
-    The arguments are those of ``push_to_hub``; the repository has the folder's name, if no other
-    is given.
+    The arguments are those of ``push_to_hub``; the repository has the folder's name by default.
     """
     name = create_repository(Path(folder) if repo_id is None else repo_id, private, token)
     upload = getattr(saved, "_upload_folder", None) or functools.partial(_upload, saved)
@@ -120,7 +119,7 @@ def push_folder(
 def create_repository(
     repo_id: str | os.PathLike[str], private: bool | None = None, token: str | bool | None = None
 ) -> str:
-    """Makes a repository if there is none; returns its whole name, ``user/name``."""
+    """Makes a repository if missing; returns its full name, ``user/name``."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -143,8 +142,8 @@ def write_model_card(
     token: str | bool | None = None,
     tags: str | Sequence[str] | None = None,
 ) -> None:
-    """Completes the model card in ``folder``: the one that is there, else the repository's, else a
-    new one. Tags are added, and the library's name where the card has none."""
+    """Completes the model card in ``folder``: the existing one, else the repository's, else a new
+    one. Adds the tags, and the library's name if the card has none."""
     from huggingface_hub import ModelCard
 
     path = Path(folder, "README.md")
@@ -206,7 +205,7 @@ def _upload(
 
 
 def _accepted(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that a function has a parameter for, by name or in its ``**``."""
+    """The arguments that a function accepts, by name or in its ``**``."""
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return arguments

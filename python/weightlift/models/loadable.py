@@ -1,4 +1,4 @@
-"""What ``from_pretrained`` uses of a model's class."""
+"""The interface of a model's class that ``from_pretrained`` uses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["LoadableModel"]
 
 
 class LoadableModel(torch.nn.Module, ConfigMixin):
-    """A class that ``from_pretrained`` loads is one of these to the type checker: it derives from
-    ``ModelMixin`` and from ``ConfigMixin``, this package's or diffusers'.
+    """For the type checker: a class that derives from ``ModelMixin`` and ``ConfigMixin``, of this
+    package or of diffusers.
 
     Attributes:
         config_name: the name of the configuration's file.

@@ -1,8 +1,7 @@
 """``ModelMixin.from_pretrained``: the configuration, the module, and its weights.
 
-Which configuration and checkpoint belong together, whether reading may begin before the module is
-built, who fills it (one process, a rank of several, a quantizer), and what is said of weights that
-are missing or left over.
+Finds the configuration and the checkpoint, starts reading before the module is built if possible,
+fills it (one process, several ranks, or a quantizer), and warns of missing and unused weights.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ _FLAX_NAMES = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
 def load_pretrained(
     cls: type[_Model], path: str, keywords: Mapping[str, Any]
 ) -> tuple[_Model, LoadReport, PretrainedArguments]:
-    """The model of ``cls.from_pretrained(path, **keywords)``, and what was loaded."""
+    """The model of ``cls.from_pretrained(path, **keywords)``, and the report."""
     arguments = PretrainedArguments.parse(cls, path, keywords)
     with _tensor_parallel(arguments) as parallel:
         arguments = arguments.pinned()
@@ -73,7 +72,7 @@ def load_pretrained(
             raise
     _warn_of_keys(cls, path, report)
     if arguments.placement.device_map is not None and "hf_device_map" not in vars(model):
-        # As accelerate's dispatch_model has it, which was not needed for one device.
+        # As accelerate's dispatch_model sets it, which is not called for one device.
         held = itertools.chain(tensors_to_come(model), tensors_to_come(model, "_buffers"))
         vars(model)["hf_device_map"] = next(({"": device} for _, device, _ in held), {})
     model.register_to_config(_name_or_path=path)
@@ -82,13 +81,13 @@ def load_pretrained(
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """What a model is made of.
+    """The sources of a model.
 
     Attributes:
         config: the configuration.
-        overrides: what the caller has in the place of its values.
-        checkpoint: the weights; ``None`` for those of Flax, which are read by the model's shapes.
-        quantizer: who fills the model.
+        overrides: the caller's values that replace those of the configuration.
+        checkpoint: the weights; ``None`` for Flax weights, which need the model's shapes.
+        quantizer: fills the model, or ``None``.
     """
 
     config: Mapping[str, Any]
@@ -125,7 +124,7 @@ def _open(cls: type[LoadableModel], arguments: PretrainedArguments) -> _Source:
 def _load_config(
     cls: type[LoadableModel], arguments: PretrainedArguments
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The configuration, and the caller's values for it."""
+    """The configuration, and the caller's values that replace its own."""
     path, hub = arguments.path, arguments.hub
     if path.endswith(".dduf"):
         from weightlift.checkpoint.dduf import open_dduf
@@ -149,7 +148,7 @@ def _quantizer(arguments: PretrainedArguments, config: Mapping[str, Any]) -> Qua
     if saved is None and not wanted.names:
         return None
     if not arguments.low_cpu_mem_usage:
-        raise ArgumentError("quantizing while loading needs low_cpu_mem_usage=True")
+        raise ArgumentError("quantization during the load needs low_cpu_mem_usage=True")
     from weightlift.models.quantization import choose_quantizer
 
     return choose_quantizer(
@@ -163,7 +162,7 @@ def _quantizer(arguments: PretrainedArguments, config: Mapping[str, Any]) -> Qua
 def _built_dtype(
     dtype: torch.dtype | str | None, checkpoint: Checkpoint | None
 ) -> torch.dtype | None:
-    """In which the module is built: what the checkpoint does not hold takes this dtype."""
+    """The dtype of the build, which tensors missing in the checkpoint keep."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto" and checkpoint is not None:
@@ -176,21 +175,21 @@ def _built_dtype(
 def _prefetch(
     cls: type[LoadableModel], source: _Source, arguments: PretrainedArguments
 ) -> PrefetchedLoad | None:
-    """Starts to read while the module is being built, where one device takes it all."""
+    """Starts reading while the module is built, if one device gets all tensors."""
     checkpoint, placement = source.checkpoint, arguments.placement
     if checkpoint is None or source.quantizer is not None:
         return None
     if arguments.tensor_parallel or not arguments.low_cpu_mem_usage:
         return None
     if arguments.options.background:
-        return None  # the order of the modules is not known yet
+        return None  # the order of the modules is still unknown
     alone = single_entry("cpu" if placement.device_map is None else placement.device_map)
     if not isinstance(alone, (str, int, torch.device)):
-        return None  # or to be refused
+        return None  # or an error later
     device = loadable_device(alone)
     expected = torch.get_default_dtype() if placement.dtype is None else placement.dtype
     if arguments.options.mode == "map":
-        expected = "auto"  # nothing is cast
+        expected = "auto"  # no cast
     kept = frozenset(cls._keep_in_fp32_modules or ())
     ignored = _matcher(cls._keys_to_ignore_on_load_unexpected)
     names = None
@@ -213,7 +212,7 @@ def _fill(
     parallel: TensorParallel | None,
     prefetched: PrefetchedLoad | None,
 ) -> LoadReport:
-    """The model gets its weights, and goes into evaluation mode."""
+    """Fills the model and sets evaluation mode."""
     checkpoint = source.checkpoint
     if checkpoint is None:
         checkpoint = _open_flax(arguments.path, arguments.hub, model)
@@ -232,8 +231,8 @@ def _fill(
     if source.quantizer is not None:
         if options.background:
             raise ArgumentError(
-                "background=True cannot be combined with a quantized checkpoint: its layers are "
-                "made of what is read"
+                "background=True cannot be combined with a quantized checkpoint, whose layers are "
+                "made from the weights: leave it out"
             )
         report = source.quantizer.load(model, checkpoint, placement, matching, options)
         model.eval()
@@ -260,7 +259,7 @@ def _open_flax(path: str, hub: HubArguments, model: torch.nn.Module) -> Checkpoi
         there = list_files(path, hub)
         found = [download(path, name, hub) for name in _FLAX_NAMES if name in there][:1]
     if not found:
-        raise CheckpointError(f"{folder}: there is neither {' nor '.join(_FLAX_NAMES)} in it")
+        raise CheckpointError(f"{folder}: has neither {' nor '.join(_FLAX_NAMES)}")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     file = (str(found[0]), identity_of(found[0].stat()))
     return Checkpoint([], in_memory=load_flax_state_dict(found[0], shapes), loaded=[file])
@@ -289,7 +288,7 @@ def _former_attention_names(
 
 
 def _refuse_another_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Nothing in common: diffusers returns a model that is random altogether."""
+    """Refuses a checkpoint without a common name, for which diffusers returns a random model."""
     if any(name in checkpoint for name, _ in model.named_parameters()):
         return
     wanted = model.state_dict().keys()
@@ -300,14 +299,14 @@ def _refuse_another_model(model: torch.nn.Module, checkpoint: Checkpoint) -> Non
         *format_names("the checkpoint has and the model lacks", list(checkpoint)),
     ]
     raise CheckpointError(
-        f"{describe_location(checkpoint)} holds the weights of another model than "
-        f"{type(model).__name__}; no name is in both:\n" + "\n".join(problems)
+        f"{describe_location(checkpoint)} has the weights of another model than "
+        f"{type(model).__name__}; they share no name:\n" + "\n".join(problems)
     )
 
 
 def _evaluate(model: torch.nn.Module, modules: Sequence[torch.nn.Module]) -> None:
-    """``eval()``; where no module has one of its own, without the way through ``__setattr__``,
-    which looks at three dictionaries for each."""
+    """``eval()``; bypasses ``__setattr__``, which searches three dictionaries, if no module
+    overrides ``train``."""
     if all(
         getattr(kind, name) is getattr(torch.nn.Module, name)
         for kind in {*map(type, modules)}
@@ -329,7 +328,7 @@ def _matcher(patterns: list[str] | None) -> Callable[[str], bool] | None:
 def _warn_of_keys(cls: type[torch.nn.Module], path: str, report: LoadReport) -> None:
     if report.unexpected_keys:
         _log.warning(
-            "%s: %s has no place for these weights, they were not used: %s",
+            "%s: %s does not have these weights, so they were not used: %s",
             path,
             cls.__name__,
             ", ".join(report.unexpected_keys),
@@ -341,8 +340,8 @@ def _warn_of_keys(cls: type[torch.nn.Module], path: str, report: LoadReport) -> 
     ]
     if fresh:
         _log.warning(
-            "%s does not hold these weights of %s, which are newly initialized: %s. Train the "
-            "model before you use its predictions",
+            "%s lacks these weights of %s, which were newly initialized: %s. Train the model "
+            "before you use its predictions",
             path,
             cls.__name__,
             ", ".join(fresh),

@@ -28,11 +28,11 @@ _Self = TypeVar("_Self", bound="ModelMixin")
 
 
 def get_parameter_device(module: torch.nn.Module) -> torch.device:
-    """The device of the first parameter, buffer or tensor attribute; of one that is still being
-    loaded, without waiting, where it will be.
+    """The device of the first parameter, buffer or tensor attribute. For a tensor that is still
+    loading, its future device, without a wait.
 
     Raises:
-        StopIteration: the module has none.
+        StopIteration: the module has no tensor.
     """
     held = itertools.chain(tensors_to_come(module), tensors_to_come(module, "_buffers"))
     for _, device, _ in held:
@@ -66,7 +66,7 @@ def get_parameter_dtype(module: torch.nn.Module) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def _ordinary_tensors() -> Iterator[None]:
-    """Also in inference mode, where new tensors can never be trained."""
+    """Makes ordinary tensors also in inference mode, whose own tensors can never be trained."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -99,12 +99,12 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
     _no_split_modules: list[str] | None = None
     _keep_in_fp32_modules: list[str] | None = None
     _skip_keys: list[str] | None = None
-    # No __init__ that sets it: put before a library's model class, it would hide the signature of
-    # that class's, which tells what of the config is the constructor's.
+    # Not set in an __init__, which would hide the signature of a library's model class, from which
+    # the constructor's arguments are read.
     _gradient_checkpointing_func: Callable[..., Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        try:  # first, for layers that are named as an argument is
+        try:  # first, for layers with the name of an argument
             return torch.nn.Module.__getattr__(self, name)
         except AttributeError:
             if isinstance(self, ConfigMixin):
@@ -123,49 +123,49 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
 
         Args:
             pretrained_model_name_or_path: a folder, a ``.dduf`` file, or the id of a repository.
-            cache_dir, force_download, local_files_only, token, revision, subfolder, mirror: as
-                ``open_checkpoint`` has them.
-            use_auth_token: the former name of ``token``; not both.
-            resume_download: taken, with nothing left to choose: huggingface_hub always resumes.
-            proxies: taken, without effect: one warning a process names ``HTTPS_PROXY`` and
-                ``HTTP_PROXY``, from which huggingface_hub takes them.
-            dtype: of the floating-point tensors: a ``torch.dtype`` or its name; ``"auto"`` for the
-                checkpoint's; ``None`` for those of the model as it is built. While the module is
-                built, it is torch's default dtype in the whole process.
-            torch_dtype: the former name of ``dtype``, which goes before it.
-            device_map, max_memory: as ``load_into`` has them.
-            offload_folder: allows an automatic ``device_map`` to leave on the disk what does not
-                fit; nothing is written to it.
-            offload_state_dict: taken, without effect: no state dict is made.
-            device_mesh, tp_plan: cut the model for tensor parallelism, and read this rank's parts
-                alone; all ranks of the 1-D mesh (all there are, by default) call it together.
+            cache_dir, force_download, local_files_only, token, revision, subfolder, mirror: as in
+                ``open_checkpoint``.
+            use_auth_token: the old name of ``token``; give only one of them.
+            resume_download: no effect: huggingface_hub always resumes.
+            proxies: no effect; one warning per process names ``HTTPS_PROXY`` and ``HTTP_PROXY``,
+                which huggingface_hub uses.
+            dtype: the dtype of floating-point tensors: a ``torch.dtype`` or its name; ``"auto"``
+                for the checkpoint's; ``None`` for the built model's. During the build it is torch's
+                default dtype of the whole process.
+            torch_dtype: the old name of ``dtype``; ``dtype`` wins.
+            device_map, max_memory: as in ``load_into``.
+            offload_folder: allows an automatic ``device_map`` to leave tensors on the disk; nothing
+                is written to it.
+            offload_state_dict: no effect: there is no state dict.
+            device_mesh, tp_plan: cut the model for tensor parallelism and read only this rank's
+                parts; all ranks of the 1-D mesh (all ranks by default) call this together.
                 ``tp_plan``: module path, with ``*`` -> ``torch.distributed.tensor.parallel``
                 style; the model's ``_tp_plan`` by default.
-            low_cpu_mem_usage: ``False`` builds the module for real before it is filled.
-            ignore_mismatched_sizes: initialise what has another shape in the checkpoint.
+            low_cpu_mem_usage: ``False`` builds real parameters before they are filled.
+            ignore_mismatched_sizes: initialise tensors whose shape differs in the checkpoint.
             output_loading_info: return ``(model, {"missing_keys", "unexpected_keys",
                 "mismatched_keys", "error_msgs"})``.
-            variant, use_safetensors: as ``open_checkpoint`` has them.
+            variant, use_safetensors: as in ``open_checkpoint``.
             from_flax: read ``diffusion_flax_model.msgpack`` or ``flax_model.msgpack``.
             quantization_config: a ``BitsAndBytesConfig`` or ``TorchAoConfig`` of transformers or
-                diffusers, or its values: quantize while loading.
-            load_in_8bit, load_in_4bit: the same as a ``BitsAndBytesConfig`` with this flag.
-            disable_mmap: the same as ``mode="read"``.
-            mode, pin_memory, memory_format, verify, progress, background: as ``load_into`` has
-                them; ``weightlift.last_report()`` is the handle of what goes on in the background.
-            kwargs: those above, and arguments of the class's ``__init__``, which override the
-                configuration's. Where the class has an argument that is called ``device_mesh``,
+                diffusers, or its values: quantizes during the load.
+            load_in_8bit, load_in_4bit: like a ``BitsAndBytesConfig`` with this flag.
+            disable_mmap: like ``mode="read"``.
+            mode, pin_memory, memory_format, verify, progress, background: as in ``load_into``;
+                ``weightlift.last_report()`` is the handle of a background load.
+            kwargs: the arguments above, and arguments of the class's ``__init__``, which override
+                the configuration's. If the class has an argument called ``device_mesh``,
                 ``tp_plan``, ``mode``, ``pin_memory``, ``memory_format``, ``verify``, ``progress``
-                or ``background``, it is the class's.
+                or ``background``, the class gets it.
 
         Returns:
             The model, in evaluation mode. Tensors that the checkpoint lacks are initialised by the
             model's own ``__init__`` and named in a warning.
 
         Raises:
-            CheckpointError: no such checkpoint, shapes that do not match, a model that does not
+            CheckpointError: there is no such checkpoint, shapes do not match, or the model does not
                 fit the devices.
-            ArgumentError: an argument that nobody knows, or that contradicts another.
+            ArgumentError: an argument is unknown, or contradicts another.
             FormatError, ReadError, DeviceError, OutOfMemoryError: as ``load_file``.
         """
         path = os.fspath(pretrained_model_name_or_path)
@@ -192,25 +192,30 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Saves configuration and weights; killed anywhere, the folder holds the old checkpoint,
-        the new one, or one that is refused, never a mixture (see ``models/saving.py``).
+        """Saves configuration and weights. After a kill the folder has the old checkpoint, the new
+        one, or one that loads refuse, never a mixture (see ``models/saving.py``).
 
         Args:
-            save_directory: the folder; made if it is not there.
-            is_main_process: whether to save at all; the others of a distributed run pass ``False``.
-            save_function: called with ``(tensors, path)`` in the place of the usual writer.
+            save_directory: the folder, made if missing.
+            is_main_process: whether to save; other processes of a distributed run pass ``False``.
+            save_function: called with ``(tensors, path)`` instead of the usual writer.
             safe_serialization: safetensors, or ``.bin``.
-            variant: such as ``"fp16"``, for ``diffusion_pytorch_model.fp16.safetensors``.
-            max_shard_size: bytes, or text such as ``"5GB"`` (decimal).
-            push_to_hub: upload the folder; ``repo_id``, ``commit_message``, ``private``, ``token``
-                and ``create_pr`` in ``kwargs``; the repository is named after the folder by
+            variant: a variant such as ``"fp16"``, for
+                ``diffusion_pytorch_model.fp16.safetensors``.
+            max_shard_size: bytes, or text such as ``"5GB"`` (10^9 bytes).
+            push_to_hub: upload the folder; ``kwargs`` may have ``repo_id``, ``commit_message``,
+                ``private``, ``token`` and ``create_pr``; the repository has the folder's name by
                 default.
+
+        Raises:
+            ArgumentError: ``save_directory`` is a file, or a tensor cannot be saved.
+            OSError: the system refuses a file.
         """
         from weightlift.models.saving import save_weights
 
         folder = Path(save_directory)
         if folder.is_file():
-            raise ArgumentError(f"{folder} is a file: name a folder to save the model in")
+            raise ArgumentError(f"{folder} is a file: give a folder to save the model in")
         folder.mkdir(parents=True, exist_ok=True)
         if is_main_process:
             config = self.to_json_string().encode()
@@ -231,29 +236,32 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
     def _saved_state(
         self, safe_serialization: bool
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """The tensors to save, and what files tell about them."""
+        """The tensors to save, and the metadata."""
         state = whole_state_dict(self)
         method = getattr(self, "quantization_method", None)
         if str(getattr(method, "value", method)) != "torchao":
             return state, {}
         if not safe_serialization:
-            raise ArgumentError("what torchao quantized is saved as safetensors alone")
+            raise ArgumentError(
+                "a model quantized by torchao can only be saved as safetensors: leave out "
+                "safe_serialization=False"
+            )
         from weightlift.models.quantization import flattened
 
         return flattened(state)
 
     @property
     def device(self) -> torch.device:
-        """Of the first parameter."""
+        """The device of the first parameter."""
         return get_parameter_device(self)
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the first floating-point parameter that may be cast."""
+        """The dtype of the first floating-point parameter that may be cast."""
         return get_parameter_dtype(self)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the parameters hold.
+        """The number of elements of all parameters.
 
         Args:
             only_trainable: leave out those without ``requires_grad``.
@@ -275,7 +283,7 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         )
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the parameters, and of the buffers."""
+        """Bytes of the parameters and buffers."""
         tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
         return sum(tensor.nelement() * tensor.element_size() for tensor in tensors)
 
@@ -349,8 +357,8 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         self.set_use_memory_efficient_attention_xformers(False)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``torch.nn.Module.to``; to a GPU through the staging ring. Not a quantized model's
-        dtype."""
+        """As ``torch.nn.Module.to``; copies to a GPU through the staging ring. Refuses to cast a
+        quantized model."""
         device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None:
             self._refuse_cast("to()")
@@ -371,12 +379,12 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         return self.to(parse_device("cuda" if device is None else device))
 
     def half(self) -> Any:
-        """Casts to float16; not a quantized model."""
+        """Casts to float16; refuses a quantized model."""
         self._refuse_cast("half()")
         return super().half()
 
     def float(self) -> Any:
-        """Casts to float32; not a quantized model."""
+        """Casts to float32; refuses a quantized model."""
         self._refuse_cast("float()")
         return super().float()
 

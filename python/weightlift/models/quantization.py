@@ -1,4 +1,4 @@
-"""Quantizing while loading, by bitsandbytes and torchao; the weights arrive through the engine."""
+"""Quantization during the load, by bitsandbytes and torchao, of weights from the engine."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = ["Quantizer", "choose_quantizer", "flattened"]
 
 _log = logging.getLogger("weightlift")
 
-# Weights that are on their device before they are quantized there: more at a time would need the
-# memory of the whole model that quantizing is to save.
+# Bytes of unquantized weights on the device at a time, which limits the memory that quantization is
+# to save.
 _AT_ONCE = 1 << 30
-# What bitsandbytes saves beside a quantized weight.
+# Suffixes of the tensors that bitsandbytes saves beside a quantized weight.
 _STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.")
 _STATISTICS_8BIT = ("SCB", "weight_format")
 
@@ -61,17 +61,19 @@ def choose_quantizer(
 
     Args:
         config: ``BitsAndBytesConfig`` or ``TorchAoConfig`` of either library, or its values.
-        saved: of a checkpoint that holds quantized weights, as it is in ``config.json``.
+        saved: the configuration in ``config.json`` of a checkpoint with quantized weights.
 
     Raises:
-        ArgumentError: flags that contradict another or the config, or a method that is not known.
+        ArgumentError: flags contradict each other or the config, or the method is unknown.
     """
     if load_in_8bit and load_in_4bit:
-        raise ArgumentError("load_in_8bit=True and load_in_4bit=True contradict each other")
+        raise ArgumentError(
+            "load_in_8bit=True and load_in_4bit=True contradict each other: give one"
+        )
     if load_in_8bit or load_in_4bit:
         if config is not None:
             raise ArgumentError(
-                "quantization_config says all that load_in_8bit and load_in_4bit do: give one"
+                "quantization_config includes load_in_8bit and load_in_4bit: give only one of them"
             )
         config = {
             "quant_method": "bitsandbytes",
@@ -80,7 +82,8 @@ def choose_quantizer(
         }
     if saved is not None and config is not None:
         _log.warning(
-            "the weights are quantized already: quantization_config is that of config.json"
+            "the weights are already quantized, by the configuration in config.json: leave out "
+            "quantization_config"
         )
     chosen = config if saved is None else saved
     values = dict(chosen) if isinstance(chosen, Mapping) else chosen.to_dict()
@@ -92,8 +95,8 @@ def choose_quantizer(
     }
     if method not in kinds:
         raise ArgumentError(
-            f"quantization_config: the method {method!r} is not known here; load_in_4bit, "
-            "load_in_8bit, BitsAndBytesConfig and TorchAoConfig are"
+            f"quantization_config: the method {method!r} is not known; use load_in_4bit, "
+            "load_in_8bit, BitsAndBytesConfig or TorchAoConfig"
         )
     name, kind = kinds[method]
     if isinstance(chosen, Mapping):
@@ -104,7 +107,7 @@ def choose_quantizer(
 def flattened(
     state_dict: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """torchao's tensors as plain ones, and the metadata that tells how they are put together."""
+    """torchao's tensors as plain ones, and the metadata to rebuild them."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     tensors, metadata = flatten_tensor_state_dict(dict(state_dict))
@@ -126,7 +129,7 @@ class _BitsAndBytes:
         matching: MatchPolicy,
         options: LoadOptions,
     ) -> LoadReport:
-        # float16 is what the 8-bit product takes, and diffusers' default.
+        # The 8-bit product needs float16, which is also diffusers' default.
         dtype = torch.float16 if placement.dtype is None else placement.dtype
         linear = [name for name, layer in _linear(model).items() if type(layer) is torch.nn.Linear]
         devices = _devices(model, placement, dtype, linear)
@@ -176,7 +179,7 @@ class _BitsAndBytes:
         cast: str | None,
         options: LoadOptions,
     ) -> LoadReport:
-        """Loads weights with what belongs to them, some at a time, and quantizes them."""
+        """Loads weights and their statistics in batches, and quantizes them."""
         report = LoadReport()
         for weights in _batches(parts, layers):
             plan = LoadPlan(checkpoint, LoadOptions(options.mode))
@@ -198,7 +201,7 @@ class _BitsAndBytes:
         devices: Mapping[str, torch.device | str],
         kept: list[str],
     ) -> list[str]:
-        """The weights to quantize; of a quantized checkpoint, those that are."""
+        """The weights to quantize, or those that are quantized in the checkpoint."""
         if self._quantized:
             known = {_weight_of(name) for name in checkpoint if _is_statistic(name)}
             return [name for name in linear if name in known]
@@ -211,7 +214,7 @@ class _BitsAndBytes:
                 for key in skipped
                 if key in (module, module.rpartition(".")[2]) or f"{key}." in module
             }
-        else:  # by transformers': diffusers refuses to do without a GPU
+        else:  # by transformers' rule: diffusers requires a GPU
             from transformers.quantizers.quantizers_utils import should_convert_module
 
             left_out = {name for name in modules if not should_convert_module(name, skipped)}
@@ -220,7 +223,7 @@ class _BitsAndBytes:
     def _mismatched(
         self, model: torch.nn.Module, checkpoint: Checkpoint, names: list[str]
     ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """All of them, those that ``fill`` would find as well: it comes late."""
+        """All mismatches, also those that ``fill`` would find, because ``fill`` runs late."""
         found = {}
         for name, tensor in model.state_dict().items():
             if name not in checkpoint:
@@ -267,7 +270,7 @@ class _BitsAndBytes:
             options.pop("SCB", None)
             if self._quantized:
                 options["SCB"] = tensors.pop(f"{name.removesuffix('weight')}SCB")
-            # It quantizes what comes from the CPU.
+            # Int8Params quantizes tensors that come from the CPU.
             new = self._layers.Int8Params(value.to("cpu"), requires_grad=False, **options)
         elif self._quantized:
             new = self._layers.Params4bit.from_prequantized(
@@ -320,7 +323,7 @@ class _TorchAo:
 
     def _quantize(self, model: torch.nn.Module, chosen: Collection[str]) -> None:
         config = self._config.get_apply_tensor_subclass()
-        if isinstance(config, self._library.FqnToConfig):  # it takes no filter
+        if isinstance(config, self._library.FqnToConfig):  # accepts no filter
             others = {
                 name: None
                 for name, module in model.named_modules()
@@ -340,13 +343,13 @@ class _TorchAo:
         matching: MatchPolicy,
         options: LoadOptions,
     ) -> LoadReport:
-        """What ``flattened`` made, or diffusers."""
+        """Loads tensors that ``flattened`` or diffusers made."""
         from torchao.prototype.safetensors.safetensors_utils import is_metadata_torchao
 
         if not is_metadata_torchao(checkpoint.metadata):
             raise CheckpointError(
-                f"{describe_location(checkpoint)}: it does not tell how torchao's tensors are put "
-                "together; save the model with save_pretrained, as safetensors"
+                f"{describe_location(checkpoint)}: has no metadata to rebuild torchao's tensors; "
+                "save the model with save_pretrained, as safetensors"
             )
         parts = self._parts_of(model, checkpoint)
         inside = {part for names in parts.values() for part in names}
@@ -367,7 +370,7 @@ class _TorchAo:
         return report
 
     def _parts_of(self, model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, list[str]]:
-        """Of each quantized tensor of the model, the tensors that it is put together from."""
+        """Quantized tensor of the model -> the tensors to rebuild it from."""
         metadata = checkpoint.metadata
         state = model.state_dict()
         parts = {}
@@ -380,8 +383,8 @@ class _TorchAo:
         inside = {part for names in parts.values() for part in names}
         if absent := sorted(inside.difference(checkpoint)):
             raise CheckpointError(
-                f"{describe_location(checkpoint)}: parts of quantized tensors are missing: the "
-                "file is not complete:\n" + "\n".join(format_names("missing", absent))
+                f"{describe_location(checkpoint)}: parts of quantized tensors are missing; save "
+                "the model again:\n" + "\n".join(format_names("missing", absent))
             )
         return parts
 
@@ -392,12 +395,12 @@ class _TorchAo:
         parts: Mapping[str, list[str]],
         tensors: dict[str, torch.Tensor],
     ) -> None:
-        """Puts quantized tensors together and into the model; ``tensors`` is used up."""
+        """Rebuilds quantized tensors and puts them into the model; empties ``tensors``."""
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
         metadata, state = checkpoint.metadata, model.state_dict()
         mismatched = {}
-        for name, inside in parts.items():  # one at a time: torchao goes through all for each
+        for name, inside in parts.items():  # one at a time: torchao searches all tensors each time
             made, _ = unflatten_tensor_state_dict(
                 {part: tensors.pop(part) for part in inside},
                 {name: metadata[name], "tensor_names": json.dumps([name])},
@@ -418,8 +421,8 @@ def _kept(model: torch.nn.Module) -> list[str]:
 
 
 def _linear(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """Weight -> its layer, of the linear layers whose weight is in no other place: what is tied
-    would not be so any more."""
+    """Weight -> its layer, for linear layers whose weight is not tied: quantization would untie
+    it."""
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
@@ -437,7 +440,7 @@ def _devices(
     dtype: torch.dtype | str,
     in_bytes: Collection[str],
 ) -> dict[str, torch.device | str]:
-    """The device map; ``in_bytes`` are weights of which a number takes no more than a byte."""
+    """The device map; ``in_bytes`` are weights with at most one byte per element."""
     device_map = placement.device_map
     if device_map is None:
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
@@ -456,13 +459,14 @@ def _devices(
 def _real(device: torch.device | str, name: str) -> torch.device:
     if not isinstance(device, torch.device):
         raise ArgumentError(
-            f"device_map: {name} would stay on the disk, where nothing is quantized"
+            f"device_map: {name} would stay on the disk, where quantization is impossible: give it "
+            "a device"
         )
     return device
 
 
 def _parts_of(weights: Collection[str], checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """Of each weight, itself and the statistics that bitsandbytes saved beside it."""
+    """Weight -> itself and the statistics that bitsandbytes saved beside it."""
     parts = {weight: [weight] for weight in weights}
     for name in checkpoint:
         if _is_statistic(name) and (weight := _weight_of(name)) in parts:
@@ -471,7 +475,7 @@ def _parts_of(weights: Collection[str], checkpoint: Checkpoint) -> dict[str, lis
 
 
 def _batches(parts: Mapping[str, list[str]], layers: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Weights whose loads are of bounded size."""
+    """Batches of weights of bounded size."""
     batch: list[str] = []
     size = 0
     for weight in parts:
@@ -485,14 +489,14 @@ def _batches(parts: Mapping[str, list[str]], layers: Mapping[str, Any]) -> Itera
 
 
 def _with_keys_of(report: LoadReport, rest: LoadReport) -> LoadReport:
-    """A report of all that was loaded, with the names that the load of the rest found."""
+    """The sum of two reports, with the key lists of the second."""
     report.missing_keys, report.unexpected_keys = rest.missing_keys, rest.unexpected_keys
     report.mismatched_keys, report.error_msgs = rest.mismatched_keys, rest.error_msgs
     return report
 
 
 def _weight_of(name: str) -> str:
-    """The weight that a tensor tells about."""
+    """The weight that a tensor belongs to."""
     for ending in _STATISTICS_8BIT:
         if name.endswith(f".{ending}"):
             return f"{name[: -len(ending)]}weight"

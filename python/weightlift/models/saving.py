@@ -1,17 +1,18 @@
-"""Weights into a folder, named as diffusers names them; killed anywhere, old or new ones load.
+"""Saves weights into a folder under diffusers' names; after a kill the old or the new weights load.
 
 New files are written under temporary names and flushed. Then, each step flushed before the next:
 
-1. Where there is an index, one takes its place that lists the old shards by other hard links. Now
-   no name that an index lists is written to, so nothing can load a mixture. Where the file system
-   has no hard links, or the configuration changes with the weights, this index lists a file that is
-   not there: all loaders refuse it, and none falls back on ``.bin`` files that lie beside it.
+1. An existing index is replaced by one that lists the old shards under other hard links. Now no
+save
+   writes to a name in an index, so that no loader can mix weights. If the file system has no hard
+   links, or the configuration changes with the weights, the index lists a missing file: all loaders
+   refuse it, and none falls back to ``.bin`` files beside it.
 2. The new files get their names.
-3. The new index gets its name; beside a single file, the index goes.
-4. What is stale goes: beside an index the single file, old shards, the links.
+3. The new index gets its name; for a single file, the index is removed.
+4. Stale files are removed: the single file beside an index, old shards, the links.
 
-Loaders that look for an index first (weightlift, diffusers) change over at 3; those that look for a
-single file first (transformers) at 2 or 4.
+Loaders that prefer an index (weightlift, diffusers) see the new weights from step 3 on; those that
+prefer a single file (transformers) from step 2 or 4 on.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = ["save_checkpoint", "save_weights"]
 
-# Each writes at the page cache's speed; more than a few only compete for it.
+# Each thread writes at the speed of the page cache; more threads only compete.
 _WRITERS = 4
 
 
@@ -66,31 +67,31 @@ def save_checkpoint(
     max_shard_size: int | str = "5GB",
     metadata: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Saves a state dict as ``model.safetensors``, or as shards with an index; old ones or new
-    ones load, killed anywhere.
+    """Saves a state dict as ``model.safetensors``, or as shards with an index. After a kill the old
+    or the new weights load.
 
-    The names are those of transformers and ``huggingface_hub.save_torch_state_dict``. Weights of
-    these names that are there are replaced, other files stay. Tied weights are saved once; the
-    metadata says ``{dropped name: kept name}``.
+    The names are those of transformers and ``huggingface_hub.save_torch_state_dict``. Existing
+    weights of these names are replaced, other files stay. Tied weights are saved once; the metadata
+    has ``{dropped name: kept name}``.
 
     Args:
         state_dict: name -> tensor, on any device, contiguous or not.
-        folder: made if it is missing.
-        max_shard_size: largest number of tensor bytes in one file, if no tensor alone has more: a
-            number or text such as ``"5GB"`` (10^9 bytes).
-        metadata: text for the header of each file, and for the index.
+        folder: the folder, made if missing.
+        max_shard_size: largest number of tensor bytes in one file, unless a single tensor is
+            larger: a number or text such as ``"5GB"`` (10^9 bytes).
+        metadata: text -> text for the header of each file and for the index.
 
     Returns:
         The names of the files, the index last.
 
     Raises:
-        ArgumentError: a tensor that cannot be saved.
-        OSError: of the file at fault; what was there is unchanged.
+        ArgumentError: a tensor cannot be saved.
+        OSError: with the file's name; the old files are unchanged.
     """
     if not isinstance(state_dict, Mapping):
         raise ArgumentError(
-            f"the state dict is {type(state_dict).__name__}, and no mapping of names to tensors: "
-            "of a module, save module.state_dict()"
+            f"the state dict is {type(state_dict).__name__}, not a dict of names to tensors: for a "
+            "module, save module.state_dict()"
         )
     return save_weights(
         state_dict, folder, stem="model", max_shard_size=max_shard_size, metadata=metadata
@@ -172,8 +173,8 @@ def save_weights(
     preferred = _Names.of(stem, variant, ".safetensors")
     if not safe_serialization and {preferred.single, preferred.index} & set(present):
         warnings.warn(
-            f"{folder} holds {preferred.single} of an earlier save as well: loaders take that, "
-            "unless use_safetensors=False",
+            f"{folder} also has {preferred.single} of an earlier save, which loaders prefer: "
+            "remove it, or load with use_safetensors=False",
             stacklevel=2,
         )
     return [*layout.shards, *([names.index] if layout.sharded else [])]
@@ -181,14 +182,14 @@ def save_weights(
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Which tensors and texts go into which files.
+    """The files of a save and their content.
 
     Attributes:
-        names: of the files.
-        tensors: all of them, by name.
-        shards: of each file of weights, the names of its tensors.
-        companions: content of the files that go with the weights.
-        contents: that of all files besides the weights, the index among them.
+        names: the names of the files.
+        tensors: all tensors by name.
+        shards: file of weights -> the names of its tensors.
+        companions: name -> content of the files that belong to the weights.
+        contents: name -> content of all other files, including the index.
         header: metadata of each safetensors file.
     """
 
@@ -245,7 +246,7 @@ class _Writer:
         self._staged = staged
         self._save_function = save_function
         self._safetensors = layout.names.extension == ".safetensors"
-        # Of host copies there are those of one shard at a time.
+        # Limits host copies to one shard at a time.
         self._copying = threading.Lock()
 
     def write_contents(self) -> None:
@@ -255,7 +256,7 @@ class _Writer:
                 flush_file(self._staged[name])
 
     def write_shards(self) -> None:
-        """Several at a time; those of ``save_function`` in this thread."""
+        """Writes several shards at a time; with ``save_function`` one by one in this thread."""
         files = list(self._layout.shards)
         if self._save_function is not None or len(files) == 1:
             for file in files:
@@ -335,7 +336,7 @@ class _Names:
 
 
 def _configured_save_function() -> Callable[..., object] | None:
-    # diffusers documents the variable as the way to name a function, and reads it nowhere.
+    # diffusers documents this variable but does not read it.
     named = os.environ.get("DIFFUSERS_SAVE_MODE")
     if not named:
         return None
@@ -359,9 +360,9 @@ def _check(name: str, tensor: Any, safe_serialization: bool) -> None:
         return ArgumentError(f"tensor {name!r} cannot be saved: {why}")
 
     if not isinstance(tensor, torch.Tensor):
-        raise refuse(f"it is not a tensor but {type(tensor).__name__}")
+        raise refuse(f"it is {type(tensor).__name__}, not a tensor; leave it out")
     if tensor.device.type == "meta":
-        raise refuse("it is on 'meta' and has no values; load the model before saving it")
+        raise refuse("it is on 'meta' and has no values; load the model before the save")
     if tensor.layout != torch.strided:
         raise refuse(f"its layout is {tensor.layout}; save tensor.to_dense()")
     if safe_serialization and dtypes.file_name(tensor.dtype) in (None, "C32", "C128"):
@@ -371,9 +372,9 @@ def _check(name: str, tensor: Any, safe_serialization: bool) -> None:
 
 
 def _tied(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Dropped name -> kept name, of names that are the same elements of the same memory.
+    """Dropped name -> kept name, for names with the same elements of the same memory.
 
-    Tensors that merely overlap are not: a loader could not make one from the other.
+    Tensors that only overlap are kept: a loader could not rebuild one from the other.
     """
     kept: dict[Any, str] = {}
     dropped = {}
@@ -393,13 +394,13 @@ def _split(
     names: _Names,
     max_shard_size: int | str,
 ) -> tuple[dict[str, list[str]], int]:
-    """File -> its tensors, and the bytes of all."""
+    """File -> its tensors, and the total number of bytes."""
     from huggingface_hub import get_torch_storage_id, split_state_dict_into_shards_factory
 
     split = split_state_dict_into_shards_factory(
         {name: tensor for name, tensor in tensors.items() if name in kept},
         get_storage_size=lambda tensor: int(tensor.nbytes),
-        # torch.save keeps what shares memory in one file together; in safetensors nothing shares.
+        # torch.save keeps tensors that share memory together; safetensors has no shared memory.
         get_storage_id=get_torch_storage_id if names.extension == ".bin" else lambda tensor: None,
         filename_pattern="{suffix}",
         max_shard_size=parse_size(max_shard_size, "max_shard_size"),
@@ -422,7 +423,7 @@ def _make(folder: Path) -> Path:
 
 
 def _to_host(shard: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors in the host's memory, contiguous and without what is only noted beside them."""
+    """The tensors in host memory, contiguous, without entries that are not tensors."""
     return {
         name: tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
         for name, tensor in shard.items()
@@ -448,8 +449,8 @@ def _write_safetensors(
 def _write_torch(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     import torch
 
-    # An open file: of a path, the temporary name would be written into the archive, and errors of
-    # the system would come without their number.
+    # An open file, because torch.save would write the temporary name of a path into the archive,
+    # and raise system errors without errno.
     with path.open("wb") as file:
         torch.save(dict(tensors), file)
 
@@ -461,12 +462,12 @@ def _call(
     safe_serialization: bool,
 ) -> None:
     more = {}
-    with contextlib.suppress(ValueError, TypeError):  # some builtins do not tell
+    with contextlib.suppress(ValueError, TypeError):  # some builtins have no signature
         if "safe_serialization" in inspect.signature(save_function).parameters:
             more["safe_serialization"] = safe_serialization
     save_function(tensors, str(path), **more)
     if not path.exists():
-        raise ArgumentError("save_function wrote no file at the path that it was given")
+        raise ArgumentError("save_function wrote no file at its path argument")
     if safe_serialization:
         try:
             complete = set(Checkpoint.from_file(path)) == tensors.keys()
@@ -481,7 +482,7 @@ def _call(
 
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Makes OSErrors that name the file of what the writers raise."""
+    """Turns the writers' exceptions into OSErrors that name the file."""
     outside = sys.exc_info()[1]
     try:
         yield
@@ -491,7 +492,7 @@ def _naming(file: Path) -> Iterator[None]:
         number = errno_of(error, outside)
         if number is None:
             raise
-        text = f"{os.strerror(number)}; nothing was saved, what was there is unchanged"
+        text = f"{os.strerror(number)}; nothing was saved, the old files are unchanged"
         raise OSError(number, text, str(file)) from error
 
 
@@ -535,7 +536,7 @@ def _switch(
 
 
 def _read_index(path: Path) -> dict[str, Any] | None:
-    """``None`` for what no loader can take for an index either."""
+    """The index; ``None`` if no loader would accept it."""
     try:
         index = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -567,7 +568,7 @@ def _replace_index(folder: Path, names: _Names, index: dict[str, Any] | None) ->
         flush_folder(folder)
         temporary.replace(folder / names.index)
     except BaseException:
-        if temporary.exists():  # else the links are in use
+        if temporary.exists():  # otherwise the links are in use
             for made in (temporary, *(folder / link for link in links.values())):
                 made.unlink(missing_ok=True)
         raise

@@ -128,7 +128,7 @@ def test_a_version_that_is_not_known_is_left_alone(
     monkeypatch.setenv("WEIGHTLIFT_SGLANG", "slices")
     monkeypatch.delattr(sglang.hooks, "HookType")
     register()
-    assert "no hooks that are known" in caplog.text
+    assert "unknown hooks" in caplog.text
 
 
 def test_options_that_are_not_known_go_the_stock_way(
@@ -148,5 +148,5 @@ def test_options_that_are_not_known_go_the_stock_way(
     assert found.keys() == {"up"}
     assert asked == [{"resolved_source": None, "shards": [1]}]
     assert caplog.messages == [
-        "weightlift does not know shards of this version of SGLang's loader: its own serves"
+        "weightlift does not support shards of this SGLang's loader: SGLang's own loader is used"
     ]

@@ -131,7 +131,7 @@ def test_a_version_that_is_not_known_is_left_alone(
     monkeypatch.delattr(loaders, "_LOAD_FORMAT_TO_MODEL_LOADER")
     register()
     assert caplog.messages == [
-        "this version of vLLM takes no load format of ours: use --load-format auto"
+        "this version of vLLM accepts no additional load format: use --load-format auto"
     ]
 
 
@@ -151,7 +151,7 @@ def test_the_stock_loader_serves_where_vllm_has_other_hooks(
     loader = kind(config(slices=False))
     assert type(loader) is stock
     (message,) = caplog.messages
-    assert "takes other arguments): vLLM's own serves" in message
+    assert "takes other arguments): vLLM's own loader is used" in message
     found, wanted = Rank(), Rank()
     loader.load_weights(found, SimpleNamespace(model=str(folder_of(tmp_path)), quantization=None))
     wanted.load_weights(TENSORS.items())

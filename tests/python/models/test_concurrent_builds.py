@@ -271,7 +271,7 @@ def test_a_replacement_that_nothing_gets_past_is_named(monkeypatch: pytest.Monke
             module._parameters[name] = nn.Parameter(torch.empty_like(param, device="meta"))
 
     monkeypatch.setattr(nn.Module, "register_parameter", on_meta)
-    with pytest.raises(WeightliftError, match=r"Made cannot be made.*on_meta"):
+    with pytest.raises(WeightliftError, match=r"Made cannot be built.*on_meta"):
         builder(lambda: nn.Linear(2, 2)).build(empty=False)
 
 

@@ -248,7 +248,7 @@ def test_a_warning_names_what_is_ignored() -> None:
     with logged("weightlift") as records:
         made = OURS.Plain.from_config({"_class_name": "Other", "a": 1, "z": 9})
     (record,) = records
-    assert "Plain: {'z': 9} of the config are not expected" in record.getMessage()
+    assert "Plain: ignored unexpected entries {'z': 9} of the config" in record.getMessage()
     assert made.config.z == 9  # and goes on to whoever loads it next
     assert made.config._class_name == "Plain"
 
@@ -514,7 +514,7 @@ def test_places_where_no_config_is(tmp_path: Path) -> None:
         OURS.Plain.load_config(tmp_path, subfolder="unet")
     assert missing.value.filename == str(tmp_path / "unet" / "config.json")
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(IsADirectoryError, match="a folder, where the config should be"):
+    with pytest.raises(IsADirectoryError, match="is a folder, not a config file"):
         OURS.Plain.load_config(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         OURS.Plain.load_config(tmp_path / "none")

@@ -779,7 +779,7 @@ def test_the_layout_of_weights(folder: Path) -> None:
 def test_places_where_nothing_is(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     made(OURS, "Nested").save_config(tmp_path / "config")
-    with pytest.raises(FileNotFoundError, match="this folder holds no config"):
+    with pytest.raises(FileNotFoundError, match="the folder has no config"):
         OURS.Nested.from_pretrained(tmp_path / "empty")
     with pytest.raises(wl.CheckpointError, match="there are no weights"):
         OURS.Nested.from_pretrained(tmp_path / "config")

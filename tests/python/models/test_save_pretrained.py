@@ -81,7 +81,7 @@ def test_only_the_main_process_saves(folder: Path) -> None:
 
 def test_a_directory_that_is_a_file(folder: Path) -> None:
     folder.write_bytes(b"mine")
-    with pytest.raises(ValueError, match="is a file: name a folder"):
+    with pytest.raises(ValueError, match="is a file: give a folder"):
         made(OURS, "Nested").save_pretrained(folder)
     assert folder.read_bytes() == b"mine"
 

@@ -183,7 +183,7 @@ def test_a_state_dict_of_nothing_and_of_strings(tmp_path: Path) -> None:
         (torch.empty(3, device="meta"), "on 'meta'"),
         (torch.eye(3).to_sparse(), "to_dense"),
         (torch.ones(3, dtype=torch.complex128), "complex128"),
-        (3.5, "not a tensor but float"),
+        (3.5, "float, not a tensor"),
     ],
 )
 def test_tensors_that_cannot_be_saved(tmp_path: Path, tensor: Any, why: str) -> None:

@@ -20,8 +20,8 @@ __all__ = ["Archive", "current_archive", "dduf_path", "unpacked"]
 
 @dataclasses.dataclass
 class Archive:
-    """A pipeline in a DDUF file. A folder has all of it but the weights, which stay where they
-    are: their files in the folder are empty."""
+    """A pipeline in a DDUF file, as a folder with all files but the weights, which stay in the
+    archive; their files in the folder are empty."""
 
     dduf: Dduf
     folder: Path
@@ -39,7 +39,9 @@ current_archive: ContextVar[Archive | None] = ContextVar(
 
 def dduf_path(path: Any, dduf_file: Any, kwargs: Mapping[str, Any]) -> Path:
     if kwargs.get("quantization_config") is not None:
-        raise ArgumentError("dduf_file and quantization_config do not go together")
+        raise ArgumentError(
+            "dduf_file= cannot be combined with quantization_config=: leave out one of them"
+        )
     if Path(path).exists():
         return Path(path, dduf_file)
     names = {field.name for field in dataclasses.fields(HubArguments)}

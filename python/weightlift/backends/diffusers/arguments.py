@@ -1,4 +1,4 @@
-"""What was meant by arguments that are documented and have no effect, or fail."""
+"""Arguments that diffusers documents but ignores or refuses."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _mirror: ContextVar[str | None] = ContextVar("weightlift_diffusers_mirror", defa
 
 @contextlib.contextmanager
 def corrected_arguments(path: Any, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Arguments that are documented and have no effect, or fail: GPUs in ``max_memory`` named by
-    text, and ``mirror``."""
+    """Implements documented arguments that diffusers ignores or refuses: GPU names as text in
+    ``max_memory``, and ``mirror``."""
     if isinstance(kwargs.get("max_memory"), Mapping):
         kwargs["max_memory"] = {_gpu(k): size for k, size in kwargs["max_memory"].items()}
     mirror = kwargs.pop("mirror", None)
@@ -35,7 +35,7 @@ def corrected_arguments(path: Any, kwargs: dict[str, Any]) -> Iterator[None]:
         revision=kwargs.get("revision"),
         mirror=mirror,
     )
-    # A commit: what resolves revisions in diffusers makes no request for one.
+    # A commit, for which diffusers makes no request.
     kwargs["revision"] = hub.pinned(str(path)).revision
     with temporary_value(_mirror, mirror.rstrip("/")):
         yield
@@ -47,8 +47,7 @@ def _gpu(key: Any) -> Any:
 
 
 def from_mirror(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of huggingface_hub that asks the mirror, where one is named. It is not the Hub:
-    the stored token is not for it."""
+    """A function of huggingface_hub that uses the mirror, if given, without the stored token."""
     of_api = "endpoint" not in inspect.signature(original).parameters
 
     def ask(*args: Any, **kwargs: Any) -> Any:

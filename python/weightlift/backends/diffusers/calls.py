@@ -1,4 +1,4 @@
-"""A ``from_pretrained`` of a model: reading begins when its files are known."""
+"""The ``from_pretrained`` of a model: reads begin when its files are known."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ __all__ = [
 
 @dataclasses.dataclass
 class Call:
-    """A ``from_pretrained`` of a model that is under way.
+    """A running ``from_pretrained`` of a model.
 
     Attributes:
         cls: the model's class.
-        early: arguments of a load that can begin before the model is built, if one can.
-        files: of the weights.
+        early: arguments of a load that can begin before the build, or ``None``.
+        files: the files of the weights.
         sharded: whether they have an index.
-        checkpoint: in ``files``, once they are known.
-        begun: the load that has begun.
+        checkpoint: the checkpoint in ``files``, once known.
+        begun: the running load.
         by_diffusers: whether diffusers reads the tensors itself.
-        on_disk: the model that the engine has filled, and what stays in its files.
+        on_disk: the filled model, and its weights on the disk.
     """
 
     cls: Any
@@ -57,9 +57,9 @@ class Call:
     on_disk: tuple[Any, DiskWeights] | None = None
 
     def found(self, files: Sequence[str], *, sharded: bool) -> None:
-        """Takes note of the files, and begins to read them."""
-        # What goes wrong is met again when diffusers asks for the tensors; here it would take it
-        # for a file that is not there.
+        """Stores the files, and begins to read them."""
+        # An error is raised again when diffusers requests the tensors; diffusers would treat an
+        # error here as a missing file.
         with contextlib.suppress(FallbackToLibrary, WeightliftError):
             self.checkpoint = open_files(files)
             self.files, self.sharded = files, sharded
@@ -76,14 +76,14 @@ class Call:
             )
 
     def whole_file(self, file: str) -> Checkpoint | None:
-        """The checkpoint, where this is the one file whose tensors ``_load_pretrained_model`` will
-        get: names do in their place."""
+        """The checkpoint, if this is the only file of ``_load_pretrained_model``, which then gets
+        names instead of tensors."""
         if self.checkpoint is None or self.sharded or list(self.files) != [file]:
             return None
         from diffusers.models.modeling_utils import ModelMixin
 
         fix = "_fix_state_dict_keys_on_load"
-        # Where it is the class's own, it may look at tensors.
+        # A class's own function may read tensors.
         return self.checkpoint if getattr(self.cls, fix) is getattr(ModelMixin, fix) else None
 
     def cancel(self) -> None:
@@ -92,7 +92,7 @@ class Call:
             self.begun = None
 
     def keep_on_disk(self, model: Any, devices: Any, on_disk: DiskWeights, given: Any) -> None:
-        """Takes note of what diffusers' ``dispatch_model`` gives its hooks to read from."""
+        """Stores the weights that diffusers' ``dispatch_model`` gives to its hooks."""
         self.on_disk = model, on_disk
 
     def take_on_disk(self, model: Any) -> DiskWeights | None:
@@ -128,7 +128,7 @@ def model_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _early(cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How the weights will be loaded, where that can be told before the model is built."""
+    """The arguments of the load, if they are known before the model is built."""
     import torch
 
     slow = (kwargs.get("quantization_config"), kwargs.get("parallel_config"))
@@ -179,7 +179,7 @@ def on_shard_files(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shards_bar(count: int) -> Any:
-    """The progress bar that diffusers shows for shards, fed with bytes."""
+    """diffusers' progress bar for shards, updated by bytes."""
     if count < 2:
         return False
     bar: Any = None

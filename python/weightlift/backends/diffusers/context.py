@@ -1,4 +1,4 @@
-"""What the parts share: the name of the library, and how long something is under way."""
+"""Shared by the modules of the backend: the library's name, and running calls."""
 
 from __future__ import annotations
 

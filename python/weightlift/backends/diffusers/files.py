@@ -1,4 +1,4 @@
-"""Files and their tensors: which of them the engine reads, and how."""
+"""Decides which files the engine reads, and how."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ __all__ = ["arrives_as", "castable", "engine_device", "load_all", "mode_for", "o
 
 
 def open_files(files: Sequence[Any], key: str | None = None) -> Checkpoint:
-    """The checkpoint in these files; in a torch file at its top, or at ``key``, whatever else is
-    in it.
+    """The checkpoint in these files; for a torch file the tensors at its top or at ``key``.
 
     Raises:
-        FallbackToLibrary: diffusers reads these itself.
-        WeightliftError: a file is broken.
+        FallbackToLibrary: diffusers must read these files.
+        WeightliftError: a file is damaged.
     """
     formats = {Path(file).suffix for file in files}
     if formats == {".gguf"}:
@@ -70,8 +69,7 @@ def load_all(opened: Checkpoint, device: torch.device, disable_mmap: bool) -> di
 
 
 def mode_for(opened: Checkpoint, device: torch.device | None, casts: bool) -> Mode:
-    """How bytes get to a device: torch files are mapped, as by diffusers, where ``"auto"`` reads
-    them."""
+    """The mode of the load: like diffusers it maps torch files, which ``"auto"`` reads."""
     on_cpu = device is not None and device.type == "cpu"
     return "map" if on_cpu and not casts and "torch" in opened.formats else "auto"
 
@@ -92,8 +90,8 @@ def castable(dtype: torch.dtype) -> str | None:
 def arrives_as(
     stored: str, name: str, tensor: torch.Tensor, wanted: str | None, keep: frozenset[str]
 ) -> str | None:
-    """The file's name of the dtype in which diffusers places a tensor; ``None`` where it does
-    something that the engine does not, such as to make numbers of booleans."""
+    """The file's name of the dtype of a tensor in diffusers; ``None`` for casts that the engine
+    does not do, such as from booleans to numbers."""
     own = dtypes.file_name(tensor.dtype)
     if stored not in dtypes.FLOATING:
         return own if stored == own else None

@@ -1,4 +1,4 @@
-"""Pipelines: device maps by component, DDUF files, and what is read ahead."""
+"""Pipelines: device maps by component, DDUF files, and reads ahead."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ __all__ = ["load_sub_model", "on_components", "pipeline_from_pretrained"]
 
 @dataclasses.dataclass
 class _Pipeline:
-    """A ``from_pretrained`` of a pipeline that is under way.
+    """A running ``from_pretrained`` of a pipeline.
 
     Attributes:
-        device_map: component, or module of it, -> device, where it is a dict.
+        device_map: component, or module of it, -> device, if it is a dict.
         given: components that the caller has made.
-        use_safetensors: as the caller has it.
-        ended: set when it is over.
+        use_safetensors: the caller's argument.
+        ended: set at the end.
     """
 
     device_map: Mapping[str, Any] | None
@@ -47,7 +47,7 @@ class _Pipeline:
     ended: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def of(self, component: str) -> Any:
-        """The device map of a component: what stands under its name, else under ``""``."""
+        """The device map of a component: the entry of its name, else of ``""``."""
         if self.device_map is None:
             return None
         own = {}
@@ -78,7 +78,7 @@ class _Pipeline:
 
     @property
     def main_device(self) -> torch.device | str:
-        """Where what is on the disk computes: the first GPU of the map, or the CPU."""
+        """The device for computation with weights on the disk: the map's first GPU, or the CPU."""
         for device in self._devices():
             if device is not None and device not in (*AUTOMATIC, "cpu", "disk"):
                 return parse_device(device)
@@ -122,7 +122,7 @@ def pipeline_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]
 
 
 def on_components(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The folder of the pipeline is there, and no component is loaded yet."""
+    """Called when the pipeline's folder exists and no component is loaded yet."""
 
     def _identify_model_variants(folder: Any, variant: Any, config: Mapping[str, Any]) -> Any:
         variants = original(folder, variant, config)
@@ -160,7 +160,7 @@ def load_sub_model(original: Callable[..., Any]) -> Callable[..., Any]:
         given = bound.arguments
         device_map = pipeline.of(given["name"])
         if isinstance(device_map, Mapping):
-            # diffusers removes the hooks of a component that has a device map, and knows no disk.
+            # diffusers removes the hooks of a component with a device map, and has no disk.
             simple = set(device_map) == {""} and device_map[""] not in ("cpu", "disk")
             device_map = dict(device_map) if simple else MappingProxyType(device_map)
         if pipeline.device_map is not None:
@@ -178,8 +178,8 @@ def load_sub_model(original: Callable[..., Any]) -> Callable[..., Any]:
 def _compute_on(
     component: Any, device_map: Mapping[str, Any], main_device: torch.device | str
 ) -> None:
-    """Hooks for a component without a GPU of its own, among others: on the CPU, what it is called
-    with comes there; on the disk, it computes on the main device."""
+    """Adds hooks to a component without its own GPU: on the CPU they move its inputs there; on the
+    disk it computes on the main device."""
     import torch
 
     devices = set(device_map.values())
@@ -207,7 +207,7 @@ def _compute_on(
 
 
 def _weights_of_hooks(module: torch.nn.Module) -> Any:
-    """accelerate's ``OffloadedWeightsLoader`` that its hooks read from.
+    """The ``OffloadedWeightsLoader`` of accelerate's hooks.
 
     Raises:
         ArgumentError: there are no hooks.
@@ -218,7 +218,7 @@ def _weights_of_hooks(module: torch.nn.Module) -> Any:
             weights = getattr(one, "weights_map", None)
             if weights is not None:
                 return getattr(weights, "dataset", weights)
-    # transformers, before 5.16 at the latest, dispatches only what is on two devices or more.
+    # transformers (before 5.16) dispatches only models on two or more devices.
     library = type(module).__module__.partition(".")[0]
     raise ArgumentError(
         f"{library} {getattr(sys.modules[library], '__version__', '')} leaves a "
@@ -228,7 +228,7 @@ def _weights_of_hooks(module: torch.nn.Module) -> Any:
 
 
 def _from_archive(given: Mapping[str, Any]) -> Any:
-    """A model of transformers, which has no way to its weights but a state dict."""
+    """A transformers model, which can only be loaded from a state dict."""
     archive = current_archive.get()
     if archive is None:
         return None

@@ -1,4 +1,4 @@
-"""The weights of a pipeline on their way into the page cache while its modules are built."""
+"""Reads the weights of a pipeline into the page cache while its modules are built."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["prefetch"]
 def prefetch(
     jobs: Sequence[tuple[Path, str | None]], use_safetensors: bool | None, ended: threading.Event
 ) -> None:
-    """Reads the weights of all components into the page cache, in the order in which they are
-    loaded: while modules are built, and between components, the disk would be idle."""
+    """Reads the weights of all components into the page cache, in their order of loading. Otherwise
+    the disk would be idle while modules are built and between components."""
     components: list[Checkpoint] = []
     for folder, variant in jobs:
-        with contextlib.suppress(WeightliftError):  # it has no weights, or broken ones
+        with contextlib.suppress(WeightliftError):  # no weights, or damaged ones
             found = resolve(folder, variant=variant, use_safetensors=use_safetensors)
             if found.format == "safetensors":
                 components.append(Checkpoint.from_files(found.files))

@@ -1,4 +1,4 @@
-"""A single file: tensors that are in it as the model has them are loaded from there."""
+"""Single files: loads unchanged tensors straight from the file."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ __all__ = ["SingleFile", "current_single_file", "from_single_file", "load_model_
 
 
 class SingleFile:
-    """A ``from_single_file`` that is under way. Its tensors are mappings of which nothing is read.
-    diffusers renames most of them, and makes new ones out of a few; of the former it is known
-    where in the file they are."""
+    """A running ``from_single_file``. Its tensors are mappings that are not read. diffusers renames
+    most of them and computes a few new ones; the places of the renamed ones in the file are
+    known."""
 
     def __init__(self) -> None:
         self.origins: dict[int, tuple[torch.Tensor, int, Checkpoint, str]] = {}
 
     def open(self, file: Any, original_call: Callable[[], Any]) -> Any:
-        """What diffusers would have of the file."""
+        """The state dict that diffusers expects."""
         if Path(file).suffix == ".safetensors":
             try:
                 opened = open_files([file])
@@ -66,7 +66,7 @@ class SingleFile:
                 self.origins[id(tensor)] = tensor, tensor._version, opened, name
 
     def origin(self, tensor: torch.Tensor) -> tuple[Checkpoint, str] | None:
-        """Where a tensor is that is as it was."""
+        """The place in the file of an unchanged tensor."""
         known = self.origins.get(id(tensor))
         if known is None or tensor._version != known[1]:
             return None
@@ -74,7 +74,7 @@ class SingleFile:
 
 
 def _mapped(opened: Checkpoint) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, none of which is read."""
+    """All tensors of a safetensors file, mapped but not read."""
     import torch
 
     (path,), (size,) = opened.paths, opened.file_sizes
@@ -91,7 +91,7 @@ def _mapped(opened: Checkpoint) -> dict[str, torch.Tensor]:
             data = data.clone()
         if stored == "F4":
             shape = (*shape[:-1], shape[-1] // 2)
-        # .data, for a version counter of its own: a change of one is none of the others.
+        # .data gives each tensor its own version counter.
         tensors[name] = data.view(dtype).reshape(shape).data
     return tensors
 
@@ -112,7 +112,7 @@ def from_single_file(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_model_dict_into_meta(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Tensors of a single file into a model: those that are in it as they are, from there."""
+    """Fills a model from a single file; unchanged tensors are loaded straight from the file."""
     signature = inspect.signature(original)
 
     def load(*args: Any, **kwargs: Any) -> Any:
@@ -127,9 +127,7 @@ def load_model_dict_into_meta(original: Callable[..., Any]) -> Callable[..., Any
         if single is None or not single.origins or device is None or rare:
             return original(*args, **kwargs)
         if given["hf_quantizer"] is not None:
-            raise FallbackToLibrary(
-                "quantized weights are made by diffusers' quantizers", warn=False
-            )
+            raise FallbackToLibrary("diffusers' quantizers make the quantized weights", warn=False)
         keep = frozenset(given["keep_in_fp32_modules"] or ())
         own = given["model"].state_dict()
         rest = {}

@@ -1,4 +1,4 @@
-"""``load_state_dict``: the tensors of a file, or names in their place."""
+"""``load_state_dict``: returns the tensors of a file, or names instead of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Pending", "load_state_dict"]
 
 
 class _Name(str):
-    """Stands for a tensor in a state dict: its name in the file."""
+    """A tensor's name in the file, in place of the tensor in a state dict."""
 
 
 class Pending(dict[str, _Name]):
@@ -32,7 +32,7 @@ class Pending(dict[str, _Name]):
 
     @property
     def renamed(self) -> dict[str, str] | None:
-        """The name in the file -> the key, where diffusers has renamed any."""
+        """Name in the file -> key; ``None`` if diffusers has renamed nothing."""
         if all(key == name for key, name in self.items()):
             return None
         return {name: key for key, name in self.items()}
@@ -46,7 +46,7 @@ class Pending(dict[str, _Name]):
 
 
 def load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The tensors of a file, read by the engine; names in their place for ``from_pretrained``."""
+    """Reads the tensors of a file with the engine; for ``from_pretrained`` returns their names."""
     signature = inspect.signature(original)
 
     def load_state_dict(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""``_load_pretrained_model``: all weights of a model to where they belong, at once."""
+"""``_load_pretrained_model``: loads all weights of a model by one plan."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _Load:
         self._given = bound.arguments
 
     def run(self) -> Any:
-        """Places all weights, or leaves that to diffusers; returns what diffusers returns."""
+        """Places all weights, or lets diffusers do it; returns diffusers' result."""
         pending = self._given["state_dict"]
         if pending is not None and not isinstance(pending, Pending):
             return self._by_diffusers()
@@ -66,10 +66,10 @@ class _Load:
         elif self._call is not None and self._call.checkpoint is not None:
             opened = self._call.checkpoint
         else:
-            return self._by_diffusers()  # a broken shard: diffusers meets it, or takes it
+            return self._by_diffusers()  # a damaged shard: diffusers raises, or loads it
         fit = _Fit.of(self._given, opened)
         if not fit.by_engine:
-            # Tensors from the engine, placed by diffusers; of shards, `_load_shard_file` asks.
+            # diffusers places tensors from the engine; `_load_shard_file` requests those of shards.
             if pending is None:
                 return self._by_diffusers()
             return self._by_diffusers(
@@ -82,11 +82,11 @@ class _Load:
 
     def _reason_for_fallback(self) -> str | None:
         if self._given["hf_quantizer"] is not None:
-            return "quantized weights are made by diffusers' quantizers"
+            return "diffusers' quantizers make the quantized weights"
         if self._given.get("tp_shard_specs") is not None:
-            return "tensor parallel shards are read by diffusers"
+            return "diffusers reads tensor parallel shards"
         if self._given.get("dduf_entries"):
-            return "DDUF entries are read by diffusers"
+            return "diffusers reads DDUF entries"
         if self._call is None and "disk" in (self._given["device_map"] or {}).values():
             return "offload to the disk outside of from_pretrained"
         if self._given["device_map"] and not _covers(
@@ -101,8 +101,8 @@ class _Load:
         return self._original(*self._bound.args, **self._bound.kwargs)
 
     def _report(self, fit: _Fit) -> Any:
-        """diffusers' keys, warnings and errors: it compares names and shapes with what does not
-        fit, and places nothing."""
+        """Lets diffusers report keys, warnings and errors, with the mismatches and nothing to
+        place."""
         self._given.update(
             state_dict=fit.mismatched,
             device_map=None,
@@ -112,8 +112,8 @@ class _Load:
         return self._original(*self._bound.args, **self._bound.kwargs)
 
     def _models_dtype_on(self) -> frozenset[str]:
-        """Devices on which diffusers' tensors take the dtype that the model was built in: those
-        that it carries to the disk, and those of the CPU that it carries there and back."""
+        """Devices on which diffusers' tensors get the dtype of the built model: the disk, and the
+        CPU if the tensors go to the disk and back."""
         if "disk" not in (self._given["device_map"] or {}).values():
             return frozenset()
         back = self._given["offload_state_dict"] is not False
@@ -150,12 +150,12 @@ class _Load:
 
 @dataclasses.dataclass
 class _Fit:
-    """How a checkpoint goes with a model.
+    """The comparison of a checkpoint with a model.
 
     Attributes:
-        by_engine: whether the engine can place all of it as diffusers would.
+        by_engine: whether the engine can place all tensors as diffusers would.
         mismatched: tensors of another shape than the model's, without data.
-        mode: of the load.
+        mode: the mode of the load.
     """
 
     by_engine: bool
@@ -191,14 +191,14 @@ class _Fit:
 
 
 def _may_go_on(given: Mapping[str, Any]) -> bool:
-    """Whether the load may go on when ``from_pretrained`` has returned."""
+    """Whether the load may continue after ``from_pretrained`` returns."""
     if not early_return.is_wanted(NAME) or given["device_map"]:
         return False
     return all(parameter.is_meta for parameter in given["model"].parameters())
 
 
 def _covers(device_map: Mapping[str, Any], model: torch.nn.Module) -> bool:
-    """Whether every tensor has a device. diffusers says of which there is none, or does without."""
+    """Whether every tensor has a device. Otherwise diffusers raises its own error or skips it."""
     if "" in device_map:
         return True
     names = itertools.chain(model.named_parameters(), model.named_buffers())
@@ -210,7 +210,7 @@ def _covers(device_map: Mapping[str, Any], model: torch.nn.Module) -> bool:
 
 
 def _known_prefixes(model: torch.nn.Module, device_map: Mapping[str, Any]) -> dict[str, Any]:
-    """The map without what the model does not have, which diffusers passes over in silence."""
+    """The map without unknown modules, which diffusers ignores silently."""
     names = {"", *(name for name, _ in model.named_modules(remove_duplicate=False))}
     names.update(name for name, _ in model.named_parameters(remove_duplicate=False))
     names.update(name for name, _ in model.named_buffers(remove_duplicate=False))
@@ -218,8 +218,7 @@ def _known_prefixes(model: torch.nn.Module, device_map: Mapping[str, Any]) -> di
 
 
 def dispatch_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """With the places of the weights on the disk in the checkpoint's files: nothing was written to
-    the offload folder."""
+    """Uses the checkpoint's files for weights on the disk: the offload folder is empty."""
 
     def dispatch_model(model: Any, device_map: Any, *args: Any, **kwargs: Any) -> Any:
         call, given = current_call.get(), device_map

@@ -1,4 +1,4 @@
-"""SGLang: its default loader reads through the engine where ``WEIGHTLIFT_SGLANG`` asks for it."""
+"""SGLang: its default loader reads through the engine if ``WEIGHTLIFT_SGLANG`` is set."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ class _IteratorOptions(TypedDict, total=False):
     startup_prefetch_active: bool
 
 
-# Of a load that is recorded in this context.
+# The reader and the recorder of a recorded load in this context.
 _recording: ContextVar[tuple[FilesReader, Recorder] | None] = ContextVar(
     "weightlift_sglang_recording", default=None
 )
 
 
 def register() -> None:
-    """The entry point of the group ``sglang.srt.plugins``. SGLang's list of load formats is closed,
-    so the environment says whether the default loader is to read through the engine:
-    ``WEIGHTLIFT_SGLANG=slices`` or ``whole``. Without it nothing is hooked."""
+    """The entry point of the group ``sglang.srt.plugins``. SGLang has a fixed list of load formats,
+    so an environment variable selects the engine: ``WEIGHTLIFT_SGLANG=slices`` or ``whole``.
+    Without it nothing is hooked."""
     way = os.environ.get("WEIGHTLIFT_SGLANG", "")
     if not way:
         return
     if way not in _WAYS:
-        _log.warning("WEIGHTLIFT_SGLANG is %r; it can be 'slices' or 'whole': not used", way)
+        _log.warning("WEIGHTLIFT_SGLANG is %r and ignored; it can be 'slices' or 'whole'", way)
         return
     try:
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -63,14 +63,14 @@ def register() -> None:
             HookRegistry.register(f"{_LOADER}.load_weights_only", _load, HookType.AROUND)
     except (ImportError, AttributeError, TypeError) as error:
         _log.warning(
-            "this version of SGLang has no hooks that are known (%s: %s): its own loader serves",
+            "this version of SGLang has unknown hooks (%s: %s), so its own loader is used",
             type(error).__name__,
             error,
         )
 
 
 def _load(original: Callable[..., Any], model: Any, weights: Any, target_device: Any) -> Any:
-    """Around ``load_weights_only``: the model's own loading, recorded."""
+    """Replaces ``load_weights_only``: records the model's own loading."""
     from weightlift.backends.serving_files import (
         AHEAD_BYTES,
         FilesReader,
@@ -108,14 +108,14 @@ def _iterate(
     source: Any,
     **options: Unpack[_IteratorOptions],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Around ``_get_weights_iterator``."""
+    """Replaces ``_get_weights_iterator``."""
     from weightlift.backends.serving_files import FilesReader, weights_of
     from weightlift.load.options import LoadOptions
 
     unknown = sorted(options.keys() - _IteratorOptions.__annotations__.keys())
     if unknown:
         _log.warning(
-            "weightlift does not know %s of this version of SGLang's loader: its own serves",
+            "weightlift does not support %s of this SGLang's loader: SGLang's own loader is used",
             ", ".join(unknown),
         )
         return original(loader, source, **options)
@@ -134,7 +134,7 @@ def _iterate(
 
 
 def _files(loader: Any, source: Any, resolved: _ResolvedSource | None) -> list[str] | None:
-    """The safetensors files of a source; ``None`` where it has others."""
+    """The safetensors files of a source; ``None`` if it has other files."""
     if resolved is not None:
         return list(resolved.weight_files) if resolved.use_safetensors else None
     folder, files, use_safetensors = loader._prepare_weights(

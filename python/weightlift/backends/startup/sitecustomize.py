@@ -1,7 +1,7 @@
 """Executed by Python at its start in children of a process with backends on.
 
 ``weightlift.backends.children`` puts this folder on their ``PYTHONPATH``. weightlift is imported
-when one of the libraries is; the user's own ``sitecustomize`` is executed as without this one.
+with the first library; the user's own ``sitecustomize`` runs too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Enabler(MetaPathFinder):
         if fullname not in self._libraries or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
-        with contextlib.suppress(ModuleNotFoundError):  # another Python, which has none
+        with contextlib.suppress(ModuleNotFoundError):  # another Python without weightlift
             import weightlift.backends  # noqa: F401
         return importlib.util.find_spec(fullname)
 
@@ -37,7 +37,7 @@ def _run_user_sitecustomize() -> None:
     sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != here]
     spec = PathFinder.find_spec("sitecustomize")
     if spec is None or spec.loader is None:
-        # As site.py expects it where there is none.
+        # The error that site.py expects if there is no sitecustomize.
         raise ModuleNotFoundError("No module named 'sitecustomize'", name="sitecustomize")
     module = importlib.util.module_from_spec(spec)
     sys.modules["sitecustomize"] = module

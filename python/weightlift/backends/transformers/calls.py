@@ -1,4 +1,4 @@
-"""The calls of transformers that are replaced, and where each load is decided."""
+"""The replaced calls of transformers, and the decision about each load."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = [
 
 _log = logging.getLogger("weightlift")
 
-# Whether this thread is in a load that reserves its device memory itself.
+# Whether this thread runs a load that reserves its own device memory.
 _reserves: ContextVar[bool] = ContextVar("weightlift_transformers_reserves", default=False)
 
 
@@ -107,7 +107,7 @@ def _is_sharded(model: Any) -> bool:
 def _load_shards(
     original: Callable[..., Any], model: Any, files: Sequence[str], config: Any, *rest: Any
 ) -> Any:
-    """The same where each rank takes parts of the tensors: what fails on one fails on all."""
+    """The same if each rank uses parts of the tensors: an error on one rank is raised on all."""
     from weightlift.distributed.collective import collective_load
 
     with collective_load(model) as met:
@@ -119,7 +119,9 @@ def _load_shards(
         state = {name: str(tensor.dtype) for name, tensor in model.state_dict().items()}
         if met.begin(checkpoint, failed, state):
             if checkpoint is None:
-                raise WeightliftError("the ranks go on with a checkpoint that is not open here")
+                raise WeightliftError(
+                    "this rank could not open the checkpoint that the other ranks load"
+                )
             if "not_tensors" in checkpoint.metadata:
                 return original(model, None, files, config, *rest)
             disable_mmap = getattr(config, "disable_mmap", None)
@@ -140,8 +142,8 @@ def _load_shards(
 
 
 def _guess(weights: Weights, model: Any, config: Any) -> Batch:
-    """Where the library will take tensors to, as far as that is plain: it sees to the rest itself,
-    as to what is guessed wrong. What it will not ask for is left out."""
+    """A prediction of the tensors' destinations; the library handles all others and wrong
+    predictions itself. Tensors that it will not request are left out."""
     import torch
 
     expand_device_map = importlib.import_module(

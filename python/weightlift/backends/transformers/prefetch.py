@@ -1,9 +1,9 @@
-"""The part of a load that begins while transformers prepares the rest.
+"""Starts a part of a load while transformers prepares the rest.
 
-Between the construction of a model and the walk over its tensors the library compiles the renamings
-of all architectures that it has. Tensors that are in the model under the names that they have in
-the files need none of that: they are on their way meanwhile, and the walk finds them. What was
-begun and the walk does not ask for in this way is let go.
+Between the construction of a model and the walk over its tensors, the library compiles the
+renamings of all its architectures. Tensors with the same names in the model and in the files need
+no renaming: they load meanwhile, and the walk finds them. Tensors that the walk does not request
+are dropped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["begin", "begun", "found", "watching"]
 
-# With which the library cuts tensors, or makes others of them.
+# Options with which the library cuts or converts tensors.
 _NOT_PREFETCHED = (
     "device_mesh",
     "distributed_config",
@@ -41,12 +41,12 @@ _NOT_PREFETCHED = (
 
 @dataclasses.dataclass
 class _Call:
-    """A ``from_pretrained`` that runs.
+    """A running ``from_pretrained``.
 
     Attributes:
         options: its keyword arguments.
-        files: of the checkpoint, once they are found.
-        weights: of which a load has begun.
+        files: the files of the checkpoint, once found.
+        weights: the weights of the started load.
     """
 
     options: Mapping[str, Any]
@@ -59,7 +59,7 @@ _current: ContextVar[_Call | None] = ContextVar("weightlift_transformers_call", 
 
 @contextlib.contextmanager
 def watching(options: Mapping[str, Any]) -> Iterator[None]:
-    """Around a ``from_pretrained``: what it leaves begun ends here."""
+    """Surrounds a ``from_pretrained``: ends loads that it leaves unfinished."""
     call = _Call(options)
     token = _current.set(call)
     try:
@@ -71,19 +71,19 @@ def watching(options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def found(files: Sequence[str] | None) -> None:
-    """Says what the files of the checkpoint are."""
+    """Stores the files of the checkpoint."""
     call = _current.get()
     if call is not None:
         call.files = files
 
 
 def begin(model: Any, key_mapping: Any, hf_quantizer: Any) -> None:
-    """Starts to load what goes to a model as it is; the model is on ``meta``."""
+    """Starts the load of tensors that need no renaming; the model is on ``meta``."""
     call = _current.get()
     if call is None or not call.files or call.weights is not None or compat.is_foreign():
         return
     if early_return.is_wanted(CALLER):
-        return  # what comes first is not known before the walk
+        return  # the order is unknown before the walk
     if key_mapping or hf_quantizer is not None:
         return
     if any(call.options.get(name) is not None for name in _NOT_PREFETCHED):
@@ -96,9 +96,9 @@ def begin(model: Any, key_mapping: Any, hf_quantizer: Any) -> None:
         return
     try:
         weights = _start(model, call, call.files, device)
-    except WeightliftError:  # the load itself meets the same, and says so
+    except WeightliftError:  # the load itself raises it again
         return
-    # Now rather than before: reading the library's source takes longer than to start.
+    # After the start: reading the library's source takes longer.
     if weights is not None and not compat.is_walked(config):
         weights.close()
         weights = None
@@ -106,7 +106,7 @@ def begin(model: Any, key_mapping: Any, hf_quantizer: Any) -> None:
 
 
 def begun(files: Sequence[str]) -> Weights | None:
-    """What has begun of a load of these files."""
+    """The started load of these files."""
     call = _current.get()
     if call is None or call.weights is None or call.files != files:
         return None
@@ -115,11 +115,11 @@ def begun(files: Sequence[str]) -> Weights | None:
 
 
 def _device(device_map: Any) -> torch.device | None:
-    """The one device that the map sends everything to."""
+    """The only device of the map."""
     import torch
 
     if device_map is None:
-        # Where the library finds another default, that is its device map.
+        # The library uses another default device as its device map.
         default = torch.get_default_device()
         return default if default.type == "cpu" else None
     with contextlib.suppress(WeightliftError, AttributeError, TypeError, ValueError):

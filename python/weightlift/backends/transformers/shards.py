@@ -1,8 +1,7 @@
-"""Which part of a tensor of the checkpoint a rank reads, where transformers cuts the model itself:
-tensor parallel, expert parallel and FSDP.
+"""The part of a tensor that a rank reads if transformers cuts the model: tensor parallel, expert
+parallel and FSDP.
 
-What is cut how is asked of the library: its own sharding operation is run over a tensor on ``meta``
-that notes which slices are taken of it.
+The library's own sharding operation runs over a tensor on ``meta`` that records its slices.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ class Cut:
     """A part of a tensor.
 
     Attributes:
-        pieces: what is read, one behind the other along ``dimension``; ``None``: all of it.
-        dimension: of the tensor.
-        shape: of the part.
+        pieces: the slices to read, concatenated along ``dimension``; ``None``: the whole tensor.
+        dimension: the dimension of the cut.
+        shape: the shape of the part.
     """
 
     pieces: tuple[Sequence[SliceRange], ...] | None
@@ -37,7 +36,7 @@ class Cut:
 
 
 class _Noted:
-    """Stands in for a tensor of this shape, and keeps the slices that are taken of it."""
+    """Replaces a tensor of this shape, and records its slices."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         self._shape = tuple(shape)
@@ -52,7 +51,7 @@ class _Noted:
         given = (slice(None),) * len(self._shape) if index is Ellipsis else index
         bounds = [
             part.indices(extent) for part, extent in zip(given, self._shape, strict=True)
-        ]  # fails for whatever is not a slice
+        ]  # raises for other indices than slices
         self.taken.append([(begin, 1, max(end - begin, 0)) for begin, end, _ in bounds])
         return torch.empty(self._shape, device="meta")[index]
 
@@ -72,7 +71,7 @@ def cutter(
         return None
     operation = core.DtensorShardOperation(parameter)
     steps = () if converter is None else converter.operations
-    # From 5.21 on the operation itself tells whether the number means an expert.
+    # From 5.21 on the operation says itself whether the number is that of an expert.
     counts = hasattr(operation, "_axis0_size") or any(
         isinstance(step, core.MergeModulelist) for step in steps
     )

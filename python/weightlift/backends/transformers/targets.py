@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint become which of a model."""
+"""Maps the tensors of a checkpoint to those of a model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Target", "find_targets"]
 
 @dataclasses.dataclass(slots=True)
 class Target:
-    """A tensor of the model, the first of those that a converter makes, and what becomes it.
+    """A tensor of the model (the first one that a converter makes), and its sources.
 
     Attributes:
-        converter: the library's; ``None`` where the tensor is taken as it is.
+        converter: the library's converter; ``None`` if the tensor is unchanged.
         sources: (pattern of the converter, name in the checkpoint), in the order of the walk.
-        cuts: of a DTensor, the part of each source that this rank takes, by name; ``None``: none.
-        device: as the device map has it.
-        value: where it is there already: the tensor, or by name what the converter made of them.
+        cuts: for a DTensor, name -> this rank's part of each source; ``None``: not cut.
+        device: its device by the device map.
+        value: the finished tensor, or name -> tensor made by the converter.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Target:
 
     @property
     def keys(self) -> list[str]:
-        """The sources that this rank takes something of."""
+        """The sources that this rank reads from."""
         cuts = self.cuts
         return [key for _, key in self.sources if cuts is None or cuts[key] is not None]
 
@@ -45,7 +45,7 @@ class Target:
 def find_targets(
     core: Any, model: Any, weights: Weights, state: Mapping[str, Any], config: Any, info: Any
 ) -> list[Target]:
-    """Which tensors of the checkpoint become which of the model; what becomes none is noted."""
+    """Maps the checkpoint's tensors to the model's, and records those without a target."""
     mapping = config.weight_mapping or []
     renamings = [entry for entry in mapping if isinstance(entry, core.WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, core.WeightConverter)]

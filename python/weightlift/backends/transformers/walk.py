@@ -1,11 +1,11 @@
-"""From the tensors of a checkpoint to the parameters of a transformers model, in one plan.
+"""Fills the parameters of a transformers model from a checkpoint by one plan.
 
-What ``transformers.core_model_loading.convert_and_load_state_dict_in_model`` does tensor by tensor,
-with a regex, a future and a conversion object for each, is done here for all of them at once: the
-library's own functions say what each tensor is called in the model and who converts it, then one
-``LoadPlan`` brings every tensor to its device and dtype. Tensors that the library only stacks or
-concatenates (the experts of a mixture) are written straight to their place in the result; other
-conversions are the library's, on tensors that arrive a few at a time.
+``transformers.core_model_loading.convert_and_load_state_dict_in_model`` works tensor by tensor,
+with a regex, a future and a conversion object for each. Here the library's own functions give the
+name and the converter of each tensor, then one ``LoadPlan`` loads all tensors to their devices and
+dtypes. Tensors that the library only stacks or concatenates (the experts of a mixture) are written
+straight to their place in the result; the library does all other conversions, on a few tensors at a
+time.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 __all__ = ["walk_tensors"]
 
-# Bytes of what the library converts that are in memory besides the model: two of these.
+# Bytes of one wave of tensors for the library's conversions; two waves are in memory at a time.
 _WAVE_BYTES = 256 << 20
-# Where our own hook on registrations is from.
+# The module of weightlift's own registration hook.
 _BUILD_CONTEXT = "weightlift.models.build_context"
 
 
@@ -51,7 +51,7 @@ def walk_tensors(
     """``convert_and_load_state_dict_in_model``, without a quantizer and on whole tensors.
 
     Raises:
-        LoadFailed: before anything was changed in the model.
+        LoadFailed: the load failed before the model was changed.
     """
     import torch
 
@@ -70,7 +70,7 @@ def walk_tensors(
     with tqdm(total=len(targets), desc="Loading weights") as bar:
         show = _Bar(bar, len(targets))
         fill = _Fill(core, model, weights, state, config, info, disk_offload_index, show)
-        # The library makes tensors in threads of its own, where the caller's mode does not hold.
+        # The library makes tensors in its own threads, which do not have the caller's mode.
         with torch.inference_mode(False):
             fill.run(targets)
         show(1, 1)
@@ -80,7 +80,7 @@ def walk_tensors(
 
 
 class _Bar:
-    """Of bytes done and in all, shown by the library's progress bar, which counts tensors."""
+    """Shows bytes done and total in the library's progress bar, which counts tensors."""
 
     def __init__(self, bar: Any, count: int) -> None:
         self._bar, self._count = bar, count
@@ -119,7 +119,7 @@ class _Fill:
         self._is_watched = _is_watched()
         self._modules: dict[str, torch.nn.Module] = {}
         self._find_modules(model, "")
-        # What comes when the call has returned, by name.
+        # Tensors that arrive after the call has returned, by name.
         self._later: dict[str, ParameterRef] = {}
 
     def run(self, targets: Sequence[Target]) -> None:
@@ -137,7 +137,7 @@ class _Fill:
             raise LoadFailed(error) from error
         for target in targets:
             if target.name in mismatched:
-                # In the order of the library's walk, which its report of a set shows.
+                # In the order of the library's walk, which its report shows.
                 self._info.missing_keys.discard(target.name)
                 self._info.mismatched_keys.add(mismatched[target.name])
                 continue
@@ -157,7 +157,7 @@ class _Fill:
             target.value = None
 
     def _mismatch(self, target: Target) -> tuple[str, Any, Any] | None:
-        """(name, shape, the model's shape) of a tensor that is taken as it is, if they differ."""
+        """(name, shape, the model's shape) of an unchanged tensor, if the shapes differ."""
         if target.converter is not None or self._goes_to_disk(target.name, target.device):
             return None
         key = target.sources[0][1]
@@ -165,7 +165,7 @@ class _Fill:
         expected = self._state[target.name].shape
         if (cut := target.cut(key)) is not None:
             shape, expected = cut.shape, self._state[target.name]._local_tensor.shape
-        if own == "F4":  # two numbers are one element of torch's dtype
+        if own == "F4":  # an element of torch's dtype holds two numbers
             shape = (*shape[:-1], shape[-1] // 2)
         return None if shape == expected else (target.name, type(expected)(shape), expected)
 
@@ -173,7 +173,7 @@ class _Fill:
         return bool(device == "disk" and name not in self._buffers)
 
     def _load(self, targets: Sequence[Target]) -> None:
-        """Brings in all that does not stay on the disk, and has it converted."""
+        """Loads all tensors that do not stay on the disk, and converts them."""
         batch = Batch(self._weights, self._bar)
         merged: list[tuple[Target, Layout]] = []
         left: list[Target] = []
@@ -205,7 +205,7 @@ class _Fill:
 
         try:
             batch.start()
-            # While that runs; and each wave is read while the one before it is converted.
+            # Each wave is read while the one before it is converted.
             waves = list(self._waves(left))
             following = [start_batch(wave) for wave in waves[:1]]
             for number, wave in enumerate(waves):
@@ -224,7 +224,7 @@ class _Fill:
             target.value = tensors[target.sources[0][1]]
 
     def _to(self, target: Target) -> torch.device:
-        """Where its sources go."""
+        """The device of its sources."""
         forced = target.cuts is None and getattr(target.converter, "force_cpu", False)
         on_host = target.device == "disk" or forced
         return parse_device("cpu" if on_host else target.device)
@@ -232,8 +232,8 @@ class _Fill:
     # --- What goes on when the call has returned
 
     def _may_come_later(self, target: Target) -> ParameterRef | None:
-        """Where a tensor is taken to by the engine alone, and its place is on ``meta`` as the
-        library made it."""
+        """The reference to a tensor that only the engine fills and that is still the library's
+        tensor on ``meta``; ``None`` for others."""
         if not early_return.is_wanted(CALLER) or target.cuts is not None or self._is_watched:
             return None
         if len(set(self._device_map.values())) > 1 or self._on_disk:
@@ -272,7 +272,7 @@ class _Fill:
         hold_back(started, self._model, LoadOptions(caller=CALLER))
 
     def _mark(self, target: Target) -> None:
-        """Tells the library that a tensor is there, which will be."""
+        """Marks a future tensor as loaded for the library."""
         self._later[target.name].tensor._is_hf_initialized = True  # type: ignore[attr-defined]
         self._info.missing_keys.discard(target.name)
 
@@ -337,7 +337,7 @@ class _Fill:
     def _convert(self, target: Target, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         converter = copy.deepcopy(target.converter)
         for pattern, key in target.sources:
-            # A function, as the library's own: of what it is not given, it takes out the None.
+            # A function, as the library passes it, which removes a None result.
             tensor = tensors[key] if target.cuts is None else functools.partial(tensors.get, key)
             converter.add_tensor(target.name, key, pattern, tensor)
         try:
@@ -382,7 +382,7 @@ class _Fill:
         )
 
     def _place(self, target: Target) -> None:
-        """Sets a tensor that is taken as it is, as ``set_param_for_module`` does."""
+        """Sets an unchanged tensor, as ``set_param_for_module`` does."""
         import torch
 
         name, value = target.name, target.value
@@ -413,7 +413,7 @@ class _Fill:
 
 
 def _sets_plainly(module: torch.nn.Module) -> bool:
-    """Whether setting a parameter that is there does no more than to replace it."""
+    """Whether setting an existing parameter only replaces it."""
     from torch.nn import Module
 
     return type(module).__setattr__ is Module.__setattr__
@@ -442,7 +442,7 @@ def _is_watched() -> bool:
 
 
 def _dtypes(core: Any, state: Mapping[str, Any], config: Any) -> Callable[[str], torch.dtype]:
-    """The dtype of each tensor of the model: of the plan where it names it, else its own."""
+    """The dtype of each tensor of the model: from the plan if listed there, else its own."""
     plan = config.dtype_plan or {}
     if not plan:
         return lambda name: state[name].dtype

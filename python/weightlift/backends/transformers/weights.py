@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint as transformers takes them, and the loads that bring them."""
+"""The tensors of a checkpoint in transformers' interface, and their loads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CALLER = "transformers"
 
 
 class LoadFailed(Exception):
-    """The engine failed before any tensor was placed: the library can still load all of it."""
+    """The engine failed before any tensor was placed: the library can still load all tensors."""
 
     def __init__(self, error: WeightliftError) -> None:
         super().__init__(str(error))
@@ -38,13 +38,13 @@ class LoadFailed(Exception):
 
 
 class Weights(Mapping[str, "Slice"]):
-    """The tensors of a checkpoint, as the library takes them: name -> what can be sliced.
+    """The tensors of a checkpoint in the library's interface: name -> slice object.
 
     Attributes:
-        checkpoint: where they are.
+        checkpoint: the checkpoint.
         headers: name -> (the file's dtype, shape).
-        report: of all loads so far.
-        prefetched: what is on its way already.
+        report: the report of all loads so far.
+        prefetched: the load that already runs.
     """
 
     def __init__(self, checkpoint: Checkpoint, mode: Mode) -> None:
@@ -81,28 +81,28 @@ class Weights(Mapping[str, "Slice"]):
         )
 
     def start(self, batch: Batch) -> None:
-        """Begins the load that the slices are from."""
+        """Starts the load of the slices."""
         batch.start()
         self._batch = batch
 
     def prefetch(self, batch: Batch) -> None:
-        """Begins a load before it is known what will be asked for."""
+        """Starts a load before the library's requests are known."""
         batch.start()
         self.prefetched = Prefetched(batch)
 
     def drop_prefetched(self) -> None:
-        """Lets go of what nobody has claimed."""
+        """Drops unclaimed tensors."""
         self.prefetched.cancel()
         self.prefetched = Prefetched(None)
 
     def tensor(self, name: str) -> torch.Tensor:
-        # The library's threads ask, all at once.
+        # The library's threads call this concurrently.
         with self._lock:
             if self._batch is not None:
                 batch, self._batch = self._batch, None
                 self._tensors = batch.result()
             tensor = self._tensors.get(name)
-            if tensor is None:  # not expected to be asked for
+            if tensor is None:  # not predicted
                 batch = Batch(self)
                 batch.add(name, parse_device("cpu"), None)
                 batch.start()
@@ -110,7 +110,7 @@ class Weights(Mapping[str, "Slice"]):
         return tensor
 
     def close(self) -> None:
-        """Ends what was begun and nobody asked for."""
+        """Ends started loads that were not requested."""
         with self._lock:
             if self._batch is not None:
                 self._batch.cancel()
@@ -119,10 +119,10 @@ class Weights(Mapping[str, "Slice"]):
 
 
 class Prefetched:
-    """A load that began before it was known what would be asked for.
+    """A load that started before the library's requests were known.
 
-    Each tensor is claimed by one who then takes it, once. Nothing may have begun, or nothing of
-    what is wanted: then nothing can be claimed.
+    A caller claims a tensor and then takes it, once. Without a matching load nothing can be
+    claimed.
 
     Args:
         batch: the load, started.
@@ -135,7 +135,8 @@ class Prefetched:
         self._error: WeightliftError | None = None
 
     def claim(self, name: str, device: torch.device, cast: str | None) -> bool:
-        """Whether a tensor is on its way to where it is wanted; it is the caller's from then on."""
+        """Claims a tensor for the caller; ``False`` if it does not arrive on this device in this
+        dtype."""
         if self._batch is None or name in self._claimed:
             return False
         if not self._batch.brings(name, device, cast):
@@ -144,10 +145,10 @@ class Prefetched:
         return True
 
     def take(self, names: Sequence[str], progress: Progress | None) -> dict[str, torch.Tensor]:
-        """Waits for tensors that were claimed.
+        """Waits for claimed tensors.
 
         Raises:
-            WeightliftError: the load failed, or was cancelled: the same for all who claimed.
+            WeightliftError: the load failed or was cancelled; the same error for all callers.
         """
         if self._error is not None:
             raise self._error
@@ -162,12 +163,12 @@ class Prefetched:
 
     def _wait(self, progress: Progress | None) -> dict[str, torch.Tensor]:
         if self._batch is None:
-            raise WeightliftError("the load that had begun was cancelled")
+            raise WeightliftError("the prefetched load was cancelled")
         self._batch.show(progress)
         return self._batch.result()
 
     def cancel(self) -> None:
-        """Ends it; what was taken stays."""
+        """Ends the load; taken tensors stay valid."""
         if self._batch is not None:
             self._batch.cancel()
         self._batch, self._arrived = None, None
@@ -250,7 +251,7 @@ class Batch:
         target: torch.Tensor,
         ranges: Sequence[SliceRange] | None,
     ) -> None:
-        """Adds a tensor, or a part of it, that is written to another."""
+        """Adds a tensor, or a part of it, with a target tensor."""
         into = _Into(name, target, ranges)
         self._into.setdefault((device, ranges is not None), []).append(into)
 
@@ -274,16 +275,16 @@ class Batch:
         self._running = plan.start()
 
     def brings(self, name: str, device: torch.device, cast: str | None) -> bool:
-        """Whether this is where the batch takes a tensor to; it was started."""
+        """Whether the started batch loads a tensor to this device in this dtype."""
         return name in self._groups.get((device, cast), ())
 
     def show(self, progress: Progress | None) -> None:
-        """Tells this, from now on, how far the load is; it was started."""
+        """From now on calls ``progress`` with the progress of the started load."""
         if progress is not None and self._running is not None:
             self._running.show(progress)
 
     def result(self) -> dict[str, torch.Tensor]:
-        """Waits: name -> tensor."""
+        """Waits for the end and returns name -> tensor."""
         import torch
 
         tensors: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""vLLM: ``vllm serve MODEL --load-format weightlift``, wherever weightlift is installed."""
+"""vLLM: ``vllm serve MODEL --load-format weightlift``."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _log = logging.getLogger("weightlift")
 
 
 def register() -> None:
-    """The entry point of the group ``vllm.general_plugins``: makes the load format known in this
-    process, any number of times. vLLM's loaders take seconds to import and not every process needs
-    them, so they are waited for."""
+    """The entry point of the group ``vllm.general_plugins``: registers the load format in this
+    process; repeated calls have no effect. It waits for the import of vLLM's loaders, which takes
+    seconds and is not needed in every process."""
     if _LOADERS in sys.modules:
         _register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
@@ -35,7 +35,9 @@ def _register() -> None:
     loaders = importlib.import_module(_LOADERS)
     known = getattr(loaders, "_LOAD_FORMAT_TO_MODEL_LOADER", None)
     if not isinstance(known, dict):
-        _log.warning("this version of vLLM takes no load format of ours: use --load-format auto")
+        _log.warning(
+            "this version of vLLM accepts no additional load format: use --load-format auto"
+        )
         return
     if LOAD_FORMAT in known:
         return
@@ -48,11 +50,11 @@ def _register() -> None:
 
 
 def _stock(loaders: ModuleType, why: str, load_config: Any) -> Any:
-    """The loader that ``--load-format auto`` has."""
+    """The loader of ``--load-format auto``."""
     from weightlift.backends.serving_files import OWN_KEYS
 
     _log.warning(
-        "weightlift does not know the loaders of this version of vLLM (%s): vLLM's own serves", why
+        "weightlift does not support the loaders of this vLLM (%s): vLLM's own loader is used", why
     )
     config = copy.copy(load_config)
     config.load_format = "auto"

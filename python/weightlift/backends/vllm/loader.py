@@ -1,4 +1,4 @@
-"""The loader that vLLM runs in each of its workers."""
+"""The loader for vLLM's workers."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ from weightlift.module.recording.replay import Taken
 
 __all__ = ["WeightliftModelLoader"]
 
-# As a logger of vLLM's, which shows no others.
+# A logger of vLLM, which shows only its own loggers.
 _log = init_logger("vllm.weightlift")
 
 _OPTIONS = LoadOptions(caller="vllm")
 for _method, _count in (("_prepare_weights", 6), ("track_weights_loading", 4)):
     if len(inspect.signature(getattr(DefaultModelLoader, _method)).parameters) != _count:
         raise ImportError(f"DefaultModelLoader.{_method} takes other arguments")
-# What each model's own loading took of the tensors, for when it is loaded again.
+# Model -> the parts of tensors that its own loading used, for reloads.
 _taken_by: WeakKeyDictionary[torch.nn.Module, Taken] = WeakKeyDictionary()
 
 
 class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
-    """Reads what each rank's parameters take of each tensor, straight to their place.
+    """Reads the slices of each tensor that the rank's parameters need, straight to their place.
 
-    ``--model-loader-extra-config`` may say ``{"slices": false}``, which hands the model whole
-    tensors that are read ahead; ``{"share": true}``, by which what all ranks of a node take whole
-    is read by one of them each; and ``{"check": true}``, which loads both ways and compares.
+    Options in ``--model-loader-extra-config``: ``{"slices": false}`` gives the model whole tensors
+    that are read ahead; ``{"share": true}`` lets one rank of a node read each tensor that all its
+    ranks need whole; ``{"check": true}`` loads both ways and compares.
     """
 
     counter_before_loading_weights: float
@@ -118,7 +118,7 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
                 super().load_weights(model, model_config)
         except Exception as error:
             if group is not None:
-                group.gather(group.groups, error)  # the others are not to wait for this one
+                group.gather(group.groups, error)  # so that the other ranks do not wait
             raise
         finally:
             self._recorder = None
@@ -145,7 +145,7 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
             self._untracked = [name for name in names if name not in loaded_weights]
 
     def _ranks(self) -> RankGroup | None:
-        """The tensor parallel ranks, where they are to share."""
+        """The tensor parallel ranks, if they share reads."""
         tensor_parallel = get_tp_group() if self._share else None
         if tensor_parallel is None or tensor_parallel.world_size == 1:
             return None
@@ -154,8 +154,8 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
     def get_all_weights(
         self, model_config: Any, model: torch.nn.Module
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Also called from outside ``load_weights``: to load a model again, in place. Then the
-        parts that were taken of each tensor when it was loaded are read, ahead."""
+        """vLLM also calls this outside ``load_weights``, to reload a model in place. Then the parts
+        that the first load used are read ahead."""
         if self._is_loading:
             yield from super().get_all_weights(model_config, model)
             return
@@ -220,7 +220,7 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
         if wrong:
             raise CheckpointError(
                 f"{', '.join(wrong[:3])} ({len(wrong)} in all): whole tensors give other bytes "
-                "than slices did: this is a fault of weightlift's, please report it"
+                "than slices: this is a bug in weightlift, please report it"
             )
         _log.info("weightlift: whole tensors give the same %d parameters", len(recorded))
 
