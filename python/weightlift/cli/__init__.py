@@ -1,10 +1,10 @@
 """The command line: ``weightlift COMMAND``, the same as ``python -m weightlift COMMAND``.
 
-Commands import torch and matplotlib when they need them, so that ``inspect`` starts at once; and
-nothing of the command line is in the way of a script that it runs.
+Commands import torch and matplotlib only when they need them, so that ``inspect`` starts at once. A
+script that ``run`` starts sees nothing of the command line.
 """
 
 __all__ = ["COMMANDS"]
 
-# Each is the function of its name in the module of its name.
+# Each command is a function in the module of the same name.
 COMMANDS = ("inspect", "verify", "convert", "diff", "estimate", "doctor", "bench", "run")

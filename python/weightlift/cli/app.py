@@ -1,4 +1,4 @@
-"""The sub-commands, as typer has them."""
+"""The sub-commands, for typer."""
 
 from __future__ import annotations
 

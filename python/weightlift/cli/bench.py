@@ -147,8 +147,8 @@ def bench(
 ) -> None:
     """Measure how fast a checkpoint loads, against other libraries.
 
-    Each measurement is a process of its own that has imported what it needs before the clock
-    starts; it loads all tensors and touches all pages (on CUDA: synchronises).
+    Each measurement runs in its own process, which imports everything before the clock starts. It
+    loads all tensors and touches all pages (on CUDA: synchronises).
 
     Examples:
 
@@ -172,7 +172,7 @@ def bench(
     if device is Device.CUDA:
         from weightlift.load.allocation import TorchAllocator
 
-        TorchAllocator()  # says why there is none
+        TorchAllocator()  # raises the reason if there is no GPU
     if from_pretrained:
         states = [True, False] if cold is None else [cold]
         found = _bench_models(_local(paths), device.value, dtype, states, repeat or 3)
@@ -272,7 +272,7 @@ def _check_outputs(json_out: Path | None, plot_out: Path | None) -> None:
             raise IsADirectoryError(errno.EISDIR, "it is a folder: name a file in it", str(out))
         if not folder.is_dir():
             raise FileNotFoundError(
-                errno.ENOENT, "its folder does not exist; make it first", str(out)
+                errno.ENOENT, "the folder does not exist; make it first", str(out)
             )
         if not os.access(out if out.exists() else folder, os.W_OK):
             raise PermissionError(errno.EACCES, "this user may not write it", str(out))
@@ -310,7 +310,7 @@ def _bench_stream(
     from weightlift.bench.streaming import Steps, compare_streams, describe, plot_timeline
 
     if len(paths) != 1:
-        raise typer.BadParameter("one model at a time", param_hint="--stream")
+        raise typer.BadParameter("give one model", param_hint="--stream")
     runs = compare_streams(paths[0], memory, steps=Steps(count=repeat, cold=cold))
     console = Console(highlight=False)
     console.print(f"[bold]A step of {paths[0]} in {memory}, {'cold' if cold else 'warm'}[/bold]")
@@ -326,7 +326,7 @@ def _bench_stream(
 
 
 def _files(paths: list[str], options: OpenOptions) -> list[Path]:
-    """The weights' files of what was named: files as they are, all of a folder, pipeline or id."""
+    """The weight files of the arguments: given files, and all of a folder, pipeline or id."""
     found: dict[str, None] = {}
     for path in expand(paths):
         if Path(path).is_file():
@@ -338,7 +338,7 @@ def _files(paths: list[str], options: OpenOptions) -> list[Path]:
 
 
 def _local(paths: list[str]) -> list[str]:
-    """Ids of the Hub as folders of its cache, with what ``from_pretrained`` needs in them."""
+    """Hub ids as folders of the cache with the files that ``from_pretrained`` needs."""
     from weightlift.checkpoint.hub import HubArguments, list_files, snapshot
 
     found = []
@@ -354,7 +354,7 @@ def _local(paths: list[str]) -> list[str]:
 
 
 def _others(against: str, adapters: Path | None) -> list[str]:
-    """The contenders that ``--against`` names, each once."""
+    """The contenders of ``--against``, without duplicates."""
     from weightlift.bench.contenders import AGAINST, CONTENDERS, read_adapters
 
     try:

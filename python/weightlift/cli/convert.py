@@ -1,4 +1,4 @@
-"""``weightlift convert``: checkpoints of any form become safetensors."""
+"""``weightlift convert``: converts checkpoints of any form to safetensors."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from weightlift.core.report import format_bytes
 
 __all__ = ["convert"]
 
-# What lies beside weights and belongs to them: configurations and vocabularies.
+# Files that belong to the weights beside them: configurations and vocabularies.
 _COMPANIONS = (".json", ".txt", ".model")
-# Of a companion: a tokenizer may have tens of megabytes.
+# Size limit of a companion file: a tokenizer may have tens of megabytes.
 _MOST_BYTES = 1 << 28
 _OTHER_FORMATS = (
     *(".bin", ".pt", ".pth", ".ckpt", ".dduf", ".gguf", ".msgpack", ".h5", ".onnx", ".npz"),
@@ -42,7 +42,7 @@ _OTHER_FORMATS = (
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is asked of the files that are written."""
+    """The options for the files to write."""
 
     dtype: str | None
     max_shard_size: str
@@ -52,11 +52,11 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """One checkpoint that was written.
+    """A written checkpoint.
 
     Attributes:
-        files: names below ``target``; of a target that is a file, its own.
-        bytes: of the files.
+        files: names below ``target``; the target's own name if it is a file.
+        bytes: the bytes of the files.
     """
 
     source: str
@@ -114,11 +114,12 @@ def convert(
 ) -> None:
     """Write checkpoints as safetensors: from .bin, to other shards, to another dtype.
 
-    TARGET is a .safetensors file, or a folder; neither may be there. Of a pipeline every component
-    is converted, and all else is copied; of several SOURCEs, each becomes a file in the folder.
+    TARGET is a .safetensors file or a folder, and must not exist. A pipeline is converted component
+    by component, and its other files are copied. With several SOURCEs, each becomes a file in the
+    folder.
 
-    Tensors are streamed, so that a checkpoint may be larger than the memory; nothing is left behind
-    if it fails, and nothing is overwritten.
+    Tensors are streamed, so that a checkpoint may be larger than the memory. A failed conversion
+    leaves nothing behind; nothing is overwritten.
 
     Examples:
 
@@ -189,7 +190,7 @@ def _is_file(target: Path) -> bool:
 
 
 class _Bar:
-    """A bar on stderr, of the bytes of the checkpoint that is written now."""
+    """A progress bar on stderr for the checkpoint being written."""
 
     def __init__(self, hidden: bool) -> None:
         from rich import progress
@@ -253,7 +254,7 @@ def _convert(
 def _convert_files(
     paths: list[str], target: Path, wanted: Target, options: OpenOptions, bar: _Bar
 ) -> list[Written]:
-    """Each source becomes a file of its name in the folder ``target``."""
+    """Converts each source to a file of its name in the folder ``target``."""
     names: dict[str, str] = {}
     for path in paths:
         name = f"{Path(path).stem if Path(path).is_file() else Path(path).name}.safetensors"
@@ -271,7 +272,7 @@ def _convert_files(
 def _convert_pipeline(
     path: str, parts: list[str], target: Path, wanted: Target, options: OpenOptions, bar: _Bar
 ) -> list[Written]:
-    """Each component into a folder of its name; what has no weights is copied as it is."""
+    """Converts each component into a folder of its name, and copies all other files."""
     with _NewFolder(target) as folder:
         made = [_convert(path, folder / part, wanted, options, part, bar) for part in parts]
         for name, content in _rest_of_pipeline(path, parts, options.revision):
@@ -287,7 +288,7 @@ def _moved(written: Written, folder: Path, target: Path) -> Written:
 
 
 class _NewFolder:
-    """A folder beside ``target`` that takes its place when all is well, and goes when not."""
+    """A folder beside ``target`` that replaces it on success and is removed on an error."""
 
     def __init__(self, target: Path) -> None:
         from weightlift.core.errors import ArgumentError
@@ -318,7 +319,7 @@ class _NewFolder:
 def _rest_of_pipeline(
     path: str, parts: list[str], revision: str | None
 ) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the small files that are in no component with weights."""
+    """(name, content) of the small files outside of components with weights."""
     if Path(path).suffix.lower() == ".dduf":
         from weightlift.checkpoint.dduf import open_dduf
 
@@ -356,7 +357,7 @@ def _stem(paths: list[str], subfolder: str | None) -> str:
 
 
 def _companions(paths: list[str], subfolder: str | None) -> dict[str, bytes]:
-    """The small files beside the weights, without their indexes; of an archive's component too."""
+    """The small files beside the weights, without indexes; also in an archive's component."""
     if not paths:
         return {}
     first = Path(paths[0])

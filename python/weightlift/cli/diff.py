@@ -1,4 +1,4 @@
-"""``weightlift diff``: what differs between two checkpoints."""
+"""``weightlift diff``: the differences between two checkpoints."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 
 __all__ = ["diff"]
 
-# Tensor bytes of one of the two that are in memory at once, if no tensor alone has more.
+# Tensor bytes of one checkpoint in memory at once, unless a single tensor is larger.
 _AT_ONCE = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A tensor that is not the same in both.
+    """A tensor that differs.
 
     Attributes:
-        kind: ``"only in A"``, ``"only in B"``, ``"shape"``, ``"dtype"`` (of the same values when
-            cast to the wider one), or ``"values"``.
-        a, b: dtype and shape, where it is there.
-        largest: of the absolute differences; ``nan`` where one of them is not a number.
-        cosine: of the two as vectors; ``None`` where one of them is zero.
+        kind: ``"only in A"``, ``"only in B"``, ``"shape"``, ``"dtype"`` (equal values when cast to
+            the wider dtype), or ``"values"``.
+        a, b: dtype and shape in A and B, or ``None``.
+        largest: the largest absolute difference; ``nan`` if a value is not a number.
+        cosine: the cosine of the two as vectors; ``None`` if one of them is zero.
     """
 
     name: str
@@ -205,7 +205,7 @@ def _header(header: tuple[str, tuple[int, ...]] | None) -> str:
 
 
 def _plain(found: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: they become text."""
+    """NaN and infinity as text, because JSON has neither."""
     return {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in found.items()
@@ -213,7 +213,7 @@ def _plain(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _side_by_side(a: str, b: str) -> str:
-    """Two descriptions, "F32 3 x 4"; what is the same of them once."""
+    """Two descriptions such as "F32 3 x 4", with equal parts once."""
     if a == b:
         return a
     (dtype, _, shape), (other, _, other_shape) = a.partition(" "), b.partition(" ")

@@ -1,4 +1,4 @@
-"""What ``weightlift doctor`` finds out about a disk."""
+"""``weightlift doctor``: the disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NETWORK = ("nfs", "cifs", "smb", "lustre", "ceph", "gpfs", "beegfs", "9p", "fus
 
 
 def probe_disk(folder: Path, count: int) -> list[Finding]:
-    """How fast a file of ``count`` bytes in ``folder`` comes in, by the engine's ways to read."""
+    """Measures how fast each I/O path of the engine reads a file of ``count`` bytes."""
     kind, device = _file_system(folder)
     network = kind.startswith(_NETWORK)
     findings = [
@@ -53,7 +53,7 @@ def probe_disk(folder: Path, count: int) -> list[Finding]:
                 "missing",
                 f"not measured: less than {format_bytes(2 * count)} free",
                 "the rates are unknown",
-                "free some space, or take a smaller --disk-mb",
+                "free some space, or give a smaller --disk-mb",
             ),
         ]
     try:
@@ -69,7 +69,7 @@ def probe_disk(folder: Path, count: int) -> list[Finding]:
                 "missing",
                 f"not measured: {error.strerror}",
                 "the rates are unknown",
-                "name a folder that you may write to with --disk",
+                "give a writable folder with --disk",
             ),
         ]
     try:
@@ -83,7 +83,7 @@ def probe_disk(folder: Path, count: int) -> list[Finding]:
 
 
 def _write_checkpoint(write: Callable[[bytes], Any], count: int) -> None:
-    """A .safetensors file of random bytes, which no file system can compress."""
+    """Writes a .safetensors file of random bytes, which no file system can compress."""
     tensors = max(1, count // (16 * _MB))
     size = count // tensors
     entries = {
@@ -128,7 +128,7 @@ def _read_rates(name: str, count: int) -> list[Finding]:
             )
         )
     if not droppable:
-        text = "the files are in memory always; there is no cold"
+        text = "the files are always in memory, so there is no cold rate"
         findings.append(Finding("disk", "cold", "ok", text))
     text = f"{format_rate(warm)} from the page cache into own memory"
     findings.append(Finding("disk", "page cache", "info", text, value=warm))
@@ -139,7 +139,7 @@ def _read_rates(name: str, count: int) -> list[Finding]:
                 "residency",
                 "missing",
                 "the kernel cannot tell what is in the page cache",
-                "weightlift takes files for cold that are not, or the other way round",
+                "weightlift may choose the wrong I/O path for a file",
                 "Linux 6.5 has cachestat; some sandboxes forbid it",
             )
         )
@@ -147,13 +147,13 @@ def _read_rates(name: str, count: int) -> list[Finding]:
 
 
 def _load_rate(name: str, io_path: str, cold: bool) -> float:
-    """Bytes a second of ``load_file`` into own memory."""
+    """The rate of ``load_file`` into own memory, in bytes/s."""
     from weightlift.bench.conditions import prepare_files
     from weightlift.bench.measure_child import backed_memory
     from weightlift.core.settings import Settings
     from weightlift.load_file import load_file
 
-    # What the host of a virtual machine charges for a first touch is not what is measured here.
+    # Backed memory: the cost of a first touch in a virtual machine is measured elsewhere.
     with backed_memory(Path(name).stat().st_size + 64 * _MB):
         prepare_files([name], cold)
     with Settings(io_path=io_path):
@@ -178,7 +178,7 @@ def _direct_refusal(name: str) -> str | None:
 
 
 def _file_system(folder: Path) -> tuple[str, str]:
-    """The type and the source of what is mounted where ``folder`` is; proc(5), mountinfo."""
+    """The type and source of the mount of ``folder``; proc(5), mountinfo."""
     place = folder.resolve()
     best = ("unknown", "unknown")
     depth = -1

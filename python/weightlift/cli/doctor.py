@@ -1,4 +1,4 @@
-"""``weightlift doctor``: what this machine gives to a load, and what would make it faster."""
+"""``weightlift doctor``: measures what loads depend on, and says what would make them faster."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def doctor(
         ),
     ] = 256,
 ) -> None:
-    """Look at what loads depend on: CPU, memory, disk and GPU; say what is missing and costs time.
+    """Check CPU, memory, disk and GPU; report what is missing and what that costs.
 
-    Takes a few seconds; writes one temporary file beside what --disk names and removes it.
+    Takes a few seconds. Writes one temporary file into the folder of --disk and removes it.
     """
     from rich.console import Console
 
@@ -104,7 +104,7 @@ def _show(findings: list[Finding]) -> None:
     console.print(table)
     lost = sum(finding.state == "missing" for finding in findings)
     console.print(
-        f"\n{lost} of {len(findings)} could be better"
+        f"\n{lost} of {len(findings)} can be improved"
         if lost
-        else f"\nall {len(findings)} as they should be"
+        else f"\nall {len(findings)} are fine"
     )

@@ -1,4 +1,4 @@
-"""``weightlift estimate``: the memory that a checkpoint's model takes, by dtype and by device."""
+"""``weightlift estimate``: the memory of a checkpoint's weights, by dtype and by device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["estimate"]
 
 # Bits of a floating-point element.
 _BITS = {"float32": 32, "bfloat16, float16": 16, "8 bits": 8, "4 bits": 4}
-# Of Adam, all in the dtype of the weights: these, their gradients, and two moments.
+# Adam needs weights, gradients and two moments, all in the dtype of the weights.
 _COPIES_TO_TRAIN = 4
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -41,8 +41,8 @@ def estimate(
         str | None,
         typer.Option(
             metavar="JSON",
-            help='A map from the beginnings of names to devices, such as \'{"layers": 0, "": "cpu"}'
-            "' or the name of a file with one: the bytes of each device.",
+            help='Bytes of each device for a map of name prefixes to devices, such as \'{"layers": '
+            '0, "": "cpu"}\', or for a file with one.',
             show_default=False,
         ),
     ] = None,
@@ -54,11 +54,11 @@ def estimate(
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say how much memory the weights of a checkpoint take; no tensor is read.
+    """Estimate the memory of a checkpoint's weights; no tensor is read.
 
-    With each dtype: all weights, the largest tensor, and what training with Adam takes beside the
-    activations (weights, gradients and two moments, all in that dtype). Weights that the checkpoint
-    keeps in integers stay as they are. Activations and caches come on top.
+    For each dtype: all weights, the largest tensor, and training with Adam (weights, gradients and
+    two moments, all in that dtype). Integer weights keep their dtype. Activations and caches come
+    on top.
 
     Examples:
 
@@ -104,7 +104,7 @@ def _row(total: int, largest: int) -> dict[str, int]:
 
 
 def _unique(checkpoint: Checkpoint) -> list[tuple[str, tuple[int, ...]]]:
-    """dtype and shape of each tensor; of tensors that share their bytes, of one."""
+    """dtype and shape of each tensor; tensors that share bytes count once."""
     found = []
     for name, header in checkpoint.items():
         place = checkpoint.place(name)
@@ -151,7 +151,7 @@ def _is_file(given: str) -> bool:
 
 
 def _by_device(checkpoints: list[Checkpoint], device_map: dict[str, str | int]) -> dict[str, int]:
-    """Bytes as stored; the longest beginning of a name counts.
+    """Device -> bytes as stored; the longest matching prefix counts.
 
     Raises:
         typer.BadParameter: a tensor has no device.
@@ -165,7 +165,7 @@ def _by_device(checkpoints: list[Checkpoint], device_map: dict[str, str | int]) 
             fit = next((one for one in beginnings if one in device_map), None)
             if fit is None:
                 raise typer.BadParameter(
-                    f'{name} has no device; add "" for all that is left',
+                    f'{name} has no device; add "" for all others',
                     param_hint="--device-map",
                 )
             used.add(fit)

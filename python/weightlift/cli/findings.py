@@ -1,4 +1,4 @@
-"""What ``weightlift doctor`` finds: one thing each."""
+"""The findings of ``weightlift doctor``."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ __all__ = ["Finding", "format_rate", "no_torch"]
 
 @dataclasses.dataclass
 class Finding:
-    """One thing that was looked at.
+    """One finding.
 
     Attributes:
-        topic: such as ``"disk"``.
-        name: what of it.
-        state: ``"ok"``; ``"missing"``, where something that would help is not there; ``"info"``.
-        found: in words.
-        costs: what is lost without it.
+        topic: the part of the machine, such as ``"disk"``.
+        name: the property.
+        state: ``"ok"``; ``"missing"`` if something useful is missing; ``"info"``.
+        found: the finding in words.
+        costs: what a missing part costs.
         remedy: what to do.
-        value: the figure, in bytes or bytes a second, where it is one.
+        value: the figure, in bytes or bytes/s, or ``None``.
     """
 
     topic: str

@@ -1,4 +1,4 @@
-"""What ``weightlift doctor`` finds out about GPUs, their driver and what is installed for them."""
+"""``weightlift doctor``: GPUs, their driver and the kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["probe_gpu"]
 
 _PINNED_BYTES = 256 * 10**6
-# Machine code for what is older: by the ptxas of CUDA 12, all drivers since 12.0 load it.
+# All drivers since 12.0 load machine code for older GPUs, which CUDA 12's ptxas assembled.
 _BLACKWELL = 100
 
 
@@ -35,7 +35,7 @@ def probe_gpu() -> list[Finding]:
             Finding("gpu", "driver", "missing", found, "loads go to the CPU only", remedy)
         )
         return [*findings, kernels]
-    # torch first, or it would not notice a fork.
+    # torch first, because it must initialize CUDA to detect a fork.
     torch.empty(0, device="cuda")
     driver = _native.driver_report()
     major, minor = driver["version"] // 1000, driver["version"] % 1000 // 10
@@ -83,7 +83,7 @@ def probe_gpu() -> list[Finding]:
 
 
 def _kernels(machine: dict[str, Any]) -> Finding:
-    """What this build has of the kernel, and which drivers can load it."""
+    """The kernel images in this build, and the drivers that can load them."""
     images = machine["kernels"]
     if not machine["kernel_toolkit"]:
         found = "this is a test build: its kernels are the simulated driver's"
@@ -117,7 +117,7 @@ def _kernels(machine: dict[str, Any]) -> Finding:
 
 
 def _why_no_cuda(built_for: str | None) -> tuple[str, str]:
-    """Why torch sees no GPU, and what to do; without starting CUDA."""
+    """Why torch finds no GPU, and what to do; does not start CUDA."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if built_for is None:
         text = "this torch is built without CUDA"
@@ -140,7 +140,7 @@ def _why_no_cuda(built_for: str | None) -> tuple[str, str]:
 
 
 def _pinned_rate(device: torch.device) -> float:
-    """Bytes a second from pinned memory to the device; the best of five."""
+    """The best of five rates from pinned memory to the device, in bytes/s."""
     import torch
 
     source = torch.empty(_PINNED_BYTES, dtype=torch.uint8, pin_memory=True)

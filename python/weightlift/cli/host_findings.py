@@ -1,4 +1,4 @@
-"""What ``weightlift doctor`` finds out about the CPU and the memory."""
+"""``weightlift doctor``: the CPU and the memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module does not
 
 
 def probe_host() -> list[Finding]:
-    """CPU, memory and the cgroup's limit on it."""
+    """CPU, memory and the cgroup's memory limit."""
     from weightlift.bench.conditions import cpu_model
 
     machine = _native.machine()
@@ -78,7 +78,7 @@ def probe_host() -> list[Finding]:
 
 
 def _cgroup_limit() -> int | None:
-    """The smallest memory limit on the way up from this process's cgroup, version 2 or 1."""
+    """The smallest memory limit of this process's cgroup and its parents, version 2 or 1."""
     limits = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
@@ -102,11 +102,11 @@ def _cgroup_limit() -> int | None:
 
 
 def probe_memory() -> list[Finding]:
-    """Huge pages, with what they save here, and the rate of copies."""
+    """Huge pages, their gain on this machine, and the rate of copies."""
     from weightlift.bench.conditions import huge_pages
     from weightlift.bench.measure_child import backed_memory
 
-    # As it is found, before what follows has the machine back it.
+    # Measured first, before the other measurements make the machine back its memory.
     with (
         _anonymous(_FAULT_BYTES, mmap.MADV_HUGEPAGE) as first,
         _anonymous(_FAULT_BYTES, mmap.MADV_NOHUGEPAGE) as second,  # of what the first has not
@@ -154,8 +154,8 @@ def probe_memory() -> list[Finding]:
 
 
 def _state_of_memory(huge: float, small: float, backed: float) -> Finding:
-    """Whether the machine has the memory that is free: rates of new memory as it was found, on huge
-    and on small pages, and of memory that was there."""
+    """Whether the machine backs its free memory: from the rates of new memory on huge and small
+    pages, and of backed memory."""
     if max(huge, small) > backed / 2:
         return Finding("memory", "state", "ok", "backed: the machine has the memory that is free")
     return Finding(
@@ -179,7 +179,7 @@ def _anonymous(count: int, advice: int) -> mmap.mmap:
 
 
 def _fault_rate(advice: int) -> float:
-    """Bytes a second of memory touched for the first time, by one thread."""
+    """The rate of first touches of memory by one thread, in bytes/s."""
     with _anonymous(_FAULT_BYTES, advice) as memory:
         return _touch_rate(memory)
 
@@ -196,7 +196,7 @@ def _touch_rate(memory: mmap.mmap) -> float:
 
 
 def _copy_rate(threads: int) -> float:
-    """Bytes a second copied from memory to memory, by all threads; the best of five."""
+    """The best of five rates of memory copies by all threads, in bytes/s."""
     with (
         _anonymous(_COPY_BYTES, mmap.MADV_HUGEPAGE) as source,
         _anonymous(_COPY_BYTES, mmap.MADV_HUGEPAGE) as target,
@@ -219,5 +219,5 @@ def _copy_rate(threads: int) -> float:
             for worker in workers:
                 worker.join()
             rates.append(threads * part / (time.perf_counter() - start))
-        del views  # a mapping that is pointed to cannot be closed
+        del views  # a mapping with views cannot be closed
     return max(rates)

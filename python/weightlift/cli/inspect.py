@@ -1,4 +1,4 @@
-"""``weightlift inspect``: what is in a checkpoint, from its index alone."""
+"""``weightlift inspect``: the content of a checkpoint, from its index."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class TensorEntry:
 
     Attributes:
         file: the name of its file.
-        offset: from the start of the file, in bytes; of a view, where what it shares begins;
-            ``None`` for a tensor that only torch could load.
-        shares: the tensor whose bytes these are too.
+        offset: its first byte in the file; for a view the first byte of its base; ``None`` for a
+            tensor that only torch can load.
+        shares: the tensor that has the same bytes, or ``None``.
     """
 
     name: str
@@ -104,9 +104,9 @@ def inspect(
     prefix: Prefix = None,
     revision: Revision = None,
 ) -> None:
-    """Show what is in a checkpoint; no tensor is read.
+    """Show the content of a checkpoint; no tensor is read.
 
-    Of a pipeline, each component is shown; of a repository on the Hub, the weights are downloaded.
+    Shows each component of a pipeline. Downloads the weights of a Hub repository.
 
     Examples:
 
@@ -199,7 +199,7 @@ def _entry(checkpoint: Checkpoint, name: str) -> TensorEntry:
 
 
 def _header(path: str, form: str) -> int | None:
-    """Of a safetensors file of its own: its header's length is in the first eight bytes."""
+    """The size of a safetensors file's header, from its first eight bytes."""
     if form != "safetensors" or path.lower().endswith(".dduf"):
         return None
     with Path(path).open("rb") as opened:
@@ -304,7 +304,7 @@ def _metadata(metadata: dict[str, str], limit: int) -> Table:
 
 
 def _tensors(entries: list[TensorEntry], number_of: dict[str, str], width: int) -> Table:
-    """Long names lose their middle, so that no column is cut."""
+    """The table of tensors; long names lose their middle, so that no column is cut."""
     from rich.text import Text
 
     rows = [
@@ -342,7 +342,7 @@ def _alignment_text(found: dict[str, Any]) -> str:
 def _residency_text(found: dict[str, Any]) -> str:
     resident = found["resident_bytes"]
     if resident is None:
-        return "unknown: this kernel cannot tell (cachestat came with Linux 6.5)"
+        return "unknown: this kernel has no cachestat (Linux 6.5 has)"
     share = resident / found["file_bytes"] if found["file_bytes"] else 1.0
     return f"{share:.0%} of the file ({format_bytes(resident)})"
 

@@ -1,4 +1,4 @@
-"""``weightlift`` and ``python -m weightlift``: which command or script runs, and how errors end."""
+"""``weightlift`` and ``python -m weightlift``: runs a command or a script, and prints errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from weightlift.core.requirements import missing_library
 
 __all__ = ["main"]
 
-# Of Python's calls, that are options of the same name here.
+# Arguments of the Python calls that are options of the same name.
 _ARGUMENTS = (
     *("subfolder", "variant", "state_dict_key", "prefix", "revision", "dtype", "max_shard_size"),
     *("stem", "device"),
@@ -25,9 +25,9 @@ _ARGUMENTS = (
 def main() -> None:
     """Runs the command line.
 
-    An error that weightlift or the operating system names ends as one line on stderr and exit
-    status 1; a wrong use as 2. ``WEIGHTLIFT_DEBUG=1`` shows the traceback. What a script raises is
-    its own affair.
+    An error of weightlift or of the operating system prints one line on stderr and ends with exit
+    status 1; wrong usage ends with 2. ``WEIGHTLIFT_DEBUG=1`` shows the traceback. Exceptions of a
+    script are not caught.
     """
     job = parse(sys.argv[1:], COMMANDS)
     if job is not None:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 class _InOptions(logging.Formatter):
-    """Log lines in the words of the command line."""
+    """Log lines with options instead of Python arguments."""
 
     def format(self, record: logging.LogRecord) -> str:
         return _as_options(super().format(record))
@@ -85,7 +85,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _as_options(text: str) -> str:
-    """What an error says of Python's arguments, in the words of the command line."""
+    """Replaces Python arguments in an error text by options."""
     text = text.replace("use_safetensors=False", "--bin").replace("variant=None", "no --variant")
 
     def option_name(found: re.Match[str]) -> str:

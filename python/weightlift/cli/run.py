@@ -1,4 +1,4 @@
-"""``weightlift run``: a script or module as Python runs it, with all backends on."""
+"""``weightlift run``: runs a script or module as Python does, with all backends on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".dduf", ".gguf")
 
 
 class Job(NamedTuple):
-    """What to run: a script, a folder or archive with a ``__main__.py``, or a module."""
+    """A script, a folder or archive with a ``__main__.py``, or a module."""
 
     target: str
     is_module: bool
@@ -33,9 +33,9 @@ class Job(NamedTuple):
 
 
 def parse(arguments: Sequence[str], commands: Sequence[str]) -> Job | None:
-    """``[run] [--report] [-m MODULE | SCRIPT] ARGS...`` as a job; ``None``: it is another command.
+    """Parses ``[run] [--report] [-m MODULE | SCRIPT] ARGS...``; ``None`` for another command.
 
-    ``commands`` are those that go before scripts of their name.
+    ``commands`` win over scripts of the same name.
     """
     rest = list(arguments)
     explicit = rest[:1] == ["run"]
@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str], commands: Sequence[str]) -> Job | None:
         report = True
         del rest[0]
     if rest == ["-m"]:
-        print("weightlift: -m wants the name of a module behind it", file=sys.stderr)
+        print("weightlift: -m needs the name of a module after it", file=sys.stderr)
         sys.exit(2)
     if rest[:1] == ["-m"]:
         return Job(rest[1], True, rest[2:], report)
@@ -79,7 +79,7 @@ def start(job: Job) -> None:
         atexit.register(_print_report)
     enable()
     sys.argv[:] = [job.target, *job.arguments]
-    # Python's own first entry is the place of weightlift's command; with -P or -I there is none.
+    # Python's first entry is the folder of weightlift's command; with -P or -I there is none.
     own_entry = not getattr(sys.flags, "safe_path", sys.flags.isolated)
     if job.is_module:
         if own_entry:
@@ -87,9 +87,9 @@ def start(job: Job) -> None:
         with _runpy_errors():
             runpy.run_module(job.target, run_name="__main__", alter_sys=True)
         return
-    # Python does not tidy "./" away either.
+    # Like Python, keeps "./" in the path.
     path = job.target if Path(job.target).is_absolute() else f"{Path.cwd()}/{job.target}"
-    if pkgutil.get_importer(path) is not None:  # a folder or an archive: runpy puts it there
+    if pkgutil.get_importer(path) is not None:  # a folder or archive: runpy adds it to sys.path
         if own_entry:
             del sys.path[0]
         with _runpy_errors():
@@ -97,7 +97,7 @@ def start(job: Job) -> None:
         return
     if own_entry:
         sys.path[0] = str(Path(path).resolve().parent)
-    # Not by runpy, which takes the module away when it ends: threads, atexit and pickle need it.
+    # Not with runpy, which removes the module at its end: threads, atexit and pickle need it.
     loader = SourceFileLoader("__main__", path)
     module = ModuleType("__main__")
     vars(module).update(__file__=path, __cached__=None, __loader__=loader, __builtins__=builtins)
@@ -107,7 +107,7 @@ def start(job: Job) -> None:
 
 @contextlib.contextmanager
 def _runpy_errors() -> Iterator[None]:
-    """Without a traceback where it is runpy that finds no module, as ``python -m`` has it."""
+    """Prints no traceback if runpy finds no module, like ``python -m``."""
     try:
         yield
     except ImportError as error:
@@ -131,7 +131,7 @@ def run() -> None:
     Launchers that start processes of their own take weightlift as the module: torchrun -m
     weightlift SCRIPT.py.
     """
-    print("weightlift run: name a script, or -m and a module; see -h", file=sys.stderr)
+    print("weightlift run: give a script, or -m and a module; see -h", file=sys.stderr)
     sys.exit(2)
 
 

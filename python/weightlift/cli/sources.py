@@ -1,4 +1,4 @@
-"""What commands take: files, folders, pipelines, ``.dduf`` files and ids of the Hub, in one way."""
+"""The arguments of commands: files, folders, pipelines, ``.dduf`` files and Hub ids."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Revision = Annotated[
     str | None,
     typer.Option(help="Branch, tag or commit of a repository.", show_default=False),
 ]
-Bin = Annotated[bool, typer.Option("--bin", help="Take .bin, not safetensors.")]
+Bin = Annotated[bool, typer.Option("--bin", help="Use .bin instead of safetensors.")]
 StateDictKey = Annotated[
     str | None, typer.Option(help="Where in a torch file the tensors are.", show_default=False)
 ]

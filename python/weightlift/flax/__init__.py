@@ -1,7 +1,7 @@
 """Flax models and jax arrays on the engine; needs ``pip install 'weightlift[flax]'`` and torch.
 
-Linen models derive from ``FlaxModelMixin`` and ``ConfigMixin``; for those of NNX there is
-``load_params``, to be called with the shapes of their state.
+Linen models derive from ``FlaxModelMixin`` and ``ConfigMixin``. For NNX models call ``load_params``
+with the shapes of their state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "save_params",
 ]
 
-# Imported when they are asked for: jax takes seconds.
+# Imported on first access: the import of jax takes seconds.
 _LATER = {
     "FlaxModelMixin": "model_mixin",
     "flax_register_to_config": "model_mixin",

@@ -1,4 +1,4 @@
-"""``.safetensors`` files into jax arrays, whole or sharded; and back."""
+"""Loads ``.safetensors`` files as jax arrays, whole or sharded, and saves them."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ def load_file(
 ) -> dict[str, jax.Array]:
     """Loads all tensors of a ``.safetensors`` file as jax arrays.
 
-    On the CPU, an array lies in the file's private mapping where it begins there at a multiple of
-    64 bytes, as XLA wants it, and is copied elsewhere.
+    On the CPU, an array uses the file's private mapping if it begins at a multiple of 64 bytes,
+    which XLA requires; other arrays are copied.
 
     Args:
         filename: the file.
-        dtype: cast floating-point tensors to this while loading: one of jax, or its name.
-        sharding: of all arrays, or by name (those without one go to the default device). Only the
-            slices of this process's devices are read.
+        dtype: the dtype to cast floating-point tensors to while loading: a jax dtype or its name.
+        sharding: the sharding of all arrays, or name -> sharding (other arrays go to the default
+            device). Only the slices of this process's devices are read.
 
     Returns:
-        Name -> array, in the order of the file. ``F4`` is ``float4_e2m1fn``, of the file's shape.
+        Name -> array, in the order of the file. ``F4`` is ``float4_e2m1fn``, with the file's shape.
 
     Raises:
-        FormatError: the file breaks the format, or jax has no dtype for a tensor, as for those of
-            64 bits without ``jax_enable_x64``.
-        ReadError: it cannot be read (also an ``OSError``), or changes while it is.
-        ArgumentError: a ``dtype`` that nothing is cast to, or a ``sharding`` that does not fit.
+        FormatError: the file breaks the format, or jax has no dtype for a tensor, such as 64-bit
+            dtypes without ``jax_enable_x64``.
+        ReadError: the file cannot be read (also an ``OSError``), or changes during the load.
+        ArgumentError: an unsupported ``dtype``, or a ``sharding`` that does not fit.
     """
     checkpoint = Checkpoint.from_file(filename)
     named = dtype is None or isinstance(dtype, str)
@@ -87,7 +87,7 @@ def _shardings(
     if not isinstance(sharding, Mapping):
         return dict.fromkeys(names, sharding)
     if unknown := [name for name in sharding if name not in names]:
-        raise ArgumentError(f"{filename}: sharding= names what is not in the file: {unknown}")
+        raise ArgumentError(f"{filename}: sharding= names tensors that the file lacks: {unknown}")
     return {name: sharding.get(name) for name in names}
 
 
@@ -148,15 +148,16 @@ def save_file(
     filename: str | os.PathLike[str],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Saves arrays as a ``.safetensors`` file, all of it or nothing, as ``weightlift.save_file``.
+    """Saves arrays as a ``.safetensors`` file, atomically, like ``weightlift.save_file``.
 
     Args:
-        tensors: name -> array of jax or numpy, on any devices of this process.
+        tensors: name -> jax or numpy array, on any devices of this process.
         filename: the file.
-        metadata: text for the header.
+        metadata: text -> text, for the header.
 
     Raises:
-        ArgumentError: no array, one that is not wholly here, or a dtype that the format lacks.
+        ArgumentError: a value is not an array, is partly on other processes, or has a dtype that
+            the format lacks.
     """
     from safetensors import TensorSpec, serialize_file
 

@@ -1,4 +1,4 @@
-"""The base class of Linen models that load and save themselves."""
+"""``FlaxModelMixin``, the base class of Linen models with ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ __all__ = ["FlaxModelMixin", "flax_register_to_config", "register_to_config"]
 _log = logging.getLogger("weightlift")
 _Class = TypeVar("_Class", bound=type)
 
-# Fields that say how a module computes and where it belongs, not what it is.
+# Fields of the computation and of the module tree, which are not configuration.
 _NOT_CONFIG = ("parent", "name", "dtype")
 
 
 class FlaxModelMixin(PushToHubMixin):
     """A Linen module with ``from_pretrained`` and ``save_pretrained``. A model is a class
     ``Model(flax.linen.Module, FlaxModelMixin, ConfigMixin)``, decorated with
-    ``register_to_config``; its parameters are apart from it, as always in Linen.
+    ``register_to_config``; as usual in Linen, its parameters are a separate tree.
 
     Attributes:
         config_name: the name of the configuration's file.
@@ -68,11 +68,11 @@ class FlaxModelMixin(PushToHubMixin):
 
         Args:
             pretrained_model_name_or_path: a folder, a file of weights, or the id of a repository.
-            dtype: in which the model computes; parameters keep the file's, see ``to_bf16``.
-            model_args: for the model's fields, in their order.
-            config: in the place of the one beside the weights: one that was loaded, or where it is.
-            from_pt: the weights are those of the torch model, of any form that
-                ``weightlift.open_checkpoint`` knows.
+            dtype: the dtype of the computation; parameters keep the file's, see ``to_bf16``.
+            model_args: values for the model's fields, in their order.
+            config: replaces the configuration beside the weights: a loaded one, or its path.
+            from_pt: the weights are those of the torch model, in any form that
+                ``weightlift.open_checkpoint`` reads.
             cache_dir, force_download, proxies, local_files_only, token, revision, subfolder,
                 mirror: see ``weightlift.checkpoint.hub.HubArguments``.
             kwargs: fields of the model, which override the configuration's.
@@ -82,9 +82,9 @@ class FlaxModelMixin(PushToHubMixin):
             ``init_weights`` and named in a warning.
 
         Raises:
-            CheckpointError: there are no such weights; shapes that do not match, or no name that
-                is the model's: the leaves are named.
-            ArgumentError: an argument that nobody knows.
+            CheckpointError: there are no such weights, shapes do not match, or no name matches; the
+                text names the leaves.
+            ArgumentError: an argument is unknown.
             FormatError: a file breaks its format, or has a dtype that jax lacks.
             ReadError: a file cannot be read.
         """
@@ -126,7 +126,7 @@ class FlaxModelMixin(PushToHubMixin):
                 return [made[keys] for keys in found.missing]
 
             with jax.default_device(jax.local_devices(backend="cpu")[0]):
-                # Compiled, what is not asked for is left out.
+                # The compiler removes parameters that are not needed.
                 made = jax.jit(fresh)(jax.random.PRNGKey(0))
             leaves.update(zip(found.missing, made, strict=True))
         model.register_to_config(_name_or_path=path)
@@ -140,20 +140,20 @@ class FlaxModelMixin(PushToHubMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Saves the configuration and ``diffusion_flax_model.msgpack``, each all of it or nothing.
+        """Saves the configuration and ``diffusion_flax_model.msgpack``, each atomically.
 
         Args:
-            save_directory: the folder; made if it is not there.
+            save_directory: the folder, made if missing.
             params: the tree of parameters.
-            is_main_process: whether to save at all; the others of a distributed run pass ``False``.
-            push_to_hub: upload the folder; ``kwargs`` as ``weightlift.ModelMixin`` has them.
+            is_main_process: whether to save; other processes of a distributed run pass ``False``.
+            push_to_hub: upload the folder; ``kwargs`` as in ``weightlift.ModelMixin``.
 
         Raises:
             ArgumentError: ``save_directory`` is a file, or a leaf cannot be saved.
         """
         folder = Path(save_directory)
         if folder.is_file():
-            raise ArgumentError(f"{folder} is a file: name a folder to save the model in")
+            raise ArgumentError(f"{folder} is a file: give a folder to save the model in")
         folder.mkdir(parents=True, exist_ok=True)
         if not is_main_process:
             return
@@ -175,10 +175,10 @@ class FlaxModelMixin(PushToHubMixin):
         *,
         tags: str | Sequence[str] | None = None,
     ) -> str:
-        """Saves into a temporary folder and uploads what is in it.
+        """Saves into a temporary folder and uploads it.
 
         Args:
-            params: the tree of parameters; the others as ``weightlift.PushToHubMixin`` has them.
+            params: the tree of parameters; other arguments as in ``weightlift.PushToHubMixin``.
 
         Returns:
             The URL of the commit.
@@ -198,12 +198,11 @@ class FlaxModelMixin(PushToHubMixin):
             return self._push_folder(folder, arguments)
 
     def to_bf16(self, params: Any, mask: Any = None) -> Any:
-        """Floating-point parameters in bfloat16; of those, where there is a ``mask``, which is
-        ``True``.
+        """Casts floating-point parameters to bfloat16; with ``mask`` only those with ``True``.
 
         Args:
-            params: the tree of parameters, which stays as it is.
-            mask: a tree of the same structure, of booleans.
+            params: the tree of parameters, which stays unchanged.
+            mask: a tree of booleans of the same structure.
 
         Raises:
             ArgumentError: ``mask`` has other leaves than ``params``.
@@ -211,19 +210,19 @@ class FlaxModelMixin(PushToHubMixin):
         return _cast(params, jnp.bfloat16, mask)
 
     def to_fp16(self, params: Any, mask: Any = None) -> Any:
-        """The same in float16."""
+        """As ``to_bf16``, to float16."""
         return _cast(params, jnp.float16, mask)
 
     def to_fp32(self, params: Any, mask: Any = None) -> Any:
-        """The same in float32."""
+        """As ``to_bf16``, to float32."""
         return _cast(params, jnp.float32, mask)
 
 
 def register_to_config(cls: _Class) -> _Class:
     """Decorates a Linen module that derives from ``ConfigMixin``: its fields become the config,
-    but for ``dtype``, ``name``, ``parent`` and those that ``ignore_for_config`` names.
+    except ``dtype``, ``name``, ``parent`` and the fields in ``ignore_for_config``.
 
-    Lists, which JSON makes of tuples, become tuples again: jax wants modules that have a hash.
+    Lists in the JSON become tuples again, because jax needs hashable modules.
     """
     if not issubclass(cls, ConfigMixin):
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Trees of parameters from files of flax and of torch; and into those of flax."""
+"""Loads trees of parameters from Flax and torch files, and saves Flax files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["FLAX_NAMES", "Found", "find_params", "load_params", "save_params"]
 
 FLAX_NAMES = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
-# What flax calls its msgpack extension for arrays, and where it cuts them.
+# flax's msgpack extension type for arrays, and its chunk size.
 _ARRAY = 1
 _MAX_CHUNK_BYTES = 2**30
 _MOST_LINES = 20
@@ -41,13 +41,13 @@ Keys = tuple[Any, ...]
 
 
 class Found(NamedTuple):
-    """What a checkpoint holds of a tree.
+    """The leaves of a tree in a checkpoint.
 
     Attributes:
-        leaves: those of the tree that it has.
-        missing: those that it lacks.
-        unexpected: what else is in it, by its names there.
-        place: the file, or where its files are.
+        leaves: the leaves that it has.
+        missing: the leaves that it lacks.
+        unexpected: its other tensors, by their names there.
+        place: the file or folder.
     """
 
     leaves: dict[Keys, jax.Array]
@@ -63,24 +63,24 @@ def load_params(
 
     For Linen, ``like`` is ``jax.eval_shape(model.init, ...)["params"]``; for NNX it is
     ``nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))``, and ``nnx.update(model, ...)``
-    takes what is loaded. A list's layers ``{"layers": {0: ...}}`` are Linen's ``layers_0``.
+    sets the result. A list's layers ``{"layers": {0: ...}}`` are Linen's ``layers_0``.
 
     Args:
         path_or_repo: a msgpack file of flax, a folder or a repository with
             ``diffusion_flax_model.msgpack`` or ``flax_model.msgpack``; with ``from_pt``, what
             ``open_checkpoint`` takes.
-        like: nested mappings whose leaves have the ``shape`` that is expected.
-        from_pt: the weights are those of the torch model, to be renamed and transposed.
-        kwargs: for the Hub, as ``open_checkpoint`` has them; ``subfolder`` and ``variant``, too.
+        like: nested mappings whose leaves have the expected ``shape``.
+        from_pt: the weights are those of the torch model, and are renamed and transposed.
+        kwargs: the Hub arguments of ``open_checkpoint``, ``subfolder`` and ``variant``.
 
     Returns:
-        A dict of dicts with the keys of ``like``, of arrays on the CPU. What needs neither renamed
-        axes nor another place in memory is the file's mapping, not a copy.
+        A dict of dicts with the keys of ``like``, of arrays on the CPU. An array that is neither
+        transposed nor moved uses the file's mapping, without a copy.
 
     Raises:
-        CheckpointError: leaves that are missing, or have other shapes; all are named.
+        CheckpointError: leaves are missing or have other shapes; the text names all of them.
         FormatError: a file breaks its format, or has a dtype that jax lacks.
-        ReadError: it cannot be read.
+        ReadError: a file cannot be read.
     """
     variant = kwargs.pop("variant", None)
     hub = HubArguments.pop_from(kwargs)
@@ -96,16 +96,16 @@ def load_params(
 
 
 def save_params(params: Any, filename: str | os.PathLike[str]) -> None:
-    """Writes a tree of parameters as flax's ``to_bytes`` does, all of it or nothing.
+    """Writes a tree of parameters in the format of flax's ``to_bytes``, atomically.
 
-    The file is written leaf by leaf: it is never in memory as a whole.
+    Writes leaf by leaf: the file is never in memory as a whole.
 
     Args:
-        params: nested mappings of arrays, of jax or numpy, on any devices of this process.
+        params: nested mappings of jax or numpy arrays, on any devices of this process.
         filename: the file.
 
     Raises:
-        ArgumentError: a leaf that is no array, or is not wholly here.
+        ArgumentError: a leaf is not an array, or is partly on other processes.
     """
     tree = serialization.to_state_dict(params)
     with atomic_file(filename) as temporary, temporary.open("wb") as file:
@@ -362,5 +362,5 @@ def _write_array(file: BinaryIO, array: np.ndarray[Any, Any]) -> None:
                 file.write(struct.pack(f">B{width}B", code, size, _ARRAY))
                 break
     file.write(content)
-    # numpy gives no buffer for the dtypes of ml_dtypes.
+    # numpy has no buffer protocol for the dtypes of ml_dtypes.
     file.write(array.reshape(-1).view(np.uint8).data if math.prod(array.shape) else b"")

@@ -73,7 +73,7 @@ def choose_quantizer(
     if load_in_8bit or load_in_4bit:
         if config is not None:
             raise ArgumentError(
-                "quantization_config includes load_in_8bit and load_in_4bit: give only one of them"
+                "quantization_config includes load_in_8bit and load_in_4bit: give one"
             )
         config = {
             "quant_method": "bitsandbytes",

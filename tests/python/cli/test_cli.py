@@ -266,8 +266,8 @@ def test_what_bench_cannot_do(checkpoint: Path, tmp_path: Path, run_here: RunHer
         (["nowhere", "--distributed", "2"], 1, "nowhere: there is no such file or folder"),
         ([tmp_path, "--distributed", "2"], 2, "no .safetensors file is in it"),
         ([checkpoint, "--adapters", "no.py"], 2, "--adapters: no.py: no such file of adapters"),
-        ([checkpoint, "--json", tmp_path / "no" / "out.json"], 1, "its folder does not exist"),
-        ([checkpoint, "--plot", tmp_path / "no" / "out.png"], 1, "its folder does not exist"),
+        ([checkpoint, "--json", tmp_path / "no" / "out.json"], 1, "folder does not exist"),
+        ([checkpoint, "--plot", tmp_path / "no" / "out.png"], 1, "folder does not exist"),
     ):
         found, out, err = run_here("bench", *arguments)
         assert (found, out) == (status, "")

@@ -70,7 +70,7 @@ def test_files_that_are_in_memory_always() -> None:
         pytest.skip("/dev/shm is no tmpfs here")
     before = set(folder.iterdir())
     found = named(probe_disk(folder, 4 * MB))
-    assert "in memory always" in found["cold"].found
+    assert "always in memory" in found["cold"].found
     assert "cold, buffered" not in found
     assert found["page cache"].value is not None
     assert not [path for path in set(folder.iterdir()) - before if "doctor" in path.name]

@@ -182,7 +182,7 @@ def test_commands_go_first(folder: Path) -> None:
     [
         (["insepct", "x"], ["insepct", ", ".join(COMMANDS), "nor a file"]),
         (["run", "missing.py"], ["missing.py", "not a file"]),
-        (["run"], ["name a script"]),
+        (["run"], ["give a script"]),
         (["run", "--report"], ["--report"]),
         (["run", "-m"], ["name of a module"]),
         (["-m"], ["name of a module"]),

@@ -66,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             'estimate model.safetensors --device-map \'{"layrs": 0, "": 1}\'',
             "no tensor's name begins with 'layrs'",
         ),
-        ("run --report", "name a script, or -m and a module"),
+        ("run --report", "give a script, or -m and a module"),
         ("run model.safetensors", "holds weights and is not a script"),
         ("model.safetensors", "weightlift inspect model.safetensors"),
     ],

@@ -600,7 +600,7 @@ def test_from_and_to_the_hub(hub: HubServer, tmp_path: Path) -> None:
     with pytest.raises(wl.CheckpointError, match=r"user/mine.*without from_pt"):
         Small.from_pretrained("user/mine", from_pt=True)
     hub.add("user/bare", {"README.md": b"nothing yet"})
-    with pytest.raises(wl.CheckpointError, match=r"user/bare: has neither "):
+    with pytest.raises(wl.CheckpointError, match=r"user/bare: there is neither "):
         wf.load_params("user/bare", params)
 
 
