@@ -342,7 +342,7 @@ def test_saved_and_loaded_again(
     other = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
     again = load(tmp_path / "0", quantization_config=other)
     assert_same_state(state(again), before)
-    assert "quantized already" in said[0]
+    assert "already quantized" in said[0]
     with pytest.raises(ValueError, match="quantized"):
         again.to(torch.float32)
 
@@ -443,7 +443,7 @@ def test_an_automatic_map_counts_quantized_weights_as_such(folder: Path) -> None
     assert fits < sum(p.numel() for p in Ours().parameters()) * 2
     how: dict[str, Any] = {"device_map": "auto", "max_memory": {"cpu": fits}}
     assert converted(load(folder, load_in_8bit=True, **how)) == QUANTIZED
-    with pytest.raises(wl.CheckpointError, match="short of"):
+    with pytest.raises(wl.CheckpointError, match="lacks"):
         load(folder, load_in_8bit=True, device_map="auto", max_memory={"cpu": 9999})
 
 
@@ -538,7 +538,7 @@ def test_torchao_saved_and_loaded_again(
     expected = {name: value for name, value in parts(model).items() if name != "head.weight"}
     found = {name: value for name, value in parts(theirs).items() if name != "head.weight"}
     assert_same_state(found, expected)
-    with pytest.raises(ValueError, match="safetensors alone"):
+    with pytest.raises(ValueError, match="only be saved as safetensors"):
         model.save_pretrained(tmp_path / "bin", safe_serialization=False)
 
 
