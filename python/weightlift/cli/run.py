@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str], commands: Sequence[str]) -> Job | None:
     if rest[:1] == ["-m"]:
         return Job(rest[1], True, rest[2:], report)
     if explicit and not rest and arguments[1:]:
-        print("weightlift run: name a script, or -m and a module, behind --report", file=sys.stderr)
+        print("weightlift run: give a script, or -m and a module, after --report", file=sys.stderr)
         sys.exit(2)
     if not rest or rest[0].startswith("-") or (not explicit and rest[0] in commands):
         return None

@@ -84,7 +84,7 @@ def test_a_wrong_use(typed: str, said: str, type_in: Type) -> None:
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("inspect two.pt", "choose what is meant by --state-dict-key"),
+        ("inspect two.pt", "choose one with --state-dict-key"),
         ("convert model.safetensors out --stem a/b", "--stem is 'a/b'; it must be a part of"),
         ("convert model.safetensors out --to-variant a/b", "variant is 'a/b'"),
     ],
