@@ -47,6 +47,7 @@ help:
 	  'make summary         the summary of this machine, in benchmarks/results' \
 	  'make report          its tables and pictures' \
 	  'make release         sdist and wheels for every Python, x86-64 and aarch64, into dist' \
+	  'make release-lock    the hashes of the packages that a release is made with' \
 	  'make release-check   installs each wheel as a user would, and uses it' \
 	  'make release-checklist  all that must hold before an upload' \
 	  'make test-aarch64    native tests and loads on an emulated aarch64' \

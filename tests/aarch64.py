@@ -96,7 +96,7 @@ def build_tests(tools: Path, targets: tuple[str, ...]) -> Path:
 
 
 def check_wheel(wheel: Path) -> None:
-    """The index, a plan and its errors, by the emulated Python."""
+    """The index, a plan and its errors, by the emulated Python; the casts that it chooses."""
     place = WORK / "site"
     shutil.rmtree(place, ignore_errors=True)
     # safetensors is the one hard dependency that an import needs.
@@ -104,9 +104,12 @@ def check_wheel(wheel: Path) -> None:
         place, "--platform", "manylinux_2_28_aarch64", "--platform", "manylinux_2_17_aarch64",
         "--python-version", "3.11", "--only-binary", ":all:", "--no-deps", wheel,
         "safetensors")  # fmt: skip
-    run(*emulator(), SYSROOT / "usr" / "bin" / "python3.11",
-        ROOT / "tests" / "python" / "helpers" / "core_check.py",
-        env={"PYTHONPATH": str(place), "PATH": os.environ["PATH"]})  # fmt: skip
+    python = SYSROOT / "usr" / "bin" / "python3.11"
+    environment = {"PYTHONPATH": str(place), "PATH": os.environ["PATH"]}
+    check = ROOT / "tests" / "python" / "helpers" / "core_check.py"
+    run(*emulator(), python, check, env=environment)
+    code = "import sys; from weightlift import _native as n; sys.exit(n.machine()['isa'] != 'neon')"
+    run(*emulator(), python, "-c", code, env=environment)
 
 
 def main() -> None:
