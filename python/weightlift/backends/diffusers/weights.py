@@ -175,7 +175,7 @@ class _Fit:
         )
         casts = False
         mismatched = {}
-        tensors = given["model"].state_dict()
+        tensors = given["model"].state_dict(keep_vars=True)
         for name, (stored, shape) in opened.headers().items():
             tensor = tensors.get(name)
             if tensor is None:

@@ -133,7 +133,7 @@ def _start(model: Any, call: _Call, files: Sequence[str], device: torch.device) 
         return None
     weights = weights_of(checkpoint, files, call.options.get("disable_mmap"))
     batch = Batch(weights)
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
     if any(model._get_dtype_plan(dtype) for dtype in {held.dtype for held in state.values()}):
         return None  # some stay in float32
     for name, (own, shape) in weights.headers.items():

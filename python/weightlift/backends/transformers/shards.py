@@ -7,7 +7,6 @@ The library's own sharding operation runs over a tensor on ``meta`` that records
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,16 +56,16 @@ class _Noted:
 
 
 def cutter(
-    parameter: torch.Tensor, converter: Any
+    core: Any, parameter: torch.Tensor, converter: Any
 ) -> Callable[[Sequence[int], int], Cut | None] | None:
     """For a DTensor of the model: (shape of a tensor of the checkpoint, its number among those of
     its pattern) -> this rank's part, ``None`` if it has none; ``None`` for any other tensor.
 
     Args:
+        core: the library's ``core_model_loading``.
         parameter: of the model, on ``meta``.
         converter: the library's, that makes it.
     """
-    core = importlib.import_module("transformers.core_model_loading")
     if not core.is_dtensor(parameter):
         return None
     operation = core.DtensorShardOperation(parameter)

@@ -63,7 +63,7 @@ def find_targets(
             if target is None:
                 converter = None if pattern is None else of_pattern[pattern]
                 target = targets[name] = Target(name, converter, [])
-                cut = cutter(state[name], converter)
+                cut = cutter(core, state[name], converter)
                 if cut is not None:
                     target.cuts = {}
                     cuts[name] = cut

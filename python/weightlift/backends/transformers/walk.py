@@ -399,7 +399,7 @@ class _Fill:
         if target.cuts is not None or self._is_watched or not _sets_plainly(module):
             self._core.set_param_for_module(self._model, name, value, self._info, None)
         elif key in module._parameters:
-            if not isinstance(value, torch.nn.Parameter):
+            if type(value) is torch.Tensor or not isinstance(value, torch.nn.Parameter):
                 value = torch.nn.Parameter(value, requires_grad=value.is_floating_point())
             value._is_hf_initialized = True  # type: ignore[attr-defined]
             module._parameters[key] = value
