@@ -71,7 +71,8 @@ class _Model:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
-        self.groups: list[_Group] = []
+        # Weakly: they know the model, and what it holds should go with the last of them.
+        self.groups: list[weakref.ref[_Group]] = []
         self.refused = False
         self._lock = threading.Lock()
         self._running: WeightsOnDemand | None = None
@@ -108,7 +109,7 @@ class _Model:
         in_memory = {}
         files: dict[str, tuple[Checkpoint, dict[str, str]]] = {}
         keys = {}
-        for group in self.groups:
+        for group in filter(None, (known() for known in self.groups)):
             for place in group.places:
                 if group.path is None:
                     key = f"{place.state[0]} {tuple(place.parameter.shape)}"
@@ -262,7 +263,7 @@ class _Call:
         for group in groups:
             bound = _Group(model, group, names)
             _read_buffers(group, bound)
-            model.groups.append(bound)
+            model.groups.append(weakref.ref(bound))
             _bound[group] = bound
         _models.add(model)
 
