@@ -7,6 +7,7 @@ print(wl.last_report())
 """
 
 import importlib as _importlib
+import sys as _sys
 from typing import TYPE_CHECKING, Any
 
 from weightlift.backends import disable, enable, enabled
@@ -99,7 +100,10 @@ _LATER = {
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # With both, Python's traceback names the nearest.
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}", name=name, obj=_sys.modules[__name__]
+        )
     try:
         value = getattr(_importlib.import_module(f"weightlift.{_LATER[name]}"), name)
     except ModuleNotFoundError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -159,8 +160,23 @@ class _NamesOfShards(NamedTuple):
     largest: int
 
 
+def _make_folder(folder: Path) -> None:
+    """
+    Raises:
+        OSError: a file is in its place, or in that of a folder above it.
+    """
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise NotADirectoryError(
+                    errno.ENOTDIR, "is a file, not a folder: name another target", str(place)
+                )
+            break
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def _write_file(written: _Written, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     temporary = temporary_beside(target)
     with naming_target(target, temporary):
         try:
@@ -178,7 +194,7 @@ def _write_folder(
 ) -> list[str]:
     shards = list(_split(written.entries, names.largest))
     files = _names(names.stem, names.variant, len(shards))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     folder = temporary_beside(target)
     with naming_target(target, folder):
         folder.mkdir()

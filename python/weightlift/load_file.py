@@ -13,11 +13,13 @@ from weightlift.checkpoint.open_checkpoint import open_checkpoint, open_file
 from weightlift.core import dtypes
 from weightlift.core.devices import loadable_device, parse_device
 from weightlift.core.errors import ArgumentError, FormatError
+from weightlift.core.paths import path_text
 from weightlift.core.requirements import require
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import Backend, LoadOptions, Mode, Progress, mode_of_backend
 from weightlift.module.device_map import DeviceMap, assign, parse_device_map
+from weightlift.module.parameters import check_module
 
 if TYPE_CHECKING:
     import torch
@@ -94,17 +96,26 @@ def load(data: bytes) -> dict[str, torch.Tensor]:
         OutOfMemoryError: the host has too little memory (also a ``MemoryError``).
     """
     require("torch", "load")
-    if isinstance(data, (str, os.PathLike)):
-        raise TypeError(
-            f"load takes the bytes of a file, not {type(data).__name__}: load_file takes a path"
-        )
     try:
-        with _as_file(memoryview(data).cast("B")) as path:
+        view = memoryview(data)
+    except TypeError:
+        hint = ": load_file takes a path" if isinstance(data, (str, os.PathLike)) else ""
+        raise TypeError(
+            f"load takes the bytes of a file, not {type(data).__name__}{hint}"
+        ) from None
+    try:
+        with _as_file(view.cast("B")) as path:
             checkpoint = Checkpoint.from_file(path)
             return load_tensors(checkpoint, parse_device("cpu"), LoadOptions("read"))
     except FormatError as error:
+        message = error.message
+        if bytes(view.cast("B")[:2]) == b"PK":
+            message = (
+                "this is a zip file, perhaps of torch.save: torch.load(io.BytesIO(data), "
+                "weights_only=True) loads one"
+            )
         raise FormatError(
-            error.code, error.message, "the bytes given to load", error.offset, error.tensor
+            error.code, message, "the bytes given to load", error.offset, error.tensor
         ) from None
 
 
@@ -157,12 +168,24 @@ def load_model(
 
     Raises:
         RuntimeError: with ``strict``, missing or unexpected names; or a shape differs.
+        ArgumentError: the model is on ``meta``; ``load_into`` fills one.
         FormatError, ReadError: as ``load_file``.
     """
-    tensors = load_file(filename, device, backend=backend)
+    check_module(model, "load_model")
+    path = path_text(filename)
     own = model.state_dict()
+    for name, tensor in own.items():
+        if tensor.device.type == "meta":
+            raise ArgumentError(
+                f"{path}: {name!r} of the model is on meta, where nothing can be loaded in place: "
+                "load_into(model, filename) gives it values"
+            )
+    tensors = load_file(filename, device, backend=backend)
     tied = _tied_groups(own)
-    lacking, unexpected = model.load_state_dict(tensors, strict=False)
+    try:
+        lacking, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise RuntimeError(f"{path}: {error}") from None
     missing = set(lacking)
     for group in tied:
         if here := [name for name in group if name in tensors]:

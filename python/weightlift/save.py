@@ -25,8 +25,9 @@ from weightlift.core.atomic import (
     temporary_beside,
 )
 from weightlift.core.errors import ArgumentError
+from weightlift.core.paths import path_text
 from weightlift.core.requirements import require
-from weightlift.module.parameters import is_streamed
+from weightlift.module.parameters import check_module, is_streamed
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ def save_file(
             ``IsADirectoryError``, a full disk, ...
     """
     require("torch", "save_file")
-    path = Path(filename)
+    path = Path(path_text(filename))
     entries = _entries(tensors, str(path))
     header = header_of(entries, metadata)
     if path.is_dir():
@@ -115,6 +116,13 @@ def save_model(
     require("torch", "save_model")
     from safetensors.torch import save_model as reference_save_model
 
+    check_module(model, "save_model")
+    path_text(filename)
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata is a dict of text for text, not {type(metadata).__name__}")
+    for name, tensor in model.state_dict().items():
+        if tensor.device.type == "meta":
+            raise _without_values(os.fspath(filename), name)
     with atomic_file(filename) as temporary:
         reference_save_model(model, str(temporary), metadata, force_contiguous)
 
@@ -151,6 +159,8 @@ def _entries(tensors: Mapping[str, torch.Tensor], what: str) -> list[Entry]:
                 name,
                 "is not contiguous: save tensor.contiguous(), or the tensor that it is a view of",
             )
+        if tensor.device.type == "meta":
+            raise _without_values(what, name)
         entry = entry_of(name, tensor)
         if entry is None:
             raise _refused(
@@ -163,6 +173,14 @@ def _entries(tensors: Mapping[str, torch.Tensor], what: str) -> list[Entry]:
 
 def _refused(what: str, name: str, why: str) -> ArgumentError:
     return ArgumentError(f"{what}: tensor {name!r} {why}; nothing was saved")
+
+
+def _without_values(what: str, name: str) -> NotImplementedError:
+    """The reference's exception, with the name and what helps."""
+    return NotImplementedError(
+        f"{what}: tensor {name!r} is on meta and has no values: load the model first; nothing was "
+        "saved"
+    )
 
 
 def _check_sharing(tensors: Mapping[str, torch.Tensor], what: str) -> None:

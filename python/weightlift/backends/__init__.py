@@ -16,6 +16,7 @@ keeps the original. One that does so while a backend is on gets a function that 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import os
 from collections.abc import Callable, Iterable
@@ -166,8 +167,10 @@ def _names(libraries: Iterable[str]) -> frozenset[str]:
     names = tuple(libraries)
     unknown = sorted({repr(name) for name in names if name not in LIBRARIES})
     if unknown:
+        near = difflib.get_close_matches(str(names[0]), LIBRARIES, 1) if len(names) == 1 else []
+        hint = f" ({near[0]!r} is meant?)" if near else ""
         raise ArgumentError(
-            f"no backend for {', '.join(unknown)}; there are {', '.join(LIBRARIES)}"
+            f"no backend for {', '.join(unknown)}{hint}; there are {', '.join(LIBRARIES)}"
         )
     return frozenset(names or LIBRARIES)
 

@@ -14,7 +14,8 @@ import weightlift._native as _native
 from weightlift.checkpoint.integrity import Identity
 from weightlift.checkpoint.torch_file import View
 from weightlift.core.closing import Closing
-from weightlift.core.errors import ArgumentError, CheckpointError, FileClosedError, FormatError
+from weightlift.core.errors import CheckpointError, FileClosedError, FormatError
+from weightlift.core.paths import path_text
 
 if TYPE_CHECKING:
     import torch
@@ -401,7 +402,4 @@ def describe_location(checkpoint: Checkpoint) -> str:
 
 
 def _text(path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path)
-    if not isinstance(text, str):
-        raise ArgumentError(f"the path is {path!r}; it must be text, not bytes")
-    return text
+    return path_text(path)

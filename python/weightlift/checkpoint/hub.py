@@ -276,7 +276,9 @@ def _hub_errors(repo_id: str, arguments: HubArguments, filename: str = "") -> It
 def _no_such_path(path: str, reason: str) -> str:
     """The message for text that is neither an existing path nor a repository id."""
     text = "there is no such file or folder"
-    is_path = path.startswith((".", "/", "~")) or path.count("/") > 1
+    is_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
+    if not path:
+        return f"{text}: the path is empty"
     return text if is_path else f"{text}, and it is not a repository id: {reason}"
 
 
@@ -332,6 +334,8 @@ def _translate(
             reason = f"{endpoint} did not answer: {error.__cause__ or reason}"
         code = "not_cached"
         text = f"{revision} is not in the cache {arguments._cache}, and {reason}"
+        if not filename:
+            text = f"there is no such file or folder, and as the id of a repository: {text}"
     else:
         code, text = (
             "read_failed",

@@ -19,6 +19,7 @@ from weightlift.checkpoint.integrity import Identity
 from weightlift.checkpoint.resolve import resolve, torch_format_of
 from weightlift.checkpoint.torch_file import LoadedTorchFile, View, open_torch_file
 from weightlift.core.errors import ArgumentError, CheckpointError
+from weightlift.core.paths import path_text
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +96,8 @@ def open_checkpoint(
         ),
         strict_index=strict_index,
     )
+    if prefix is not None and not isinstance(prefix, str):
+        raise ArgumentError(f"prefix is {prefix!r}; it must be text")
     checkpoint = open_files(files, state_dict_key, strict_index=strict_index)
     if prefix is not None or ignore is not None:
         checkpoint = checkpoint.renamed(_renaming(prefix, ignore))
@@ -116,23 +119,30 @@ def open_file(filename: str | os.PathLike[str]) -> Checkpoint:
             folder an ``IsADirectoryError``.
         CheckpointError: a torch file has several plausible state dicts.
     """
-    text = os.fspath(filename)
-    format = torch_format_of(text) if isinstance(text, str) else None
+    text = path_text(filename)
+    format = torch_format_of(text)
     if format is None:
-        return Checkpoint.from_file(filename)
+        return Checkpoint.from_file(text)
     path = Path(text)
     files = CheckpointFiles((ShardFile(path.name, text, format),), format, str(path.parent))
-    return open_files(files, None)
+    try:
+        return open_files(files, None)
+    except CheckpointError as error:
+        if "state_dict_key" not in str(error):
+            raise
+        raise CheckpointError(f"{error}, an argument of load_checkpoint") from None
 
 
 def open_files(
     files: CheckpointFiles, state_dict_key: str | None, *, strict_index: bool = False
 ) -> Checkpoint:
     """Opens the files of a checkpoint; see ``open_checkpoint``."""
+    if state_dict_key is not None and not isinstance(state_dict_key, str):
+        raise ArgumentError(f"state_dict_key is {state_dict_key!r}; it must be text")
     if state_dict_key is not None and files.format != "torch":
         raise ArgumentError(
-            f"{files.folder}: state_dict_key={state_dict_key!r} is for torch files, and these are "
-            "safetensors: leave it out"
+            f"{files.files[0].path}: state_dict_key={state_dict_key!r} is for torch files, and "
+            "this is safetensors: leave it out"
         )
     opened = _OpenedFiles()
     for shard in files.files:
@@ -278,6 +288,8 @@ def _misplaced(files: CheckpointFiles, opened: _OpenedFiles) -> list[str]:
 def _renaming(
     prefix: str | None, ignore: str | Iterable[str] | None
 ) -> Callable[[str], str | None]:
+    if ignore is not None and not isinstance(ignore, Iterable):
+        raise ArgumentError(f"ignore is {ignore!r}; it must be text, or several texts")
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore or ())
     plain = tuple(text for text in ignored if not any(c in text for c in "*?["))
     patterns = [text for text in ignored if text not in plain]

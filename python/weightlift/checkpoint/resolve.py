@@ -26,6 +26,7 @@ from weightlift.checkpoint.hub import HubArguments
 from weightlift.checkpoint.shard_index import parse_index
 from weightlift.checkpoint.sources import DdufFile, Folder, Repository, Source, as_read_error
 from weightlift.core.errors import ArgumentError, CheckpointError, ReadError, read_error
+from weightlift.core.paths import path_text
 
 __all__ = ["resolve", "torch_format_of"]
 
@@ -65,9 +66,7 @@ def resolve(
         FormatError: a ``.dduf`` file is invalid.
         ArgumentError: an argument is invalid, or two contradict each other.
     """
-    text = os.fspath(path_or_repo)
-    if not isinstance(text, str):
-        raise ArgumentError(f"the path is {text!r}; it must be text, not bytes")
+    text = path_text(path_or_repo)
     if variant is not None and (not variant or "/" in variant or "\0" in variant):
         raise ArgumentError(
             f"variant is {variant!r}; it must be a part of a file name, such as 'fp16'"

@@ -72,6 +72,8 @@ def header_of(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> b
         TypeError: a name or metadata is not text.
     """
     header: dict[str, object] = {}
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata is a dict of text for text, not {type(metadata).__name__}")
     if metadata:
         for key, value in metadata.items():
             if not isinstance(key, str) or not isinstance(value, str):

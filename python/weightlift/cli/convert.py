@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ from weightlift.cli.values import castable_dtype, size_text
 from weightlift.core.report import format_bytes
 
 __all__ = ["convert"]
+
+_log = logging.getLogger("weightlift")
 
 # Files that belong to the weights beside them: configurations and vocabularies.
 _COMPANIONS = (".json", ".txt", ".model")
@@ -224,7 +227,9 @@ def _convert(
     options: OpenOptions,
     component: str | None,
     bar: _Bar,
+    shown: Path | None = None,
 ) -> Written:
+    """``shown``: one of several targets, by the name that it gets in the end."""
     from weightlift.convert import convert_checkpoint
 
     checkpoint = options.open(path, component)
@@ -235,6 +240,15 @@ def _convert(
         beside = f"{subfolder}/" if subfolder else ""
         patterns = [f"{beside}*{suffix}" for suffix in _COMPANIONS]
         snapshot(path, patterns, HubArguments(revision=options.revision))
+    companions = _companions(checkpoint.paths, subfolder)
+    if shown is not None and companions:
+        _log.warning(
+            "%s: not copied are %s: convert %s alone, to a folder, to have them beside the weights",
+            shown,
+            ", ".join(sorted(companions)),
+            path,
+        )
+        companions = {}
     files = convert_checkpoint(
         checkpoint,
         target,
@@ -242,7 +256,7 @@ def _convert(
         max_shard_size=wanted.max_shard_size,
         stem=wanted.stem or _stem(checkpoint.paths, subfolder),
         variant=wanted.variant,
-        companions=_companions(checkpoint.paths, subfolder),
+        companions=companions,
         progress=bar.of(component or Path(path).name),
     )
     where = target.parent if target.suffix.lower() == ".safetensors" else target
@@ -263,7 +277,7 @@ def _convert_files(
         names[name] = path
     with _NewFolder(target) as folder:
         made = [
-            _convert(path, folder / name, wanted, options, None, bar)
+            _convert(path, folder / name, wanted, options, None, bar, shown=target / name)
             for name, path in names.items()
         ]
     return [_moved(one, folder, target) for one in made]

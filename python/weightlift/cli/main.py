@@ -86,7 +86,8 @@ def _one_line(error: BaseException) -> str:
 
 def _as_options(text: str) -> str:
     """Replaces Python arguments in an error text by options."""
-    text = text.replace("use_safetensors=False", "--bin").replace("variant=None", "no --variant")
+    text = text.replace("use_safetensors=False", "--bin")
+    text = text.replace("variant=None", "what is taken without --variant")
 
     def option_name(found: re.Match[str]) -> str:
         return f"--{found[1].replace('_', '-')}"

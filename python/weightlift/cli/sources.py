@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ import typer
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.hub import HubArguments, list_files
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
-from weightlift.core.errors import CheckpointError
+from weightlift.core.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +78,11 @@ class OpenOptions:
     revision: str | None = None
 
     def open(self, path: str, subfolder: str | None = None) -> Checkpoint:
+        if self.revision is not None and os.path.lexists(path):
+            raise ArgumentError(
+                f"{path} is on this machine; --revision {self.revision} is for a repository of "
+                "the Hub"
+            )
         return open_checkpoint(
             path,
             subfolder=self.subfolder if subfolder is None else subfolder,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import typer
 
 import weightlift._native as _native
+from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.integrity import Identity, known_sha256, verify_file
 from weightlift.cli.sources import (
     SOURCE_HELP,
@@ -18,7 +20,7 @@ from weightlift.cli.sources import (
     Revision,
     Subfolder,
     Variant,
-    open_all,
+    components_of,
 )
 from weightlift.core.errors import CheckpointError, FormatError
 from weightlift.core.report import format_bytes
@@ -56,10 +58,17 @@ def verify(
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
     options = OpenOptions(subfolder, variant, use_bin, revision=revision)
-    for component, checkpoint in open_all(path, options):
+    for component, checkpoint in _opened(path, options):
+        title = path if component is None else f"{path} [{component}]"
+        if isinstance(checkpoint, FormatError | CheckpointError):
+            if component is None and not (as_json or quiet):
+                raise checkpoint
+            found.append(_damaged(title, checkpoint))
+            if not as_json and not quiet:
+                print(f"{title}: {found[-1]['files'][0]['result']}")
+            continue
         total = checkpoint.stored_bytes
         total += sum(tensor.nbytes for tensor in checkpoint.in_memory.values())
-        title = path if component is None else f"{path} [{component}]"
         one: dict[str, Any] = {
             "title": title,
             "tensors": len(checkpoint),
@@ -84,7 +93,7 @@ def verify(
                     print(f"  {file}: {result}")
     every = [file for one in found for file in one["files"]]
     damaged_files = sum(file["damaged"] for file in every)
-    unknown = sum(not file["hash_known"] for file in every)
+    unknown = sum(not file["hash_known"] and not file["damaged"] for file in every)
     if as_json:
         content = {"path": path, "checkpoints": found, "damaged": damaged_files}
         print(json.dumps({**content, "hashes_unknown": unknown}, indent=2))
@@ -92,6 +101,28 @@ def verify(
         print(_unknown_text(unknown, len(every)))
     if damaged_files or (require_hashes and unknown):
         raise typer.Exit(1)
+
+
+def _opened(
+    path: str, options: OpenOptions
+) -> Iterator[tuple[str | None, Checkpoint | FormatError | CheckpointError]]:
+    """The checkpoint, or each component's of a pipeline; what is wrong with it, where it cannot be
+    opened: the others are looked at none the less."""
+    components: list[str | None] = []
+    if options.subfolder is None:
+        components += components_of(path, options.revision)
+    for component in components or [None]:
+        try:
+            yield component, options.open(path, component)
+        except (FormatError, CheckpointError) as error:  # noqa: PERF203 - of each component
+            yield component, error
+
+
+def _damaged(title: str, error: FormatError | CheckpointError) -> dict[str, Any]:
+    """The result of a checkpoint that cannot be opened."""
+    path = getattr(error, "path", None) or title
+    file = {"path": path, "result": f"DAMAGED: {error}", "damaged": True, "hash_known": False}
+    return {"title": title, "tensors": 0, "bytes": 0, "files": [file]}
 
 
 def _unknown_text(unknown: int, files: int) -> str:

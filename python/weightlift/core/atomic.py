@@ -240,8 +240,9 @@ def errno_of(error: BaseException | None, outside: BaseException | None = None) 
 def save_error(number: int, path: Path) -> OSError:
     """The error of a save to ``path``; its text says what to do."""
     folder = path.parent
+    no_folder = f"no folder {folder}: make it first"
     remedies = {
-        errno.ENOENT: f"no folder {folder}: make it first",
+        errno.ENOENT: f"no file can be made in {folder}" if folder.is_dir() else no_folder,
         errno.ENOTDIR: f"{folder} is not a folder: save elsewhere",
         errno.EACCES: f"this user may not make files in {folder}: save elsewhere, or change the "
         "permissions of the folder (a save replaces the whole file, so the file's own permissions "

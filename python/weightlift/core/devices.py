@@ -21,6 +21,8 @@ _OF_MODELS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 def _meant(device: object) -> str:
     if device in _OF_MODELS:
         return " here (load_into and from_pretrained take it as device_map)"
+    if str(device).lower() in ("gpu", "nvidia"):
+        return " ('cuda' is meant?)"
     near = difflib.get_close_matches(str(device), ("cpu", "cuda", "cuda:0", *_OF_MODELS), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

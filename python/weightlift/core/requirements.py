@@ -31,6 +31,12 @@ class MissingLibraryError(WeightliftError, ModuleNotFoundError):
 def missing_library(name: str, what: str = "this") -> MissingLibraryError:
     """The error for a missing library that ``what`` needs."""
     library = name.partition(".")[0]
+    if library in sys.stdlib_module_names:
+        return MissingLibraryError(
+            f"{what} needs {library}, a part of Python that is not in this Python: build or "
+            "install Python with it",
+            name=library,
+        )
     remedy = _REMEDIES.get(library, f"pip install {library}")
     return MissingLibraryError(
         f"{what} needs {library}, which is not installed: {remedy}", name=library

@@ -149,7 +149,15 @@ class Settings:
 
     @staticmethod
     def set_default(settings: Settings | None) -> None:
-        """Sets the process's default; ``None`` restores that of the environment."""
+        """Sets the process's default; ``None`` restores that of the environment.
+
+        Raises:
+            TypeError: ``settings`` is of another type.
+        """
+        if settings is not None and not isinstance(settings, Settings):
+            raise TypeError(
+                f"set_default takes Settings(...) or None, not {type(settings).__name__}"
+            )
         Settings._default = settings
 
     def __enter__(self) -> Settings:

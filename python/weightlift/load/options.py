@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from weightlift.core.dtypes import TORCH_NAMES
 from weightlift.core.errors import ArgumentError
 from weightlift.core.requirements import require
 from weightlift.core.settings import Settings
@@ -53,6 +54,11 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "map", "read"):
             raise ArgumentError(f"mode is {self.mode!r}; it can be 'auto', 'map' or 'read'")
+        if not isinstance(self.progress, bool) and not callable(self.progress):
+            raise ArgumentError(
+                f"progress is {self.progress!r}; it can be True, False, or a function of the bytes "
+                "done and in all"
+            )
         if self.progress is True:
             require("rich", "progress=True")
 
@@ -63,7 +69,7 @@ class LoadOptions:
             conflicts = [
                 text
                 for text, given in (
-                    (f"dtype={dtype}", dtype is not None),
+                    (f"dtype={TORCH_NAMES.get(dtype or '')}", dtype is not None),
                     ("pin_memory=True", self.pin_memory),
                     (f"device={str(device)!r}", device.type != "cpu"),
                 )

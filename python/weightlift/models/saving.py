@@ -49,6 +49,7 @@ from weightlift.core.atomic import (
     temporary_beside,
 )
 from weightlift.core.errors import ArgumentError, FormatError
+from weightlift.core.paths import path_text
 from weightlift.core.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -92,6 +93,12 @@ def save_checkpoint(
         raise ArgumentError(
             f"the state dict is {type(state_dict).__name__}, not a dict of names to tensors: for a "
             "module, save module.state_dict()"
+        )
+    text = path_text(folder)
+    if text.lower().endswith((".safetensors", ".bin", ".pt")) and not Path(text).is_dir():
+        raise ArgumentError(
+            f"{text}: save_checkpoint writes a folder, and this is the name of a file: save_file "
+            "writes one"
         )
     return save_weights(
         state_dict, folder, stem="model", max_shard_size=max_shard_size, metadata=metadata

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
+
+from weightlift.core.errors import ArgumentError
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ParameterRef",
     "assign_parameter",
+    "check_module",
     "dtensor_types",
     "gather",
     "is_sharded",
@@ -41,6 +45,22 @@ class ParameterRef:
     @property
     def names(self) -> list[str]:
         return [self.name, *(name for name, _, _ in self.ties)]
+
+
+def check_module(model: object, call: str) -> None:
+    """Checks what a call takes for a model.
+
+    Raises:
+        ArgumentError: it is no module; the text says what may have been meant.
+    """
+    import torch
+
+    if isinstance(model, torch.nn.Module):
+        return
+    if isinstance(model, type):
+        raise ArgumentError(f"{call} takes a model, not the class {model.__name__}: make one of it")
+    hint = ": have two arguments changed places?" if isinstance(model, (str, os.PathLike)) else ""
+    raise ArgumentError(f"{call} takes a model first, not {type(model).__name__}{hint}")
 
 
 def parameter_refs(model: torch.nn.Module) -> list[ParameterRef]:

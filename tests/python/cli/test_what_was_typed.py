@@ -87,6 +87,16 @@ def test_a_wrong_use(typed: str, said: str, type_in: Type) -> None:
         ("inspect two.pt", "choose one with --state-dict-key"),
         ("convert model.safetensors out --stem a/b", "--stem is 'a/b'; it must be a part of"),
         ("convert model.safetensors out --to-variant a/b", "variant is 'a/b'"),
+        ("convert model.safetensors text.bin/x.safetensors", "text.bin: is a file, not a folder"),
+        ("inspect model.safetensors --state-dict-key x", "error: model.safetensors: --state-dict-"),
+        ("inspect model.safetensors --revision main", "--revision main is for a repository"),
+        (
+            "inspect pipe --subfolder unet --variant fp16",
+            "there is: what is taken without --variant",
+        ),
+        ("inspect nowhere", "there is no such file or folder, and as the id of a repository"),
+        ("inspect nowhere/", "error: nowhere/: there is no such file or folder"),
+        ("inspect ''", "the path is empty"),
     ],
 )
 def test_an_error_names_the_option(typed: str, said: str, type_in: Type) -> None:
@@ -137,3 +147,36 @@ def test_help_cuts_no_word(columns: int, type_in: Type) -> None:
 
 def _words(typed: str) -> list[str]:
     return shlex.split(typed)
+
+
+def test_a_damaged_component_does_not_hide_the_others(type_in: Type) -> None:
+    damaged = Path("pipe/unet/diffusion_pytorch_model.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    status, out, err = type_in("verify", "pipe", "--json")
+    assert (status, err) == (1, "")
+    found = json.loads(out)
+    assert found["damaged"] == 1
+    assert [one["files"][0]["damaged"] for one in found["checkpoints"]] == [True, False]
+    assert "not complete" in found["checkpoints"][0]["files"][0]["result"]
+    status, out, _ = type_in("verify", "pipe")
+    assert status == 1
+    assert "pipe [unet]: DAMAGED: " in out
+    assert "pipe [vae]: 3 tensors" in out
+    assert type_in("verify", "pipe", "--quiet") == (1, "", "")
+    assert type_in("verify", damaged, "--quiet") == (1, "", "")
+    assert json.loads(type_in("verify", damaged, "--json")[1])["damaged"] == 1
+
+
+def test_several_sources_are_named_as_they_will_be(
+    type_in: Type, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("one", "two"):
+        Path(name).mkdir()
+        save_file(TENSORS, f"{name}/model.safetensors")
+        Path(name, "config.json").write_text("{}")
+    assert type_in("convert", "one", "two", "out")[0] == 0
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.partition(":")[0] for text in said] == [
+        "out/one.safetensors", "out/two.safetensors",
+    ]  # fmt: skip
+    assert all("config.json" in text and ".tmp" not in text for text in said)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 
 from weightlift.checkpoint.checkpoint import Checkpoint
-from weightlift.core.errors import CheckpointError
+from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.report import LoadReport, set_last_report
 from weightlift.load.copies import Copy
 from weightlift.load.load_tensors import load_tensors
@@ -60,6 +60,15 @@ def record(
         CheckpointError: the code needs bytes and ``headers`` is not a ``Checkpoint``, or it does
             something that is impossible for a tensor without storage.
     """
+    if not callable(load_weights):
+        raise ArgumentError(
+            f"record takes a function of weights first, not {type(load_weights).__name__}"
+        )
+    if not isinstance(headers, Mapping):
+        raise ArgumentError(
+            f"record takes a Checkpoint second, not {type(headers).__name__}: "
+            "open_checkpoint opens one"
+        )
     reader = CheckpointReader(headers) if isinstance(headers, Checkpoint) else NoReader()
     recorder = Recorder(reader, torch.device(device))
     slots = [] if module is None else parameter_refs(module)

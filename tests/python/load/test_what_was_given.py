@@ -1,0 +1,114 @@
+"""What is given to the public calls by mistake, and what they have to answer."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import weightlift as wl
+from weightlift.core.atomic import save_error
+from weightlift.core.requirements import missing_library
+
+TENSORS = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    save_file(TENSORS, "x.safetensors")
+    torch.save({"model": TENSORS, "ema": TENSORS}, "two.pt")
+    torch.save(TENSORS, "x.bin")
+    return tmp_path
+
+
+def linear(device: str = "cpu") -> torch.nn.Module:
+    return torch.nn.Linear(2, 2, device=device)
+
+
+def content(name: str = "x.safetensors") -> bytes:
+    return Path(name).read_bytes()
+
+
+def open_file_object() -> dict[str, torch.Tensor]:
+    with Path("x.safetensors").open("rb") as opened:
+        return wl.load_file(opened)  # type: ignore[arg-type]
+
+
+x: Any = "x.safetensors"
+GIVEN: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "content": (lambda: wl.load_file(content()), wl.ArgumentError, r"of \d+ bytes"),  # type: ignore[arg-type]
+    "an open file": (open_file_object, TypeError, "name of that open file"),
+    "no path": (lambda: wl.load_file(None), TypeError, "NoneType; it must be text or a"),  # type: ignore[arg-type]
+    "two state dicts": (lambda: wl.load_file("two.pt"), wl.CheckpointError,
+                        "state_dict_key=, an argument of load_checkpoint"),
+    "gpu": (lambda: wl.load_file(x, device="gpu"), wl.DeviceError, "'cuda' is meant"),
+    "progress": (lambda: wl.load_file(x, progress=3), wl.ArgumentError, "progress is 3; it can be"),  # type: ignore[arg-type]
+    "a dtype to a mapping": (lambda: wl.load_file(x, mode="map", dtype="bf16"), wl.ArgumentError,
+                             "dtype=bfloat16"),
+    "a path for bytes": (lambda: wl.load(x), TypeError, "not str: load_file takes a path"),
+    "none for bytes": (lambda: wl.load(None), TypeError, "takes the bytes of a file, not NoneType"),  # type: ignore[arg-type]
+    "bytes of torch": (lambda: wl.load(content("x.bin")), wl.FormatError,
+                       r"torch.load\(io.BytesIO\(data\)"),
+    "meta, saved": (lambda: wl.save({"a": torch.ones(2, device="meta")}), NotImplementedError,
+                    "'a' is on meta and has no values"),
+    "meta, to a file": (lambda: wl.save_file({"a": torch.ones(2, device="meta")}, "y"),
+                        NotImplementedError, "y: tensor 'a' is on meta and has no values"),
+    "meta, a model": (lambda: wl.save_model(linear("meta"), "y"), NotImplementedError,
+                      "y: tensor 'weight' is on meta and has no values"),
+    "metadata": (lambda: wl.save_file(TENSORS, "y", "pt"), TypeError, "metadata is a dict of text"),  # type: ignore[arg-type]
+    "metadata of a model": (lambda: wl.save_model(linear(), "y", "pt"), TypeError, "not str"),  # type: ignore[arg-type]
+    "swapped, to save": (lambda: wl.save_file("y", TENSORS), TypeError, "changed places"),  # type: ignore[arg-type]
+    "swapped, a model": (lambda: wl.save_model("y", linear()), wl.ArgumentError, "changed places"),  # type: ignore[arg-type]
+    "a dict for a model": (lambda: wl.save_model(TENSORS, "y"), wl.ArgumentError, "not dict"),  # type: ignore[arg-type]
+    "swapped, to load": (lambda: wl.load_model(x, linear()), wl.ArgumentError, "changed places"),  # type: ignore[arg-type]
+    "a class": (lambda: wl.load_model(torch.nn.Linear, x), wl.ArgumentError, "make one of it"),  # type: ignore[arg-type]
+    "a model on meta": (lambda: wl.load_model(linear("meta"), x), wl.ArgumentError,
+                        r"x.safetensors: 'weight' of the model is on meta.*load_into"),
+    "another shape": (lambda: wl.load_model(torch.nn.Linear(2, 3), x), RuntimeError,
+                      "x.safetensors: (.|\n)*size mismatch for weight"),
+    "a key": (lambda: wl.load_checkpoint("two.pt", state_dict_key=3), wl.ArgumentError, "is 3"),
+    "a key of safetensors": (lambda: wl.load_checkpoint(x, state_dict_key="k"), wl.ArgumentError,
+                             "^x.safetensors: state_dict_key='k' is for torch files"),
+    "a prefix": (lambda: wl.load_checkpoint(x, prefix=3), wl.ArgumentError, "prefix is 3; it must"),
+    "what to ignore": (lambda: wl.load_checkpoint(x, ignore=3), wl.ArgumentError, "ignore is 3"),
+    "a file for a folder": (lambda: wl.save_checkpoint(TENSORS, "y.safetensors"), wl.ArgumentError,
+                            "save_file writes one"),
+    "a backend": (lambda: wl.enable("tranformers"), wl.ArgumentError, "'transformers' is meant"),
+    "no settings": (lambda: wl.Settings.set_default(3), TypeError, "takes Settings"),  # type: ignore[arg-type]
+    "a path to record": (lambda: wl.record(print, x), wl.ArgumentError, "open_checkpoint opens"),
+    "nothing to record": (lambda: wl.record(1, {}), wl.ArgumentError, "a function of weights"),  # type: ignore[arg-type]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", GIVEN)
+def test_it_is_named(what: str) -> None:
+    call, kind, said = GIVEN[what]
+    before = sorted(Path().iterdir())
+    with pytest.raises(kind, match=said) as raised:
+        call()
+    assert len(str(raised.value)) < 600
+    assert sorted(Path().iterdir()) == before
+
+
+def test_a_name_with_a_typo() -> None:
+    with pytest.raises(AttributeError) as raised:
+        wl.load_fiel  # type: ignore[attr-defined]  # noqa: B018
+    # What Python's traceback needs to say "Did you mean: 'load_file'?".
+    assert (raised.value.name, raised.value.obj) == ("load_fiel", wl)
+
+
+def test_parts_of_python_are_not_installed_by_pip() -> None:
+    text = str(missing_library("zoneinfo", "weightlift inspect"))
+    assert "pip" not in text
+    assert "a part of Python that is not in this Python" in text
+
+
+def test_a_folder_that_is_there_is_not_to_be_made(tmp_path: Path) -> None:
+    assert "make it first" in str(save_error(errno.ENOENT, tmp_path / "no" / "x"))
+    assert "make it first" not in str(save_error(errno.ENOENT, tmp_path / "x"))
