@@ -104,6 +104,20 @@ class ArrivingLoad:
         if self._is_cancelled:
             raise LoadCancelledError("the load of this model was cancelled")
 
+    def has(self, names: Sequence[str]) -> bool:
+        """Whether these can be taken, and are all on the host. Does not wait.
+
+        Raises:
+            WeightliftError: as ``wait_for``.
+        """
+        if os.getpid() != self._pid or self._is_cancelled:
+            return False
+        found = (self._told.get(self._outputs.number(name)) for name in names)
+        positions = [position for position in found if position is not None]
+        if any(self._devices[position] >= 0 for position in positions):
+            return False
+        return not positions or bool(self._native.wait_for(positions, 0))
+
     def take(self, name: str) -> Any:
         """The tensor, after ``wait_for``; each tensor can be taken once."""
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from background_support import (
     raw,
     saved,
 )
+from weightlift.load.arriving_load import ArrivingLoad
 from weightlift.load.load_plan import LoadPlan
 
 __all__ = ["gate"]
@@ -333,8 +335,26 @@ def test_hooks_of_others(tmp_path: Path) -> None:
     assert len(model.head._forward_pre_hooks) == 3
 
 
+def test_what_is_there_is_handed_out_together(tmp_path: Path) -> None:
+    """Modules whose tensors have come before they run do not ask for them."""
+    expected, path = saved(tmp_path)
+    model, report = load(path)
+    while not report._load.arriving.has(list(expected.state_dict())):  # type: ignore[attr-defined]
+        time.sleep(0.001)
+    x = inputs()
+    assert torch.equal(model.blocks[0](x), expected.blocks[0](x))
+    assert not model.blocks[1]._forward_pre_hooks
+    for block, original in zip(model.blocks, expected.blocks, strict=True):
+        assert torch.equal(block(x), original(x))
+    assert is_plain(model)
+    assert torch.equal(model(x), expected(x))
+    assert report.bytes == sum(t.nbytes for t in expected.state_dict().values())
+
+
 def test_order_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of the modules; then the one that an earlier run has shown."""
+    """That of the modules; then the one that an earlier run has shown, whose tensors came when they
+    were asked for."""
+    monkeypatch.setattr(ArrivingLoad, "has", lambda *_: False)
     _, path = saved(tmp_path)
     orders: list[list[str]] = []
     start = LoadPlan.start_in_order

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from weightlift.core import dtypes
+from weightlift.core.errors import WeightliftError
 from weightlift.core.report import LoadReport
 from weightlift.load.arriving_load import ArrivingLoad
 from weightlift.load.options import Progress
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from weightlift.load.load_plan import LoadPlan
 
 __all__ = ["BackgroundLoad"]
+
+# Tensors that are looked for together, beyond those that are asked for: more, as long as they are
+# there.
+_FEWEST_AHEAD = 4
+_MOST_AHEAD = 256
 
 
 class Completes(Protocol):
@@ -67,6 +74,8 @@ class BackgroundLoad:
         self._awaited = [tensor for tensor, _ in awaited]
         self._left = len(awaited)
         self._interest: weakref.ref[Interest] | None = None
+        self._after = 0  # in order of use, the first tensor that may not have been handed out
+        self._ahead = _FEWEST_AHEAD
         self._used: list[str] | None = []  # in order of use; None if there is no useful order
         self._storages: set[int] = set()
 
@@ -99,6 +108,8 @@ class BackgroundLoad:
         by_name = {tensor.name: tensor.source for tensor, _ in awaited}
         order = [by_name[name] for name in order_of_use(identity, model, list(by_name))]
         arriving = plan.start_in_order(order)
+        place = {name: number for number, name in enumerate(order)}
+        awaited.sort(key=lambda one: place[one[0].source])
         return cls(arriving, awaited, placed, checkpoint, memory_format, identity)
 
     def find_again(self, model: torch.nn.Module) -> None:
@@ -144,18 +155,47 @@ class BackgroundLoad:
         interest = None if self._interest is None else self._interest()
         self.arriving.wait_for([tensor.source for tensor in wanted])
         # Independent of the caller's modes: the tensors must be as if loaded before.
-        with self.lock, torch.inference_mode(False), torch.no_grad():
+        with self.lock, _outside_of_modes(torch):
             for tensor in wanted:
                 if not (tensor.has_arrived or tensor.is_attaching):
                     self._attach(tensor)
                     if self._used is not None:
                         self._used.append(tensor.name)
-            if not is_use:
+            if is_use:
+                self._attach_what_is_there()
+            else:
                 self._used = None
             has_all = self._left == 0
         if has_all:
             self._finish()
         del interest
+
+    def _attach_what_is_there(self) -> None:
+        """Those that come next in the order and have arrived: together they cost a part of what
+        they cost one by one, and their modules need not ask. A wrong guess costs nothing: who is
+        there before it is asked for is waited for by nobody. The lock is held."""
+        following = []
+        for number in range(self._after, len(self._awaited)):
+            tensor = self._awaited[number]
+            if not (tensor.has_arrived or tensor.is_attaching):
+                if tensor.is_wanted:
+                    following.append(tensor)
+                if len(following) == self._ahead:
+                    break
+            elif not following:
+                self._after = number + 1
+        try:
+            if not following or not self.arriving.has([tensor.source for tensor in following]):
+                self._ahead = _FEWEST_AHEAD
+                return
+        except WeightliftError:  # who needs them hears of it
+            self._ahead = _FEWEST_AHEAD
+            return
+        for tensor in following:
+            self._attach(tensor)
+            if self._used is not None:
+                self._used.append(tensor.name)
+        self._ahead = min(2 * self._ahead, _MOST_AHEAD)
 
     def _attach(self, tensor: Awaited) -> None:
         """Puts an arrived tensor into its modules. Setting it may read it in this thread, which has
@@ -222,6 +262,17 @@ def _holds_meta(ref: ParameterRef) -> bool:
     held = ref.module._parameters if ref.is_parameter else ref.module._buffers
     tensor = held.get(ref.key)
     return tensor is not None and tensor.is_meta and tensor.shape == ref.tensor.shape
+
+
+def _outside_of_modes(torch: Any) -> AbstractContextManager[Any]:
+    """Where what is made is no tensor of inference mode, and autograd does not look; entering a
+    mode takes longer than giving a tensor to its module."""
+    if torch.is_inference_mode_enabled():
+        stack = ExitStack()
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        return stack
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 def _no_report() -> None:

@@ -77,6 +77,11 @@ class Awaited:
             if waiting is not None and waiting.awaited.get((self.is_parameter, key)) is self:
                 waiting.forget(self.is_parameter, key)
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether some module that waits for it is there."""
+        return any(place() is not None for place, _ in self.places)
+
     def ref(self) -> ParameterRef | None:
         """Its current places; ``None`` if no module needs it any more."""
         found: list[tuple[str, torch.nn.Module, str]] = []
