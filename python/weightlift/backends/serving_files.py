@@ -26,6 +26,7 @@ __all__ = [
     "AHEAD_BYTES",
     "OWN_KEYS",
     "FilesReader",
+    "expect_tensors",
     "refuse_unfilled",
     "summary",
     "tell_unfilled",
@@ -231,16 +232,32 @@ def summary(reader: FilesReader, taken: Taken | None, seconds: float) -> str:
     return text
 
 
-def refuse_unfilled(reader: FilesReader, unfilled: Sequence[str]) -> None:
+def expect_tensors(recorder: Recorder, model: torch.nn.Module) -> bool:
+    """Declares a model's parameters and buffers.
+
+    Those on ``meta`` stay there for the engine, which gives a layer that it quantizes online memory
+    when all its tensors have come, and other parameters at once. Returns whether there are any.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    recorder.expect((name, tensor) for name, tensor in tensors if not tensor.is_meta)
+    return any(tensor.is_meta for _, tensor in tensors)
+
+
+def refuse_unfilled(
+    reader: FilesReader, unfilled: Sequence[str], *, made_late: bool = False
+) -> None:
     """Raises where the model misses what a file should have had.
 
     Args:
         reader: that has read.
         unfilled: parameters that nothing, or not all, was written to.
+        made_late: whether the engine made some while they came, which ``unfilled`` leaves out.
 
     Raises:
         CheckpointError: some are, and the index names tensors that its files lack.
     """
+    if made_late:
+        _refuse_absent(reader)
     if not unfilled or not reader.absent:
         return
     rest = f" and {len(unfilled) - 3} more" if len(unfilled) > 3 else ""
@@ -251,7 +268,7 @@ def refuse_unfilled(reader: FilesReader, unfilled: Sequence[str]) -> None:
 
 
 def _refuse_absent(reader: FilesReader) -> None:
-    """Of whole tensors nobody sees which parameters they fill."""
+    """Where nobody sees which parameters the tensors fill."""
     if reader.absent:
         raise CheckpointError(
             f"{_absent(reader)}; a parameter may be left unfilled: fetch the file again"

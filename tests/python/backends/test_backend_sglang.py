@@ -58,7 +58,27 @@ def checkpoint(folder: Path) -> Path:
     return folder
 
 
-def load(sglang: Any, folder: Path, load_format: str = "AUTO") -> Rank:
+class Late(Rank):
+    """Gives memory to its weight when all of it has come, and processes it there and then, as
+    engines do that quantize while they load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(64, 32, device="meta"), requires_grad=False)
+        self.came: list[tuple[str, Tensor]] = []
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for item in weights:
+            super().load_weights([item])  # on meta, to count the elements
+            self.came += [item] if item[0] in TENSORS else []
+            if len(self.came) == len(TENSORS) and self.up.is_meta:
+                self.up = nn.Parameter(torch.zeros(64, 32), requires_grad=False)
+                super().load_weights(self.came)
+                self.came.clear()
+                self.up.data = (self.up * 2).t().contiguous()
+
+
+def load(sglang: Any, folder: Path, load_format: str = "AUTO", kind: type[Rank] = Rank) -> Rank:
     config = SimpleNamespace(
         load_format=sglang.loader.LoadFormat[load_format],
         draft_model_idx=None,
@@ -66,13 +86,13 @@ def load(sglang: Any, folder: Path, load_format: str = "AUTO") -> Rank:
     )
     loader = sglang.loader.DefaultModelLoader(config)
     source = loader.Source(str(folder), model_config=SimpleNamespace(hf_config=None))
-    model = Rank()
+    model = kind()
     loader.load_model(model, [source])
     return model
 
 
 def assert_filled(model: Rank) -> None:
-    wanted = Rank()
+    wanted = type(model)()
     wanted.load_weights([*TENSORS.items(), ("mtp.scale", torch.tensor([3.0]))])
     assert torch.equal(model.up, wanted.up)
     assert torch.equal(model.scale, wanted.scale)
@@ -93,6 +113,20 @@ def test_the_model_is_filled(
     sglang.hooks.HookRegistry.apply_hooks()
     before = of_sglang()
     assert_filled(load(sglang, checkpoint(tmp_path)))
+    assert of_sglang() - before == moved
+
+
+@pytest.mark.parametrize(("way", "moved"), [("slices", SLICES), ("whole", 2 * 64 * 32 * 4 + 4)])
+def test_a_layer_that_is_processed_while_its_model_loads(
+    sglang: Any, way: str, moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEIGHTLIFT_SGLANG", way)
+    register()
+    sglang.hooks.HookRegistry.apply_hooks()
+    before = of_sglang()
+    model = load(sglang, checkpoint(tmp_path), kind=Late)
+    assert model.up.shape == (32, 64)
+    assert_filled(model)
     assert of_sglang() - before == moved
 
 

@@ -248,6 +248,100 @@ def test_a_model_that_another_loader_has_loaded(loaders: Any, tmp_path: Path) ->
     assert_same(model, wanted)
 
 
+class Processed(nn.Module):
+    """As a layer of vLLM whose ``process_weights_after_loading`` swaps its parameter.
+
+    Quantized online, or loaded again: the weight lies on meta until all tensors have come. Then the
+    layer is made, filled and processed while the model's loading still runs.
+    """
+
+    def __init__(self, swap: str, device: str) -> None:
+        super().__init__()
+        self.swap = swap
+        self.kernel: list[nn.Parameter] = []  # what a loaded layer computes with
+        self.begin(device)
+
+    def begin(self, device: str) -> None:
+        self.weight = nn.Parameter(torch.empty(64, 64, device=device), requires_grad=False)
+        self.buffered: list[tuple[str, Tensor]] = []
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        for name, tensor in weights:
+            if name not in ("q.weight", "k.weight"):
+                continue
+            self.fill(name, tensor)  # on meta, as vLLM counts the elements
+            if self.weight.is_meta:
+                self.buffered.append((name, tensor))
+                if len(self.buffered) == 2:
+                    self.make()
+        return {"weight"}
+
+    def fill(self, name: str, tensor: Tensor) -> None:
+        at = "qk".index(name[0]) * 32
+        self.weight.data[at : at + 32].copy_(tensor.narrow(0, 32, 32))
+
+    def make(self) -> None:
+        made = torch.empty_like(self.weight, device="cpu")
+        self.weight = nn.Parameter(made, requires_grad=False)
+        for name, tensor in self.buffered:
+            self.fill(name, tensor)
+        self.buffered.clear()
+        self.process_weights_after_loading()
+        for kernel in self.kernel:
+            kernel.data.copy_(self.weight)
+            self.weight = kernel
+
+    def process_weights_after_loading(self) -> None:
+        scale = self.weight.abs().amax(dim=1, keepdim=True) / 127
+        quantized = (self.weight / scale).round().to(torch.int8)
+        if self.swap == "parameter":
+            del self.weight
+            self.register_parameter("weight", nn.Parameter(quantized.t(), requires_grad=False))
+        elif self.swap == "data":
+            self.weight.data = quantized.t().contiguous()
+        else:
+            self.weight.data.copy_(quantized * scale)
+
+    def load_again(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.kernel = [self.weight]
+        self.begin("meta")
+        self.load_weights(weights)
+
+
+@pytest.mark.parametrize("extra", [{}, {"slices": False}])
+@pytest.mark.parametrize("swap", ["parameter", "data", "in place"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_parameters_that_are_swapped_when_they_are_processed(
+    loaders: Any, device: str, swap: str, extra: dict[str, bool], tmp_path: Path
+) -> None:
+    """After loading and, from meta, while it runs; then loaded again from another checkpoint."""
+    found, wanted = Processed(swap, device), Processed(swap, device)
+    loader = loaded(loaders, folder_of(tmp_path), found, **extra)
+    wanted.load_weights(TENSORS.items())
+    if device == "cpu":
+        found.process_weights_after_loading()
+        wanted.process_weights_after_loading()
+    assert found.weight.dtype == (torch.float32 if swap == "in place" else torch.int8)
+    assert_same(found, wanted)
+    needed = 64 * 64 * 4
+    assert extra or loader._reader.report.bytes == needed
+
+    other = {name: tensor * 2 + 1 for name, tensor in TENSORS.items()}
+    (tmp_path / "other").mkdir()
+    save_file(other, tmp_path / "other" / "model.safetensors")
+    kernel, before = found.weight, found.weight.clone()
+    address = kernel.data_ptr()
+    again = loaders._LOAD_FORMAT_TO_MODEL_LOADER["weightlift"](config(**extra))
+    model_config = SimpleNamespace(model=str(tmp_path / "other"), quantization=None)
+    found.load_again(again.get_all_weights(model_config, found))
+    wanted.load_again(other.items())
+    assert found.weight is kernel
+    assert kernel.data_ptr() == address
+    assert not torch.equal(kernel, before)
+    assert_same(found, wanted)
+    assert extra or again._reader.report.bytes == needed
+
+
 @pytest.mark.parametrize("slices", [True, False])
 def test_experts_of_other_ranks_are_skipped(loaders: Any, slices: bool, tmp_path: Path) -> None:
     found = Rank()
@@ -328,6 +422,19 @@ def test_a_shard_that_lacks_a_tensor(
     if slices:
         with pytest.raises(wl.CheckpointError, match=r"is in it, and it is not"):
             reload(loaders, folder, model)
+
+
+def test_a_shard_that_lacks_a_tensor_of_a_layer_that_is_made_late(
+    loaders: Any, tmp_path: Path
+) -> None:
+    """vLLM makes and processes such a layer with what has come."""
+    folder = folder_of(tmp_path)
+    write_index(folder)
+    names = [name for name in list(TENSORS)[0::2] if name != "q.weight"]
+    part = {name: TENSORS[name].clone() for name in names}
+    save_file(part, folder / "model-1-of-2.safetensors")
+    with pytest.raises(wl.CheckpointError, match=r"'q\.weight' is in it, and it is not"):
+        loaded(loaders, folder, Processed("parameter", "meta"))
 
 
 @pytest.mark.parametrize("slices", [True, False])

@@ -74,6 +74,7 @@ def _load(original: Callable[..., Any], model: Any, weights: Any, target_device:
     from weightlift.backends.serving_files import (
         AHEAD_BYTES,
         FilesReader,
+        expect_tensors,
         refuse_unfilled,
         summary,
         tell_unfilled,
@@ -85,7 +86,7 @@ def _load(original: Callable[..., Any], model: Any, weights: Any, target_device:
     begun = time.perf_counter()
     reader = FilesReader(LoadOptions(caller="sglang"))
     recorder = Recorder(reader, ahead=AHEAD_BYTES, threads=True)
-    recorder.expect([*model.named_parameters(), *model.named_buffers()])
+    made_late = expect_tensors(recorder, model)
     token = _recording.set((reader, recorder))
     try:
         with recorder.watching():
@@ -94,7 +95,8 @@ def _load(original: Callable[..., Any], model: Any, weights: Any, target_device:
         _recording.reset(token)
     recorder.finish()
     parameters = list(model.named_parameters())
-    refuse_unfilled(reader, recorder.unfilled(parameters, in_part=bool(reader.absent)))
+    unfilled = recorder.unfilled(parameters, in_part=bool(reader.absent))
+    refuse_unfilled(reader, unfilled, made_late=made_late)
     quantized = getattr(model, "quant_config", None) is not None
     tell_unfilled(_log, reader, [] if quantized else recorder.unfilled(parameters))
     recorder.replace_kept()

@@ -22,6 +22,7 @@ from weightlift.backends.serving_files import (
     AHEAD_BYTES,
     OWN_KEYS,
     FilesReader,
+    expect_tensors,
     refuse_unfilled,
     summary,
     tell_unfilled,
@@ -111,7 +112,7 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
             return group is not None and is_of_whole_tensor(copy, recorder.sources[copy.name].shape)
 
         recorder = Recorder(reader, ahead=AHEAD_BYTES, held=is_held, threads=True)
-        recorder.expect([*model.named_parameters(), *model.named_buffers()])
+        made_late = expect_tensors(recorder, model)
         self._recorder = recorder
         try:
             with recorder.watching():
@@ -129,7 +130,8 @@ class WeightliftModelLoader(DefaultModelLoader):  # type: ignore[misc]
             group.close()
         recorder.finish()
         parameters = list(model.named_parameters())
-        refuse_unfilled(reader, recorder.unfilled(parameters, in_part=bool(reader.absent)))
+        unfilled = recorder.unfilled(parameters, in_part=bool(reader.absent))
+        refuse_unfilled(reader, unfilled, made_late=made_late)
         quantized = model_config.quantization is not None
         tell_unfilled(_log, reader, [] if quantized else recorder.unfilled(parameters))
         recorder.replace_kept()
