@@ -9,7 +9,9 @@ and diffusers' device maps, diffusers' ``enable_sequential_cpu_offload``.
 
 A hook goes accelerate's way when something is not as it was when the hook was attached: other
 weights in its map, files that were written to, another dtype, a forward without inputs (as tools
-call hooks that want the real tensors). One line of log says so.
+call hooks that want the real tensors). One line of log says so. Nothing is said of a hook whose map
+lacks a weight of its module, as after a load of a checkpoint that lacks it: accelerate raises a
+KeyError in the module's forward.
 """
 
 from __future__ import annotations
@@ -122,6 +124,7 @@ def _origin(mapping: Any, name: str) -> _Origin:
 
     Raises:
         _NotKnownError: that cannot be told.
+        KeyError: the map lacks it.
     """
     import torch
     from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
@@ -137,7 +140,11 @@ def _origin(mapping: Any, name: str) -> _Origin:
     if type(mapping) is DiskWeights:
         checkpoint, key, cast_to = mapping.place(name)
         return _InOpenFiles(mapping, key, _after_cast(checkpoint, key, cast_to))
-    tensor: Any = mapping.get(name) if isinstance(mapping, dict) else None
+    tensor: Any = None
+    if isinstance(mapping, dict):
+        if name not in mapping:
+            raise KeyError(name)
+        tensor = mapping.get(name)
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return _InMemory(tensor, mapping, name, _version_of(tensor))
     raise _NotKnownError(f"{name!r} comes from a {type(mapping).__name__}")
@@ -433,7 +440,7 @@ class _Bound:
                 self._weight(name, parameter)
                 for name, parameter in module.named_parameters(recurse=hook.place_submodules)
             ]
-        except (_NotKnownError, WeightliftError, OSError, KeyError, AttributeError) as error:
+        except (_NotKnownError, WeightliftError, OSError, AttributeError) as error:
             self.model.refuse(str(error))
         for weight in self._weights:
             self.model.add(weight)
@@ -571,6 +578,8 @@ def _bind(hook: Any, module: torch.nn.Module) -> _Bound | None:
             made = _Bound(hook, module)
     except _NotKnownError as error:
         report_unstreamed(_NAME, str(error))
+    except KeyError:
+        pass  # the map lacks a weight: accelerate raises in the forward
     _bound[hook] = made
     return made
 

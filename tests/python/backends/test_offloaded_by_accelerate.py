@@ -333,6 +333,46 @@ def test_what_the_executor_cannot_serve(tmp_path: Path, caplog: pytest.LogCaptur
     assert "Special" in said[0] or "Lazy" in said[0]
 
 
+def in_memory(folder: Path, tensors: dict[str, torch.Tensor]) -> Any:
+    return tensors
+
+
+def loader_in_memory(folder: Path, tensors: dict[str, torch.Tensor]) -> Any:
+    return OffloadedWeightsLoader(state_dict=tensors)
+
+
+def loader_of_files(folder: Path, tensors: dict[str, torch.Tensor]) -> Any:
+    accelerate.utils.offload_state_dict(folder, tensors)
+    return OffloadedWeightsLoader(save_folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("map_of", "used"),
+    [
+        (in_memory, torch.nn.Parameter),  # where it is
+        (loader_in_memory, torch.nn.Parameter),
+        (loader_of_files, StreamedWeight),
+    ],
+)
+def test_a_map_that_lacks_a_weight(
+    tmp_path: Path, map_of: Any, used: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a load of a checkpoint that lacks it: accelerate raises in the module's forward, and
+    nothing is said before. The executor serves the other modules."""
+    model = build(False).eval()
+    tensors = {n: t.clone() for n, t in model.state_dict().items() if n != "head.weight"}
+    loader = map_of(tmp_path / "written", tensors)
+    with wl.enabled(CALLER), caplog.at_level(logging.INFO, "weightlift"):
+        accelerate.hooks.attach_align_device_hook(
+            model, "cpu", offload=True, weights_map=loader, offload_buffers=False
+        )
+        for _ in range(2):
+            with watched(model) as seen, pytest.raises(KeyError, match=r"head\.weight"):
+                model(INPUT)
+            assert set(seen) == {used}
+    assert not caplog.messages
+
+
 def test_pickles(tmp_path: Path) -> None:
     """Of what load_into has dispatched, for which accelerate's own cannot be pickled."""
     wl.save_file(weights(), tmp_path / "model.safetensors")
