@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["every", "pairs"]
+__all__ = ["every", "pairs", "sample"]
 
 _TRIES = 60
 
@@ -42,3 +42,22 @@ def pairs(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         missing -= best[0]
         rows.append({name: options[name][number] for name, number in best[1].items()})
     return rows
+
+
+def sample(rows: Sequence[dict[str, Any]], count: int, seed: str) -> list[dict[str, Any]]:
+    """``count`` of the rows, others for another seed. Each value of an option is in one of them,
+    if so many rows can hold them all."""
+    chosen = random.Random(seed)
+    left = chosen.sample(list(rows), len(rows))
+    missing = {(name, str(value)) for row in rows for name, value in row.items()}
+    taken: list[dict[str, Any]] = []
+    while left and len(taken) < count:
+        best = max(left, key=lambda row: len(missing & _values(row)))
+        left.remove(best)
+        missing -= _values(best)
+        taken.append(best)
+    return taken
+
+
+def _values(row: Mapping[str, Any]) -> set[tuple[str, str]]:
+    return {(name, str(value)) for name, value in row.items()}

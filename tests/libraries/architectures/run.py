@@ -7,8 +7,8 @@ as its constructor allows, with random numbers in all tensors, and saved in seve
 load is made twice and must show the same: bits, dtypes, strides, ties and devices of all tensors,
 the loading info, attributes, accelerate's hooks, log lines, warnings, the state of the random
 numbers, and the error where the library raises one. Rows of options are chosen so that every two
-values meet; `FULL=1` takes all combinations, `--rows 4` four of the rows, others for each
-architecture. The exit status is 1 where anything differs.
+values meet; `FULL=1` takes all combinations, `--rows 8` eight of the rows, others for each
+architecture, with every value in one of them. The exit status is 1 where anything differs.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any
 
 import observe
 import torch
-from pairs import every, pairs
+from pairs import every, pairs, sample
 
 import weightlift as wl
 from weightlift.core.report import fallback_reasons
@@ -86,7 +85,7 @@ def main() -> None:
     for line in sys.stdin:
         name = line.strip()
         # Other rows for another architecture: together they see all of them.
-        taken = random.Random(name).sample(rows, few) if 0 < few < len(rows) else rows
+        taken = sample(rows, few, name) if 0 < few < len(rows) else rows
         folder = Path(tempfile.mkdtemp(prefix="architecture-", dir=sys.argv[2]))
         began = time.monotonic()
         try:
