@@ -287,7 +287,7 @@ Result<std::shared_ptr<File>> File::open(const std::string& path) {
   if (::fstat(fd.get(), &status) != 0) return system_error(errno, path, "cannot stat");
   if (S_ISDIR(status.st_mode)) {
     return Error{.code = ErrorCode::kIsDirectory,
-                 .message = "is a directory: name the file in it",
+                 .message = "is a directory: name a file in it, or load_checkpoint reads the folder",
                  .path = path,
                  .system_errno = EISDIR};
   }

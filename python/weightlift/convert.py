@@ -33,7 +33,7 @@ from weightlift.core.atomic import (
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.requirements import require
-from weightlift.core.sizes import parse_size
+from weightlift.core.sizes import parse_shard_size
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 
@@ -98,11 +98,7 @@ def convert_checkpoint(
     for what, part in (("stem", stem), ("variant", variant or "")):
         if "/" in part or "\0" in part:
             raise ArgumentError(f"{what} is {part!r}; it must be a part of a file name")
-    largest = parse_size(max_shard_size, "max_shard_size")
-    if largest <= 0:
-        raise ArgumentError(
-            f"max_shard_size is {max_shard_size!r}; a file needs room: write a size such as '5GB'"
-        )
+    largest = parse_shard_size(max_shard_size)
     name = dtypes.parse_dtype(dtype)
     entries, tied = _entries(checkpoint, name)
     _warn_of_left_out(checkpoint)

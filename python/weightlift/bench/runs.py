@@ -85,7 +85,8 @@ def compare_models(
 
 
 def to_json(**found: Any) -> dict[str, Any]:
-    """What ``--json`` writes: ``found``, and when, by which command and where it was measured."""
+    """What ``--json`` prints and ``--output`` writes: ``found``, and when, by which command and
+    where it was measured."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["weightlift", *sys.argv[1:]]),

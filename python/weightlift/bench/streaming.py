@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,12 @@ def compare_streams(
     memory: int | str,
     contenders: Sequence[str] = CONTENDERS,
     steps: Steps = Steps(),
+    *,
+    begin: Callable[[str], None] = lambda _: None,
+    step: Callable[[str], None] = lambda _: None,
 ) -> list[StreamRun]:
-    """Runs steps of a model by each contender, each in a process of its own.
+    """Runs steps of a model by each contender, each in a process of its own. The first is what the
+    others are compared with: if it cannot be measured, no other is.
 
     Args:
         model: the folder of a model of transformers, or ``"stack:2GB"``, a stack of feed-forward
@@ -110,6 +114,7 @@ def compare_streams(
         memory: bytes for weights; accelerate is given a device map of as much.
         contenders: of ``CONTENDERS``; ``"whole"`` has all of it in memory.
         steps: how they are measured.
+        begin, step: called with the name of a contender before and after it runs.
 
     Raises:
         ArgumentError: no such contender, or a memory that is none.
@@ -131,10 +136,16 @@ def compare_streams(
         }  # fmt: skip
         for file in task["files"] if group else ():  # their pages are to be the group's
             drop_from_page_cache(file)
-        return [
-            _run({**task, "contender": name, "group": None if name == "whole" else group})
-            for name in contenders
-        ]
+        runs: list[StreamRun] = []
+        for name in contenders:
+            begin(name)
+            runs.append(
+                _run({**task, "contender": name, "group": None if name == "whole" else group})
+            )
+            step(name)
+            if runs[0].error:
+                break
+        return runs
 
 
 @contextlib.contextmanager
@@ -209,7 +220,9 @@ def _run(task: dict[str, Any]) -> StreamRun:
         )
         if child.returncode != 0:
             lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
-            return StreamRun(task["contender"], error=lines[-1])
+            # Without the name of the exception's module.
+            said = re.sub(r"^(?:\w+\.)+(?=\w+(?:: |$))", "", lines[-1])
+            return StreamRun(task["contender"], error=said)
         return StreamRun(task["contender"], **json.loads(out.read_text()))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import weightlift._native as _native
 from weightlift.checkpoint.integrity import Identity
+from weightlift.checkpoint.torch_errors import ONE_OF_A_PIPELINE
 from weightlift.checkpoint.torch_file import View
 from weightlift.core.closing import Closing
 from weightlift.core.errors import CheckpointError, FileClosedError, FormatError
@@ -374,7 +375,11 @@ def locate(checkpoint: Checkpoint, name: str) -> tuple[_native.IndexedFile, int]
 
 def _open(file: str | os.PathLike[str] | ShardFile) -> _native.IndexedFile:
     if not isinstance(file, tuple):
-        return _native.IndexedFile.open(_text(file))
+        path = _text(file)
+        try:
+            return _native.IndexedFile.open(path)
+        except FormatError as error:
+            raise _with_another_call(error, path) from None
     try:
         return _native.IndexedFile.open(file.path, file.begin, file.bytes)
     except FormatError as error:
@@ -382,6 +387,19 @@ def _open(file: str | os.PathLike[str] | ShardFile) -> _native.IndexedFile:
             raise
         message = f"in its entry {file.name!r}: {error.message}"
         raise FormatError(error.code, message, file.path, error.offset, error.tensor) from None
+
+
+def _with_another_call(error: FormatError, path: str) -> FormatError:
+    """The error of a file that another call reads: that call is named."""
+    if path.lower().endswith(".index.json"):
+        message = "this is an index of shards: load_checkpoint and open_checkpoint read them"
+    elif path.lower().endswith(".dduf"):
+        message = ONE_OF_A_PIPELINE
+    elif "torch.save" in error.message and not path.lower().endswith(".safetensors"):
+        message = "this is a file of torch.save: load_file and open_checkpoint read it"
+    else:
+        return error
+    return FormatError(error.code, message, path)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

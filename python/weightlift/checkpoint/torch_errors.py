@@ -12,7 +12,11 @@ from collections.abc import Iterator
 from weightlift.checkpoint.first_bytes import FirstBytes
 from weightlift.core.errors import FormatError, OutOfMemoryError, WeightliftError
 
-__all__ = ["errors_of_torch", "explained"]
+__all__ = ["ONE_OF_A_PIPELINE", "errors_of_torch", "explained"]
+
+ONE_OF_A_PIPELINE = (
+    "this is a whole pipeline: load_checkpoint(path, subfolder=...) loads a component of it"
+)
 
 _TORCHSCRIPT = (
     "this is a TorchScript archive, which holds code: if you trust it, load it with torch.jit.load "
@@ -24,6 +28,8 @@ def explained(error: FormatError, path: str) -> FormatError:
     """Replaces an archive error by one that says what the file is, if recognized."""
     if "torch's tar format" in error.message:  # a pickle, though not a readable one
         return FormatError("malformed_pickle", error.message, path, error.offset)
+    if path.lower().endswith(".dduf"):
+        return FormatError("not_weights", ONE_OF_A_PIPELINE, path)
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -6,8 +6,10 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
+from typing import Any
 
 import typer
+import typer.core
 
 from weightlift.cli import COMMANDS
 
@@ -40,10 +42,28 @@ def _help(function: Callable[..., None]) -> str:
     return "\n\n".join(parts)
 
 
+class _Command(typer.core.TyperCommand):
+    """A command whose error names the last argument where that alone is missing: the parser gives
+    the first value to the last of them, and would miss the one before."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        arguments = [one for one in self.params if one.param_type_name == "argument"]
+        try:
+            return super().parse_args(ctx, list(args))
+        except typer.BadParameter as error:
+            is_missing = type(error).__name__ == "MissingParameter"
+            if is_missing and len(arguments) > 1 and error.param is arguments[0]:
+                given = self.make_parser(ctx).parse_args(list(args))[0]
+                if isinstance(given.get(arguments[-1].name), str):
+                    error.param = arguments[-1]
+            raise
+
+
 for _name in COMMANDS:
     _function = getattr(importlib.import_module(f"weightlift.cli.{_name}"), _name)
     app.command(
         _name,
+        cls=_Command,
         help=_help(_function),
         short_help=_help(_function).partition("\n")[0],
         options_metavar="[--report] [-m MODULE | SCRIPT.py] ARGS..."

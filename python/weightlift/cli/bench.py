@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import enum
 import errno
+import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +28,7 @@ from weightlift.cli.values import castable_dtype, names_of, one_of, size_text, w
 
 if TYPE_CHECKING:
     from weightlift.bench.measure import Comparison
+    from weightlift.bench.streaming import StreamRun
 
 __all__ = ["bench"]
 
@@ -138,12 +142,16 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", metavar="OUT", help="Write all figures here.")
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT.json", help="Write all figures here, as JSON."),
     ] = None,
     plot_out: Annotated[
         Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw the medians here.")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print all figures as JSON, and no table.")
+    ] = False,
 ) -> None:
     """Measure how fast a checkpoint loads, against other libraries.
 
@@ -154,47 +162,46 @@ def bench(
 
       weightlift bench model.safetensors --dtype bfloat16
 
-      weightlift bench --from-pretrained org/model --cold --json out.json
+      weightlift bench --from-pretrained org/model --cold --output out.json
     """
     _check_together(locals())
-    from weightlift.bench.runs import to_json
-
-    _check_outputs(json_out, plot_out)
+    _check_outputs(paths, output, plot_out, as_json)
     options = OpenOptions(subfolder, variant, use_bin, revision=revision)
     if stream:
-        _bench_stream(paths, memory or "2GB", repeat or 5, bool(cold), json_out, plot_out)
+        with _tables(shown=not as_json):
+            runs = _bench_stream(paths, memory or "2GB", repeat or 5, bool(cold), plot_out)
+        _write(output, as_json, streams=[dataclasses.asdict(run) for run in runs])
+        if runs[0].error:
+            raise typer.Exit(1)
         return
     if distributed is not None:
         _check_safetensors(paths)
-        _bench_ranks([Path(path) for path in paths], distributed, repeat or 5, json_out)
+        with _tables(shown=not as_json):
+            figures = _bench_ranks([Path(path) for path in paths], distributed, repeat or 5)
+        _write(output, as_json, **figures)
         return
     dtype = None if dtype is None else _dtype(dtype)
     if device is Device.CUDA:
         from weightlift.load.allocation import TorchAllocator
 
         TorchAllocator()  # raises the reason if there is no GPU
-    if from_pretrained:
-        states = [True, False] if cold is None else [cold]
-        found = _bench_models(_local(paths), device.value, dtype, states, repeat or 3)
-    else:
-        contenders = [
-            "weightlift",
-            *_others("safetensors,torch" if against is None else against, adapters),
-        ]
-        found = [
-            _bench_files(
+    with _tables(shown=not as_json):
+        if from_pretrained:
+            states = [True, False] if cold is None else [cold]
+            found = _bench_models(_local(paths), device.value, dtype, states, repeat or 3)
+        else:
+            others = _others("safetensors,torch" if against is None else against, adapters)
+            one = _bench_files(
                 _files(paths, options),
                 device.value,
                 dtype,
-                contenders,
+                ["weightlift", *others],
                 bool(cold),
                 repeat or 5,
                 adapters,
             )
-        ]
-    if json_out is not None:
-        content = to_json(comparisons=[one.to_json() for one in found])
-        json_out.write_text(json.dumps(content, indent=2) + "\n")
+            found = [one]
+    _write(output, as_json, comparisons=[one.to_json() for one in found])
     if plot_out is not None and any(one.samples for one in found):
         from weightlift.bench.plot import plot
         from weightlift.bench.runs import rounds_of
@@ -204,7 +211,27 @@ def bench(
         raise typer.Exit(1)
 
 
-# What each kind of measurement takes, beside PATH, --repeat and --json.
+@contextlib.contextmanager
+def _tables(*, shown: bool) -> Iterator[None]:
+    """What is printed inside is shown, or nothing of it."""
+    with contextlib.nullcontext() if shown else contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _write(output: Path | None, as_json: bool, **found: Any) -> None:
+    """The figures as JSON, to a file and to stdout."""
+    from weightlift.bench.runs import to_json
+
+    if output is None and not as_json:
+        return
+    text = json.dumps(to_json(**found), indent=2)
+    if output is not None:
+        output.write_text(text + "\n")
+    if as_json:
+        print(text)
+
+
+# What each kind of measurement takes, beside PATH, --repeat, --json and --output.
 _TAKES = {
     "--stream": {"--memory", "--cold/--warm", "--plot"},
     "--distributed": set[str](),
@@ -257,14 +284,21 @@ def _check_together(parameters: Mapping[str, object]) -> None:
         )
 
 
-def _check_outputs(json_out: Path | None, plot_out: Path | None) -> None:
+def _check_outputs(
+    paths: Sequence[str], output: Path | None, plot_out: Path | None, as_json: bool
+) -> None:
     """Before anything is measured.
 
     Raises:
         OSError: a file cannot be written there.
-        typer.BadParameter: no picture has this suffix.
+        typer.BadParameter: no picture has this suffix, or a file after --json, which takes none.
     """
-    for out in (json_out, plot_out):
+    for path in paths:
+        if as_json and path.endswith(".json") and not path.endswith(".index.json"):
+            raise typer.BadParameter(
+                f"{path}: --json prints; a file is written by --output {path}", param_hint="PATH"
+            )
+    for out in (output, plot_out):
         if out is None:
             continue
         folder = out.absolute().parent
@@ -299,30 +333,31 @@ def _bench_stream(
     memory: str,
     repeat: int,
     cold: bool,
-    json_out: Path | None,
     plot_out: Path | None,
-) -> None:
-    import dataclasses
-
+) -> list[StreamRun]:
     from rich.console import Console
 
-    from weightlift.bench.runs import to_json
-    from weightlift.bench.streaming import Steps, compare_streams, describe, plot_timeline
+    from weightlift.bench.progress import progress_of
+    from weightlift.bench.streaming import (
+        CONTENDERS,
+        Steps,
+        compare_streams,
+        describe,
+        plot_timeline,
+    )
 
     if len(paths) != 1:
         raise typer.BadParameter("give one model", param_hint="--stream")
-    runs = compare_streams(paths[0], memory, steps=Steps(count=repeat, cold=cold))
+    with progress_of(len(CONTENDERS)) as (begin, step):
+        steps = Steps(count=repeat, cold=cold)
+        runs = compare_streams(paths[0], memory, steps=steps, begin=begin, step=step)
     console = Console(highlight=False)
     console.print(f"[bold]A step of {paths[0]} in {memory}, {'cold' if cold else 'warm'}[/bold]")
     for line in describe(runs):
         console.print(line, markup=False, soft_wrap=True)
-    if json_out is not None:
-        content = to_json(streams=[dataclasses.asdict(run) for run in runs])
-        json_out.write_text(json.dumps(content, indent=2) + "\n")
     if plot_out is not None and runs[0].events:
         plot_timeline(runs[0], plot_out, f"A step of {paths[0]} in {memory}")
-    if runs[0].error:
-        raise typer.Exit(1)
+    return runs
 
 
 def _files(paths: list[str], options: OpenOptions) -> list[Path]:
@@ -439,11 +474,10 @@ def _bench_models(
     return found
 
 
-def _bench_ranks(files: list[Path], ranks: int, repeat: int, json_out: Path | None) -> None:
+def _bench_ranks(files: list[Path], ranks: int, repeat: int) -> dict[str, Any]:
     from rich.console import Console
 
     from weightlift.bench.ranks import measure_ranks
-    from weightlift.bench.runs import to_json
     from weightlift.bench.tables import distributed_table
     from weightlift.core.report import format_bytes
 
@@ -454,5 +488,4 @@ def _bench_ranks(files: list[Path], ranks: int, repeat: int, json_out: Path | No
     console.print(f"[bold]{files[0].name}, {size}, by {ranks} processes on gloo[/bold]")
     console.print()
     console.print(distributed_table(found))
-    if json_out is not None:
-        json_out.write_text(json.dumps(to_json(**found)) + "\n")
+    return found

@@ -12,16 +12,19 @@ import typer
 
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.cli.sources import (
-    SOURCE_HELP,
     Bin,
     OpenOptions,
+    Paths,
     Prefix,
     Revision,
     StateDictKey,
     Subfolder,
     Variant,
+    expand,
     open_all,
     print_whole,
+    safe_text,
+    title_of,
 )
 from weightlift.core import dtypes
 from weightlift.core.report import format_bytes
@@ -36,7 +39,7 @@ _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def estimate(
-    path: Annotated[str, typer.Argument(metavar="PATH", help=SOURCE_HELP, show_default=False)],
+    paths: Paths,
     device_map: Annotated[
         str | None,
         typer.Option(
@@ -67,8 +70,9 @@ def estimate(
       weightlift estimate model/ --device-map '{"model.layers": 0, "": "cpu"}'
     """
     options = OpenOptions(subfolder, variant, use_bin, state_dict_key, prefix, revision)
-    checkpoints = [checkpoint for _, checkpoint in open_all(path, options)]
-    found = describe(path, checkpoints)
+    every = expand(paths)
+    checkpoints = [checkpoint for path in every for _, checkpoint in open_all(path, options)]
+    found = describe(title_of(every), checkpoints)
     if device_map is not None:
         found["devices"] = _by_device(checkpoints, _device_map(device_map))
     if as_json:
@@ -193,7 +197,8 @@ def _show(found: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     tensors = f"{found['tensors']:,} tensor{'s' * (found['tensors'] != 1)}"
-    console.print(f"{found['path']}: {tensors}, {count_text(found['parameters'])} parameters\n")
+    parameters = f"{count_text(found['parameters'])} parameter{'s' * (found['parameters'] != 1)}"
+    console.print(f"{safe_text(found['path'])}: {tensors}, {parameters}\n", markup=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
     for title in ("dtype", "weights", "largest tensor", "training with Adam"):
         side = "left" if title == "dtype" else "right"

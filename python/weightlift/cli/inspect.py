@@ -14,15 +14,16 @@ import typer
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.resolve import torch_format_of
 from weightlift.cli.sources import (
-    SOURCE_HELP,
     Bin,
     OpenOptions,
+    Paths,
     Prefix,
     Revision,
     StateDictKey,
     Subfolder,
     Variant,
     components_of,
+    expand,
     name_width,
     place_of,
     print_whole,
@@ -31,6 +32,7 @@ from weightlift.cli.sources import (
 )
 from weightlift.cli.values import names_of, one_of, whole_number
 from weightlift.core import dtypes
+from weightlift.core.errors import WeightliftError
 from weightlift.core.report import format_bytes
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ _ORDERS: dict[Sort, Any] = {
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help=SOURCE_HELP, show_default=False)],
+    paths: Paths,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor.")] = False,
     sort: Annotated[
         Sort,
@@ -113,20 +115,48 @@ def inspect(
       weightlift inspect model.safetensors --sort size --limit 10
 
       weightlift inspect pipeline/ --subfolder unet --json
+
+      weightlift inspect '*.safetensors'
     """
     options = OpenOptions(subfolder, variant, use_bin, state_dict_key, prefix, revision)
-    found = {name: describe(path, options, name) for name in _components(path, options)}
-    orders = {name: sorted(one.pop("tensors"), key=_ORDERS[sort]) for name, one in found.items()}
+    from weightlift.cli.main import print_error
+
+    every = expand(paths)
     if as_json:
-        for name, one in found.items():
-            one["tensors"] = [dataclasses.asdict(entry) for entry in orders[name]]
-        whole = {"path": path, "components": {str(name): one for name, one in found.items()}}
-        print(json.dumps(found.get(None, whole), indent=2))
+        contents = [_content(path, options, sort) for path in every]
+        print(json.dumps(contents[0] if len(contents) == 1 else contents, indent=2))
         return
-    for number, (name, one) in enumerate(found.items()):
+    failed = 0
+    for number, path in enumerate(every):
+        if number > failed:
+            print()
+        try:
+            _show_all(path, options, sort, limit)
+        except (WeightliftError, OSError) as error:
+            if len(every) == 1:
+                raise
+            print_error(error)  # and the others are shown
+            failed += 1
+    if failed:
+        raise typer.Exit(1)
+
+
+def _show_all(path: str, options: OpenOptions, sort: Sort, limit: int) -> None:
+    for number, name in enumerate(_components(path, options)):
+        one = describe(path, options, name)
         if name is not None:
             print(f"{chr(10) if number else ''}{safe_text(name)}")
-        _show(one, orders[name], limit)
+        _show(one, sorted(one["tensors"], key=_ORDERS[sort]), limit)
+
+
+def _content(path: str, options: OpenOptions, sort: Sort) -> dict[str, Any]:
+    """What ``--json`` prints of a path: its checkpoint, or those of its components."""
+    found = {name: describe(path, options, name) for name in _components(path, options)}
+    for one in found.values():
+        entries = sorted(one["tensors"], key=_ORDERS[sort])
+        one["tensors"] = [dataclasses.asdict(entry) for entry in entries]
+    whole = {"path": path, "components": {str(name): one for name, one in found.items()}}
+    return found.get(None, whole)
 
 
 def _components(path: str, options: OpenOptions) -> list[str | None]:

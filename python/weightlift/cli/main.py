@@ -13,7 +13,7 @@ from weightlift.cli.run import parse, start
 from weightlift.core.errors import WeightliftError
 from weightlift.core.requirements import missing_library
 
-__all__ = ["main"]
+__all__ = ["main", "print_error"]
 
 # Arguments of the Python calls that are options of the same name.
 _ARGUMENTS = (
@@ -65,6 +65,12 @@ def _log_in_options() -> None:
 
 
 def _exit(error: BaseException) -> NoReturn:
+    print_error(error)
+    sys.exit(1)
+
+
+def print_error(error: BaseException) -> None:
+    """One line on stderr, in the command line's words."""
     text = f"error: {_one_line(error)}"
     try:
         from rich.console import Console
@@ -73,7 +79,6 @@ def _exit(error: BaseException) -> NoReturn:
         print(text, file=sys.stderr)
     else:
         Console(stderr=True, soft_wrap=True).print(Text(text, style="red"))
-    sys.exit(1)
 
 
 def _one_line(error: BaseException) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "SOURCE_HELP",
     "Bin",
     "OpenOptions",
+    "Paths",
     "Prefix",
     "Revision",
     "StateDictKey",
@@ -37,12 +38,15 @@ __all__ = [
     "print_whole",
     "safe_text",
     "shorten",
+    "title_of",
 ]
 
 SOURCE_HELP = (
     "A file (.safetensors, .bin, .ckpt, .dduf, ...), a folder, a pipeline's folder, or the id of a "
     "repository on the Hub."
 )
+PATHS_HELP = f"{SOURCE_HELP} Several, and quoted patterns such as '*.safetensors', too."
+Paths = Annotated[list[str], typer.Argument(metavar="PATH", help=PATHS_HELP, show_default=False)]
 Subfolder = Annotated[
     str | None,
     typer.Option(
@@ -153,6 +157,11 @@ def open_all(path: str, options: OpenOptions) -> Iterator[tuple[str | None, Chec
         yield None, options.open(path)
     for component in components:
         yield component, options.open(path, component)
+
+
+def title_of(paths: Sequence[str]) -> str:
+    """One name for several paths."""
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
 
 def safe_text(text: str) -> str:

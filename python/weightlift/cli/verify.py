@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
@@ -14,13 +14,14 @@ import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.integrity import Identity, known_sha256, verify_file
 from weightlift.cli.sources import (
-    SOURCE_HELP,
     Bin,
     OpenOptions,
+    Paths,
     Revision,
     Subfolder,
     Variant,
     components_of,
+    expand,
 )
 from weightlift.core.errors import CheckpointError, FormatError
 from weightlift.core.report import format_bytes
@@ -31,7 +32,7 @@ _PIECE = 1 << 24
 
 
 def verify(
-    path: Annotated[str, typer.Argument(metavar="PATH", help=SOURCE_HELP, show_default=False)],
+    paths: Paths,
     subfolder: Subfolder = None,
     variant: Variant = None,
     use_bin: Bin = False,
@@ -54,14 +55,17 @@ def verify(
       weightlift verify model/
 
       weightlift verify org/model --require-hashes --json
+
+      weightlift verify '*.safetensors' --quiet && echo whole
     """
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
     options = OpenOptions(subfolder, variant, use_bin, revision=revision)
-    for component, checkpoint in _opened(path, options):
+    every = expand(paths)
+    for path, component, checkpoint in _opened(every, options):
         title = path if component is None else f"{path} [{component}]"
         if isinstance(checkpoint, FormatError | CheckpointError):
-            if component is None and not (as_json or quiet):
+            if component is None and len(every) == 1 and not (as_json or quiet):
                 raise checkpoint
             found.append(_damaged(title, checkpoint))
             if not as_json and not quiet:
@@ -81,47 +85,50 @@ def verify(
                 f"{title}: {len(checkpoint):,} tensor{'s' * (len(checkpoint) != 1)}, "
                 f"{format_bytes(total)}; headers and index are consistent"
             )
-        files = [(file, identity) for file, identity in checkpoint.files if file not in seen]
-        seen.update(file for file, _ in files)
+        new = [(file, identity) for file, identity in checkpoint.files if file not in seen]
+        seen.update(file for file, _ in new)
         with ThreadPoolExecutor(max(1, int(_native.machine()["cpus"]))) as pool:
-            results = pool.map(lambda file: _check(*file), files)
-            for (file, _), (result, damaged, known) in zip(files, results, strict=True):
+            results = pool.map(lambda file: _check(*file), new)
+            for (file, _), (result, damaged, known) in zip(new, results, strict=True):
                 one["files"].append(
                     {"path": file, "result": result, "damaged": damaged, "hash_known": known}
                 )
                 if not as_json and not quiet:
                     print(f"  {file}: {result}")
-    every = [file for one in found for file in one["files"]]
-    damaged_files = sum(file["damaged"] for file in every)
-    unknown = sum(not file["hash_known"] and not file["damaged"] for file in every)
+    files = [file for one in found for file in one["files"]]
+    damaged_files = sum(file["damaged"] for file in files)
+    unknown = sum(not file["hash_known"] and not file["damaged"] for file in files)
     if as_json:
-        content = {"path": path, "checkpoints": found, "damaged": damaged_files}
-        print(json.dumps({**content, "hashes_unknown": unknown}, indent=2))
+        content: dict[str, Any] = {"path": every[0]} if len(every) == 1 else {"paths": every}
+        content |= {"checkpoints": found, "damaged": damaged_files, "hashes_unknown": unknown}
+        print(json.dumps(content, indent=2))
     elif unknown and not quiet:
-        print(_unknown_text(unknown, len(every)))
+        print(_unknown_text(unknown, len(files)))
     if damaged_files or (require_hashes and unknown):
         raise typer.Exit(1)
 
 
 def _opened(
-    path: str, options: OpenOptions
-) -> Iterator[tuple[str | None, Checkpoint | FormatError | CheckpointError]]:
-    """The checkpoint, or each component's of a pipeline; what is wrong with it, where it cannot be
-    opened: the others are looked at none the less."""
-    components: list[str | None] = []
-    if options.subfolder is None:
-        components += components_of(path, options.revision)
-    for component in components or [None]:
-        try:
-            yield component, options.open(path, component)
-        except (FormatError, CheckpointError) as error:  # noqa: PERF203 - of each component
-            yield component, error
+    paths: Sequence[str], options: OpenOptions
+) -> Iterator[tuple[str, str | None, Checkpoint | FormatError | CheckpointError]]:
+    """The checkpoints, or each component's of a pipeline; what is wrong with one, where it cannot
+    be opened: the others are looked at none the less."""
+    for path in paths:
+        components: list[str | None] = []
+        if options.subfolder is None:
+            components += components_of(path, options.revision)
+        for component in components or [None]:
+            try:
+                yield path, component, options.open(path, component)
+            except (FormatError, CheckpointError) as error:  # noqa: PERF203 - of each component
+                yield path, component, error
 
 
 def _damaged(title: str, error: FormatError | CheckpointError) -> dict[str, Any]:
     """The result of a checkpoint that cannot be opened."""
     path = getattr(error, "path", None) or title
-    file = {"path": path, "result": f"DAMAGED: {error}", "damaged": True, "hash_known": False}
+    said = str(error).removeprefix(f"{title}: ")
+    file = {"path": path, "result": f"DAMAGED: {said}", "damaged": True, "hash_known": False}
     return {"title": title, "tensors": 0, "bytes": 0, "files": [file]}
 
 

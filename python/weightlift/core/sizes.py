@@ -6,7 +6,7 @@ import re
 
 from weightlift.core.errors import ArgumentError
 
-__all__ = ["parse_size"]
+__all__ = ["parse_shard_size", "parse_size"]
 
 _UNITS = {
     "": 1, "b": 1,
@@ -34,3 +34,17 @@ def parse_size(size: int | str, name: str, *, fractions: bool = True) -> int:
             "TiB, such as '64MiB'"
         )
     return int(found[1]) * unit if found[1].isdigit() else int(float(found[1]) * unit)
+
+
+def parse_shard_size(size: int | str) -> int:
+    """The bytes of ``max_shard_size``.
+
+    Raises:
+        ArgumentError: it is no size, or leaves no room for a tensor.
+    """
+    largest = parse_size(size, "max_shard_size")
+    if largest <= 0:
+        raise ArgumentError(
+            f"max_shard_size is {size!r}; a file needs room: write a size such as '5GB'"
+        )
+    return largest

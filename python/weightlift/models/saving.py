@@ -50,7 +50,7 @@ from weightlift.core.atomic import (
 )
 from weightlift.core.errors import ArgumentError, FormatError
 from weightlift.core.paths import path_text
-from weightlift.core.sizes import parse_size
+from weightlift.core.sizes import parse_shard_size
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,8 @@ def save_checkpoint(
         The names of the files, the index last.
 
     Raises:
-        ArgumentError: a tensor cannot be saved.
+        ArgumentError: a tensor cannot be saved, ``folder`` is the name of a file, or
+            ``max_shard_size`` is no size.
         OSError: with the file's name; the old files are unchanged.
     """
     if not isinstance(state_dict, Mapping):
@@ -410,7 +411,7 @@ def _split(
         # torch.save keeps tensors that share memory together; safetensors has no shared memory.
         get_storage_id=get_torch_storage_id if names.extension == ".bin" else lambda tensor: None,
         filename_pattern="{suffix}",
-        max_shard_size=parse_size(max_shard_size, "max_shard_size"),
+        max_shard_size=parse_shard_size(max_shard_size),
     )
     shards = {
         f"{names.base}{number}{names.extension}": inside

@@ -46,12 +46,19 @@ def test_a_folder(tmp_path: Path) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model", max_shard_size="20KB")
     out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    done = bench(tmp_path / "model", "--repeat", "1", "--json", out, "--plot", picture)
+    done = bench(tmp_path / "model", "--repeat", "1", "--output", out, "--plot", picture)
     assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    sentence = re.compile(r"(cold|warm): weightlift |weightlift's way: ")  # the terminal wraps them
+    tables = [line for line in done.stdout.splitlines() if not sentence.match(line)]
+    assert max(map(len, tables)) <= 80
     for state in ("cold", "warm"):
         for name in ("stock", "weightlift"):
             assert f"{state}: measuring {name}, round 1 of 1" in done.stderr
+        assert re.search(
+            rf"^{state}: weightlift is .*\d\.\d\dx as fast as the library alone \(one round alone",
+            done.stdout,
+            re.MULTILINE,
+        )
     comparisons = json.loads(out.read_text())["comparisons"]
     assert [one["cold"] for one in comparisons] == [True, False]
     for comparison in comparisons:
@@ -66,7 +73,7 @@ def test_a_folder(tmp_path: Path) -> None:
 def test_a_class(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     given = ("diffusers:AutoencoderTiny", "--warm", "--repeat", "1")
-    done = bench(*given, "--json", out, TMPDIR=str(tmp_path))
+    done = bench(*given, "--output", out, TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "warm: measuring weightlift, round 1 of 1" in done.stderr

@@ -101,7 +101,7 @@ def test_bench(tmp_path: Path) -> None:
     write_file(tmp_path / "model.safetensors", 8)
     command = [sys.executable, "-m", "weightlift", "bench", "--distributed", "2", "--repeat", "1"]
     ran = subprocess.run(
-        [*command, "--json", "out.json", "model.safetensors"],
+        [*command, "--output", "out.json", "model.safetensors"],
         cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert "by 2 processes on gloo" in ran.stdout

@@ -257,7 +257,7 @@ def test_what_bench_cannot_do(checkpoint: Path, tmp_path: Path, run_here: RunHer
     for arguments, status, said in (
         (["nowhere.safetensors"], 1, "nowhere.safetensors: no such file"),
         ([tmp_path], 1, "the folder is empty"),
-        ([checkpoint, "--json", tmp_path], 1, "it is a folder: name a file in it"),
+        ([checkpoint, "--output", tmp_path], 1, "it is a folder: name a file in it"),
         ([checkpoint, "--plot", tmp_path / "out.docx"], 2, "is no name of a picture"),
         ([checkpoint, "--memory", "2GB"], 2, "it goes with --stream"),
         ([checkpoint, "--stream", "--dtype", "bf16"], 2, "has no effect with --stream"),
@@ -266,7 +266,7 @@ def test_what_bench_cannot_do(checkpoint: Path, tmp_path: Path, run_here: RunHer
         (["nowhere", "--distributed", "2"], 1, "nowhere: there is no such file or folder"),
         ([tmp_path, "--distributed", "2"], 2, "no .safetensors file is in it"),
         ([checkpoint, "--adapters", "no.py"], 2, "--adapters: no.py: no such file of adapters"),
-        ([checkpoint, "--json", tmp_path / "no" / "out.json"], 1, "folder does not exist"),
+        ([checkpoint, "--output", tmp_path / "no" / "out.json"], 1, "folder does not exist"),
         ([checkpoint, "--plot", tmp_path / "no" / "out.png"], 1, "folder does not exist"),
     ):
         found, out, err = run_here("bench", *arguments)
@@ -331,7 +331,7 @@ def test_doctor_measures_and_cleans_up(tmp_path: Path) -> None:
 def test_bench_compares_and_lists_who_could_not(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     done = run(
-        *("bench", checkpoint, "--repeat", "1", "--cold", "--json", out),
+        *("bench", checkpoint, "--repeat", "1", "--cold", "--output", out),
         *("--dtype", "float32", "--against", "safetensors,torch,fastsafetensors"),
         *("--adapters", support.PEERS),
     )
@@ -393,7 +393,7 @@ def test_a_contender_runs_from_its_environment_and_has_to_load_the_same(tmp_path
 def test_bench_measures_what_torch_saved(tmp_path: Path) -> None:
     path, out, picture = (tmp_path / name for name in ("model.bin", "bench.json", "bench.png"))
     torch.save({"w": torch.ones(100, 100)}, path)
-    more = ("--against", "torch", "--json", out, "--plot", picture)
+    more = ("--against", "torch", "--output", out, "--plot", picture)
     assert run("bench", path, "--repeat", "1", *more).returncode == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     (comparison,) = json.loads(out.read_text())["comparisons"]

@@ -180,3 +180,60 @@ def test_several_sources_are_named_as_they_will_be(
         "out/one.safetensors", "out/two.safetensors",
     ]  # fmt: skip
     assert all("config.json" in text and ".tmp" not in text for text in said)
+
+
+def test_the_missing_argument_is_the_target(type_in: Type) -> None:
+    status, _, err = type_in("convert", "model.safetensors")
+    assert (status, "Missing argument 'TARGET'" in err) == (2, True)
+    status, _, err = type_in("convert")
+    assert (status, "Missing argument 'SOURCE'" in err) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "estimate"])
+def test_several_paths_and_patterns(command: str, type_in: Type) -> None:
+    save_file({"other": torch.zeros(2)}, "more.safetensors")
+    status, out, _ = type_in(command, "m*.safetensors")
+    assert status == 0
+    for word in ["model.safetensors and 1 more"] if command == "estimate" else [
+        "model.safetensors", "more.safetensors"
+    ]:  # fmt: skip
+        assert word in out
+    found = json.loads(type_in(command, "more.safetensors", "weights.dat", "--json")[1])
+    if command == "estimate":
+        assert found["tensors"] == 4
+    else:
+        rows = found if command == "inspect" else found["checkpoints"]
+        assert [row.get("path", row.get("title")) for row in rows] == [
+            "more.safetensors", "weights.dat"
+        ]  # fmt: skip
+    status, _, err = type_in(command, "*.nothing")
+    assert (status, "no file fits this pattern" in err) == (1, True)
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_damaged_file_does_not_hide_the_next(command: str, type_in: Type) -> None:
+    Path("bad.safetensors").write_bytes(Path("model.safetensors").read_bytes()[:-20])
+    status, out, err = type_in(command, "bad.safetensors", "model.safetensors")
+    assert status == 1
+    assert (out + err).count("bad.safetensors") == 1
+    assert "model.safetensors" in out
+
+
+def test_json_of_bench_is_a_flag(type_in: Type) -> None:
+    typed = ["bench", "model.safetensors", "--against", "safetensors", "--repeat", "1"]
+    status, out, _ = type_in(*typed, "--json", "--output", "figures.json")
+    assert status == 0
+    printed, written = json.loads(out), json.loads(Path("figures.json").read_text())
+    assert printed["comparisons"] == written["comparisons"]
+    assert set(printed["comparisons"][0]["contenders"]) == {"weightlift", "safetensors"}
+    status, _, err = type_in(*typed, "--json", "out.json")
+    assert (status, "a file is written by --output out.json" in err) == (2, True)
+
+
+def test_a_step_that_does_not_fit_ends_at_once(type_in: Type) -> None:
+    status, out, err = type_in("bench", "stack:1MB", "--stream", "--memory", "1KB", "--repeat", "1")
+    assert status == 1
+    assert "not measured: ArgumentError: memory is 1.0 kB" in out
+    assert "another result" not in out
+    assert "accelerate" not in out + err
+    assert "weightlift" in err  # what is being measured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_file(TENSORS, "x.safetensors")
     torch.save({"model": TENSORS, "ema": TENSORS}, "two.pt")
     torch.save(TENSORS, "x.bin")
+    Path("x.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}')
+    with zipfile.ZipFile("p.dduf", "w") as archive:
+        archive.writestr("model_index.json", "{}")
     return tmp_path
 
 
@@ -41,12 +45,27 @@ def open_file_object() -> dict[str, torch.Tensor]:
 
 
 x: Any = "x.safetensors"
+DDUF = r"this is a whole pipeline: load_checkpoint\(path, subfolder=\.\.\.\)"
+TORCH = "this is a file of torch.save: load_file and open_checkpoint read it"
+INDEX = "this is an index of shards: load_checkpoint and open_checkpoint read them"
+FOLDER = "or load_checkpoint reads the folder"
+NO_ROOM = "max_shard_size is 0; a file needs room"
 GIVEN: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "content": (lambda: wl.load_file(content()), wl.ArgumentError, r"of \d+ bytes"),  # type: ignore[arg-type]
     "an open file": (open_file_object, TypeError, "name of that open file"),
     "no path": (lambda: wl.load_file(None), TypeError, "NoneType; it must be text or a"),  # type: ignore[arg-type]
     "two state dicts": (lambda: wl.load_file("two.pt"), wl.CheckpointError,
                         "state_dict_key=, an argument of load_checkpoint"),
+    "dduf": (lambda: wl.load_file("p.dduf"), wl.FormatError, DDUF),
+    "dduf, opened": (lambda: wl.safe_open("p.dduf"), wl.FormatError, DDUF),
+    "torch, opened": (lambda: wl.safe_open("x.bin"), wl.FormatError, TORCH),
+    "torch, indexed": (lambda: wl.Checkpoint.from_file("x.bin"), wl.FormatError, TORCH),
+    "an index": (lambda: wl.load_file("x.safetensors.index.json"), wl.FormatError, INDEX),
+    "an index, opened": (lambda: wl.safe_open("x.safetensors.index.json"), wl.FormatError, INDEX),
+    "a folder": (lambda: wl.load_file("."), IsADirectoryError, FOLDER),
+    "a folder, opened": (lambda: wl.safe_open("."), IsADirectoryError, FOLDER),
+    "no room": (lambda: wl.save_checkpoint(TENSORS, "y", max_shard_size=0), wl.ArgumentError,
+                NO_ROOM),
     "gpu": (lambda: wl.load_file(x, device="gpu"), wl.DeviceError, "'cuda' is meant"),
     "progress": (lambda: wl.load_file(x, progress=3), wl.ArgumentError, "progress is 3; it can be"),  # type: ignore[arg-type]
     "a dtype to a mapping": (lambda: wl.load_file(x, mode="map", dtype="bf16"), wl.ArgumentError,
