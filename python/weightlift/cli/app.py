@@ -47,7 +47,7 @@ class _Command(typer.core.TyperCommand):
     the first value to the last of them, and would miss the one before."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        arguments = [one for one in self.params if one.param_type_name == "argument"]
+        arguments: list[Any] = [one for one in self.params if one.param_type_name == "argument"]
         try:
             return super().parse_args(ctx, list(args))
         except typer.BadParameter as error:
