@@ -112,10 +112,13 @@ def _tensors(model: torch.nn.Module, names: Sequence[str]) -> dict[str, torch.Te
 def _has_meta(model: torch.nn.Module, parameters: bool) -> bool:
     """Whether a tensor that is to be real is on ``meta``: by a default device, or as another
     library's replacement of ``register_buffer`` has it."""
-    for module in model.modules():
-        tensors = [*module._buffers.values(), *(module._parameters.values() if parameters else ())]
-        if any(tensor is not None and tensor.is_meta for tensor in tensors):
-            return True
+    modules = [model]
+    for module in modules:  # it grows
+        for held in (module._buffers, module._parameters if parameters else None):
+            if held and any(tensor is not None and tensor.is_meta for tensor in held.values()):
+                return True
+        if children := module._modules:
+            modules += [child for child in children.values() if child is not None]
     return False
 
 
