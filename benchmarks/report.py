@@ -111,14 +111,22 @@ def serving_section(summary: Summary) -> Iterator[str]:
             f"| {one['counted_bytes'] / one['parameters_bytes']:.3f} "
             f"| {one['peak_over_parameters_mib']} MiB |"
         )
-    yield from ["", "| last rank, warm | way | read / parameters | median |", "|---|---|--:|--:|"]
+    yield from [
+        "",
+        "| last rank, warm | way | read / parameters | calls that read | processor | median |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
     for one in summary["times"]:
         for way, seconds in one["seconds"].items():
             read = one.get("read_bytes", {}).get(way)
             share = f"{read / one['parameters_bytes']:.3f}" if read else ""
+            calls = one.get("read_calls", {}).get(way)
+            processor = one.get("processor_seconds", {}).get(way)
             ratio = one["times_as_long_as_slices"][way]
             yield (
                 f"| {one['model']}, of {one['ranks']} | {way} | {share} "
+                f"| {f'{calls:,}' if calls else ''} "
+                f"| {format_seconds(processor) if processor else ''} "
                 f"| {format_seconds(seconds)} ({ratio} times as long as slices) |"
             )
     if summary["vllm"]:

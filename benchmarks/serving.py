@@ -46,6 +46,7 @@ MOE = {"layers": 2, "hidden": 2048, "inner": 4096, "experts": 16, "vocabulary": 
 MODELS = {"dense": DENSE, "moe": MOE}
 # Holes up to this size are read along; 1: none are.
 HOLES = {"slices": 4096, "without holes": 1, "holes of 64 KiB": 65536}
+PARTS = ("recording", "bytes", "times", "vllm")
 VLLM = ROOT / "build" / "serving" / "venv" / "bin" / "python"
 
 
@@ -172,9 +173,10 @@ def seconds_of(load: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def counted_by_the_system() -> int:
+def counted_by_the_system(what: str = "rchar") -> int:
+    """Bytes that were read, or calls that read: syscr."""
     lines = Path("/proc/self/io").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("rchar")))
+    return int(next(line.split()[1] for line in lines if line.startswith(what)))
 
 
 def anonymous_bytes() -> int:
@@ -247,13 +249,19 @@ def measure_recording(folder: Path, names: int) -> dict[str, Any]:
 
 
 def measure_times(name: str, path: Path, ranks: int, rounds: int) -> dict[str, Any]:
-    """Warm, interleaved: the median of the rounds' ratios."""
+    """Warm, interleaved: the median of the rounds' ratios; of slices also the processor's time, of
+    all threads, and the calls that read."""
     model = Rank(ranks - 1, ranks, **MODELS[name])
     read: dict[str, int] = {}
+    calls: dict[str, int] = {}
+    processor: dict[str, list[float]] = {way: [] for way in HOLES}
 
     def with_holes(way: str) -> None:
+        before, begun = counted_by_the_system("syscr"), time.process_time()
         with wl.Settings(hole_bytes=HOLES[way]):
             reader, _ = by_slices(model, path)
+        processor[way].append(time.process_time() - begun)
+        calls[way] = counted_by_the_system("syscr") - before
         read[way] = reader.report.read_bytes
 
     ways: dict[str, Callable[[], object]] = {
@@ -271,6 +279,10 @@ def measure_times(name: str, path: Path, ranks: int, rounds: int) -> dict[str, A
         "ranks": ranks,
         "parameters_bytes": model.nbytes,
         "read_bytes": read,
+        "read_calls": calls,
+        "processor_seconds": {
+            way: round(statistics.median(t[1:]), 3) for way, t in processor.items()
+        },
         "seconds": {way: round(statistics.median(t), 3) for way, t in times.items()},
         "times_as_long_as_slices": {
             way: round(statistics.median(b / a for a, b in zip(times["slices"], t, strict=True)), 2)
@@ -305,28 +317,32 @@ def measure_vllm(folder: Path, ranks: int, rounds: int) -> list[dict[str, Any]]:
 def measure_all(arguments: argparse.Namespace, summary: dict[str, Any]) -> Iterator[Any]:
     """Fills the summary; what was measured, as it comes."""
     folder: Path = arguments.output
-    summary["recording"] = measure_recording(folder, arguments.names)
-    yield summary["recording"]
-    summary["bytes"], summary["times"], summary["vllm"] = [], [], []
-    for name in MODELS:
-        for ranks in (2, 4, 8):
-            for rank in (0, ranks - 1):
-                command = [sys.executable, __file__, "--output", str(folder), "--one"]
-                command += [name, str(ranks), str(rank)]
-                text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                summary["bytes"].append(json.loads(text.splitlines()[-1]))
-                yield summary["bytes"][-1]
-    for name in MODELS:
-        for ranks in (2, 4, 8):
-            path = folder / f"{name}.safetensors"
-            summary["times"].append(measure_times(name, path, ranks, arguments.rounds))
-            yield summary["times"][-1]
+    if "recording" in arguments.parts:
+        summary["recording"] = measure_recording(folder, arguments.names)
+        yield summary["recording"]
+    for part in PARTS[1:]:
+        if part in arguments.parts:
+            summary[part] = []
+    models = [(name, ranks) for name in MODELS for ranks in (2, 4, 8)]
+    for name, ranks in models if "bytes" in arguments.parts else ():
+        for rank in (0, ranks - 1):
+            command = [sys.executable, __file__, "--output", str(folder), "--one"]
+            command += [name, str(ranks), str(rank)]
+            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            summary["bytes"].append(json.loads(text.splitlines()[-1]))
+            yield summary["bytes"][-1]
+    for name, ranks in models if "times" in arguments.parts else ():
+        path = folder / f"{name}.safetensors"
+        summary["times"].append(measure_times(name, path, ranks, arguments.rounds))
+        yield summary["times"][-1]
+    if "vllm" not in arguments.parts:
+        return
     if not VLLM.exists():
         yield "vLLM is left out: `make test-serving` makes its environment"
         return
     for ranks in (1, 2):
         summary["vllm"] += measure_vllm(folder, ranks, arguments.rounds)
-        yield summary["vllm"][-ranks * 3 :]
+        yield from summary["vllm"][-ranks * 3 :]
 
 
 def main() -> None:
@@ -336,6 +352,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench-data" / "serving")
     parser.add_argument("--summary", type=Path, help="instead of results/serving/MACHINE.json")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="the record keeps its other parts"
+    )
     parser.add_argument("--names", type=int, default=36_000)
     parser.add_argument("--one", nargs=3, help="MODEL RANKS RANK: bytes of one rank, to stdout")
     arguments = parser.parse_args()
@@ -357,6 +376,10 @@ def main() -> None:
     summary: dict[str, Any] = {"machine": machine(), "runs": [run]}
     out = arguments.summary or RESULTS / "serving" / f"{machine_name(summary['machine'])}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
+    if set(arguments.parts) != set(PARTS) and out.exists():
+        before = json.loads(out.read_text(encoding="utf-8"))
+        summary |= {part: before[part] for part in PARTS if part in before}
+        summary["runs"] = [*before["runs"], run]
     for measured in measure_all(arguments, summary):
         print(measured, flush=True)
     out.write_text(to_text(summary), encoding="utf-8")
