@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import re
 import shutil
@@ -47,7 +48,11 @@ def bench_folder(arguments: Sequence[str]) -> Iterator[tuple[Path, str | None]]:
     if folders:
         folder = Path(folders[0])
         if not folder.is_dir():
+            if folder.exists():
+                raise NotADirectoryError(20, "it is a file: give the model's folder", str(folder))
             raise FileNotFoundError(2, "no such model folder", str(folder))
+        if where is not None:
+            _find(where)
         yield folder, where
         return
     assert where is not None
@@ -56,12 +61,25 @@ def bench_folder(arguments: Sequence[str]) -> Iterator[tuple[Path, str | None]]:
         yield Path(temporary), where
 
 
+def _find(where: str) -> None:
+    """Before anything is measured.
+
+    Raises:
+        CheckpointError: there is no such module.
+    """
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the installed command has its own folder there
+    module = where.partition(":")[0].partition(".")[0]
+    if importlib.util.find_spec(module) is None:
+        raise CheckpointError(f"{where}: No module named {module!r}")
+
+
 def _make(where: str, folder: Path) -> None:
     """Saves a model of this class, as its default configuration describes it."""
     import torch
 
     module, _, name = where.partition(":")
-    sys.path.insert(0, "")  # the installed command has its own folder there
+    _find(where)
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import enum
 import errno
 import io
@@ -25,6 +26,8 @@ from weightlift.cli.sources import (
     open_all,
 )
 from weightlift.cli.values import castable_dtype, names_of, one_of, size_text, whole_number
+from weightlift.core.errors import CheckpointError, FormatError
+from weightlift.core.requirements import require
 
 if TYPE_CHECKING:
     from weightlift.bench.measure import Comparison
@@ -165,6 +168,7 @@ def bench(
       weightlift bench --from-pretrained org/model --cold --output out.json
     """
     _check_together(locals())
+    require("torch", "weightlift bench")
     _check_outputs(paths, output, plot_out, as_json)
     options = OpenOptions(subfolder, variant, use_bin, revision=revision)
     if stream:
@@ -365,11 +369,34 @@ def _files(paths: list[str], options: OpenOptions) -> list[Path]:
     found: dict[str, None] = {}
     for path in expand(paths):
         if Path(path).is_file():
+            _check_torch_file(path)
             found[path] = None
         else:
             for _, checkpoint in open_all(path, options):
                 found.update(dict.fromkeys(checkpoint.paths))
     return [Path(path) for path in found]
+
+
+def _check_torch_file(path: str) -> None:
+    """A file of several state dicts is nothing that a library loads.
+
+    Raises:
+        CheckpointError: it has several, or none.
+    """
+    from weightlift.checkpoint.resolve import torch_format_of
+
+    if torch_format_of(path) is None:
+        return
+    try:
+        OpenOptions().open(path)
+    except CheckpointError as error:
+        found = str(error).partition("; choose")[0]
+        raise CheckpointError(
+            f"{found}; write the tensors to be loaded into a file, by `weightlift convert {path} "
+            "model.safetensors --state-dict-key KEY`"
+        ) from None
+    except FormatError:
+        return  # each library is shown with its own error
 
 
 def _local(paths: list[str]) -> list[str]:
@@ -403,8 +430,10 @@ def _others(against: str, adapters: Path | None) -> list[str]:
     others = [name for name in names if name not in ("", "weightlift")]
     for name in others:
         if name not in known:
+            near = difflib.get_close_matches(name, offered, 1)
+            hint = f": {near[0]!r} is meant?" if near else ""
             raise typer.BadParameter(
-                f"{name!r} is not one of {', '.join(offered)}", param_hint="--against"
+                f"{name!r} is not one of {', '.join(offered)}{hint}", param_hint="--against"
             )
     return others
 

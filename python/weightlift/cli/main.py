@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -33,7 +34,15 @@ def main() -> None:
     if job is not None:
         start(job)
         return
+    if sys.argv[1:] == ["--version"]:  # without the command line's libraries
+        from weightlift.core.version import __version__
+
+        print(__version__)
+        sys.exit(0)
     debug = os.environ.get("WEIGHTLIFT_DEBUG") == "1"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that its encoding lacks are no error
+            stream.reconfigure(errors="backslashreplace")
     _log_in_options()
     try:
         from weightlift.cli.app import app
@@ -84,6 +93,8 @@ def print_error(error: BaseException) -> None:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror  # without the number
     else:
         text = str(error) or type(error).__name__
     return _as_options(" ".join(text.split()))

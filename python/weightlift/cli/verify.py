@@ -18,6 +18,7 @@ from weightlift.cli.sources import (
     OpenOptions,
     Paths,
     Revision,
+    StateDictKey,
     Subfolder,
     Variant,
     components_of,
@@ -36,6 +37,7 @@ def verify(
     subfolder: Subfolder = None,
     variant: Variant = None,
     use_bin: Bin = False,
+    state_dict_key: StateDictKey = None,
     revision: Revision = None,
     require_hashes: Annotated[
         bool, typer.Option("--require-hashes", help="A file whose hash nobody knows is an error.")
@@ -60,7 +62,7 @@ def verify(
     """
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
-    options = OpenOptions(subfolder, variant, use_bin, revision=revision)
+    options = OpenOptions(subfolder, variant, use_bin, state_dict_key, revision=revision)
     every = expand(paths)
     for path, component, checkpoint in _opened(every, options):
         title = path if component is None else f"{path} [{component}]"
@@ -137,6 +139,11 @@ def _unknown_text(unknown: int, files: int) -> str:
         return (
             "the file is in no Hub cache and has no SHA256SUMS beside it: whether it is what was "
             "published is not known"
+        )
+    if unknown == files:
+        return (
+            f"none of the {files} files is in a Hub cache or has a SHA256SUMS beside it: whether "
+            "they are what was published is not known"
         )
     return (
         f"{unknown} of the {files} files are in no Hub cache and have no SHA256SUMS beside them: "

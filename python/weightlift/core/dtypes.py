@@ -101,7 +101,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> str | None:
     name = _file_names().get(found) if isinstance(found, torch.dtype) else None
     if name is None or name not in CASTABLE:
         known = sorted(TORCH_NAMES[known] for known in CASTABLE)
-        near = difflib.get_close_matches(str(dtype).removeprefix("torch."), known, 1)
+        near = difflib.get_close_matches(str(dtype).removeprefix("torch."), [*known, *_ALIASES], 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ArgumentError(
             f"dtype is {dtype!r}{hint}; it can be one of {', '.join(known)}, or 'auto'"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,9 +49,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("diff model.safetensors two.pt --limit -1", "-1 is too small: the least is 0"),
         ("bench model.safetensors --repeat 0", "0 is too small: the least is 1"),
         ("bench model.safetensors --device tpu", "'tpu' is not one of cpu, cuda"),
+        ("bench model.safetensors --against safetensor", "safetensors, torch: 'safetensors' is"),
+        ("bench model.safetensors --dtype bf61", "'bf61' (did you mean 'bf16'?)"),
         ("bench model.safetensors --stream --memory 3XB", "'3XB'; write bytes, or text with"),
         ("doctor --disk-mb 99999", "99999 is too large: the most is 16384"),
-        ("convert model.safetensors out --dtype bf17", "'--dtype': 'bf17'; it can be one of"),
+        (
+            "convert model.safetensors out --dtype bf17",
+            "'bf17' (did you mean 'bf16'?); it can",
+        ),
         ("convert model.safetensors out --max-shard-size 5XB", "'--max-shard-size': '5XB'; write"),
         ("convert model.safetensors out --max-shard-size 0", "'0' is no room at all"),
         ("convert model.safetensors x.safetensors --stem y", "--stem: it goes with a folder"),
@@ -96,7 +104,11 @@ def test_a_wrong_use(typed: str, said: str, type_in: Type) -> None:
         ),
         ("inspect nowhere", "there is no such file or folder, and as the id of a repository"),
         ("inspect nowhere/", "error: nowhere/: there is no such file or folder"),
-        ("inspect ''", "the path is empty"),
+        ("inspect ''", "error: there is no such file or folder: the path is empty"),
+        ("verify two.pt", "choose one with --state-dict-key"),
+        ("bench two.pt", "by `weightlift convert two.pt model.safetensors --state-dict-key KEY`"),
+        ("bench --from-pretrained two.pt", "two.pt: it is a file: give the model's folder"),
+        ("bench --from-pretrained pipe nomodule:C", "nomodule:C: No module named 'nomodule'"),
     ],
 )
 def test_an_error_names_the_option(typed: str, said: str, type_in: Type) -> None:
@@ -237,3 +249,38 @@ def test_a_step_that_does_not_fit_ends_at_once(type_in: Type) -> None:
     assert "another result" not in out
     assert "accelerate" not in out + err
     assert "weightlift" in err  # what is being measured
+
+
+def test_verify_takes_the_option_that_it_names(type_in: Type) -> None:
+    status, out, _ = type_in("verify", "two.pt", "--state-dict-key", "ema")
+    assert (status, "two.pt: 3 tensors" in out) == (0, True)
+
+
+def test_no_hash_is_known(type_in: Type) -> None:
+    assert "none of the 2 files is in a Hub cache" in type_in("verify", "pipe")[1]
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "estimate", "convert"])
+def test_a_name_that_the_terminal_lacks(command: str) -> None:
+    """Neither its encoding nor markup."""
+    Path("ü [b]x[b].safetensors").write_bytes(Path("model.safetensors").read_bytes())
+    typed = [command, "ü [b]x[b].safetensors", *(["ü [b]"] if command == "convert" else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "weightlift", *typed],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"[b]" in done.stdout
+
+
+def test_a_full_disk_has_no_number() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "weightlift", "inspect", "model.safetensors"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, b"error: No space left on device\n")

@@ -67,7 +67,7 @@ for call in {calls!r}:
     assert all("needs torch, which is not installed: pip install torch" in line for line in lines)
 
 
-@pytest.mark.parametrize("command", [["convert", "FILE", "OUT"]])
+@pytest.mark.parametrize("command", [["convert", "FILE", "OUT"], ["bench", "FILE"]])
 def test_commands_without_torch_end_with_one_line(command: list[str], file: Path) -> None:
     places = {"FILE": str(file), "OUT": str(file.parent / "out.safetensors")}
     arguments = [places.get(word, word) for word in command]
@@ -97,6 +97,16 @@ main()
     (line,) = filter(None, done.stderr.splitlines())
     assert line.startswith("error: weightlift ")
     assert "is not installed: pip install 'weightlift[cli]'" in line
+
+
+def test_the_version_needs_no_library() -> None:
+    code = """
+sys.argv = ["weightlift", "--version"]
+from weightlift.cli.main import main
+main()
+"""
+    done = run_without("rich", "typer", code=code)
+    assert (done.returncode, done.stdout) == (0, f"{wl.__version__}\n"), done.stderr
 
 
 def test_a_script_runs_without_the_command_lines_libraries(tmp_path: Path) -> None:
