@@ -136,7 +136,7 @@ def run() -> None:
 
 
 def _print_report() -> None:
-    from weightlift.core.report import fallback_reasons, format_bytes, stats
+    from weightlift.core.report import fallback_reasons, format_bytes, format_seconds, stats
 
     sums = stats()
     lines = []
@@ -146,7 +146,7 @@ def _print_report() -> None:
         lines.append(
             f"{name:<{width}} {own.loads:>6,} load{'s' if own.loads != 1 else ' '} "
             f"{format_bytes(own.bytes):>9}: {format_bytes(own.mapped_bytes):>9} mapped, "
-            f"{format_bytes(own.read_bytes):>9} read; {own.seconds:.3f} s"
+            f"{format_bytes(own.read_bytes):>9} read; {format_seconds(own.seconds)}"
             + (f"; {own.fallbacks} fallback{'s' * (own.fallbacks != 1)}" if own.fallbacks else "")
         )
     for (caller, reason), count in sorted(fallback_reasons().items()):

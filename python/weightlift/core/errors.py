@@ -175,6 +175,8 @@ def _from_native(
     if kind == "format" or code == "unsupported_dtype":
         return FormatError(code, message, path, offset, tensor)
     if kind == "read":
+        if not path and code == "not_found":
+            message = "the path is empty"
         return read_error(code, _describe(message, "", tensor, offset), path, number)
     text = _describe(message, path, tensor, offset)
     if kind == "device":

@@ -138,9 +138,10 @@ class LoadReport:
         )
 
     def __str__(self) -> str:
-        rate = f", {self.bytes / self.seconds / 1e9:.1f} GB/s" if self.seconds > 0 else ""
+        has_rate = self.bytes > 0 and self.seconds > 0
+        rate = f", {format_bytes(self.bytes / self.seconds)}/s" if has_rate else ""
         lines = [
-            f"{format_bytes(self.bytes)} in {self.seconds:.3f} s{rate}: "
+            f"{format_bytes(self.bytes)} in {format_seconds(self.seconds)}{rate}: "
             f"{format_bytes(self.mapped_bytes)} mapped, {format_bytes(self.read_bytes)} read"
         ]
         if len(self.devices) > 1 or "cpu" not in self.devices:
@@ -283,6 +284,11 @@ def stats() -> Stats:
         callers = {name: dataclasses.replace(sums) for name, sums in _stats.by_caller.items()}
         kept, reused = _native.memory_pool()
         return dataclasses.replace(_stats, by_caller=callers, pool_bytes=kept, reused_bytes=reused)
+
+
+def format_seconds(seconds: float) -> str:
+    """``0.0012`` as ``"1.2 ms"``, what is longer than 10 ms as ``"0.012 s"``."""
+    return f"{seconds:.3f} s" if seconds >= 0.01 else f"{seconds * 1e3:.2g} ms"
 
 
 def format_bytes(count: float) -> str:

@@ -53,6 +53,7 @@ NO_ROOM = "max_shard_size is 0; a file needs room"
 GIVEN: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "content": (lambda: wl.load_file(content()), wl.ArgumentError, r"of \d+ bytes"),  # type: ignore[arg-type]
     "an open file": (open_file_object, TypeError, "name of that open file"),
+    "an empty path": (lambda: wl.load_file(""), FileNotFoundError, "the path is empty"),
     "no path": (lambda: wl.load_file(None), TypeError, "NoneType; it must be text or a"),  # type: ignore[arg-type]
     "two state dicts": (lambda: wl.load_file("two.pt"), wl.CheckpointError,
                         "state_dict_key=, an argument of load_checkpoint"),
@@ -131,3 +132,10 @@ def test_parts_of_python_are_not_installed_by_pip() -> None:
 def test_a_folder_that_is_there_is_not_to_be_made(tmp_path: Path) -> None:
     assert "make it first" in str(save_error(errno.ENOENT, tmp_path / "no" / "x"))
     assert "make it first" not in str(save_error(errno.ENOENT, tmp_path / "x"))
+
+
+def test_a_small_load_is_not_at_no_speed() -> None:
+    wl.load_file("x.safetensors")
+    shown = str(wl.last_report())
+    assert "0.0 GB/s" not in shown
+    assert "in 0.000 s" not in shown
