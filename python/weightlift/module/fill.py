@@ -190,6 +190,7 @@ def _add_to_plan(plan: Planned, placed: Placement, checkpoint: Checkpoint) -> No
         names = [name for name, _ in members if name not in placed.prefetched]
         parts = [placed.parts[name] for name in names] if group.in_parts else None
         if group.in_place:
+            _check_memory(members)
             targets = [local_tensor(ref.tensor) for _, ref in members]
             plan.add(group.device, None, names, targets, parts)
         elif len(names) == len(checkpoint) and not group.in_parts:
@@ -197,6 +198,23 @@ def _add_to_plan(plan: Planned, placed: Placement, checkpoint: Checkpoint) -> No
             plan.add(group.device, group.cast_to)
         elif names:
             plan.add(group.device, group.cast_to, names, parts=parts)
+
+
+def _check_memory(members: Sequence[tuple[str, ParameterRef]]) -> None:
+    """
+    Raises:
+        ArgumentError: several elements of a tensor are one place in memory (``expand``).
+    """
+    for _, ref in members:
+        tensor = ref.tensor
+        if not tensor.is_contiguous() and any(
+            count > 1 and not stride
+            for count, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
+            raise ArgumentError(
+                f"tensor {ref.name!r} of the model is expanded: some of its elements are one place "
+                "in memory and cannot have values of their own; make it a tensor.clone() first"
+            )
 
 
 def _load(

@@ -151,14 +151,8 @@ def record_own_loading(
             state[name] = recorder.placeholder(name, source)
     with recorder.watching(), torch.no_grad():
         for prefix, module in modules:
-            if type(module).load_state_dict is not _module_class().load_state_dict and not prefix:
-                result = module.load_state_dict(dict(state), strict=False)
-                missing += getattr(result, "missing_keys", ())
-                unexpected += getattr(result, "unexpected_keys", ())
-            else:
-                own = {name: value for name, value in state.items() if name.startswith(prefix)}
-                _load(module, own, prefix, missing, unexpected, errors)
-    state.clear()
+            _run(module, state, prefix, missing, unexpected, errors)
+    state.clear()  # a tensor that is kept here would be read for its own sake
     refs = parameter_refs(model)
     matched, filled, hanging = _sort_out(refs, recorder, headers)
     recorder.allocate()
@@ -205,6 +199,24 @@ def _sort_out(
         elif recorder.is_written(ref.tensor):
             (hanging if ref.tensor.is_meta else filled).append(ref)
     return matched, filled, hanging
+
+
+def _run(
+    module: torch.nn.Module,
+    state: dict[str, torch.Tensor],
+    prefix: str,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """A module's own ``load_state_dict``, or, below the model, the part of torch's."""
+    if type(module).load_state_dict is not _module_class().load_state_dict and not prefix:
+        result = module.load_state_dict(dict(state), strict=False)
+        missing += getattr(result, "missing_keys", ())
+        unexpected += getattr(result, "unexpected_keys", ())
+    else:
+        own = {name: value for name, value in state.items() if name.startswith(prefix)}
+        _load(module, own, prefix, missing, unexpected, errors)
 
 
 def _load(
