@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import TypeVar
 
 from weightlift.core.errors import OutOfMemoryError, WeightliftError
 from weightlift.core.report import record_fallback
+from weightlift.core.settings import flag_of_environment
 
 __all__ = [
     "FallbackToLibrary",
@@ -58,7 +58,7 @@ class FallbackToLibrary(Exception):
 
 def is_strict() -> bool:
     """Whether a fallback is an error."""
-    return os.environ.get("WEIGHTLIFT_STRICT") == "1"
+    return flag_of_environment("WEIGHTLIFT_STRICT")
 
 
 def report_fallback(library: str, reason: str, *, warn: bool = True) -> None:

@@ -30,7 +30,10 @@ def main() -> None:
     status 1; wrong usage ends with 2. ``WEIGHTLIFT_DEBUG=1`` shows the traceback. Exceptions of a
     script are not caught.
     """
-    job = parse(sys.argv[1:], COMMANDS)
+    try:
+        job = parse(sys.argv[1:], COMMANDS)
+    except WeightliftError as error:  # of an environment variable
+        _exit(error)
     if job is not None:
         start(job)
         return

@@ -6,7 +6,6 @@ import atexit
 import builtins
 import contextlib
 import difflib
-import os
 import pkgutil
 import runpy
 import sys
@@ -15,6 +14,8 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
+
+from weightlift.core.settings import flag_of_environment
 
 __all__ = ["Job", "parse", "run", "start"]
 
@@ -41,7 +42,7 @@ def parse(arguments: Sequence[str], commands: Sequence[str]) -> Job | None:
     explicit = rest[:1] == ["run"]
     if explicit:
         del rest[0]
-    report = os.environ.get("WEIGHTLIFT_REPORT") == "1"
+    report = flag_of_environment("WEIGHTLIFT_REPORT")
     while rest[:1] == ["--report"]:
         report = True
         del rest[0]

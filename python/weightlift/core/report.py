@@ -175,7 +175,7 @@ class LoadReport:
 
 @dataclasses.dataclass
 class Stats:
-    """Sums over all loads of this process since import.
+    """Sums over all loads of this process since import; prints as a short table.
 
     Attributes:
         by_caller: the same sums for each library. Weights on the disk that hooks read tensor by
@@ -194,6 +194,24 @@ class Stats:
     by_caller: dict[str, Stats] = dataclasses.field(default_factory=dict)
     pool_bytes: int = 0
     reused_bytes: int = 0
+
+    def __str__(self) -> str:
+        lines = [self._line("all loads"), *(s._line(f"  {n}") for n, s in self.by_caller.items())]
+        if self.pool_bytes or self.reused_bytes:
+            lines.append(
+                f"  host memory: {format_bytes(self.pool_bytes)} kept, "
+                f"{format_bytes(self.reused_bytes)} used again"
+            )
+        return "\n".join(lines)
+
+    def _line(self, name: str) -> str:
+        loads = "1 load" if self.loads == 1 else f"{self.loads:,} loads"
+        fell = f", {self.fallbacks:,} fallback{'s' * (self.fallbacks != 1)}"
+        return (
+            f"{name}: {loads}, {format_bytes(self.bytes)} in {self.seconds:.3f} s: "
+            f"{format_bytes(self.mapped_bytes)} mapped, {format_bytes(self.read_bytes)} read"
+            + (fell if self.fallbacks else "")
+        )
 
     def _add(self, native: dict[str, Any], fallbacks: int) -> None:
         self.loads += 1

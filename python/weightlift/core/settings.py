@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 import warnings
 from contextvars import ContextVar
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ import weightlift._native as _native
 from weightlift.core.errors import ArgumentError
 from weightlift.core.sizes import parse_size
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "flag_of_environment"]
 
 _SIZES = ("read_bytes", "hole_bytes", "chunk_bytes", "pinned_bytes", "pool_bytes")
 # Variables that other modules read.
@@ -103,7 +104,7 @@ class Settings:
         for name, least, largest in (
             ("threads", 1, 2**31),
             ("io_depth", 1, 2**31),
-            ("streams", 1, 2**31),
+            ("streams", 1, 16),
             ("read_bytes", 1, 2**62),
             ("hole_bytes", 1, 2**62),
             ("chunk_bytes", 1, 2**62),
@@ -144,7 +145,7 @@ class Settings:
         for field, variable in _VARIABLES.items():
             text = os.environ.get(variable)
             if text and field not in chosen:
-                chosen[field] = _parse(field, text)
+                chosen[field] = _of_environment(field, text)
         return cls(**chosen)
 
     @staticmethod
@@ -202,15 +203,39 @@ def _set_fields(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in pairs if value is not None}
 
 
-def _parse(name: str, text: str) -> object:
+def _of_environment(field: str, text: str) -> object:
+    """
+    Raises:
+        ArgumentError: the value is invalid; the text names the variable.
+    """
+    try:
+        return getattr(Settings(**{field: _parse(field, text)}), field)
+    except ArgumentError as error:
+        message = str(error).replace(f"Settings.{field}", _VARIABLES[field])
+        raise ArgumentError(message) from None
+
+
+def _parse(name: str, text: str) -> Any:
     if name in ("io_path", "cast_place", "huge_pages"):
         return text.lower()
     if name in ("populate", "kernels", "batch_copies"):
-        flags = {**_TRUE, **_FALSE}
-        if text.lower() not in flags:
-            raise ArgumentError(f"WEIGHTLIFT_{name.upper()} is {text!r}; it can be 0 or 1")
-        return flags[text.lower()]
-    return parse_size(text, f"WEIGHTLIFT_{name.upper()}", fractions=False)
+        return flag_of_environment(_VARIABLES[name])
+    if name in _SIZES:
+        return parse_size(text, _VARIABLES[name], fractions=False)
+    return int(text) if re.fullmatch(r"\s*-?\d+\s*", text) else text
+
+
+def flag_of_environment(variable: str) -> bool:
+    """Whether a variable is set to ``1``, ``true``, ``yes`` or ``on``.
+
+    Raises:
+        ArgumentError: it has another value than these, ``0``, ``false``, ``no`` and ``off``.
+    """
+    text = os.environ.get(variable) or "0"
+    flags = {**_TRUE, **_FALSE}
+    if text.lower() not in flags:
+        raise ArgumentError(f"{variable} is {text!r}; it can be 0 or 1")
+    return flags[text.lower()]
 
 
 @functools.cache
