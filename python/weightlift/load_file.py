@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import inspect
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from weightlift.checkpoint.checkpoint import Checkpoint
@@ -13,6 +15,7 @@ from weightlift.checkpoint.open_checkpoint import open_checkpoint, open_file
 from weightlift.core import dtypes
 from weightlift.core.devices import loadable_device, parse_device
 from weightlift.core.errors import ArgumentError, FormatError
+from weightlift.core.given import check_flag
 from weightlift.core.paths import path_text
 from weightlift.core.requirements import require
 from weightlift.load.load_plan import LoadPlan
@@ -99,7 +102,11 @@ def load(data: bytes) -> dict[str, torch.Tensor]:
     try:
         view = memoryview(data)
     except TypeError:
-        hint = ": load_file takes a path" if isinstance(data, (str, os.PathLike)) else ""
+        hint = ""
+        if isinstance(data, (str, os.PathLike)):
+            hint = ": load_file takes a path"
+        elif hasattr(data, "read"):
+            hint = ": give its read(), or its name to load_file"
         raise TypeError(
             f"load takes the bytes of a file, not {type(data).__name__}{hint}"
         ) from None
@@ -172,6 +179,7 @@ def load_model(
         FormatError, ReadError: as ``load_file``.
     """
     check_module(model, "load_model")
+    check_flag("strict", strict)
     path = path_text(filename)
     own = model.state_dict()
     for name, tensor in own.items():
@@ -240,6 +248,7 @@ def load_checkpoint(
         FormatError, ReadError, DeviceError, ArgumentError, OutOfMemoryError: as ``load_file``.
     """
     require("torch", "load_checkpoint")
+    _check_names(open_arguments)
     if isinstance(path_or_repo_or_checkpoint, Checkpoint):
         checkpoint = path_or_repo_or_checkpoint
         if open_arguments:
@@ -258,6 +267,20 @@ def load_checkpoint(
         for device, names in assign(checkpoint, devices).items():
             plan.add(device, name, names)
     return plan.start().result()
+
+
+def _check_names(open_arguments: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        TypeError: neither ``load_checkpoint`` nor ``open_checkpoint`` has an argument of this name.
+    """
+    of_open = inspect.signature(open_checkpoint).parameters
+    for name in open_arguments:
+        if name not in of_open:
+            known = [*inspect.signature(load_checkpoint).parameters, *of_open]
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"load_checkpoint() got an unexpected keyword argument {name!r}{hint}")
 
 
 def load_state_dict(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core.errors import ArgumentError
+from weightlift.core.given import check_flag
+from weightlift.core.paths import path_text
 from weightlift.core.report import LoadReport
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions, Mode, Progress
@@ -74,8 +76,8 @@ def load_into(
             checkpoint's. ``_keep_in_fp32_modules`` of the model stay in float32.
         strict: missing or unexpected keys are an error, raised before anything is read.
         ignore_mismatched_sizes: skip tensors whose shape differs from the parameter's.
-        key_map: a function from a tensor's name in the checkpoint to its name in the model;
-            ``None`` skips the tensor.
+        key_map: a function from a tensor's name in the checkpoint to its name in the model, or a
+            dict, which leaves the names that it lacks as they are; ``None`` skips the tensor.
         mode: as in ``load_file``.
         pin_memory: use page-locked host memory.
         memory_format: the memory format of 4-D weights, such as ``torch.channels_last``.
@@ -110,6 +112,12 @@ def load_into(
     from weightlift.module.placement import PlacementPolicy
 
     _check_arguments(model, checkpoint)
+    check_flag("strict", strict)
+    check_flag("ignore_mismatched_sizes", ignore_mismatched_sizes)
+    if scope not in ("node", "group"):
+        raise ArgumentError(f"scope is {scope!r}; it can be 'node' or 'group'")
+    if offload_folder is not None:
+        path_text(offload_folder)
     refs = parameter_refs(model)
     options = LoadOptions(mode, pin_memory, verify, progress, background=background)
     matching = MatchPolicy(strict, ignore_mismatched_sizes, compare_ties=True)
@@ -129,8 +137,7 @@ def load_into(
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
         if key_map is not None:
-            rename = key_map if callable(key_map) else _lookup(key_map)
-            checkpoint = checkpoint.renamed(rename)
+            checkpoint = checkpoint.renamed(key_map)
         return fill(
             model,
             checkpoint,
@@ -187,7 +194,3 @@ def _check_arguments(model: object, checkpoint: object) -> None:
 
 def _kind(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-
-
-def _lookup(names: Mapping[str, str | None]) -> Callable[[str], str | None]:
-    return lambda name: names.get(name, name)

@@ -68,16 +68,21 @@ class safe_open(Closing):
         self._device = loadable_device(device)
         self._settings = Settings.current()
         self._checkpoint: Checkpoint | None = Checkpoint.from_file(filename)
+        self._path = self._checkpoint.paths[0]
 
     def close(self) -> None:
         """Closes the file. Tensors loaded from it stay valid."""
         self._checkpoint = None
+
+    def __repr__(self) -> str:
+        return f"<safe_open of {self._path}{', closed' if self._checkpoint is None else ''}>"
 
     def _open(self) -> Checkpoint:
         if self._checkpoint is None:
             raise FileClosedError(
                 "file_closed",
                 "the file is closed: its `with` block has ended, or close() was called",
+                self._path,
             )
         return self._checkpoint
 
@@ -178,6 +183,9 @@ class TensorSlice:
         self._part = part
         self._position = position
         self._checkpoint = opened._open()
+
+    def __repr__(self) -> str:
+        return f"<slice of {self._name!r}: {self.get_dtype()}, shape {self.get_shape()}>"
 
     def get_shape(self) -> list[int]:
         """The shape, in elements."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weightlift.checkpoint.safetensors_writer import (
     Entry,
     bytes_of,
+    check_metadata,
     entry_of,
     header_of,
     in_order,
@@ -25,7 +26,7 @@ from weightlift.core.atomic import (
     temporary_beside,
 )
 from weightlift.core.errors import ArgumentError
-from weightlift.core.paths import path_text
+from weightlift.core.paths import target_text
 from weightlift.core.requirements import require
 from weightlift.module.parameters import check_module, is_streamed
 
@@ -62,9 +63,11 @@ def save_file(
             ``IsADirectoryError``, a full disk, ...
     """
     require("torch", "save_file")
-    path = Path(path_text(filename))
+    if isinstance(filename, Mapping):
+        raise TypeError("the path is a dict: have two arguments changed places?")
+    path = Path(target_text(filename))
     entries = _entries(tensors, str(path))
-    header = header_of(entries, metadata)
+    header = header_of(entries, metadata, f"{path}: ")
     if path.is_dir():
         raise IsADirectoryError(21, "is a directory: name a file in it", str(path))
     temporary = temporary_beside(path)
@@ -89,7 +92,7 @@ def save(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None
     """
     require("torch", "save")
     entries = _entries(tensors, "save")
-    return b"".join([header_of(entries, metadata), *_data(entries, tensors)])
+    return b"".join([header_of(entries, metadata, "save: "), *_data(entries, tensors)])
 
 
 def save_model(
@@ -117,10 +120,13 @@ def save_model(
     from safetensors.torch import save_model as reference_save_model
 
     check_module(model, "save_model")
-    path_text(filename)
-    if metadata is not None and not isinstance(metadata, Mapping):
-        raise TypeError(f"metadata is a dict of text for text, not {type(metadata).__name__}")
+    check_metadata(metadata, f"{target_text(filename)}: ")
     for name, tensor in model.state_dict().items():
+        if is_streamed(tensor):
+            raise ArgumentError(
+                f"{os.fspath(filename)}: tensor {name!r} is streamed and has no memory: close the "
+                "stream first, or give model.state_dict() to save_file; nothing was saved"
+            )
         if tensor.device.type == "meta":
             raise _without_values(os.fspath(filename), name)
     with atomic_file(filename) as temporary:

@@ -15,7 +15,12 @@ from weightlift.checkpoint.integrity import Identity
 from weightlift.checkpoint.torch_errors import ONE_OF_A_PIPELINE
 from weightlift.checkpoint.torch_file import View
 from weightlift.core.closing import Closing
-from weightlift.core.errors import CheckpointError, FileClosedError, FormatError
+from weightlift.core.errors import (
+    ArgumentError,
+    CheckpointError,
+    FileClosedError,
+    FormatError,
+)
 from weightlift.core.paths import path_text
 
 if TYPE_CHECKING:
@@ -59,6 +64,8 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
         names: Mapping[str, Place | None] | None = None,
         left_out: Mapping[str, int] | None = None,
     ) -> None:
+        if isinstance(parts, (str, os.PathLike)):
+            raise ArgumentError(f"{parts}: open_checkpoint opens a path, Checkpoint does not")
         self._closed = False
         self._parts = list(parts)
         self._where = self._parts[0].path if self._parts else ""
@@ -117,7 +124,9 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise FileClosedError("file_closed", "the checkpoint is closed", self._where)
+            raise FileClosedError(
+                "file_closed", "the checkpoint is closed: open it again", self._where
+            )
 
     @classmethod
     def joined(cls, checkpoints: Iterable[tuple[Checkpoint, Mapping[str, str]]]) -> Checkpoint:
@@ -247,7 +256,9 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
         try:
             return self._places[name]
         except KeyError:
-            raise KeyError(f"no tensor {name!r}{nearest(name, self._places)}") from None
+            similar = nearest(name, self._places) if isinstance(name, str) else ""
+            where = describe_location(self)
+            raise KeyError(f"{where}: there is no tensor {name!r}{similar}") from None
 
     def is_view(self, name: str) -> bool:
         """Whether a tensor shares bytes with others, or is not contiguous in the file."""
@@ -295,7 +306,8 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
         if self._closed:
             return "<Checkpoint, closed>"
         where = self.paths[0] if len(self.files) == 1 else f"{len(self.files)} files"
-        return f"<Checkpoint of {len(self)} tensors in {where}>"
+        tensors = "1 tensor" if len(self) == 1 else f"{len(self):,} tensors"
+        return f"<Checkpoint of {tensors} in {where}>"
 
     def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of all tensors, faster than one by one."""
@@ -308,12 +320,24 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
             )
         return found
 
-    def renamed(self, rename: Callable[[str], str | None]) -> Checkpoint:
-        """The same tensors under other names; a name that becomes ``None`` leaves its tensor out.
+    def renamed(self, rename: Callable[[str], str | None] | Mapping[str, str | None]) -> Checkpoint:
+        """The same tensors under other names.
+
+        Args:
+            rename: a function from a tensor's name to its new name, or a dict, which leaves the
+                names that it lacks as they are; ``None`` leaves the tensor out.
 
         Raises:
+            ArgumentError: ``rename`` is neither, or a new name is not text.
             CheckpointError: two tensors would get one name.
         """
+        if isinstance(rename, Mapping):
+            given: Mapping[str, str | None] = rename
+            return self.renamed(lambda name: given.get(name, name))
+        if not callable(rename):
+            raise ArgumentError(
+                f"the renaming is {rename!r}; it must be a function of a name, or a dict of names"
+            )
         names: dict[str, Place | None] = {}
         in_memory: dict[str, torch.Tensor] = {}
         origin: dict[str, str] = {}
@@ -321,6 +345,11 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
             new = rename(name)
             if new is None:
                 continue
+            if not isinstance(new, str):
+                raise ArgumentError(
+                    f"{describe_location(self)}: the renaming makes {new!r} of {name!r}; it must "
+                    "be text, or None to leave the tensor out"
+                )
             if new in names:
                 raise CheckpointError(
                     f"{describe_location(self)}: tensors {origin[new]!r} and {name!r} would both "

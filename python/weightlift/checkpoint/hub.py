@@ -15,13 +15,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlift.core.errors import ArgumentError, ReadError, read_error
+from weightlift.core.given import check_flag, check_text
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["HubArguments", "cached_files", "commit_of", "download", "list_files", "snapshot"]
+__all__ = [
+    "HubArguments",
+    "cached_files",
+    "commit_of",
+    "download",
+    "list_files",
+    "snapshot",
+    "subfolder_text",
+]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def subfolder_text(subfolder: str | os.PathLike[str]) -> str:
+    """
+    Raises:
+        ArgumentError: ``subfolder`` is no path.
+    """
+    if isinstance(subfolder, (str, os.PathLike)):
+        return str(subfolder)
+    raise ArgumentError(f"subfolder is {subfolder!r}; it must be text, such as 'unet'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +68,16 @@ class HubArguments:
     mirror: str | None = None
 
     def __post_init__(self) -> None:
+        check_text("revision", self.revision, "main")
+        check_text("mirror", self.mirror, "https://hub.example.org")
+        check_flag("force_download", self.force_download)
+        check_flag("local_files_only", self.local_files_only)
+        if not isinstance(self.token, (str, bool)) and self.token is not None:
+            raise ArgumentError(  # not its value, which may be a secret
+                f"token is {type(self.token).__name__}; it must be text, True, False or None"
+            )
+        if self.subfolder is not None:
+            object.__setattr__(self, "subfolder", subfolder_text(self.subfolder))
         if self.mirror is not None and not re.match(r"https?://[^/]", self.mirror):
             raise ArgumentError(
                 f"mirror is {self.mirror!r}; it must be the URL of an endpoint with the Hub's "
@@ -81,7 +110,7 @@ class HubArguments:
         if arguments.pop("proxies", None):
             _warn_of_proxies()
         for flag in ("force_download", "local_files_only"):
-            given[flag] = bool(given.get(flag))
+            given[flag] = given.get(flag) or False
         given["subfolder"] = given.get("subfolder") or None
         return cls(**given)
 

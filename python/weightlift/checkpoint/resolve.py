@@ -22,10 +22,11 @@ from weightlift.checkpoint.file_names import (
 )
 from weightlift.checkpoint.files import CheckpointFiles, Format, ShardFile
 from weightlift.checkpoint.first_bytes import FirstBytes
-from weightlift.checkpoint.hub import HubArguments
+from weightlift.checkpoint.hub import HubArguments, subfolder_text
 from weightlift.checkpoint.shard_index import parse_index
 from weightlift.checkpoint.sources import DdufFile, Folder, Repository, Source, as_read_error
 from weightlift.core.errors import ArgumentError, CheckpointError, ReadError, read_error
+from weightlift.core.given import check_text
 from weightlift.core.paths import path_text
 
 __all__ = ["resolve", "torch_format_of"]
@@ -67,11 +68,13 @@ def resolve(
         ArgumentError: an argument is invalid, or two contradict each other.
     """
     text = path_text(path_or_repo)
+    check_text("variant", variant, "fp16")
     if variant is not None and (not variant or "/" in variant or "\0" in variant):
         raise ArgumentError(
             f"variant is {variant!r}; it must be a part of a file name, such as 'fp16'"
         )
     hub = hub or HubArguments()
+    subfolder = None if subfolder is None else subfolder_text(subfolder)
     folder = posixpath.normpath((hub.subfolder if subfolder is None else subfolder) or ".")
     folder = "" if folder == "." else folder
     selection = Selection(variant, use_safetensors, strict_index)

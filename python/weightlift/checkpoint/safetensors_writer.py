@@ -19,7 +19,15 @@ from weightlift.core.errors import ArgumentError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Entry", "bytes_of", "entry_of", "header_of", "in_order", "write_safetensors"]
+__all__ = [
+    "Entry",
+    "bytes_of",
+    "check_metadata",
+    "entry_of",
+    "header_of",
+    "in_order",
+    "write_safetensors",
+]
 
 # Bytes of one write(2) and of one sync_file_range(2).
 _STEP = 16 << 20
@@ -64,28 +72,48 @@ def in_order(entries: Iterable[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: (-_ORDER[entry.dtype], entry.name))
 
 
-def header_of(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> bytes:
+def check_metadata(metadata: Mapping[str, str] | None, where: str) -> None:
+    """
+    Raises:
+        TypeError: not a dict of text for text; the message begins with ``where``.
+    """
+    if metadata is None:
+        return
+    if not isinstance(metadata, Mapping):
+        raise TypeError(
+            f"{where}metadata is a dict of text for text, not {type(metadata).__name__}"
+        )
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"{where}metadata must map text to text, and {key!r} is {value!r}")
+
+
+def header_of(
+    entries: Sequence[Entry], metadata: Mapping[str, str] | None, where: str = ""
+) -> bytes:
     """The first bytes of a file with these tensors in this order, padded to a multiple of eight.
+
+    Args:
+        entries: the tensors.
+        metadata: text -> text.
+        where: what the messages begin with, such as ``"model.safetensors: "``.
 
     Raises:
         ArgumentError: a name is forbidden, or the header is too large.
         TypeError: a name or metadata is not text.
     """
     header: dict[str, object] = {}
-    if metadata is not None and not isinstance(metadata, Mapping):
-        raise TypeError(f"metadata is a dict of text for text, not {type(metadata).__name__}")
+    check_metadata(metadata, where)
     if metadata:
-        for key, value in metadata.items():
-            if not isinstance(key, str) or not isinstance(value, str):
-                raise TypeError(f"metadata must map text to text, and {key!r} is {value!r}")
         header["__metadata__"] = dict(metadata)
     end = 0
     for entry in entries:
         if not isinstance(entry.name, str):
-            raise TypeError(f"the name of a tensor must be text, not {entry.name!r}")
+            raise TypeError(f"{where}the name of a tensor must be text, not {entry.name!r}")
         if entry.name == "__metadata__":
             raise ArgumentError(
-                "a tensor is called '__metadata__', the format's name of the metadata: rename it"
+                f"{where}a tensor is called '__metadata__', the format's name of the metadata: "
+                "rename it"
             )
         header[entry.name] = {
             "dtype": entry.dtype,
@@ -96,11 +124,13 @@ def header_of(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> b
     try:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
-        raise ArgumentError(f"a name or the metadata cannot be written as UTF-8: {error}") from None
+        raise ArgumentError(
+            f"{where}a name or the metadata cannot be written as UTF-8: {error}"
+        ) from None
     if len(text) > _LARGEST_HEADER:
         raise ArgumentError(
-            f"the header has {len(text)} bytes, and loaders accept at most {_LARGEST_HEADER}: save "
-            "the tensors as several files"
+            f"{where}the header has {len(text)} bytes, and loaders accept at most "
+            f"{_LARGEST_HEADER}: save the tensors as several files"
         )
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -24,6 +24,7 @@ __all__ = [
     "flush_file",
     "flush_folder",
     "keep_mode",
+    "make_folder",
     "naming_target",
     "put_folder_in_place",
     "put_in_place",
@@ -160,6 +161,20 @@ def put_in_place(temporary: Path, path: Path) -> None:
             raise
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder to save to, and those that it is in.
+
+    Raises:
+        OSError: with ``path``; the text says what to do.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise save_error(error.errno, path) from error
 
 
 def put_folder_in_place(temporary: Path, path: Path) -> None:

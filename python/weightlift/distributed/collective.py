@@ -73,7 +73,7 @@ def tensor_parallel(
     Raises:
         ArgumentError: there is no process group, or the mesh is unsuitable.
     """
-    _require_initialized("device_mesh and tp_plan")
+    _require_initialized("a device_mesh or a tp_plan")
     if device_mesh is None:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         device_mesh = init_device_mesh(kind, (dist.get_world_size(),))
@@ -212,7 +212,7 @@ def _all_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _parse_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
-    _require_initialized("group")
+    _require_initialized("a group")
     if isinstance(group, DeviceMesh):
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):

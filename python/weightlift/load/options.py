@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from weightlift.core.dtypes import TORCH_NAMES
 from weightlift.core.errors import ArgumentError
+from weightlift.core.given import check_flag
 from weightlift.core.requirements import require
 from weightlift.core.settings import Settings
 
@@ -39,7 +40,7 @@ class LoadOptions:
         background: return modules before their tensors have arrived (``module/fill``).
 
     Raises:
-        ArgumentError: an unknown mode.
+        ArgumentError: an unknown mode, or a flag that is neither ``True`` nor ``False``.
         MissingLibraryError: a progress bar needs rich.
     """
 
@@ -59,6 +60,9 @@ class LoadOptions:
                 f"progress is {self.progress!r}; it can be True, False, or a function of the bytes "
                 "done and in all"
             )
+        check_flag("pin_memory", self.pin_memory)
+        check_flag("verify", self.verify)
+        check_flag("background", self.background)
         if self.progress is True:
             require("rich", "progress=True")
 

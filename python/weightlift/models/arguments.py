@@ -14,6 +14,7 @@ import torch
 from weightlift.checkpoint.hub import HubArguments
 from weightlift.core import dtypes
 from weightlift.core.errors import ArgumentError
+from weightlift.core.given import check_flag
 from weightlift.load.options import LoadOptions
 from weightlift.module.placement import PlacementPolicy
 
@@ -52,6 +53,11 @@ _DEFAULTS: dict[str, Any] = {
     "progress": False,
     "background": False,
 }
+# On, off or ``None``; ``progress`` may also be a function.
+_FLAGS = (
+    "use_safetensors",
+    *(n for n, d in _DEFAULTS.items() if isinstance(d, bool) and n != "progress"),
+)
 # Arguments that diffusers lacks: a class may have constructor arguments of these names.
 _NOT_OF_DIFFUSERS = frozenset(
     (
@@ -133,6 +139,9 @@ class PretrainedArguments:
         }
         hub = HubArguments.pop_from(rest)
         _refuse_unknown(model_class, rest)
+        for name in _FLAGS:
+            if values[name] is not None:
+                check_flag(name, values[name])
         _refuse_contradictions(values)
         mode = values["mode"]
         return cls(
@@ -148,10 +157,10 @@ class PretrainedArguments:
             ),
             options=LoadOptions(
                 "read" if values["disable_mmap"] and mode == "auto" else mode,
-                values["pin_memory"],
-                values["verify"],
-                values["progress"],
-                background=values["background"],
+                values["pin_memory"] or False,
+                values["verify"] or False,
+                values["progress"] or False,
+                background=values["background"] or False,
             ),
             quantization=QuantizationArguments(
                 values["quantization_config"], values["load_in_8bit"], values["load_in_4bit"]
@@ -202,6 +211,8 @@ def _refuse_unknown(model_class: type[LoadableModel], rest: Mapping[str, Any]) -
 
 def _refuse_contradictions(values: Mapping[str, Any]) -> None:
     device_map, low_memory = values["device_map"], values["low_cpu_mem_usage"]
+    if values["disable_mmap"] and values["mode"] == "map":
+        raise ArgumentError("disable_mmap=True and mode='map' contradict each other: give one")
     if values["device_mesh"] is not None or values["tp_plan"] is not None:
         for other in ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit"):
             if values[other]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from weightlift.checkpoint.hub import HubArguments, commit_of, download
-from weightlift.core.atomic import atomic_file
+from weightlift.core.atomic import atomic_file, make_folder
 from weightlift.core.errors import ArgumentError, CheckpointError, ReadError, read_error
+from weightlift.core.paths import path_text
 
 __all__ = ["ConfigMixin", "FrozenDict", "register_to_config"]
 
@@ -33,7 +34,11 @@ class FrozenDict(dict[str, Any]):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"the config has no {name!r}") from None
+            # With both, Python's traceback names the nearest.
+            raise AttributeError(f"the config has no {name!r}", name=name, obj=self) from None
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self]
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(
@@ -175,10 +180,10 @@ class ConfigMixin:
         """
         if self.config_name is None:
             raise ArgumentError(f"{type(self)} must define config_name, as 'config.json'")
-        folder = Path(save_directory)
+        folder = Path(path_text(save_directory))
         if folder.is_file():
             raise ArgumentError(f"{folder} is a file: give a folder to save the config in")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.to_json_file(folder / self.config_name)
         _log.info("%s: config saved", folder / self.config_name)
         if push_to_hub:
@@ -324,7 +329,7 @@ class ConfigMixin:
             raise ArgumentError(f"{cls} must define config_name, as 'config.json'")
         if isinstance(place, Mapping):
             return dict(place), None
-        name = os.fspath(place)
+        name = path_text(place)
         path = Path(name)
         if path.is_dir():
             places = [path / (hub.subfolder or ""), path]
@@ -335,7 +340,13 @@ class ConfigMixin:
         elif path.is_file():
             file = path
         else:
-            file = download(name, cls.config_name, hub)
+            try:
+                file = download(name, cls.config_name, hub)
+            except ReadError as error:
+                if error.code != "not_cached":
+                    raise
+                text = "there is no such file or folder, and as the id of a repository: "
+                raise read_error(error.code, f"{text}{error.strerror}", name) from None
         return _read_json(file), commit_of(file)
 
     @classmethod
@@ -357,7 +368,11 @@ def register_to_config(init: _Init) -> _Init:
 
     Raises:
         RuntimeError: the class does not derive from ``ConfigMixin`` (raised by the constructor).
+        TypeError: ``init`` is a class, or no function.
     """
+    if isinstance(init, type) or not callable(init):
+        given = f"the class {init.__name__}" if isinstance(init, type) else repr(init)
+        raise TypeError(f"@register_to_config stands above __init__, not {given}")
     parameters = {
         name: parameter
         for name, parameter in list(inspect.signature(init).parameters.items())[1:]
@@ -424,7 +439,8 @@ def _plain(value: Any) -> Any:
 def _missing_config(path: Path) -> ReadError:
     if path.is_dir():
         return read_error("is_directory", "is a folder, not a config file", str(path))
-    return read_error("not_found", "the folder has no config", str(path))
+    missing = "the folder has no config" if path.parent.is_dir() else "there is no such subfolder"
+    return read_error("not_found", missing, str(path))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import inspect
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 
+from weightlift.core.atomic import make_folder
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError
+from weightlift.core.given import check_flag
+from weightlift.core.paths import path_text
 from weightlift.models.config_mixin import ConfigMixin
 from weightlift.models.hub_mixin import PushToHubMixin
 from weightlift.models.loading import load_pretrained
 from weightlift.module.background.waiting import tensors_to_come
 from weightlift.module.move import move
 from weightlift.module.offload import whole_state_dict
+from weightlift.module.parameters import check_module
 
 __all__ = ["ModelMixin", "get_parameter_device", "get_parameter_dtype"]
 
@@ -34,6 +40,7 @@ def get_parameter_device(module: torch.nn.Module) -> torch.device:
     Raises:
         StopIteration: the module has no tensor.
     """
+    check_module(module, "get_parameter_device", alone=True)
     held = itertools.chain(tensors_to_come(module), tensors_to_come(module, "_buffers"))
     for _, device, _ in held:
         return device
@@ -43,6 +50,7 @@ def get_parameter_device(module: torch.nn.Module) -> torch.device:
 def get_parameter_dtype(module: torch.nn.Module) -> torch.dtype | None:
     """The dtype of the first floating-point parameter that may be cast, else buffer, else tensor
     attribute; without any of floating point, the dtype of the last one."""
+    check_module(module, "get_parameter_dtype", alone=True)
     kept = getattr(module, "_keep_in_fp32_modules", None) or ()
     last = None
     for name, _, dtype in tensors_to_come(module):
@@ -72,6 +80,28 @@ def _ordinary_tensors() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def _check_configured(cls: type[ModelMixin]) -> None:
+    """
+    Raises:
+        ArgumentError: the class has no configuration.
+    """
+    if not hasattr(cls, "ignore_for_config"):  # also of the ConfigMixin of diffusers
+        raise ArgumentError(
+            f"{cls.__name__} has no configuration, from which the model is built: derive it from "
+            "ConfigMixin too, and decorate its __init__ with register_to_config"
+        )
+
+
+def _refuse_unknown(of_the_hub: Iterable[str]) -> None:
+    known = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder", "tags")
+    of_save = inspect.signature(ModelMixin.save_pretrained).parameters
+    for name in of_the_hub:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, *of_save], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ArgumentError(f"save_pretrained has no argument {name!r}{hint}")
 
 
 def _tensor_attributes(module: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -168,7 +198,8 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
             ArgumentError: an argument is unknown, or contradicts another.
             FormatError, ReadError, DeviceError, OutOfMemoryError: as ``load_file``.
         """
-        path = os.fspath(pretrained_model_name_or_path)
+        path = path_text(pretrained_model_name_or_path)
+        _check_configured(cls)
         with _ordinary_tensors():
             model, report, arguments = load_pretrained(cast("Any", cls), path, kwargs)
         if not arguments.output_loading_info:
@@ -208,15 +239,21 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
                 default.
 
         Raises:
-            ArgumentError: ``save_directory`` is a file, or a tensor cannot be saved.
+            ArgumentError: ``save_directory`` is a file, a tensor cannot be saved, or an argument is
+                unknown.
             OSError: the system refuses a file.
         """
         from weightlift.models.saving import save_weights
 
-        folder = Path(save_directory)
+        folder = Path(path_text(save_directory))
         if folder.is_file():
             raise ArgumentError(f"{folder} is a file: give a folder to save the model in")
-        folder.mkdir(parents=True, exist_ok=True)
+        _check_configured(type(self))
+        check_flag("is_main_process", is_main_process)
+        check_flag("safe_serialization", safe_serialization)
+        check_flag("push_to_hub", push_to_hub)
+        _refuse_unknown(kwargs)
+        make_folder(folder)
         if is_main_process:
             config = self.to_json_string().encode()
             state, metadata = self._saved_state(safe_serialization)

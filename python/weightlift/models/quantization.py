@@ -86,6 +86,11 @@ def choose_quantizer(
             "quantization_config"
         )
     chosen = config if saved is None else saved
+    if not isinstance(chosen, Mapping) and not hasattr(chosen, "to_dict"):
+        raise ArgumentError(
+            f"quantization_config is {chosen!r}; it must be a BitsAndBytesConfig, a TorchAoConfig, "
+            "or a dict of its values"
+        )
     values = dict(chosen) if isinstance(chosen, Mapping) else chosen.to_dict()
     method = values.get("quant_method")
     method = str(getattr(method, "value", method))

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.safetensors_writer import (
     bytes_of,
+    check_metadata,
     entry_of,
     header_of,
     in_order,
@@ -45,11 +46,14 @@ from weightlift.core.atomic import (
     errno_of,
     flush_file,
     flush_folder,
+    make_folder,
     put_in_place,
+    save_error,
     temporary_beside,
 )
 from weightlift.core.errors import ArgumentError, FormatError
-from weightlift.core.paths import path_text
+from weightlift.core.given import check_text
+from weightlift.core.paths import target_text
 from weightlift.core.sizes import parse_shard_size
 
 if TYPE_CHECKING:
@@ -95,7 +99,8 @@ def save_checkpoint(
             f"the state dict is {type(state_dict).__name__}, not a dict of names to tensors: for a "
             "module, save module.state_dict()"
         )
-    text = path_text(folder)
+    text = target_text(folder)
+    check_metadata(metadata, f"{text}: ")
     if text.lower().endswith((".safetensors", ".bin", ".pt")) and not Path(text).is_dir():
         raise ArgumentError(
             f"{text}: save_checkpoint writes a folder, and this is the name of a file: save_file "
@@ -155,9 +160,13 @@ def save_weights(
     """
     names = _Names.of(stem, variant, ".safetensors" if safe_serialization else ".bin")
     save_function = save_function or _configured_save_function()
+    if not callable(save_function) and save_function is not None:
+        raise ArgumentError(
+            f"save_function is {save_function!r}; it must be a function of tensors and a path"
+        )
     tensors = {name: value for name, value in state_dict.items() if not isinstance(value, str)}
     for name, tensor in tensors.items():
-        _check(name, tensor, safe_serialization)
+        _check(f"{os.fspath(save_directory)}: tensor {name!r}", tensor, safe_serialization)
     layout = _Layout.of(names, tensors, max_shard_size, metadata or {}, companions or {})
     folder = _make(Path(save_directory))
     for name in (*layout.files, names.single, names.index):
@@ -315,6 +324,7 @@ class _Names:
     @classmethod
     def of(cls, stem: str, variant: str | None, extension: str) -> _Names:
         for what, part in (("stem", stem), ("variant", variant)):
+            check_text(what, part, "fp16")
             if part is not None and (part in ("", ".", "..") or "/" in part or "\0" in part):
                 raise ArgumentError(f"{what} is {part!r}; it must be a part of a file name")
         of_variant = "" if variant is None else f".{variant}"
@@ -361,11 +371,11 @@ def _configured_save_function() -> Callable[..., object] | None:
     return function
 
 
-def _check(name: str, tensor: Any, safe_serialization: bool) -> None:
+def _check(which: str, tensor: Any, safe_serialization: bool) -> None:
     import torch
 
     def refuse(why: str) -> ArgumentError:
-        return ArgumentError(f"tensor {name!r} cannot be saved: {why}")
+        return ArgumentError(f"{which} cannot be saved: {why}")
 
     if not isinstance(tensor, torch.Tensor):
         raise refuse(f"it is {type(tensor).__name__}, not a tensor; leave it out")
@@ -424,7 +434,7 @@ def _make(folder: Path) -> Path:
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file: give a folder to save to")
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for path in missing:
         flush_folder(path.parent)
     return folder
@@ -500,8 +510,7 @@ def _naming(file: Path) -> Iterator[None]:
         number = errno_of(error, outside)
         if number is None:
             raise
-        text = f"{os.strerror(number)}; nothing was saved, the old files are unchanged"
-        raise OSError(number, text, str(file)) from error
+        raise save_error(number, file) from error
 
 
 def _switch(

@@ -187,6 +187,11 @@ def parse_max_memory(max_memory: Mapping[int | str, int | str]) -> dict[int | st
 
     count = torch.cuda.device_count()
     parsed: dict[int | str, int] = {}
+    if not isinstance(max_memory, Mapping):
+        raise ArgumentError(
+            f"max_memory is {max_memory!r}; it must be a dict of devices and bytes, such as "
+            "{0: '8GB', 'cpu': '30GiB'}"
+        )
     for key, size in max_memory.items():
         found = re.fullmatch(r"(?:cuda:)?(\d+)", str(key))
         device = int(found[1]) if found else str(key)

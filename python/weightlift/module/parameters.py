@@ -47,8 +47,8 @@ class ParameterRef:
         return [self.name, *(name for name, _, _ in self.ties)]
 
 
-def check_module(model: object, call: str) -> None:
-    """Checks what a call takes for a model.
+def check_module(model: object, call: str, *, alone: bool = False) -> None:
+    """Checks what a call takes for a model; ``alone``: it takes nothing else.
 
     Raises:
         ArgumentError: it is no module; the text says what may have been meant.
@@ -59,8 +59,10 @@ def check_module(model: object, call: str) -> None:
         return
     if isinstance(model, type):
         raise ArgumentError(f"{call} takes a model, not the class {model.__name__}: make one of it")
-    hint = ": have two arguments changed places?" if isinstance(model, (str, os.PathLike)) else ""
-    raise ArgumentError(f"{call} takes a model first, not {type(model).__name__}{hint}")
+    first = "" if alone else " first"
+    swapped = not alone and isinstance(model, (str, os.PathLike))
+    hint = ": have two arguments changed places?" if swapped else ""
+    raise ArgumentError(f"{call} takes a model{first}, not {type(model).__name__}{hint}")
 
 
 def parameter_refs(model: torch.nn.Module) -> list[ParameterRef]:

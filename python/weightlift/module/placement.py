@@ -60,6 +60,14 @@ class PlacementPolicy:
     memory_format: torch.memory_format | None = None
     dispatch: Dispatch = dispatch
 
+    def __post_init__(self) -> None:
+        given = self.memory_format
+        if given is not None and type(given).__name__ != "memory_format":
+            raise ArgumentError(
+                f"memory_format is {given!r}; it must be one of torch's, such as "
+                "torch.channels_last"
+            )
+
 
 class DtypeRule(NamedTuple):
     """The rule for the dtypes of floating-point tensors.

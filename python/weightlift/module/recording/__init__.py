@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 
 from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, CheckpointError
+from weightlift.core.given import check_flag
 from weightlift.core.report import LoadReport, set_last_report
 from weightlift.load.copies import Copy
 from weightlift.load.load_tensors import load_tensors
-from weightlift.module.parameters import parameter_refs, set_all
+from weightlift.module.parameters import check_module, parameter_refs, set_all
 from weightlift.module.recording.reader import CheckpointReader, NoReader, sources_of
 from weightlift.module.recording.recorder import Recorder
 from weightlift.module.recording.sources import Source
@@ -69,8 +71,16 @@ def record(
             f"record takes a Checkpoint second, not {type(headers).__name__}: "
             "open_checkpoint opens one"
         )
+    if module is not None:
+        check_module(module, "record: module=", alone=True)
+    check_flag("check", check)
+    try:
+        reported = torch.device(device)
+    except (RuntimeError, TypeError):
+        parse_device(device)  # says what is wrong
+        raise
     reader = CheckpointReader(headers) if isinstance(headers, Checkpoint) else NoReader()
-    recorder = Recorder(reader, torch.device(device))
+    recorder = Recorder(reader, reported)
     slots = [] if module is None else parameter_refs(module)
     recorder.expect((slot.name, slot.tensor) for slot in slots)
     sources = sources_of(headers)
@@ -117,6 +127,10 @@ class Recording:
         self._loaded = False
         self.result = result
 
+    def __repr__(self) -> str:
+        read = f", {len(self.whole)} tensors read whole" if self.whole else ""
+        return f"<Recording of {len(self.copies)} copies, {self.needed_bytes:,} bytes{read}>"
+
     @property
     def copies(self) -> list[Copy]:
         return [write for write in self._recorder.done if isinstance(write, Copy)]
@@ -150,6 +164,7 @@ class Recording:
             The report of the load.
 
         Raises:
+            ArgumentError: ``checkpoint`` is no ``Checkpoint``.
             CheckpointError: there is no checkpoint, or its tensors differ; or the code wrote
                 computed values, which a second call cannot repeat.
             FormatError, ReadError, DeviceError, OutOfMemoryError: as ``load_file``.
@@ -159,6 +174,11 @@ class Recording:
         if checkpoint is None and known is None:
             raise CheckpointError("the recording has only headers: give load() a Checkpoint")
         if checkpoint is not None:
+            if not isinstance(checkpoint, Checkpoint):
+                raise ArgumentError(
+                    f"load takes a Checkpoint, not {type(checkpoint).__name__}: open_checkpoint "
+                    "opens one"
+                )
             self._check(checkpoint)
             recorder.reader = CheckpointReader(checkpoint)
         elif known is not None and self._loaded:

@@ -10,7 +10,7 @@ import torch
 
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
-from weightlift.core.errors import CheckpointError
+from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.report import FileReport, LoadReport, last_report
 from weightlift.load.copies import Copy, RunningCopies, start_parts
 from weightlift.load.load_tensors import load_tensors
@@ -82,6 +82,23 @@ class NoReader:
         """Of nothing."""
 
 
+def _checked(name: str, header: object) -> tuple[str, tuple[int, ...]]:
+    """A header as the caller gave it.
+
+    Raises:
+        ArgumentError: it is not (dtype, shape), or no file has such a dtype.
+    """
+    if isinstance(header, (tuple, list)) and len(header) == 2:
+        dtype, shape = header
+        is_known = isinstance(dtype, str) and dtype in dtypes.TORCH_NAMES
+        if is_known and isinstance(shape, (tuple, list)):
+            return dtype, tuple(shape)
+    raise ArgumentError(
+        f"headers: tensor {name!r} has {header!r}; it must be a pair of a file's dtype and a "
+        "shape, such as ('BF16', (2, 3))"
+    )
+
+
 def sources_of(
     headers: Mapping[str, tuple[str, tuple[int, ...]]], names: Iterable[str] | None = None
 ) -> dict[str, Source | None]:
@@ -92,7 +109,7 @@ def sources_of(
     if checkpoint is not None and names is None:
         headers = checkpoint.headers()
     for name in headers if names is None else names:
-        dtype, shape = headers[name]
+        dtype, shape = headers[name] if checkpoint is not None else _checked(name, headers[name])
         strides = None
         if checkpoint is not None and not checkpoint.is_plain:
             place = checkpoint.place(name)

@@ -12,7 +12,13 @@ from weightlift.checkpoint.open_checkpoint import open_checkpoint
 from weightlift.core.devices import loadable_device
 from weightlift.core.errors import ArgumentError
 from weightlift.core.sizes import parse_size
-from weightlift.module.parameters import ParameterRef, is_sharded, is_streamed, parameter_refs
+from weightlift.module.parameters import (
+    ParameterRef,
+    check_module,
+    is_sharded,
+    is_streamed,
+    parameter_refs,
+)
 from weightlift.module.streaming.begin import of_a_checkpoint, of_the_host
 from weightlift.module.streaming.device_side import device_side
 from weightlift.module.streaming.handle import StreamHandle
@@ -64,6 +70,7 @@ def stream(
         DeviceError: the device does not exist, or cannot be streamed to.
         ReadError: a file cannot be read; raised later by the operation that needs it.
     """
+    check_module(model, "stream")
     budget = _checked_budget(memory, lookahead)
     side = device_side(loadable_device(device))
     refs = parameter_refs(model)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from weightlift.core.closing import Closing
+from weightlift.core.errors import ArgumentError
 from weightlift.core.report import format_bytes
 from weightlift.module.streaming.originals import Originals
 from weightlift.module.streaming.ring import Trace
@@ -79,7 +80,13 @@ class StreamHandle(Closing):
     def trace(self, tell: Trace | None) -> None:
         """From now on calls ``tell(kind, block, begin, end)`` for each ``"read"``, ``"wait"`` and
         ``"use"``, with times of ``time.perf_counter`` in seconds, in the thread that did it.
-        ``None`` ends this."""
+        ``None`` ends this.
+
+        Raises:
+            ArgumentError: ``tell`` is no function.
+        """
+        if tell is not None and not callable(tell):
+            raise ArgumentError(f"trace takes a function or None, not {tell!r}")
         self._task.executor.ring.trace = tell
 
     def close(self) -> None:
