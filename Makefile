@@ -236,10 +236,11 @@ fuzz: dev $(VENV)/.clang
 test-matrix: dev
 	tests/matrix/run.sh $(MATRIX)
 
-# The libraries' own tests, with the backends off and on.
+# A real vLLM, and SGLang's loader, in an environment of their own.
 test-serving: dev
 	tests/serving/run.sh
 
+# The libraries' own tests, with the backends off and on.
 test-libraries: dev
 	$(BIN)/python tests/libraries/run.py $(SUITES)
 
