@@ -71,11 +71,13 @@ class _Opened(safe_open):
         filename: Any,
         framework: str,
         device: Any = "cpu",
-        **options: Any,
+        *,
+        backend: Backend | None = None,  # from safetensors 0.8 on
     ) -> None:
         self._caller = library
-        self._reference = functools.partial(reference, filename, framework, device, **options)
-        super().__init__(filename, framework, usable_device(device), **options)
+        given = {} if backend is None else {"backend": backend}
+        self._reference = functools.partial(reference, filename, framework, device, **given)
+        super().__init__(filename, framework, usable_device(device), backend=backend)
 
     # For isinstance() with the reference's own class, in modules that imported it.
     @property  # type: ignore[misc]
