@@ -1,0 +1,105 @@
+"""What a process that loads again gains by the memory of dead tensors (`Settings.pool_bytes`):
+
+    python benchmarks/second_load.py             # bf16 -> fp32, 1 GB of file
+
+Each round is a fresh process. It loads the file twice into new memory and drops the tensors, then
+does the same with the pool on, then again, and gives the median times; rounds alternate which of
+the two comes first. Memory is backed: the process has just given it back. Writes
+benchmarks/results/second-load/MACHINE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import weightlift as wl
+from summary import RESULTS, ROOT, machine_name, to_text
+from weightlift.bench.conditions import machine
+
+LOADS = 5
+TENSOR = 16_000_000  # elements
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bytes", type=int, default=10**9, help="of the file")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--child", nargs=2, metavar=("FILE", "FIRST"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        file, first = arguments.child
+        print(json.dumps(measure(file, first)))
+        return
+    path = ROOT / "build" / "bench-data" / f"second-load-{arguments.bytes}.safetensors"
+    write(path, arguments.bytes)
+    rounds = []
+    for number in range(arguments.rounds):
+        first = ("fresh", "pool")[number % 2]
+        command = [sys.executable, __file__, "--child", str(path), first]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        rounds.append(json.loads(out))
+        print(rounds[-1], flush=True)
+    ratios = [one["fresh"] / one["pool"] for one in rounds]
+    print(
+        f"{statistics.median(ratios):.2f}x faster ({min(ratios):.2f} to {max(ratios):.2f}): "
+        f"{statistics.median(one['fresh'] for one in rounds):.3f} s into fresh memory, "
+        f"{statistics.median(one['pool'] for one in rounds):.3f} s into memory used again"
+    )
+    summary = {
+        "machine": machine(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "benchmarks/second_load.py", *sys.argv[1:]]),
+        "bytes": arguments.bytes,
+        "ratio": statistics.median(ratios),
+        "rounds": rounds,
+    }
+    folder = RESULTS / "second-load"
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / f"{machine_name(summary['machine'])}.json"
+    out.write_text(to_text(summary), encoding="utf-8")
+
+
+def measure(file: str, first: str) -> dict[str, float]:
+    """Seconds by kind of memory; the first load of each kind does not count."""
+    found = {}
+    for kind in (first, "pool" if first == "fresh" else "fresh"):
+        seconds = []
+        with wl.Settings(pool_bytes=2**40 if kind == "pool" else 0):
+            for _ in range(LOADS + 1):
+                start = time.perf_counter()
+                tensors = wl.load_file(file, dtype="float32")
+                seconds.append(time.perf_counter() - start)
+                del tensors
+        found[kind] = statistics.median(seconds[1:])
+        with wl.Settings(pool_bytes=0):  # which gives the pool's memory back
+            while wl.stats().pool_bytes:
+                tensors = wl.load_file(file, dtype="float32")
+                del tensors
+    return found
+
+
+def write(path: Path, size: int) -> None:
+    """Tensors of ordinary weights, and the file in the page cache."""
+    if path.exists():
+        path.read_bytes()
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = max(1, size // (2 * TENSOR))
+    save_file({f"w{i}": torch.randn(TENSOR).bfloat16() for i in range(count)}, path)
+
+
+if __name__ == "__main__":
+    main()
