@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -79,15 +81,12 @@ def resolve(
     folder = "" if folder == "." else folder
     selection = Selection(variant, use_safetensors, strict_index)
     path = Path(text)
-    try:
-        exists = text != "" and path.exists()
-    except OSError as error:
-        raise as_read_error(error, text) from None
-    if not exists:
+    mode = _mode(text)
+    if mode is None:
         if path.suffix.lower() in (*FILE_FORMATS, ".dduf", ".json"):
             raise read_error("not_found", "no such file", text)
         return _of_source(Repository(text, hub, folder, selection), folder, selection)
-    if path.is_dir():
+    if stat.S_ISDIR(mode):
         return _of_source(Folder(path), folder, selection)
     if path.suffix.lower() == ".dduf":
         return _of_source(DdufFile(path), folder, selection)
@@ -95,6 +94,18 @@ def resolve(
         given = f"subfolder={folder!r}" if folder else f"variant={variant!r}"
         raise ArgumentError(f"{path} is a file; {given} needs a folder: leave it out")
     return _of_file(path, selection)
+
+
+def _mode(path: str) -> int | None:
+    """``st_mode`` of what is there; ``None`` where nothing is, as for ``Path.exists``."""
+    try:
+        return os.stat(path).st_mode  # noqa: PTH116 - of "", pathlib's is the current folder
+    except ValueError:  # a null character
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EBADF):
+            return None
+        raise as_read_error(error, path) from None
 
 
 def _of_source(source: Source, folder: str, selection: Selection) -> CheckpointFiles:
