@@ -312,11 +312,12 @@ class _NewFolder:
         self._target = target
 
     def __enter__(self) -> Path:
-        from weightlift.core.atomic import temporary_beside
+        from weightlift.core.atomic import naming_target, temporary_beside
 
         self._target.parent.mkdir(parents=True, exist_ok=True)
         self._folder = temporary_beside(self._target)
-        self._folder.mkdir()
+        with naming_target(self._target, self._folder):
+            self._folder.mkdir()
         return self._folder
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

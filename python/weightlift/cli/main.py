@@ -55,6 +55,8 @@ def main() -> None:
         if debug:
             raise
         _exit(error)
+    except KeyboardInterrupt:  # while the commands are imported; typer ends them so too
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if debug or not error.name or error.name.partition(".")[0] == "weightlift":
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -284,3 +285,31 @@ def test_a_full_disk_has_no_number() -> None:
             check=False,
         )
     assert (done.returncode, done.stderr) == (1, b"error: No space left on device\n")
+
+
+@pytest.mark.parametrize("typed", ["model.safetensors weights.dat", "pipe"])
+def test_a_target_that_cannot_be_made_is_named(
+    typed: str, type_in: Type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Path.mkdir
+
+    def mkdir(self: Path, *arguments: object, **options: object) -> None:
+        if self.name.startswith(".weightlift"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        make(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    status, _, err = type_in("convert", *_words(typed), "out")
+    assert status == 1
+    assert err.startswith("error: out: Permission denied: this user may not make files in .")
+    assert "weightlift-" not in err
+
+
+def test_an_interrupt_while_commands_are_imported(
+    type_in: Type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("weightlift.cli.app.app", interrupted)
+    assert type_in("inspect", "model.safetensors") == (130, "", "")
