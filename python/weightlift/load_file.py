@@ -175,7 +175,8 @@ def load_model(
 
     Raises:
         RuntimeError: with ``strict``, missing or unexpected names; or a shape differs.
-        ArgumentError: the model is on ``meta``; ``load_into`` fills one.
+        ArgumentError: the model is on ``meta`` (``load_into`` fills one), or an argument is of the
+            wrong kind.
         FormatError, ReadError: as ``load_file``.
     """
     check_module(model, "load_model")
@@ -245,6 +246,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint does not exist, or its index contradicts its files.
+        TypeError: there is no such argument.
         FormatError, ReadError, DeviceError, ArgumentError, OutOfMemoryError: as ``load_file``.
     """
     require("torch", "load_checkpoint")

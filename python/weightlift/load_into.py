@@ -102,8 +102,9 @@ def load_into(
         CheckpointError: keys or shapes do not match, the model does not fit the devices, or a
             rank failed or ended.
         ArgumentError: arguments contradict each other, ``model`` is not a module, ``checkpoint`` is
-            not a checkpoint; ``background=True`` with real parameters, DTensors, a ``group``,
-            several devices or ``verify=True``.
+            not a checkpoint; a flag is neither ``True`` nor ``False``; a tensor of the model is
+            expanded, so that its elements share memory; ``background=True`` with real parameters,
+            DTensors, a ``group``, several devices or ``verify=True``.
         FormatError, ReadError, DeviceError, OutOfMemoryError: as ``load_file``.
     """
     # Imported with the first load: these imports take longer than `import weightlift`.

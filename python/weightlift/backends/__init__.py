@@ -106,7 +106,7 @@ class enabled(contextlib.ContextDecorator):
     state.
 
     It applies to the whole process, like ``enable``. Several threads may be in such blocks at once;
-    the last one to leave restores the state.
+    the last one to leave restores the state. ``libraries`` and ``background`` are as in ``enable``.
 
     Raises:
         ArgumentError: as ``enable``.

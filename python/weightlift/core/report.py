@@ -178,6 +178,13 @@ class Stats:
     """Sums over all loads of this process since import; prints as a short table.
 
     Attributes:
+        loads: number of loads.
+        bytes: tensor bytes that they delivered, mapped or copied.
+        mapped_bytes: the part of ``bytes`` that is mapped, without a copy.
+        read_bytes: bytes copied out of files.
+        seconds: sum of the loads' times, in seconds; loads at the same time count each.
+        fallbacks: number of steps that did not take the fastest way, and of loads that the library
+            did.
         by_caller: the same sums for each library. Weights on the disk that hooks read tensor by
             tensor have their own entry, such as ``"transformers, disk weights"``.
         pool_bytes: bytes of deleted tensors that are kept now for later loads

@@ -38,7 +38,8 @@ def get_parameter_device(module: torch.nn.Module) -> torch.device:
     loading, its future device, without a wait.
 
     Raises:
-        StopIteration: the module has no tensor.
+        ArgumentError: ``module`` is no module.
+        StopIteration: it has no tensor.
     """
     check_module(module, "get_parameter_device", alone=True)
     held = itertools.chain(tensors_to_come(module), tensors_to_come(module, "_buffers"))
@@ -49,7 +50,12 @@ def get_parameter_device(module: torch.nn.Module) -> torch.device:
 
 def get_parameter_dtype(module: torch.nn.Module) -> torch.dtype | None:
     """The dtype of the first floating-point parameter that may be cast, else buffer, else tensor
-    attribute; without any of floating point, the dtype of the last one."""
+    attribute; without any of floating point, the dtype of the last one; ``None`` if the module has
+    no tensor.
+
+    Raises:
+        ArgumentError: ``module`` is no module.
+    """
     check_module(module, "get_parameter_dtype", alone=True)
     kept = getattr(module, "_keep_in_fp32_modules", None) or ()
     last = None

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 import weightlift as wl
 from support import ROOT
@@ -40,6 +45,19 @@ def test_from_pretrained_names_every_argument() -> None:
     for name in (*taken, "use_auth_token", "resume_download", "proxies"):
         lines = [line.split(":")[0] for line in text.splitlines() if ":" in line]
         assert any(name in line.replace(",", " ").split() for line in lines), name
+
+
+@pytest.mark.parametrize("name", sorted(set(wl.__all__) - {"__version__", "Checkpoint"}))
+def test_every_public_name_says_what_it_takes(name: str) -> None:
+    public = getattr(wl, name)
+    text = inspect.getdoc(public) or ""
+    assert text
+    is_made_by_users = not (
+        isinstance(public, type) and issubclass(public, (Exception, torch.nn.Module))
+    )
+    if is_made_by_users and name not in ("ConfigMixin", "PushToHubMixin", "StreamHandle"):
+        for argument in inspect.signature(public).parameters:
+            assert re.search(rf"\b{argument}\b", text), argument
 
 
 def test_a_model_class_passes_mypy(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def record(
         The recording.
 
     Raises:
+        ArgumentError: an argument is of the wrong kind.
+        DeviceError: ``device`` is invalid.
         CheckpointError: the code needs bytes and ``headers`` is not a ``Checkpoint``, or it does
             something that is impossible for a tensor without storage.
     """
