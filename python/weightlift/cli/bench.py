@@ -356,7 +356,11 @@ def _bench_stream(
         steps = Steps(count=repeat, cold=cold)
         runs = compare_streams(paths[0], memory, steps=steps, begin=begin, step=step)
     console = Console(highlight=False)
-    console.print(f"[bold]A step of {paths[0]} in {memory}, {'cold' if cold else 'warm'}[/bold]")
+    console.print(
+        f"A step of {paths[0]} in {memory}, {'cold' if cold else 'warm'}",
+        style="bold",
+        markup=False,
+    )
     for line in describe(runs):
         console.print(line, markup=False, soft_wrap=True)
     if plot_out is not None and runs[0].events:
@@ -464,7 +468,7 @@ def _bench_files(
         paths, device, dtype, contenders, cold=cold, repeat=repeat, adapters=adapters
     )
     console = Console(highlight=False)
-    console.print(f"[bold]{found.name}[/bold]")
+    console.print(found.name, style="bold", markup=False)
     console.print(describe_run(found), style="dim")
     if found.samples:
         console.print()
@@ -490,7 +494,7 @@ def _bench_models(
 
     title, found = compare_models(arguments, device, dtype, states, repeat)
     console = Console(highlight=False)
-    console.print(f"[bold]{title}[/bold]")
+    console.print(title, style="bold", markup=False)
     for one in found:
         console.print(describe_run(one), style="dim")
     console.print()
@@ -514,7 +518,9 @@ def _bench_ranks(files: list[Path], ranks: int, repeat: int) -> dict[str, Any]:
     with Console(stderr=True).status(f"measuring loads by {ranks} processes"):
         found = measure_ranks(files, ranks, repeat)
     size = format_bytes(found["file_bytes"])
-    console.print(f"[bold]{files[0].name}, {size}, by {ranks} processes on gloo[/bold]")
+    console.print(
+        f"{files[0].name}, {size}, by {ranks} processes on gloo", style="bold", markup=False
+    )
     console.print()
     console.print(distributed_table(found))
     return found

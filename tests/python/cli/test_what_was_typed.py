@@ -313,3 +313,9 @@ def test_an_interrupt_while_commands_are_imported(
 
     monkeypatch.setattr("weightlift.cli.app.app", interrupted)
     assert type_in("inspect", "model.safetensors") == (130, "", "")
+
+
+def test_the_title_of_bench_is_no_markup(type_in: Type) -> None:
+    Path("[b]x[b].safetensors").write_bytes(Path("model.safetensors").read_bytes())
+    typed = ["bench", "[b]x[b].safetensors", "--against", "safetensors", "--repeat", "1"]
+    assert type_in(*typed)[1].startswith("[b]x[b].safetensors, ")
