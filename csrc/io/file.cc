@@ -286,10 +286,11 @@ Result<std::shared_ptr<File>> File::open(const std::string& path) {
   struct stat status{};
   if (::fstat(fd.get(), &status) != 0) return system_error(errno, path, "cannot stat");
   if (S_ISDIR(status.st_mode)) {
-    return Error{.code = ErrorCode::kIsDirectory,
-                 .message = "is a directory: name a file in it, or load_checkpoint reads the folder",
-                 .path = path,
-                 .system_errno = EISDIR};
+    return Error{
+        .code = ErrorCode::kIsDirectory,
+        .message = "is a directory: name a file in it, or load_checkpoint reads the folder",
+        .path = path,
+        .system_errno = EISDIR};
   }
   if (!S_ISREG(status.st_mode)) {
     return Error{
