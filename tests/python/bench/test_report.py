@@ -67,7 +67,7 @@ def test_as_text(path: Path) -> None:
         wl.load_file(path, **options)  # type: ignore[arg-type]
         report = wl.last_report()
         text = str(report)
-        for word in [*words, str(path), report.files[0].io, report.files[0].reason, "GB/s"]:
+        for word in [*words, str(path), report.files[0].io, report.files[0].reason, "B/s"]:
             assert word in text
         assert len(text.splitlines()) == 2
     with wl.Settings(io_path="direct"):

@@ -280,11 +280,12 @@ INDEX = {
     "weight_map": {"a": "s1.safetensors", "c": "s3.safetensors"},
 }
 # Where huggingface_hub takes what is refused here: what the error says -> why it is one.
+# An editor's mark at the start, which huggingface_hub refuses; it changes nothing that is read.
+BYTE_ORDER_MARK = "read with its byte order mark"
 INDEX_DIVERGENCES = {
     "from different checkpoints": "theirs loads the whole of each shard, whatever the index says",
     "is in it twice": "theirs takes the last one; another reader may take the first",
     "metadata is": "theirs does not look at it",
-    "a file beside": "theirs takes folders below; no writer is known that makes them",
 }
 
 
@@ -310,7 +311,8 @@ def check_index(folder: Path, text: bytes) -> str:
     except wl.CheckpointError as caught:
         error = str(caught)
     if error is None:
-        assert expected is not None, text
+        if expected is None:
+            return BYTE_ORDER_MARK
         assert_same_tensors(dict(sorted(tensors.items())), expected)
         return hand_made.OK
     assert str(folder) in error
@@ -331,7 +333,7 @@ INDEX_CASES = {
     "nul": (b"\0", "refused"),
     "number": (b"17", "refused"),
     "list": (b"[%s]" % MAP, "refused"),
-    "byte_order_mark": (b'\xef\xbb\xbf{"weight_map":%s}' % MAP, "refused"),
+    "byte_order_mark": (b'\xef\xbb\xbf{"weight_map":%s}' % MAP, BYTE_ORDER_MARK),
     "not_utf8": (b'{"x":"\xff","weight_map":%s}' % MAP, "refused"),
     "utf16": ((b'{"weight_map":%s}' % MAP).decode().encode("utf-16"), "refused"),
     "two_values": (b'{"weight_map":%s}{}' % MAP, "refused"),
@@ -346,7 +348,7 @@ INDEX_CASES = {
     "nul_in_name": (b'{"weight_map":{"a":"s1\\u0000.safetensors"}}', "refused"),
     "no_such_shard": (MAP.replace(b"s3", b"s2").join([b'{"weight_map":', b"}"]), "refused"),
     "pickle": (b'{"weight_map":{"a":"s1.bin","c":"s3.safetensors"}}', "refused"),
-    "folder": (MAP.replace(b"s1", b"./s1").join([b'{"weight_map":', b"}"]), "a file beside"),
+    "folder": (MAP.replace(b"s1", b"./s1").join([b'{"weight_map":', b"}"]), "ok"),
     "swapped": (
         b'{"weight_map":{"c":"s1.safetensors","a":"s3.safetensors"}}', "from different checkpoints",
     ),
@@ -367,7 +369,7 @@ def test_index_case(shards: Path, name: str) -> None:
 
 def test_every_divergence_of_indexes_has_a_case() -> None:
     assert {outcome for _, outcome in INDEX_CASES.values()} == {
-        hand_made.OK, "refused", *INDEX_DIVERGENCES,
+        hand_made.OK, "refused", BYTE_ORDER_MARK, *INDEX_DIVERGENCES,
     }  # fmt: skip
 
 
@@ -393,8 +395,9 @@ def test_the_counts_that_security_states() -> None:
     for cases in (malformed.cases(), archives, hand_made.dduf_cases()):
         accepted = sum(case.expected == malformed.OK for case in cases)
         found += [len(cases) - accepted, accepted]
-    accepted = sum(outcome == malformed.OK for _, outcome in INDEX_CASES.values())
+    loads = (malformed.OK, BYTE_ORDER_MARK)
+    accepted = sum(outcome in loads for _, outcome in INDEX_CASES.values())
     found += [len(INDEX_CASES) - accepted, accepted]
     text = (Path(__file__).parents[3] / "SECURITY.md").read_text()
-    (stated,) = re.findall(r"\| (safetensors \d+ refused, .*?) \|", text)
+    (stated,) = re.findall(r"\| (safetensors:? \d+ refused, .*?) \|", text)
     assert [int(number) for number in re.findall(r"\d+", stated)] == found, stated

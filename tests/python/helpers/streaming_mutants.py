@@ -7,7 +7,7 @@ from __future__ import annotations
 
 MUTANTS: dict[str, tuple[str, str, str]] = {
     "a_copy_does_not_wait_for_marks": (
-        "ring", "                list(marks.values()),\n", "                [],\n",
+        "ring", "block.into(slot.buffer), list(marks.values()))", "block.into(slot.buffer), [])",
     ),
     "uses_are_not_marked": (
         "ring", "            slot.marks[threading.get_ident()] = self.device.mark()\n            slot.pins",

@@ -491,7 +491,7 @@ BAD_FILES = {
     "html": (b"<!doctype html>", r"is not JSON: .*char 0"),
     "latin": (b'{"a": "\xe9"}', r"is not JSON: .*position 7"),
     "deep": (b"[" * 100_000, r"is not JSON"),
-    "list": (b"[1]", r"holds a list"),
+    "list": (b"[1]", r"has a list"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\n", r"git lfs pull"),
 }
 

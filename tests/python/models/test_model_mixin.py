@@ -760,7 +760,7 @@ def test_which_files(folder: Path) -> None:
         assert_same_tensors(state(loaded), state(expected))
     (folder / f"{STEM}.safetensors").unlink()
     assert_same_tensors(state(OURS.Nested.from_pretrained(folder)), state(pickled))
-    with pytest.raises(wl.CheckpointError, match="use_safetensors=True asks for safetensors"):
+    with pytest.raises(wl.CheckpointError, match="use_safetensors=True needs safetensors"):
         OURS.Nested.from_pretrained(folder, use_safetensors=True)
 
 

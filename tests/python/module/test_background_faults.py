@@ -277,7 +277,7 @@ if child == 0:
     try:
         model(inputs())
     except Exception as error:
-        assert "forked" in str(error), error
+        assert "before the fork" in str(error), error
         del model, report
         sys.exit(7)
     sys.exit(1)
