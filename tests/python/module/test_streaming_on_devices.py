@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import threading
 import types
 from pathlib import Path
@@ -252,13 +253,13 @@ def test_check(machine: Switch, path: Path, check: Any, policy: Any) -> None:
 
 
 def killed_by(changed: dict[str, str], switch: Switch, path: Path) -> str | None:
-    for check in CHECKS:
-        for policy in (Policy.LAZY, Policy.EAGER):
-            modules: types.SimpleNamespace = loaded(changed, more=MODULES)
-            try:
-                run_check(check, modules, switch, path, 1, policy)
-            except BaseException as error:
-                return f"{check.__name__}: {error!r}"
+    """Threads run as they come: what one round misses, another sees."""
+    for seed, check, policy in itertools.product(range(1, 9), CHECKS, (Policy.LAZY, Policy.EAGER)):
+        modules: types.SimpleNamespace = loaded(changed, more=MODULES)
+        try:
+            run_check(check, modules, switch, path, seed, policy)
+        except BaseException as error:
+            return f"{check.__name__}: {error!r}"
     return None
 
 
