@@ -92,13 +92,15 @@ PageWatch::~PageWatch() {
   if (!thread_.joinable()) return;
   if (::getpid() != process_) {  // in a child, where this thread never was
     thread_.detach();
+    // pthread_cond_destroy(3) waits for the waiters, and that thread was one.
+    static_cast<void>(changed_.release());
     return;
   }
   {
     const std::lock_guard lock(mutex_);
     stopped_ = true;
   }
-  changed_.notify_all();
+  changed_->notify_all();
   thread_.join();
 }
 
@@ -147,7 +149,7 @@ bool PageWatch::wait_until_backed(std::size_t offset) {
   std::unique_lock lock(mutex_);
   while (!stopped_ && !memory_.is_backed(offset)) {
     if (std::chrono::steady_clock::now() > deadline) return false;
-    changed_.wait_for(lock, kPoll);
+    changed_->wait_for(lock, kPoll);
   }
   return !stopped_;
 }

@@ -11,6 +11,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -59,7 +60,8 @@ class PageWatch {
   const Touch touch_;
   const pid_t process_;
   mutable std::mutex mutex_;
-  std::condition_variable changed_;
+  // Its own block: a child of fork() never destroys it (see ~PageWatch).
+  std::unique_ptr<std::condition_variable> changed_ = std::make_unique<std::condition_variable>();
   bool stopped_ = false;    // guarded by mutex_
   PageRates rates_;         // guarded by mutex_
   std::size_t small_from_;  // guarded by mutex_; the block's size where huge pages are used
