@@ -3,10 +3,7 @@ such models; what is computed with comes from the streaming executor."""
 
 from __future__ import annotations
 
-import gc
 import logging
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +16,7 @@ from diffusers.hooks import apply_group_offloading
 
 import weightlift as wl
 from accelerate_models import describe, describe_all
+from streams_support import streams
 from weightlift.module.streaming.streamed_weight import StreamedWeight
 
 LIBRARY = "diffusers"
@@ -52,17 +50,6 @@ def watched() -> Iterator[list[type]]:
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(torch.nn.functional, "conv2d", noted)
         yield seen
-
-
-def streams(at_most: int = 9) -> int:
-    """How many threads stream, when as many as there should be are left."""
-    gc.collect()
-    end = time.monotonic() + 5
-    while True:
-        count = sum(thread.name == "weightlift-stream" for thread in threading.enumerate())
-        if count <= at_most or time.monotonic() > end:
-            return count
-        time.sleep(0.01)
 
 
 LEVELS = {

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import logging
 import pickle
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from accelerate.utils import OffloadedWeightsLoader, align_module_device, has_of
 
 import weightlift as wl
 from accelerate_models import CALLER, MAPS, Model, build, describe, describe_all, weights, write
+from streams_support import streams
 from weightlift.backends import accelerate_hooks
 from weightlift.module.streaming.streamed_weight import StreamedWeight
 
@@ -77,17 +76,6 @@ def watched(model: Model) -> Iterator[list[type]]:
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(torch.nn.functional, "linear", noted)
         yield seen
-
-
-def streams(at_most: int = 9) -> int:
-    """How many threads stream, when as many as there should be are left."""
-    gc.collect()
-    end = time.monotonic() + 5
-    while True:
-        count = sum(thread.name == "weightlift-stream" for thread in threading.enumerate())
-        if count <= at_most or time.monotonic() > end:
-            return count
-        time.sleep(0.01)
 
 
 def read_off(model: Model) -> dict[str, Any]:
