@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from summary import OURS, RESULTS, ROOT, our_contender
+from report_records import pages_of_records
+from summary import OURS, RESULTS, ROOT, of_machine, our_contender
 from weightlift.bench.plot import Bar, Panel, draw, draw_ratios, format_seconds
 from weightlift.core.report import format_bytes
 from workloads import CPU, CUDA
@@ -65,7 +66,7 @@ def main() -> None:
         draw_pictures(name, summary)
         if arguments.pages is not None:
             draw_pages(arguments.pages, name, summary)
-    text = page(summaries) + serving_page(RESULTS / "serving")
+    text = page(summaries) + pages_of_records(RESULTS)
     PAGE.write_text(text + demo_section(), encoding="utf-8")
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -83,81 +84,6 @@ def demo_section() -> str:
     return found[0] if found else ""
 
 
-def serving_page(folder: Path) -> str:
-    """What benchmarks/serving.py has measured, a section a machine."""
-    parts = []
-    for path in sorted(folder.glob("*.json")):
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        parts += ["", f"## Serving engines: {of_machine(summary)}", "", *serving_section(summary)]
-    return "\n".join(parts) + "\n" if parts else ""
-
-
-def serving_section(summary: Summary) -> Iterator[str]:
-    recording = summary["recording"]
-    yield (
-        f"`benchmarks/serving.py` recorded {recording['names']:,} tensors in "
-        f"{recording['recording_processor_seconds']} s of processor time, "
-        f"{recording['microseconds_a_tensor']} us each."
-    )
-    yield from [
-        "",
-        "| rank | parameters | read | read / parameters | memory beyond them |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for one in summary["bytes"]:
-        yield (
-            f"| {one['model']}, {one['rank']} of {one['ranks']} "
-            f"| {format_bytes(one['parameters_bytes'])} | {format_bytes(one['counted_bytes'])} "
-            f"| {one['counted_bytes'] / one['parameters_bytes']:.3f} "
-            f"| {one['peak_over_parameters_mib']} MiB |"
-        )
-    yield from [
-        "",
-        "| last rank, warm | way | read / parameters | calls that read | processor | median |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    for one in summary["times"]:
-        for way, seconds in one["seconds"].items():
-            read = one.get("read_bytes", {}).get(way)
-            share = f"{read / one['parameters_bytes']:.3f}" if read else ""
-            calls = one.get("read_calls", {}).get(way)
-            processor = one.get("processor_seconds", {}).get(way)
-            ratio = one["times_as_long_as_slices"][way]
-            yield (
-                f"| {one['model']}, of {one['ranks']} | {way} | {share} "
-                f"| {f'{calls:,}' if calls else ''} "
-                f"| {format_seconds(processor) if processor else ''} "
-                f"| {format_seconds(seconds)} ({ratio} times as long as slices) |"
-            )
-    if summary["vllm"]:
-        yield from vllm_section(summary["vllm"])
-    yield from ["", "The runs:", ""]
-    for number, run in enumerate(summary["runs"], 1):
-        date = run["date"][:16].replace("T", " ")
-        yield f"{number}. {date} UTC, load average {run['load_average']}, `{run['command']}`"
-
-
-def vllm_section(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    yield from [
-        "",
-        "`load_weights` of vLLM on the CPU by `--load-format auto` and by weightlift:",
-        "",
-        "| rank | warm, auto | warm | auto / weightlift | cold, auto | cold | from device, auto "
-        "| from device |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for one in records:
-        cold = [one["cold auto"], one["cold weightlift"]]
-        seconds = [one["warm auto"], one["warm weightlift"], *(c["seconds"] for c in cold)]
-        auto, ours, cold_auto, cold_ours = (format_seconds(value) for value in seconds)
-        device_auto, device_ours = (format_bytes(c["device_bytes"]) for c in cold)
-        yield (
-            f"| {one['model']}, {one['rank']} of {one['ranks']} | {auto} | {ours} "
-            f"| {one['auto_over_weightlift']} | {cold_auto} | {cold_ours} | {device_auto} "
-            f"| {device_ours} |"
-        )
-
-
 def read_summaries() -> dict[str, Summary]:
     """Name of the machine -> its summary; the newest run first."""
     found = {
@@ -172,15 +98,6 @@ def in_order(workloads: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """In the order of ``workloads.py``."""
     order = {name: place for place, name in enumerate([*CPU, *CUDA])}
     return sorted(workloads, key=lambda one: order.get(one["name"], len(order)))
-
-
-def of_machine(summary: Summary) -> str:
-    machine = summary["machine"]
-    where = machine.get("gpu") or machine["cpu"]
-    return (
-        f"{where}, {machine['cpus']} CPUs, {format_bytes(machine['memory_bytes'])}, Linux "
-        f"{machine['kernel']}, torch {machine['torch']}"
-    )
 
 
 # README's section: a row and a bar for each headline.

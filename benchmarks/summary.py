@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from weightlift.core.report import format_bytes
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "build" / "bench-runs"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -177,6 +179,15 @@ def conditions(run: dict[str, Any]) -> list[Any]:
 
 def first_line(text: str) -> str:
     return text.strip().partition("\n")[0][:160]
+
+
+def of_machine(summary: dict[str, Any]) -> str:
+    machine = summary["machine"]
+    where = machine.get("gpu") or machine["cpu"]
+    return (
+        f"{where}, {machine['cpus']} CPUs, {format_bytes(machine['memory_bytes'])}, Linux "
+        f"{machine['kernel']}, torch {machine['torch']}"
+    )
 
 
 def machine_name(machine: dict[str, Any]) -> str:
