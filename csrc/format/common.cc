@@ -42,6 +42,10 @@ std::string shape_text(std::span<const std::uint64_t> shape) {
   return text + "]";
 }
 
+std::string bytes_text(std::uint64_t count) {
+  return std::to_string(count) + (count == 1 ? " byte" : " bytes");
+}
+
 std::size_t utf8_prefix(std::string_view text) noexcept {
   const auto byte = [&](std::size_t i) {
     return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u;

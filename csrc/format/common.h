@@ -24,6 +24,8 @@ inline constexpr std::string_view kDamaged = "the file is damaged: download it o
 // Text from the file, made short for a message; never cut inside a character.
 [[nodiscard]] std::string excerpt(std::string_view text, std::size_t limit = 80);
 [[nodiscard]] std::string shape_text(std::span<const std::uint64_t> shape);
+// "1 byte", "2 bytes".
+[[nodiscard]] std::string bytes_text(std::uint64_t count);
 
 // The position of the first byte that is not UTF-8 (Unicode 16, table 3-7), or the size.
 [[nodiscard]] std::size_t utf8_prefix(std::string_view text) noexcept;

@@ -153,7 +153,7 @@ class EntriesIndexer {
       }
       if (entry.begin > file_size || *bytes > file_size - entry.begin) {
         return make_error(ErrorCode::kOffsetsInvalid,
-                          "it is stated to take " + std::to_string(*bytes) + " bytes from byte " +
+                          "it is stated to take " + bytes_text(*bytes) + " from byte " +
                               std::to_string(entry.begin) + " on, and the file ends at " +
                               std::to_string(file_size) + "; " + std::string(kDamaged),
                           std::nullopt, entry.name);

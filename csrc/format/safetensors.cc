@@ -486,18 +486,17 @@ Result<std::uint64_t> length_of(std::string_view first, std::uint64_t file_size)
     auto foreign = foreign_file(first);
     return foreign ? *std::move(foreign) : make_error(code, std::move(message), 0);
   };
-  const std::string size = std::to_string(file_size);
+  const std::string size = bytes_text(file_size);
   if (first.size() < kLengthBytes) {
     return refuse(ErrorCode::kHeaderTooSmall, "the file has " + size +
-                                                  " bytes, and the length of its header alone "
-                                                  "takes 8; " +
+                                                  ", and the length of its header alone takes 8; " +
                                                   std::string(kDamaged));
   }
   std::uint64_t length = 0;
   for (std::size_t i = kLengthBytes; i-- > 0;) {
     length = length << 8 | static_cast<unsigned char>(first[i]);
   }
-  const std::string stated = "the header is stated to be " + std::to_string(length) + " bytes long";
+  const std::string stated = "the header is stated to be " + bytes_text(length) + " long";
   if (length > kMaxHeaderBytes) {
     return refuse(ErrorCode::kHeaderTooLarge, stated + ", and " + std::to_string(kMaxHeaderBytes) +
                                                   " is the most: this is not a safetensors file, "
@@ -505,8 +504,8 @@ Result<std::uint64_t> length_of(std::string_view first, std::uint64_t file_size)
   }
   if (length > file_size - kLengthBytes) {
     return refuse(ErrorCode::kHeaderPastEnd, stated + ", but the file ends after " + size +
-                                                 " bytes: the download or the copy is not "
-                                                 "complete, or this is not a safetensors file");
+                                                 ": the download or the copy is not complete, or "
+                                                 "this is not a safetensors file");
   }
   constexpr std::string_view kSmallest = "{}";
   if (length < kSmallest.size()) {
@@ -547,10 +546,10 @@ class SafetensorsParser {
                                                     std::uint64_t file_size, std::uint64_t origin) {
     if (header.size() > kMaxHeaderBytes || file_size < kLengthBytes ||
         header.size() > file_size - kLengthBytes) {
-      return make_error(ErrorCode::kHeaderPastEnd,
-                        "a header of " + std::to_string(header.size()) + " bytes in a file of " +
-                            std::to_string(file_size),
-                        0);
+      return make_error(
+          ErrorCode::kHeaderPastEnd,
+          "a header of " + bytes_text(header.size()) + " in a file of " + std::to_string(file_size),
+          0);
     }
     WL_RETURN_IF_ERROR(check_bytes(header));
     Handler handler(header);
@@ -642,16 +641,16 @@ class SafetensorsParser {
       if (*bytes != tensor.bytes) {
         return refuse(ErrorCode::kSizeMismatch,
                       std::string(dtype_name(tensor.dtype)) + " of shape " +
-                          shape_text(tensor.shape) + " takes " + std::to_string(*bytes) +
-                          " bytes, but " + offsets() + " are " + std::to_string(tensor.bytes));
+                          shape_text(tensor.shape) + " takes " + bytes_text(*bytes) + ", but " +
+                          offsets() + " are " + std::to_string(tensor.bytes));
       }
       covered = entry.end;
     }
     // Every size was held against 64 bits of bits, so this is less than 2^61 past the header.
     const std::uint64_t expected = data_begin + covered;
     const auto sizes = [&] {
-      return "the header describes a file of " + std::to_string(expected) +
-             " bytes, and this one has " + std::to_string(file_size);
+      return "the header describes a file of " + bytes_text(expected) + ", and this one has " +
+             std::to_string(file_size);
     };
     if (expected > file_size) {
       return make_error(

@@ -132,7 +132,7 @@ class ZipParser {
     }
     if (directory_.bytes > directory_end || directory_.begin != directory_end - directory_.bytes) {
       return malformed("the directory of the archive is stated to be " +
-                           std::to_string(directory_.bytes) + " bytes at " +
+                           bytes_text(directory_.bytes) + " at " +
                            std::to_string(directory_.begin) + ", and its end is at " +
                            std::to_string(directory_end),
                        end_at);
@@ -199,7 +199,8 @@ class ZipParser {
   }
   Error wrong_count(std::uint64_t at) const {
     return malformed("the directory of the archive is stated to have " +
-                         std::to_string(directory_.count) + " entries, and it has not",
+                         std::to_string(directory_.count) +
+                         (directory_.count == 1 ? " entry" : " entries") + ", and it has not",
                      at);
   }
 
@@ -372,10 +373,11 @@ class ZipParser {
     }
     const bool may = previous != nullptr && (previous->flags & kHasDescriptor) != 0;
     if (next - covered > (may ? kLongestDescriptor : 0)) {
-      return make_error(
-          ErrorCode::kOffsetsInvalid,
-          std::to_string(next - covered) + " bytes belong to no record; " + std::string(kDamaged),
-          covered);
+      return make_error(ErrorCode::kOffsetsInvalid,
+                        bytes_text(next - covered) +
+                            (next - covered == 1 ? " belongs" : " belong") + " to no record; " +
+                            std::string(kDamaged),
+                        covered);
     }
     return next - covered;
   }

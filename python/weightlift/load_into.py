@@ -70,7 +70,8 @@ def load_into(
             ``"auto"``, ``"balanced"``, ``"balanced_low_0"``, ``"sequential"``; or a dict of module
             prefix -> device, where ``"disk"`` leaves tensors in their file, to be read at each use.
             With more than one device the model gets accelerate's hooks.
-        max_memory: device -> bytes (``8_000_000_000``, ``"8GB"``, ``"500MiB"``) for automatic maps.
+        max_memory: device -> bytes (``8_000_000_000``, ``"8GB"``, ``"500MiB"``) for automatic maps;
+            with any other ``device_map`` it is an error.
         offload_folder: allows automatic maps to use ``"disk"``; nothing is written to it.
         dtype: the dtype of floating-point tensors; ``None``: each parameter's own; ``"auto"``: the
             checkpoint's. ``_keep_in_fp32_modules`` of the model stay in float32.
@@ -108,6 +109,7 @@ def load_into(
         FormatError, ReadError, DeviceError, OutOfMemoryError: as ``load_file``.
     """
     # Imported with the first load: these imports take longer than `import weightlift`.
+    from weightlift.module.device_map import unused_max_memory
     from weightlift.module.fill import fill
     from weightlift.module.matching import MatchPolicy
     from weightlift.module.placement import PlacementPolicy
@@ -119,6 +121,8 @@ def load_into(
         raise ArgumentError(f"scope is {scope!r}; it can be 'node' or 'group'")
     if offload_folder is not None:
         path_text(offload_folder)
+    if (unused := unused_max_memory(device_map, max_memory)) is not None:
+        raise ArgumentError(unused)
     refs = parameter_refs(model)
     options = LoadOptions(mode, pin_memory, verify, progress, background=background)
     matching = MatchPolicy(strict, ignore_mismatched_sizes, compare_ties=True)

@@ -12,7 +12,7 @@ from weightlift.core import dtypes
 from weightlift.core.closing import Closing
 from weightlift.core.devices import loadable_device
 from weightlift.core.errors import ArgumentError, FileClosedError, FormatError, ReadError
-from weightlift.core.report import record
+from weightlift.core.report import format_count, record
 from weightlift.core.requirements import require
 from weightlift.core.settings import Settings
 from weightlift.load.allocation import TorchAllocator, from_dlpack
@@ -94,7 +94,8 @@ class safe_open(Closing):
         if place is None:
             raise FormatError(
                 "no_such_tensor",
-                f"the file does not contain it; it holds {len(checkpoint)} tensors, see keys()"
+                f"the file does not contain it; it holds "
+                f"{format_count(len(checkpoint), 'tensor')}, see keys()"
                 + nearest(name, checkpoint),
                 checkpoint.paths[0],
                 tensor=name,

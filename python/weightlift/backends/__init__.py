@@ -108,14 +108,25 @@ class enabled(contextlib.ContextDecorator):
     It applies to the whole process, like ``enable``. Several threads may be in such blocks at once;
     the last one to leave restores the state. ``libraries`` and ``background`` are as in ``enable``.
 
+    As a condition, ``if enabled("diffusers"):``, it says whether these backends are on now; without
+    a name, whether any is.
+
     Raises:
         ArgumentError: as ``enable``.
     """
 
     def __init__(self, *libraries: str, background: bool = False) -> None:
         self._libraries = _names(libraries)
+        self._named = bool(libraries)
         self._early = _early_of(self._libraries, background)
         self._entered: list[tuple[object, set[str], set[str]]] = []
+
+    def __bool__(self) -> bool:
+        return (all if self._named else any)(map(is_enabled, self._libraries))
+
+    def __repr__(self) -> str:
+        on = [name for name in LIBRARIES if is_enabled(name)]
+        return f"<enabled: {', '.join(on) or 'no backend is on'}>"
 
     def __enter__(self) -> enabled:
         token = object()

@@ -62,7 +62,9 @@ def open_checkpoint(
             names them.
         prefix: selects the names with this prefix and strips it.
         ignore: tensors to leave out: name prefixes, or patterns with ``*``.
-        revision: a branch, tag or commit; ``main`` by default.
+        revision: a branch, tag or commit of a repository; ``main`` by default. It has no effect on
+            a path of this machine, which a warning says; nor have the arguments below, down to
+            ``mirror``.
         token: the Hub token; ``None`` sends the stored token, ``False`` none.
         cache_dir: the Hub cache.
         local_files_only: make no request to the Hub.
@@ -96,6 +98,12 @@ def open_checkpoint(
         ),
         strict_index=strict_index,
     )
+    if revision is not None and os.path.lexists(path_or_repo):
+        _log.warning(
+            "%s is on this machine, and revision=%r is for a repository: it has no effect",
+            os.fspath(path_or_repo),
+            revision,
+        )
     if prefix is not None and not isinstance(prefix, str):
         raise ArgumentError(f"prefix is {prefix!r}; it must be text")
     checkpoint = open_files(files, state_dict_key, strict_index=strict_index)

@@ -185,10 +185,11 @@ def _of_index(
         name for name in shards if not (source.has(folder, name) if "/" in name else name in names)
     ]
     if missing:
-        raise CheckpointError(
-            f"{place}: {len(missing)} of the {len(shards)} files that it lists are missing: "
-            f"{listed(missing)}; {source.incomplete}"
-        )
+        are = "is" if len(missing) == 1 else "are"
+        which = f"{len(missing)} of the {len(shards)} files that it lists {are}"
+        if len(shards) == 1:
+            which = "the file that it lists is"
+        raise CheckpointError(f"{place}: {which} missing: {listed(missing)}; {source.incomplete}")
     files = source.find(folder, shards, format)
     parsed = {name: parse_name(name) for name in names if name.endswith(EXTENSIONS[format])}
     series = {_series(parsed.get(name)) for name in shards} - {None}

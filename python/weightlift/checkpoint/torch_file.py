@@ -23,6 +23,7 @@ from weightlift.checkpoint.state_dicts import StoredTensor as _Tensor
 from weightlift.checkpoint.torch_errors import errors_of_torch, explained
 from weightlift.core import dtypes
 from weightlift.core.errors import FormatError
+from weightlift.core.report import format_count
 
 if TYPE_CHECKING:
     import torch
@@ -258,7 +259,8 @@ class _Unpickled:
             raise FormatError(
                 "size_mismatch",
                 f"its pickle gives {count!r:.30} elements of {dtype} for the record {name!r}, "
-                f"which has {stored} bytes; the file is damaged: download it or save it again",
+                f"which has {format_count(stored, 'byte')}; the file is damaged: download it or "
+                "save it again",
                 self._path,
                 begin,
             )

@@ -512,15 +512,14 @@ def _bench_ranks(files: list[Path], ranks: int, repeat: int) -> dict[str, Any]:
 
     from weightlift.bench.ranks import measure_ranks
     from weightlift.bench.tables import distributed_table
-    from weightlift.core.report import format_bytes
+    from weightlift.core.report import format_bytes, format_count
 
     console = Console(highlight=False)
-    with Console(stderr=True).status(f"measuring loads by {ranks} processes"):
+    by = format_count(ranks, "process", "processes")
+    with Console(stderr=True).status(f"measuring loads by {by}"):
         found = measure_ranks(files, ranks, repeat)
     size = format_bytes(found["file_bytes"])
-    console.print(
-        f"{files[0].name}, {size}, by {ranks} processes on gloo", style="bold", markup=False
-    )
+    console.print(f"{files[0].name}, {size}, by {by} on gloo", style="bold", markup=False)
     console.print()
     console.print(distributed_table(found))
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import weightlift._native as _native
 from weightlift.cli.findings import Finding, format_rate
-from weightlift.core.report import format_bytes
+from weightlift.core.report import format_bytes, format_count
 
 __all__ = ["probe_host", "probe_memory"]
 
@@ -147,7 +147,8 @@ def probe_memory() -> list[Finding]:
             "memory",
             "copy",
             "info",
-            f"{format_rate(copy)} with {threads} threads: no load that copies is faster than this",
+            f"{format_rate(copy)} with {format_count(int(threads), 'thread')}: no load that copies "
+            "is faster than this",
             value=copy,
         ),
     ]

@@ -13,6 +13,7 @@ from weightlift.cli import COMMANDS
 from weightlift.cli.run import parse, start
 from weightlift.core.errors import WeightliftError
 from weightlift.core.requirements import missing_library
+from weightlift.core.settings import unknown_variables
 
 __all__ = ["main", "print_error"]
 
@@ -47,6 +48,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # names that its encoding lacks are no error
             stream.reconfigure(errors="backslashreplace")
     _log_in_options()
+    for text in unknown_variables():
+        print(f"warning: {text}", file=sys.stderr)
     try:
         from weightlift.cli.app import app
 

@@ -25,7 +25,7 @@ from weightlift.cli.sources import (
     expand,
 )
 from weightlift.core.errors import CheckpointError, FormatError
-from weightlift.core.report import format_bytes
+from weightlift.core.report import format_bytes, format_count
 
 __all__ = ["verify"]
 
@@ -158,7 +158,8 @@ def _check(path: str, identity: Identity) -> tuple[str, bool, bool]:
     try:
         records = _check_records(path)
         if records:
-            results.append(f"{records} checksums match")
+            match = "matches" if records == 1 else "match"
+            results.append(f"{format_count(records, 'checksum')} {match}")
         if known is not None:
             verify_file(path, identity)
             results.append(f"SHA-256 as {known[1]} says")

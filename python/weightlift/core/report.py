@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 
 import weightlift._native as _native
 
-__all__ = ["FileReport", "LoadProgress", "LoadReport", "Stats", "last_report", "stats"]
+__all__ = [
+    "FileReport",
+    "LoadProgress",
+    "LoadReport",
+    "Stats",
+    "format_bytes",
+    "format_count",
+    "format_seconds",
+    "last_report",
+    "stats",
+]
 
 # How many names of one kind a printed report lists.
 _LISTED = 5
@@ -314,6 +324,11 @@ def stats() -> Stats:
 def format_seconds(seconds: float) -> str:
     """``0.0012`` as ``"1.2 ms"``, what is longer than 10 ms as ``"0.012 s"``."""
     return f"{seconds:.3f} s" if seconds >= 0.01 else f"{seconds * 1e3:.2g} ms"
+
+
+def format_count(count: int, one: str, more: str = "") -> str:
+    """``1, "tensor"`` as ``"1 tensor"``, ``2000, "tensor"`` as ``"2,000 tensors"``."""
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
 def format_bytes(count: float) -> str:

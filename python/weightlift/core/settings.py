@@ -15,7 +15,7 @@ import weightlift._native as _native
 from weightlift.core.errors import ArgumentError
 from weightlift.core.sizes import parse_size
 
-__all__ = ["Settings", "flag_of_environment"]
+__all__ = ["Settings", "flag_of_environment", "unknown_variables"]
 
 _SIZES = ("read_bytes", "hole_bytes", "chunk_bytes", "pinned_bytes", "pool_bytes")
 # Variables that other modules read.
@@ -240,7 +240,21 @@ def flag_of_environment(variable: str) -> bool:
 
 @functools.cache
 def _warn_of_unknown_variables() -> None:
-    """Warns, once per process, of unknown variables: their names are probably misspelt."""
+    for text in unknown_variables():
+        warnings.warn(text, stacklevel=3)
+
+
+_told = False  # of unknown variables
+
+
+def unknown_variables() -> list[str]:
+    """What to say of unknown variables, whose names are probably misspelt; once per process, so
+    that later calls return nothing."""
+    global _told
+    if _told:
+        return []
+    _told = True
+    said = []
     known = [*_VARIABLES.values(), *_OTHER_VARIABLES]
     begins = "WEIGHTLIFT_"
     for name in sorted(os.environ):
@@ -248,4 +262,5 @@ def _warn_of_unknown_variables() -> None:
             ends = [one.removeprefix(begins) for one in known]
             near = difflib.get_close_matches(name.removeprefix(begins), ends, 1)
             hint = f"did you mean {begins}{near[0]}?" if near else f"known are {', '.join(known)}"
-            warnings.warn(f"environment variable {name} is unknown; {hint}", stacklevel=3)
+            said.append(f"environment variable {name} is unknown; {hint}")
+    return said

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from weightlift.core.errors import CheckpointError
+from weightlift.core.report import format_count
 
 if TYPE_CHECKING:
     from weightlift.checkpoint.checkpoint import Checkpoint
@@ -148,7 +149,10 @@ def _unreachable(group: dist.ProcessGroup) -> list[int]:
 def describe(checkpoint: Checkpoint) -> tuple[str, str]:
     """(hash of the index and of the files' sizes, the same in words)."""
     sizes = checkpoint.file_sizes
-    what = f"{len(checkpoint)} tensors in {len(sizes)} files of {sum(sizes)} bytes"
+    what = (
+        f"{format_count(len(checkpoint), 'tensor')} in {format_count(len(sizes), 'file')} of "
+        f"{format_count(sum(sizes), 'byte')}"
+    )
     where = checkpoint.paths[0] if checkpoint.files else "memory"
     return digest((checkpoint.headers(), sizes)), f"{what} ({where})"
 

@@ -10,7 +10,7 @@ import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint, indexed_files
 from weightlift.core import dtypes
 from weightlift.core.errors import CheckpointError
-from weightlift.core.report import LoadReport, record
+from weightlift.core.report import LoadReport, format_count, record
 from weightlift.core.settings import Settings
 from weightlift.load.allocation import Allocator, TorchAllocator
 from weightlift.load.options import LoadOptions
@@ -111,7 +111,8 @@ class RunningCopies:
         fallbacks = []
         if self._later:
             fallbacks.append(
-                f"torch copied {len(self._later)} parts to targets that are not contiguous"
+                f"torch copied {format_count(len(self._later), 'part')} to targets that are not "
+                "contiguous"
             )
         with torch.no_grad():
             for target, value in self._later:

@@ -17,6 +17,7 @@ from weightlift.core.errors import (
     OutOfMemoryError,
     ReadError,
 )
+from weightlift.core.report import format_count
 from weightlift.core.settings import Settings
 from weightlift.load.allocation import Allocator, TorchAllocator, empty_on_host, naming_tensor
 from weightlift.load.arriving_load import ArrivingLoad, Told, ranks_of
@@ -271,7 +272,9 @@ class PlanWriter:
                 self._outputs.cast(selection.numbers[i], dtype)
                 by_torch += 1
         if by_torch:
-            self._fallbacks.append(f"{selection.file.path}: torch cast {by_torch} tensors")
+            self._fallbacks.append(
+                f"{selection.file.path}: torch cast {format_count(by_torch, 'tensor')}"
+            )
         return casts
 
     def _add_on_host(self, part: int, selection: _Selection) -> None:
@@ -377,7 +380,7 @@ class PlanWriter:
             whole += not self._add_part(destination, name, ranges, target)
         self._use_stream(destination)
         if whole:
-            self._fallbacks.append(f"loaded {whole} tensors whole to cut their parts out")
+            self._fallbacks.append(f"loaded {format_count(whole, 'tensor')} whole to cut parts out")
 
     def _reserve_parts(
         self,

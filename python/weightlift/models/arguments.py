@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import logging
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from weightlift.core import dtypes
 from weightlift.core.errors import ArgumentError
 from weightlift.core.given import check_flag
 from weightlift.load.options import LoadOptions
+from weightlift.module.device_map import unused_max_memory
 from weightlift.module.placement import PlacementPolicy
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from weightlift.models.loadable import LoadableModel
 
 __all__ = ["PretrainedArguments", "QuantizationArguments"]
+
+_log = logging.getLogger("weightlift")
 
 # Arguments with their defaults, without those of the Hub.
 _DEFAULTS: dict[str, Any] = {
@@ -210,6 +214,9 @@ def _refuse_unknown(model_class: type[LoadableModel], rest: Mapping[str, Any]) -
 
 
 def _refuse_contradictions(values: Mapping[str, Any]) -> None:
+    unused = unused_max_memory(values["device_map"], values["max_memory"])
+    if unused is not None:
+        _log.warning("%s", unused)
     device_map, low_memory = values["device_map"], values["low_cpu_mem_usage"]
     if values["disable_mmap"] and values["mode"] == "map":
         raise ArgumentError("disable_mmap=True and mode='map' contradict each other: give one")

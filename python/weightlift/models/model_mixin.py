@@ -169,7 +169,8 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
                 for the checkpoint's; ``None`` for the built model's. During the build it is torch's
                 default dtype of the whole process.
             torch_dtype: the old name of ``dtype``; ``dtype`` wins.
-            device_map, max_memory: as in ``load_into``.
+            device_map, max_memory: as in ``load_into``; without an automatic map, ``max_memory``
+                has no effect, as in diffusers, and a warning says so.
             offload_folder: allows an automatic ``device_map`` to leave tensors on the disk; nothing
                 is written to it.
             offload_state_dict: no effect: there is no state dict.

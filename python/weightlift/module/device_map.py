@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from weightlift.core.devices import loadable_device
 from weightlift.core.errors import ArgumentError, CheckpointError, DeviceError
+from weightlift.core.report import format_count
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ __all__ = [
     "resolve_device_map",
     "single_device",
     "single_entry",
+    "unused_max_memory",
 ]
 
 # A device, the name of a strategy, or module prefix -> device.
@@ -171,6 +173,16 @@ def resolve_device_map(
         )
     _cover(devices, tensors)
     return devices
+
+
+def unused_max_memory(device_map: object, max_memory: object) -> str | None:
+    """What to say where ``max_memory`` has no effect; ``None`` where it has, or is not given."""
+    if max_memory is None or (isinstance(device_map, str) and device_map in AUTOMATIC):
+        return None
+    return (
+        f"max_memory is for automatic device maps ({', '.join(map(repr, AUTOMATIC))}), and "
+        f"device_map is {device_map!r}: give one of them, or leave out max_memory"
+    )
 
 
 def parse_max_memory(max_memory: Mapping[int | str, int | str]) -> dict[int | str, int]:
@@ -416,4 +428,4 @@ def _size(count: int) -> str:
     for unit, name in ((10**9, "GB"), (10**6, "MB")):
         if count >= unit:
             return f"{count / unit:.2f} {name}"
-    return f"{count:,} bytes"
+    return format_count(count, "byte")

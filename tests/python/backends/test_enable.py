@@ -645,3 +645,17 @@ print(len(patching.patches), wl.stats().fallbacks)
     patches, fallbacks = map(int, done.stdout.splitlines()[-1].split())
     assert patches > 40
     assert fallbacks == 0
+
+
+def test_whether_a_backend_is_on(library: Callable[..., None]) -> None:
+    """`if wl.enabled("diffusers"):` is a question that people ask."""
+    library(diffusers=(load_hook(),))
+    assert not wl.enabled()
+    assert repr(wl.enabled()) == "<enabled: no backend is on>"
+    wl.enable("diffusers")
+    assert wl.enabled()
+    assert wl.enabled("diffusers")
+    assert not wl.enabled("diffusers", "accelerate")
+    assert repr(wl.enabled()) == "<enabled: diffusers>"
+    wl.disable()
+    assert not wl.enabled("diffusers")

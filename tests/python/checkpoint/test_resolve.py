@@ -665,7 +665,7 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
 def test_a_folder_is_no_shard(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").mkdir()
     bad_index(tmp_path, '{"weight_map": {"w": "m.safetensors"}}')
-    with pytest.raises(CheckpointError, match="1 of the 1 files that it lists are missing"):
+    with pytest.raises(CheckpointError, match="the file that it lists is missing"):
         resolve(tmp_path)
 
 
@@ -751,7 +751,7 @@ def test_offline_the_cache_is_enough(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as missing:
         resolve("o/n", hub=hub)
     assert str(missing.value) == (
-        "o/n/model.safetensors.index.json: 1 of the 2 files that it lists are missing: "
+        "o/n/model.safetensors.index.json: 1 of the 2 files that it lists is missing: "
         f"{shards['t1']}; neither the Hub (if requests are allowed) nor the cache has them"
     )
 

@@ -319,3 +319,20 @@ def test_the_title_of_bench_is_no_markup(type_in: Type) -> None:
     Path("[b]x[b].safetensors").write_bytes(Path("model.safetensors").read_bytes())
     typed = ["bench", "[b]x[b].safetensors", "--against", "safetensors", "--repeat", "1"]
     assert type_in(*typed)[1].startswith("[b]x[b].safetensors, ")
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["inspect F", "verify F", "estimate F", "diff F F", "convert F out", "diff F F --headers"],
+)
+def test_each_command_tells_of_a_variable_that_nobody_knows(typed: str) -> None:
+    environment = {**os.environ, "WEIGHTLIFT_THREDS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "weightlift", *_words(typed.replace("F", "model.safetensors"))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = "environment variable WEIGHTLIFT_THREDS is unknown; did you mean WEIGHTLIFT_THREADS?"
+    assert done.stderr == f"warning: {said}\n"

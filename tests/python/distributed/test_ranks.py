@@ -272,7 +272,7 @@ def check_torch_file(folder: Path) -> None:
     model = shard_fully(on_meta(), mesh_of())
     report = wl.load_into(model, folder / "net.bin")
     assert_is(model, torch.load(folder / "net.bin", weights_only=True))
-    assert any("loaded 1 tensors whole" in text for text in report.fallbacks)
+    assert any("loaded 1 tensor whole" in text for text in report.fallbacks)
 
 
 def check_replicated_on_a_node(folder: Path) -> None:

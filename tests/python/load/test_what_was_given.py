@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -139,3 +141,36 @@ def test_a_small_load_is_not_at_no_speed() -> None:
     shown = str(wl.last_report())
     assert "0.0 GB/s" not in shown
     assert "in 0.000 s" not in shown
+
+
+def test_one_byte_is_one_byte() -> None:
+    Path("byte.safetensors").write_bytes(b"x")
+    with pytest.raises(wl.FormatError, match="the file has 1 byte, and the length"):
+        wl.load_file("byte.safetensors")
+    save_file({"w": torch.ones(3)}, "one.safetensors")
+    with wl.safe_open("one.safetensors") as file, pytest.raises(wl.FormatError, match="1 tensor,"):
+        file.get_tensor("v")
+
+
+@pytest.mark.parametrize("path", ["x.safetensors", "folder"])
+def test_a_revision_of_a_path_is_told(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    Path("folder").mkdir()
+    save_file(TENSORS, "folder/model.safetensors")
+    wl.open_checkpoint(path)
+    assert not caplog.records
+    assert wl.load_checkpoint(path, revision="fp16").keys() == TENSORS.keys()
+    assert f"{path} is on this machine, and revision='fp16' is for a repository" in caplog.text
+
+
+def test_what_keeps_files_open_is_not_pickled() -> None:
+    checkpoint = wl.open_checkpoint("x.safetensors")
+    recording = wl.record(lambda weights: [tensor for _, tensor in weights], checkpoint)
+    for kept, remedy in (
+        (checkpoint, "pass on its path"),
+        (wl.safe_open("x.safetensors"), "pass on its path"),
+        (recording, "record again"),
+    ):
+        named = rf"a {type(kept).__name__} .* cannot be pickled or copied: {remedy}"
+        for take in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match=named):
+                take(kept)

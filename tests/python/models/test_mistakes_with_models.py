@@ -81,3 +81,12 @@ def test_flags_may_be_none(tmp_path: Path) -> None:
     Net().save_pretrained(tmp_path)
     given: dict[str, Any] = {"low_cpu_mem_usage": True, "use_safetensors": None, "verify": None}
     assert Net.from_pretrained(tmp_path, **given, background=None).dtype is torch.float32
+
+
+def test_memory_without_an_automatic_map(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """diffusers takes it in silence, so that it is no error here."""
+    Net().save_pretrained(tmp_path)
+    Net.from_pretrained(tmp_path, device_map="auto", max_memory={"cpu": "1GB"})
+    assert not caplog.records
+    Net.from_pretrained(tmp_path, max_memory={"cpu": "1GB"})
+    assert "max_memory is for automatic device maps" in caplog.text

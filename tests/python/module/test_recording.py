@@ -48,7 +48,7 @@ def test_every_kind_of_weight_loader(device: str, rank: int, tmp_path: Path) -> 
         assert found.steps._version == wanted.steps._version
     assert recording.whole == whole
     assert wl.last_report() is report
-    assert any("item(): 1 tensors read whole: scale" in text for text in report.fallbacks)
+    assert any("item(): 1 tensor read whole: scale" in text for text in report.fallbacks)
 
 
 def test_sharded_checkpoints_come_by_one_plan(tmp_path: Path) -> None:

@@ -33,6 +33,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "into nothing": (lambda path: wl.load_into(None, path), "torch.nn.Module"),  # type: ignore[arg-type]
     "a dict": (lambda path: wl.load_into(model(), TENSORS), "load_state_dict"),  # type: ignore[arg-type]
     "a model": (lambda path: wl.load_into(model(), model()), "the checkpoint is a model"),  # type: ignore[arg-type]
+    "memory of no map": (
+        lambda path: wl.load_into(model(), path, max_memory={"cpu": "1GB"}),
+        "max_memory is for automatic device maps .* and device_map is None",
+    ),
+    "memory of a device": (
+        lambda path: wl.load_into(model(), path, device_map="cpu", max_memory={"cpu": "1GB"}),
+        "device_map is 'cpu': give one of them, or leave out max_memory",
+    ),
     "a state dict saved": (
         lambda path: wl.save_checkpoint(model(), path.parent / "new"),  # type: ignore[arg-type]
         r"module.state_dict\(\)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import torch
 
@@ -10,7 +11,7 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.given import check_flag
-from weightlift.core.report import LoadReport, set_last_report
+from weightlift.core.report import LoadReport, format_count, set_last_report
 from weightlift.load.copies import Copy
 from weightlift.load.load_tensors import load_tensors
 from weightlift.module.parameters import check_module, parameter_refs, set_all
@@ -112,7 +113,15 @@ class Recording:
         whole: name -> reason, for tensors that were read whole while the code ran.
         unused: names of tensors whose bytes the code did not use.
         needed_bytes: bytes of the checkpoint that the copies read.
+
+    It belongs to the tensors of this process, and cannot be pickled or copied.
     """
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a Recording belongs to the tensors of this process, and cannot be pickled or copied: "
+            "record again where it is needed"
+        )
 
     def __init__(
         self,
@@ -130,8 +139,10 @@ class Recording:
         self.result = result
 
     def __repr__(self) -> str:
-        read = f", {len(self.whole)} tensors read whole" if self.whole else ""
-        return f"<Recording of {len(self.copies)} copies, {self.needed_bytes:,} bytes{read}>"
+        whole = format_count(len(self.whole), "tensor")
+        read = f", {whole} read whole" if self.whole else ""
+        copies = format_count(len(self.copies), "copy", "copies")
+        return f"<Recording of {copies}, {format_count(self.needed_bytes, 'byte')}{read}>"
 
     @property
     def copies(self) -> list[Copy]:
@@ -247,7 +258,7 @@ def _reasons(whole: Mapping[str, str]) -> list[str]:
         by_reason.setdefault(why, []).append(name)
     more = {why: ", ..." if len(names) > 3 else "" for why, names in by_reason.items()}
     return [
-        f"{why}: {len(names)} tensors read whole: {', '.join(names[:3])}{more[why]}"
+        f"{why}: {format_count(len(names), 'tensor')} read whole: {', '.join(names[:3])}{more[why]}"
         for why, names in by_reason.items()
     ]
 

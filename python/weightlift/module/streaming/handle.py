@@ -11,7 +11,7 @@ import torch
 
 from weightlift.core.closing import Closing
 from weightlift.core.errors import ArgumentError
-from weightlift.core.report import format_bytes
+from weightlift.core.report import format_bytes, format_count
 from weightlift.module.streaming.originals import Originals
 from weightlift.module.streaming.ring import Trace
 from weightlift.module.streaming.streamed_weight import MoveError, StreamedWeight
@@ -31,6 +31,8 @@ class StreamHandle(Closing):
         buffer_bytes: bytes of all buffers.
         blocks: the names of the blocks, which are read as a whole, in the order of the modules.
     """
+
+    _instead = "call stream again where it is needed"
 
     def __init__(self, task: Task, restore: Originals) -> None:
         self._task = task
@@ -109,7 +111,8 @@ class StreamHandle(Closing):
             return "<StreamHandle, closed>"
         return (
             f"<StreamHandle on {self.device}: {format_bytes(self.resident_bytes)} stay, "
-            f"{format_bytes(self.streamed_bytes)} in {len(self.blocks)} blocks are streamed "
+            f"{format_bytes(self.streamed_bytes)} in {format_count(len(self.blocks), 'block')} are "
+            "streamed "
             f"through {format_bytes(self.buffer_bytes)}>"
         )
 
