@@ -136,8 +136,9 @@ def _in_background(
     later, placed = split_by_meta(filling.placed)
     plan = LoadPlan(filling.checkpoint, options)
     _add_to_plan(plan, later, filling.checkpoint)
+    names = [ref.name for _, ref in filling.found.pairs]
     started = BackgroundLoad.start(
-        filling.model, plan, later, filling.checkpoint, placement.memory_format
+        filling.model, plan, later, names, filling.checkpoint, placement.memory_format
     )
     try:
         now = filling._replace(placed=placed)

@@ -27,31 +27,31 @@ _lock = threading.Lock()
 
 def which_model(model: torch.nn.Module) -> Hashable:
     """A key for models that use their tensors in the same order."""
-    count = sum(1 for _ in model.modules())
+    count = 0
+    waiting: list[torch.nn.Module | None] = [model]
+    while waiting:  # named_modules takes a generator step for every level above a module
+        module = waiting.pop()
+        if module is not None:
+            count += 1
+            waiting.extend(module._modules.values())
     return type(model).__module__, type(model).__qualname__, count
 
 
-def order_of_use(which: Hashable, model: torch.nn.Module, names: Sequence[str]) -> list[str]:
-    """``names`` in the order of an earlier run in this process, else in the order of the modules.
+def order_of_use(which: Hashable, names: Sequence[str]) -> list[str]:
+    """``names`` in the order of an earlier run in this process, else as they are.
 
     Args:
         which: the key from ``which_model``.
-        model: the model, for the order of its modules.
-        names: the names of its tensors.
+        names: the names of the model's tensors, in the order of its modules.
     """
-    by_module: dict[str, dict[str, None]] = {}
-    known = frozenset(names)
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for tensors in (module._parameters, module._buffers):
-            for key in tensors:
-                name = f"{prefix}.{key}" if prefix else key
-                if name in known:
-                    by_module.setdefault(prefix, {})[name] = None
     with _lock:
         learned = _orders.get(which)
-    modules = list(by_module) if learned is None else _merged(learned, list(by_module))
-    ordered = dict.fromkeys(name for prefix in modules for name in by_module[prefix])
-    return [*ordered, *(name for name in names if name not in ordered)]
+    if learned is None:
+        return list(names)
+    by_module: dict[str, list[str]] = {}
+    for name in names:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    return [name for prefix in _merged(learned, list(by_module)) for name in by_module[prefix]]
 
 
 def _merged(learned: Iterable[str], modules: Sequence[str]) -> list[str]:

@@ -267,8 +267,10 @@ class _Fill:
         plan = self._weights.plan({group.device for group in placed.groups}, casts, None)
         for group, members in placed.groups.items():
             plan.add(group.device, group.cast_to, [key for key, _ in members])
+        place = {path: number for number, path in enumerate(self._modules)}
+        names = sorted(self._later, key=lambda name: place[name.rpartition(".")[0]])
         checkpoint = self._weights.checkpoint
-        started = BackgroundLoad.start(self._model, plan, placed, checkpoint, None)
+        started = BackgroundLoad.start(self._model, plan, placed, names, checkpoint, None)
         hold_back(started, self._model, LoadOptions(caller=CALLER))
 
     def _mark(self, target: Target) -> None:

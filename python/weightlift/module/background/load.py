@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from weightlift.core import dtypes
@@ -85,6 +85,7 @@ class BackgroundLoad:
         model: torch.nn.Module,
         plan: LoadPlan,
         placed: Placement,
+        names: Sequence[str],
         checkpoint: Checkpoint,
         memory_format: torch.memory_format | None,
     ) -> BackgroundLoad:
@@ -94,22 +95,22 @@ class BackgroundLoad:
             model: the model.
             plan: the plan of the load, with all of ``placed``.
             placed: what goes where; all tensors are on ``meta`` now.
+            names: the names of the model's tensors, in the order of its modules.
             checkpoint: the checkpoint.
             memory_format: the memory format of 4-D tensors.
         """
-        awaited = []
+        headers = checkpoint.headers()
+        by_name: dict[str, tuple[Awaited, ParameterRef]] = {}
         for group, members in placed.groups.items():
             for name, ref in members:
                 made = placed.recast.get(name)
                 if made is None:
-                    made = dtypes.to_torch(group.cast_to or checkpoint[name][0])
-                awaited.append((Awaited(name, ref, group.device, made), ref))
+                    made = dtypes.to_torch(group.cast_to or headers[name][0])
+                by_name[ref.name] = (Awaited(name, ref, group.device, made), ref)
         identity = which_model(model)
-        by_name = {tensor.name: tensor.source for tensor, _ in awaited}
-        order = [by_name[name] for name in order_of_use(identity, model, list(by_name))]
-        arriving = plan.start_in_order(order)
-        place = {name: number for number, name in enumerate(order)}
-        awaited.sort(key=lambda one: place[one[0].source])
+        order = order_of_use(identity, [name for name in names if name in by_name])
+        awaited = [by_name[name] for name in order]
+        arriving = plan.start_in_order([tensor.source for tensor, _ in awaited])
         return cls(arriving, awaited, placed, checkpoint, memory_format, identity)
 
     def find_again(self, model: torch.nn.Module) -> None:
@@ -156,11 +157,7 @@ class BackgroundLoad:
         self.arriving.wait_for([tensor.source for tensor in wanted])
         # Independent of the caller's modes: the tensors must be as if loaded before.
         with self.lock, _outside_of_modes(torch):
-            for tensor in wanted:
-                if not (tensor.has_arrived or tensor.is_attaching):
-                    self._attach(tensor)
-                    if self._used is not None:
-                        self._used.append(tensor.name)
+            self._attach(wanted)
             if is_use:
                 self._attach_what_is_there()
             else:
@@ -191,31 +188,40 @@ class BackgroundLoad:
         except WeightliftError:  # who needs them hears of it
             self._ahead = _FEWEST_AHEAD
             return
-        for tensor in following:
-            self._attach(tensor)
-            if self._used is not None:
-                self._used.append(tensor.name)
+        self._attach(following)
         self._ahead = min(2 * self._ahead, _MOST_AHEAD)
 
-    def _attach(self, tensor: Awaited) -> None:
-        """Puts an arrived tensor into its modules. Setting it may read it in this thread, which has
-        the lock."""
-        tensor.is_attaching = True
-        try:
-            if tensor.value is None:
-                tensor.value = self._made(tensor.source)
-            ref = tensor.ref()
-            if ref is not None:
-                if not ref.is_parameter:  # libraries mark initialized parameters
-                    vars(tensor.value).update(vars(tensor.meta))
-                values = [(ref, tensor.value)]
-                set_all(values, self._memory_format, adopt=self._checkpoint.is_plain)
-        finally:
-            tensor.is_attaching = False
-        tensor.has_arrived = True
-        tensor.value = None
-        self._left -= 1
-        tensor.forget()
+    def _attach(self, tensors: Sequence[Awaited]) -> None:
+        """Puts arrived tensors into their modules. The lock is held."""
+        with contextlib.closing(self._arrived(tensors)) as values:
+            set_all(values, self._memory_format, adopt=self._checkpoint.is_plain)
+
+    def _arrived(
+        self, tensors: Iterable[Awaited]
+    ) -> Generator[tuple[ParameterRef, torch.Tensor], None, None]:
+        """Places and values. One after the other: a module may read another of its tensors when one
+        is set, and gets it here, in this thread."""
+        for tensor in tensors:
+            if tensor.has_arrived or tensor.is_attaching:
+                continue
+            tensor.is_attaching = True
+            try:
+                if tensor.value is None:
+                    tensor.value = self._made(tensor.source)
+                ref = tensor.ref()
+                if ref is None:
+                    tensor.forget()
+                else:
+                    if not ref.is_parameter:  # libraries mark initialized parameters
+                        vars(tensor.value).update(vars(tensor.meta))
+                    yield ref, tensor.value
+            finally:
+                tensor.is_attaching = False
+            tensor.has_arrived = True
+            tensor.value = None
+            self._left -= 1
+            if self._used is not None:
+                self._used.append(tensor.name)
 
     def _made(self, name: str) -> torch.Tensor:
         value: torch.Tensor = self.arriving.take(name)
@@ -264,15 +270,15 @@ def _holds_meta(ref: ParameterRef) -> bool:
     return tensor is not None and tensor.is_meta and tensor.shape == ref.tensor.shape
 
 
-def _outside_of_modes(torch: Any) -> AbstractContextManager[Any]:
+def _outside_of_modes(torch: Any) -> contextlib.AbstractContextManager[Any]:
     """Where what is made is no tensor of inference mode, and autograd does not look; entering a
     mode takes longer than giving a tensor to its module."""
     if torch.is_inference_mode_enabled():
-        stack = ExitStack()
+        stack = contextlib.ExitStack()
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         return stack
-    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
 
 
 def _no_report() -> None:

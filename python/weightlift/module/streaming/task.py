@@ -63,7 +63,7 @@ class Task:
         self._memory = memory
         self._wanted = wanted
         self.which = which_model(model)
-        order = order_of_use(self.which, model, list(wanted))
+        order = order_of_use(self.which, list(wanted))
         sizes = {name: wanted[name].bytes for name in order}
         self.pieces: list[Piece] = cut(sizes, memory, lookahead)
         self.share: Share = share_out(self.pieces, memory, fixed, lookahead)
