@@ -38,7 +38,7 @@ Function control(const char* name) {
   X(sim_reset) X(sim_alloc) X(sim_free) X(sim_free_on) X(sim_stream_create) X(sim_stream_destroy) \
   X(sim_synchronize) X(sim_pending_write) X(sim_read_device) X(sim_read_on) X(sim_set_memory) \
   X(sim_set_version) X(sim_set_attribute) X(sim_hide_symbol) X(sim_fail_call) X(sim_faults_left) X(sim_exit) \
-  X(sim_set_time) X(sim_now) X(sim_set_link) X(sim_set_costs) X(sim_set_host_memory) X(sim_link) \
+  X(sim_set_time) X(sim_now) X(sim_set_link) X(sim_set_costs) X(sim_hold) X(sim_set_host_memory) X(sim_link) \
   X(sim_set_hashing) X(sim_begin_capture) X(sim_end_capture) X(sim_allow) X(sim_ledger) X(sim_calls) X(sim_drain) X(sim_violations) \
   X(sim_violation_text)
 // clang-format on

@@ -146,6 +146,11 @@ void sim_set_costs(double queueing_seconds, double waking_seconds) {
   sim().set_costs(queueing_seconds, waking_seconds);
 }
 
+int sim_hold(double seconds) {
+  const auto lock = sim().lock();
+  return sim().hold(seconds) ? 1 : 0;
+}
+
 void sim_link(int device, SimLink* link) {
   const auto lock = sim().lock();
   *link = SimLink{};

@@ -166,7 +166,17 @@ void Simulator::force(const OperationPointer& target) {
   }
 }
 
-CUresult Simulator::complete(const OperationPointer& operation, Lock& held) {
+bool Simulator::hold(double seconds) {
+  const bool before = held();
+  const std::chrono::duration<double> limit(seconds);
+  held_until_ = std::chrono::steady_clock::now() +
+                std::chrono::duration_cast<std::chrono::steady_clock::duration>(limit);
+  changed_.notify_all();
+  return before;
+}
+
+CUresult Simulator::complete(const OperationPointer& operation, Lock& lock) {
+  while (held()) changed_.wait_until(lock, std::chrono::steady_clock::time_point(held_until_));
   if (!timed()) {
     force(operation);
   } else {
@@ -181,9 +191,9 @@ CUresult Simulator::complete(const OperationPointer& operation, Lock& held) {
       advance(now());
       if (operation->done) break;
       const double wait = std::max(0.0, next_finish() - now());
-      changed_.wait_for(held, std::chrono::duration<double>(std::min(wait, 1.0)));
+      changed_.wait_for(lock, std::chrono::duration<double>(std::min(wait, 1.0)));
     }
-    if (sleeps && waking_cost_ > 0) spend(waking_cost_, held);
+    if (sleeps && waking_cost_ > 0) spend(waking_cost_, lock);
   }
   const CUresult error = device(operation->stream->device)->error;
   if (error == CUDA_SUCCESS) learn(*operation);

@@ -117,6 +117,11 @@ void sim_link(int device, SimLink* link);
  * streams), and from the moment that an operation has run until a thread that slept for it goes
  * on. A real driver takes microseconds for the first and up to 50 for the second. */
 void sim_set_costs(double queueing_seconds, double waking_seconds);
+/* Calls that wait for the device return no more, and those that ask are told "not yet", so that
+ * what is queued meanwhile is queued with all copies in flight; what runs, the policy says. Until
+ * it is let go of (0), or so many seconds of real time have passed, for a client that waits for
+ * what is held would wait for ever. Says whether it was held until now. */
+int sim_hold(double seconds);
 /* What is a violation unless a test asks for it: streams that wait for the default stream, and
  * events that are waited for without CU_EVENT_BLOCKING_SYNC. */
 void sim_allow(int blocking_streams, int spinning_events);

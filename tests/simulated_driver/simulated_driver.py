@@ -173,6 +173,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "sim_now": (c_double, []),
     "sim_set_link": (None, [c_int, c_double]),
     "sim_set_host_memory": (None, [c_double]),
+    "sim_hold": (c_int, [c_double]),
     "sim_link": (None, [c_int, c_void_p]),
     "sim_set_hashing": (None, [c_int]),
     "sim_ledger": (None, [c_void_p]),
@@ -314,6 +315,19 @@ class SimulatedDriver:
 
     def set_host_memory(self, bytes_per_second: float) -> None:
         self._library.sim_set_host_memory(bytes_per_second)
+
+    @contextlib.contextmanager
+    def holding(self, seconds: float = 20) -> Iterator[None]:
+        """Nobody learns that a copy has ended, so that all are in flight when others are queued;
+        raises AssertionError where that took longer than some seconds: a thread waits for one."""
+        self._library.sim_hold(seconds)
+        held = False
+        try:
+            yield
+        finally:
+            held = bool(self._library.sim_hold(0))
+        if not held:
+            raise AssertionError(f"a thread waited {seconds} s for the device")
 
     def set_hashing(self, on: bool) -> None:
         self._library.sim_set_hashing(on)

@@ -45,7 +45,7 @@ Function symbol(const char* name) {
   X(sim_stream_create) X(sim_stream_destroy) X(sim_synchronize) X(sim_pending_write) \
   X(sim_read_device) X(sim_write_device) X(sim_read_on) X(sim_set_memory) X(sim_set_attribute) \
   X(sim_set_version) X(sim_hide_symbol) X(sim_fail_call) X(sim_faults_left) X(sim_exit) \
-  X(sim_set_time) X(sim_now) X(sim_set_link) X(sim_set_costs) X(sim_set_host_memory) X(sim_link) \
+  X(sim_set_time) X(sim_now) X(sim_set_link) X(sim_set_costs) X(sim_hold) X(sim_set_host_memory) X(sim_link) \
   X(sim_set_hashing) X(sim_begin_capture) X(sim_end_capture) X(sim_allow) X(sim_ledger) X(sim_calls) X(sim_drain) X(sim_violations) \
   X(sim_violation_text) X(sim_image)
 // clang-format on
@@ -1208,6 +1208,38 @@ TEST_F(Streams, CallsAndBeingWokenCostWhatIsSaid) {
   EXPECT_NEAR(d.sim_now(), 0.25 + 2 + 0.5, 1e-6);
   EXPECT_EQ(d.cuStreamSynchronize(one), CUDA_SUCCESS);
   EXPECT_NEAR(d.sim_now(), 0.25 + 2 + 0.5, 1e-6) << "nobody slept";
+  stop();
+  EXPECT_EQ(d.sim_violations(), 0u) << d.violations();
+}
+
+// What is queued while completions are held is queued beside copies in flight, in every schedule.
+TEST_F(Streams, NobodyLearnsOfAnEndWhileItIsHeld) {
+  for (int policy = 0; policy < SIM_POLICIES; ++policy) {
+    SCOPED_TRACE(kPolicyNames[policy]);
+    start(policy);
+    EXPECT_EQ(d.sim_hold(60), 0);
+    EXPECT_EQ(d.cuMemcpyHtoDAsync(buffer, host, 4, one), CUDA_SUCCESS);
+    EXPECT_EQ(d.cuEventRecord(event, one), CUDA_SUCCESS);
+    std::thread waits([&] {
+      const Current there(0);
+      EXPECT_EQ(d.cuEventSynchronize(event), CUDA_SUCCESS);
+    });
+    EXPECT_EQ(d.cuEventQuery(event), CUDA_ERROR_NOT_READY);
+    EXPECT_EQ(d.cuMemcpyDtoDAsync(buffer + 4, buffer, 4, two), CUDA_SUCCESS);
+    EXPECT_EQ(d.sim_violations(), 1u) << d.violations();
+    EXPECT_EQ(d.violations().find("race: "), 0u) << d.violations();
+    EXPECT_EQ(d.sim_hold(0), 1);
+    waits.join();
+    stop();
+  }
+}
+
+TEST_F(Streams, IsHeldNoLongerThanIsSaid) {
+  start(SIM_LAZY);
+  EXPECT_EQ(d.cuMemcpyHtoDAsync(buffer, host, 4, one), CUDA_SUCCESS);
+  EXPECT_EQ(d.sim_hold(0.01), 0);
+  EXPECT_EQ(d.cuStreamSynchronize(one), CUDA_SUCCESS);
+  EXPECT_EQ(d.sim_hold(0), 0);
   stop();
   EXPECT_EQ(d.sim_violations(), 0u) << d.violations();
 }

@@ -140,6 +140,7 @@ void Simulator::reset(int devices, std::uint64_t seed, int policy) {
   violation_count_ = 0;
   host_rate_ = 0;
   set_costs(0, 0);
+  hold(0);
   set_time(SIM_TIME_NONE);
   set_policy(seed, policy);
 }
@@ -638,6 +639,7 @@ CUresult Simulator::stream_query(CUstream stream) {
   Stream* on = find_stream(stream);
   if (on == nullptr) return CUDA_ERROR_INVALID_HANDLE;
   if (conflicts(on->capture, "cuStreamQuery")) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  if (on->last && held()) return CUDA_ERROR_NOT_READY;
   if (on->last && !on->last->done && ++polls_ % kPatience == 0 && !timed()) force(on->last);
   if (on->last && !on->last->done) return CUDA_ERROR_NOT_READY;
   if (on->last) learn(*on->last);
@@ -707,6 +709,7 @@ CUresult Simulator::event_query(CUevent event) {
   if (is == nullptr) return CUDA_ERROR_INVALID_HANDLE;
   if (conflicts(is->capture, "cuEventQuery")) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   if (!is->record) return CUDA_SUCCESS;
+  if (held()) return CUDA_ERROR_NOT_READY;
   if (!is->record->done && ++polls_ % kPatience == 0 && !timed()) force(is->record);
   if (!is->record->done) return CUDA_ERROR_NOT_READY;
   learn(*is->record);

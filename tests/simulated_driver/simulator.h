@@ -8,6 +8,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -222,6 +223,7 @@ class Simulator {
     queueing_cost_ = queueing;
     waking_cost_ = waking;
   }
+  bool hold(double seconds);  // whether it was held until now
   void set_hashing(bool on) { hashing_ = on; }
   void allow(bool blocking, bool spinning) {
     allow_blocking_ = blocking;
@@ -322,6 +324,7 @@ class Simulator {
   void learn(const Operation& operation) { host_clock_.join(operation.stamp->clock); }
   // Waits on the host's behalf: runs what must run, and the host knows it.
   CUresult complete(const OperationPointer& operation, Lock& lock);
+  [[nodiscard]] bool held() const { return std::chrono::steady_clock::now() < held_until_; }
 
   // The scheduler.
   [[nodiscard]] std::vector<Stream*> ready_streams() const;  // oldest operation first
@@ -349,6 +352,7 @@ class Simulator {
 
   std::mutex mutex_;
   std::condition_variable changed_;
+  std::chrono::steady_clock::time_point held_until_;
   std::atomic<pid_t> initialised_in_{0};
   bool initialised_ = false;
   bool exited_ = false;

@@ -152,11 +152,3 @@ CUDA_MUTANTS: dict[str, tuple[str, str, str]] = {
         "sources", "            load.wait_for(names)\n", "            pass\n",
     ),
 }  # fmt: skip
-
-# What is noticed only while a copy is in flight when its use is queued, which a fast host seldom
-# leaves time for.
-BY_CHANCE = (
-    "uses_do_not_wait_for_the_copies",
-    "the_event_is_recorded_before_the_copies",
-    "the_copies_stream_waits_in_the_place_of_the_uses",
-)
