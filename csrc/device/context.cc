@@ -184,6 +184,21 @@ Result<CUfunction> Device::load_image(const convert::KernelImage& image) {
   return function;
 }
 
+namespace {
+
+// To synchronise a context breaks the captures of its streams, in any mode. Whether streams that
+// wait for the default stream are part of one can be asked first (cuStreamIsCapturing: "The
+// blocking stream capture is not invalidated"). Of other streams that cannot be asked.
+bool synchronize(const Driver& table) noexcept {
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  if (table.cuStreamIsCapturing(CU_STREAM_LEGACY, &status) == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) {
+    return false;
+  }
+  return table.cuCtxSynchronize() != CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+}
+
+}  // namespace
+
 bool uses_driver() noexcept {
   return registry().process.load() == ::getpid();
 }
@@ -205,8 +220,7 @@ bool wait_for_devices() noexcept {
     if (table.cuDevicePrimaryCtxGetState(handle, &flags, &in_use) != CUDA_SUCCESS) continue;
     if (in_use == 0 || table.cuDevicePrimaryCtxRetain(&context, handle) != CUDA_SUCCESS) continue;
     if (table.cuCtxPushCurrent(context) == CUDA_SUCCESS) {
-      const CUresult result = table.cuCtxSynchronize();
-      if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) waited = false;
+      if (!synchronize(table)) waited = false;
       table.cuCtxPopCurrent(&context);
     }
     table.cuDevicePrimaryCtxRelease(handle);

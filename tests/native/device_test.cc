@@ -9,6 +9,8 @@
 
 #include <array>
 #include <bit>
+#include <chrono>
+#include <cstdint>
 #include <cstring>
 #include <list>
 #include <optional>
@@ -201,6 +203,23 @@ TEST(Devices, OnlyThoseInUseAreWaitedFor) {
   EXPECT_EQ(sim().ledger().contexts, 1U);
   sim().sim_free(of_torch);
   expect_clean(machine);
+}
+
+// Each as the only one in use, device 0 too.
+TEST(Devices, AnyOneAloneIsWaitedFor) {
+  for (const int used : {0, 1, 2}) {
+    SCOPED_TRACE(used);
+    Machine machine(3, 1, SIM_LAZY);
+    ASSERT_TRUE(Device::count().ok());
+    const std::uint64_t of_torch = sim().sim_alloc(used, 100);
+    ASSERT_EQ(sim().sim_pending_write(used, 0, of_torch, 100), 1);
+    ASSERT_EQ(sim().ledger().pending, 1U);
+    EXPECT_TRUE(device::wait_for_devices());
+    EXPECT_EQ(sim().ledger().pending, 0U);
+    EXPECT_EQ(sim().sim_calls("cuCtxSynchronize"), 1U);
+    sim().sim_free(of_torch);
+    expect_clean(machine);
+  }
 }
 
 TEST(Devices, AFailedStartIsNoMemory) {
@@ -573,6 +592,42 @@ TEST(Pinned, WhoDropsItDoesNotWait) {
   sim().sim_set_time(SIM_TIME_NONE);
   sim().sim_free(target);
   expect_clean(machine);
+}
+
+// Of another thread, on a stream that waits for the default stream.
+TEST(Pinned, IsReleasedWhenACaptureHasEnded) {
+  for (const int mode : {SIM_CAPTURE_GLOBAL, SIM_CAPTURE_THREAD_LOCAL, SIM_CAPTURE_RELAXED}) {
+    SCOPED_TRACE(mode);
+    Machine machine(2);
+    sim().sim_allow(1, 0);
+    Device* const device = first_device();
+    Device& other = **Device::get(1);
+    CUstream user = nullptr;
+    {
+      const CurrentContext current(other);
+      ASSERT_EQ(other.driver().cuStreamCreate(&user, CU_STREAM_DEFAULT), CUDA_SUCCESS);
+    }
+    const auto handle = reinterpret_cast<std::uintptr_t>(user);
+    std::list<PinnedMemory> memory;
+    memory.push_back(*PinnedMemory::allocate(*device, kSlot));
+    std::thread([&] { EXPECT_EQ(sim().sim_begin_capture(1, handle, mode), 1); }).join();
+    const std::uint64_t asked = sim().sim_calls("cuStreamIsCapturing");
+    device::release_later(std::move(memory));
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+    while (sim().sim_calls("cuStreamIsCapturing") < asked + 2 &&
+           std::chrono::steady_clock::now() < end) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    EXPECT_EQ(sim().ledger().pinned_ranges, 1U);
+    EXPECT_EQ(sim().sim_end_capture(1, handle), 1) << "the capture was broken";
+    device::wait_for_releases();
+    EXPECT_EQ(sim().ledger().pinned_ranges, 0U);
+    {
+      const CurrentContext current(other);
+      EXPECT_EQ(other.driver().cuStreamDestroy(user), CUDA_SUCCESS);
+    }
+    expect_clean(machine);
+  }
 }
 
 TEST(Pinned, MemoryThatCannotBeRegisteredIsTheDriversOwn) {
