@@ -177,15 +177,18 @@ unsigned Load::State::wanted_workers() const {
   const bool populates = !sources_->populate_steps().empty();
   std::uint64_t units = populates ? 1 : 0;
   std::uint64_t copied = 0;
-  bool devices = false;
+  unsigned devices = 0;
   for (const Lane& lane : schedule_.lanes) {
     units += lane.units.size();
     copied += lane.payload;
-    devices = devices || lane.device != kHostDevice;
+    devices += lane.device != kHostDevice ? 1 : 0;
   }
-  if (!devices && !populates && copied <= kInlineBytes) return 0;
+  if (devices == 0 && !populates && copied <= kInlineBytes) return 0;
   unsigned threads = settings_.threads;
-  if (sources_->cold()) threads = std::max(threads, settings_.io_depth);
+  if (sources_->cold()) {
+    threads =
+        std::max(threads, settings_.reads_in_flight(sources_->reads_directly() ? devices : 0));
+  }
   const auto wanted = static_cast<unsigned>(std::min<std::uint64_t>(threads, units));
   const unsigned limit = std::max(wanted, 2 * settings_.threads);
   const unsigned busy = ThreadGroup::busy();

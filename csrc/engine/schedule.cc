@@ -53,9 +53,9 @@ class LaneBuilder {
         read_bytes_(settings.read_bytes),
         device_(device),
         lane_(lane) {
-    // Several threads fill one slot, and a unit with its table of tiles must fit into it.
+    // A unit with its table of tiles must fit into a slot.
     if (lane.device != kHostDevice) {
-      read_bytes_ = std::min(read_bytes_, settings.chunk_bytes / 8);
+      read_bytes_ = settings.device_read_bytes();
     }
   }
 

@@ -8,6 +8,21 @@
 
 namespace weightlift::engine {
 
+std::size_t Settings::device_read_bytes() const noexcept {
+  return std::min(read_bytes, chunk_bytes / 8);
+}
+
+// Past the page cache the kernel reads nothing ahead: what is in flight is what threads wait for.
+// A drive array of 28 GB/s that takes 0.6 ms for a read wants 16 MiB. Half of the slots, so that
+// the others are copied meanwhile.
+unsigned Settings::reads_in_flight(unsigned direct_devices) const noexcept {
+  constexpr std::size_t kUsual = 8;
+  constexpr std::size_t kMost = 64;
+  if (io_depth != 0) return io_depth;
+  const std::size_t of_one = pinned_bytes / 2 / device_read_bytes();
+  return static_cast<unsigned>(std::clamp(direct_devices * of_one, kUsual, kMost));
+}
+
 Settings Settings::resolved() const {
   constexpr std::size_t kKiB = 1024;
   constexpr std::size_t kMiB = 1024 * kKiB;
@@ -16,8 +31,7 @@ Settings Settings::resolved() const {
   static const unsigned cpus = io::usable_cpus();
   if (threads == 0) result.threads = cpus;
   result.threads = std::clamp(result.threads, 1U, 256U);
-  if (io_depth == 0) result.io_depth = 8;
-  result.io_depth = std::clamp(result.io_depth, 1U, 256U);
+  result.io_depth = std::min(result.io_depth, 256U);
   // 1 MiB stays in a core's second-level cache, or close to it, between the read and the cast.
   if (read_bytes == 0) result.read_bytes = kMiB;
   result.read_bytes =

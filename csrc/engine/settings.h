@@ -21,7 +21,7 @@ enum class HugePages : std::uint8_t { kAuto, kAlways, kNever };
 
 struct Settings {
   unsigned threads = 0;          // that read and cast; 0: the processors this process may use
-  unsigned io_depth = 0;         // reads in flight on a cold or direct file; 0: 8
+  unsigned io_depth = 0;         // reads in flight on a cold or direct file; 0: reads_in_flight()
   std::size_t read_bytes = 0;    // of one read; 0: 1 MiB; at most an eighth of a slot
   std::size_t hole_bytes = 0;    // between parts that are read along; 0: 4 KiB; at most 1 MiB
   std::size_t chunk_bytes = 0;   // of one staging slot, one copy to a device; 0: 4 MiB
@@ -40,7 +40,13 @@ struct Settings {
     return huge_pages == HugePages::kNever ? 0 : pool_bytes;
   }
 
-  // The same with every zero replaced and every size brought within bounds.
+  // Of those that are resolved. Of one read for a device: several threads fill one slot.
+  [[nodiscard]] std::size_t device_read_bytes() const noexcept;
+  // On files that come from their disk, where the slots of so many devices are filled past the page
+  // cache.
+  [[nodiscard]] unsigned reads_in_flight(unsigned direct_devices) const noexcept;
+
+  // The same with every zero but io_depth replaced and every size brought within bounds.
   [[nodiscard]] Settings resolved() const;
 };
 

@@ -190,6 +190,11 @@ bool Sources::cold() const noexcept {
                      [](const Source& source) { return source.choice.cold; });
 }
 
+bool Sources::reads_directly() const noexcept {
+  return std::any_of(files_.begin(), files_.end(),
+                     [](const Source& source) { return source.direct != nullptr; });
+}
+
 Status Sources::populate(const PopulateStep& step) const {
   auto populated = plan_.mappings[step.file]->populate(step.offset, step.bytes);
   if (populated.ok()) return {};

@@ -36,6 +36,8 @@ class Sources {
 
   // Whether some file comes from its disk: more reads in flight then pay off.
   [[nodiscard]] bool cold() const noexcept;
+  // Whether some file is read past the page cache.
+  [[nodiscard]] bool reads_directly() const noexcept;
 
   // What must be read in of the mappings, in this order and one at a time.
   [[nodiscard]] const std::vector<PopulateStep>& populate_steps() const noexcept { return steps_; }

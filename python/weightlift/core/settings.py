@@ -50,7 +50,9 @@ class Settings:
     Attributes:
         threads: threads that read and cast; the processors this process may use (affinity and
             cgroup quota).
-        io_depth: reads in flight on a file that is not in the page cache; 8.
+        io_depth: reads in flight on a file that is not in the page cache; 8. Past the page cache
+            and for CUDA devices, as many as fill half of their ``pinned_bytes``: 32 for one device,
+            at most 64.
         read_bytes: bytes of one read; 1 MiB, for a device at most an eighth of ``chunk_bytes``.
         hole_bytes: gaps of up to so many bytes between the parts of a file that a load takes, such
             as the rows of a slice, are read along, not jumped over; 4 KiB, at most 1 MiB.
