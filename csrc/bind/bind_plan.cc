@@ -128,6 +128,7 @@ void bind_plan(const py::module_& module) {
            py::arg("offset"), py::arg("dimensions"), py::arg("target"))
       .def("use_stream", &PlanBuilder::use_stream, py::arg("device"), py::arg("stream"))
       .def("populate", &PlanBuilder::populate, py::arg("now"))
+      .def("pin_ahead", &PlanBuilder::pin_ahead, py::arg("device"), py::arg("bytes"))
       .def("prepare", &PlanBuilder::prepare)
       .def("start", &PlanBuilder::start, py::arg("scratch"))
       .def("wait", &PlanBuilder::wait, py::arg("seconds"))

@@ -268,6 +268,11 @@ void PlanBuilder::copy_strided(
                     parts);
 }
 
+void PlanBuilder::pin_ahead(int device, std::uint64_t bytes) {
+  const UnlockedGil unlocked;
+  ahead_.emplace_back(device, bytes, settings_);
+}
+
 std::vector<std::pair<int, std::uint64_t>> PlanBuilder::prepare() {
   auto prepared = [this] {
     const UnlockedGil unlocked;
@@ -289,6 +294,7 @@ void PlanBuilder::start(const std::vector<std::tuple<int, std::uint64_t, py::obj
   }
   auto started = [this] {
     const UnlockedGil unlocked;
+    ahead_.clear();
     return load_->start();
   }();
   raise_if_error(std::move(started));

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <list>
 #include <memory>
 #include <optional>
 #include <span>
@@ -18,6 +19,7 @@
 #include "engine/host_memory.h"
 #include "engine/load.h"
 #include "engine/plan.h"
+#include "engine/slots_ahead.h"
 
 namespace weightlift::bind {
 
@@ -77,6 +79,9 @@ class PlanBuilder {
   // use. wait_for() can then be asked for them, by their numbers in that order.
   void order(std::vector<std::uint32_t> ranks);
 
+  // So many bytes will go to a device: begins to pin slots for them, until start().
+  void pin_ahead(int device, std::uint64_t bytes);
+
   // (device, bytes) of the scratch memory that start() wants.
   std::vector<std::pair<int, std::uint64_t>> prepare();
   // (device, address, owner), for each that prepare() named. The owners live as long as the load.
@@ -126,6 +131,7 @@ class PlanBuilder {
   std::vector<std::shared_ptr<std::vector<std::uint64_t>>> shapes_;
   std::vector<pybind11::object> scratch_;  // before the load, which ends first
   std::unique_ptr<engine::Load> load_;
+  std::list<engine::SlotsAhead> ahead_;
 };
 
 }  // namespace weightlift::bind

@@ -68,6 +68,19 @@ Result<int> Device::count() {
   return count_devices(*table);
 }
 
+bool Device::is_in_use(int ordinal) {
+  if (!check_not_forked(registry()).ok()) return false;
+  const auto table = device::driver();
+  if (!table.ok()) return false;
+  const Driver& calls = **table;
+  const OutsideCaptures outside(calls);
+  CUdevice handle = 0;
+  unsigned flags = 0;
+  int in_use = 0;
+  return calls.cuDeviceGet(&handle, ordinal) == CUDA_SUCCESS &&
+         calls.cuDevicePrimaryCtxGetState(handle, &flags, &in_use) == CUDA_SUCCESS && in_use != 0;
+}
+
 Result<Device*> Device::get(int ordinal) {
   Registry& state = registry();
   WL_RETURN_IF_ERROR(check_not_forked(state));

@@ -26,6 +26,8 @@ class Device {
   // CUDA (the driver supports fork only before that, or together with exec).
   [[nodiscard]] static Result<Device*> get(int ordinal);
   [[nodiscard]] static Result<int> count();
+  // Whether somebody in this process has made its context. Makes none, nor starts the driver.
+  [[nodiscard]] static bool is_in_use(int ordinal);
 
   [[nodiscard]] int ordinal() const noexcept { return ordinal_; }
   [[nodiscard]] const Driver& driver() const noexcept { return *driver_; }

@@ -56,7 +56,7 @@ Result<std::optional<StagingSlot>> StagingPool::take(Device& device, std::size_t
     const MutexLock lock(mutex_);
     if (claim == SlotClaim::kFurther && waiting_ != 0) return std::optional<StagingSlot>();
     while (true) {
-      const bool may_pin = pinned_bytes_ + bytes <= budget + std::min(abandoned_bytes_, budget);
+      const bool may_pin = fits(bytes, budget);
       auto found = find_free(bytes, device.node());
       if (found == free_.end() && !may_pin) found = find_free(bytes, std::nullopt);
       if (found != free_.end()) {
@@ -76,8 +76,34 @@ Result<std::optional<StagingSlot>> StagingPool::take(Device& device, std::size_t
       busy_bytes_ += bytes;
     }
   }
-  if (!memory.empty()) return std::optional(StagingSlot(std::move(memory)));
+  if (memory.empty()) {
+    WL_ASSIGN_OR_RETURN(memory, pin(device, bytes));
+  }
+  return std::optional(StagingSlot(std::move(memory)));
+}
 
+Result<bool> StagingPool::add_free(Device& device, std::size_t bytes, std::size_t budget,
+                                   std::size_t wanted) {
+  {
+    const MutexLock lock(mutex_);
+    const auto is_near = [&](const PinnedMemory& slot) {
+      return slot.size() == bytes && slot.node() == device.node();
+    };
+    const auto there = static_cast<std::size_t>(std::count_if(free_.begin(), free_.end(), is_near));
+    if (there >= wanted || waiting_ != 0 || !fits(bytes, budget)) return false;
+    pinned_bytes_ += bytes;
+    busy_bytes_ += bytes;
+  }
+  WL_ASSIGN_OR_RETURN(std::list<PinnedMemory> memory, pin(device, bytes));
+  const StagingSlot goes_back(std::move(memory));
+  return true;
+}
+
+bool StagingPool::fits(std::size_t bytes, std::size_t budget) const {
+  return pinned_bytes_ + bytes <= budget + std::min(abandoned_bytes_, budget);
+}
+
+Result<std::list<PinnedMemory>> StagingPool::pin(Device& device, std::size_t bytes) {
   // Counted back, whichever way this ends without a slot.
   struct Reserved {
     StagingPool& pool;
@@ -91,9 +117,10 @@ Result<std::optional<StagingSlot>> StagingPool::take(Device& device, std::size_t
     }
   } reserved{*this, bytes};
   WL_ASSIGN_OR_RETURN(PinnedMemory made, PinnedMemory::allocate(device, bytes));
+  std::list<PinnedMemory> memory;
   memory.push_back(std::move(made));
   reserved.bytes = 0;
-  return std::optional(StagingSlot(std::move(memory)));
+  return memory;
 }
 
 std::list<PinnedMemory>::iterator StagingPool::find_free(std::size_t bytes,
@@ -126,6 +153,13 @@ std::optional<Error> StagingPool::why_nothing_comes_back(std::size_t budget) con
                           "not be waited for, and no more than " +
                           std::to_string(budget >> 20) +
                           " MiB besides may be pinned: start the process again"};
+}
+
+std::size_t StagingPool::free_slots(std::size_t bytes) const {
+  const MutexLock lock(mutex_);
+  return static_cast<std::size_t>(
+      std::count_if(free_.begin(), free_.end(),
+                    [bytes](const PinnedMemory& slot) { return slot.size() == bytes; }));
 }
 
 unsigned StagingPool::waiting() const {

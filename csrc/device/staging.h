@@ -55,6 +55,13 @@ class StagingPool {
                                                         std::size_t budget,
                                                         SlotClaim claim = SlotClaim::kFirst);
 
+  // Pins a slot that is left free, for a load that will take it: whether that was done. Not where
+  // `wanted` of them are free on the device's node, where the budget is short, and while somebody
+  // waits for a first slot.
+  [[nodiscard]] Result<bool> add_free(Device& device, std::size_t bytes, std::size_t budget,
+                                      std::size_t wanted);
+  [[nodiscard]] std::size_t free_slots(std::size_t bytes) const;  // on any node
+
   // Whoever has no slot and waits for one, as long as this lives.
   class Waiting {
    public:
@@ -82,6 +89,9 @@ class StagingPool {
   friend class StagingSlot;
   StagingPool() = default;
 
+  // A new slot, whose bytes are counted already: counted back where there is an error.
+  [[nodiscard]] Result<std::list<PinnedMemory>> pin(Device& device, std::size_t bytes);
+  [[nodiscard]] bool fits(std::size_t bytes, std::size_t budget) const WL_REQUIRES(mutex_);
   // The first free slot of this size and node; of any, where none is named.
   [[nodiscard]] std::list<PinnedMemory>::iterator find_free(std::size_t bytes,
                                                             std::optional<int> node)

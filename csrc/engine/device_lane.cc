@@ -31,6 +31,12 @@ constexpr std::uint64_t kTileAlignment = 32;
 
 }  // namespace
 
+Result<std::size_t> pinned_budget(const Settings& settings) {
+  WL_ASSIGN_OR_RETURN(const int devices, device::Device::count());
+  return std::max(kPinnedBudget, settings.pinned_bytes) *
+         static_cast<std::size_t>(std::max(devices, 1));
+}
+
 Result<std::unique_ptr<DeviceLane>> DeviceLane::open(const LoadPlan& plan, const Lane& lane,
                                                      const DeviceNeeds& needs,
                                                      const Settings& settings) {
@@ -64,9 +70,7 @@ DeviceLane::~DeviceLane() {
 }
 
 Result<SlotOutcome> DeviceLane::add_slot(std::uint32_t index) {
-  WL_ASSIGN_OR_RETURN(const int devices, device::Device::count());
-  const std::size_t budget = std::max(kPinnedBudget, settings_.pinned_bytes) *
-                             static_cast<std::size_t>(std::max(devices, 1));
+  WL_ASSIGN_OR_RETURN(const std::size_t budget, pinned_budget(settings_));
   auto& pool = device::StagingPool::instance();
   const auto claim = index == 0 ? device::SlotClaim::kFirst : device::SlotClaim::kFurther;
   WL_ASSIGN_OR_RETURN(auto memory, pool.take(device_, settings_.chunk_bytes, budget, claim));

@@ -30,6 +30,9 @@ enum class SlotOutcome : std::uint8_t {
   kNoBudget,  // other loads hold all pinned memory for now
 };
 
+// How many bytes of all loads may be pinned.
+[[nodiscard]] Result<std::size_t> pinned_budget(const Settings& settings);
+
 class DeviceLane {
  public:
   // Makes the copy streams, ordered after what the allocating stream has been given so far: the

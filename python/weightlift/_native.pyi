@@ -198,6 +198,10 @@ class Plan:
         """Loads in an order of use, for ``wait_for``. ``ranks``: the place of each tensor of the
         plan, in the order of the calls that added them."""
 
+    def pin_ahead(self, device: int, bytes: int) -> None:
+        """Begins to pin staging slots for so many bytes that will go to a CUDA device, until
+        ``start``. Does nothing if the process does not use the device yet."""
+
     def prepare(self) -> list[tuple[int, int]]:
         """Schedules the load. Returns (device, bytes) of the scratch memory for ``start``."""
 

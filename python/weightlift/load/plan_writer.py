@@ -63,13 +63,20 @@ class _Selection(NamedTuple):
 
 
 class _OnDevice(NamedTuple):
-    """Tensors that get memory on a CUDA device."""
+    """Tensors that get memory on a CUDA device.
+
+    Attributes:
+        destination, selection: which, and where to.
+        shapes, dtypes, sizes: of the tensors on the device; sizes in bytes.
+        staged: the bytes that go to the device, at least: a cast runs on either side.
+    """
 
     destination: Destination
     selection: _Selection
     shapes: Sequence[Sequence[int]]
     dtypes: Sequence[str]
     sizes: Sequence[int]
+    staged: int
 
 
 class PlanWriter:
@@ -313,24 +320,33 @@ class PlanWriter:
         file, positions = selection.file, selection.positions
         shapes, made_dtypes = file.shapes(positions), file.dtypes(positions)
         sizes = file.sizes(positions)
+        staged = sum(sizes)
         if casts and destination.dtype is not None:
             width = dtypes.to_torch(destination.dtype).itemsize
             made_dtypes, sizes = list(made_dtypes), list(sizes)
             for i in casts:
                 made_dtypes[i] = destination.dtype
                 sizes[i] = math.prod(shapes[i]) * width
+            staged = min(staged, sum(sizes))
         for i, dtype in enumerate(made_dtypes):
             if dtype not in dtypes.TORCH_NAMES:
                 text = f"torch has no dtype for {dtype}"
                 raise FormatError("unsupported_dtype", text, file.path, tensor=selection.name(i))
-        self._on_devices.append(_OnDevice(destination, selection, shapes, made_dtypes, sizes))
+        self._on_devices.append(
+            _OnDevice(destination, selection, shapes, made_dtypes, sizes, staged)
+        )
 
     def _allocate_on_devices(self) -> None:
         """Reserves memory once per device: the query of torch's cache takes up to a millisecond,
         and a checkpoint may have a hundred files."""
         sizes: dict[int, list[int]] = {}
+        staged: dict[int, int] = {}
         for wanted in self._on_devices:
-            sizes.setdefault(wanted.destination.device_index, []).extend(wanted.sizes)
+            index = wanted.destination.device_index
+            sizes.setdefault(index, []).extend(wanted.sizes)
+            staged[index] = staged.get(index, 0) + wanted.staged
+        for index, count in staged.items():
+            self._native.pin_ahead(index, count)
         for index, of_device in sizes.items():
             self._allocator.reserve(index, of_device)
         for wanted in self._on_devices:

@@ -192,6 +192,34 @@ def test_what_torch_has_is_asked_once_a_device(machine: Switch, tmp_path: Path) 
         del loaded, load
 
 
+@pytest.mark.parametrize("in_use", [True, False], ids=["in use", "not in use"])
+def test_slots_are_pinned_while_torch_allocates(
+    machine: Switch, tmp_path: Path, in_use: bool
+) -> None:
+    """On a device that the process uses: a first use of CUDA is torch's."""
+    tensors = {f"{i}": torch.full((1 << 20,), i, dtype=torch.uint8) for i in range(6)}
+    safetensors.torch.save_file(tensors, tmp_path / "f")
+    seen = []
+
+    class Slow(SimulatedAllocator):
+        def reserve(self, device: int, sizes: Sequence[int]) -> None:
+            end = time.monotonic() + 5
+            while in_use and driver.calls("cuMemHostRegister") < 4 and time.monotonic() < end:
+                time.sleep(0.001)
+            seen.append(driver.calls("cuMemHostRegister"))
+
+    with machine(1) as driver:
+        if in_use:
+            driver.hold_context(0)
+        calls = driver.ledger().calls
+        weightlift.load_file(tmp_path / "f", mode="read")
+        assert driver.ledger().calls == calls, "a load to the host uses no device"
+        with Settings(chunk_bytes="1MiB", pinned_bytes="4MiB"):
+            _assert_loaded(_load(tmp_path / "f", 0, driver, allocator=Slow(driver)), tensors)
+        assert seen == [4 if in_use else 0]
+        assert driver.calls("cuMemHostRegister") <= 4
+
+
 def test_targets_that_their_stream_still_writes(machine: Switch, checkpoint_path: Path) -> None:
     """Parameters that exist are filled after what the user's stream has been given for them."""
     expected = safetensors.torch.load_file(checkpoint_path)

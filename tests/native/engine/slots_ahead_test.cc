@@ -1,0 +1,162 @@
+// Slots that are pinned while a load is planned.
+#include "engine/slots_ahead.h"
+
+#include <cuda.h>
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <thread>
+
+#include "device/staging.h"
+#include "engine/runs.h"
+#include "engine/scenario.h"
+#include "engine/settings.h"
+#include "simulated.h"
+
+namespace weightlift::engine::test {
+namespace {
+
+Settings four_slots() {
+  Settings settings;
+  settings.threads = 2;
+  settings.chunk_bytes = kMiB;
+  settings.pinned_bytes = 4 * kMiB;
+  return settings;
+}
+
+std::size_t free_slots() {
+  return device::StagingPool::instance().free_slots(kMiB);
+}
+
+// Until there are so many, or there should have been.
+void wait_for_slots(std::size_t count) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  while (free_slots() < count && std::chrono::steady_clock::now() < end) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_EQ(free_slots(), count);
+}
+
+void run_a_load(const Machine& machine, const char* what) {
+  Scenario scenario(1, 1);
+  scenario.settings = four_slots();
+  const Origin file = scenario.add_file(6 * kMiB);
+  scenario.add(file, 0, 6 * kMiB, Dtype::kU8, Dtype::kU8, 0, 0);
+  run_plainly(scenario, what);
+  expect_released(scenario, machine, what);
+}
+
+TEST(SlotsAhead, AreThoseThatTheLoadTakes) {
+  Machine machine(1);
+  const std::uint64_t of_torch = sim().sim_alloc(0, 1);
+  {
+    const SlotsAhead ahead(0, 6 * kMiB, four_slots());
+    wait_for_slots(4);
+  }
+  EXPECT_EQ(sim().sim_calls("cuMemHostRegister"), 4U);
+  run_a_load(machine, "with slots");
+  EXPECT_EQ(sim().sim_calls("cuMemHostRegister"), 4U);
+  EXPECT_EQ(sim().sim_calls("cuModuleLoadData"), 0U) << "no chunk wants the kernel";
+  {
+    const SlotsAhead again(0, 6 * kMiB, four_slots());
+  }
+  EXPECT_EQ(free_slots(), 4U);
+  EXPECT_EQ(sim().sim_calls("cuMemHostRegister"), 4U);
+  sim().sim_free(of_torch);
+  expect_machine_clean(machine, "ahead");
+}
+
+TEST(SlotsAhead, AreNoMoreThanTheBytesFill) {
+  Machine machine(1);
+  const std::uint64_t of_torch = sim().sim_alloc(0, 1);
+  {
+    const SlotsAhead few(0, 3 * kMiB - 1, four_slots());
+    wait_for_slots(2);
+  }
+  {
+    const SlotsAhead none(0, kMiB - 1, four_slots());
+  }
+  EXPECT_EQ(free_slots(), 2U);
+  sim().sim_free(of_torch);
+  expect_machine_clean(machine, "few");
+}
+
+// As of a plan that fails, or is given up: what is being pinned is the last.
+TEST(SlotsAhead, EndWithThePlan) {
+  Machine machine(1);
+  const std::uint64_t of_torch = sim().sim_alloc(0, 1);
+  {
+    const SlotsAhead ahead(0, 64 * kMiB, four_slots());
+  }
+  const std::size_t left = free_slots();
+  EXPECT_LE(left, 4U);
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  EXPECT_EQ(free_slots(), left);
+  run_a_load(machine, "after it");
+  sim().sim_free(of_torch);
+  expect_machine_clean(machine, "ended");
+}
+
+TEST(SlotsAhead, StartNoDevice) {
+  Machine machine(2);
+  {
+    const SlotsAhead ahead(0, 6 * kMiB, four_slots());
+  }
+  EXPECT_EQ(sim().sim_calls("cuInit"), 0U);
+  const std::uint64_t of_torch = sim().sim_alloc(0, 1);
+  {
+    const SlotsAhead other(1, 6 * kMiB, four_slots());
+    const SlotsAhead beyond(7, 6 * kMiB, four_slots());
+  }
+  EXPECT_EQ(sim().ledger().contexts, 0U);
+  EXPECT_EQ(free_slots(), 0U);
+  sim().sim_free(of_torch);
+  expect_machine_clean(machine, "not in use");
+}
+
+TEST(SlotsAhead, AreLeftToTheLoadWhereTheyFail) {
+  Machine machine(1);
+  const std::uint64_t of_torch = sim().sim_alloc(0, 1);
+  sim().sim_fail_call("cuMemHostRegister", 1, kUnknownError, 0);
+  sim().sim_fail_call("cuMemHostAlloc", 1, kUnknownError, 0);
+  {
+    const SlotsAhead ahead(0, 6 * kMiB, four_slots());
+    while (sim().sim_faults_left() != 0) std::this_thread::yield();
+  }
+  EXPECT_EQ(sim().ledger().pinned_bytes, 0U);
+  run_a_load(machine, "after it");
+  sim().sim_free(of_torch);
+  expect_machine_clean(machine, "failed");
+}
+
+TEST(SlotsAhead, AreNotNeededWhereTheDeviceReadsPageableMemory) {
+  Machine machine(1);
+  sim().sim_set_attribute(0, CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS, 1);
+  sim().sim_set_attribute(0, CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES, 1);
+  const std::uint64_t of_torch = sim().sim_alloc(0, 1);
+  {
+    const SlotsAhead ahead(0, 6 * kMiB, four_slots());
+    while (sim().ledger().contexts == 0) std::this_thread::yield();
+  }
+  EXPECT_EQ(sim().sim_calls("cuMemHostRegister"), 0U);
+  sim().sim_free(of_torch);
+  expect_machine_clean(machine, "page tables");
+}
+
+TEST(SlotsAhead, BreakNoCapture) {
+  Machine machine(1);
+  const std::uint64_t stream = sim().sim_stream_create(0);
+  std::thread([&] { EXPECT_EQ(sim().sim_begin_capture(0, stream, SIM_CAPTURE_GLOBAL), 1); }).join();
+  {
+    const SlotsAhead ahead(0, 6 * kMiB, four_slots());
+    wait_for_slots(4);
+  }
+  EXPECT_EQ(sim().sim_end_capture(0, stream), 1);
+  sim().sim_stream_destroy(stream);
+  expect_machine_clean(machine, "captured");
+}
+
+}  // namespace
+}  // namespace weightlift::engine::test
