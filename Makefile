@@ -183,6 +183,7 @@ lint: $(VENV)/.test-tools
 	$(BIN)/ruff check python tests benchmarks release
 	$(BIN)/ruff format --check python tests benchmarks release
 	$(BIN)/mypy
+	$(BIN)/python tests/simulated_driver/run_mutants.py --check-list
 	git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.inl' 'csrc/*.cu' 'tests/*.h' 'tests/*.cc' | \
 	  xargs $(BIN)/clang-format --dry-run --Werror
 

@@ -31,6 +31,17 @@ for finder in sys.meta_path:
             finder.known_source_files[name] = path.replace({root!r}, {copy!r})
 """
 TEST = "engine_test"
+README = HERE / "README.md"
+ROW = re.compile(r"^\| `(\w+)` \| ([\w/.]+) \| (.+) \|$", re.MULTILINE)
+# What of a first report tells which oracle it is of.
+ORACLES = (
+    ("violations", "race:|host write|use after|freed in|unpinned in|out of bounds|unregistered|"
+                   "wrong device|launch:|context:|capture:|unmapped:|symbol:|blocking:|spin:|"
+                   "sim_violations"),
+    ("the ledger", "leak|pinned|ledger"),
+    ("bytes", "differ|memcmp|bits"),
+    ("a crash", "SIG"),
+)  # fmt: skip
 
 
 @dataclass
@@ -94,7 +105,7 @@ class Workshop:
         return "" if tried.returncode == 0 else " ".join(tried.stdout.split())[-100:]
 
     def test(self, test: str, limit: float | None) -> tuple[int | None, float, str]:
-        """Exit status (None: ran past the limit), seconds, and the end of the output."""
+        """Exit status (None: ran past the limit), seconds, and the output."""
         environment = os.environ | {"WEIGHTLIFT_SEEDS": str(self.seeds)}
         # The first failure is proof enough.
         if test.endswith(".py"):
@@ -119,7 +130,8 @@ class Workshop:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             output.seek(0, os.SEEK_END)
-            output.seek(max(0, output.tell() - 4000))
+            # What was skipped after the failure may be long.
+            output.seek(max(0, output.tell() - 1_000_000))
             return status, time.monotonic() - start, output.read()
 
 
@@ -155,6 +167,41 @@ def test_of(patch: Path) -> str:
     return found[1] if found else TEST
 
 
+def by(outcome: Outcome) -> str:
+    """In a few words, what killed it."""
+    if outcome.result == "hung":
+        return "a time limit"
+    found = (name for name, marks in ORACLES if re.search(marks, outcome.evidence))
+    return next(found, "an expectation")
+
+
+def listed() -> dict[str, str]:
+    """mutant -> by what it was killed, as the README has it."""
+    return {row[1]: row[3] for row in ROW.finditer(README.read_text())}
+
+
+def table(known: dict[str, str]) -> str:
+    rows = [
+        f"| `{patch.stem}` | {test_of(patch)} | {known.get(patch.stem, 'not recorded')} |"
+        for patch in sorted(chosen(None, False), key=lambda patch: (test_of(patch), patch.stem))
+    ]
+    return "\n".join(["| mutant | killed by | by |", "|---|---|---|", *rows])
+
+
+def write_list(outcomes: list[Outcome], *, only_check: bool = False) -> int:
+    """Brings the README's list up to date; what was not run stays as it is."""
+    known = listed() | {outcome.name: by(outcome) for outcome in outcomes if outcome.good}
+    text = README.read_text()
+    before, rest = text.split("<!-- mutants -->\n")
+    after = rest.partition("\n<!-- end of mutants -->")
+    new = f"{before}<!-- mutants -->\n{table(known)}{after[1]}{after[2]}"
+    if only_check:
+        print("the list in README.md is", "as it should be" if new == text else "out of date")
+        return int(new != text)
+    README.write_text(new)
+    return 0
+
+
 def judge(workshop: Workshop, patch: Path, limit: float) -> Outcome:
     start = time.monotonic()
 
@@ -188,10 +235,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants")
     parser.add_argument("--quick", action="store_true", help="those listed in mutants/QUICK")
+    parser.add_argument(
+        "--list", action="store_true", help="bring the list in README.md up to date; with no other "
+        "option, without a run"
+    )  # fmt: skip
+    parser.add_argument("--check-list", action="store_true", help="whether it is")
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=2, help="of the compiler")
     parser.add_argument("--root", type=Path, default=HERE.parents[1], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.check_list or (arguments.list and not arguments.only and not arguments.quick):
+        return write_list([], only_check=arguments.check_list)
     patches = chosen(arguments.only, arguments.quick)
     if not patches:
         print("no mutants")
@@ -213,7 +267,7 @@ def main() -> int:
                 sys.exit(f"the unmutated {test} does not build")
             status, seconds, output = workshop.test(test, None)
             if status != 0:
-                print(output)
+                print(output[-4000:])
                 sys.exit(f"the unmutated {test} fails with {arguments.seeds} seeds")
             limits[test] = max(60.0, 5 * seconds)
             print(f"unmutated: {test} passes in {seconds:.1f} s", flush=True)
@@ -228,6 +282,8 @@ def main() -> int:
     for outcome in outcomes:
         row = f"{outcome.name:{width}}  {outcome.result:14}  {outcome.seconds:6.1f} s"
         print(f"{row}  {outcome.evidence}".rstrip())
+    if arguments.list:
+        write_list(outcomes)
     killed = sum(outcome.good for outcome in outcomes)
     print(f"\nkilled {killed} of {len(outcomes)}")
     return 0 if killed == len(outcomes) else 1
