@@ -24,8 +24,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from bench_data import sharded
+from weightlift.bench.comparison import Comparison
 from weightlift.bench.conditions import machine
-from weightlift.bench.measure import Comparison, Job, compare
+from weightlift.bench.measure import Job, compare
 from weightlift.bench.plot import format_seconds, plot
 from weightlift.core.report import format_bytes
 

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 
-from weightlift.bench.measure import Comparison
+from weightlift.bench.comparison import Comparison
 
 OURS = "weightlift"
 # What no library is: a floor, and the parts of a load that are measured beside it.

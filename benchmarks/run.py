@@ -35,8 +35,9 @@ from rich.table import Table
 import floors
 from judges import Figure, Rates
 from summary import RUNS, first_line, machine_name
+from weightlift.bench.comparison import Comparison
 from weightlift.bench.conditions import NOT_BACKED, machine
-from weightlift.bench.measure import Comparison, Job, compare
+from weightlift.bench.measure import Job, compare
 from weightlift.bench.plot import format_seconds
 from weightlift.bench.tables import describe_run
 from weightlift.core.report import format_bytes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from weightlift.bench.models import NAMES
 
 if TYPE_CHECKING:
-    from weightlift.bench.measure import Comparison
+    from weightlift.bench.comparison import Comparison
 
 __all__ = ["Bar", "Panel", "draw", "draw_ratios", "format_rate", "format_seconds", "plot"]
 

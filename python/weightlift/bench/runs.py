@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from weightlift.bench import models
+from weightlift.bench.comparison import Comparison
 from weightlift.bench.conditions import machine
-from weightlift.bench.measure import Comparison, Job, compare
+from weightlift.bench.measure import Job, compare
 from weightlift.bench.progress import progress_of
 from weightlift.core.report import format_bytes
 

@@ -15,7 +15,7 @@ from weightlift.core.report import format_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from weightlift.bench.measure import Comparison, Sample
+    from weightlift.bench.comparison import Comparison, Sample
 
 __all__ = [
     "comparison_table",

@@ -30,7 +30,7 @@ from weightlift.core.errors import CheckpointError, FormatError
 from weightlift.core.requirements import require
 
 if TYPE_CHECKING:
-    from weightlift.bench.measure import Comparison
+    from weightlift.bench.comparison import Comparison
     from weightlift.bench.streaming import StreamRun
 
 __all__ = ["bench"]

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from support import PEERS
 from weightlift.bench import measure
+from weightlift.bench.comparison import Comparison, Sample
 from weightlift.bench.contenders import Job
-from weightlift.bench.measure import Comparison, Sample, compare, target_bytes
+from weightlift.bench.measure import compare, target_bytes
 from weightlift.bench.plot import format_seconds, plot
 from weightlift.bench.progress import progress_of
 from weightlift.bench.tables import describe_run, models_table, notes
