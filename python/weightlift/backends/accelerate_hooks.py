@@ -17,228 +17,33 @@ KeyError in the module's forward.
 from __future__ import annotations
 
 import copy
-import functools
-import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from weightlift.backends.accelerate_origins import (
+    InMemory,
+    UnstreamedError,
+    Weight,
+    needed_weights,
+    origin_of,
+    root_of,
+)
 from weightlift.backends.fallback import report_unstreamed
 from weightlift.backends.hooks import outside_of_graphs
-from weightlift.checkpoint.checkpoint import Checkpoint
-from weightlift.core.errors import WeightliftError, read_error
-from weightlift.module.offload import ChainedWeights, DiskWeights
+from weightlift.core.errors import WeightliftError
 
 if TYPE_CHECKING:
     import torch
 
-    from weightlift.module.streaming.on_demand import Needed, WeightsOnDemand
+    from weightlift.module.streaming.on_demand import WeightsOnDemand
 
 __all__ = ["detach_hook", "init_hook", "post_forward", "pre_forward", "release"]
 
 _NAME = "accelerate"
 
-_Identity = tuple[int, ...]
-
-
-def _identity(path: str) -> _Identity:
-    status = Path(path).stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-# --- where a hook's map has its weights -----------------------------------------------------------
-
-
-class _Origin(Protocol):
-    """Where a weight lies."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what accelerate would be given, before the model's own is made of it."""
-
-    def is_same(self) -> bool:
-        """Whether it is what it was when the hook was attached."""
-
-
-def _version_of(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version  # which those have not
-
-
-class _InMemory(NamedTuple):
-    tensor: torch.Tensor
-    mapping: Mapping[str, torch.Tensor]
-    name: str
-    version: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    def is_same(self) -> bool:
-        found = self.mapping.get(self.name)
-        return found is self.tensor and _version_of(found) == self.version
-
-
-class _InSafetensors(NamedTuple):
-    path: str
-    key: str
-    dtype: torch.dtype
-    identity: _Identity
-
-    def is_same(self) -> bool:
-        return _identity(self.path) == self.identity
-
-
-class _InRawFile(NamedTuple):
-    path: str
-    dtype: torch.dtype
-    identity: _Identity
-
-    def is_same(self) -> bool:
-        return _identity(self.path) == self.identity
-
-
-class _InOpenFiles(NamedTuple):
-    weights: DiskWeights
-    key: str
-    dtype: torch.dtype
-
-    def is_same(self) -> bool:
-        return True  # its files are held open
-
-
-class _NotKnownError(Exception):
-    """Why the executor cannot serve a hook."""
-
-
-def _root_of(mapping: Any) -> Any:
-    from accelerate.utils.offload import PrefixedDataset
-
-    return mapping.dataset if type(mapping) is PrefixedDataset else None
-
-
-def _origin(mapping: Any, name: str) -> _Origin:
-    """Where a map of accelerate's has a weight.
-
-    Raises:
-        _NotKnownError: that cannot be told.
-        KeyError: the map lacks it.
-    """
-    import torch
-    from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
-
-    if type(mapping) is PrefixedDataset:
-        return _origin(mapping.dataset, mapping.prefix + name)
-    if type(mapping) is OffloadedWeightsLoader:
-        if name in mapping.state_dict:
-            return _origin(mapping.state_dict, name)
-        return _of_entry(mapping, name)
-    if type(mapping) is ChainedWeights:
-        return _origin(mapping.on_disk if name not in mapping.host else mapping.host, name)
-    if type(mapping) is DiskWeights:
-        checkpoint, key, cast_to = mapping.place(name)
-        return _InOpenFiles(mapping, key, _after_cast(checkpoint, key, cast_to))
-    tensor: Any = None
-    if isinstance(mapping, dict):
-        if name not in mapping:
-            raise KeyError(name)
-        tensor = mapping.get(name)
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
-        return _InMemory(tensor, mapping, name, _version_of(tensor))
-    raise _NotKnownError(f"{name!r} comes from a {type(mapping).__name__}")
-
-
-def _of_entry(loader: Any, name: str) -> _Origin:
-    import torch
-
-    entry = loader.index[name]
-    path = entry.get("safetensors_file")
-    if path is None:
-        path = os.fspath(Path(loader.save_folder) / f"{name}.dat")
-        return _InRawFile(path, getattr(torch, entry["dtype"]), _identity(path))
-    key = entry.get("weight_name", name)
-    own = _after_cast(_opened(path, _identity(path)), key, None)
-    wanted = getattr(torch, entry["dtype"]) if "dtype" in entry else own
-    return _InSafetensors(path, key, wanted, _identity(path))
-
-
-@functools.lru_cache(maxsize=64)
-def _opened(path: str, _: _Identity) -> Checkpoint:
-    return Checkpoint.from_file(path)
-
-
-def _after_cast(checkpoint: Checkpoint, key: str, cast_to: str | None) -> torch.dtype:
-    from weightlift.core import dtypes
-
-    own = checkpoint[key][0]
-    if own not in dtypes.TORCH_NAMES or own == "F4":
-        raise _NotKnownError(f"{key!r} is {own}")
-    return dtypes.to_torch(cast_to or own)
-
-
-class _RawFiles:
-    """A source for the executor: files that accelerate wrote, a tensor's bytes in each."""
-
-    def __init__(self, origins: Mapping[str, _InRawFile]) -> None:
-        self._origins = origins
-
-    def fill(self, names: Sequence[str], targets: Sequence[torch.Tensor]) -> None:
-        self.begin(names, targets)()
-
-    def begin(self, names: Sequence[str], targets: Sequence[torch.Tensor]) -> Callable[[], None]:
-        from weightlift.module.streaming.sources import HostSource
-
-        read: dict[str, torch.Tensor] = {}
-        rest: list[torch.Tensor] = []
-        for name, target in zip(names, targets, strict=True):
-            value = self._read(self._origins[name], target)
-            if value is not target:
-                read[name] = value
-                rest.append(target)
-        return HostSource(read, _NAME).begin([*read], rest)
-
-    def _read(self, origin: _InRawFile, target: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        is_direct = target.device.type == "cpu" and target.dtype == origin.dtype
-        value = target if is_direct else torch.empty(target.shape, dtype=origin.dtype)
-        data: Any = value.view(-1).view(torch.uint8).numpy()
-        left = memoryview(data)
-        with Path(origin.path).open("rb", buffering=0) as file:
-            while len(left):
-                count = file.readinto(left)
-                if not count:
-                    raise read_error("file_shrank", "the file ends before its tensor", origin.path)
-                left = left[count:]
-        return value
-
-
 # --- the weights of one model ---------------------------------------------------------------------
-
-
-class _Weight(NamedTuple):
-    """A parameter that a hook brings in.
-
-    Attributes:
-        path: of its module, below that of the hook.
-        key: there.
-        name: in the map that all hooks of the model read from.
-        shape, dtype: the model's.
-    """
-
-    path: tuple[str, ...]
-    key: str
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-    origin: _Origin
-
-    def owner(self, module: torch.nn.Module) -> torch.nn.Module:
-        for part in self.path:
-            module = module._modules[part]  # type: ignore[assignment]
-        return module
 
 
 class _Model:
@@ -252,19 +57,19 @@ class _Model:
     def __init__(self, root: Any, device: torch.device) -> None:
         self.root, self.device = root, device
         self._lock = threading.Lock()
-        self._weights: dict[str, _Weight] = {}
+        self._weights: dict[str, Weight] = {}
         self._running: WeightsOnDemand | None = None
         self._refused = False
 
-    def add(self, weight: _Weight) -> None:
+    def add(self, weight: Weight) -> None:
         with self._lock:
             self._weights[weight.name] = weight
 
-    def is_in_place(self, weight: _Weight) -> bool:
+    def is_in_place(self, weight: Weight) -> bool:
         """Whether it need not be read: it is where it is used."""
         origin = weight.origin
         return (
-            isinstance(origin, _InMemory)
+            isinstance(origin, InMemory)
             and origin.tensor.device == self.device
             and origin.dtype == weight.dtype
         )
@@ -285,7 +90,7 @@ class _Model:
         report_unstreamed(_NAME, reason)
 
     def parameters(
-        self, weights: Sequence[_Weight], like: Sequence[torch.nn.Parameter]
+        self, weights: Sequence[Weight], like: Sequence[torch.nn.Parameter]
     ) -> list[torch.nn.Parameter] | None:
         """What is to be used in the place of these; ``None`` where accelerate serves its hooks."""
         import torch
@@ -317,7 +122,12 @@ class _Model:
                     self._running = None
                 try:
                     self._running = self._started()
-                except (WeightliftError, OSError, _NotKnownError, torch.OutOfMemoryError) as error:
+                except (
+                    WeightliftError,
+                    OSError,
+                    UnstreamedError,
+                    torch.OutOfMemoryError,
+                ) as error:
                     reason = str(error)
             running = self._running
         if reason is not None:
@@ -328,68 +138,13 @@ class _Model:
         from weightlift.module.streaming.on_demand import WeightsOnDemand
 
         rest = [weight for weight in self._weights.values() if not self.is_in_place(weight)]
-        return WeightsOnDemand(_needed(rest), self.device)
+        return WeightsOnDemand(needed_weights(rest), self.device)
 
     def release(self) -> None:
         with self._lock:
             running, self._running = self._running, None
         if running is not None:
             running.close()
-
-
-def _needed(weights: Sequence[_Weight]) -> dict[str, Needed]:
-    """The weights of a model, with the sources that they are read from: one for each kind."""
-    from weightlift.module.streaming.on_demand import Needed
-    from weightlift.module.streaming.sources import FileSource, HostSource, settings_for
-
-    streamed_bytes = sum(w.shape.numel() * w.dtype.itemsize for w in weights)
-    settings = settings_for(streamed_bytes)
-    in_memory: dict[str, torch.Tensor] = {}
-    raw: dict[str, _InRawFile] = {}
-    by_file: dict[str, tuple[Checkpoint, dict[str, str]]] = {}
-    places: list[tuple[_Weight, Any, str]] = []
-    open_files: dict[int, FileSource] = {}
-    for weight in weights:
-        origin = weight.origin
-        if isinstance(origin, _InMemory):
-            tensor = origin.tensor
-            key = f"{tensor.data_ptr()} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}"
-            in_memory[key] = tensor
-            places.append((weight, in_memory, key))
-        elif isinstance(origin, _InRawFile):
-            raw[origin.path] = origin
-            places.append((weight, raw, origin.path))
-        elif isinstance(origin, _InOpenFiles):
-            if id(origin.weights) not in open_files:
-                checkpoint = origin.weights.checkpoint.renamed(lambda name: name)
-                open_files[id(origin.weights)] = FileSource(checkpoint, settings, _NAME)
-            own = _after_cast(origin.weights.checkpoint, origin.key, None)
-            _check_one_cast(weight, own)
-            places.append((weight, open_files[id(origin.weights)], origin.key))
-        elif isinstance(origin, _InSafetensors):
-            checkpoint = _opened(origin.path, origin.identity)
-            _check_one_cast(weight, _after_cast(checkpoint, origin.key, None))
-            key = f"{origin.path}/{origin.key}"
-            by_file.setdefault(origin.path, (checkpoint, {}))[1][origin.key] = key
-            places.append((weight, by_file, key))
-    sources: dict[int, Any] = {
-        id(in_memory): HostSource(in_memory, _NAME),
-        id(raw): _RawFiles(raw),
-        id(by_file): FileSource(Checkpoint.joined(by_file.values()), settings, _NAME),
-    }
-    return {
-        weight.name: Needed(tuple(weight.shape), weight.dtype, sources.get(id(at), at), key)
-        for weight, at, key in places
-    }
-
-
-def _check_one_cast(weight: _Weight, own: torch.dtype) -> None:
-    """What is cast twice may be rounded twice."""
-    if weight.origin.dtype not in (own, weight.dtype):
-        raise _NotKnownError(
-            f"{weight.name!r} is {own} in its file, offloaded as {weight.origin.dtype} and used as "
-            f"{weight.dtype}"
-        )
 
 
 _models: weakref.WeakValueDictionary[tuple[int, Any], _Model] = weakref.WeakValueDictionary()
@@ -416,7 +171,7 @@ def _device(execution_device: Any) -> torch.device:
     if device.type == "cpu":
         device = torch.device("cpu")
     if device.type not in ("cpu", "cuda"):
-        raise _NotKnownError(f"weights are streamed to 'cpu' and 'cuda', not to {device}")
+        raise UnstreamedError(f"weights are streamed to 'cpu' and 'cuda', not to {device}")
     return device
 
 
@@ -428,19 +183,19 @@ class _Bound:
     not keep the hook, which is a key of ``_bound``, alive."""
 
     def __init__(self, hook: Any, module: torch.nn.Module) -> None:
-        root = _root_of(hook.weights_map)
+        root = root_of(hook.weights_map)
         if root is None:
-            raise _NotKnownError("a hook has weights of its own")
+            raise UnstreamedError("a hook has weights of its own")
         self._map = hook.weights_map
         self._execution_device = hook.execution_device
         self.model = _model_of(root, _device(hook.execution_device))
-        self._weights: list[_Weight] = []
+        self._weights: list[Weight] = []
         try:
             self._weights += [
                 self._weight(name, parameter)
                 for name, parameter in module.named_parameters(recurse=hook.place_submodules)
             ]
-        except (_NotKnownError, WeightliftError, OSError, AttributeError) as error:
+        except (UnstreamedError, WeightliftError, OSError, AttributeError) as error:
             self.model.refuse(str(error))
         for weight in self._weights:
             self.model.add(weight)
@@ -452,15 +207,15 @@ class _Bound:
         self._given: list[torch.nn.Parameter] = []
         self._aligning: Any = None
 
-    def _weight(self, name: str, parameter: torch.nn.Parameter) -> _Weight:
+    def _weight(self, name: str, parameter: torch.nn.Parameter) -> Weight:
         import torch
 
         if type(parameter) is not torch.nn.Parameter:
-            raise _NotKnownError(f"{name!r} is a {type(parameter).__name__}")
+            raise UnstreamedError(f"{name!r} is a {type(parameter).__name__}")
         *path, key = name.split(".")
-        origin = _origin(self._map, name)
+        origin = origin_of(self._map, name)
         full = f"{self._map.prefix}{name}"
-        return _Weight(tuple(path), key, full, parameter.shape, parameter.dtype, origin)
+        return Weight(tuple(path), key, full, parameter.shape, parameter.dtype, origin)
 
     def aligning(self, hook: Any) -> Any:
         """accelerate's own hook for all that is not the weights: it moves inputs and outputs."""
@@ -531,7 +286,7 @@ class _Bound:
         self._outside = []
 
 
-def _is_as_attached(parameter: torch.nn.Parameter | None, weight: _Weight) -> bool:
+def _is_as_attached(parameter: torch.nn.Parameter | None, weight: Weight) -> bool:
     import torch
 
     return (
@@ -576,7 +331,7 @@ def _bind(hook: Any, module: torch.nn.Module) -> _Bound | None:
     try:
         if next(iter(module.named_parameters(recurse=hook.place_submodules)), None) is not None:
             made = _Bound(hook, module)
-    except _NotKnownError as error:
+    except UnstreamedError as error:
         report_unstreamed(_NAME, str(error))
     except KeyError:
         pass  # the map lacks a weight: accelerate raises in the forward
