@@ -58,6 +58,20 @@ std::shared_ptr<IndexedFile> index_of_entries(const Archive& self,
   return value_or_raise(IndexedFile::of_entries(self.file, std::move(parsed)));
 }
 
+py::dict headers(IndexedFile& self) {
+  py::dict headers;
+  const py::list names = self.names();
+  Py_ssize_t position = 0;
+  for (const format::TensorInfo& tensor : self.index->tensors()) {
+    const py::tuple header = py::make_tuple(dtype_text(tensor.dtype), shape_tuple(tensor.shape));
+    if (PyDict_SetItem(headers.ptr(), PyList_GET_ITEM(names.ptr(), position), header.ptr()) != 0) {
+      throw py::error_already_set();
+    }
+    ++position;
+  }
+  return headers;
+}
+
 void bind_indexed_file(const py::module_& module) {
   py::class_<IndexedFile, std::shared_ptr<IndexedFile>>(module, "IndexedFile")
       .def_static(
@@ -79,7 +93,8 @@ void bind_indexed_file(const py::module_& module) {
       .def("__len__", [](const IndexedFile& self) { return self.index->tensors().size(); })
       .def(
           "names",
-          [](const IndexedFile& self, const Which& which) {
+          [](IndexedFile& self, const Which& which) {
+            if (!which) return self.names();
             py::list names;
             for_each_tensor(self, which, [&](const format::TensorInfo& tensor) {
               names.append(text(tensor.name));
@@ -92,7 +107,7 @@ void bind_indexed_file(const py::module_& module) {
           [](const IndexedFile& self, const Which& which) {
             py::list dtypes;
             for_each_tensor(self, which, [&](const format::TensorInfo& tensor) {
-              dtypes.append(text(dtype_name(tensor.dtype)));
+              dtypes.append(dtype_text(tensor.dtype));
             });
             return dtypes;
           },
@@ -116,6 +131,7 @@ void bind_indexed_file(const py::module_& module) {
             return sizes;
           },
           py::arg("which") = py::none())
+      .def("headers", &headers)
       .def(
           "find",
           [](const IndexedFile& self, std::string_view name) -> std::optional<std::uint32_t> {
@@ -125,7 +141,7 @@ void bind_indexed_file(const py::module_& module) {
       .def(
           "dtype",
           [](const IndexedFile& self, std::size_t i) {
-            return text(dtype_name(tensor_at(self, i).dtype));
+            return dtype_text(tensor_at(self, i).dtype);
           },
           py::arg("position"))
       .def(

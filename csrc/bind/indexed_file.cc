@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "bind/values.h"
 #include "format/index.h"
 #include "format/safetensors.h"
 #include "format/zip.h"
@@ -48,16 +49,16 @@ Result<std::shared_ptr<IndexedFile>> IndexedFile::open(std::shared_ptr<io::File>
   WL_RETURN_IF_ERROR(
       file->read_index(begin + format::kLengthBytes + known, std::span(header).subspan(known)));
   WL_ASSIGN_OR_RETURN(auto index, format::parse_header(header, size, path, begin));
-  return std::make_shared<IndexedFile>(
-      IndexedFile{.file = std::move(file), .index = std::move(index), .mapping = {}});
+  return std::make_shared<IndexedFile>(IndexedFile{
+      .file = std::move(file), .index = std::move(index), .mapping = {}, .all_names = {}});
 }
 
 Result<std::shared_ptr<IndexedFile>> IndexedFile::of_entries(
     std::shared_ptr<io::File> file, std::vector<format::TensorEntry> entries) {
   WL_ASSIGN_OR_RETURN(auto index,
                       format::make_index(std::move(entries), file->size(), file->path()));
-  return std::make_shared<IndexedFile>(
-      IndexedFile{.file = std::move(file), .index = std::move(index), .mapping = {}});
+  return std::make_shared<IndexedFile>(IndexedFile{
+      .file = std::move(file), .index = std::move(index), .mapping = {}, .all_names = {}});
 }
 
 Result<std::shared_ptr<io::Mapping>> IndexedFile::map() {
@@ -65,6 +66,19 @@ Result<std::shared_ptr<io::Mapping>> IndexedFile::map() {
   WL_ASSIGN_OR_RETURN(auto mapped, io::Mapping::map(file));
   mapping = mapped;
   return mapped;
+}
+
+pybind11::list IndexedFile::names() {
+  if (!all_names) {
+    pybind11::list made;
+    for (const format::TensorInfo& tensor : index->tensors()) made.append(text(tensor.name));
+    all_names = std::move(made);
+  }
+  // The caller may change its list.
+  auto copy = pybind11::reinterpret_steal<pybind11::list>(
+      PyList_GetSlice(all_names.ptr(), 0, PY_SSIZE_T_MAX));
+  if (!copy) throw pybind11::error_already_set();
+  return copy;
 }
 
 const format::TensorInfo& tensor_at(const IndexedFile& source, std::size_t position) {

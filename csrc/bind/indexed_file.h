@@ -1,6 +1,8 @@
 // A checkpoint file, or a part of one, with its index; and an archive of them.
 #pragma once
 
+#include <pybind11/pybind11.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -15,11 +17,13 @@
 
 namespace weightlift::bind {
 
-// The descriptor, the index and, while anyone uses it, the mapping.
+// The descriptor, the index and, while anyone uses it, the mapping. Once it has names for
+// Python it is deleted with the GIL held.
 struct IndexedFile {
   std::shared_ptr<io::File> file;
   std::shared_ptr<const format::Index> index;
   std::weak_ptr<io::Mapping> mapping;
+  pybind11::object all_names;  // null before the first names()
 
   // The safetensors file that lies in [begin, begin + bytes) of `file`; to its end without `bytes`.
   [[nodiscard]] static Result<std::shared_ptr<IndexedFile>> open(
@@ -31,6 +35,10 @@ struct IndexedFile {
 
   // The one mapping that the tensors of this object share.
   [[nodiscard]] Result<std::shared_ptr<io::Mapping>> map();
+
+  // The names of all tensors. The strings are made once: a load asks for them several times, and
+  // a string keeps its hash.
+  [[nodiscard]] pybind11::list names();
 };
 
 // Positions in an index; all if none.

@@ -1,5 +1,6 @@
 #include "bind/values.h"
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -34,6 +35,14 @@ std::optional<Dtype> optional_dtype(const std::optional<std::string>& name) {
 
 py::str text(std::string_view value) {
   return {value.data(), value.size()};
+}
+
+py::str dtype_text(Dtype dtype) {
+  // One object a dtype: a checkpoint has many tensors of few.
+  static std::array<PyObject*, kDtypeCount> made{};
+  PyObject*& known = made.at(static_cast<std::size_t>(dtype));
+  if (known == nullptr) known = text(dtype_name(dtype)).release().ptr();
+  return py::reinterpret_borrow<py::str>(known);
 }
 
 py::object path_text(const std::string& value) {

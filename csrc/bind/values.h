@@ -20,6 +20,7 @@ namespace weightlift::bind {
 [[nodiscard]] std::optional<Dtype> optional_dtype(const std::optional<std::string>& name);
 
 [[nodiscard]] pybind11::str text(std::string_view value);
+[[nodiscard]] pybind11::str dtype_text(Dtype dtype);  // the file's name
 // Paths, and texts that name them: bytes to the system, which need not be UTF-8 (PEP 383).
 [[nodiscard]] pybind11::object path_text(const std::string& value);
 [[nodiscard]] std::string path_bytes(const pybind11::str& path);

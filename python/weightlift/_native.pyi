@@ -52,6 +52,9 @@ class IndexedFile:
     def dtypes(self, which: Sequence[int] | None = None) -> list[str]: ...
     def shapes(self, which: Sequence[int] | None = None) -> list[tuple[int, ...]]: ...
     def sizes(self, which: Sequence[int] | None = None) -> list[int]: ...
+    def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of all tensors."""
+
     def find(self, name: str) -> int | None:
         """The position of a tensor."""
 

@@ -282,11 +282,9 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
         return self._open_parts[part].dtype(position), self._open_parts[part].shape(position)
 
     def __iter__(self) -> Iterator[str]:
-        if self.is_plain:
-            for part in self._open_parts:
-                yield from part.names()
-        else:
-            yield from self._places
+        if not self.is_plain:
+            return iter(self._places)
+        return itertools.chain.from_iterable(part.names() for part in self._open_parts)
 
     def __len__(self) -> int:
         if self.is_plain:
@@ -294,9 +292,10 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
         return len(self._places)
 
     def __contains__(self, name: object) -> bool:
-        if self.is_plain and len(self._open_parts) == 1:
-            return isinstance(name, str) and self._open_parts[0].find(name) is not None
-        return name in self._places
+        if not self.is_plain:
+            return name in self._places
+        parts = self._open_parts
+        return isinstance(name, str) and any(part.find(name) is not None for part in parts)
 
     # Compared by identity: two handles on equal files are different checkpoints.
     __eq__ = object.__eq__
@@ -311,13 +310,11 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
 
     def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of all tensors, faster than one by one."""
-        found: dict[str, tuple[str, tuple[int, ...]]] = {}
         if not self.is_plain:
             return {name: self[name] for name in self._places}
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
         for part in self._open_parts:
-            found.update(
-                zip(part.names(), zip(part.dtypes(), part.shapes(), strict=True), strict=True)
-            )
+            found.update(part.headers())
         return found
 
     def renamed(self, rename: Callable[[str], str | None] | Mapping[str, str | None]) -> Checkpoint:
