@@ -16,7 +16,7 @@ from weightlift.core.paths import path_text
 from weightlift.core.report import LoadReport
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions, Mode, Progress
-from weightlift.module.parameters import ParameterRef, dtensor_types, parameter_refs
+from weightlift.module.parameters import ParameterRef, dtensor_types, gather_resharded
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,7 @@ def load_into(
     from weightlift.module.device_map import unused_max_memory
     from weightlift.module.fill import fill
     from weightlift.module.matching import MatchPolicy
-    from weightlift.module.placement import PlacementPolicy
+    from weightlift.module.placement import PlacementPolicy, check_memory_format
 
     _check_arguments(model, checkpoint)
     check_flag("strict", strict)
@@ -123,7 +123,8 @@ def load_into(
         path_text(offload_folder)
     if (unused := unused_max_memory(device_map, max_memory)) is not None:
         raise ArgumentError(unused)
-    refs = parameter_refs(model)
+    check_memory_format(memory_format)
+    gathered = gather_resharded(model)
     options = LoadOptions(mode, pin_memory, verify, progress, background=background)
     matching = MatchPolicy(strict, ignore_mismatched_sizes, compare_ties=True)
     placement = PlacementPolicy(
@@ -138,7 +139,7 @@ def load_into(
             "background=True cannot be combined with group=, because the ranks wait for each "
             "other: leave out one of them"
         )
-    with _for_group(model, refs, group, scope) as new_load:
+    with _for_group(model, gathered.refs, group, scope) as new_load:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
         if key_map is not None:
@@ -150,7 +151,7 @@ def load_into(
             matching,
             options,
             new_load=new_load,
-            refs=refs,
+            gathered=gathered,
         )
 
 

@@ -164,7 +164,7 @@ def _after_cast(checkpoint: Checkpoint, key: str, cast_to: str | None) -> torch.
     from weightlift.core import dtypes
 
     own = checkpoint[key][0]
-    if own not in dtypes.TORCH_CALLERS or own == "F4":
+    if own not in dtypes.TORCH_NAMES or own == "F4":
         raise UnstreamedError(f"{key!r} is {own}")
     return dtypes.to_torch(cast_to or own)
 

@@ -175,12 +175,12 @@ def _of_index(
     index = source.find(folder, [index_name], format)
     text = source.read(folder, index[0])
     weight_map, metadata, notes = parse_index(text, place, selection.strict_index)
-    listed_format = _format_of_shards(weight_map, place, format, selection.strict_index)
+    shards = sorted(set(weight_map.values()))
+    listed_format = _format_of_shards(shards, place, format, selection.strict_index)
     if listed_format != format:
         _check_format(Path(place), listed_format, selection)
         notes = (*notes, f"{index_name} lists files of the other format, which are taken")
         format = listed_format
-    shards = sorted(set(weight_map.values()))
     missing = [
         name for name in shards if not (source.has(folder, name) if "/" in name else name in names)
     ]
@@ -208,15 +208,13 @@ def _of_index(
     )
 
 
-def _format_of_shards(
-    weight_map: dict[str, str], place: str, format: Format, strict: bool
-) -> Format:
+def _format_of_shards(shards: Sequence[str], place: str, format: Format, strict: bool) -> Format:
     """By the suffixes of what an index lists, as the libraries tell it."""
     allowed: tuple[Format, ...] = (format,) if strict else (format, *EXTENSIONS)
     for found in allowed:
-        if all(name.endswith(EXTENSIONS[found]) for name in weight_map.values()):
+        if all(name.endswith(EXTENSIONS[found]) for name in shards):
             return found
-    others = sorted({n for n in weight_map.values() if not n.endswith(EXTENSIONS[format])})
+    others = [name for name in shards if not name.endswith(EXTENSIONS[format])]
     raise CheckpointError(
         f"{place}: lists the file {others[0]!r}; those of this index end in {EXTENSIONS[format]!r}"
     )

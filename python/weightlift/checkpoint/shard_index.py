@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import ntpath
 import posixpath
-from pathlib import PureWindowsPath
 from typing import Any
 
 from weightlift.core.errors import CheckpointError
@@ -55,13 +55,11 @@ def parse_index(
 
 def _shard_name(name: str, place: str) -> str:
     """A shard's path, normalized; refuses paths that leave the index's folder."""
-    # PureWindowsPath recognizes both separators, and drives, on every system.
-    windows = PureWindowsPath(name)
     plain = posixpath.normpath(name)
     if (
         "\\" in name
         or "\0" in name
-        or windows.drive
+        or ntpath.splitdrive(name)[0]
         or name.endswith("/")
         or plain.startswith(("/", "../"))
         or plain in (".", "..")

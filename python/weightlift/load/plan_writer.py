@@ -246,26 +246,30 @@ class PlanWriter:
 
     def _add_file(self, destination: Destination, part: int, selection: _Selection) -> None:
         """Adds tensors of one file, with own memory or mapped."""
-        casts = []
+        casts: Sequence[int] = ()
         if destination.dtype is not None:
             casts = self._note_casts(selection, destination.dtype)
         if not destination.on_host:
             self._add_on_device(destination, selection, casts)
             return
+        if len(casts) == len(selection.numbers) > 0:
+            self._read(selection, destination.dtype)
+            return
         if casts:
             self._read(selection.take(casts), destination.dtype)
             kept = {*range(len(selection.numbers))}.difference(casts)
-            if not kept:
-                return
             selection = selection.take(sorted(kept))
         if selection.positions is None or selection.numbers:
             self._add_on_host(part, selection)
 
-    def _note_casts(self, selection: _Selection, dtype: str) -> list[int]:
+    def _note_casts(self, selection: _Selection, dtype: str) -> Sequence[int]:
         """The tensors that the engine casts; schedules the other casts with torch."""
+        owns = selection.file.dtypes(selection.positions)
+        if {*owns} <= dtypes.CASTABLE - {dtype}:
+            return range(len(owns))
         casts = []
         by_torch = 0
-        for i, own in enumerate(selection.file.dtypes(selection.positions)):
+        for i, own in enumerate(owns):
             if own == dtype:
                 continue
             if own in dtypes.CASTABLE:

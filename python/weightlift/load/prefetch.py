@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightlift.core import dtypes
 from weightlift.load.load_plan import LoadPlan, Running
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["PrefetchedLoad"]
 
 
-@dataclasses.dataclass(frozen=True)
-class PrefetchedLoad:
+class PrefetchedLoad(NamedTuple):
     """A load that runs while its module is built, for tensors that are expected to go to one device
     in one dtype. ``fill`` takes from it the tensors for which this holds.
 
@@ -36,7 +35,7 @@ class PrefetchedLoad:
     device: torch.device
     dtype: str | None
     names: frozenset[str]
-    renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    renames: Mapping[str, str] = MappingProxyType({})
 
     @classmethod
     def start(
@@ -55,7 +54,7 @@ class PrefetchedLoad:
     def renamed(self, renames: Mapping[str, str]) -> PrefetchedLoad:
         """The same load with the names of ``Checkpoint.renamed``."""
         names = frozenset(renames.get(name, name) for name in self.names)
-        return dataclasses.replace(self, names=names, renames=renames)
+        return self._replace(names=names, renames=renames)
 
     def delivers(self, device: torch.device, file_dtype: str, cast_to: str | None) -> bool:
         """Whether this load delivers a tensor with the file's dtype to ``device``, cast to

@@ -18,7 +18,7 @@ from weightlift.core.errors import ArgumentError
 from weightlift.core.given import check_flag
 from weightlift.load.options import LoadOptions
 from weightlift.module.device_map import unused_max_memory
-from weightlift.module.placement import PlacementPolicy
+from weightlift.module.placement import PlacementPolicy, check_memory_format
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -147,6 +147,7 @@ class PretrainedArguments:
             if values[name] is not None:
                 check_flag(name, values[name])
         _refuse_contradictions(values)
+        check_memory_format(values["memory_format"])
         mode = values["mode"]
         return cls(
             path=path,

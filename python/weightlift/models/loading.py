@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,7 +33,7 @@ from weightlift.module.background.waiting import tensors_to_come
 from weightlift.module.device_map import single_entry
 from weightlift.module.fill import fill
 from weightlift.module.matching import MatchPolicy, format_names
-from weightlift.module.parameters import gather
+from weightlift.module.parameters import Gathered, gather
 
 if TYPE_CHECKING:
     from weightlift.distributed.collective import TensorParallel
@@ -241,11 +241,17 @@ def _fill(
         report = fill(model, checkpoint, placement, matching, options, new_load=parallel.new_load)
         model.eval()
     else:
-        refs, modules = gather(model)
+        gathered = gather(model)
         report = fill(
-            model, checkpoint, placement, matching, options, prefetched=prefetched, refs=refs
+            model,
+            checkpoint,
+            placement,
+            matching,
+            options,
+            prefetched=prefetched,
+            gathered=gathered,
         )
-        _evaluate(model, modules)
+        _evaluate(model, gathered)
     return report
 
 
@@ -272,7 +278,7 @@ def _former_attention_names(
     names; blocks that may come from such a checkpoint carry a flag."""
     former = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     endings = tuple(f"{old}.{leaf}" for old in former for leaf in ("weight", "bias"))
-    if not any(name.endswith(endings) for name in checkpoint):
+    if not any(map(str.endswith, checkpoint, itertools.repeat(endings))):
         return None
     paths = [
         name for name, m in model.named_modules() if vars(m).get("_from_deprecated_attn_block")
@@ -304,15 +310,15 @@ def _refuse_another_model(model: torch.nn.Module, checkpoint: Checkpoint) -> Non
     )
 
 
-def _evaluate(model: torch.nn.Module, modules: Sequence[torch.nn.Module]) -> None:
+def _evaluate(model: torch.nn.Module, gathered: Gathered) -> None:
     """``eval()``; bypasses ``__setattr__``, which searches three dictionaries, if no module
     overrides ``train``."""
     if all(
         getattr(kind, name) is getattr(torch.nn.Module, name)
-        for kind in {*map(type, modules)}
+        for kind in gathered.classes
         for name in ("eval", "train", "__setattr__")
     ):
-        for module in modules:
+        for module in gathered.modules:
             vars(module)["training"] = False
     else:
         model.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import logging
@@ -162,8 +161,8 @@ class _BitsAndBytes:
         rest = fill(
             model,
             checkpoint.renamed(lambda name: None if name in apart else name),
-            dataclasses.replace(placement, device_map=devices, max_memory=None, dtype=dtype),
-            dataclasses.replace(matching, ignore_missing=apart.__contains__),
+            placement._replace(device_map=devices, max_memory=None, dtype=dtype),
+            matching._replace(ignore_missing=apart.__contains__),
             options,
         )
         report = _with_keys_of(report.plus(rest), rest)
@@ -309,7 +308,7 @@ class _TorchAo:
         # bfloat16 is diffusers' default for torchao.
         dtype = torch.bfloat16 if placement.dtype is None else placement.dtype
         devices = _devices(model, placement, dtype, ())
-        placement = dataclasses.replace(placement, device_map=devices, max_memory=None, dtype=dtype)
+        placement = placement._replace(device_map=devices, max_memory=None, dtype=dtype)
         if self._quantized:
             report = self._load_quantized(model, checkpoint, devices, placement, matching, options)
         else:
@@ -367,7 +366,7 @@ class _TorchAo:
             model,
             checkpoint.renamed(lambda name: None if name in inside else name),
             placement,
-            dataclasses.replace(matching, ignore_missing=parts.__contains__),
+            matching._replace(ignore_missing=parts.__contains__),
             options,
         )
         report = _with_keys_of(running.report.plus(rest), rest)

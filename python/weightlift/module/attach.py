@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
-from weightlift.module.own_loading import OwnLoading
-from weightlift.module.parameters import ParameterRef, is_sharded, set_all, set_one
+from weightlift.module.parameters import ParameterRef, adopt_all, is_sharded, set_all, set_one
 from weightlift.module.placement import Devices, DtypeRule, Placement
 
 if TYPE_CHECKING:
     import torch
+
+    from weightlift.module.recorded_loading import OwnLoading
 
 __all__ = ["attach", "attach_own", "bump_versions", "initialize", "move_unmatched"]
 
@@ -45,10 +46,15 @@ def attach(
         return _unshared(tensor, storages) if checkpoint.is_view(name) else tensor
 
     taken = tensors.pop if checkpoint.is_plain and not placement.recast else take
+    adopt = exclusive and checkpoint.is_plain
     for group, members in placement.groups.items():
-        if not group.in_place:
+        if group.in_place:
+            continue
+        if adopt and memory_format is None and group.is_plain:
+            adopt_all(members, taken)
+        else:
             values = ((ref, taken(name)) for name, ref in members)
-            set_all(values, memory_format, adopt=exclusive and checkpoint.is_plain)
+            set_all(values, memory_format, adopt=adopt)
     for name, ref, cast_to in placement.on_disk:
         # accelerate's hooks cast a tensor to the dtype of the one that it replaces.
         held = dtypes.to_torch(cast_to or checkpoint[name][0])
@@ -110,7 +116,7 @@ def initialize(
     """Initializes tensors that the checkpoint lacks; returns those that stay on the disk."""
     offloaded: dict[str, torch.Tensor] = {}
     values = values_of([ref.name for ref in refs])
-    for ref, device in zip(refs, devices.of(refs), strict=True):
+    for ref, device in zip(refs, devices.of(refs), strict=False):
         value = values[ref.name].detach()
         if is_sharded(ref.tensor):
             from weightlift.module.dtensors import device_of, initialized
@@ -130,7 +136,7 @@ def initialize(
 
 def move_unmatched(refs: Sequence[ParameterRef], devices: Devices) -> None:
     """Moves tensors that the checkpoint lacks to the device of their module."""
-    for ref, device in zip(refs, devices.of(refs), strict=True):
+    for ref, device in zip(refs, devices.of(refs), strict=False):
         tensor = ref.tensor
         if device is None or device == "disk" or tensor.is_meta:
             continue

@@ -20,6 +20,7 @@ __all__ = [
     "AUTOMATIC",
     "DeviceMap",
     "assign",
+    "disjoint_map",
     "parse_device_map",
     "parse_max_memory",
     "resolve_device_map",
@@ -110,6 +111,34 @@ def assign(names: Iterable[str], devices: Mapping[str, _Device]) -> dict[_Device
             'module, or "" for all others'
         )
     return assigned
+
+
+def disjoint_map(
+    model: torch.nn.Module, devices: Mapping[str, torch.device | str]
+) -> dict[str, torch.device | str]:
+    """The map without nested prefixes: accelerate's hook on a module covers everything below it."""
+    of_name: dict[str, torch.device | str] = {}
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    for device, assigned in assign(names, devices).items():
+        of_name.update(dict.fromkeys(assigned, device))
+    found: dict[str, torch.device | str] = {}
+
+    def walk(prefix: str, below: Sequence[str]) -> None:
+        held = {of_name[name] for name in below}
+        if len(held) == 1:
+            found[prefix] = held.pop()
+            return
+        children: dict[str, list[str]] = {}
+        depth = len(prefix) + 1 if prefix else 0
+        for name in below:
+            end = name.find(".", depth)
+            children.setdefault(name if end < 0 else name[:end], []).append(name)
+        for child, inside in children.items():
+            walk(child, inside)
+
+    walk("", names)
+    return found
 
 
 def resolve_device_map(

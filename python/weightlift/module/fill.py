@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from weightlift.checkpoint.checkpoint import Checkpoint
@@ -11,7 +12,6 @@ from weightlift.core.errors import ArgumentError
 from weightlift.core.report import LoadReport, set_last_report
 from weightlift.load.load_plan import LoadPlan, Planned
 from weightlift.load.options import LoadOptions
-from weightlift.load.prefetch import PrefetchedLoad
 from weightlift.module.attach import (
     attach,
     attach_own,
@@ -19,20 +19,13 @@ from weightlift.module.attach import (
     initialize,
     move_unmatched,
 )
-from weightlift.module.background.holding_back import hold_back
-from weightlift.module.background.load import BackgroundLoad
-from weightlift.module.background.split import require_one_device, split_by_meta
 from weightlift.module.matching import Match, MatchPolicy, match
-from weightlift.module.offload import DiskWeights
-from weightlift.module.own_loading import (
-    OwnLoading,
-    modules_with_own_loading,
-    record_own_loading,
-)
+from weightlift.module.own_loading import modules_with_own_loading
 from weightlift.module.parameters import (
+    Gathered,
     ParameterRef,
+    gather_resharded,
     local_tensor,
-    parameter_refs,
     streamed_refs,
 )
 from weightlift.module.placement import (
@@ -42,13 +35,18 @@ from weightlift.module.placement import (
     PlacementPolicy,
     place,
 )
-from weightlift.module.ties import warn_of_unequal_ties
 
 if TYPE_CHECKING:
     import torch
 
+    from weightlift.load.prefetch import PrefetchedLoad
+    from weightlift.module.offload import Dispatch
+    from weightlift.module.recorded_loading import OwnLoading
 
 __all__ = ["NewLoad", "fill"]
+
+# What most loads do not need is imported where it is used: these imports took longer than a load of
+# a hundred tensors.
 
 # Makes the plan of a load, which the ranks of a group may share.
 NewLoad: TypeAlias = Callable[[Checkpoint, LoadOptions], Planned]
@@ -77,7 +75,7 @@ def fill(
     *,
     prefetched: PrefetchedLoad | None = None,
     new_load: NewLoad = LoadPlan,
-    refs: Sequence[ParameterRef] | None = None,
+    gathered: Gathered | None = None,
 ) -> LoadReport:
     """``load_into`` with all options.
 
@@ -89,20 +87,25 @@ def fill(
         options: how to load.
         prefetched: a running load of ``checkpoint``.
         new_load: makes the plan of the load, for example ``distributed.collective.group_load``.
-        refs: references to the model's tensors, if known.
+        gathered: the model's tensors and its modules, if known.
     """
-    refs = parameter_refs(model) if refs is None else refs
+    gathered = gathered or gather_resharded(model)
+    refs = gathered.refs
     for ref in streamed_refs(refs):
         raise ArgumentError(
             f"tensor {ref.name!r} is streamed and has no memory: close the stream first"
         )
     headers = checkpoint.headers()
     own = None
-    if modules := modules_with_own_loading(model, headers):
-        own = record_own_loading(model, modules, checkpoint, headers, options)
+    if owners := modules_with_own_loading(model, gathered, headers):
+        from weightlift.module.recorded_loading import record_own_loading
+
+        own = record_own_loading(model, owners, checkpoint, headers, options)
         refs = own.refs
     found = match(model, refs, checkpoint, headers, matching, own)
-    if matching.compare_ties:
+    if matching.compare_ties and any(map(attrgetter("ties"), refs)):
+        from weightlift.module.ties import warn_of_unequal_ties
+
         warn_of_unequal_ties(found.pairs, checkpoint, headers, options)
 
     rule = DtypeRule.of(model, placement)
@@ -127,6 +130,10 @@ def _in_background(
     new_load: NewLoad,
 ) -> LoadReport:
     """Makes the modules wait for tensors on ``meta``; fills all others now."""
+    from weightlift.module.background.holding_back import hold_back
+    from weightlift.module.background.load import BackgroundLoad
+    from weightlift.module.background.split import require_one_device, split_by_meta
+
     if new_load is not LoadPlan:
         raise ArgumentError(
             "background=True cannot be combined with group=, because the ranks wait for each "
@@ -160,12 +167,14 @@ def _now(
     prefetched: PrefetchedLoad | None,
 ) -> LoadReport:
     """Runs the load and puts the tensors into the model."""
-    model, checkpoint, refs, own, found, rule, devices, placed = filling
+    _, checkpoint, refs, own, found, rule, devices, placed = filling
     memory_format = placement.memory_format
     plan = new_load(checkpoint, options)
     _add_to_plan(plan, placed, checkpoint)
     tensors, report = _load(plan, prefetched, placed)
-
+    for name in found.scalars:
+        if name in tensors:
+            tensors[name] = tensors[name].reshape(())
     attach(placed, tensors, checkpoint, memory_format, exclusive=new_load is LoadPlan)
     offloaded: dict[str, torch.Tensor] = {}
     if own is not None:
@@ -178,27 +187,52 @@ def _now(
 
     if devices.by_prefix is not None:
         move_unmatched(found.unmatched, devices)
-        names = {n: (name, cast) for name, ref, cast in placed.on_disk for n in ref.names}
-        offloaded.update((n, r.tensor.detach()) for n, r in devices.on_disk_elsewhere(refs))
-        on_disk = DiskWeights(checkpoint, names, options.caller)
-        placement.dispatch(model, devices.by_prefix, on_disk, offloaded)
+        if placement.dispatch is not None or devices.are_spread:
+            offloaded.update((n, r.tensor.detach()) for n, r in devices.on_disk_elsewhere(refs))
+            _dispatch(filling, placement.dispatch, offloaded, options.caller)
     return report
+
+
+def _dispatch(
+    filling: _Filling,
+    dispatch: Dispatch | None,
+    initialized: Mapping[str, torch.Tensor],
+    caller: str,
+) -> None:
+    """Adds the hooks that move tensors to their use, or read them from the disk."""
+    from weightlift.module.offload import DiskWeights, dispatch_by_accelerate
+
+    on_disk = filling.placed.on_disk
+    names = {n: (name, cast) for name, ref, cast in on_disk for n in ref.names}
+    weights = DiskWeights(filling.checkpoint, names, caller)
+    devices = filling.devices.by_prefix or {}
+    (dispatch or dispatch_by_accelerate)(filling.model, devices, weights, initialized)
 
 
 def _add_to_plan(plan: Planned, placed: Placement, checkpoint: Checkpoint) -> None:
     """Adds all tensors that are neither prefetched nor stay in their file."""
+    if len(placed.prefetched) == sum(map(len, placed.groups.values())):
+        return
+    whole: dict[tuple[torch.device, str | None], list[str]] = {}
     for group, members in placed.groups.items():
-        names = [name for name, _ in members if name not in placed.prefetched]
+        names = [name for name, _ in members]
+        if placed.prefetched:
+            names = [name for name in names if name not in placed.prefetched]
         parts = [placed.parts[name] for name in names] if group.in_parts else None
         if group.in_place:
             _check_memory(members)
             targets = [local_tensor(ref.tensor) for _, ref in members]
             plan.add(group.device, None, names, targets, parts)
-        elif len(names) == len(checkpoint) and not group.in_parts:
-            # All names at once: planning is faster in the order of the files.
-            plan.add(group.device, group.cast_to)
-        elif names:
+        elif group.in_parts:
             plan.add(group.device, group.cast_to, names, parts=parts)
+        else:
+            whole.setdefault((group.device, group.cast_to), []).extend(names)
+    for (device, cast_to), names in whole.items():
+        if len(names) == len(checkpoint):
+            # All names at once: planning is faster in the order of the files.
+            plan.add(device, cast_to)
+        elif names:
+            plan.add(device, cast_to, names)
 
 
 def _check_memory(members: Sequence[tuple[str, ParameterRef]]) -> None:

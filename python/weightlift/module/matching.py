@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightlift.checkpoint.checkpoint import Checkpoint, describe_location
 from weightlift.core.errors import CheckpointError
-from weightlift.module.own_loading import Headers, OwnLoading
+from weightlift.module.own_loading import Headers
 from weightlift.module.parameters import ParameterRef
 
 if TYPE_CHECKING:
     import torch
 
+    from weightlift.module.recorded_loading import OwnLoading
+
 __all__ = ["Match", "MatchPolicy", "check_keys", "format_names", "match"]
 
-# How many names an error lists before it only counts.
 # Name prefixes of torch.compile, (Distributed)DataParallel and FullyShardedDataParallel.
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
+# How many names an error lists before it only counts.
 _LISTED = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class MatchPolicy:
+class MatchPolicy(NamedTuple):
     """The treatment of missing and unexpected tensors.
 
     Attributes:
@@ -55,6 +55,7 @@ class Match(NamedTuple):
         unexpected: names that the checkpoint has and the model lacks.
         mismatched: (name, shape in the checkpoint, shape in the model) of skipped tensors.
         errors: errors of modules with their own loading.
+        scalars: names of tensors of shape [1] for the model's scalars.
     """
 
     pairs: list[tuple[str, ParameterRef]]
@@ -63,6 +64,7 @@ class Match(NamedTuple):
     unexpected: list[str]
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
     errors: list[str]
+    scalars: list[str]
 
     def empty_buffers(self) -> list[str]:
         """Names of buffers on ``meta`` that no checkpoint has."""
@@ -106,9 +108,11 @@ def _match_names(refs: Sequence[ParameterRef], headers: Headers, own: OwnLoading
     if own is not None:
         by_name = own.others()
         free = {name: header for name, header in headers.items() if name not in own.claimed}
-    found = Match([], [], [], [], [], [])
+    found = Match([], [], [], [], [], [], [])
+    pairs = found.pairs
     for ref in by_name:
-        header = free.get(ref.name)
+        name = ref.name
+        header = free.get(name)
         # The common case. Other names of a tied tensor may have other shapes.
         if (
             header is not None
@@ -117,7 +121,7 @@ def _match_names(refs: Sequence[ParameterRef], headers: Headers, own: OwnLoading
             and ref.persistent
             and not ref.ties
         ):
-            found.pairs.append((ref.name, ref))
+            pairs.append((name, ref))
         elif not ref.persistent:
             found.unmatched.append(ref)
         else:
@@ -136,6 +140,7 @@ def _match_names(refs: Sequence[ParameterRef], headers: Headers, own: OwnLoading
         [*own.unexpected, *found.unexpected],
         [*mismatched, *found.mismatched],
         errors,
+        found.scalars,
     )
 
 
@@ -159,6 +164,8 @@ def _match_one(ref: ParameterRef, headers: Headers, found: Match) -> None:
             is_mismatched = True
     if match is not None:
         found.pairs.append((match, ref))
+        if shape == () and headers[match][1]:
+            found.scalars.append(match)
         return
     found.unmatched.append(ref)
     if not is_mismatched:

@@ -8,7 +8,7 @@ import logging
 import math
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from weightlift.checkpoint.by_path import CheckpointByPath, described_by_path
@@ -20,7 +20,7 @@ from weightlift.core.report import disk_reads_of
 from weightlift.core.settings import Settings
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
-from weightlift.module.device_map import assign
+from weightlift.module.device_map import disjoint_map
 from weightlift.module.parameters import is_streamed
 from weightlift.module.weights_ahead import WeightsAhead
 
@@ -31,8 +31,7 @@ __all__ = [
     "ChainedWeights",
     "DiskWeights",
     "Dispatch",
-    "disjoint_map",
-    "dispatch",
+    "dispatch_by_accelerate",
     "offloaded_weights",
     "whole_state_dict",
 ]
@@ -166,16 +165,13 @@ Dispatch: TypeAlias = Callable[
 ]
 
 
-def dispatch(
+def dispatch_by_accelerate(
     model: torch.nn.Module,
     devices: Mapping[str, torch.device | str],
     on_disk: DiskWeights,
     initialized: Mapping[str, torch.Tensor],
 ) -> None:
-    """Adds accelerate's hooks if a forward pass must cross devices."""
-    spread = set(devices.values())
-    if len(spread) < 2 and "disk" not in spread:
-        return
+    """Adds accelerate's hooks to a model over several devices, or with weights on the disk."""
     from accelerate import dispatch_model
 
     named: dict[str, int | str] = {
@@ -189,7 +185,7 @@ def dispatch(
             model,
             device_map=named,
             state_dict=offloaded_weights(model, named, on_disk, initialized),
-            offload_index={} if "disk" in spread else None,
+            offload_index={} if "disk" in devices.values() else None,
             skip_keys=getattr(model, "_skip_keys", None),
         )
     _make_picklable(model)
@@ -275,34 +271,6 @@ def whole_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if id(parameter) in read:
             state[name] = read[id(parameter)]
     return state
-
-
-def disjoint_map(
-    model: torch.nn.Module, devices: Mapping[str, torch.device | str]
-) -> dict[str, torch.device | str]:
-    """The map without nested prefixes: accelerate's hook on a module covers everything below it."""
-    of_name: dict[str, torch.device | str] = {}
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    names += [name for name, _ in model.named_buffers(remove_duplicate=False)]
-    for device, assigned in assign(names, devices).items():
-        of_name.update(dict.fromkeys(assigned, device))
-    found: dict[str, torch.device | str] = {}
-
-    def walk(prefix: str, below: Sequence[str]) -> None:
-        held = {of_name[name] for name in below}
-        if len(held) == 1:
-            found[prefix] = held.pop()
-            return
-        children: dict[str, list[str]] = {}
-        depth = len(prefix) + 1 if prefix else 0
-        for name in below:
-            end = name.find(".", depth)
-            children.setdefault(name if end < 0 else name[:end], []).append(name)
-        for child, inside in children.items():
-            walk(child, inside)
-
-    walk("", names)
-    return found
 
 
 class ChainedWeights(Mapping[str, "torch.Tensor"]):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from weightlift.core.errors import ArgumentError
 
@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
+    "Gathered",
     "ParameterRef",
+    "adopt_all",
     "assign_parameter",
     "check_module",
     "dtensor_types",
     "gather",
+    "gather_resharded",
     "is_sharded",
     "is_streamed",
     "local_tensor",
@@ -67,49 +70,87 @@ def check_module(model: object, call: str, *, alone: bool = False) -> None:
 
 def parameter_refs(model: torch.nn.Module) -> list[ParameterRef]:
     """All parameters and buffers, each once, in the order of ``named_modules``."""
-    tensors, modules = gather(model)
+    return list(gather_resharded(model).refs)
+
+
+class Gathered(NamedTuple):
+    """The tensors and the modules of a model, in the order of ``named_modules``.
+
+    Attributes:
+        refs: the parameters and buffers, each once.
+        modules: the modules; one in several places appears once for each.
+        classes: their classes.
+        have_load_hooks: whether one has a hook for ``load_state_dict``.
+    """
+
+    refs: Sequence[ParameterRef]
+    modules: Sequence[torch.nn.Module]
+    classes: Set[type[torch.nn.Module]]
+    have_load_hooks: bool
+
+
+def gather_resharded(model: torch.nn.Module) -> Gathered:
+    """As ``gather``; FSDP's parameters are sharded afterwards."""
+    gathered = gather(model)
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp and any(issubclass(kind, fsdp.FSDPModule) for kind in {*map(type, modules)}):
-        for module in modules:  # between passes an FSDP root may hold unsharded parameters
+    if fsdp and any(issubclass(kind, fsdp.FSDPModule) for kind in gathered.classes):
+        for module in gathered.modules:  # between passes a root may hold unsharded parameters
             if isinstance(module, fsdp.FSDPModule):
                 module.reshard()
-        tensors, _ = gather(model)
-    return tensors
+        return gather(model)
+    return gathered
 
 
-def gather(model: torch.nn.Module) -> tuple[list[ParameterRef], list[torch.nn.Module]]:
-    """The tensors and the modules, in the order of ``named_modules``; a module in several places
-    appears once for each.
+def gather(model: torch.nn.Module) -> Gathered:
+    """The tensors and the modules of a model.
 
-    Visits each place once: a large model is not in the processor's caches, and ``named_modules``
-    takes one generator step for every level above a module.
+    Visits each place once, and asks there for all that a load wants to know: a large model is not
+    in the processor's caches, so that a second visit takes as long. ``named_modules`` takes one
+    generator step for every level above a module.
     """
     found: dict[int, ParameterRef] = {}
     modules = []
+    classes = set()
+    have_hooks = False
     waiting = [("", model)]
     while waiting:
         prefix, module = waiting.pop()
         modules.append(module)
-        for held, is_parameter in ((module._parameters, True), (module._buffers, False)):
-            if not held:
-                continue
-            for key, tensor in held.items():
-                if tensor is None:
-                    continue
-                persistent = is_parameter or key not in module._non_persistent_buffers_set
-                ref = found.get(id(tensor))
-                if ref is None:
-                    found[id(tensor)] = ParameterRef(
-                        tensor, is_parameter, persistent, prefix + key, module, key
-                    )
-                else:
-                    ref.ties += ((prefix + key, module, key),)
-                    ref.persistent |= persistent
+        classes.add(type(module))
+        if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
+            have_hooks = True
+        if parameters := module._parameters:
+            _gather_held(found, prefix, module, parameters, True)
+        if buffers := module._buffers:
+            _gather_held(found, prefix, module, buffers, False)
         if children := module._modules:
             for key, child in reversed(children.items()):
                 if child is not None:
                     waiting.append((f"{prefix}{key}.", child))
-    return list(found.values()), modules
+    return Gathered(list(found.values()), modules, classes, have_hooks)
+
+
+def _gather_held(
+    found: dict[int, ParameterRef],
+    prefix: str,
+    module: torch.nn.Module,
+    held: Mapping[str, torch.Tensor | None],
+    is_parameter: bool,
+) -> None:
+    """Adds the parameters, or the buffers, of one module."""
+    for key, tensor in held.items():
+        if tensor is None:
+            continue
+        identity = id(tensor)
+        persistent = is_parameter or key not in module._non_persistent_buffers_set
+        if identity not in found:
+            found[identity] = ParameterRef(
+                tensor, is_parameter, persistent, prefix + key, module, key
+            )
+        else:
+            ref = found[identity]
+            ref.ties += ((prefix + key, module, key),)
+            ref.persistent |= persistent
 
 
 def set_one(
@@ -169,10 +210,33 @@ def set_all(
             else:
                 new = type(old)(value, requires_grad=requires_grad, **old.__dict__)  # type: ignore[call-overload]
         ref.tensor = new
-        _assign(ref.module, ref.key, ref.is_parameter, new, plain)
-        if ref.ties:
-            for _, other, key in ref.ties:
-                _assign(other, key, ref.is_parameter, new, plain)
+        _assign_everywhere(ref, new, plain)
+
+
+def adopt_all(
+    members: Iterable[tuple[str, ParameterRef]], take: Callable[[str], torch.Tensor]
+) -> None:
+    """As ``set_all`` with ``adopt``, for plain parameters on ``meta`` and floating-point tensors of
+    their shapes: there is little to ask for each, which takes half the time.
+
+    Args:
+        members: (name of the tensor, reference).
+        take: the tensor of a name.
+    """
+    import torch
+
+    parameter, plain = torch.nn.Parameter, torch.nn.Module.__setattr__
+    for name, ref in members:
+        value, old, module = take(name), ref.tensor, ref.module
+        value.__class__ = parameter
+        value.requires_grad = old.requires_grad
+        if old.__dict__:
+            value.__dict__.update(old.__dict__)
+        ref.tensor = value
+        if type(module).__setattr__ is plain and not ref.ties:
+            module._parameters[ref.key] = value  # type: ignore[assignment]
+        else:
+            _assign_everywhere(ref, value, plain)
 
 
 def assign_parameter(module: torch.nn.Module, key: str, parameter: torch.nn.Parameter) -> None:
@@ -181,6 +245,12 @@ def assign_parameter(module: torch.nn.Module, key: str, parameter: torch.nn.Para
     import torch
 
     _assign(module, key, True, parameter, torch.nn.Module.__setattr__)
+
+
+def _assign_everywhere(ref: ParameterRef, new: torch.Tensor, plain: Any) -> None:
+    _assign(ref.module, ref.key, ref.is_parameter, new, plain)
+    for _, other, key in ref.ties:
+        _assign(other, key, ref.is_parameter, new, plain)
 
 
 def _assign(module: torch.nn.Module, key: str, is_parameter: bool, new: Any, plain: Any) -> None:

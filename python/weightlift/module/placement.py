@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -11,29 +10,38 @@ from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError
 from weightlift.load.destination import SliceRange
-from weightlift.load.prefetch import PrefetchedLoad
 from weightlift.module.device_map import (
     AUTOMATIC,
     DeviceMap,
     assign,
+    disjoint_map,
     resolve_device_map,
     single_device,
 )
-from weightlift.module.offload import Dispatch, disjoint_map, dispatch
 from weightlift.module.own_loading import Headers
 from weightlift.module.parameters import ParameterRef, is_sharded
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Devices", "DtypeRule", "Placement", "PlacementPolicy", "decide", "place"]
+    from weightlift.load.prefetch import PrefetchedLoad
+    from weightlift.module.offload import Dispatch
+
+__all__ = [
+    "Devices",
+    "DtypeRule",
+    "Placement",
+    "PlacementPolicy",
+    "check_memory_format",
+    "decide",
+    "place",
+]
 
 # "disk": the tensor stays in its file. ``None``: it stays on its device.
 Device: TypeAlias = "torch.device | str | None"
 
 
-@dataclasses.dataclass(frozen=True)
-class PlacementPolicy:
+class PlacementPolicy(NamedTuple):
     """The caller's policy for the devices and dtypes of a model's tensors.
 
     Attributes:
@@ -47,8 +55,9 @@ class PlacementPolicy:
         models_dtype_on: "disk", or types of devices, on which floating-point tensors get the
             model's dtype, whatever ``dtype`` is.
         memory_format: the memory format of 4-D tensors, such as ``torch.channels_last``.
-        dispatch: adds the hooks that move tensors to their use. A library with its own hooks
-            receives the weights on the disk here.
+        dispatch: adds the hooks that move tensors to their use; ``None``: accelerate's, if a
+            forward pass must cross devices. A library with its own hooks receives the weights on
+            the disk here.
     """
 
     device_map: DeviceMap | None = None
@@ -58,15 +67,18 @@ class PlacementPolicy:
     keep_in_fp32: Sequence[str] | None = None
     models_dtype_on: frozenset[str] = frozenset()
     memory_format: torch.memory_format | None = None
-    dispatch: Dispatch = dispatch
+    dispatch: Dispatch | None = None
 
-    def __post_init__(self) -> None:
-        given = self.memory_format
-        if given is not None and type(given).__name__ != "memory_format":
-            raise ArgumentError(
-                f"memory_format is {given!r}; it must be one of torch's, such as "
-                "torch.channels_last"
-            )
+
+def check_memory_format(given: object) -> None:
+    """
+    Raises:
+        ArgumentError: it is neither ``None`` nor one of torch's.
+    """
+    if given is not None and type(given).__name__ != "memory_format":
+        raise ArgumentError(
+            f"memory_format is {given!r}; it must be one of torch's, such as torch.channels_last"
+        )
 
 
 class DtypeRule(NamedTuple):
@@ -155,17 +167,22 @@ class Devices:
             keep_in_fp32=rule.in_fp32,
             offload=policy.offload,
         )
-        if "disk" in by_prefix.values() and policy.dispatch is dispatch:
+        if "disk" in by_prefix.values() and policy.dispatch is None:
             by_prefix = _without_lone_tensors(model, by_prefix, policy.device_map)
         return cls(refs, by_prefix)
 
-    def of(self, refs: Sequence[ParameterRef]) -> Iterable[Device]:
-        """The device of each tensor. A tied tensor is on the disk only if all its names are."""
+    @property
+    def are_spread(self) -> bool:
+        """Whether a forward pass must cross devices, or reads weights on the disk."""
+        spread = set(() if self.by_prefix is None else self.by_prefix.values())
+        return len(spread) > 1 or "disk" in spread
+
+    def of(self, refs: Iterable[ParameterRef]) -> Iterable[Device]:
+        """The device of each tensor; if it is one for all, it is repeated without end. A tied
+        tensor is on the disk only if all its names are."""
         by_name = self._by_name
         if by_name is None:
-            return itertools.repeat(
-                None if self.by_prefix is None else self.by_prefix[""], len(refs)
-            )
+            return itertools.repeat(None if self.by_prefix is None else self.by_prefix[""])
         return (
             by_name[ref.name]
             if not ref.ties or by_name[ref.name] != "disk"
@@ -302,12 +319,15 @@ class Group(NamedTuple):
         cast_to: the file's name of the dtype to cast to, or ``None``.
         in_place: write to the memory of the model's tensors.
         in_parts: load only a part of each.
+        is_plain: the model's tensors are plain parameters on ``meta``, and whole floating-point
+            tensors replace them.
     """
 
     device: torch.device
     cast_to: str | None
     in_place: bool
     in_parts: bool
+    is_plain: bool = False
 
 
 class Placement(NamedTuple):
@@ -344,13 +364,15 @@ def place(
     # Most tensors have the kind of the one before, and its placement.
     last_kind = None
     members: list[tuple[str, ParameterRef]] = []
+    arriving: list[str] = []
     arrives = False
     recast: torch.dtype | None = None
-    for (name, ref), device in zip(pairs, devices.of([ref for _, ref in pairs]), strict=True):
+    for pair, device in zip(pairs, devices.of(ref for _, ref in pairs), strict=False):
+        name, ref = pair
         tensor = ref.tensor
         file_dtype = headers[name][0]
         where = tensor.is_meta or tensor.device
-        kind = (where, type(tensor), tensor.dtype, file_dtype, device)
+        kind = (where, type(tensor), ref.is_parameter, tensor.dtype, file_dtype, device)
         if kind != last_kind:
             decision = decide(name, ref, file_dtype, device, rule, reuse)
             target, cast_to, in_place, part, recast = decision
@@ -369,18 +391,29 @@ def place(
                 recast = None
             if part is not None:
                 placement.parts[name] = part
-            group = Group(target, cast_to, in_place, part is not None)
+            is_plain = recast is None and _is_plain(ref, cast_to or file_dtype)
+            group = Group(target, cast_to, in_place, part is not None, is_plain)
             members = placement.groups.setdefault(group, [])
             last_kind = kind if is_alike else None
-        members.append((name, ref))
-        if arrives and name in on_their_way:
-            placement.prefetched.add(name)
+        members.append(pair)
+        if arrives:
+            arriving.append(name)
         if recast is not None:
             placement.recast[name] = recast
+    placement.prefetched.update(on_their_way.intersection(arriving))
     return placement
 
 
+def _is_plain(ref: ParameterRef, dtype: str) -> bool:
+    """Whether a plain parameter on ``meta`` becomes a tensor of this dtype that can have a
+    gradient."""
+    import torch
+
+    is_plain = ref.is_parameter and type(ref.tensor) is torch.nn.Parameter and ref.tensor.is_meta
+    return is_plain and dtype in dtypes.FLOATING and dtype != "F4"
+
+
 def _is_decided_by_kind(ref: ParameterRef, device: Device, rule: DtypeRule) -> bool:
-    """Whether the class, the dtypes and the devices alone decide the placement, and not names, a
-    mesh, or whether it is a parameter."""
+    """Whether the class, the dtypes and the devices alone decide the placement, and neither names
+    nor a mesh."""
     return device != "disk" and not rule.in_fp32 and not is_sharded(ref.tensor)

@@ -399,11 +399,13 @@ def test_options_hold_for_what_modules_made(tmp_path: Path) -> None:
 def test_only_modules_with_their_own_are_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from weightlift.module import fill
+    from weightlift.module import recorded_loading
 
     calls: list[Any] = []
-    original = fill.record_own_loading
-    monkeypatch.setattr(fill, "record_own_loading", lambda *a: calls.append(a[1]) or original(*a))
+    original = recorded_loading.record_own_loading
+    monkeypatch.setattr(
+        recorded_loading, "record_own_loading", lambda *a: calls.append(a[1]) or original(*a)
+    )
     make = lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.LSTM(3, 3))  # noqa: E731
     whole = randomized(make()).state_dict()
     wl.load_into(make(), saved(tmp_path, whole))

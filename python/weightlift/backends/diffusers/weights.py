@@ -18,9 +18,10 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core import dtypes
 from weightlift.core.devices import parse_device
 from weightlift.load.options import LoadOptions, Mode
+from weightlift.module.device_map import disjoint_map
 from weightlift.module.fill import fill
 from weightlift.module.matching import MatchPolicy
-from weightlift.module.offload import disjoint_map, offloaded_weights
+from weightlift.module.offload import offloaded_weights
 from weightlift.module.placement import PlacementPolicy
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class _Load:
             models_dtype_on=self._models_dtype_on(),
         )
         if call is not None:  # diffusers dispatches the model itself, at the end
-            placement = dataclasses.replace(placement, dispatch=call.keep_on_disk)
+            placement = placement._replace(dispatch=call.keep_on_disk)
         fill(
             given["model"],
             opened,

@@ -115,7 +115,7 @@ class BackgroundLoad:
 
     def find_again(self, model: torch.nn.Module) -> None:
         """Finds the tensors' places again: other code may have tied or replaced them."""
-        refs = {id(ref.tensor): ref for ref in gather(model)[0]}
+        refs = {id(ref.tensor): ref for ref in gather(model).refs}
         self._hanging = [
             (tensor, refs.get(id(tensor.meta), ref))
             for tensor, ref in self._hanging

@@ -13,7 +13,7 @@ from weightlift.load.options import LoadOptions
 from weightlift.module.fill import fill
 from weightlift.module.matching import MatchPolicy, match
 from weightlift.module.own_loading import modules_with_own_loading
-from weightlift.module.parameters import ParameterRef, set_all
+from weightlift.module.parameters import ParameterRef, gather, set_all
 from weightlift.module.placement import DtypeRule, PlacementPolicy
 from weightlift.module.streaming.device_side import DeviceSide
 from weightlift.module.streaming.originals import assign, parameter_like, places
@@ -34,9 +34,10 @@ def of_a_checkpoint(
 ) -> Task:
     """Loads the weights that stay on the device; the others stay in the files."""
     headers = checkpoint.headers()
+    gathered = gather(model)
     own = {
         id(module)
-        for _, top in modules_with_own_loading(model, headers)
+        for _, top in modules_with_own_loading(model, gathered, headers)
         for module in top.modules()
     }
     found = match(model, refs, checkpoint, headers, MatchPolicy(strict=not own))
@@ -69,7 +70,8 @@ def of_a_checkpoint(
     kept = PlacementPolicy(device_map=device_map, dtype=dtype, dispatch=lambda *_: None)
     # Own memory: the streamed reads would evict the pages of a mapping.
     how = LoadOptions(mode="read")
-    fill(model, checkpoint, kept, MatchPolicy(compare_ties=True), how, refs=on_meta)
+    matching = MatchPolicy(compare_ties=True)
+    fill(model, checkpoint, kept, matching, how, gathered=gathered._replace(refs=on_meta))
     # The caller may close the checkpoint.
     mine = checkpoint.renamed(lambda name: name)
     task.source = FileSource(mine, settings_for(task.streamed_bytes))
