@@ -254,9 +254,10 @@ def _warn_of_companions(
     if target.resolve().parent not in beside:
         if companions:
             _log.warning(
-                "%s: %s are not copied: give a folder as the target to copy them",
+                "%s: %s %s not copied: give a folder as the target to copy %s",
                 target,
                 ", ".join(sorted(companions)),
+                *(("is", "it") if len(companions) == 1 else ("are", "them")),
             )
         return
     for name, content in _fitting(companions, dtype).items():

@@ -8,10 +8,15 @@ import inspect
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlift.checkpoint.checkpoint import Checkpoint
-from weightlift.checkpoint.open_checkpoint import open_checkpoint, open_file
+from weightlift.checkpoint.open_checkpoint import (
+    open_checkpoint,
+    open_file,
+    open_without_arguments,
+)
 from weightlift.core import dtypes
 from weightlift.core.devices import loadable_device, parse_device
 from weightlift.core.errors import ArgumentError, FormatError
@@ -179,6 +184,7 @@ def load_model(
             wrong kind.
         FormatError, ReadError: as ``load_file``.
     """
+    require("torch", "load_model")
     check_module(model, "load_model")
     check_flag("strict", strict)
     path = path_text(filename)
@@ -296,7 +302,7 @@ def load_state_dict(
 
     Args:
         checkpoint_file: a ``.safetensors`` or torch file. A dict is returned unchanged.
-        variant: ignored, because the file is given.
+        variant: the variant in a folder; a file is given by its name.
         map_location: the device; ``"meta"`` reads no tensor data.
         disable_mmap: read into own memory instead of mapping.
 
@@ -312,8 +318,12 @@ def load_state_dict(
 
     if isinstance(checkpoint_file, dict):
         return checkpoint_file
+    if variant is not None and Path(checkpoint_file).is_dir():
+        checkpoint = open_checkpoint(checkpoint_file, variant=variant)
+    else:
+        checkpoint = open_without_arguments(checkpoint_file)
     if str(map_location) == "meta":
-        headers = open_checkpoint(checkpoint_file).headers()
+        headers = checkpoint.headers()
         return {
             name: torch.empty(
                 (*shape[:-1], shape[-1] // 2) if dtype == "F4" else shape,
@@ -323,5 +333,5 @@ def load_state_dict(
             for name, (dtype, shape) in headers.items()
         }
     return load_checkpoint(
-        checkpoint_file, loadable_device(map_location), mode="read" if disable_mmap else "auto"
+        checkpoint, loadable_device(map_location), mode="read" if disable_mmap else "auto"
     )

@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from weightlift.checkpoint.checkpoint import Checkpoint
-from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.checkpoint.open_checkpoint import open_without_arguments
 from weightlift.core.errors import ArgumentError
 from weightlift.core.given import check_flag
 from weightlift.core.paths import path_text
 from weightlift.core.report import LoadReport
+from weightlift.core.requirements import require
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions, Mode, Progress
 from weightlift.module.parameters import ParameterRef, dtensor_types, gather_resharded
@@ -108,6 +109,7 @@ def load_into(
             DTensors, a ``group``, several devices or ``verify=True``.
         FormatError, ReadError, DeviceError, OutOfMemoryError: as ``load_file``.
     """
+    require("torch", "load_into")
     # Imported with the first load: these imports take longer than `import weightlift`.
     from weightlift.module.device_map import unused_max_memory
     from weightlift.module.fill import fill
@@ -141,7 +143,7 @@ def load_into(
         )
     with _for_group(model, gathered.refs, group, scope) as new_load:
         if not isinstance(checkpoint, Checkpoint):
-            checkpoint = open_checkpoint(checkpoint)
+            checkpoint = open_without_arguments(checkpoint)
         if key_map is not None:
             checkpoint = checkpoint.renamed(key_map)
         return fill(

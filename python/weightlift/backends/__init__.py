@@ -25,6 +25,7 @@ from weightlift.backends import early_return, patching
 from weightlift.backends.fallback import FallbackToLibrary, fall_back, report_fallback
 from weightlift.backends.hooks import LIBRARIES, Hook, signature_text
 from weightlift.core.errors import ArgumentError
+from weightlift.core.given import check_flag
 
 __all__ = [
     "LIBRARIES",
@@ -187,6 +188,7 @@ def _names(libraries: Iterable[str]) -> frozenset[str]:
 
 
 def _early_of(names: frozenset[str], background: bool) -> frozenset[str]:
+    check_flag("background", background)
     if not background:
         return frozenset()
     early = names & early_return.ABLE

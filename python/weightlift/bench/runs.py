@@ -16,6 +16,7 @@ from weightlift.bench.conditions import machine
 from weightlift.bench.measure import Job, compare
 from weightlift.bench.progress import progress_of
 from weightlift.core.report import format_bytes
+from weightlift.core.requirements import require
 
 __all__ = ["compare_files", "compare_models", "rounds_of", "to_json"]
 
@@ -64,6 +65,7 @@ def compare_models(
         job = models.model_job(folder, device, dtype, where)
         job = dataclasses.replace(job, forward=True)
         title = models.model_title(job)
+        require(str(job.model).partition(":")[0].partition(".")[0], "this model")
         with progress_of(len(contenders) * repeat * len(states)) as (begin, step):
             found = []
             for cold in states:

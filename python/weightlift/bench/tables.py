@@ -106,8 +106,10 @@ def verdicts(found: Comparison, ours: str) -> list[str]:
         ratio = statistics.median(ratios)
         rounds = f"{min(ratios):.2f}x to {max(ratios):.2f}x in {len(ratios)} rounds"
         if len(ratios) == 1:
-            rounds = "one round alone: more --repeat tell more"
-        if min(ratios) > 1:
+            rounds = "one round alone: a larger --repeat tells more"
+        if len(ratios) == 1 and f"{ratio:.2f}" == "1.00":
+            text = f"{own} is as fast as {against} ({rounds})"
+        elif min(ratios) > 1:
             text = f"{own} is {ratio:.2f}x as fast as {against} ({rounds})"
         elif max(ratios) < 1:
             text = f"{own} is slower: {ratio:.2f}x as fast as {against} ({rounds})"

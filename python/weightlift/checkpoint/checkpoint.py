@@ -84,6 +84,9 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
     def from_file(cls, path: str | os.PathLike[str]) -> Checkpoint:
         """Opens one ``.safetensors`` file.
 
+        Args:
+            path: the file; ``open_checkpoint`` takes every form of checkpoint.
+
         Raises:
             FormatError: the file breaks the format.
             ReadError: the file cannot be read; for a missing file also a ``FileNotFoundError``.

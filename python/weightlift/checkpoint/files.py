@@ -41,6 +41,7 @@ class CheckpointFiles(NamedTuple):
         index_metadata: the index's ``metadata``.
         unlisted: files that are named like shards of the index but not listed in it.
         notes: warnings for the user.
+        is_given: the user has named the only file, not its folder.
     """
 
     files: tuple[ShardFile, ...]
@@ -51,3 +52,9 @@ class CheckpointFiles(NamedTuple):
     index_metadata: Mapping[str, Any] = MappingProxyType({})
     unlisted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    is_given: bool = False
+
+    @property
+    def place(self) -> str:
+        """What warnings name."""
+        return self.files[0].path if self.is_given else self.folder

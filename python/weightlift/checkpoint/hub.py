@@ -39,6 +39,11 @@ def subfolder_text(subfolder: str | os.PathLike[str]) -> str:
         ArgumentError: ``subfolder`` is no path.
     """
     if isinstance(subfolder, (str, os.PathLike)):
+        if Path(subfolder).is_absolute():
+            raise ArgumentError(
+                f"subfolder is {str(subfolder)!r}; it must be a folder inside the given one, such "
+                "as 'unet'"
+            )
         return str(subfolder)
     raise ArgumentError(f"subfolder is {subfolder!r}; it must be text, such as 'unet'")
 
@@ -71,6 +76,8 @@ class HubArguments:
         check_text("revision", self.revision, "main")
         check_text("mirror", self.mirror, "https://hub.example.org")
         check_flag("force_download", self.force_download)
+        if not isinstance(self.cache_dir, (str, os.PathLike)) and self.cache_dir is not None:
+            raise ArgumentError(f"cache_dir is {self.cache_dir!r}; it must be the path of a folder")
         check_flag("local_files_only", self.local_files_only)
         if not isinstance(self.token, (str, bool)) and self.token is not None:
             raise ArgumentError(  # not its value, which may be a secret

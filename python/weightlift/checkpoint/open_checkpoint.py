@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,13 +20,14 @@ from weightlift.checkpoint.integrity import Identity
 from weightlift.checkpoint.resolve import resolve, torch_format_of
 from weightlift.checkpoint.torch_file import LoadedTorchFile, View, open_torch_file
 from weightlift.core.errors import ArgumentError, CheckpointError
+from weightlift.core.given import check_flag
 from weightlift.core.paths import path_text
 
 if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["open_checkpoint", "open_file", "open_files"]
+__all__ = ["open_checkpoint", "open_file", "open_files", "open_without_arguments"]
 
 _log = logging.getLogger("weightlift")
 
@@ -83,6 +85,7 @@ def open_checkpoint(
         FormatError: a file breaks its format.
         ReadError: a file cannot be read.
     """
+    check_flag("strict_index", strict_index)
     files = resolve(
         path_or_repo,
         subfolder=subfolder,
@@ -116,6 +119,17 @@ def open_checkpoint(
                 f"{path_or_repo}: {told} leaves no tensor: change or drop the argument"
             )
     return checkpoint
+
+
+def open_without_arguments(path_or_repo: str | os.PathLike[str]) -> Checkpoint:
+    """``open_checkpoint`` for a call that lacks its arguments: an error that advises one says whose
+    it is."""
+    try:
+        return open_checkpoint(path_or_repo)
+    except CheckpointError as error:
+        if not re.search(r"\b(state_dict_key|subfolder|variant)=", str(error)):
+            raise
+        raise CheckpointError(f"{error} (an argument of open_checkpoint)") from None
 
 
 def open_file(filename: str | os.PathLike[str]) -> Checkpoint:
@@ -168,7 +182,7 @@ def open_files(
             files.index_path,
         )
     for note in (*files.notes, *notes):
-        _log.warning("%s: %s", files.index_path or files.folder, note)
+        _log.warning("%s: %s", files.index_path or files.place, note)
     return opened.checkpoint()
 
 

@@ -28,7 +28,7 @@ from weightlift.checkpoint.hub import HubArguments, subfolder_text
 from weightlift.checkpoint.shard_index import parse_index
 from weightlift.checkpoint.sources import DdufFile, Folder, Repository, Source, as_read_error
 from weightlift.core.errors import ArgumentError, CheckpointError, ReadError, read_error
-from weightlift.core.given import check_text
+from weightlift.core.given import check_flag, check_text
 from weightlift.core.paths import path_text
 
 __all__ = ["resolve", "torch_format_of"]
@@ -71,6 +71,8 @@ def resolve(
     """
     text = path_text(path_or_repo)
     check_text("variant", variant, "fp16")
+    if use_safetensors is not None:
+        check_flag("use_safetensors", use_safetensors)
     if variant is not None and (not variant or "/" in variant or "\0" in variant):
         raise ArgumentError(
             f"variant is {variant!r}; it must be a part of a file name, such as 'fp16'"
@@ -83,6 +85,9 @@ def resolve(
     path = Path(text)
     mode = _mode(text)
     if mode is None:
+        if path.is_symlink():
+            aim = path.readlink()
+            raise read_error("not_found", f"it is a link to {aim}, which is not there", text)
         if path.suffix.lower() in (*FILE_FORMATS, ".dduf", ".json"):
             raise read_error("not_found", "no such file", text)
         return _of_source(Repository(text, hub, folder, selection), folder, selection)
@@ -240,8 +245,8 @@ def _of_file(path: Path, selection: Selection) -> CheckpointFiles:
     files = [ShardFile(path.name, str(path), format)]
     notes: tuple[str, ...] = ()
     if named is not None and format != named:
-        notes = (f"{path.name} holds safetensors despite its name, and is read as safetensors",)
-    return CheckpointFiles(tuple(files), format, _folder_of(files), notes=notes)
+        notes = ("holds safetensors despite its name, and is read as safetensors",)
+    return CheckpointFiles(tuple(files), format, _folder_of(files), notes=notes, is_given=True)
 
 
 def _format_of_index(path: Path) -> Format:

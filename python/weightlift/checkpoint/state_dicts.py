@@ -98,7 +98,7 @@ def find_state_dict(loaded: Any, key: str | None, path: str) -> Found:
         loaded = _at(loaded, key, path, beside, left_out)
     if not isinstance(loaded, dict):
         raise CheckpointError(
-            f"{path}: {repr(key) if key else 'its content'} is a {type_name(loaded)}, not a "
+            f"{path}: {repr(key) if key else 'its content'} is {_a(loaded)}, not a "
             "dict of names to tensors"
         )
     if key is not None or not loaded:
@@ -237,7 +237,7 @@ def _at(loaded: Any, key: str, path: str, beside: dict[str, str], left_out: dict
     while rest:
         if not isinstance(value, dict):
             raise CheckpointError(
-                f"{path}: state_dict_key={key!r} leads through a {type_name(value)}, not a dict"
+                f"{path}: state_dict_key={key!r} leads through {_a(value)}, not a dict"
             )
         head = rest
         while head not in value:
@@ -291,6 +291,11 @@ def key_text(key: object) -> str:
     if isinstance(key, str):
         return key
     return str(key) if isinstance(key, int) else f"a {type_name(key)}"
+
+
+def _a(value: object) -> str:
+    name = type_name(value)
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def type_name(value: object) -> str:

@@ -24,6 +24,7 @@ from weightlift.checkpoint.torch_errors import errors_of_torch, explained
 from weightlift.core import dtypes
 from weightlift.core.errors import FormatError
 from weightlift.core.report import format_count
+from weightlift.core.requirements import require
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +111,7 @@ def open_torch_file(
         CheckpointError: there is no state dict, or several, or none under ``state_dict_key``.
         ReadError: the file cannot be read; for a missing file also a ``FileNotFoundError``.
     """
+    require("torch", "a file of torch.save")
     path = os.fspath(path)
     try:
         archive = _native.Archive.open(path)

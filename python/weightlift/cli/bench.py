@@ -24,6 +24,7 @@ from weightlift.cli.sources import (
     Variant,
     expand,
     open_all,
+    print_whole,
 )
 from weightlift.cli.values import castable_dtype, names_of, one_of, size_text, whole_number
 from weightlift.core.errors import CheckpointError, FormatError
@@ -314,6 +315,8 @@ def _check_outputs(
             )
         if not os.access(out if out.exists() else folder, os.W_OK):
             raise PermissionError(errno.EACCES, "this user may not write it", str(out))
+    if plot_out is not None:
+        require("matplotlib", "--plot")
     if plot_out is not None and plot_out.suffix.lower() not in _PICTURES:
         raise typer.BadParameter(
             f"{plot_out} is no name of a picture: it ends in one of {', '.join(_PICTURES)}",
@@ -472,7 +475,7 @@ def _bench_files(
     console.print(describe_run(found), style="dim")
     if found.samples:
         console.print()
-        console.print(comparison_table(found, contenders[0]))
+        print_whole(console, comparison_table(found, contenders[0]))
     for line in [*verdicts(found, contenders[0]), *notes(found)]:
         console.print(line, markup=False, soft_wrap=True)
     return found
@@ -499,7 +502,7 @@ def _bench_models(
         console.print(describe_run(one), style="dim")
     console.print()
     if any(one.samples for one in found):
-        console.print(models_table(found))
+        print_whole(console, models_table(found))
     lines = [line for one in found for line in verdicts(one, "backend")]
     lines += [line for one in found for line in [*notes(one), *forward_notes(one)]]
     for line in dict.fromkeys(lines):
@@ -521,5 +524,5 @@ def _bench_ranks(files: list[Path], ranks: int, repeat: int) -> dict[str, Any]:
     size = format_bytes(found["file_bytes"])
     console.print(f"{files[0].name}, {size}, by {by} on gloo", style="bold", markup=False)
     console.print()
-    console.print(distributed_table(found))
+    print_whole(console, distributed_table(found))
     return found

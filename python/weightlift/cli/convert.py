@@ -113,7 +113,7 @@ def convert(
     use_bin: Bin = False,
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no result.")] = False,
 ) -> None:
     """Write checkpoints as safetensors: from .bin, to other shards, to another dtype.
 
@@ -132,14 +132,20 @@ def convert(
 
       weightlift convert 'checkpoints/*.bin' out/
     """
+    from weightlift.core.paths import target_text
     from weightlift.core.requirements import require
 
     require("torch", "weightlift convert")
     if not last:
         raise typer.BadParameter("it is empty", param_hint="TARGET")
-    paths, target = expand(sources), Path(last)
+    paths, target = expand(sources), Path(target_text(last))
     wanted = Target(dtype, max_shard_size or "10GB", stem, to_variant)
     options = OpenOptions(subfolder, variant, use_bin, state_dict_key, prefix, revision)
+    for option, value in (("--stem", stem), ("--to-variant", to_variant)):
+        if value is not None and (not value or "/" in value or "\0" in value):
+            raise typer.BadParameter(
+                f"{value!r} is no part of a file name, such as fp16", param_hint=option
+            )
     is_file = _is_file(target)
     for option, value in (
         ("--max-shard-size", max_shard_size), ("--stem", stem), ("--to-variant", to_variant),
@@ -273,7 +279,9 @@ def _convert_files(
     for path in paths:
         name = f"{Path(path).stem if Path(path).is_file() else Path(path).name}.safetensors"
         if name in names:
-            raise typer.BadParameter(f"{names[name]} and {path} would both become {name}")
+            raise typer.BadParameter(
+                f"{names[name]} and {path} would both become {name}", param_hint="SOURCE"
+            )
         names[name] = path
     with _NewFolder(target) as folder:
         made = [

@@ -79,7 +79,7 @@ def diff(
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing; the exit status tells.")
+        bool, typer.Option("--quiet", "-q", help="Print no result; the exit status tells.")
     ] = False,
 ) -> None:
     """Compare two checkpoints of any forms: names, dtypes, shapes and values.

@@ -22,6 +22,7 @@ from weightlift.cli.sources import (
     Variant,
     expand,
     open_all,
+    place_of,
     print_whole,
     safe_text,
     title_of,
@@ -72,7 +73,8 @@ def estimate(
     options = OpenOptions(subfolder, variant, use_bin, state_dict_key, prefix, revision)
     every = expand(paths)
     checkpoints = [checkpoint for path in every for _, checkpoint in open_all(path, options)]
-    found = describe(title_of(every), checkpoints)
+    title = place_of(every[0], subfolder) if len(every) == 1 else title_of(every)
+    found = describe(title, checkpoints)
     if device_map is not None:
         found["devices"] = _by_device(checkpoints, _device_map(device_map))
     if as_json:

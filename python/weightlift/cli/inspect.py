@@ -33,7 +33,7 @@ from weightlift.cli.sources import (
 from weightlift.cli.values import names_of, one_of, whole_number
 from weightlift.core import dtypes
 from weightlift.core.errors import WeightliftError
-from weightlift.core.report import format_bytes
+from weightlift.core.report import format_bytes, format_count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -180,16 +180,21 @@ def describe(path: str, options: OpenOptions, component: str | None = None) -> d
         total["tensors"] += 1
         total["parameters"] += entry.parameters
         total["bytes"] += entry.bytes
+    files = [
+        {"path": file, "format": form, "bytes": size, "header_bytes": _header(file, form)}
+        for (file, _), form, size in zip(
+            checkpoint.files, checkpoint.formats, checkpoint.file_sizes, strict=False
+        )
+    ]
+    files += [  # of files that only torch can read, nothing more is known
+        {"path": path, "format": "torch", "bytes": Path(path).stat().st_size, "header_bytes": None}
+        for path, _ in checkpoint.loaded
+    ]
     filled = [entry for entry in entries if entry.bytes and entry.offset is not None]
     return {
         "path": place_of(path, component or options.subfolder),
-        "files": [
-            {"path": file, "format": form, "bytes": size, "header_bytes": _header(file, form)}
-            for (file, _), form, size in zip(
-                checkpoint.files, checkpoint.formats, checkpoint.file_sizes, strict=False
-            )
-        ],
-        "file_bytes": sum(checkpoint.file_sizes),
+        "files": files,
+        "file_bytes": sum(file["bytes"] for file in files),
         "tensor_bytes": sum(total["bytes"] for total in totals.values()),
         "totals": dict(sorted(totals.items(), key=lambda pair: -pair[1]["bytes"])),
         "alignment": _alignment(filled),
@@ -198,7 +203,7 @@ def describe(path: str, options: OpenOptions, component: str | None = None) -> d
             for entry in filled
             if (entry.offset or 0) % max(1, entry.bytes // max(1, entry.parameters)) != 0
         ),
-        "resident_bytes": checkpoint.resident_bytes(),
+        "resident_bytes": None if checkpoint.loaded else checkpoint.resident_bytes(),
         "metadata": {
             key: value for metadata in checkpoint.file_metadata() for key, value in metadata.items()
         }
@@ -314,8 +319,9 @@ def _facts(found: dict[str, Any], tensors: int) -> Table:
     headers = [file["header_bytes"] for file in files if file["header_bytes"] is not None]
     if headers:
         fact("header" if len(headers) == 1 else "headers", format_bytes(sum(headers)))
-    fact("alignment", _alignment_text(found))
-    fact("page cache", _residency_text(found))
+    if found["alignment"] is not None or not found["tensor_bytes"]:
+        fact("alignment", _alignment_text(found))
+        fact("page cache", _residency_text(found))
     for fallback in found["fallbacks"]:
         fact("note", safe_text(fallback))
     return facts
@@ -363,7 +369,8 @@ def _alignment_text(found: dict[str, Any]) -> str:
     text = f"every tensor begins at a multiple of {found['alignment']} bytes"
     if found["misaligned_tensors"]:
         text += (
-            f"; {found['misaligned_tensors']:,} are not aligned to their own elements "
+            f"; {format_count(found['misaligned_tensors'], 'is', 'are')} not aligned to their own "
+            "elements "
             "(slower to compute on where they are mapped; weightlift.save_file aligns)"
         )
     return text

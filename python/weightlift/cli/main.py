@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from typing import NoReturn
 
 from weightlift.cli import COMMANDS
@@ -48,6 +49,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # names that its encoding lacks are no error
             stream.reconfigure(errors="backslashreplace")
     _log_in_options()
+    # The error of such a file says it, and without lines of torch's.
+    warnings.filterwarnings("ignore", "Detected pickle protocol")
     for text in unknown_variables():
         print(f"warning: {text}", file=sys.stderr)
     try:
@@ -111,6 +114,8 @@ def _one_line(error: BaseException) -> str:
 def _as_options(text: str) -> str:
     """Replaces Python arguments in an error text by options."""
     text = text.replace("use_safetensors=False", "--bin")
+    text = text.replace("give os.path.expanduser(path)", "write the whole path, or $HOME")
+    text = text.replace("id of a Hub repository to load_checkpoint", "id of a Hub repository")
     text = text.replace("variant=None", "what is taken without --variant")
 
     def option_name(found: re.Match[str]) -> str:

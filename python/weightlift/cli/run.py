@@ -56,9 +56,11 @@ def parse(arguments: Sequence[str], commands: Sequence[str]) -> Job | None:
         sys.exit(2)
     if not rest or rest[0].startswith("-") or (not explicit and rest[0] in commands):
         return None
-    if not Path(rest[0]).exists():
+    if not rest[0] or not Path(rest[0]).exists():
         known = "" if explicit else f"neither a command ({', '.join(commands)}) nor "
         near = [] if explicit else difflib.get_close_matches(rest[0], commands, 1)
+        if not explicit and rest[0] in ("help", "version"):
+            near = [f"--{rest[0]}"]
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"weightlift: {rest[0]!r} is {known or 'not '}a file{hint}", file=sys.stderr)
         sys.exit(2)

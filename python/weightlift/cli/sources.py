@@ -171,7 +171,7 @@ def safe_text(text: str) -> str:
 
 def place_of(path: str, component: str | None) -> str:
     """What is written of a component: its own path."""
-    if component is None:
+    if not component:
         return path
     if Path(path).suffix.lower() == ".dduf":
         return f"{path} [{component}]"

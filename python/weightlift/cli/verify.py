@@ -23,6 +23,7 @@ from weightlift.cli.sources import (
     Variant,
     components_of,
     expand,
+    place_of,
 )
 from weightlift.core.errors import CheckpointError, FormatError
 from weightlift.core.report import format_bytes, format_count
@@ -44,7 +45,7 @@ def verify(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing; the exit status tells.")
+        bool, typer.Option("--quiet", "-q", help="Print no result; the exit status tells.")
     ] = False,
 ) -> None:
     """Check headers, indexes, checksums and SHA-256 hashes; no tensor is loaded.
@@ -65,7 +66,9 @@ def verify(
     options = OpenOptions(subfolder, variant, use_bin, state_dict_key, revision=revision)
     every = expand(paths)
     for path, component, checkpoint in _opened(every, options):
-        title = path if component is None else f"{path} [{component}]"
+        title = place_of(path, options.subfolder)
+        if component is not None:
+            title = f"{path} [{component}]"
         if isinstance(checkpoint, FormatError | CheckpointError):
             if component is None and len(every) == 1 and not (as_json or quiet):
                 raise checkpoint
@@ -117,8 +120,12 @@ def _opened(
     be opened: the others are looked at none the less."""
     for path in paths:
         components: list[str | None] = []
-        if options.subfolder is None:
-            components += components_of(path, options.revision)
+        try:
+            if options.subfolder is None:
+                components += components_of(path, options.revision)
+        except (FormatError, CheckpointError) as error:
+            yield path, None, error
+            continue
         for component in components or [None]:
             try:
                 yield path, component, options.open(path, component)
@@ -135,9 +142,10 @@ def _damaged(title: str, error: FormatError | CheckpointError) -> dict[str, Any]
 
 
 def _unknown_text(unknown: int, files: int) -> str:
-    if files == 1:
+    if unknown == 1:
+        which = "the file" if files == 1 else f"1 of the {files} files"
         return (
-            "the file is in no Hub cache and has no SHA256SUMS beside it: whether it is what was "
+            f"{which} is in no Hub cache and has no SHA256SUMS beside it: whether it is what was "
             "published is not known"
         )
     if unknown == files:
@@ -166,7 +174,8 @@ def _check(path: str, identity: Identity) -> tuple[str, bool, bool]:
         else:
             results.append("SHA-256 not known")
     except (FormatError, CheckpointError) as error:
-        return f"DAMAGED: {error}", True, known is not None
+        said = str(error).removeprefix(f"{path}: ")
+        return f"DAMAGED: {said}", True, known is not None
     return ", ".join(results), False, known is not None
 
 

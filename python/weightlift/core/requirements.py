@@ -45,7 +45,7 @@ def missing_library(name: str, what: str = "this") -> MissingLibraryError:
 
 def require(library: str, what: str) -> None:
     """Raises ``MissingLibraryError`` if ``library`` is not installed; imports nothing."""
-    if library in sys.modules:
+    if sys.modules.get(library) is not None:
         return
     try:
         found = importlib.util.find_spec(library) is not None

@@ -7,6 +7,7 @@ import difflib
 import functools
 import os
 import re
+import sys
 import warnings
 from contextvars import ContextVar
 from typing import Any, ClassVar
@@ -242,8 +243,14 @@ def flag_of_environment(variable: str) -> bool:
 
 @functools.cache
 def _warn_of_unknown_variables() -> None:
-    for text in unknown_variables():
-        warnings.warn(text, stacklevel=3)
+    said = unknown_variables()
+    if not said:
+        return
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("weightlift."):
+        frame, level = frame.f_back, level + 1
+    for text in said:
+        warnings.warn(text, stacklevel=level)  # at the line of the user's call
 
 
 _told = False  # of unknown variables

@@ -30,7 +30,8 @@ def parse_size(size: int | str, name: str, *, fractions: bool = True) -> int:
     unit = _UNITS.get(found[2].lower()) if found is not None else None
     if found is None or unit is None:
         raise ArgumentError(
-            f"{name} is {size!r}; write bytes, or text with one of kB, MB, GB, TB, KiB, MiB, GiB, "
+            f"{name} is {size!r}; write {'' if fractions else 'whole '}bytes, or text with "
+            f"{'' if fractions else 'a whole number and '}one of kB, MB, GB, TB, KiB, MiB, GiB, "
             "TiB, such as '64MiB'"
         )
     return int(found[1]) * unit if found[1].isdigit() else int(float(found[1]) * unit)

@@ -160,7 +160,11 @@ class ConfigMixin:
             ) from None
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Writes the config to a file, atomically."""
+        """Writes the config to a file, atomically.
+
+        Args:
+            json_file_path: the file.
+        """
         text = self.to_json_string()
         with atomic_file(json_file_path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -242,6 +246,10 @@ class ConfigMixin:
         cls, config_dict: Mapping[str, Any], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Splits a config and overriding values by the constructor's arguments.
+
+        Args:
+            config_dict: the config.
+            kwargs: the overriding values.
 
         Returns:
             The constructor's arguments; the unused values, with the rest of ``kwargs``; and the

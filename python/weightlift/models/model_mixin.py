@@ -327,7 +327,11 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         )
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the parameters and buffers."""
+        """Bytes of the parameters and buffers.
+
+        Args:
+            return_buffers: count the buffers too.
+        """
         tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
         return sum(tensor.nelement() * tensor.element_size() for tensor in tensors)
 
@@ -378,7 +382,12 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
     def set_use_memory_efficient_attention_xformers(
         self, valid: bool, attention_op: Callable[..., Any] | None = None
     ) -> None:
-        """Hands the choice to all modules below that know it by the same method."""
+        """Hands the choice to all modules below that know it by the same method.
+
+        Args:
+            valid: whether to use it.
+            attention_op: the operator of xFormers to use; its own choice by default.
+        """
 
         def tell(module: torch.nn.Module) -> None:
             setter = getattr(module, "set_use_memory_efficient_attention_xformers", None)
@@ -393,7 +402,11 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
     def enable_xformers_memory_efficient_attention(
         self, attention_op: Callable[..., Any] | None = None
     ) -> None:
-        """Attention by xFormers, in the modules that can."""
+        """Attention by xFormers, in the modules that can.
+
+        Args:
+            attention_op: the operator of xFormers to use; its own choice by default.
+        """
         self.set_use_memory_efficient_attention_xformers(True, attention_op)
 
     def disable_xformers_memory_efficient_attention(self) -> None:

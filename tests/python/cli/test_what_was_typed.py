@@ -5,17 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from cli_support import Type, type_in
+from weightlift.bench.tables import verdicts
 from weightlift.cli import COMMANDS
 
 __all__ = ["type_in"]  # a fixture
@@ -75,6 +78,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             'estimate model.safetensors --device-map \'{"layrs": 0, "": 1}\'',
             "no tensor's name begins with 'layrs'",
         ),
+        ("convert model.safetensors out --stem a/b", "--stem: 'a/b' is no part of a file name"),
+        ("convert model.safetensors out --to-variant a/b", "--to-variant: 'a/b' is no part of"),
+        ("run ''", "'' is not a file"),
+        ("version", "did you mean --version?"),
+        ("help", "did you mean --help?"),
         ("run --report", "give a script, or -m and a module"),
         ("run model.safetensors", "holds weights and is not a script"),
         ("model.safetensors", "weightlift inspect model.safetensors"),
@@ -94,8 +102,9 @@ def test_a_wrong_use(typed: str, said: str, type_in: Type) -> None:
     ("typed", "said"),
     [
         ("inspect two.pt", "choose one with --state-dict-key"),
-        ("convert model.safetensors out --stem a/b", "--stem is 'a/b'; it must be a part of"),
-        ("convert model.safetensors out --to-variant a/b", "variant is 'a/b'"),
+        ("inspect '~/x.safetensors'", "~ is not expanded: write the whole path, or $HOME"),
+        ("convert model.safetensors '~/out'", "~ is not expanded: write the whole path, or $HOME"),
+        ("inspect https://host/a", "or give the id of a Hub repository\n"),
         ("convert model.safetensors text.bin/x.safetensors", "text.bin: is a file, not a folder"),
         ("inspect model.safetensors --state-dict-key x", "error: model.safetensors: --state-dict-"),
         ("inspect model.safetensors --revision main", "--revision main is for a repository"),
@@ -336,3 +345,79 @@ def test_each_command_tells_of_a_variable_that_nobody_knows(typed: str) -> None:
     )
     said = "environment variable WEIGHTLIFT_THREDS is unknown; did you mean WEIGHTLIFT_THREADS?"
     assert done.stderr == f"warning: {said}\n"
+
+
+def test_verify_looks_at_every_path_and_counts_one(type_in: Type) -> None:
+    Path("cut.dduf").write_bytes(b"PK")
+    Path("known").mkdir()
+    Path("known/model.safetensors").write_bytes(Path("model.safetensors").read_bytes())
+    Path("known/SHA256SUMS").write_text(f"{'0' * 64}  model.safetensors\n")
+    status, out, err = type_in("verify", "cut.dduf", "known/model.safetensors", "weights.dat")
+    assert (status, err) == (1, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("cut.dduf: DAMAGED: ")
+    assert lines[2].startswith("  known/model.safetensors: DAMAGED: its SHA-256 is ")
+    assert lines[-1].startswith("1 of the 3 files is in no Hub cache and has no SHA256SUMS beside")
+
+
+def test_a_subfolder_is_in_the_title_and_an_empty_one_is_none(type_in: Type) -> None:
+    assert type_in("verify", "pipe", "--subfolder", "unet")[1].startswith("pipe/unet: 3 tensors")
+    assert type_in("estimate", "pipe", "--subfolder", "vae")[1].startswith("pipe/vae: 3 tensors")
+    inspected = type_in("inspect", "model.safetensors", "--subfolder", "")[1]
+    assert re.match(r"path +model.safetensors *\n", inspected)
+
+
+def test_a_file_that_only_torch_reads_has_its_size(type_in: Type) -> None:
+    torch.save(TENSORS, "legacy.bin", _use_new_zipfile_serialization=False)
+    size = Path("legacy.bin").stat().st_size
+    shown = type_in("inspect", "legacy.bin")[1]
+    assert f"({size:,} bytes)" in shown
+    assert "no data" not in shown
+    assert json.loads(type_in("inspect", "legacy.bin", "--json")[1])["file_bytes"] == size
+
+
+def test_an_error_of_pickles_is_one_line() -> None:
+    """torch's own warning, with its file and line, is not shown beside it."""
+    Path("plain.pkl").write_bytes(pickle.dumps({"w": [1]}, protocol=4))
+    done = subprocess.run(
+        [sys.executable, "-m", "weightlift", "inspect", "plain.pkl"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: plain.pkl: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ([1.002], "weightlift is as fast as other (one round alone: a larger --repeat tells more)"),
+        ([0.5], "weightlift is slower: 0.50x as fast as other (one round alone: a larger"),
+        ([2.0, 3.0], "weightlift is 2.50x as fast as other (2.00x to 3.00x in 2 rounds)"),
+    ],
+)
+def test_the_verdict_of_bench(ratios: list[float], said: str) -> None:
+    found = SimpleNamespace(
+        samples=["weightlift", "other"], cold=False, time_ratios=lambda *_: ratios
+    )
+    assert verdicts(found, "weightlift")[0].startswith(f"warm: {said}")  # type: ignore[arg-type]
+
+
+def test_no_column_of_bench_is_cut(type_in: Type) -> None:
+    """However narrow the terminal is."""
+    shown = type_in("bench", "model.safetensors", "--against", "safetensors", "--repeat", "1",
+                    columns=40)[1]  # fmt: skip
+    title = next(line for line in shown.splitlines() if line.lstrip().startswith("time"))
+    assert title.split() == ["time", "load", "touch", "rate", "CPU", "memory", "ratio"]
+
+
+def test_what_bench_lacks_is_said_before_it_measures(
+    type_in: Type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, out, err = type_in("bench", "model.safetensors", "--plot", "p.png")
+    assert (status, out) == (1, "")
+    assert err == "error: --plot needs matplotlib, which is not installed: pip install " \
+                  "'weightlift[plot]'\n"  # fmt: skip

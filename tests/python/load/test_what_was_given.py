@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import errno
+import os
 import pickle
+import re
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import weightlift as wl
+from support import run_python
 from weightlift.core.atomic import save_error
 from weightlift.core.requirements import missing_library
 
@@ -174,3 +179,88 @@ def test_what_keeps_files_open_is_not_pickled() -> None:
         for take in (pickle.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(TypeError, match=named):
                 take(kept)
+
+
+def test_the_advice_names_an_argument_that_is_there() -> None:
+    """``state_dict_key=`` and others are arguments of ``open_checkpoint`` alone."""
+    for part in ("unet", "vae"):
+        Path("pipe", part).mkdir(parents=True)
+        save_file(TENSORS, f"pipe/{part}/diffusion_pytorch_model.safetensors")
+    Path("pipe/model_index.json").write_text("{}")
+    Path("fp16").mkdir()
+    save_file(TENSORS, "fp16/model.fp16.safetensors")
+    calls: tuple[Callable[[str], object], ...] = (
+        lambda path: wl.load_into(linear(), path),
+        lambda path: wl.stream(linear("meta"), path, device="cpu", memory="1MB"),
+        wl.load_state_dict,
+    )
+    for path in ("two.pt", "pipe", "fp16"):
+        for call in calls:
+            with pytest.raises(wl.CheckpointError, match=r"= .*\(an argument of open_checkpoint\)|"
+                               r"'\w+' \(an argument of open_checkpoint\)"):  # fmt: skip
+                call(path)
+    assert wl.load_state_dict("fp16", variant="fp16").keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: wl.open_checkpoint("x.safetensors", strict_index="no"), "strict_index is 'no'"),  # type: ignore[arg-type]
+        (lambda: wl.open_checkpoint("x.safetensors", use_safetensors="yes"), "must be True or"),  # type: ignore[arg-type]
+        (lambda: wl.open_checkpoint("x.safetensors", cache_dir=3), "cache_dir is 3; it must"),  # type: ignore[arg-type]
+        (lambda: wl.open_checkpoint(".", subfolder="/"), "subfolder is '/'; it must be a folder"),
+        (lambda: wl.enable("transformers", background="yes"), "background is 'yes'; it must be"),  # type: ignore[arg-type]
+        (lambda: wl.Settings(pinned_bytes="1.5GB"), "write whole bytes, or text with a whole num"),
+        (lambda: wl.record(print, {"w": torch.ones(99, 99)}), "tensor 'w' has a Tensor; it must"),  # type: ignore[dict-item]
+        (lambda: wl.stream(linear("meta"), "x.safetensors", device="cpu", memory=1),
+         "memory is 1 B .1 byte., and the"),
+    ],
+)  # fmt: skip
+def test_values_that_were_taken_in_silence(call: Callable[[], object], said: str) -> None:
+    with pytest.raises(wl.ArgumentError, match=said):
+        call()
+
+
+def test_what_a_file_is_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"model": TENSORS, "epoch": 3}, "epoch.pt")
+    with pytest.raises(wl.CheckpointError, match="'epoch' is an int, not a dict"):
+        wl.load_checkpoint("epoch.pt", state_dict_key="epoch")
+    Path("wrong.bin").write_bytes(content())
+    wl.load_checkpoint("wrong.bin")
+    assert "wrong.bin: holds safetensors despite its name" in caplog.text
+    Path("link.safetensors").symlink_to("gone.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"a link to gone\.safetensors, which is"):
+        wl.open_checkpoint("link.safetensors")
+
+
+def test_an_unknown_variable_is_told_at_the_line_of_the_user(tmp_path: Path) -> None:
+    """No line of this library is shown."""
+    Path("user.py").write_text("import weightlift as wl\n\nwl.load_file('x.safetensors')\n")
+    for command in (["user.py"], ["-m", "weightlift", "user.py"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            env={**os.environ, "WEIGHTLIFT_THREDS": "2"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert re.match(r"\S*user.py:3: UserWarning: environment variable", done.stderr)
+
+
+def test_without_torch_each_call_says_how_to_install_it(tmp_path: Path) -> None:
+    calls = ["load_into(None, 'x.bin')", "load_model(None, 'x.bin')", "open_checkpoint('x.bin')",
+             "load_file('x.bin')", "save_file({}, 'y')", "record", "stream"]  # fmt: skip
+    code = f"""
+import sys
+sys.modules["torch"] = None
+import weightlift as wl
+for call in {calls!r}:
+    try:
+        eval("wl." + call)
+    except ModuleNotFoundError as error:
+        assert "needs torch, which is not installed: pip install torch" in str(error), call
+    else:
+        raise SystemExit(call)
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr

@@ -94,8 +94,8 @@ def _checked(name: str, header: object) -> tuple[str, tuple[int, ...]]:
         if is_known and isinstance(shape, (tuple, list)):
             return dtype, tuple(shape)
     raise ArgumentError(
-        f"headers: tensor {name!r} has {header!r}; it must be a pair of a file's dtype and a "
-        "shape, such as ('BF16', (2, 3))"
+        f"headers: tensor {name!r} has {_short(header)}; it must be a pair of a file's dtype and "
+        "a shape, such as ('BF16', (2, 3))"
     )
 
 
@@ -120,3 +120,8 @@ def sources_of(
         known = dtype in dtypes.TORCH_NAMES and dtypes.bits(dtype) % 8 == 0
         found[name] = Source(dtypes.to_torch(dtype), shape, strides) if known else None
     return found
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"a {type(value).__name__}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from weightlift.checkpoint.checkpoint import Checkpoint
-from weightlift.checkpoint.open_checkpoint import open_checkpoint
+from weightlift.checkpoint.open_checkpoint import open_without_arguments
 from weightlift.core.devices import loadable_device
 from weightlift.core.errors import ArgumentError
 from weightlift.core.sizes import parse_size
@@ -83,7 +83,7 @@ def stream(
                 task = of_the_host(model, refs, side, budget, dtype, lookahead)
             else:
                 if not isinstance(checkpoint, Checkpoint):
-                    checkpoint = open_checkpoint(checkpoint)
+                    checkpoint = open_without_arguments(checkpoint)
                 task = of_a_checkpoint(model, refs, checkpoint, side, budget, dtype, lookahead)
             task.install()
             return StreamHandle(task, restore)

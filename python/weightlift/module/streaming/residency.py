@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from weightlift.core.errors import ArgumentError
-from weightlift.core.report import format_bytes
+from weightlift.core.report import format_bytes, format_count
 
 __all__ = ["Piece", "Plan", "Share", "cut", "share_out"]
 
@@ -164,8 +164,8 @@ def _buffers(
     if best is None:
         name, size = by_size[0][1].name or "the model", by_size[0][1].bytes
         raise ArgumentError(
-            f"memory is {format_bytes(memory)} ({memory:,} bytes), and the layer {name!r} alone "
-            f"takes {format_bytes(size)}: the smallest budget that works is "
+            f"memory is {format_bytes(memory)} ({format_count(memory, 'byte')}), and the layer "
+            f"{name!r} alone takes {format_bytes(size)}: the smallest budget that works is "
             f"{fixed + (smallest or 0):,} bytes"
         )
     return by_size[: best[1]], best[2]
