@@ -63,7 +63,11 @@ def comparison_table(comparison: Comparison, reference: str = "weightlift") -> T
     from weightlift.bench.plot import format_seconds
 
     table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold"
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="bold",
     )
     for title in ["", "time", "load", "touch", "rate", "CPU", "memory", "ratio"]:
         table.add_column(title, justify="right" if title else "left", no_wrap=True)

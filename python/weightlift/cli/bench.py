@@ -376,6 +376,8 @@ def _files(paths: list[str], options: OpenOptions) -> list[Path]:
     found: dict[str, None] = {}
     for path in expand(paths):
         if Path(path).is_file():
+            if options != OpenOptions():
+                options.open(path)  # says which option a file does not take
             _check_torch_file(path)
             found[path] = None
         else:
@@ -432,6 +434,9 @@ def _others(against: str, adapters: Path | None) -> list[str]:
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         said = said.removeprefix(f"{adapters}: ")
         raise typer.BadParameter(f"{adapters}: {said}", param_hint="--adapters") from None
+    except Exception as error:  # of the user's own lines
+        said = f"{type(error).__name__}: {error}"
+        raise typer.BadParameter(f"{adapters}: {said}", param_hint="--adapters") from error
     offered = [*AGAINST, *(name for name in known if name not in CONTENDERS)]
     names = dict.fromkeys(part.strip() for part in against.split(","))
     others = [name for name in names if name not in ("", "weightlift")]

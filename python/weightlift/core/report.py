@@ -225,7 +225,7 @@ class Stats:
         loads = "1 load" if self.loads == 1 else f"{self.loads:,} loads"
         fell = f", {self.fallbacks:,} fallback{'s' * (self.fallbacks != 1)}"
         return (
-            f"{name}: {loads}, {format_bytes(self.bytes)} in {self.seconds:.3f} s: "
+            f"{name}: {loads}, {format_bytes(self.bytes)} in {format_seconds(self.seconds)}: "
             f"{format_bytes(self.mapped_bytes)} mapped, {format_bytes(self.read_bytes)} read"
             + (fell if self.fallbacks else "")
         )

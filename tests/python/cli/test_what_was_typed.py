@@ -39,6 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         save_file(TENSORS, f"pipe/{part}/diffusion_pytorch_model.safetensors")
     Path("pipe/model_index.json").write_text('{"_class_name": "P"}')
     Path("text.bin").write_text("hello world\n")
+    Path("own.py").write_text("1 / 0\n")
     return tmp_path
 
 
@@ -83,6 +84,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("run ''", "'' is not a file"),
         ("version", "did you mean --version?"),
         ("help", "did you mean --help?"),
+        (
+            "bench model.safetensors --adapters own.py",
+            "own.py: ZeroDivisionError: division by zero",
+        ),
         ("run --report", "give a script, or -m and a module"),
         ("run model.safetensors", "holds weights and is not a script"),
         ("model.safetensors", "weightlift inspect model.safetensors"),
@@ -102,6 +107,10 @@ def test_a_wrong_use(typed: str, said: str, type_in: Type) -> None:
     ("typed", "said"),
     [
         ("inspect two.pt", "choose one with --state-dict-key"),
+        ("bench model.safetensors --subfolder x", "is a file; --subfolder x needs a folder"),
+        ("bench model.safetensors --variant x", "is a file; --variant x needs a folder"),
+        ("bench model.safetensors --revision x", "--revision x is for a repository of the Hub"),
+        ("bench model.safetensors --bin", "--bin does not allow this file"),
         ("inspect '~/x.safetensors'", "~ is not expanded: write the whole path, or $HOME"),
         ("convert model.safetensors '~/out'", "~ is not expanded: write the whole path, or $HOME"),
         ("inspect https://host/a", "or give the id of a Hub repository\n"),

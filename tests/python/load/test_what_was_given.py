@@ -146,6 +146,8 @@ def test_a_small_load_is_not_at_no_speed() -> None:
     shown = str(wl.last_report())
     assert "0.0 GB/s" not in shown
     assert "in 0.000 s" not in shown
+    sums = wl.Stats(loads=1, bytes=100, seconds=0.0001)
+    assert "in 0.1 ms: " in str(sums)
 
 
 def test_one_byte_is_one_byte() -> None:
