@@ -15,7 +15,7 @@ struct DtypeRow {
   bool floating;
 };
 
-// In the order of the enumeration.
+// In the order of the enum.
 constexpr std::array<DtypeRow, kDtypeCount> kRows = {{
     {"BOOL", 8, false},   {"F4", 4, true},          {"F6_E2M3", 6, true},     {"F6_E3M2", 6, true},
     {"U8", 8, false},     {"I8", 8, false},         {"F8_E5M2", 8, true},     {"F8_E4M3", 8, true},

@@ -1,4 +1,4 @@
-// The element types of the safetensors 0.8 format, plus those that only torch's own files hold.
+// The element types of the safetensors 0.8 format, and those that only torch's own files have.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ inline constexpr std::size_t kSafetensorsDtypeCount = 22;
 [[nodiscard]] std::optional<Dtype> dtype_from_name(std::string_view name) noexcept;
 [[nodiscard]] bool dtype_is_floating(Dtype dtype) noexcept;  // as torch's is_floating_point
 
-// Bytes of one element; only for dtypes of whole bytes.
+// Bytes of one element. Only for dtypes whose elements are whole bytes.
 [[nodiscard]] inline std::uint32_t dtype_bytes(Dtype dtype) noexcept {
   return dtype_bits(dtype) / 8;
 }

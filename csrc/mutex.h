@@ -1,6 +1,7 @@
-// std::mutex and its like with clang's thread safety annotations, so that `make tidy` finds a
-// member that is touched without its lock (https://clang.llvm.org/docs/ThreadSafetyAnalysis.html).
-// The standard library's own types carry none.
+// A mutex, locks and a condition variable with clang's thread safety annotations, so that `make
+// tidy` finds a member that is used without its lock
+// (https://clang.llvm.org/docs/ThreadSafetyAnalysis.html). The standard library's own types have no
+// annotations.
 #pragma once
 
 #include <chrono>
@@ -51,8 +52,8 @@ class WL_SCOPED_CAPABILITY MutexLock {
   Mutex& mutex_;
 };
 
-// Releases a mutex that is held, for a scope. (To the analysis a scope's end undoes what its
-// beginning did, whatever that was.)
+// Unlocks a held mutex for a scope. The analysis takes the end of a scoped capability as the
+// reverse of its constructor, so WL_RELEASE on the destructor means that it locks again.
 class WL_SCOPED_CAPABILITY MutexUnlock {
  public:
   explicit MutexUnlock(Mutex& mutex) WL_RELEASE(mutex) : mutex_(mutex) { mutex_.unlock(); }
@@ -64,7 +65,7 @@ class WL_SCOPED_CAPABILITY MutexUnlock {
   Mutex& mutex_;
 };
 
-// Waits may end without a reason: ask for the condition in a loop.
+// Waits may wake up spuriously: test the condition in a loop.
 class ConditionVariable {
  public:
   void wait(Mutex& mutex) WL_REQUIRES(mutex) {

@@ -31,7 +31,7 @@ std::string_view error_name(ErrorCode code) noexcept {
 std::string_view Error::text() const noexcept {
   if (!message.empty()) return message;
   if (code == ErrorCode::kCancelled) return "the load was cancelled";
-  return "out of memory while loading: free some, or load fewer tensors at a time";
+  return "out of memory while loading: free memory, or load fewer tensors at a time";
 }
 
 std::string Error::describe() const {

@@ -1,5 +1,5 @@
 // Errors as values. Nothing below bind/ throws: a function that can fail returns Result<T>, and
-// bind/ turns the first Error it meets into one Python exception.
+// bind/ raises the Error as a Python exception.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,12 @@
 
 namespace weightlift {
 
-// What Python raises for an error: FormatError (the bytes of a file break its format), ReadError
-// (the operating system would not give the bytes), DeviceError, MemoryError, ValueError, or what
-// says that the load was cancelled.
+// The Python exception that an error becomes: FormatError (the bytes of a file break its format),
+// ReadError (the operating system did not deliver the bytes), DeviceError, MemoryError,
+// ArgumentError or LoadCancelledError.
 enum class ErrorKind : std::uint8_t { kFormat, kRead, kDevice, kMemory, kArgument, kCancelled };
 
-// The closed list of what can go wrong, X(code, name, kind): the name is what users see as
-// `FormatError.code`.
+// The closed list of errors, X(code, name, kind). Users see the name as `FormatError.code`.
 // clang-format off
 #define WL_ERROR_CODES(X)                                     \
   X(kEmptyFile,          "empty_file",          kFormat)      \
@@ -73,8 +72,8 @@ enum class ErrorCode : std::uint8_t { WL_ERROR_CODES(WL_ERROR_CODE) };
 
 struct Error {
   ErrorCode code = ErrorCode::kInvalidArgument;
-  // What is wrong and what to do, without the path and the tensor. Empty where no memory can be had
-  // for it, or may not be asked for: text() is then what the code alone says.
+  // What is wrong and what to do, without the path and the tensor. Empty if memory for it cannot,
+  // or must not, be allocated: text() then returns a fixed text for the code.
   std::string message = {};
   std::string path = {};
   std::string tensor = {};
@@ -106,7 +105,7 @@ class [[nodiscard]] Result {
   [[nodiscard]] const Error& error() const& noexcept { return *std::get_if<1>(&state_); }
   [[nodiscard]] Error&& error() && noexcept { return std::move(*std::get_if<1>(&state_)); }
 
-  // Its error, if it has one, without the value.
+  // The error, if there is one, without the value.
   [[nodiscard]] Status status() const&;
   [[nodiscard]] Status status() &&;
 
@@ -140,9 +139,9 @@ Status Result<T>::status() && {
 
 }  // namespace weightlift
 
-// Both are one statement, also in an `if` without braces.
+// Both macros are one statement, also in an `if` without braces.
 
-// Leaves the function with the error of `expression`, if it has one.
+// Returns the error of `expression` from the function, if there is one.
 #define WL_RETURN_IF_ERROR(expression)                    \
   do {                                                    \
     if (auto wl_status = (expression); !wl_status.ok()) { \
@@ -150,9 +149,9 @@ Status Result<T>::status() && {
     }                                                     \
   } while (false)
 
-// `WL_ASSIGN_OR_RETURN(auto file, File::open(path));`, which leaves the function with the error or
-// gives `file` the value. A statement expression (gcc and clang), for a declaration and what comes
-// before it cannot be one statement otherwise.
+// `WL_ASSIGN_OR_RETURN(auto file, File::open(path));` returns the error from the function, or
+// assigns the value to `file`. A statement expression (gcc and clang), because a check and the
+// declaration after it cannot otherwise be one statement.
 #define WL_ASSIGN_OR_RETURN(declaration, expression)          \
   declaration = __extension__({                               \
     auto wl_result = (expression);                            \

@@ -12,10 +12,10 @@
 #include <utility>
 #include <vector>
 
+#include "bind/bindings.h"
 #include "bind/errors.h"
 #include "bind/gil.h"
 #include "bind/indexed_file.h"
-#include "bind/rooms.h"
 #include "bind/torch_pickle.h"
 #include "bind/values.h"
 #include "dtype.h"
@@ -32,7 +32,8 @@ namespace {
 
 py::bytes read_bytes(const Archive& self, std::uint64_t begin, std::uint64_t bytes) {
   if (begin > self.file->size() || bytes > self.file->size() - begin) {
-    throw py::index_error("these bytes leave the file");
+    throw py::index_error("these bytes leave the file, which has " +
+                          std::to_string(self.file->size()) + " bytes");
   }
   auto result = py::reinterpret_steal<py::bytes>(
       PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(bytes)));

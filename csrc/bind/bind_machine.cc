@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "bind/bindings.h"
 #include "bind/errors.h"
-#include "bind/rooms.h"
 #include "bind/tensor_export.h"
 #include "bind/values.h"
 #include "convert/cast.h"
@@ -22,7 +22,7 @@ namespace py = pybind11;
 namespace weightlift::bind {
 namespace {
 
-// Everything `weightlift doctor` asks of the machine, without starting CUDA.
+// What `weightlift doctor` needs to know about the machine. Does not start CUDA.
 py::dict machine() {
   py::dict result;
   result["cpus"] = io::usable_cpus();
@@ -38,7 +38,7 @@ py::dict machine() {
   return result;
 }
 
-// (CUDA version, library) of the driver, and its devices; starts CUDA.
+// The driver's CUDA version, library and devices. Starts CUDA.
 py::dict driver_report() {
   const device::Driver* const table = value_or_raise(device::driver());
   py::dict result;
@@ -59,14 +59,14 @@ py::dict driver_report() {
   return result;
 }
 
-// Bytes for `from_dlpack`, on huge pages where they fill one.
+// Memory as a capsule for `from_dlpack`; on huge pages if it fills one.
 py::object host_memory(std::uint64_t bytes) {
   const auto memory = value_or_raise(engine::HostMemory::allocate(bytes, std::nullopt, {}));
   const std::array<std::uint64_t, 1> shape = {bytes};
   return export_tensor({.shape = shape, .data = memory->data(), .bytes = bytes, .owner = memory});
 }
 
-// (bytes that are kept, bytes that were used again) of the memory of dead tensors.
+// (bytes in the memory pool, bytes taken from it since the process began).
 py::tuple memory_pool() {
   const engine::MemoryPool::Stats stats = engine::MemoryPool::instance().stats();
   return py::make_tuple(stats.kept_bytes, stats.reused_bytes);

@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
+#include "bind/bindings.h"
 #include "bind/indexed_file.h"
 #include "bind/plan_builder.h"
-#include "bind/rooms.h"
 #include "bind/values.h"
 #include "engine/report.h"
 #include "engine/settings.h"
@@ -52,7 +52,7 @@ py::dict report_dict(const engine::Report& report) {
       {"fallbacks", fallbacks},
       {"touched", touched},
   });
-  // Made once: the load of one small tensor has as long a report as any other.
+  // Made once, because the report of a small load has as many fields as any other.
   static const auto names = [&] {
     std::array<PyObject*, std::tuple_size_v<decltype(fields)>> made{};
     std::ranges::transform(fields, made.begin(), [](const auto& field) {
@@ -86,7 +86,8 @@ void bind_targets(const py::module_& module) {
                       std::vector<std::uint64_t> elements, const std::vector<std::string>& dtypes) {
             for (const std::size_t size : {addresses.size(), elements.size(), dtypes.size()}) {
               if (size != names.size()) {
-                throw py::value_error("one of each is needed for each tensor");
+                throw py::value_error(
+                    "names, addresses, elements and dtypes must have the same length");
               }
             }
             return std::make_shared<HostTensors>(HostTensors{.names = std::move(names),

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "bind/rooms.h"
+#include "bind/bindings.h"
 #include "engine/settings.h"
 
 namespace py = pybind11;
@@ -28,7 +28,7 @@ Enum parse_choice(const std::string& value, const char* option,
   throw py::value_error(std::string(option) + " is '" + value + "'; it can be " + known);
 }
 
-// A choice among names, as a property.
+// Defines a property whose values are names.
 template <class Enum>
 void def_choice(py::class_<Settings>& settings, const char* name, Enum Settings::* field,
                 std::initializer_list<std::pair<const char*, Enum>> choices) {

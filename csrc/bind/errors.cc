@@ -12,7 +12,7 @@ namespace weightlift::bind {
 namespace {
 
 py::object& factory_slot() {
-  // Never destroyed: the interpreter may be gone before static destructors run.
+  // Never destroyed: static destructors may run after the interpreter has ended.
   static auto* const slot = new py::object;
   return *slot;
 }
@@ -45,7 +45,7 @@ void raise(const Error& error) {
   const py::object& factory = factory_slot();
   if (!factory) throw std::runtime_error(error.describe());
   const auto code = error_name(error.code);
-  // surrogateescape, so that a path or a name that is no UTF-8 still shows.
+  // surrogateescape, so that paths and names that are not UTF-8 are shown too.
   const auto text = [](std::string_view value) {
     return py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
         value.data(), static_cast<Py_ssize_t>(value.size()), "surrogateescape"));

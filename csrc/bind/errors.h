@@ -1,4 +1,4 @@
-// The one place where an Error becomes a Python exception.
+// Raises an Error as a Python exception.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,8 +9,8 @@
 
 namespace weightlift::bind {
 
-// `factory(kind, code, message, path, offset, tensor, errno)` returns the exception to raise;
-// weightlift.core.errors registers it.
+// `factory(kind, code, message, path, offset, tensor, errno)` must return the exception to raise.
+// weightlift.core.errors sets it.
 void set_error_factory(pybind11::object factory);
 
 [[noreturn]] void raise(const Error& error);

@@ -1,4 +1,4 @@
-// Work without the interpreter's lock.
+// Releases the interpreter's lock for a scope.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,11 +6,10 @@
 
 namespace weightlift::bind {
 
-// py::gil_scoped_release, but for its end: where the interpreter has ended meanwhile, CPython
-// before 3.14 ends a daemon thread that wants the lock back by pthread_exit(3), which unwinds the
-// stack as an exception does. A frame on the way that may not throw would abort the process, and
-// destructors would touch Python's objects without the lock. So the thread stays where it is until
-// the process is gone, as CPython 3.14 has it (gh-87135).
+// Like py::gil_scoped_release, except after the interpreter has ended. CPython before 3.14 then
+// ends a daemon thread that takes the lock again with pthread_exit(3), which unwinds the stack like
+// an exception. A noexcept frame would abort the process, and destructors would use Python objects
+// without the lock. So the thread stops here until the process ends, as in CPython 3.14 (gh-87135).
 class UnlockedGil {
  public:
   UnlockedGil() : state_(PyEval_SaveThread()) {}

@@ -23,7 +23,7 @@
 namespace weightlift::bind {
 namespace {
 
-// The first bytes of a file tell a header from a web page or a git-lfs pointer.
+// Bytes from which format/ recognises a web page, a git-lfs pointer and other foreign files.
 constexpr std::uint64_t kFirstBytes = 512;
 
 }  // namespace
@@ -34,8 +34,8 @@ Result<std::shared_ptr<IndexedFile>> IndexedFile::open(std::shared_ptr<io::File>
   const std::string& path = file->path();
   if (begin > file->size() || bytes.value_or(0) > file->size() - begin) {
     return Error{.code = ErrorCode::kInvalidArgument,
-                 .message = "the part that was asked for leaves the file, which has " +
-                            std::to_string(file->size()) + " bytes",
+                 .message = "the requested part leaves the file, which has " +
+                            std::to_string(file->size()) + " bytes: give a range inside it",
                  .path = path,
                  .offset = begin};
   }
@@ -83,7 +83,9 @@ pybind11::list IndexedFile::names() {
 
 const format::TensorInfo& tensor_at(const IndexedFile& source, std::size_t position) {
   const auto tensors = source.index->tensors();
-  if (position >= tensors.size()) throw pybind11::index_error("no such tensor in the index");
+  if (position >= tensors.size())
+    throw pybind11::index_error("no such tensor in the index: position " +
+                                std::to_string(position) + " of " + std::to_string(tensors.size()));
   return tensors[position];
 }
 
@@ -94,7 +96,7 @@ Result<std::shared_ptr<Archive>> Archive::open(const std::string& path) {
   WL_ASSIGN_OR_RETURN(const bool zip, format::is_zip(first, file->size(), path));
   if (!zip) {
     return Error{.code = ErrorCode::kNotArchive,
-                 .message = "this is not a zip file: download it again, or see what it is",
+                 .message = "this is not a zip file: download it again, or give another path",
                  .path = path,
                  .offset = 0};
   }

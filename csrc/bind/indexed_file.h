@@ -1,4 +1,4 @@
-// A checkpoint file, or a part of one, with its index; and an archive of them.
+// A checkpoint file, or a part of one, with its index; and an archive of such files.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -17,23 +17,23 @@
 
 namespace weightlift::bind {
 
-// The descriptor, the index and, while anyone uses it, the mapping. Once it has names for
-// Python it is deleted with the GIL held.
+// The file, its index and, while it is in use, the mapping. Once names() has made strings, it must
+// be deleted with the GIL held.
 struct IndexedFile {
   std::shared_ptr<io::File> file;
   std::shared_ptr<const format::Index> index;
   std::weak_ptr<io::Mapping> mapping;
   pybind11::object all_names;  // null before the first names()
 
-  // The safetensors file that lies in [begin, begin + bytes) of `file`; to its end without `bytes`.
+  // Opens the safetensors file in [begin, begin + bytes) of `file`; without `bytes`, up to the end.
   [[nodiscard]] static Result<std::shared_ptr<IndexedFile>> open(
       std::shared_ptr<io::File> file, std::uint64_t begin = 0,
       std::optional<std::uint64_t> bytes = std::nullopt);
-  // Tensors whose places are known.
+  // Makes an index of tensors whose places are known.
   [[nodiscard]] static Result<std::shared_ptr<IndexedFile>> of_entries(
       std::shared_ptr<io::File> file, std::vector<format::TensorEntry> entries);
 
-  // The one mapping that the tensors of this object share.
+  // The mapping that all mapped tensors of this object share.
   [[nodiscard]] Result<std::shared_ptr<io::Mapping>> map();
 
   // The names of all tensors. The strings are made once: a load asks for them several times, and
@@ -41,10 +41,10 @@ struct IndexedFile {
   [[nodiscard]] pybind11::list names();
 };
 
-// Positions in an index; all if none.
+// Positions in an index; without a value, all of them.
 using Which = std::optional<std::vector<std::uint32_t>>;
 
-// Of a position; IndexError where there is none.
+// The tensor at a position; IndexError if there is none.
 [[nodiscard]] const format::TensorInfo& tensor_at(const IndexedFile& source, std::size_t position);
 
 // Visits the tensors at the given positions, or all.

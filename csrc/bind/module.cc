@@ -1,8 +1,8 @@
-// The Python module weightlift._native: names and conversions, no work of its own.
+// The Python module weightlift._native: only names and conversions.
 #include <pybind11/pybind11.h>
 
+#include "bind/bindings.h"
 #include "bind/errors.h"
-#include "bind/rooms.h"
 
 namespace py = pybind11;
 

@@ -31,7 +31,7 @@ namespace py = pybind11;
 namespace weightlift::bind {
 namespace {
 
-// Before anything is read: a tensor that torch cannot hold is an error of its own.
+// Before anything is read: raises an error for a tensor that torch cannot represent.
 void require_exportable(const IndexedFile& source, const format::TensorInfo& tensor) {
   Status status = check_exportable(tensor.dtype, tensor.shape);
   if (status.ok()) return;
@@ -53,7 +53,7 @@ void require_targets(const Targets& targets, std::size_t count) {
 [[noreturn]] void raise_shared_bytes(const IndexedFile& source, const format::TensorInfo& tensor) {
   raise({.code = ErrorCode::kUnsupportedDtype,
          .message = "elements of " + std::string(dtype_name(tensor.dtype)) +
-                    " share bytes, so the tensor can only be loaded whole",
+                    " share bytes, so a part of the tensor cannot be loaded: load it whole",
          .path = source.file->path(),
          .tensor = std::string(tensor.name)});
 }
@@ -77,8 +77,8 @@ void PlanBuilder::map(const std::shared_ptr<IndexedFile>& source, const Which& w
                       const std::optional<Windows>& windows) {
   const std::uint32_t file = plan_.add_file(source->file);
   plan_.keep_alive.push_back(source->index);
-  // Tensors that nobody shares are writable, and their pages go when they die: another load of the
-  // same index gets another mapping.
+  // Tensors that are not shared are writable, and their pages are released with them, so another
+  // load of the same index gets its own mapping.
   std::shared_ptr<io::Mapping>& mapping = plan_.mappings[file];
   if (!mapping) mapping = value_or_raise(shared ? source->map() : io::Mapping::map(source->file));
   for_each_tensor(*source, which, [&](const format::TensorInfo& tensor) {
@@ -87,7 +87,8 @@ void PlanBuilder::map(const std::shared_ptr<IndexedFile>& source, const Which& w
     const Windows::value_type whole(0, tensor.bytes);
     const auto wanted = windows ? std::span(*windows) : std::span(&whole, 1);
     for (const auto& [begin, end] : wanted) {
-      if (begin > end || end > tensor.bytes) throw py::index_error("these bytes leave the tensor");
+      if (begin > end || end > tensor.bytes)
+        throw py::index_error("a window leaves its tensor: " + std::string(tensor.name));
       plan_.mapped.push_back(
           {.file = file, .offset = tensor.begin + begin, .bytes = end - begin, .name = name});
     }
@@ -104,7 +105,7 @@ void PlanBuilder::map(const std::shared_ptr<IndexedFile>& source, const Which& w
 std::shared_ptr<engine::HostMemory> PlanBuilder::allocate(std::size_t bytes,
                                                           std::optional<int> pin_for) {
   auto memory = [&] {
-    const UnlockedGil unlocked;  // pinning touches every page
+    const UnlockedGil unlocked;  // pinning takes long: it touches every page
     return engine::HostMemory::allocate(bytes, pin_for, settings_);
   }();
   if (!memory.ok() && !plan_.files.empty()) memory.error().path = plan_.files.back()->path();
@@ -188,7 +189,7 @@ PlanBuilder::Part PlanBuilder::add_part(const std::shared_ptr<IndexedFile>& sour
     stretches.push_back({.start = start, .step = step, .count = count});
   }
   if (!engine::within(stretches, tensor.shape)) {
-    throw py::index_error("a slice reaches outside its tensor");
+    throw py::index_error("a slice leaves its tensor: " + std::string(tensor.name));
   }
   const std::uint32_t file = plan_.add_file(source->file);
   plan_.keep_alive.push_back(source->index);
@@ -247,15 +248,16 @@ void PlanBuilder::copy_strided(
                      .target_stride = target_stride * static_cast<std::int64_t>(
                                                           dtype_bytes(target.dtypes.front()))});
     if (extent == 1) continue;
-    if (source_stride <= 0) throw py::value_error("a tensor's strides must be positive");
-    // Neither can overflow: both are less than the number of elements before they are multiplied.
+    if (source_stride <= 0) throw py::value_error("the strides in the tensor must be positive");
+    // No overflow: both are less than the number of elements before they are multiplied.
     const auto stride = static_cast<std::uint64_t>(source_stride);
     if (last >= count || stride >= count || extent - 1 > (count - 1 - last) / stride) {
-      throw py::index_error("a strided copy reaches outside its tensor");
+      throw py::index_error("a strided copy leaves its tensor: " + std::string(tensor.name));
     }
     last += (extent - 1) * stride;
   }
-  if (last >= count) throw py::index_error("a strided copy reaches outside its tensor");
+  if (last >= count)
+    throw py::index_error("a strided copy leaves its tensor: " + std::string(tensor.name));
   const std::uint32_t file = plan_.add_file(source->file);
   plan_.keep_alive.push_back(source->index);
   plan_.add_strided({.file = file,
@@ -287,7 +289,7 @@ std::vector<std::pair<int, std::uint64_t>> PlanBuilder::prepare() {
 }
 
 void PlanBuilder::start(const std::vector<std::tuple<int, std::uint64_t, py::object>>& scratch) {
-  if (!load_) throw py::value_error("prepare() comes first");
+  if (!load_) throw py::value_error("call prepare() first");
   for (const auto& [device, address, owner] : scratch) {
     load_->plan().device(device).scratch = address;
     scratch_.push_back(owner);
@@ -301,7 +303,7 @@ void PlanBuilder::start(const std::vector<std::tuple<int, std::uint64_t, py::obj
 }
 
 bool PlanBuilder::wait(double seconds) {
-  if (!load_) throw py::value_error("prepare() comes first");
+  if (!load_) throw py::value_error("call prepare() first");
   const UnlockedGil unlocked;
   return load_->wait(milliseconds_of(seconds));
 }
@@ -315,7 +317,7 @@ void PlanBuilder::order(std::vector<std::uint32_t> ranks) {
 
 engine::Load& PlanBuilder::load_of(const std::vector<std::uint32_t>& which) {
   if (!load_ || load_->plan().ranks.empty()) {
-    throw py::value_error("order() and prepare() come first");
+    throw py::value_error("call order() and prepare() first");
   }
   for (const std::uint32_t number : which) {
     if (number >= load_->plan().ranks.size()) throw py::index_error("the plan has no such tensor");
@@ -354,7 +356,7 @@ std::pair<std::uint64_t, std::uint64_t> PlanBuilder::progress() const {
 }
 
 engine::Report PlanBuilder::finish() {
-  if (!load_) throw py::value_error("prepare() comes first");
+  if (!load_) throw py::value_error("call prepare() first");
   auto report = [this] {
     const UnlockedGil unlocked;
     return load_->finish();

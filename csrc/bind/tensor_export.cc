@@ -19,8 +19,8 @@ namespace py = pybind11;
 namespace weightlift::bind {
 namespace {
 
-// The C structures of DLPack 0.8 (dmlc/dlpack, include/dlpack/dlpack.h), which every torch that
-// runs today takes; an ABI, so written down rather than depended on.
+// The C structures of DLPack 0.8 (dmlc/dlpack, include/dlpack/dlpack.h), which all supported
+// versions of torch accept. Repeated here because they are a stable ABI.
 struct DlTensor {
   void* data;
   std::int32_t device_type;
@@ -67,7 +67,7 @@ struct Exported {
 
 void delete_exported(DlManagedTensor* managed) {
   auto* const exported = static_cast<Exported*>(managed->context);
-  // The last one's pages go with the block itself.
+  // The pages of the last tensor are released with the block.
   if (exported->owner.use_count() > 1) {
     auto* const data = static_cast<std::byte*>(managed->tensor.data);
     if (exported->pages == DeadPages::kReleased) io::release_whole_pages(data, exported->bytes);
@@ -78,7 +78,7 @@ void delete_exported(DlManagedTensor* managed) {
   delete exported;
 }
 
-// Runs where nobody took the tensor out of its capsule; a consumer renames the capsule.
+// Deletes the tensor unless a consumer has taken it out of the capsule, which renames the capsule.
 void delete_capsule(PyObject* capsule) {
   if (PyCapsule_IsValid(capsule, kCapsuleName) == 0) return;
   auto* const managed = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule, kCapsuleName));
@@ -145,12 +145,13 @@ Status check_exportable(Dtype dtype, std::span<const std::uint64_t> shape) {
   if (!type) {
     return Error{.code = ErrorCode::kUnsupportedDtype,
                  .message = "torch has no dtype for " + std::string(dtype_name(dtype)) +
-                            "; the other tensors of the file can be loaded by name (safe_open)"};
+                            "; load the other tensors of the file by name (safe_open)"};
   }
   if (type->packed != 1 && (shape.empty() || shape.back() % type->packed != 0)) {
     return Error{.code = ErrorCode::kUnsupportedDtype,
                  .message = "torch packs two " + std::string(dtype_name(dtype)) +
-                            " into a byte, and the last dimension of this tensor is odd"};
+                            " into a byte, but the last dimension of this tensor is odd; load the "
+                            "other tensors of the file by name (safe_open)"};
   }
   return {};
 }
@@ -184,7 +185,7 @@ py::object export_tensor(HostTensor tensor) {
   auto capsule = py::reinterpret_steal<py::object>(
       PyCapsule_New(&exported->managed, kCapsuleName, delete_capsule));
   if (!capsule) throw py::error_already_set();
-  static_cast<void>(exported.release());  // the capsule's
+  static_cast<void>(exported.release());  // the capsule owns it
   return capsule;
 }
 

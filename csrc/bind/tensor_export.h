@@ -1,4 +1,4 @@
-// Host memory handed to torch as DLPack capsules, one storage a tensor.
+// Hands host memory to torch as DLPack capsules, one storage for each tensor.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,8 +13,8 @@
 
 namespace weightlift::bind {
 
-// What torch calls a dtype of the file: DLPack's type codes (dlpack.h), and for packed types how
-// many elements of the file are one of torch's.
+// DLPack's type (dlpack.h) for a dtype of the file. `packed` is the number of the file's elements
+// in one of torch's.
 struct TensorType {
   std::uint8_t code = 0;
   std::uint8_t bits = 0;
@@ -22,15 +22,15 @@ struct TensorType {
   std::uint8_t packed = 1;
 };
 
-// Nothing where torch has no such dtype.
+// Empty if torch has no such dtype.
 [[nodiscard]] std::optional<TensorType> tensor_type(Dtype dtype) noexcept;
 
-// kUnsupportedDtype where torch cannot hold a tensor of this dtype and shape.
+// kUnsupportedDtype if torch cannot represent a tensor of this dtype and shape.
 [[nodiscard]] Status check_exportable(Dtype dtype, std::span<const std::uint64_t> shape);
 
-// What becomes of a tensor's pages when it dies before the block that it lies in: the whole ones
-// inside it go back to the system, now or where memory is short. Only where no other tensor can
-// share them.
+// What happens to a tensor's pages when it is deleted before its block: the whole pages inside it
+// are kept, or go back to the system at once, or when memory is short. Release them only if no
+// other tensor can share them.
 enum class DeadPages : std::uint8_t { kKept, kReleased, kReleasedUnderPressure };
 
 struct HostTensor {
@@ -42,7 +42,7 @@ struct HostTensor {
   DeadPages pages = DeadPages::kKept;
 };
 
-// The capsule for `from_dlpack`, of a tensor that passed check_exportable.
+// Makes the capsule for `from_dlpack`. The tensor must have passed check_exportable().
 [[nodiscard]] pybind11::object export_tensor(HostTensor tensor);
 
 }  // namespace weightlift::bind

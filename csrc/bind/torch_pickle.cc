@@ -27,7 +27,7 @@ class Converter {
   Converter(const format::TorchPickle& pickle, const py::object& tensor)
       : pickle_(pickle), tensor_(tensor) {}
 
-  // As deep as the parser lets dicts be in dicts.
+  // Recurses no deeper than the parser allows dicts in dicts.
   py::object operator()(format::PickledValue value) {
     switch (value.kind) {
       case Kind::kBool:
@@ -64,7 +64,7 @@ class Converter {
     return dict;
   }
 
-  // One of its tensors, as often as it has tensors.
+  // One tensor, repeated once for each tensor of the list or tuple, but at most kMost times.
   py::list held(const format::TorchPickle::Held& held) {
     constexpr std::uint64_t kMost = 10'000;
     py::list result;

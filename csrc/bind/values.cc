@@ -17,7 +17,8 @@ namespace weightlift::bind {
 
 Dtype dtype_of(const std::string& name) {
   const auto dtype = dtype_from_name(name);
-  if (!dtype) throw py::value_error("unknown dtype " + name);
+  if (!dtype)
+    throw py::value_error("unknown dtype '" + name + "': use a name of the file, such as 'BF16'");
   return *dtype;
 }
 

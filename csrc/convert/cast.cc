@@ -55,8 +55,8 @@ std::uint32_t float_bytes(FloatFormat format) noexcept {
 
 namespace {
 
-// Asked of the CPU: clang's __builtin_cpu_supports does not know the name in all its versions. The
-// system's part, saving the wide registers, is the same as for AVX2.
+// By cpuid, because __builtin_cpu_supports of some clang versions does not know "f16c". Whether the
+// system saves the wide registers is the same question as for AVX2.
 bool has_f16c() noexcept {
   unsigned a = 0;
   unsigned b = 0;
@@ -95,7 +95,8 @@ HostCast host_cast_for(Isa isa, FloatFormat from, FloatFormat to) noexcept {
 
 #elif defined(WEIGHTLIFT_CAST_NEON)
 
-// The architecture makes it optional; the system tells (arm64 ELF hwcaps, kernel documentation).
+// NEON is optional in the architecture; the kernel says whether it exists (Linux, "ARM64 ELF
+// hwcaps").
 Isa best_isa() noexcept {
   static const Isa isa = (getauxval(AT_HWCAP) & HWCAP_ASIMD) != 0 ? Isa::kNeon : Isa::kBaseline;
   return isa;

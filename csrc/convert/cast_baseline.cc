@@ -1,3 +1,3 @@
-// What every CPU of the architecture runs.
+// For every CPU of the architecture.
 #define WL_CAST_ISA baseline
 #include "convert/cast_loops.inl"

@@ -1,4 +1,4 @@
-// The kernels of each instruction set, for cast.cc alone to choose from.
+// The casts for each instruction set. Only cast.cc uses them.
 #pragma once
 
 #include "convert/cast.h"

@@ -1,9 +1,9 @@
-// The loops of every host cast, compiled once for each instruction set: the unit that includes this
-// defines WL_CAST_ISA, and its compiler flags do the rest.
+// The loops of all host casts, compiled once for each instruction set. The including unit defines
+// WL_CAST_ISA, and its compiler flags select the instructions.
 //
-// All of it but kernel() is in an anonymous namespace, and nothing of std:: that is code is used:
-// an inline function with external linkage would be compiled with AVX-512 here, and the linker
-// might keep that copy for callers on every CPU.
+// All of it except kernel() is in an anonymous namespace, and no functions of std:: are used: an
+// inline function with external linkage would be compiled with AVX-512 here, and the linker might
+// keep that copy for callers on all CPUs.
 
 #include <cstddef>
 #include <cstdint>
@@ -21,8 +21,7 @@
 namespace weightlift::convert::WL_CAST_ISA {
 namespace {
 
-// Elements of fp32 that pass between two loops: few enough to stay in the first-level cache
-// together with the source that comes in.
+// fp32 elements between two loops: few enough to stay in the first-level cache beside the source.
 constexpr std::size_t kBetween = 1024;
 
 // Loads and stores of any alignment.
@@ -37,11 +36,11 @@ inline void store(std::byte* to, T value) {
   memcpy(to, &value, sizeof(T));
 }
 
-// Where the CPU converts fp16 itself, that is the fastest way; the conversions neither flush
-// subnormals nor heed the rounding mode (the immediate says nearest), but they keep a NaN's
-// payload, so NaNs are made the one NaN beforehand or afterwards. Not VCVTNEPS2BF16 for bf16: it
-// flushes subnormals (Intel SDM, volume 2). Both functions return how many elements they have done;
-// the plain loops do the rest.
+// The CPU's fp16 conversions are the fastest way. They neither flush subnormals nor follow the
+// rounding mode (the immediate selects nearest), but keep a NaN's payload, so one_nan() replaces
+// NaNs before or after. VCVTNEPS2BF16 is not used for bf16, because it flushes subnormals (Intel
+// SDM, volume 2). Both functions return the number of elements they have converted; the plain loops
+// convert the rest.
 #if defined(__AVX512F__)
 
 inline __m512i one_nan(__m512i bits) {
@@ -103,9 +102,9 @@ inline std::size_t encode_f16(const std::byte* source, std::byte* target, std::s
 
 #elif defined(WL_CAST_NEON)
 
-// FCVTN and FCVTL heed the thread's rounding mode, flush-to-zero and the alternative half format
-// (Arm ARM, FPCR), so these are at their defaults meanwhile. The loads depend on the first write
-// and the second one on the stores: both clobber memory.
+// FCVTN and FCVTL follow the thread's rounding mode, flush-to-zero and the alternative half format
+// (Arm ARM, FPCR), so this sets the defaults for a scope. Both writes clobber memory, so that the
+// compiler moves no load before the first and no store after the second.
 class DefaultEnvironment {
  public:
   DefaultEnvironment() noexcept {
@@ -158,7 +157,7 @@ inline std::size_t encode_f16(const std::byte*, std::byte*, std::size_t) {
 
 #endif
 
-// Not inlined: the 36 pairs share them.
+// Not inlined, because the 36 pairs share these functions.
 template <FloatFormat from>
 [[gnu::noinline]] void decode_all(const std::byte* __restrict source, std::byte* __restrict target,
                                   std::size_t count) {
@@ -180,8 +179,8 @@ template <FloatFormat to>
   }
 }
 
-// Five loops in and five out make all pairs: the trip of the fp32 bits through the first-level
-// cache is little beside the memory's own time.
+// Five decoders and five encoders make all pairs. Passing the fp32 bits through the first-level
+// cache costs little compared with the memory accesses.
 template <FloatFormat from, FloatFormat to>
 void cast(const std::byte* source, std::byte* target, std::size_t count, const Fp8Rules& rules) {
   if constexpr (from == to) {

@@ -1,4 +1,4 @@
-// What every CPU of aarch64 has, with its own conversions of fp16.
+// aarch64's vector instructions, including their fp16 conversions.
 #define WL_CAST_ISA neon
 #define WL_CAST_NEON
 #include "convert/cast_loops.inl"

@@ -1,10 +1,11 @@
-// The one definition of what a cast gives, for the host kernels, the CUDA kernel and the simulated
-// device. Every format goes through the bits of an fp32 number, because torch does: for fp64 to a
-// narrow format that means two roundings, which must be the same two.
+// The only definition of the casts, for the host loops, the CUDA kernel and the simulated device.
+// Every cast goes through the bits of an fp32 number, as in torch: from fp64 to a narrow format
+// that means two roundings, which must be the same two.
 //
-// Integer arithmetic and selects only, apart from int-to-float conversions whose results are exact
-// and normal numbers: so the result depends neither on flush-to-zero and denormals-are-zero
-// (torch.set_flush_denormal sets both) nor on the rounding mode, and compilers vectorise the loops.
+// The code uses integer arithmetic and selects, and int-to-float conversions only if their results
+// are exact, normal numbers. So results depend neither on flush-to-zero and denormals-are-zero
+// (torch.set_flush_denormal sets both) nor on the rounding mode, and compilers can vectorise the
+// loops.
 //
 // Formats: IEEE 754-2019; bfloat16 as the upper half of an fp32; Micikevicius et al., "FP8 Formats
 // for Deep Learning", 2022 (e5m2 has infinities; e4m3 has none, and NaN is only S.1111.111).
@@ -23,8 +24,8 @@
 
 namespace weightlift::convert {
 
-// Everything here is static: units built for different instruction sets include it, and with
-// external linkage the linker would keep one of their copies for all of them.
+// All functions are static, because units for different instruction sets include this file: with
+// external linkage, the linker would keep one copy for all of them.
 
 template <FloatFormat format>
 struct FormatBits;
@@ -55,7 +56,7 @@ struct FormatBits<FloatFormat::kF8E5M2> {
 template <FloatFormat format>
 using Bits = typename FormatBits<format>::Type;
 
-// Fp8Rules as the codes to store, so that loops select a value and test no flag.
+// Fp8Rules as the bits to store, so that the loops select values instead of testing flags.
 struct Fp8Codes {
   std::uint32_t e4m3_overflow;
   std::uint32_t e4m3_infinity;
@@ -67,8 +68,8 @@ WL_HOST_DEVICE static inline Fp8Codes fp8_codes(const Fp8Rules& rules) {
           rules.e5m2_saturates ? 0x7bU : 0x7cU};
 }
 
-// Masks rather than `?:`, from which compilers make branches around floating-point operations:
-// those might trap, and then the loop is not vectorised.
+// Masks instead of `?:`, because compilers keep branches around floating-point operations that
+// might trap, and then do not vectorise the loop.
 WL_HOST_DEVICE static inline std::uint32_t select(bool condition, std::uint32_t yes,
                                                   std::uint32_t no) {
   const std::uint32_t mask = 0U - static_cast<std::uint32_t>(condition);
@@ -94,7 +95,7 @@ WL_HOST_DEVICE static inline std::int64_t larger(std::int64_t a, std::int64_t b)
   return a > b ? a : b;
 }
 
-// std::bit_cast would be an external function of each unit (see above) where it is not inlined.
+// Not std::bit_cast: if it is not inlined, it has external linkage (see above).
 WL_HOST_DEVICE static inline std::uint32_t bits_of(float value) {
   std::uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
@@ -109,9 +110,9 @@ WL_HOST_DEVICE static inline std::uint64_t bits_of(double value) {
 inline constexpr std::int32_t kF32Infinity = 0x7f800000;
 inline constexpr std::uint32_t kF32Nan = 0x7fc00000;
 
-// The magnitude of a format with `mantissa` stored bits, at most 8 exponent bits and its bias, to
-// fp32 bits. Subnormals are integers times a power of two; the all-ones exponent comes out as a
-// large finite number, for the caller to replace.
+// Converts a magnitude in a format with `mantissa` stored bits, at most 8 exponent bits and this
+// bias to fp32 bits. Subnormals are integers times a power of two. An exponent of all ones becomes
+// a large finite number, which the caller must replace.
 template <int mantissa, int bias>
 WL_HOST_DEVICE static inline std::uint32_t widen(std::uint32_t magnitude) {
   constexpr float kSubnormalUnit = 1.0F / static_cast<float>(1U << (bias - 1 + mantissa));
@@ -122,9 +123,9 @@ WL_HOST_DEVICE static inline std::uint32_t widen(std::uint32_t magnitude) {
   return select(magnitude < (1U << mantissa), subnormal, normal);
 }
 
-// The magnitude of an fp32 that is not a NaN to such a format, as if its exponent had no upper end:
-// the caller caps the result. Below the smallest normal number the mantissa is shifted further;
-// nothing is left of it after 25 places, where the shift stays.
+// Converts the magnitude of an fp32 that is not a NaN to such a format, as if the exponent had no
+// upper limit: the caller must cap the result. Below the smallest normal number the mantissa is
+// shifted further, up to 25 places, which leave nothing of it.
 template <int mantissa, int bias>
 WL_HOST_DEVICE static inline std::uint32_t narrow(std::uint32_t magnitude) {
   constexpr std::int32_t kSmallestNormal = 127 - bias + 1;  // as an exponent of fp32
@@ -135,12 +136,13 @@ WL_HOST_DEVICE static inline std::uint32_t narrow(std::uint32_t magnitude) {
   const std::uint32_t odd = (significand >> shift) & 1U;
   const std::uint32_t half = (1U << shift) >> 1;
   const std::uint32_t rounded = (significand + half - 1U + odd) >> shift;
-  // A normal significand brings its own leading one, which is one step of the exponent.
+  // The leading one of a normal significand adds one step to the exponent.
   const auto steps = static_cast<std::uint32_t>(larger(0, exponent - kSmallestNormal));
   return rounded + (steps << mantissa);
 }
 
-// The bits of an element to the bits of the fp32 of the same value (fp64: of the nearest).
+// Converts the bits of an element to those of the fp32 with the same value (for fp64, the nearest
+// value).
 template <FloatFormat format>
 WL_HOST_DEVICE static inline std::uint32_t decode(Bits<format> bits) {
   if constexpr (format == FloatFormat::kF64) {
@@ -151,7 +153,7 @@ WL_HOST_DEVICE static inline std::uint32_t decode(Bits<format> bits) {
     const std::uint64_t value =
         __float_as_uint(__double2float_rn(__longlong_as_double(static_cast<long long>(magnitude))));
 #else
-    // As narrow() above, all in 64 bits. 2^128, infinity in fp32, stands for all beyond it.
+    // Like narrow(), in 64 bits. Larger values are capped at 2^128, which is infinity in fp32.
     constexpr std::int64_t kSmallestNormal = 1023 - 127 + 1;
     const auto capped = static_cast<std::uint64_t>(
         smaller(static_cast<std::int64_t>(magnitude), std::int64_t{0x47f0000000000000}));
@@ -159,7 +161,8 @@ WL_HOST_DEVICE static inline std::uint32_t decode(Bits<format> bits) {
     const std::uint64_t significand = (capped & 0xfffffffffffffULL) | 0x10000000000000ULL;
     const auto shift = static_cast<std::uint64_t>(
         smaller(std::int64_t{53}, 28 + larger(std::int64_t{0}, kSmallestNormal - exponent)));
-    // One bit more than needed. (gcc does not vectorise a constant shifted by a variable here.)
+    // Keeps one bit more than needed, because GCC does not vectorise a constant that is shifted by
+    // a variable.
     const std::uint64_t kept = significand >> shift;
     const auto lost = static_cast<std::uint64_t>((kept << shift) != significand);
     const std::uint64_t rounded = (kept + (((kept >> 1) & 1U) | lost)) >> 1;
@@ -185,12 +188,12 @@ WL_HOST_DEVICE static inline std::uint32_t decode(Bits<format> bits) {
     return sign | select(magnitude == 0x7fU, kF32Nan, widen<3, 7>(magnitude));
   } else {
     static_assert(format == FloatFormat::kF8E5M2);
-    // The upper half of an fp16, as bf16 is of an fp32.
+    // e5m2 is the upper half of an fp16, as bf16 is of an fp32.
     return decode<FloatFormat::kF16>(static_cast<std::uint16_t>(bits << 8));
   }
 }
 
-// The bits of an fp32 to those of the nearest element, ties to even.
+// Converts the bits of an fp32 to those of the nearest element, ties to even.
 template <FloatFormat format>
 WL_HOST_DEVICE static inline Bits<format> encode(std::uint32_t bits,
                                                  [[maybe_unused]] const Fp8Codes& codes) {
@@ -209,7 +212,7 @@ WL_HOST_DEVICE static inline Bits<format> encode(std::uint32_t bits,
   } else if constexpr (format == FloatFormat::kF32) {
     return (bits & 0x80000000U) | select(nan, kF32Nan, magnitude);
   } else if constexpr (format == FloatFormat::kBf16) {
-    // A carry out of the largest number makes infinity.
+    // Rounding up the largest number gives infinity.
     const std::uint32_t rounded = (magnitude + 0x7fffU + ((magnitude >> 16) & 1U)) >> 16;
     return static_cast<std::uint16_t>(((bits >> 16) & 0x8000U) | select(nan, 0x7fc0U, rounded));
   } else if constexpr (format == FloatFormat::kF16) {

@@ -1,4 +1,4 @@
-// In the place of what cmake/build_kernels.py makes, for a build without nvcc.
+// Replaces the output of cmake/build_kernels.py in a build without nvcc.
 #include <span>
 
 #include "convert/scatter.h"
@@ -7,7 +7,7 @@ namespace weightlift::convert {
 
 std::span<const KernelImage> scatter_images() noexcept {
 #if defined(WEIGHTLIFT_TESTING)
-  // What the simulated driver takes for an image: it brings the kernel itself.
+  // The simulated driver accepts this as an image; it has the kernel itself.
   static constexpr char kSimulated[] = "simulated";
   static const KernelImage kImages[] = {{.architecture = 75,
                                          .is_ptx = true,

@@ -15,7 +15,7 @@ namespace {
 using Cast = void (*)(const std::byte* source, std::byte* target, std::uint32_t count,
                       const Fp8Codes& codes);
 
-// One element after the other, as the kernel's threads: the host casts are what this checks.
+// Element by element like the kernel's threads, not with the host casts, which this checks.
 template <FloatFormat from, FloatFormat to>
 void cast_tile(const std::byte* source, std::byte* target, std::uint32_t count,
                const Fp8Codes& codes) {

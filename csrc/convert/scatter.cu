@@ -1,9 +1,9 @@
-// The kernel of scatter.h. The casts are float_formats.h's own, so the bits are the host's; compile
-// it without -use_fast_math, whose flush-to-zero would lose subnormals.
+// The kernel of scatter.h. It casts with float_formats.h, so the bits are those of the host.
+// Compile it without -use_fast_math, whose flush-to-zero loses subnormals.
 //
-// A chunk comes over a bus at tens of GB/s into a memory, or still its cache, of hundreds to
-// thousands: one element a thread and turn is enough to stay out of the way, and keeps the code for
-// 30 pairs and every alignment small.
+// A chunk arrives over a bus of tens of GB/s in device memory of hundreds to thousands of GB/s. So
+// one element per thread and iteration is fast enough, and keeps the code for 30 pairs and all
+// alignments small.
 
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +11,7 @@
 #include "convert/float_formats.h"
 #include "convert/scatter.h"
 
-// Tests also compile this as plain C++, whose compilers warn of the pragma.
+// Tests also compile this file as C++, where compilers warn about the pragma.
 #if defined(__CUDACC__)
 #define WL_LOOP(how) _Pragma(how)
 #else
@@ -25,8 +25,8 @@ __device__ bool aligned(const std::byte* address, std::uint32_t alignment) {
   return reinterpret_cast<std::uintptr_t>(address) % alignment == 0;
 }
 
-// Tensors need not be aligned inside a file, so nor is an element in a chunk; a GPU faults on a
-// misaligned access. `whole` is the same for a whole block.
+// Tensors need not be aligned in a file, nor elements in a chunk, and a GPU faults on a misaligned
+// access. `whole` has the same value for all threads of a block.
 template <class T>
 __device__ T load(const std::byte* from, bool whole) {
   if (whole) return *reinterpret_cast<const T*>(from);
@@ -48,12 +48,12 @@ __device__ void store(std::byte* to, T value, bool whole) {
   for (std::uint32_t i = 0; i < sizeof(T); ++i) to[i] = static_cast<std::byte>(value >> (8 * i));
 }
 
-// Targets never lie in the chunk, so reads may run ahead of writes, and by the read-only path:
-// __restrict__ says so.
+// __restrict__, because targets never lie in the chunk: reads may run ahead of writes and use the
+// read-only path.
 template <FloatFormat from, FloatFormat to>
 __device__ void cast(const std::byte* __restrict__ source, std::byte* __restrict__ target,
                      std::uint32_t count, const Fp8Codes& codes) {
-  if constexpr (from == to) return;  // is a copy
+  if constexpr (from == to) return;  // copy() does these
   const bool whole_source = aligned(source, sizeof(Bits<from>));
   const bool whole_target = aligned(target, sizeof(Bits<to>));
   WL_LOOP("unroll 1")
@@ -72,7 +72,7 @@ __device__ void copy_body(const std::byte* __restrict__ source, std::byte* __res
   for (std::uint32_t i = threadIdx.x; i < count; i += kScatterThreads) out[i] = in[i];
 }
 
-// By the widest word for which both addresses are aligned at the same places.
+// Copies with the widest word on which both addresses can be aligned together.
 __device__ void copy(const std::byte* source, std::byte* target, std::uint32_t bytes) {
   const auto apart =
       reinterpret_cast<std::uintptr_t>(source) ^ reinterpret_cast<std::uintptr_t>(target);

@@ -1,6 +1,5 @@
-// The device side of a staged chunk: one host-to-device copy brings a chunk, one kernel takes its
-// parts to their places, casting on the way. The table of tiles travels behind the data in the same
-// copy.
+// The device side of a staged chunk: one host-to-device copy brings the chunk, and one kernel
+// copies or casts its parts to their targets. The table of tiles follows the data in the same copy.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +9,9 @@
 
 namespace weightlift::convert {
 
-inline constexpr std::uint32_t kTileBytes = 16 * 1024;  // of the wider side of a tile
+inline constexpr std::uint32_t kTileBytes = 16 * 1024;  // the wider side of a tile
 
-// A run of elements inside the chunk and where it goes. Read by scatter.cu: plain data only.
+// A run of elements in the chunk and its target. scatter.cu reads it, so it is plain data.
 struct Tile {
   std::uint64_t source;  // bytes from the start of the chunk on the device, any alignment
   std::uint64_t target;  // device address, any alignment
@@ -29,8 +28,8 @@ inline constexpr std::uint32_t kTileCopy = ~std::uint32_t{0};
 
 // extern "C" __global__ void weightlift_scatter(const std::byte* chunk, std::uint64_t tiles_offset,
 //                                               std::uint32_t tile_count, Fp8Rules rules)
-// One block a tile. Bit-identical to the host casts. `tiles_offset` is a multiple of alignof(Tile),
-// and so is the chunk's address.
+// One block for each tile. Bit-identical to the host casts. `tiles_offset` and the chunk's address
+// are multiples of alignof(Tile).
 inline constexpr const char* kScatterKernel = "weightlift_scatter";
 inline constexpr std::uint32_t kScatterThreads = 256;
 
@@ -39,22 +38,23 @@ struct KernelImage {
   int architecture = 0;  // 90 is compute capability 9.0
   bool is_ptx = false;
   const char* maker = "";              // "ptxas 12.9.86", "PTX 8.0"
-  std::span<const std::byte> bytes{};  // an ELF file, or text that a zero follows
+  std::span<const std::byte> bytes{};  // an ELF file, or zero-terminated text
 };
 
-// Those built from scatter.cu, by architecture, PTX last; none where the build had no nvcc.
+// The images built from scatter.cu, by architecture, PTX last; none if the build had no nvcc.
 [[nodiscard]] std::span<const KernelImage> scatter_images() noexcept;
-// What compiled them: "nvcc 13.0.88".
+// The compiler of the images: "nvcc 13.0.88".
 [[nodiscard]] const char* kernel_toolkit() noexcept;
 
-// Whether a device can run an image: machine code runs within its major version, on what is as new
-// or newer; PTX on all that is (CUDA C++ Programming Guide, "Binary Compatibility").
+// Whether a device can run an image. PTX runs on its own and all newer compute capabilities;
+// machine code only on those with the same major version (CUDA C++ Programming Guide, "Binary
+// Compatibility").
 [[nodiscard]] constexpr bool runs_on(const KernelImage& image, int capability) noexcept {
   return image.architecture <= capability &&
          (image.is_ptx || image.architecture / 10 == capability / 10);
 }
 
-// What the kernel does, on the host: the simulated driver runs it, tests compare with it.
+// Does on the host what the kernel does. The simulated driver runs it, and tests compare with it.
 void scatter_on_host(const std::byte* chunk, std::span<const Tile> tiles, const Fp8Rules& rules);
 
 }  // namespace weightlift::convert

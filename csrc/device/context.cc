@@ -21,7 +21,7 @@ namespace {
 
 struct Registry {
   std::mutex mutex;
-  std::atomic<pid_t> process = 0;  // that has used the driver
+  std::atomic<pid_t> process = 0;  // the one that has used the driver
   std::map<int, std::unique_ptr<Device>> devices;
 };
 
@@ -33,11 +33,11 @@ Registry& registry() {
 Error forked() {
   return {.code = ErrorCode::kForkedProcess,
           .message =
-              "this process was forked from one that had used CUDA, and the CUDA driver "
-              "does not survive a fork: start it with the 'spawn' method"};
+              "this process was forked from one that had used CUDA, which the CUDA driver "
+              "does not support: start processes with the 'spawn' method"};
 }
 
-// Asked before any lock is taken: a lock that another thread held at the fork stays locked.
+// Call it before taking a lock: a lock that another thread held during fork() stays locked.
 Status check_not_forked(const Registry& state) {
   const pid_t process = state.process.load();
   if (process != 0 && process != ::getpid()) return forked();
@@ -98,7 +98,7 @@ Result<Device*> Device::get(int ordinal) {
   const OutsideCaptures outside(*table);
   CUdevice handle = 0;
   WL_RETURN_IF_ERROR(check(*table, table->cuDeviceGet(&handle, ordinal), "cuDeviceGet"));
-  // All memory first: nothing may throw between the context and its owner.
+  // Allocates first: nothing may throw between retaining the context and giving it to its owner.
   std::map<int, std::unique_ptr<Device>> made;
   made.emplace(ordinal, std::unique_ptr<Device>(new Device(*table, ordinal, handle)));
   Device* const device = made.begin()->second.get();
@@ -107,7 +107,7 @@ Result<Device*> Device::get(int ordinal) {
       CUDA_SUCCESS) {
     device->node_ = node;
   }
-  // A driver that does not know the attribute serves no such device.
+  // A driver that does not know the attribute supports no such device.
   int shared = 0;
   device->uses_host_page_tables_ =
       table->cuDeviceGetAttribute(&shared,
@@ -137,14 +137,14 @@ std::string Device::kernel_form() {
   return kernel_form_;
 }
 
-// The first image that the driver takes: machine code before PTX, and the newest of it.
+// Loads the first image that the driver accepts: machine code before PTX, newer before older.
 Result<CUfunction> Device::load_kernel() {
   const auto images = convert::scatter_images();
   if (images.empty()) {
     return Error{.code = ErrorCode::kDriverCallFailed,
                  .message =
-                     "this build of weightlift has no CUDA kernels (it was built without "
-                     "nvcc)"};
+                     "this build of weightlift has no CUDA kernels, because nvcc was missing: "
+                     "install a wheel, or build it with nvcc"};
   }
   int major = 0;
   int minor = 0;
@@ -168,7 +168,8 @@ Result<CUfunction> Device::load_kernel() {
   if (refusal) return *std::move(refusal);
   return Error{.code = ErrorCode::kDriverCallFailed,
                .message = "this build of weightlift has no CUDA kernel for compute capability " +
-                          std::to_string(major) + "." + std::to_string(minor)};
+                          std::to_string(major) + "." + std::to_string(minor) +
+                          ": install a newer weightlift"};
 }
 
 Result<CUfunction> Device::load_image(const convert::KernelImage& image) {
@@ -216,7 +217,7 @@ bool uses_driver() noexcept {
   return registry().process.load() == ::getpid();
 }
 
-// Without a Device of each, which would need memory: this is called by destructors.
+// Makes no Device objects, which would need memory: destructors call this.
 bool wait_for_devices() noexcept {
   if (!uses_driver()) return true;
   const Driver& table = **driver();
@@ -261,14 +262,15 @@ Status Stream::check_not_capturing(Device& device, CUstream stream) {
   WL_RETURN_IF_ERROR(current.status());
   CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
   const CUresult result = device.driver().cuStreamIsCapturing(stream, &status);
-  // Of the default stream, while a stream that waits for it is capturing.
+  // Returned for the default stream while a stream that synchronises with it is capturing.
   const bool implied = result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
   if (!implied) WL_RETURN_IF_ERROR(check(device.driver(), result, "cuStreamIsCapturing"));
   if (!implied && status == CU_STREAM_CAPTURE_STATUS_NONE) return {};
   return Error{.code = ErrorCode::kDriverCallFailed,
                .message = "the current stream of cuda:" + std::to_string(device.ordinal()) +
-                          " is capturing a CUDA graph (cuStreamIsCapturing), and what is loaded "
-                          "inside a capture is not copied: load before it, or on another stream"};
+                          " is capturing a CUDA graph (cuStreamIsCapturing), which would record "
+                          "the copies and not run them: load before the capture, or on another "
+                          "stream"};
 }
 
 Stream::~Stream() {

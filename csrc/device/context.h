@@ -1,4 +1,4 @@
-// Devices by ordinal, their primary contexts, and the streams and events in them.
+// Devices by ordinal, with their primary contexts, streams and events.
 #pragma once
 
 #include <cuda.h>
@@ -18,12 +18,12 @@ struct KernelImage;
 
 namespace weightlift::device {
 
-// One device of this process, with its primary context (the one torch uses) retained for the
-// process's life. Made at first use, never destroyed: copies may be in flight at exit.
+// One device of this process. Retains its primary context (which torch uses too) until the process
+// ends. Made at first use and never destroyed, because copies may be in flight at exit.
 class Device {
  public:
-  // kNoSuchDevice names how many there are; kForkedProcess in a child of a process that has used
-  // CUDA (the driver supports fork only before that, or together with exec).
+  // kNoSuchDevice states the number of devices. kForkedProcess in a child of a process that has
+  // used CUDA: the driver supports fork() only before that, or followed by exec().
   [[nodiscard]] static Result<Device*> get(int ordinal);
   [[nodiscard]] static Result<int> count();
   // Whether somebody in this process has made its context. Makes none, nor starts the driver.
@@ -33,16 +33,16 @@ class Device {
   [[nodiscard]] const Driver& driver() const noexcept { return *driver_; }
   [[nodiscard]] CUcontext context() const noexcept { return context_; }
   [[nodiscard]] std::string name() const;
-  // The node of the machine that it is attached to; -1 where the driver does not say.
+  // The NUMA node to which the device is attached; -1 if the driver does not say.
   [[nodiscard]] int node() const noexcept { return node_; }
-  // Whether it reads the memory of this process through the host's own page tables, as GH200 and
-  // GB200 do: memory that it copies from then need not be pinned.
+  // Whether the device reads this process's memory through the host's page tables, as GH200 and
+  // GB200 do. It can then copy from memory that is not pinned.
   [[nodiscard]] bool uses_host_page_tables() const noexcept { return uses_host_page_tables_; }
 
-  // The scatter kernel (convert/scatter.h), loaded at first use; the error says why this device
-  // has none, and is remembered.
+  // The scatter kernel (convert/scatter.h), loaded at first use. If it cannot be loaded, the error
+  // says why, and later calls return the same error.
   [[nodiscard]] Result<CUfunction> scatter_kernel();
-  // Which form of it was loaded: "sm_90, by ptxas 12.9.86". Empty before that.
+  // The image that was loaded, such as "sm_90, by ptxas 12.9.86". Empty before that.
   [[nodiscard]] std::string kernel_form();
 
  private:
@@ -65,8 +65,8 @@ class Device {
   std::string kernel_form_;
 };
 
-// For a scope, calls of this thread do not break a graph capture that is going on in this process:
-// nothing that the engine does belongs into one (cuThreadExchangeStreamCaptureMode).
+// For a scope, this thread's calls do not break a graph capture in this process: no call of the
+// engine belongs to one (cuThreadExchangeStreamCaptureMode).
 class OutsideCaptures {
  public:
   explicit OutsideCaptures(const Driver& driver) noexcept
@@ -80,11 +80,11 @@ class OutsideCaptures {
 
  private:
   const Driver& driver_;
-  CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;  // afterwards what it was before
+  CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;  // then the mode to restore
   bool changed_;
 };
 
-// Makes a device's context the calling thread's for a scope, outside of captures.
+// Makes a device's context current on the calling thread for a scope, outside of captures.
 class CurrentContext {
  public:
   explicit CurrentContext(Device& device)
@@ -117,8 +117,8 @@ class Stream {
 
   [[nodiscard]] CUstream get() const noexcept { return stream_; }
 
-  // Refuses a stream of the caller's that is part of a graph capture: what is ordered after it
-  // would be recorded, and copy nothing.
+  // An error if a stream of the caller is part of a graph capture: copies ordered after it would be
+  // recorded and not run.
   [[nodiscard]] static Status check_not_capturing(Device& device, CUstream stream);
 
  private:
@@ -128,7 +128,7 @@ class Stream {
   CUstream stream_;
 };
 
-// An event without timing, whose waiters sleep.
+// An event without timing. Threads that wait for it sleep.
 class Event {
  public:
   [[nodiscard]] static Result<Event> create(Device& device);
@@ -138,7 +138,7 @@ class Event {
   ~Event();
 
   [[nodiscard]] Status record(CUstream stream);
-  [[nodiscard]] Status wait() const;  // until what was recorded has happened
+  [[nodiscard]] Status wait() const;  // for the work before the last record()
   [[nodiscard]] CUevent get() const noexcept { return event_; }
 
  private:
@@ -148,12 +148,12 @@ class Event {
   CUevent event_;
 };
 
-// Whether this process has used the driver, and not one that it was forked from.
+// Whether this process itself has used the driver. False in a child of a process that has.
 [[nodiscard]] bool uses_driver() noexcept;
 
-// Waits for every device in use, by whomever: others may be copying from memory that is about to be
-// unpinned, and torch records no event for memory that is not its own. False where a graph capture
-// on a device does not allow it. Tolerates a driver that is shut down.
+// Waits for every device that any code of this process uses: before memory is unpinned, torch may
+// still copy from it, and torch records no event for memory that it did not allocate. Returns false
+// if a graph capture on a device forbids the wait. Ignores errors of a driver that is shut down.
 bool wait_for_devices() noexcept;
 
 #ifdef WEIGHTLIFT_TESTING

@@ -15,7 +15,7 @@
 namespace weightlift::device {
 namespace {
 
-// cuGetProcAddress in the form that reports why a symbol is missing came with CUDA 12.0.
+// CUDA 12.0 introduced the form of cuGetProcAddress that reports why a symbol is missing.
 constexpr int kOldestDriver = 12000;
 
 using GetProcAddress = PFN_cuGetProcAddress_v12000;
@@ -42,7 +42,7 @@ ProcessDriver& process_driver() {
 }  // namespace
 
 Result<std::unique_ptr<const Driver>> load_driver(const std::string& library) {
-  // RTLD_LOCAL: torch resolves its own copy; neither may see the other's symbols.
+  // RTLD_LOCAL: torch resolves the driver itself, and neither may see the other's symbols.
   void* const handle = ::dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) return driver_missing(library, ::dlerror());
   const auto get = reinterpret_cast<GetProcAddress>(::dlsym(handle, "cuGetProcAddress_v2"));
@@ -68,8 +68,8 @@ Result<std::unique_ptr<const Driver>> load_driver(const std::string& library) {
 #undef WL_RESOLVE_REQUIRED
   WL_RETURN_IF_ERROR(
       check(*table, table->cuDriverGetVersion(&table->version), "cuDriverGetVersion"));
-  // Never asked for what is newer than the driver: it might give the form before that, which takes
-  // other arguments. (Since 13.0 it is documented to refuse.)
+  // Functions newer than the driver are not requested: an older driver might return the previous
+  // form, which takes other arguments. (Drivers from 13.0 on are documented to refuse.)
 #define WL_RESOLVE_OPTIONAL(field, name, since)                                       \
   if (table->version >= (since)) {                                                    \
     table->field = reinterpret_cast<decltype(table->field)>(resolve(#name, (since))); \
@@ -78,8 +78,8 @@ Result<std::unique_ptr<const Driver>> load_driver(const std::string& library) {
 #undef WL_RESOLVE_OPTIONAL
   if (table->version < kOldestDriver) {
     return Error{.code = ErrorCode::kDriverTooOld,
-                 .message = library + " speaks CUDA " + std::to_string(table->version / 1000) +
-                            "; 12.0 is the oldest that works: update the NVIDIA driver"};
+                 .message = library + " is for CUDA " + std::to_string(table->version / 1000) +
+                            ", but weightlift needs 12.0 or newer: update the NVIDIA driver"};
   }
   return std::unique_ptr<const Driver>(std::move(table));
 }
@@ -87,7 +87,7 @@ Result<std::unique_ptr<const Driver>> load_driver(const std::string& library) {
 CUresult Driver::copy_batch(CUdeviceptr* targets, CUdeviceptr* sources, std::size_t* sizes,
                             std::size_t count, CUmemcpyAttributes& attributes,
                             CUstream stream) const {
-  std::size_t first = 0;  // the attributes hold from this copy on
+  std::size_t first = 0;  // the attributes apply from this copy on
   if (cuMemcpyBatchAsync != nullptr) {
     return cuMemcpyBatchAsync(targets, sources, sizes, count, &attributes, &first, 1, stream);
   }
@@ -127,11 +127,16 @@ Status check(const Driver& table, CUresult result, const char* call) {
   if (table.cuGetErrorString(result, &text) != CUDA_SUCCESS || text == nullptr) text = "";
   std::string message = std::string(call) + " failed: " + name + " (" + text + ")";
   if (result == CUDA_ERROR_OUT_OF_MEMORY) {
-    return Error{.code = ErrorCode::kOutOfMemory,
-                 .message = message + "; free memory or use a smaller dtype or device_map"};
+    return Error{
+        .code = ErrorCode::kOutOfMemory,
+        .message =
+            message +
+            "; free device memory, use a smaller dtype, or spread the model with device_map"};
   }
   if (result == CUDA_ERROR_DEINITIALIZED || result == CUDA_ERROR_NOT_INITIALIZED) {
-    message += "; the CUDA driver is shut down, or this process was forked after CUDA was used";
+    message +=
+        "; the CUDA driver is shut down, or this process was forked after CUDA was used: "
+        "load in a new process";
   }
   return Error{.code = ErrorCode::kDriverCallFailed, .message = std::move(message)};
 }

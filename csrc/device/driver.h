@@ -1,5 +1,5 @@
-// The CUDA driver as a table of function pointers, found with dlopen at first use and never at
-// import: one build runs with and without a GPU, and no CUDA library is linked.
+// The CUDA driver as a table of function pointers, opened with dlopen at first use, not at import.
+// So one build runs with and without a GPU and links no CUDA library.
 #pragma once
 
 #include <cuda.h>
@@ -13,8 +13,9 @@
 
 namespace weightlift::device {
 
-// X(name, version): a driver function and the CUDA version that brought the form of it that is
-// meant. cudaTypedefs.h has a type for each form (PFN_cuMemAlloc_v3020), cuGetProcAddress a symbol.
+// X(name, version): a driver function and the CUDA version that introduced the wanted form of it.
+// Each form has a type in cudaTypedefs.h (PFN_cuMemAlloc_v3020) and a symbol, which
+// cuGetProcAddress returns.
 #define WL_DRIVER_REQUIRED(X)         \
   X(cuInit, 2000)                     \
   X(cuDriverGetVersion, 2020)         \
@@ -55,7 +56,7 @@ namespace weightlift::device {
   X(cuStreamIsCapturing, 10000)       \
   X(cuThreadExchangeStreamCaptureMode, 10010)
 
-// Absent from older drivers; the engine does without. X(field, name, version).
+// X(field, name, version): older drivers lack these functions, and the engine works without them.
 #define WL_DRIVER_OPTIONAL(X)                      \
   X(cuMemcpyBatchAsync, cuMemcpyBatchAsync, 13000) \
   X(cuMemcpyBatchAsync_12, cuMemcpyBatchAsync, 12080)
@@ -68,34 +69,34 @@ struct Driver {
 #undef WL_DRIVER_FIELD
 #undef WL_DRIVER_OPTIONAL_FIELD
   int version = 0;      // 13000 is CUDA 13.0
-  std::string library;  // the path that was opened
+  std::string library;  // the library that was opened
 
-  // The form of cuMemcpyBatchAsync that there is, by the CUDA version that brought it; null: none.
+  // The CUDA version whose form of cuMemcpyBatchAsync the driver has; null if it has none.
   [[nodiscard]] const char* batch_form() const noexcept {
     if (cuMemcpyBatchAsync != nullptr) return "13.0";
     return cuMemcpyBatchAsync_12 != nullptr ? "12.8" : nullptr;
   }
-  // Many copies in one call, with the same attributes, by whichever form there is.
+  // Many copies in one call with the same attributes. The driver must have a batch_form().
   CUresult copy_batch(CUdeviceptr* targets, CUdeviceptr* sources, std::size_t* sizes,
                       std::size_t count, CUmemcpyAttributes& attributes, CUstream stream) const;
 };
 
-// Opens and resolves a driver library; no CUDA call but cuDriverGetVersion is made.
+// Opens a driver library and resolves its functions. Calls only cuDriverGetVersion.
 [[nodiscard]] Result<std::unique_ptr<const Driver>> load_driver(const std::string& library);
 
-// The process's driver: "libcuda.so.1" unless a test build was told otherwise. Loaded once and
-// never unloaded (device memory and pinned pages may outlive every other static). The error is
-// remembered too.
+// The process's driver: "libcuda.so.1", unless a test has replaced it. Loaded once and never
+// unloaded, because device memory and pinned pages may outlive all static objects. An error is kept
+// as well.
 [[nodiscard]] Result<const Driver*> driver();
 
 #ifdef WEIGHTLIFT_TESTING
-// Replaces the process's driver by the library at `path` (the simulated driver), or forgets it with
-// "". Only before the first use in this process, or after every device object is gone.
+// Replaces the process's driver by the library at `path` (the simulated driver); "" restores the
+// default. No device object may exist.
 void use_driver_for_testing(const std::string& path);
 #endif
 
-// kDriverCallFailed (kOutOfMemory for CUDA_ERROR_OUT_OF_MEMORY) with the call's name, CUDA's name
-// of the error and what to do; success is Status{}.
+// For a failed call, kDriverCallFailed (or kOutOfMemory for CUDA_ERROR_OUT_OF_MEMORY) with the name
+// of the call and CUDA's name of the error.
 [[nodiscard]] Status check(const Driver& driver, CUresult result, const char* call);
 
 }  // namespace weightlift::device

@@ -21,7 +21,7 @@ namespace {
 constexpr std::chrono::milliseconds kCaptureRetry{100};
 constexpr std::chrono::seconds kPatience{10};
 
-// What was handed to release_later(). Its thread lives while there is something.
+// The memory that was passed to release_later(). The thread lives while there is some.
 struct Releases {
   Mutex mutex;
   ConditionVariable done;
@@ -29,7 +29,7 @@ struct Releases {
   bool running WL_GUARDED_BY(mutex) = false;
   std::thread thread WL_GUARDED_BY(mutex);
 
-  // After it has said that it no longer runs: it takes no lock any more.
+  // Only when `running` is false: the thread then takes no lock any more.
   void join() WL_REQUIRES(mutex) {
     if (thread.joinable()) thread.join();
   }
@@ -56,7 +56,7 @@ void release_all(Releases& state) noexcept {
 }  // namespace
 
 void release_later(std::list<PinnedMemory> memory) noexcept {
-  if (!uses_driver()) return;  // a child: its parent's lock may be held for ever
+  if (!uses_driver()) return;  // in a child, where the mutex may stay locked for ever
   Releases& state = releases();
   {
     const MutexLock lock(state.mutex);
@@ -67,7 +67,7 @@ void release_later(std::list<PinnedMemory> memory) noexcept {
     bool started = true;
     try {
       state.thread = std::thread([&state] { release_all(state); });
-    } catch (const std::exception&) {  // no more threads to be had
+    } catch (const std::exception&) {  // no thread can be started
       started = false;
     }
     if (started) return;
@@ -98,14 +98,14 @@ Result<PinnedMemory> PinnedMemory::adopt(Device& device, io::AnonymousMemory mem
 
   {
     const io::AnonymousMemory gone = std::move(memory);
-  }  // never both at once
+  }  // the two never exist at once
   void* data = nullptr;
   const Status allocated =
       check(table, table.cuMemHostAlloc(&data, bytes, CU_MEMHOSTALLOC_PORTABLE), "cuMemHostAlloc");
   if (!allocated.ok()) {
     Error error = registered.error();
     error.message += "; " + allocated.error().message +
-                     "; pinned memory may be limited by `ulimit -l` or the container";
+                     "; raise the limit of pinned memory (`ulimit -l`, or the container's)";
     return error;
   }
   return PinnedMemory(device, io::AnonymousMemory(), static_cast<std::byte*>(data), bytes);
@@ -121,12 +121,12 @@ Result<PinnedMemory> PinnedMemory::allocate(Device& device, std::size_t bytes) {
 
 PinnedMemory::~PinnedMemory() {
   if (device_ == nullptr) return;
-  if (!uses_driver()) {  // a child: neither the driver nor the pages are its own
+  if (!uses_driver()) {  // in a child, which has neither the driver nor the pages
     memory_.forget();
     return;
   }
   const CurrentContext current(*device_);
-  // A driver that is shut down answers with an error, and has let go of the pages already.
+  // A driver that is shut down returns an error, and has unpinned the pages already.
   if (!current.ok()) return;
   if (memory_.data() != nullptr) {
     device_->driver().cuMemHostUnregister(data_);

@@ -1,4 +1,4 @@
-// Page-locked host memory that every device can copy from.
+// Page-locked host memory from which every device can copy.
 #pragma once
 
 #include <cstddef>
@@ -13,13 +13,13 @@ namespace weightlift::device {
 
 class PinnedMemory {
  public:
-  // Own huge pages of the device's node, backed by the calling thread and registered for all
-  // devices: 97 ms/GiB where cuMemHostAlloc takes 492 (cudf issue 23457). Where registering is
-  // refused, cuMemHostAlloc.
+  // Huge pages on the device's node, backed by the calling thread and registered for all devices.
+  // cudf issue 23457 reports 97 ms/GiB for this and 492 ms/GiB for cuMemHostAlloc, which is the
+  // fallback if the driver refuses to register.
   [[nodiscard]] static Result<PinnedMemory> allocate(Device& device, std::size_t bytes);
 
-  // The same with memory that exists and is backed; where registering is refused, the driver's own
-  // takes its place.
+  // The same for existing, backed memory. If the driver refuses to register it, cuMemHostAlloc's
+  // memory takes its place.
   [[nodiscard]] static Result<PinnedMemory> adopt(Device& device, io::AnonymousMemory memory);
 
   PinnedMemory(PinnedMemory&& other) noexcept
@@ -28,12 +28,13 @@ class PinnedMemory {
         data_(std::exchange(other.data_, nullptr)),
         bytes_(other.bytes_) {}
   PinnedMemory& operator=(PinnedMemory&& other) = delete;
-  // Copies from or to it must have ended (wait_for_devices where that is not known).
+  // Copies from or to the memory must have ended; if that is unknown, call wait_for_devices()
+  // first.
   ~PinnedMemory();
 
   [[nodiscard]] std::byte* data() const noexcept { return data_; }
   [[nodiscard]] std::size_t size() const noexcept { return bytes_; }
-  // Of the device that it was made for.
+  // The node of the device for which it was made.
   [[nodiscard]] int node() const noexcept { return device_->node(); }
 
  private:
@@ -41,18 +42,17 @@ class PinnedMemory {
       : device_(&device), memory_(std::move(memory)), data_(data), bytes_(bytes) {}
 
   Device* device_;
-  io::AnonymousMemory memory_;  // empty where the driver owns the pages
+  io::AnonymousMemory memory_;  // empty if the driver owns the pages
   std::byte* data_;
   std::size_t bytes_;
 };
 
-// Lets go of memory that others may still be copying from, for torch records no event for memory
-// that is not its own: on a thread that first waits for every device in use. Whoever drops the last
-// tensor need not wait, nor synchronise a device in the middle of what it does. Noexcept in all:
-// the list brings its node.
+// Frees memory from which torch may still be copying without an event: a separate thread first
+// waits for every device in use. The thread that deletes the last tensor neither waits nor
+// synchronises a device. Needs no memory, because the list brings its node.
 void release_later(std::list<PinnedMemory> memory) noexcept;
 
-// Until all of that has been let go of, or for ten seconds: a device may never be done.
+// Waits until all such memory is freed, but at most 10 s, because a device may never finish.
 void wait_for_releases() noexcept;
 
 }  // namespace weightlift::device

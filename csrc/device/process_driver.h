@@ -1,11 +1,11 @@
-// For device/testing.cc alone: which library driver() opens.
+// Only for device/testing.cc: sets the library that driver() opens.
 #pragma once
 
 #include <string>
 
 namespace weightlift::device {
 
-// Forgets the loaded driver; the next driver() opens `library` ("" for the system's).
+// Drops the loaded driver. The next driver() opens `library`, or the default one for "".
 void replace_process_driver(const std::string& library);
 
 }  // namespace weightlift::device

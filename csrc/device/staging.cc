@@ -15,7 +15,7 @@
 namespace weightlift::device {
 
 StagingPool& StagingPool::instance() {
-  static auto* const pool = new StagingPool;  // CUDA calls after main are not allowed
+  static auto* const pool = new StagingPool;  // never destroyed: CUDA may not be called after main
   return *pool;
 }
 
@@ -104,7 +104,7 @@ bool StagingPool::fits(std::size_t bytes, std::size_t budget) const {
 }
 
 Result<std::list<PinnedMemory>> StagingPool::pin(Device& device, std::size_t bytes) {
-  // Counted back, whichever way this ends without a slot.
+  // Undoes the reservation if this ends without a slot.
   struct Reserved {
     StagingPool& pool;
     std::size_t bytes;
@@ -130,7 +130,7 @@ std::list<PinnedMemory>::iterator StagingPool::find_free(std::size_t bytes,
   });
 }
 
-// Makes room, which counts as taken until it is unpinned. Unpinning takes long: without the lock.
+// Its bytes count as busy until they are unpinned. Unlocks meanwhile, because unpinning takes long.
 void StagingPool::unpin_a_free_slot() {
   std::optional<PinnedMemory> unfit(std::move(free_.front()));
   free_.pop_front();
@@ -149,10 +149,10 @@ std::optional<Error> StagingPool::why_nothing_comes_back(std::size_t budget) con
   if (busy_bytes_ != 0) return std::nullopt;
   return Error{.code = ErrorCode::kDriverCallFailed,
                .message = std::to_string(abandoned_bytes_ >> 20) +
-                          " MiB of pinned memory were given up after copies to a device that could "
-                          "not be waited for, and no more than " +
+                          " MiB of pinned memory were abandoned, because waiting for copies to a "
+                          "device failed, and at most " +
                           std::to_string(budget >> 20) +
-                          " MiB besides may be pinned: start the process again"};
+                          " MiB more may be pinned: restart the process"};
 }
 
 std::size_t StagingPool::free_slots(std::size_t bytes) const {

@@ -1,5 +1,5 @@
-// The pinned slots that every load stages through: one pool a process, small, reused, and left
-// alone at exit.
+// The pinned slots through which all loads stage: one small pool for the process, whose slots are
+// reused and never freed at exit.
 #pragma once
 
 #include <atomic>
@@ -15,7 +15,7 @@
 
 namespace weightlift::device {
 
-// A slot on loan: it goes back to the pool when it dies.
+// A slot lent by the pool. The destructor returns it.
 class StagingSlot {
  public:
   StagingSlot(StagingSlot&& other) noexcept = default;
@@ -25,44 +25,43 @@ class StagingSlot {
   [[nodiscard]] std::byte* data() const noexcept { return memory_.front().data(); }
   [[nodiscard]] std::size_t size() const noexcept { return memory_.front().size(); }
 
-  // Leaves it pinned and mapped for ever: a lost device may still be reading it.
+  // Leaves the slot pinned and mapped until the process ends: a lost device may still read it.
   void abandon() noexcept;
 
  private:
   friend class StagingPool;
   explicit StagingSlot(std::list<PinnedMemory> memory) noexcept : memory_(std::move(memory)) {}
 
-  std::list<PinnedMemory> memory_;  // of one: it moves between lists, which needs no memory
+  std::list<PinnedMemory> memory_;  // one element: moving it between lists needs no memory
 };
 
-// Whose turn it is where the budget is short: loads that have no slot come before those that could
-// use one more.
+// The priority when the budget is short: loads without a slot come before loads that could use one
+// more.
 enum class SlotClaim : std::uint8_t { kFirst, kFurther };
 
 class StagingPool {
  public:
   [[nodiscard]] static StagingPool& instance();
 
-  // A slot of `bytes`: a free one on the device's node, or a new one while no more than `budget`
-  // bytes are pinned, or a free one on another node;
-  // nothing where others hold the budget, or wait for a first slot when this is a further one. Pins
-  // without holding the lock: several threads make the slots of a first load at the same time.
+  // Returns a slot of `bytes`: a free one on the device's node; else a new one while at most
+  // `budget` bytes are pinned; else a free one on another node. Returns nothing if others hold the
+  // budget, or if this is a further slot and another load waits for its first. Pins without holding
+  // the lock, so that several threads can make the slots of the first load at the same time.
   //
-  // What was abandoned does not count, so that a load need not wait for what never comes back, but
-  // for no more than the budget once more: beyond that, and where nobody holds what could come
-  // back, kDriverCallFailed says so.
+  // Abandoned slots never come back, so up to `budget` bytes of them do not count as pinned.
+  // kDriverCallFailed if more are abandoned and no lent slot can come back.
   [[nodiscard]] Result<std::optional<StagingSlot>> take(Device& device, std::size_t bytes,
                                                         std::size_t budget,
                                                         SlotClaim claim = SlotClaim::kFirst);
 
-  // Pins a slot that is left free, for a load that will take it: whether that was done. Not where
-  // `wanted` of them are free on the device's node, where the budget is short, and while somebody
-  // waits for a first slot.
+  // Pins a slot for a load that will take it, and leaves it free. Returns whether it did: not if
+  // `wanted` such slots are free on the device's node, the budget is used up, or somebody waits for
+  // a first slot.
   [[nodiscard]] Result<bool> add_free(Device& device, std::size_t bytes, std::size_t budget,
                                       std::size_t wanted);
   [[nodiscard]] std::size_t free_slots(std::size_t bytes) const;  // on any node
 
-  // Whoever has no slot and waits for one, as long as this lives.
+  // Its owner has no slot and waits for one, as long as the object lives.
   class Waiting {
    public:
     explicit Waiting(StagingPool& pool);
@@ -74,13 +73,13 @@ class StagingPool {
     StagingPool& pool_;
   };
 
-  // How many wait.
+  // The number of Waiting objects.
   [[nodiscard]] unsigned waiting() const;
 
-  // Another number whenever take() might answer differently. Asking costs nothing.
+  // A counter that changes whenever take() might return something else. Takes no lock.
   [[nodiscard]] std::uint64_t changes() const noexcept { return changes_.load(); }
 
-  [[nodiscard]] std::size_t pinned_bytes() const;  // what was abandoned included
+  [[nodiscard]] std::size_t pinned_bytes() const;  // including abandoned slots
   [[nodiscard]] std::size_t abandoned_bytes() const;
 
   void clear();  // unpins the free slots
@@ -89,10 +88,10 @@ class StagingPool {
   friend class StagingSlot;
   StagingPool() = default;
 
-  // A new slot, whose bytes are counted already: counted back where there is an error.
+  // Makes a slot whose bytes are already reserved. An error undoes the reservation.
   [[nodiscard]] Result<std::list<PinnedMemory>> pin(Device& device, std::size_t bytes);
   [[nodiscard]] bool fits(std::size_t bytes, std::size_t budget) const WL_REQUIRES(mutex_);
-  // The first free slot of this size and node; of any, where none is named.
+  // The first free slot of this size, on `node` if one is given.
   [[nodiscard]] std::list<PinnedMemory>::iterator find_free(std::size_t bytes,
                                                             std::optional<int> node)
       WL_REQUIRES(mutex_);
@@ -104,8 +103,9 @@ class StagingPool {
   std::list<PinnedMemory> free_ WL_GUARDED_BY(mutex_);
   std::list<PinnedMemory> abandoned_ WL_GUARDED_BY(mutex_);
   std::size_t pinned_bytes_ WL_GUARDED_BY(mutex_) = 0;
-  std::size_t abandoned_bytes_ WL_GUARDED_BY(mutex_) = 0;  // of these
-  std::size_t busy_bytes_ WL_GUARDED_BY(mutex_) = 0;       // of these: lent, pinned or unpinned now
+  std::size_t abandoned_bytes_ WL_GUARDED_BY(mutex_) = 0;  // of pinned_bytes_
+  std::size_t busy_bytes_ WL_GUARDED_BY(mutex_) =
+      0;  // of pinned_bytes_: lent, being pinned or unpinned
   unsigned waiting_ WL_GUARDED_BY(mutex_) = 0;
   std::atomic<std::uint64_t> changes_ = 0;
 };

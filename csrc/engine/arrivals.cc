@@ -73,8 +73,8 @@ void Arrivals::end() noexcept {
   tell();
 }
 
-// Whoever waits has counted itself before it looked: it has seen what was changed before this, or
-// is seen here.
+// A waiter increments waiting_ before it checks: it either sees the change that was made before
+// this call, or is counted here.
 void Arrivals::tell() noexcept {
   if (waiting_.load() == 0) return;
   const MutexLock lock(mutex_);
@@ -97,7 +97,7 @@ Arrivals::Answer Arrivals::wait(std::span<const std::uint32_t> names, Level leve
   Answer answer = Answer::kNotYet;
   bool is_late = false;
   while (true) {
-    const bool ended = ended_.load();  // before the look: nothing comes after it
+    const bool ended = ended_.load();  // read before the check: nothing arrives after the end
     if (have_come(names, level)) {
       answer = Answer::kYes;
       break;

@@ -1,4 +1,4 @@
-// Which tensors of a load have arrived, for those who use some while others are still on their way.
+// Which tensors of a load have arrived, for callers that use tensors before the load has ended.
 #pragma once
 
 #include <atomic>
@@ -14,12 +14,13 @@
 
 namespace weightlift::engine {
 
-// Tensors are meant by their numbers in LoadPlan::names. Nothing here allocates after it was made.
+// Tensors are identified by their positions in LoadPlan::names. Nothing here allocates after the
+// constructor.
 class Arrivals {
  public:
   enum class Level : std::uint8_t {
-    kQueued,   // all of its copies are queued on its device; on the host: it is there
-    kArrived,  // it is there
+    kQueued,   // all copies are queued on its device; on the host as kArrived
+    kArrived,  // all of it is at its target
   };
   enum class Answer : std::uint8_t {
     kYes,
@@ -27,25 +28,24 @@ class Arrivals {
     kNever,  // the load has ended without it
   };
 
-  // `plan` has ranks; all of these must live as long.
+  // `plan` must have ranks. All arguments must live as long as this object.
   Arrivals(const LoadPlan& plan, const Schedule& schedule, const Sources& sources);
 
-  // --- For the threads of the load ---
-  // A unit is at its targets in host memory.
+  // --- For the threads of the load --- All of a unit is at its targets in host memory.
   void delivered(const Lane& lane, const Unit& unit) noexcept;
-  // The copies of a chunk are queued on a stream; they have ended.
+  // queued(): the copies of a chunk are queued on a stream. copied(): they have ended.
   void queued(const Lane& lane, const Chunk& chunk) noexcept;
   void copied(const Lane& lane, const Chunk& chunk) noexcept;
-  // The first `steps` steps of populating are done.
+  // The first `steps` populate steps are done.
   void populated(std::uint32_t steps) noexcept;
-  // The load has ended, one way or the other.
+  // The load has ended, with or without an error.
   void end() noexcept;
 
-  // --- For those who wait ---
-  // Until all of `names` have come so far, the load has ended, or the time is up. Any thread.
+  // --- For those who wait --- Waits until all of `names` have reached `level`, the load has ended,
+  // or the limit has passed. Any thread.
   [[nodiscard]] Answer wait(std::span<const std::uint32_t> names, Level level,
                             std::chrono::milliseconds limit);
-  // kFromMemory where it comes from none.
+  // The tensor's file, or kFromMemory.
   [[nodiscard]] std::uint32_t file_of(std::uint32_t name) const { return files_[name]; }
 
  private:
@@ -57,8 +57,8 @@ class Arrivals {
   void tell() noexcept;
 
   const LoadPlan& plan_;
-  // By name: bytes that are not yet queued, and not yet there; how many steps of populating it
-  // needs; its file.
+  // For each name: bytes not yet queued; bytes not yet arrived; the populate steps that it needs;
+  // its file.
   Counters unqueued_;
   Counters missing_;
   std::vector<std::uint32_t> steps_;
@@ -66,7 +66,7 @@ class Arrivals {
   std::atomic<std::uint32_t> populated_ = 0;
   std::atomic<std::uint32_t> waiting_ = 0;  // threads that wait
   std::atomic<bool> ended_ = false;
-  Mutex mutex_;  // guards nothing: nobody is told between a look and the wait that follows it
+  Mutex mutex_;  // so that no notification falls between a check and its wait
   ConditionVariable changed_;
 };
 

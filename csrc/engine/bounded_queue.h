@@ -1,4 +1,4 @@
-// A queue that allocates nothing after it was made.
+// A queue that allocates only in its constructor.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,7 @@
 
 namespace weightlift::engine {
 
-// First in, first out; of no more than `capacity` items at a time.
+// First in, first out; holds at most `capacity` items.
 template <class T>
 class BoundedQueue {
  public:
@@ -15,7 +15,7 @@ class BoundedQueue {
   [[nodiscard]] bool empty() const noexcept { return size_ == 0; }
   [[nodiscard]] std::size_t size() const noexcept { return size_; }
   [[nodiscard]] const T& front() const { return items_[first_]; }
-  // The one that comes `index` after the first.
+  // The item `index` places after the first.
   [[nodiscard]] const T& at(std::size_t index) const {
     return items_[(first_ + index) % items_.size()];
   }

@@ -15,7 +15,8 @@
 namespace weightlift::engine {
 namespace {
 
-// Elements gathered at a time between strided sides; 8 bytes the largest cast item, 16 a C128.
+// Elements gathered at a time if source or target is strided. An element has at most 16 bytes
+// (C128).
 constexpr std::uint64_t kBlock = 256;
 
 std::byte* at_address(std::uint64_t address) {
@@ -129,7 +130,7 @@ void deliver(const LoadPlan& plan, const Piece& piece, const std::byte* source,
              std::uint64_t source_begin, std::byte* packed, const convert::Fp8Rules& fp8,
              Scratch& scratch) {
   Copy copy = plan.copies[piece.copy];
-  if (!piece.host_cast) copy.target_dtype = copy.source_dtype;  // the device casts, if anyone does
+  if (!piece.host_cast) copy.target_dtype = copy.source_dtype;  // the device casts, or nobody
   const RowDelivery rows(copy, fp8);
   if (copy.dimension_count != 0) {
     deliver_strided(plan, copy, piece, source, source_begin, packed, rows, scratch);

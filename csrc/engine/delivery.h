@@ -1,5 +1,4 @@
-// Takes a piece from where its source bytes lie to its target in host memory: copies, gathers,
-// casts.
+// Copies, gathers or casts a piece from its source bytes to its target in host memory.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +11,8 @@
 
 namespace weightlift::engine {
 
-// `source` is where byte `source_begin` of the piece's source lies. With `packed`, the elements go
-// there one after another; without, to the copy's target.
+// `source` points to byte `source_begin` of the piece's source. The elements go to `packed`, one
+// after another, or, if that is null, to the copy's target.
 void deliver(const LoadPlan& plan, const Piece& piece, const std::byte* source,
              std::uint64_t source_begin, std::byte* packed, const convert::Fp8Rules& fp8,
              Scratch& scratch);

@@ -24,7 +24,7 @@
 namespace weightlift::engine {
 namespace {
 
-// Of all devices together, per device: what concurrent loads share.
+// Times the number of devices: the pinned memory that concurrent loads share.
 constexpr std::size_t kPinnedBudget = std::size_t{64} << 20;
 
 constexpr std::uint64_t kTileAlignment = 32;
@@ -141,7 +141,7 @@ Status DeviceLane::scatter(std::uint32_t slot, const Chunk& chunk, Tables& table
                        .cast = run.cast});
     }
   }
-  // The table rides behind the data: one copy brings both.
+  // The table follows the data, so that one copy brings both.
   std::uint64_t tiles_offset =
       (chunk.staged_bytes + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
   const std::uint64_t table_bytes = tiles.size() * sizeof(convert::Tile);
@@ -167,8 +167,8 @@ Status DeviceLane::scatter(std::uint32_t slot, const Chunk& chunk, Tables& table
                "cuLaunchKernel");
 }
 
-// Runs in the slot, and what of them lies elsewhere: parts of one mapping that follow one another
-// are one copy again.
+// Lists the sources of the chunk's runs: the slot, or a mapping for units that stayed in the page
+// cache. Contiguous parts of one mapping become one copy.
 void DeviceLane::find_sources(std::uint32_t slot, const Chunk& chunk, Tables& tables) const {
   tables.targets.clear();
   tables.sources.clear();
@@ -187,7 +187,7 @@ void DeviceLane::find_sources(std::uint32_t slot, const Chunk& chunk, Tables& ta
       add(run.target, base + run.slot_offset, run.count);
       continue;
     }
-    bool merges = false;  // with the part before it
+    bool merges = false;  // the previous part lies in a mapping
     for (std::uint64_t done = 0; done < run.count;) {
       const std::uint64_t at = run.slot_offset + done;
       while (unit + 1 < chunk.unit_count && units[unit + 1].slot_offset <= at) ++unit;

@@ -1,5 +1,5 @@
-// One device's link during one load: its copy streams, its staging slots, and what a filled slot
-// becomes on a stream.
+// One device's link during one load: its copy streams and staging slots, and the calls that copy a
+// filled slot.
 #pragma once
 
 #include <cuda.h>
@@ -35,24 +35,24 @@ enum class SlotOutcome : std::uint8_t {
 
 class DeviceLane {
  public:
-  // Makes the copy streams, ordered after what the allocating stream has been given so far: the
-  // allocator may have handed out memory that a kernel there still uses.
+  // Makes the copy streams and orders them after the present work of the allocating stream, because
+  // the allocator may have handed out memory that a kernel on that stream still uses.
   [[nodiscard]] static Result<std::unique_ptr<DeviceLane>> open(const LoadPlan& plan,
                                                                 const Lane& lane,
                                                                 const DeviceNeeds& needs,
                                                                 const Settings& settings);
   DeviceLane(const DeviceLane&) = delete;
   DeviceLane& operator=(const DeviceLane&) = delete;
-  // Gives the slots back to the pool; nothing may be in flight.
+  // Returns the slots to the pool. No copy may be in flight.
   ~DeviceLane();
 
-  // Takes slot `index`, below Lane::slots, from the pool.
+  // Takes slot `index` (less than Lane::slots) from the pool.
   [[nodiscard]] Result<SlotOutcome> add_slot(std::uint32_t index);
   [[nodiscard]] std::byte* slot(std::uint32_t index) noexcept {
     return slots_[index]->memory.data();
   }
 
-  // Lists of what a chunk becomes; each thread that submits has its own and keeps them.
+  // Lists of the copies of a chunk. Each thread that submits has its own and reuses them.
   struct Tables {
     std::vector<Run> runs;
     std::vector<convert::Tile> tiles;
@@ -61,30 +61,32 @@ class DeviceLane {
     std::vector<std::size_t> sizes;
   };
 
-  // Of the chunk that slot `index` is filled for, unit `unit` lies elsewhere: the device copies it
-  // from there, and it is held until it has. For devices that use the host's page tables.
+  // Unit `unit` of the chunk in slot `index` stays in the page cache. The device copies it from
+  // there, and the slot keeps the hold until the copy has ended. Only for devices that use the
+  // host's page tables.
   void keep(std::uint32_t index, std::uint32_t unit, io::LeasedMapping::Hold hold) noexcept {
     slots_[index]->held[unit] = std::move(hold);
   }
 
-  // Queues the copies of a filled slot, and an event behind them.
+  // Queues the copies of a filled slot and records an event after them.
   [[nodiscard]] Status submit(std::uint32_t slot, const Chunk& chunk, Tables& tables);
-  // Until the copies of a submitted slot have ended.
+  // Waits until the copies of a submitted slot have ended.
   [[nodiscard]] Status wait(std::uint32_t slot);
   // Makes another stream of the device wait for the copies of submitted slots.
   [[nodiscard]] Status order_behind(const BoundedQueue<std::uint32_t>& slots, CUstream other) const;
-  // After a failed call: waits for everything on the streams, so that the slots can be used again.
-  // Where even that fails, the slots are never used again: the device may still read them.
+  // After a failed call: waits for all work on the streams, so that the slots can be used again. If
+  // this fails too, the destructor abandons the slots, because the device may still read them.
   void settle() noexcept;
 
  private:
   struct Slot {
     device::StagingSlot memory;
     device::Event copied;
-    std::vector<io::LeasedMapping::Hold> held;  // by unit of its chunk; empty where none may be
+    std::vector<io::LeasedMapping::Hold> held;  // by unit of its chunk; empty if none can be held
   };
 
-  // By turns of the slots: the copy of one need not wait for the kernel of the one before it.
+  // Slots take turns on the streams, so that the copy of one need not wait for the kernel of the
+  // one before it.
   using Streams = std::vector<device::Stream>;
 
   DeviceLane(const LoadPlan& plan, const Lane& lane, const DeviceNeeds& needs,
@@ -120,9 +122,9 @@ class DeviceLane {
   device::Device& device_;
   Streams streams_;
   std::optional<device::StagingPool::Waiting> waiting_;  // for the first slot
-  std::vector<std::optional<Slot>> slots_;  // never resized: threads fill some while one is added
-  std::uint32_t held_ = 0;                  // units of one chunk that may lie elsewhere
-  std::atomic<bool> lost_ = false;          // set by whichever thread a call failed on
+  std::vector<std::optional<Slot>> slots_;  // never resized: threads use slots while one is added
+  std::uint32_t held_ = 0;                  // holds that a slot needs; 0 if no unit may stay
+  std::atomic<bool> lost_ = false;          // set by the thread whose call failed
 };
 
 }  // namespace weightlift::engine

@@ -18,10 +18,11 @@
 namespace weightlift::engine {
 namespace {
 
-// While other loads hold all pinned memory: how often to look whether some has come back.
+// The interval of checks for returned slots while other loads hold all pinned memory.
 constexpr std::chrono::milliseconds kPoolRetry{2};
-// Of its bytes, how much a lane of the thread's own node may be ahead of the one furthest behind:
-// to write into a slot across the machine's interconnect is slower, an idle link is slower still.
+// How far a lane of the thread's own node may be ahead of the lane that is furthest behind, as a
+// share of its bytes. Writing into a slot of another node is slower, but an idle link is slower
+// still.
 constexpr double kNodeLead = 0.05;
 
 }  // namespace
@@ -78,7 +79,8 @@ void Dispatcher::wait_for_task() {
   --idle_;
 }
 
-// As many as there is something to do for: one that finds nothing has cost a switch and the lock.
+// Wakes as many threads as there are tasks: a thread that finds none costs a context switch and the
+// lock.
 void Dispatcher::wake(std::uint32_t threads) {
   if (threads >= idle_) {
     task_.notify_all();
@@ -87,7 +89,7 @@ void Dispatcher::wake(std::uint32_t threads) {
   for (; threads > 0; --threads) task_.notify_one();
 }
 
-// Those that wait for a task then end.
+// Ends the threads that wait for a task.
 void Dispatcher::wake_if_all_given_out() {
   if (all_given_out()) task_.notify_all();
 }
@@ -103,7 +105,7 @@ bool Dispatcher::LaneState::may_add_slot() const {
   return !no_budget || device::StagingPool::instance().changes() != pool_changes;
 }
 
-// The units of the chunk that goes into it, and one more slot.
+// The units of the next chunk, and one task that adds a slot.
 std::uint32_t Dispatcher::LaneState::tasks_of_a_slot() const {
   if (all_given_out() || next_chunk == lane.chunks.size()) return 0;
   return lane.chunks[next_chunk].unit_count + (may_add_slot() ? 1 : 0);
@@ -120,11 +122,11 @@ Dispatcher::LaneState* Dispatcher::furthest_behind(std::optional<int> node) {
   return best;
 }
 
-// Of the lanes that can take work, the one that is furthest behind, so that all links stay busy to
-// the end; of the thread's own node while that makes little difference.
+// Takes the lane that is furthest behind, so that all links stay busy until the end, or one of the
+// thread's own node that is less than kNodeLead ahead of it.
 std::optional<Task> Dispatcher::pick(int node) {
   if (next_populate_ < populate_steps_ && !populating_) {
-    // One at a time: a second caller breaks the sequential read-ahead of the first.
+    // One thread at a time: a second one breaks the sequential read-ahead of the first.
     populating_ = true;
     const PopulateTask task{.step = next_populate_++};
     wake_if_all_given_out();
@@ -160,8 +162,8 @@ UnitTask Dispatcher::take_units(std::uint32_t lane_index) {
     if (state.all_given_out()) wake_if_all_given_out();
     return task;
   }
-  // Fresh huge pages are faulted in by one thread each: two that touch the same one at the same
-  // time both clear two megabytes, and one of them for nothing (mm/huge_memory.c).
+  // One thread fills each new huge page: if two threads touch it at the same time, both clear 2
+  // MiB, and one result is dropped (mm/huge_memory.c).
   while (!state.all_given_out() && units[state.next_unit].target_page == first.target_page) {
     state.issued += units[state.next_unit++].payload;
     ++task.unit_count;
@@ -191,12 +193,12 @@ void Dispatcher::finish(const AddSlotTask& task, Result<SlotOutcome> outcome) {
   if (!outcome.ok() && state.slot_count == 0) {
     stop(std::move(outcome).error());
   } else if (!outcome.ok()) {
-    // Fewer slots are slower, not wrong.
+    // The load goes on with fewer slots, which is only slower.
     state.slot_limit = state.slot_count;
     state.slot_refusal = std::move(outcome).error();
   } else if (*outcome == SlotOutcome::kNoBudget) {
-    // Asked again when something has come back; where this is the first slot, by a thread that
-    // looks for it while this one may have other work.
+    // The lane asks again after a slot is returned. If this would be its first slot, another thread
+    // checks for that, because this one may find other work.
     state.no_budget = true;
     if (state.slot_count == 0) wake(1);
   } else {
@@ -231,8 +233,8 @@ void Dispatcher::submitted(const UnitTask& task, Status status) {
   end_task(state);
 }
 
-// Wakes no reader thread: a unit that is done makes no work, and at a link's speed there are a
-// hundred thousand a second.
+// Wakes no reader thread: a finished unit makes no new tasks, and with small units there may be
+// 100,000 of them in a second.
 void Dispatcher::end_task(LaneState& state) {
   if (--state.active == 0 && state.staged) state.changed.notify_one();
 }

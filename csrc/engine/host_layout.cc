@@ -10,7 +10,7 @@
 namespace weightlift::engine {
 namespace {
 
-// What torch and the vector units like; torch's own CPU allocator aligns to it too.
+// A cache line, and the alignment of torch's CPU allocator.
 constexpr std::uint64_t kTensorAlignment = 64;
 
 }  // namespace
@@ -18,7 +18,7 @@ constexpr std::uint64_t kTensorAlignment = 64;
 std::uint64_t HostLayout::add(const StoredTensor& tensor, Dtype target) {
   const bool casts = target != tensor.dtype;
   const std::uint64_t item = std::max<std::uint64_t>(dtype_bits(target) / 8, 1);
-  // Neighbours in the file stay neighbours, so that one read fills many small tensors.
+  // Neighbours in the file stay neighbours in the block, so that one read fills many small tensors.
   const bool neighbour = !casts && tensor.offset == source_end_ && bytes_ % item == 0;
   if (!neighbour) bytes_ = (bytes_ + kTensorAlignment - 1) / kTensorAlignment * kTensorAlignment;
   source_end_ = casts ? ~std::uint64_t{0} : tensor.offset + tensor.bytes;

@@ -25,10 +25,10 @@
 namespace weightlift::engine {
 namespace {
 
-// Smaller requests are not worth reading the limits for.
+// For smaller requests, reading the limits would cost too much.
 constexpr std::size_t kCheckedBytes = std::size_t{64} << 20;
 
-// Smaller blocks take huge pages unasked: a probe would cost about what they may lose.
+// Smaller blocks get huge pages without a probe, which would cost as much as it could save.
 constexpr std::size_t kWatchedBytes = std::size_t{16} << 20;
 
 class PageableMemory final : public HostMemory {
@@ -68,7 +68,8 @@ class PageLockedMemory final : public HostMemory {
   ~PageLockedMemory() override { device::release_later(std::move(memory_)); }
 
  private:
-  std::list<device::PinnedMemory> memory_;  // of one: giving it away then needs no memory
+  std::list<device::PinnedMemory>
+      memory_;  // one element: moving it to another list needs no memory
 };
 
 Status populate(const io::AnonymousMemory& memory, unsigned threads) {
@@ -77,7 +78,7 @@ Status populate(const io::AnonymousMemory& memory, unsigned threads) {
   const std::size_t parts = (memory.size() + share - 1) / share;
   std::vector<Status> results(parts);
   std::vector<std::thread> helpers;
-  helpers.reserve(parts);  // nothing may throw past a thread that runs
+  helpers.reserve(parts);  // nothing may throw while a thread runs
   const auto part = [&](std::size_t i) {
     try {
       results[i] = memory.populate(i * share, std::min(share, memory.size() - i * share));
@@ -88,7 +89,7 @@ Status populate(const io::AnonymousMemory& memory, unsigned threads) {
   for (std::size_t i = 1; i < parts; ++i) {
     try {
       helpers.emplace_back(part, i);
-    } catch (const std::exception&) {  // no more threads to be had, or no memory for one
+    } catch (const std::exception&) {  // no thread can be started
       part(i);
     }
   }
@@ -101,17 +102,17 @@ Status populate(const io::AnonymousMemory& memory, unsigned threads) {
 Status check_headroom(std::size_t bytes) {
   if (bytes < kCheckedBytes || bytes <= io::memory_headroom()) return {};
   MemoryPool::instance().clear();
-  device::wait_for_releases();  // what others have dropped may be on its way
+  device::wait_for_releases();  // deleted pinned memory may not be free yet
   const std::uint64_t headroom = io::memory_headroom();
   if (bytes <= headroom) return {};
   return Error{.code = ErrorCode::kOutOfMemory,
-               .message = "the tensors need " + std::to_string(bytes) + " bytes of memory and " +
-                          std::to_string(headroom) +
-                          " can be had (the machine's and the cgroup's limits): load fewer, use a "
-                          "smaller dtype, or mode=\"map\""};
+               .message = "the tensors need " + std::to_string(bytes) +
+                          " bytes of memory, but only " + std::to_string(headroom) +
+                          " can be had (by the limits of the machine and the cgroup): load fewer "
+                          "tensors, or use a smaller dtype or mode=\"map\""};
 }
 
-// Fresh memory; what the pool keeps gives way to it.
+// Allocates new memory. If that fails, it empties the pool and tries again.
 Result<io::AnonymousMemory> allocate_fresh(std::size_t bytes, bool huge_pages) {
   auto memory = io::AnonymousMemory::allocate(bytes, huge_pages);
   if (memory.ok() || MemoryPool::instance().stats().kept_bytes == 0) return memory;
@@ -120,7 +121,7 @@ Result<io::AnonymousMemory> allocate_fresh(std::size_t bytes, bool huge_pages) {
 }
 
 Result<std::shared_ptr<HostMemory>> allocate_pageable(std::size_t bytes, const Settings& settings) {
-  // Of what the pool has, the kernel may have taken pages: the limits count these as free.
+  // Also for a block of the pool: the kernel may have taken its pages, which then count as free.
   WL_RETURN_IF_ERROR(check_headroom(bytes));
   const bool huge_pages = settings.huge_pages != HugePages::kNever;
   if (huge_pages && bytes >= io::kHugePageBytes) {

@@ -1,4 +1,4 @@
-// Memory for tensors on the host: one block a load, on huge pages, pinned on request.
+// Memory for tensors on the host: one block for each load, on huge pages, pinned on request.
 #pragma once
 
 #include <cstddef>
@@ -13,10 +13,10 @@ namespace weightlift::engine {
 
 class HostMemory {
  public:
-  // kOutOfMemory where `bytes` are more than the process can still have (its cgroup's limit
-  // counts): an error now instead of the kernel's killer later. With `pin_for`, page-locked for all
-  // devices through that one, backed by the threads of `settings`; that is on huge pages, as a GPU
-  // wants it. Pageable memory comes from the MemoryPool where it has some, and goes back to it.
+  // kOutOfMemory if `bytes` exceed what the process can still allocate (its cgroup's limit counts),
+  // because otherwise the kernel would kill it later. With `pin_for`, the memory is page-locked for
+  // all devices through that device; `settings.threads` threads back it with huge pages. Pageable
+  // memory comes from the MemoryPool if that has a block, and returns to it.
   [[nodiscard]] static Result<std::shared_ptr<HostMemory>> allocate(std::size_t bytes,
                                                                     std::optional<int> pin_for,
                                                                     const Settings& settings);
@@ -27,7 +27,7 @@ class HostMemory {
   [[nodiscard]] std::byte* data() const noexcept { return data_; }
   [[nodiscard]] bool pinned() const noexcept { return pinned_; }
 
-  // On which pages it lies, and why, in words; "" of a block that is too small to matter.
+  // The kind of its pages and the reason, as text; "" for a block that is too small to matter.
   [[nodiscard]] virtual std::string pages() const { return {}; }
 
  protected:

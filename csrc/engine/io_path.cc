@@ -14,7 +14,7 @@
 namespace weightlift::engine {
 namespace {
 
-// Below this share in the page cache the disk is what a load waits for.
+// With a smaller share in the page cache, a load waits for the disk.
 constexpr double kResidentShare = 0.9;
 
 std::string gibibytes(std::uint64_t bytes) {
@@ -49,7 +49,7 @@ IoChoice choose_io(const io::File& file, std::uint64_t begin, std::uint64_t end,
     const std::string why =
         refusal == ENOSYS ? "no cachestat" : std::string("cachestat: ") + std::strerror(refusal);
     return {.route = IoRoute::kBuffered,
-            .reason = "the kernel cannot tell what is resident (" + why + ")",
+            .reason = "the kernel does not say what is in the page cache (" + why + ")",
             .cold = true};
   }
   char percent[32];
@@ -61,7 +61,7 @@ IoChoice choose_io(const io::File& file, std::uint64_t begin, std::uint64_t end,
   if (settings.io_path == IoPath::kAuto && bytes > headroom / 2) {
     return {.route = IoRoute::kDirect,
             .reason = std::string(percent) + ", and larger than half of the " +
-                      gibibytes(headroom) + " that the page cache could grow by",
+                      gibibytes(headroom) + " by which the page cache can grow",
             .cold = true};
   }
   return {.route = IoRoute::kBuffered,

@@ -1,4 +1,4 @@
-// How the bytes of one file are fetched, and the reason, for the report.
+// How the bytes of one file are read, with the reason for the report.
 #pragma once
 
 #include <cstdint>
@@ -13,17 +13,17 @@ enum class IoRoute : std::uint8_t {
   kMapped,     // zero copy
   kPageCache,  // resident: reads are memory copies
   kBuffered,   // from the disk through the page cache, so that the next start is warm
-  kDirect,     // past the page cache
+  kDirect,     // from the disk without the page cache
 };
 [[nodiscard]] const char* io_route_name(IoRoute route) noexcept;
 
 struct IoChoice {
   IoRoute route = IoRoute::kPageCache;
   std::string reason;
-  bool cold = false;  // more reads in flight pay off
+  bool cold = false;  // then more reads in flight are faster
 };
 
-// For `bytes` of `file` between `begin` and `end`.
+// Chooses for `bytes` of `file` between offsets `begin` and `end`.
 [[nodiscard]] IoChoice choose_io(const io::File& file, std::uint64_t begin, std::uint64_t end,
                                  std::uint64_t bytes, const Settings& settings);
 

@@ -35,15 +35,15 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
-// Below this a load on the host is done before a thread would have started.
+// A smaller load to the host ends before a thread would have started.
 constexpr std::uint64_t kInlineBytes = 256 << 10;
 
-// Whether all of a tensor is in the host's memory, in the order of the file.
+// Whether a whole tensor is in host memory, in the order of the file.
 bool can_be_compared(const Copy& copy) noexcept {
   return copy.device == kHostDevice && copy.dimension_count == 0;
 }
 
-// kFileChanged where the file does not hold what was copied out of it into the host's memory.
+// kFileChanged if the file does not contain the bytes that were copied from it to host memory.
 Status compare_with_file(const LoadPlan& plan, const Copy& copy, const convert::Fp8Rules& fp8) {
   constexpr std::uint64_t kStep = std::uint64_t{4} << 20;
   const io::File& file = *plan.files[copy.file];
@@ -69,8 +69,8 @@ Status compare_with_file(const LoadPlan& plan, const Copy& copy, const convert::
     if (std::memcmp(expected.data(), target + begin, expected.size()) != 0) {
       return Error{.code = ErrorCode::kFileChanged,
                    .message =
-                       "the file was written to while it was being read, so old and new bytes may "
-                       "be mixed; load it again once its writer is done",
+                       "the file was written to while it was read, so old and new bytes may be "
+                       "mixed; load it again when its writer has finished",
                    .path = file.path(),
                    .offset = copy.source + at};
     }
@@ -78,9 +78,9 @@ Status compare_with_file(const LoadPlan& plan, const Copy& copy, const convert::
   return {};
 }
 
-// Whether a file holds the bytes that were copied out of it, as far as that can be seen here: of
-// what was cut or sent to a device it cannot, and that is false. Of these names, or of all.
-// kFileChanged where it does not hold them.
+// Compares the file with the bytes that were copied from it, for `names` or for all. kFileChanged
+// if they differ; false if some cannot be compared, because the tensor was sliced or went to a
+// device.
 Result<bool> holds_what_was_copied(const LoadPlan& plan, std::size_t number,
                                    const convert::Fp8Rules& fp8,
                                    std::optional<std::span<const std::uint32_t>> names = {}) {
@@ -96,8 +96,8 @@ Result<bool> holds_what_was_copied(const LoadPlan& plan, std::size_t number,
 Error written_to(const io::File& file) {
   return {.code = ErrorCode::kFileChanged,
           .message =
-              "the file was written to since it was opened, or its modification time says so; "
-              "open it again once its writer is done",
+              "the file was written to after it was opened, or its modification time suggests so; "
+              "open it again when its writer has finished",
           .path = file.path()};
 }
 
@@ -142,11 +142,11 @@ class Load::State {
   Clock::time_point ended_;  // written by the last thread
   Counters counters_;
   std::optional<Dispatcher> dispatcher_;
-  std::optional<Arrivals> arrivals_;  // where somebody waits for them
+  std::optional<Arrivals> arrivals_;  // if the plan has ranks
   std::optional<Runner> runner_;
   unsigned workers_ = 0;
   std::atomic<bool> runs_inline_ = false;  // wait() does the work
-  std::atomic<bool> held_back_ = false;    // wait() starts one more thread
+  std::atomic<bool> held_back_ = false;    // wait() starts the last thread
   ThreadGroup threads_{[this] {
     sources_->release();
     ended_ = Clock::now();
@@ -201,8 +201,8 @@ Status Load::State::spawn_lane_threads() {
     if (threads_.spawn([this, lane] { runner_->await_copies(lane); })) continue;
     return Error{.code = ErrorCode::kOutOfMemory,
                  .message =
-                     "cannot start a thread: the limit of threads is reached "
-                     "(`ulimit -u`, pids.max)"};
+                     "cannot start a thread: raise the limit of threads (`ulimit -u`, or the "
+                     "cgroup's pids.max)"};
   }
   return {};
 }
@@ -218,14 +218,14 @@ Status Load::State::start() {
   WL_RETURN_IF_ERROR(runner_->open_devices());
   const unsigned workers = wanted_workers();
 
-  threads_.enter();  // the load does not end before all its threads are there
+  threads_.enter();  // so that the load does not end before all threads have started
   Status status = spawn_lane_threads();
   if (!status.ok()) {
     const MutexLock lock(dispatcher_->mutex());
     dispatcher_->stop(status.error());
   } else {
-    // The caller may have work of its own before it waits, such as building the model; its
-    // processor is left to it until then. Not where it waits for one tensor after another.
+    // The caller may have work before it waits, such as building the model, so one processor is
+    // left to it until then. But a caller that waits for single tensors needs all threads now.
     held_back_ = workers > 1 && !arrivals_;
     for (unsigned i = held_back_ ? 1 : 0; i < workers; ++i) {
       if (!threads_.spawn([this] { runner_->run_tasks(); })) break;
@@ -290,8 +290,8 @@ Result<bool> Load::State::wait_for(std::span<const std::uint32_t> names, int dev
   return true;
 }
 
-// Before a tensor is handed out, for it may be used long before the load has ended; finish() looks
-// at all of them again.
+// Before a tensor is handed out, because it may be used long before the load ends. finish() checks
+// all files again.
 Status Load::State::check_files_of(std::span<const std::uint32_t> names) const {
   std::uint32_t checked = kFromMemory;
   for (const std::uint32_t name : names) {
@@ -306,8 +306,9 @@ Status Load::State::check_files_of(std::span<const std::uint32_t> names) const {
   return {};
 }
 
-// Nothing has been read of a file yet but its index, which is as it was. Looked at are those whose
-// bytes cannot be compared with the file after the load; what has changed besides is found then.
+// Only the index of each file has been read so far. If it is unchanged, a new modification time is
+// accepted. Only for files whose bytes cannot be compared after the load; the others are compared
+// then.
 void Load::State::accept_times_so_far() const {
   std::vector<bool> looked_at;
   for (const Copy& copy : plan_.copies) {
@@ -321,7 +322,7 @@ void Load::State::accept_times_so_far() const {
   }
 }
 
-// A time alone says nothing of the bytes: what was copied is compared with the file.
+// A new modification time need not mean new bytes, so the copied bytes are compared with the file.
 Result<std::vector<std::string>> Load::State::check_files() const {
   std::vector<std::string> touched;
   for (std::size_t i = 0; i < plan_.files.size(); ++i) {

@@ -1,5 +1,5 @@
-// One run of a LoadPlan, from the schedule to the report. Dispatcher says what is next, Runner does
-// it, ThreadGroup has the threads, report.h tells.
+// One run of a LoadPlan, from the schedule to the report. Dispatcher chooses the tasks, Runner runs
+// them, ThreadGroup owns the threads, report.h makes the report.
 #pragma once
 
 #include <cuda.h>
@@ -22,10 +22,11 @@ struct Progress {
 };
 
 // One run of one plan. The destructor cancels and waits, so that no thread and no copy outlives the
-// memory it works on.
+// memory that it uses.
 class Load {
  public:
-  // Checks and schedules; `plan().devices` then says what scratch memory is wanted.
+  // Checks and schedules the plan. `plan().devices` then states the scratch memory that start()
+  // needs.
   [[nodiscard]] static Result<std::unique_ptr<Load>> prepare(LoadPlan plan,
                                                              const Settings& settings);
   Load(const Load&) = delete;
@@ -34,28 +35,30 @@ class Load {
 
   [[nodiscard]] LoadPlan& plan() noexcept;
 
-  // Starts the threads, but for one that the first wait() starts. A small load on the host has
-  // none: it runs in the first wait().
+  // Starts all threads but one, which the first wait() starts. A small load to the host has no
+  // threads: it runs in the first wait().
   [[nodiscard]] Status start();
 
-  // Until the load has ended, one way or the other, or the time is up: whether it has ended.
+  // Waits until the load has ended, with or without an error, or the limit has passed. Returns
+  // whether it has ended.
   [[nodiscard]] bool wait(std::chrono::milliseconds limit);
   void cancel() noexcept;
   [[nodiscard]] Progress progress() const noexcept;
 
-  // Until tensors have arrived, or the time is up: whether they have. They are meant by their
-  // numbers in LoadPlan::names; the plan has ranks. The load's error where it has ended without
-  // them, and kFileChanged where their files were written to since they were opened. Any thread.
+  // Waits until tensors have arrived or the limit has passed. Returns whether they have arrived.
+  // `names` are positions in LoadPlan::names; the plan must have ranks. Returns the load's error if
+  // it has ended without them, and kFileChanged if their files were written to after they were
+  // opened. Any thread.
   [[nodiscard]] Result<bool> wait_for(std::span<const std::uint32_t> names,
                                       std::chrono::milliseconds limit);
-  // The same for tensors on one device that are used on a stream of it: waits only until their
-  // copies are queued, and has the stream wait for these. Of a stream that is being captured the
-  // host waits, for the capture can be ordered behind nothing that is outside.
+  // The same for tensors on one device that the caller uses on `stream`: waits only until their
+  // copies are queued, and makes the stream wait for the copies. If the stream is being captured,
+  // the host waits for the copies, because a capture cannot wait for work outside it.
   [[nodiscard]] Result<bool> wait_for(std::span<const std::uint32_t> names, int device,
                                       CUstream stream, std::chrono::milliseconds limit);
 
-  // After wait() said true: what happened. Everything has arrived, on every device, when it is no
-  // error; nothing is in flight when it is one.
+  // Call it after wait() has returned true. With a report, all tensors have arrived on all devices.
+  // With an error, no copy is in flight.
   [[nodiscard]] Result<Report> finish();
 
  private:

@@ -13,7 +13,7 @@
 
 namespace weightlift::engine {
 
-// Left alone at exit: tensors may die after the static objects.
+// Never destroyed: tensors may be deleted after the static objects.
 MemoryPool& MemoryPool::instance() {
   static auto* const pool = new MemoryPool;
   return *pool;
@@ -44,12 +44,12 @@ void MemoryPool::keep(io::AnonymousMemory memory, std::size_t limit) noexcept {
   const std::size_t bytes = memory.size();
   if (bytes < io::kHugePageBytes || bytes > limit) return;
   io::release_under_pressure(memory.data(), bytes);
-  Blocks unmapped;  // without the lock
+  Blocks unmapped;  // destroyed after the lock is released
   try {
     Blocks kept;
     kept.push_back(std::move(memory));
     const std::lock_guard lock(mutex_);
-    // A block that was split is whole again once its parts are back.
+    // Merges the parts of a block that take() split.
     for (auto block = blocks_.begin(); block != blocks_.end();) {
       const auto next = std::next(block);
       if (kept.front().join(*block)) blocks_.erase(block);
@@ -61,7 +61,7 @@ void MemoryPool::keep(io::AnonymousMemory memory, std::size_t limit) noexcept {
       stats_.kept_bytes -= blocks_.front().size();
       unmapped.splice(unmapped.end(), blocks_, blocks_.begin());
     }
-  } catch (const std::exception&) {  // no memory for a node: the block is unmapped
+  } catch (const std::exception&) {  // no memory for the list: unmaps the block
   }
 }
 

@@ -1,7 +1,8 @@
-// Memory of dead tensors, kept for the next load: the kernel has cleared its pages already.
+// Memory of deleted tensors, kept for the next load, because the kernel has already cleared its
+// pages.
 //
-// Bounded by what each load may keep (Settings::pool_bytes). What lies here is marked MADV_FREE
-// (madvise(2)): the kernel takes it where memory is short, without asking this process.
+// Bounded by Settings::pool_bytes of each load. The blocks are marked MADV_FREE (madvise(2)), so
+// the kernel can take their pages when memory is short.
 #pragma once
 
 #include <cstddef>
@@ -17,17 +18,18 @@ namespace weightlift::engine {
 class MemoryPool {
  public:
   struct Stats {
-    std::size_t kept_bytes = 0;      // that lie here now, whether or not the kernel took pages
-    std::uint64_t reused_bytes = 0;  // that were taken since the process began
+    std::size_t kept_bytes = 0;      // in the pool now, whether or not the kernel took pages
+    std::uint64_t reused_bytes = 0;  // taken from the pool since the process began
   };
 
   [[nodiscard]] static MemoryPool& instance();
 
-  // Memory of at least `bytes`, its content left over; nothing where no block is large enough.
+  // Returns memory of at least `bytes`, with arbitrary content; nothing if no block is large
+  // enough.
   [[nodiscard]] std::optional<io::AnonymousMemory> take(std::size_t bytes) noexcept;
 
-  // Keeps a block; the oldest go until no more than `limit` bytes are kept. A block above the
-  // limit, or below one huge page, is unmapped.
+  // Keeps a block, and unmaps the oldest blocks until at most `limit` bytes are kept. Unmaps the
+  // block itself if it is larger than the limit or smaller than a huge page.
   void keep(io::AnonymousMemory memory, std::size_t limit) noexcept;
 
   void clear() noexcept;  // unmaps all
@@ -38,7 +40,7 @@ class MemoryPool {
 
   MemoryPool();
 
-  // A plain mutex: fork() handlers lock and unlock it apart.
+  // A std::mutex, because fork() handlers lock and unlock it in separate functions.
   std::mutex mutex_;
   Blocks blocks_;  // the oldest first
   Stats stats_;

@@ -10,7 +10,7 @@
 namespace weightlift::engine {
 namespace {
 
-// A layer that is waited for waits for its batch: a few milliseconds of any disk or link.
+// A layer waits for its whole batch, which takes a few milliseconds at 2 GB/s or more.
 constexpr std::uint64_t kBatchBytes = std::uint64_t{8} << 20;
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The order in which tensors are used, for loads whose tensors are waited for one by one.
+// The order in which tensors are used, for loads whose callers wait for single tensors.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,10 @@
 
 namespace weightlift::engine {
 
-// Of each name, the number of its batch: tensors that are used one after another, as many as make a
-// few reads. Batches are loaded in this order, and within one the order is that of the files: what
-// is used together lies together in a file, but in an order of its own. The plan has ranks.
+// Returns the number of its batch for each name. A batch has tensors that are used one after
+// another, enough for a few reads. Batches are loaded in order, and the tensors of a batch in the
+// order of the files: tensors that are used together lie together in a file, but in another order.
+// The plan must have ranks.
 [[nodiscard]] std::vector<std::uint32_t> batches_of_use(const LoadPlan& plan);
 
 }  // namespace weightlift::engine

@@ -18,12 +18,12 @@
 namespace weightlift::engine {
 namespace {
 
-// Slower than this, small pages are asked, too.
+// In bytes/s. If huge pages are slower, small ones are probed too.
 constexpr double kFast = 1e9;
 constexpr std::size_t kSmallProbeBytes = io::kHugePageBytes / 2;
 constexpr std::size_t kSectionBytes = std::size_t{32} << 20;
 constexpr std::chrono::milliseconds kPoll{1};
-// A load that has not come further for so long has ended, or waits for something else.
+// A load that makes no progress for this long has ended, or waits for something else.
 constexpr std::chrono::seconds kPatience{10};
 
 double seconds_of(clockid_t clock) {
@@ -38,8 +38,8 @@ long preemptions() {
   return usage.ru_nivcsw;
 }
 
-// What the pages took, not what other threads took of this one's processor: a host that fetches
-// memory lets this thread's own time run on.
+// Seconds of `work`. If other threads preempted this one, its own processor time counts instead,
+// which includes the time in which a host fetches memory.
 template <class Work>
 double cost_of(const Work& work) {
   const long before = preemptions();
@@ -62,15 +62,15 @@ std::string rate_text(double rate) {
 PageRates probe_pages(const Touch& touch, std::size_t offset) {
   PageRates rates{.huge = touch(offset, io::kHugePageBytes, false)};
   if (rates.huge >= kFast) return rates;
-  // Of several pages on the average: one may be slow by another's doing, and of memory that the
-  // machine has in part some are fast.
+  // Averages over several pages: another thread may slow one down, and part of the memory may be
+  // backed.
   double huge_seconds = 1 / rates.huge;
   double small_seconds = 0;
   for (std::size_t i = 0; i < kProbes; ++i) {
     const std::size_t at = offset + 2 * i * io::kHugePageBytes;
     if (i != 0) huge_seconds += 1 / touch(at, io::kHugePageBytes, false);
     const double small = touch(at + io::kHugePageBytes, kSmallProbeBytes, true);
-    if (small == 0) return rates;  // not known
+    if (small == 0) return rates;  // unknown
     small_seconds += 1 / small;
   }
   rates.huge = kProbes / huge_seconds;
@@ -84,15 +84,15 @@ PageWatch::PageWatch(const io::AnonymousMemory& memory, Touch touch)
   if (memory.size() < 2 * kSectionBytes) return;
   try {
     thread_ = std::thread([this] { run(); });
-  } catch (const std::exception&) {  // no thread to be had: what the first pages said holds
+  } catch (const std::exception&) {  // no thread can be started: the first probe decides
   }
 }
 
 PageWatch::~PageWatch() {
   if (!thread_.joinable()) return;
-  if (::getpid() != process_) {  // in a child, where this thread never was
+  if (::getpid() != process_) {  // in a child process, which does not have this thread
     thread_.detach();
-    // pthread_cond_destroy(3) waits for the waiters, and that thread was one.
+    // pthread_cond_destroy(3) would wait for that thread for ever.
     static_cast<void>(changed_.release());
     return;
   }
@@ -117,7 +117,7 @@ std::string PageWatch::reason() const {
 void PageWatch::run() {
   std::size_t at = kSectionBytes;
   while (at + kProbeBytes <= memory_.size() && wait_until_backed(at - kSectionBytes / 2)) {
-    // The load may be ahead: what it has filled tells nothing.
+    // Skips pages that the load has already filled: they cannot be probed.
     while (at + kProbeBytes <= memory_.size() && memory_.is_backed(at)) at += kSectionBytes / 4;
     if (at + kProbeBytes > memory_.size() || probe(at)) return;
     at += kSectionBytes;
@@ -128,10 +128,10 @@ bool PageWatch::probe(std::size_t offset) {
   const Touch touch = [&](std::size_t begin, std::size_t bytes, bool small) {
     if (touch_) return touch_(begin, bytes, small);
     if (small) {
-      if (memory_.is_backed(begin)) return 0.0;  // the load was here first: nothing is known
+      if (memory_.is_backed(begin)) return 0.0;  // the load was faster: unknown
       memory_.use_small_pages(begin, io::kHugePageBytes);
     }
-    // Where memory has run out, the load says so.
+    // If memory has run out, the load reports it.
     return static_cast<double>(bytes) / cost_of([&] { (void)memory_.populate(begin, bytes).ok(); });
   };
   const PageRates rates = probe_pages(touch, offset);

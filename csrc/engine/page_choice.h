@@ -1,9 +1,9 @@
-// Huge or small pages for new memory, by what they cost now.
+// Chooses huge or small pages for new memory by what they cost at the time.
 //
-// Huge pages are several times cheaper where the machine has the memory. A virtual machine whose
-// host takes free memory back (Linux, Documentation/mm/free_page_reporting.rst) gets it again page
-// by page, at the first touch, and then huge pages are several times dearer than small ones. Which
-// of the two holds can change within one block: what was freed last is backed still.
+// Huge pages are several times cheaper than small ones while the machine has the memory. A virtual
+// machine whose host takes free memory back (Linux, Documentation/mm/free_page_reporting.rst) gets
+// it again page by page at the first touch, and then huge pages are several times more expensive.
+// This can change within one block, because the memory that was freed last is still backed.
 #pragma once
 
 #include <sys/types.h>
@@ -20,39 +20,41 @@
 
 namespace weightlift::engine {
 
-// Bytes a second at which [offset, offset + bytes) was backed; small pages where `small`.
+// Backs [offset, offset + bytes), with small pages if `small`, and returns the rate in bytes/s; 0
+// if unknown.
 using Touch = std::function<double(std::size_t offset, std::size_t bytes, bool small)>;
 
-// Rates that were seen; of small pages 0 where huge ones were fast enough not to ask.
+// Measured rates in bytes/s. `small` is 0 if huge pages were so fast that small ones were not
+// measured.
 struct PageRates {
   double huge = 0;
   double small = 0;
   [[nodiscard]] bool small_is_faster() const noexcept { return small > huge * 1.25; }
 };
 
-// Touches a huge page at `offset` and, where it comes slowly, more of them and small ones behind.
+// Touches a huge page at `offset` and, if it is slow, more huge pages and small ones after it.
 [[nodiscard]] PageRates probe_pages(const Touch& touch, std::size_t offset);
 
-// Pages of each size that one probe touches at most.
+// The number of pages of each size that one probe touches at most.
 inline constexpr std::size_t kProbes = 3;
 inline constexpr std::size_t kProbeBytes = kProbes * 2 * io::kHugePageBytes;
 
-// Probes a block when it is made and, in a thread of its own, while it fills; gives the rest of it
-// small pages where these come faster.
+// Probes a block when it is made and, in a separate thread, while it fills. Gives the rest of the
+// block small pages if these are faster.
 class PageWatch {
  public:
-  // The memory outlives the watch and is not moved. Tests say by `touch` what pages cost.
+  // The memory must outlive the watch and not move. Tests pass `touch` to set the rates.
   explicit PageWatch(const io::AnonymousMemory& memory, Touch touch = nullptr);
   PageWatch(const PageWatch&) = delete;
   PageWatch& operator=(const PageWatch&) = delete;
   ~PageWatch();
 
-  // In words: which pages, and why. Any thread.
+  // The kind of pages and the reason, as text. Any thread.
   [[nodiscard]] std::string reason() const;
 
  private:
   void run();
-  // Whether small pages are taken from here on.
+  // Returns whether the rest of the block has small pages now.
   bool probe(std::size_t offset);
   bool wait_until_backed(std::size_t offset);
 
@@ -60,11 +62,11 @@ class PageWatch {
   const Touch touch_;
   const pid_t process_;
   mutable std::mutex mutex_;
-  // Its own block: a child of fork() never destroys it (see ~PageWatch).
+  // On the heap, because a child of fork() must not destroy it (see ~PageWatch).
   std::unique_ptr<std::condition_variable> changed_ = std::make_unique<std::condition_variable>();
   bool stopped_ = false;    // guarded by mutex_
   PageRates rates_;         // guarded by mutex_
-  std::size_t small_from_;  // guarded by mutex_; the block's size where huge pages are used
+  std::size_t small_from_;  // guarded by mutex_; the block's size if all pages are huge
   std::thread thread_;
 };
 

@@ -73,7 +73,7 @@ const DeviceNeeds& LoadPlan::needs_of(int ordinal) const {
 
 void LoadPlan::add_copy(Copy copy) {
   if (copy.elements == 0) return;
-  if (!copy.casts()) {  // bytes are bytes: pieces may then end anywhere
+  if (!copy.casts()) {  // counted in bytes, so that a piece may end at any byte
     copy.elements *= copy.source_item();
     copy.source_dtype = copy.target_dtype = Dtype::kU8;
   }
@@ -136,7 +136,7 @@ void LoadPlan::add_slice(const StoredTensor& tensor, std::span<const std::uint64
   for (std::size_t i = shape.size(); i > 0; --i) {
     const Stretch& stretch = stretches[i - 1];
     const auto count = static_cast<std::int64_t>(stretch.count);
-    // Sources are walked forwards: a negative step fills the target from its end.
+    // Sources are read forwards, so a negative step fills the target from its end.
     const bool backwards = stretch.step < 0;
     parts[i - 1] = {.extent = stretch.count,
                     .source_stride = source_stride * (backwards ? -stretch.step : stretch.step),

@@ -1,5 +1,4 @@
-// The one way for data: everything that is loaded, whatever its format and wherever it goes,
-// becomes a LoadPlan, and the engine runs it.
+// Every load, whatever its formats and targets, becomes a LoadPlan, and the engine runs it.
 #pragma once
 
 #include <cstdint>
@@ -34,19 +33,20 @@ struct Copy {
   std::uint64_t source = 0;  // byte offset in the file, or an address
   std::uint64_t target = 0;  // an address on the device
   std::uint64_t elements = 0;
-  std::uint32_t dimensions = 0;  // first of dimension_count in LoadPlan; contiguous where none
+  std::uint32_t dimensions =
+      0;  // first of dimension_count in LoadPlan::dimensions; contiguous if none
   std::uint32_t dimension_count = 0;
   Dtype source_dtype = Dtype::kU8;
   Dtype target_dtype = Dtype::kU8;
   std::uint32_t name = 0;  // in LoadPlan::names
 
   [[nodiscard]] bool casts() const noexcept { return source_dtype != target_dtype; }
-  // Bytes of one element; only for dtypes of whole bytes.
+  // Bytes of one element. Only for dtypes whose elements are whole bytes.
   [[nodiscard]] std::uint64_t source_item() const noexcept { return dtype_bytes(source_dtype); }
   [[nodiscard]] std::uint64_t target_item() const noexcept { return dtype_bytes(target_dtype); }
 };
 
-// A whole tensor as it lies in a file, or in memory: then `offset` is an address.
+// A whole tensor in a file, or in memory: then `offset` is an address.
 struct StoredTensor {
   std::uint32_t file = kFromMemory;
   std::uint32_t name = 0;  // in LoadPlan::names
@@ -55,22 +55,22 @@ struct StoredTensor {
   std::uint64_t bytes = 0;
 };
 
-// All of it, its target still open. Of bytes where nothing is cast, for elements of fractions of a
-// byte cannot be counted otherwise.
+// A copy of the whole tensor, without a target yet. It counts bytes if nothing is cast, because
+// elements smaller than a byte cannot be addressed.
 [[nodiscard]] Copy copy_of(const StoredTensor& tensor, Dtype target) noexcept;
 
-// Along one dimension of a tensor: `count` elements from `start` on, `step` apart.
+// `count` elements along one dimension of a tensor, from `start` on, `step` apart.
 struct Stretch {
   std::uint64_t start = 0;
   std::int64_t step = 1;  // not 0
   std::uint64_t count = 0;
 };
 
-// Whether stretches, one a dimension, stay within a tensor of this shape.
+// Whether the stretches, one for each dimension, stay within a tensor of this shape.
 [[nodiscard]] bool within(std::span<const Stretch> stretches,
                           std::span<const std::uint64_t> shape) noexcept;
 
-// A part of a mapping that is handed out as it is.
+// A part of a mapping that is handed out without a copy.
 struct Mapped {
   std::uint32_t file = 0;
   std::uint64_t offset = 0;
@@ -78,48 +78,48 @@ struct Mapped {
   std::uint32_t name = 0;
 };
 
-// What a device needs besides the targets.
+// What a device needs beside the targets.
 struct DeviceNeeds {
   int device = 0;
   std::uint64_t stream = 0;         // the CUstream on which the targets were allocated
-  std::uint64_t scratch = 0;        // device memory for chunks on their way, scratch_bytes long
+  std::uint64_t scratch = 0;        // device memory for staged chunks, scratch_bytes long
   std::uint64_t scratch_bytes = 0;  // filled in by Schedule::make
 };
 
 struct LoadPlan {
   std::vector<std::shared_ptr<io::File>> files;
-  std::vector<std::shared_ptr<io::Mapping>> mappings;  // by file; null where nothing is mapped
+  std::vector<std::shared_ptr<io::Mapping>> mappings;  // by file; null if nothing is mapped
   std::vector<Copy> copies;
   std::vector<Dimension> dimensions;
   std::vector<Mapped> mapped;
   std::vector<DeviceNeeds> devices;
   std::vector<std::string_view> names;
-  std::vector<std::shared_ptr<const void>> keep_alive;  // what names and targets point into
-  bool populate = true;  // read mapped pages in now where they are not resident
-  // Of each name, its place in the order of use; empty: the files' order. A load that has them
-  // tells of each tensor when it has arrived (Load::wait_for).
+  std::vector<std::shared_ptr<const void>> keep_alive;  // the owners of names and targets
+  bool populate = true;  // read mapped pages that are not resident now
+  // For each name, its place in the order of use. Empty for the order of the files. With ranks,
+  // Load::wait_for() can wait for single tensors.
   std::vector<std::uint32_t> ranks;
 
   [[nodiscard]] std::uint32_t add_file(std::shared_ptr<io::File> file);
   [[nodiscard]] std::uint32_t add_name(std::string_view name);
   [[nodiscard]] DeviceNeeds& device(int ordinal);
-  // Of a device that device() has been asked for.
+  // Only for a device for which device() was called.
   [[nodiscard]] const DeviceNeeds& needs_of(int ordinal) const;
 
-  // A copy of `elements` elements, contiguous on both sides. Dtypes of fractions of a byte are
-  // moved as bytes: give kU8 and the number of bytes.
+  // Adds a copy of `elements` elements, contiguous on both sides. For dtypes smaller than a byte,
+  // give kU8 and the number of bytes.
   void add_copy(Copy copy);
-  // A copy between strided sides: `dimensions` in any order, outermost first by convention. They
-  // are put into the source's order and merged where they are contiguous on both sides.
+  // Adds a copy whose source or target is strided. `dimensions` may have any order; they are sorted
+  // into the order of the source and merged if they are contiguous on both sides.
   void add_strided(Copy copy, std::span<const Dimension> dimensions);
-  // A part of a tensor of this shape, whose elements are whole bytes, to a contiguous target. The
-  // stretches are within() it.
+  // Adds a part of a tensor of this shape to a contiguous target. Its elements must be whole bytes,
+  // and the stretches within() the shape.
   void add_slice(const StoredTensor& tensor, std::span<const std::uint64_t> shape,
                  std::span<const Stretch> stretches, Dtype target_dtype, int target_device,
                  std::uint64_t target);
 
   [[nodiscard]] std::uint64_t source_bytes(const Copy& copy) const noexcept;
-  // [first, last) of the source that a copy touches.
+  // The range [first, last) of the source that a copy reads.
   [[nodiscard]] std::pair<std::uint64_t, std::uint64_t> source_range(
       const Copy& copy) const noexcept;
 };

@@ -28,7 +28,7 @@ std::vector<FileReport> file_reports(const LoadPlan& plan, const Sources& source
   return files;
 }
 
-// The host first, if anything went there.
+// The host first, if it got any tensors.
 std::vector<DeviceReport> device_reports(const LoadPlan& plan, const Schedule& schedule) {
   std::vector<DeviceReport> devices;
   std::uint64_t host = mapped_bytes(plan);

@@ -1,4 +1,4 @@
-// What a load has done, for those who ask.
+// The report of a load.
 #pragma once
 
 #include <atomic>
@@ -26,19 +26,19 @@ struct DeviceReport {
 
 struct Report {
   std::uint64_t bytes = 0;         // of tensors, as they lie in the checkpoint
-  std::uint64_t mapped_bytes = 0;  // of these, handed out without a copy
-  std::uint64_t read_bytes = 0;    // moved out of files
+  std::uint64_t mapped_bytes = 0;  // of these, mapped without a copy
+  std::uint64_t read_bytes = 0;    // read from files
   double seconds = 0;
   std::vector<FileReport> files;
   std::vector<DeviceReport> devices;
   std::uint64_t pinned_bytes = 0;        // of the staging pool, when the load ended
   std::uint64_t peak_staging_bytes = 0;  // slots this load held at once
   unsigned threads = 0;
-  std::vector<std::string> memory;  // on which pages new memory lies, and why
-  std::vector<std::string> copies;  // by device, how chunks were copied
+  std::vector<std::string> memory;  // the kind of pages of new memory, and why
+  std::vector<std::string> copies;  // for each device, how chunks were copied
   std::vector<std::string> fallbacks;
-  // Files that were read while, or before which, their modification time changed, and no more that
-  // can be seen: whether the bytes did, only reading them again can tell.
+  // Files whose modification time changed before or during the load, without another sign of a
+  // change. Only reading them again can show whether their bytes changed.
   std::vector<std::string> touched;
 };
 
@@ -49,10 +49,11 @@ struct Counters {
 };
 
 [[nodiscard]] std::uint64_t mapped_bytes(const LoadPlan& plan) noexcept;
-// Of all tensors of a load.
+// Bytes of all tensors of a load.
 [[nodiscard]] std::uint64_t total_bytes(const LoadPlan& plan, const Schedule& schedule) noexcept;
 
-// What plan, schedule and sources say of a load that has ended: bytes, files, devices, fallbacks.
+// Bytes, files, devices and fallbacks of a load that has ended, from its plan, schedule and
+// sources.
 [[nodiscard]] Report report_of(const LoadPlan& plan, const Schedule& schedule,
                                const Sources& sources);
 

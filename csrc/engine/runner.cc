@@ -27,7 +27,8 @@ std::byte* at_address(std::uint64_t address) {
   return reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(address));
 }
 
-// What a thread does that may need memory: there is nobody to throw to.
+// Runs work of a thread that may allocate. An exception would end the process, so it becomes an
+// Error.
 template <class Work>
 auto attempt(const Work& work) -> decltype(work()) try {
   return work();
@@ -41,12 +42,13 @@ Status Runner::open_devices() {
   for (std::size_t i = 0; i < schedule_.lanes.size(); ++i) {
     const Lane& lane = schedule_.lanes[i];
     if (lane.device == kHostDevice || lane.chunks.empty()) continue;
-    devices_.resize(schedule_.lanes.size());  // a load to the host alone needs none
+    devices_.resize(schedule_.lanes.size());  // not for a load to the host only
     const DeviceNeeds& needs = plan_.needs_of(lane.device);
     if (needs.scratch_bytes != 0 && needs.scratch == 0) {
       return Error{
           .code = ErrorCode::kInvalidArgument,
-          .message = "no scratch memory was given for cuda:" + std::to_string(lane.device)};
+          .message = "no scratch memory was given for cuda:" + std::to_string(lane.device) +
+                     ": pass the memory that prepare() asks for to start()"};
     }
     WL_ASSIGN_OR_RETURN(devices_[i], DeviceLane::open(plan_, lane, needs, settings_));
   }
@@ -77,7 +79,8 @@ void Runner::run(const PopulateTask& task) {
     status = attempt([&] { return sources_.populate(step); });
     if (status.ok()) {
       counters_.delivered_bytes += step.payload;
-      if (arrivals_ != nullptr) arrivals_->populated(task.step + 1);  // one at a time, in order
+      if (arrivals_ != nullptr)
+        arrivals_->populated(task.step + 1);  // the steps run one at a time, in order
     }
   }
   dispatcher_.finish(task, std::move(status));
@@ -156,7 +159,7 @@ Status Runner::deliver_units(const UnitTask& task, const Chunk* chunk, Scratch& 
   return {};
 }
 
-// Brings a unit's bytes to the host target, or into the staging slot.
+// Delivers a unit to its targets on the host, or into the staging slot.
 Status Runner::deliver_unit(const Unit& unit, const Lane& lane, std::byte* slot, Scratch& scratch) {
   if (unit.raw_target != 0) return sources_.read(unit, at_address(unit.raw_target), scratch);
   if (slot != nullptr && unit.raw) return sources_.read(unit, slot + unit.slot_offset, scratch);
@@ -206,7 +209,8 @@ void Runner::await_copies(std::uint32_t lane_index) {
 }
 
 Status Runner::order_behind_copies(int device, CUstream stream) {
-  const MutexLock lock(dispatcher_.mutex());  // the lane does not end, nor is a slot used again
+  const MutexLock lock(
+      dispatcher_.mutex());  // so that no lane ends and no slot is reused meanwhile
   for (std::uint32_t i = 0; i < devices_.size(); ++i) {
     if (devices_[i] == nullptr || schedule_.lanes[i].device != device) continue;
     WL_RETURN_IF_ERROR(devices_[i]->order_behind(dispatcher_.submitted_slots(i), stream));

@@ -1,5 +1,5 @@
-// Does what the dispatcher gives out: reads, casts, fills staging slots and submits them, waits for
-// their copies.
+// Runs the dispatcher's tasks: reads, casts, fills staging slots, submits them and waits for their
+// copies.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,7 @@ namespace weightlift::engine {
 
 class Runner {
  public:
-  // What is referred to must live as long. `arrivals` is null where nobody asks for them.
+  // All arguments must live as long as this object. `arrivals` is null if the plan has no ranks.
   Runner(const LoadPlan& plan, const Schedule& schedule, const Settings& settings, Sources& sources,
          Dispatcher& dispatcher, Counters& counters, Arrivals* arrivals)
       : plan_(plan),
@@ -40,17 +40,18 @@ class Runner {
     return lane < devices_.size() ? devices_[lane].get() : nullptr;
   }
 
-  // A reader thread: tasks until there are none left.
+  // The body of a reader thread: runs tasks until none are left.
   void run_tasks();
-  // A device lane's own thread: waits for the oldest copies, so that their slots are filled again.
-  // At its end it gives the slots back: a lane of another load may have none, and wait for them.
+  // The body of a device lane's own thread: waits for the oldest copies, so that their slots can be
+  // filled again. At the end it returns the slots, because a lane of another load may wait for
+  // them.
   void await_copies(std::uint32_t lane);
 
-  // Makes a stream of the device wait for all copies to it that are queued now.
+  // Makes a stream of the device wait for all copies to the device that are queued now.
   [[nodiscard]] Status order_behind_copies(int device, CUstream stream);
 
  private:
-  // Of one thread.
+  // The buffers of one thread.
   struct Buffers {
     Scratch scratch;
     DeviceLane::Tables tables;
@@ -64,7 +65,7 @@ class Runner {
   [[nodiscard]] Status deliver_units(const UnitTask& task, const Chunk* chunk, Scratch& scratch);
   [[nodiscard]] Status deliver_unit(const Unit& unit, const Lane& lane, std::byte* slot,
                                     Scratch& scratch);
-  // Whether the unit stays where it lies, for the device to copy from there.
+  // Whether the unit can stay in the page cache, from which the device then copies it.
   [[nodiscard]] bool leave_in_place(const UnitTask& task, const Chunk& chunk, const Unit& unit,
                                     std::uint32_t index);
 
@@ -75,7 +76,7 @@ class Runner {
   Dispatcher& dispatcher_;
   Counters& counters_;
   Arrivals* const arrivals_;
-  std::vector<std::unique_ptr<DeviceLane>> devices_;  // by lane; empty where there are none
+  std::vector<std::unique_ptr<DeviceLane>> devices_;  // by lane; empty without device lanes
 };
 
 }  // namespace weightlift::engine

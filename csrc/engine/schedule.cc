@@ -23,30 +23,30 @@
 namespace weightlift::engine {
 namespace {
 
-// Copies of their own are cheaper than a kernel with its table up to about this many.
+// Up to about this many runs, single copies are cheaper than a kernel with its table.
 constexpr std::size_t kDirectRuns = 4;
 constexpr std::uint32_t kPieceAlignment = 16;
-constexpr std::uint32_t kUnitPieces = 1024;  // keeps the tiles of a unit within a slot
+constexpr std::uint32_t kUnitPieces = 1024;  // so that the tiles of a unit fit into a slot
 
 template <class T>
 constexpr T round_up(T value, T unit) {
   return (value + unit - 1) / unit * unit;
 }
 
-// Bytes of a piece in a staging slot.
+// The bytes of a piece in a staging slot.
 std::uint64_t staged_bytes(const Copy& copy, const Piece& piece) {
   return piece.count * (piece.host_cast ? copy.target_item() : copy.source_item());
 }
 
 std::uint32_t tile_bound(std::uint64_t staged_bytes) {
-  // Widening to eight times the size makes eight times the tiles.
+  // A cast to eight times the size needs eight times as many tiles.
   return static_cast<std::uint32_t>(8 * staged_bytes / convert::kTileBytes + 1);
 }
 
-// Builds one lane from copies in the order of their source.
+// Builds one lane from copies that are sorted by source.
 class LaneBuilder {
  public:
-  // `device` is the lane's; null for the host.
+  // `device` is null for the host's lane.
   LaneBuilder(const LoadPlan& plan, const Settings& settings, device::Device* device, Lane& lane)
       : plan_(plan),
         settings_(settings),
@@ -75,7 +75,7 @@ class LaneBuilder {
   }
 
  private:
-  // As DeviceLane::copy_runs and DeviceLane::scatter do it.
+  // Must agree with DeviceLane::copy_runs and DeviceLane::scatter.
   [[nodiscard]] std::string describe_copies() const {
     std::string text = "cuda:" + std::to_string(lane_.device) + ": ";
     const std::size_t start = text.size();
@@ -100,7 +100,7 @@ class LaneBuilder {
     return better_there || !has_kernel();
   }
 
-  // Loaded for the first plan that needs it, for that takes a millisecond or more.
+  // Loads the kernel only for a plan that needs it, because this takes a millisecond or more.
   bool has_kernel() {
     if (kernel_) return *kernel_;
     kernel_ = false;
@@ -120,7 +120,7 @@ class LaneBuilder {
     std::uint64_t first = 0;
     while (first < copy.elements) {
       const std::uint64_t begin = copy.source + first * item;
-      // Cut where the file's pages end, so that reads past the page cache need no overlap.
+      // Cuts at the ends of the file's pages, so that direct reads do not overlap.
       std::uint64_t end = begin + limit;
       if (end / io::kPageBytes * io::kPageBytes > begin)
         end = end / io::kPageBytes * io::kPageBytes;
@@ -135,11 +135,11 @@ class LaneBuilder {
     const Dimension* const dims = &plan_.dimensions[copy.dimensions];
     const std::uint32_t rank = copy.dimension_count;
     const std::uint64_t limit = unit_limit(copy);
-    // The outermost level whose rows hold no large hole and fit into one read.
+    // Finds the outermost level whose rows have no large hole and fit into one read.
     std::uint32_t level = rank;  // rows are made of dims[level..]
     std::uint64_t row_span = copy.source_item();
     std::uint64_t row_elements = 1;
-    std::uint64_t rows = 1;  // of that level that are read together
+    std::uint64_t rows = 1;  // of this level in one read
     while (level > 0) {
       const Dimension& outer = dims[level - 1];
       const auto stride = static_cast<std::uint64_t>(outer.source_stride);
@@ -156,7 +156,7 @@ class LaneBuilder {
     const std::uint64_t level_extent = level > 0 ? dims[level - 1].extent : 1;
     std::uint64_t first = 0;
     while (first < copy.elements) {
-      // Rows of one level only: the next outer step is a jump.
+      // Takes rows of one level only: the next outer step is a jump.
       const std::uint64_t row = first / row_elements;
       const std::uint64_t count = std::min(rows, level_extent - row % level_extent);
       std::uint64_t begin = copy.source;
@@ -174,7 +174,7 @@ class LaneBuilder {
     }
   }
 
-  // Source bytes of one unit: neither the read nor what it becomes may pass read_bytes_.
+  // Source bytes of one unit: neither they nor their target bytes may exceed read_bytes_.
   std::uint64_t unit_limit(const Copy& copy) const {
     const std::uint64_t widest = std::max(copy.source_item(), copy.target_item());
     return std::max<std::uint64_t>(read_bytes_ * copy.source_item() / widest, 64);
@@ -229,7 +229,7 @@ class LaneBuilder {
       lane_.units.push_back(unit_);
       return;
     }
-    // As it lies in the file, unless much of it is holes.
+    // Stages the range unchanged, unless more than a quarter of it is holes.
     unit_.raw = as_it_is_ && unit_.payload * 4 >= (unit_.end - unit_.begin) * 3;
     std::uint32_t tiles = 0;
     for (const Piece& piece : pieces_of_unit()) {
@@ -264,9 +264,9 @@ class LaneBuilder {
     return static_cast<std::uint32_t>(unit_.raw ? unit_.end - unit_.begin : unit_staged_);
   }
 
-  // Raw units keep their place within a page: a read past the page cache needs an aligned address
-  // for an aligned offset. Units that follow one another in the file then do so in the slot. Their
-  // last page may be read whole, so nothing else begins on it.
+  // Raw units keep their offset within a page, because a direct read needs an aligned address for
+  // an aligned offset. So units that are contiguous in the file are contiguous in the slot. A
+  // direct read may fill the whole last page of a unit, so nothing else begins on it.
   std::uint32_t unit_begin() const {
     const bool behind_raw = chunk_.unit_count != 0 && lane_.units.back().raw;
     if (!unit_.raw && !behind_raw) return round_up(cursor_, kPieceAlignment);
@@ -274,8 +274,8 @@ class LaneBuilder {
     return unit_.raw ? page + static_cast<std::uint32_t>(unit_.begin % io::kPageBytes) : page;
   }
 
-  // The slot with this unit in it: up to the end of a page, for the last page may be read whole,
-  // and the tiles behind it.
+  // The bytes of the slot with this unit: up to the end of the last page, which a direct read may
+  // fill, and then the tiles.
   std::uint64_t slot_bytes(std::uint32_t tiles) const {
     return round_up<std::uint64_t>(unit_begin() + unit_length(), io::kPageBytes) +
            (std::uint64_t{tiles_} + tiles) * sizeof(convert::Tile);
@@ -288,7 +288,8 @@ class LaneBuilder {
                                    [](const Run& run) { return run.cast != convert::kTileCopy; });
     chunk_.scatter = (casts || runs_.size() > kDirectRuns) && has_kernel();
     ++(chunk_.scatter ? scattered_ : runs_.size() == 1 ? of_one_run_ : of_many_runs_);
-    // The kernel takes its parts out of one copy of a slot; other chunks need none.
+    // A chunk for the kernel must be in the slot as a whole; the units of other chunks can stay in
+    // the page cache.
     for (std::uint32_t i = 0; i < chunk_.unit_count; ++i) {
       Unit& unit = lane_.units[chunk_.first_unit + i];
       unit.may_stay = unit.raw && !chunk_.scatter && device_->uses_host_page_tables();
@@ -299,7 +300,7 @@ class LaneBuilder {
     tiles_ = 0;
   }
 
-  // Where the whole range may be read to, if all of it is one run of plain bytes.
+  // The target of the whole range, if it is one run of uncast bytes; else 0.
   std::uint64_t raw_target() const {
     if (!as_it_is_ || unit_.payload != unit_.end - unit_.begin) return 0;
     std::uint64_t target = 0;
@@ -307,7 +308,7 @@ class LaneBuilder {
     for (std::uint32_t i = 0; i < unit_.piece_count; ++i) {
       const Piece& piece = lane_.pieces[unit_.first_piece + i];
       const Copy& copy = plan_.copies[piece.copy];
-      const std::uint64_t address = copy.target + piece.first;  // plain copies count bytes
+      const std::uint64_t address = copy.target + piece.first;  // copies without a cast count bytes
       if (copy.source + piece.first != at) return 0;
       if (i == 0) target = address;
       if (address - target != at - unit_.begin) return 0;
@@ -329,8 +330,8 @@ class LaneBuilder {
   Chunk chunk_;
   std::uint32_t cursor_ = 0;
   std::uint32_t tiles_ = 0;
-  std::vector<Run> runs_;  // of the chunk that is closed
-  // Chunks by how they are copied.
+  std::vector<Run> runs_;  // of the chunk that is being closed
+  // The number of chunks by how they are copied.
   std::uint32_t of_one_run_ = 0;
   std::uint32_t of_many_runs_ = 0;
   std::uint32_t scattered_ = 0;
@@ -370,7 +371,7 @@ void Lane::find_runs(const LoadPlan& plan, const Chunk& chunk, std::vector<Run>&
 
 namespace {
 
-// Copies to a device go to contiguous targets: their pieces are then runs, whatever the source.
+// Targets on a device must be contiguous, so that each piece is one run.
 bool target_is_contiguous(const LoadPlan& plan, const Copy& copy) {
   auto stride = static_cast<std::int64_t>(copy.target_item());
   for (std::uint32_t i = copy.dimension_count; i > 0; --i) {
@@ -393,15 +394,18 @@ Status check_copy(const LoadPlan& plan, const Copy& copy) {
       (!convert::float_format(copy.source_dtype) || !convert::float_format(copy.target_dtype))) {
     Error error = invalid_copy(plan, copy,
                                "cannot cast " + std::string(dtype_name(copy.source_dtype)) +
-                                   " to " + std::string(dtype_name(copy.target_dtype)));
+                                   " to " + std::string(dtype_name(copy.target_dtype)) +
+                                   ": load it with its own dtype and cast it afterwards");
     error.code = ErrorCode::kUnsupportedDtype;
     return error;
   }
   if (copy.file != kFromMemory && plan.source_range(copy).second > plan.files[copy.file]->size()) {
-    return invalid_copy(plan, copy, "the copy reaches past the end of the file");
+    return invalid_copy(plan, copy,
+                        "the copy reaches past the end of the file: give a range inside it");
   }
   if (copy.device != kHostDevice && !target_is_contiguous(plan, copy)) {
-    return invalid_copy(plan, copy, "the target on a device must be contiguous");
+    return invalid_copy(plan, copy,
+                        "the target on a device is not contiguous: give contiguous memory");
   }
   return {};
 }

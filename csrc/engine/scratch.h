@@ -1,4 +1,4 @@
-// What a thread needs between two places, kept from task to task: nothing is allocated a piece.
+// A thread's buffers, kept from task to task, so that pieces need no allocation.
 #pragma once
 
 #include <cstddef>
@@ -13,9 +13,9 @@ namespace weightlift::engine {
 
 class Scratch {
  public:
-  // Room for bytes between a file and where they go.
+  // A buffer for `count` bytes between a file and their targets.
   [[nodiscard]] Result<std::byte*> bytes(std::size_t count);
-  // Room for an index into a tensor of `rank` dimensions.
+  // A buffer for an index into a tensor of `rank` dimensions.
   [[nodiscard]] std::span<std::uint64_t> index(std::size_t rank) {
     if (index_.size() < rank) index_.resize(rank);
     return std::span(index_).first(rank);

@@ -27,16 +27,17 @@ Settings Settings::resolved() const {
   constexpr std::size_t kKiB = 1024;
   constexpr std::size_t kMiB = 1024 * kKiB;
   Settings result = *this;
-  // Asked once: the quota takes several files to read, and a load of one small tensor takes less.
+  // Read once: the quota is in several files, and reading them takes longer than loading a small
+  // tensor.
   static const unsigned cpus = io::usable_cpus();
   if (threads == 0) result.threads = cpus;
   result.threads = std::clamp(result.threads, 1U, 256U);
   result.io_depth = std::min(result.io_depth, 256U);
-  // 1 MiB stays in a core's second-level cache, or close to it, between the read and the cast.
+  // 1 MiB mostly stays in a core's second-level cache between the read and the cast.
   if (read_bytes == 0) result.read_bytes = kMiB;
   result.read_bytes =
       std::clamp(result.read_bytes, 64 * kKiB, 64 * kMiB) / io::kPageBytes * io::kPageBytes;
-  // The page cache hands out pages, and a read of one from it costs less than a system call.
+  // Reading one more page from the page cache costs less than another system call.
   if (hole_bytes == 0) result.hole_bytes = io::kPageBytes;
   result.hole_bytes = std::min(result.hole_bytes, kMiB);
   // 4 MiB copies reach 96 % of the pinned peak of PCIe 5 x16 (DeepSpeed pull request 8283).
@@ -45,7 +46,7 @@ Settings Settings::resolved() const {
       std::clamp(result.chunk_bytes, 256 * kKiB, 64 * kMiB) / io::kPageBytes * io::kPageBytes;
   if (streams == 0) result.streams = 2;
   result.streams = std::min(result.streams, 16U);
-  // A ring that stays in the last-level cache fills faster, and pinning costs time.
+  // Slots that stay in the last-level cache fill faster, and pinning takes time.
   if (pinned_bytes == 0) result.pinned_bytes = 32 * kMiB;
   result.pinned_bytes = std::max(result.pinned_bytes, result.chunk_bytes);
   return result;

@@ -25,13 +25,13 @@
 namespace weightlift::engine {
 namespace {
 
-// One MADV_POPULATE_READ.
+// Bytes of one MADV_POPULATE_READ.
 constexpr std::uint64_t kPopulateStep = std::uint64_t{64} << 20;
-// The same where somebody waits for a part of it.
+// The same for a plan with ranks, whose callers wait for parts.
 constexpr std::uint64_t kAwaitedStep = std::uint64_t{16} << 20;
-// Mapped tensors this close together are populated in one go.
+// Mapped tensors with smaller gaps are populated together.
 constexpr std::uint64_t kPopulateGap = 64 << 10;
-// Of a file: below it a mapping and its lease cost more than they save.
+// For a smaller file, a mapping and its lease cost more than they save.
 constexpr std::uint64_t kLeaseBytes = 4 << 20;
 
 }  // namespace
@@ -79,8 +79,8 @@ void Sources::choose_routes(const Settings& settings) {
   }
 }
 
-// The mapped tensors by file and offset, in batches where somebody waits for them; those that lie
-// close together as one range.
+// The ranges of the mapped tensors by file and offset, or by batch if the plan has ranks. Tensors
+// that lie close together share a range.
 std::vector<PopulateStep> Sources::mapped_ranges() const {
   std::vector<Mapped> parts = plan_.mapped;
   std::vector<std::uint32_t> batches;
@@ -106,7 +106,8 @@ std::vector<PopulateStep> Sources::mapped_ranges() const {
   return ranges;
 }
 
-// Once a file, and for files that are mapped alone: of others the reads are what is explained.
+// Adds `text` once for each file, and only if the file is not read: else the reason explains the
+// reads.
 void Sources::note(const std::vector<PopulateStep>& ranges, const char* text) {
   for (const PopulateStep& range : ranges) {
     IoChoice& choice = files_[range.file].choice;
@@ -122,7 +123,7 @@ void Sources::plan_populate() {
     note(ranges, "; read at the first touch, as asked");
     return;
   }
-  // Resident pages cost a minor fault each, now or later: only what must be read is read now.
+  // Resident pages cost one minor fault each, now or later, so only missing ranges are populated.
   std::vector<PopulateStep> missing;
   std::uint64_t missing_bytes = 0;
   for (const PopulateStep& range : ranges) {
@@ -137,15 +138,15 @@ void Sources::plan_populate() {
     return;
   }
   if (missing_bytes > io::memory_headroom() / 2) {
-    note(missing, ", larger than half of the memory that can be had: read at the first touch");
+    note(missing, ", larger than half of the available memory: read at the first touch");
     return;
   }
   note(missing, ", populated in order");
   const std::uint64_t step = plan_.ranks.empty() ? kPopulateStep : kAwaitedStep;
   for (const PopulateStep& range : missing) {
     plan_.files[range.file]->advise_sequential();
-    // Gaps are read and not counted; what several tensors share is read once and was counted at the
-    // start.
+    // Gaps are read and not counted. Bytes that several tensors share are read once; the rest was
+    // counted at the start.
     std::uint64_t payload = std::min(range.payload, range.bytes);
     for (std::uint64_t at = 0; at < range.bytes; at += step) {
       const std::uint64_t bytes = std::min(step, range.bytes - at);
@@ -173,7 +174,8 @@ std::vector<std::uint32_t> Sources::steps_by_name() const {
           const PopulateStep& other = steps_[index];
           return file != other.file ? file < other.file : end <= other.offset;
         });
-    // Backwards over those that begin before its end; none is longer than a step may be.
+    // Goes backwards over the steps that begin before its end. No step is longer than
+    // kPopulateStep.
     while (step != order.begin()) {
       const PopulateStep& other = steps_[*--step];
       if (other.file != part.file || other.offset + kPopulateStep <= part.offset) break;
@@ -218,7 +220,7 @@ io::LeasedMapping::Hold Sources::hold(const Unit& unit) {
 }
 
 Result<Sources::Bytes> Sources::bytes(const Unit& unit, bool is_cast, Scratch& scratch) {
-  // Of others one copy is as good as the other, and maps no pages.
+  // Without a cast, read(2) is the copy that is needed anyway, and maps no pages.
   if (is_cast) {
     auto held = hold(unit);
     if (held.data() != nullptr) return Bytes{held.data(), std::move(held)};
@@ -227,7 +229,7 @@ Result<Sources::Bytes> Sources::bytes(const Unit& unit, bool is_cast, Scratch& s
   return Bytes{data, {}};
 }
 
-// To `target`, or into `scratch` where that is null; returns where.
+// Reads to `target`, or into `scratch` if that is null. Returns the address.
 Result<const std::byte*> Sources::read_to(const Unit& unit, std::byte* target, Scratch& scratch) {
   const io::File& file = *plan_.files[unit.file];
   Source& source = files_[unit.file];
@@ -237,7 +239,7 @@ Result<const std::byte*> Sources::read_to(const Unit& unit, std::byte* target, S
     const std::uint64_t begin = unit.begin / alignment * alignment;
     const std::uint64_t end = (unit.end + alignment - 1) / alignment * alignment;
     const std::uint64_t lead = unit.begin - begin;
-    // A staging slot has room up to the end of the page; memory that is somebody's has not.
+    // A staging slot has space up to the end of the page; a tensor's memory has not.
     const bool in_place = target != nullptr && unit.raw && alignment <= io::kPageBytes;
     std::byte* window = target != nullptr ? target - (in_place ? lead : 0) : nullptr;
     if (!in_place) {

@@ -1,4 +1,4 @@
-// The files of a load: how each is read and why, what of its mapping is read in, and the reads.
+// The files of a load: how each is read and why, the populate steps of its mapping, and the reads.
 #pragma once
 
 #include <atomic>
@@ -20,49 +20,50 @@
 
 namespace weightlift::engine {
 
-// A part of a mapping that is read in at once: between two of them a cancel is noticed.
+// A part of a mapping that one call reads in. A cancel takes effect between two of them.
 struct PopulateStep {
   std::uint32_t file = 0;
   std::uint32_t name = 0;
   std::uint64_t offset = 0;
   std::uint64_t bytes = 0;
-  std::uint64_t payload = 0;  // of these, tensors
+  std::uint64_t payload = 0;  // bytes of tensors in it
 };
 
 class Sources {
  public:
-  // Looks at what of the files is resident. `plan` must live as long.
+  // Finds out how much of each file is resident. `plan` must live as long as this object.
   Sources(const LoadPlan& plan, const Settings& settings);
 
-  // Whether some file comes from its disk: more reads in flight then pay off.
+  // Whether a file comes from the disk: then more reads in flight are faster.
   [[nodiscard]] bool cold() const noexcept;
   // Whether some file is read past the page cache.
   [[nodiscard]] bool reads_directly() const noexcept;
 
-  // What must be read in of the mappings, in this order and one at a time.
+  // The parts of mappings that must be read in, in this order and one at a time.
   [[nodiscard]] const std::vector<PopulateStep>& populate_steps() const noexcept { return steps_; }
   [[nodiscard]] Status populate(const PopulateStep& step) const;
-  // Of each name, how many of the steps must be done before all of it has been read in.
+  // For each name, the number of steps that must be done before all of it has been read in.
   [[nodiscard]] std::vector<std::uint32_t> steps_by_name() const;
 
   // Reads a unit to `target`. Any thread.
   [[nodiscard]] Status read(const Unit& unit, std::byte* target, Scratch& scratch);
 
-  // The bytes of a unit where they lie in the page cache, or none where that cannot be. Any thread.
+  // Holds a unit's bytes in the page cache. Without data if that is impossible. Any thread.
   [[nodiscard]] io::LeasedMapping::Hold hold(const Unit& unit);
 
-  // The bytes of a unit, read into `scratch`; of one that is cast, where they lie in the page
-  // cache, if that can be. Any thread.
+  // The bytes of a unit: in the page cache, if the unit is cast and they can be held there; else
+  // read into `scratch`. Any thread.
   struct Bytes {
     const std::byte* data = nullptr;
     io::LeasedMapping::Hold hold;
   };
   [[nodiscard]] Result<Bytes> bytes(const Unit& unit, bool is_cast, Scratch& scratch);
 
-  // When no thread reads any more: whoever wants to write to the files need not wait for the rest.
+  // Returns the leases when no thread reads any more, so that writers of the files need not wait
+  // longer.
   void release() noexcept;
 
-  // For the report, when no thread reads any more.
+  // For the report. Only when no thread reads any more.
   [[nodiscard]] IoRoute route(std::size_t file) const noexcept;
   [[nodiscard]] const std::string& reason(std::size_t file) const {
     return files_[file].choice.reason;
@@ -77,7 +78,7 @@ class Sources {
     std::unique_ptr<io::LeasedMapping> leased;
     std::unique_ptr<io::DirectFile> direct;
     std::atomic<bool> direct_refused{false};
-    std::string refusal;  // written by the one thread that sets direct_refused, or before any
+    std::string refusal;  // written by the thread that sets direct_refused, or before threads start
   };
 
   [[nodiscard]] Result<const std::byte*> read_to(const Unit& unit, std::byte* target,

@@ -14,17 +14,17 @@ namespace weightlift::engine {
 
 class ThreadGroup {
  public:
-  // `at_end` runs on the last thread when it has done its work.
+  // `at_end` runs on the last thread that leaves.
   explicit ThreadGroup(std::function<void()> at_end) : at_end_(std::move(at_end)) {}
   ThreadGroup(const ThreadGroup&) = delete;
   ThreadGroup& operator=(const ThreadGroup&) = delete;
   ~ThreadGroup() { join(); }
 
-  // Of all groups of this process, so that many loads at once do not make many times more.
+  // The threads of all groups of this process, so that concurrent loads can limit their sum.
   [[nodiscard]] static unsigned busy() noexcept;
 
-  // A thread that runs `body`; false where there is none to be had: the system's or the cgroup's
-  // limit, or no memory.
+  // Starts a thread that runs `body`. Returns false if none can be started: a limit of the system
+  // or the cgroup, or no memory.
   template <class Body>
   [[nodiscard]] bool spawn(Body body) WL_EXCLUDES(mutex_) {
     const MutexLock lock(mutex_);
@@ -43,14 +43,14 @@ class ThreadGroup {
     return true;
   }
 
-  // The calling thread works for the load until it leaves. Not after the last one has left.
+  // The calling thread counts as working until it leaves. Do not enter after the last one has left.
   void enter() WL_EXCLUDES(mutex_);
   void leave() WL_EXCLUDES(mutex_);
 
   [[nodiscard]] bool ended() WL_EXCLUDES(mutex_);
-  // Until nobody works any more, or the time is up: whether it has ended.
+  // Waits until no thread works or the limit has passed. Returns whether all work has ended.
   [[nodiscard]] bool wait(std::chrono::milliseconds limit) WL_EXCLUDES(mutex_);
-  // When it has ended, or will soon.
+  // Waits for all threads to end.
   void join() noexcept;
 
  private:

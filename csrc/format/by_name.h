@@ -1,4 +1,4 @@
-// The look-up table of an Index: internal to format/.
+// The look-up table of an Index. Internal to format/.
 #pragma once
 
 #include <cstddef>
@@ -13,18 +13,18 @@
 namespace weightlift::format {
 
 // Open addressing with linear probing over positions in tensors(). The hash is keyed with random
-// bytes because names come from whoever wrote the file: with a hash that can be computed in advance
-// a file of colliding names would make every insertion walk over all earlier ones.
+// bytes because the names come from the file: if the hash could be computed in advance, a file of
+// colliding names would make every insertion walk over all earlier ones.
 struct Index::ByName {
   explicit ByName(std::size_t count);
 
-  // The position of an earlier tensor of the same name; there is none in a well-formed file.
+  // Returns the position of an earlier tensor of the same name. A valid file has none.
   std::optional<std::uint32_t> insert(std::span<const TensorInfo> tensors, std::uint32_t position);
   [[nodiscard]] std::optional<std::uint32_t> find(std::span<const TensorInfo> tensors,
                                                   std::string_view name) const noexcept;
 
  private:
-  // Half of the hash is kept beside the position so that most of the probes that miss do not touch
+  // Half of the hash is kept beside the position, so that most probes of other names need not read
   // the name.
   struct Slot {
     std::uint32_t hash = 0;
@@ -32,7 +32,7 @@ struct Index::ByName {
   };
   static constexpr std::uint32_t kFree = 0xffff'ffff;
 
-  // The slot that holds `name`, or the free one where it belongs.
+  // The slot of `name`, or the free slot for it.
   [[nodiscard]] std::size_t locate(std::span<const TensorInfo> tensors, std::string_view name,
                                    std::uint64_t hash) const noexcept;
 

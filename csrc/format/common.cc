@@ -53,7 +53,7 @@ std::size_t utf8_prefix(std::string_view text) noexcept {
   const auto continues = [&](std::size_t i) { return (byte(i) & 0xc0) == 0x80; };
   std::size_t i = 0;
   while (i < text.size()) {
-    // Headers are nearly all ASCII: eight bytes at a time.
+    // Headers are nearly all ASCII, which is checked eight bytes at a time.
     while (text.size() - i >= 8) {
       std::uint64_t word = 0;
       std::memcpy(&word, text.data() + i, 8);
@@ -68,7 +68,7 @@ std::size_t utf8_prefix(std::string_view text) noexcept {
       if (!continues(i + 1)) return i;
       i += 2;
     } else if (first >= 0xe0 && first <= 0xef) {
-      const unsigned low = first == 0xe0 ? 0xa0 : 0x80;   // below: longer than needed
+      const unsigned low = first == 0xe0 ? 0xa0 : 0x80;   // below: an overlong form
       const unsigned high = first == 0xed ? 0x9f : 0xbf;  // above: a surrogate
       if (byte(i + 1) < low || byte(i + 1) > high || !continues(i + 2)) return i;
       i += 3;
@@ -92,7 +92,8 @@ Result<std::uint64_t> bytes_of(std::span<const std::uint64_t> shape, Dtype dtype
     return std::string(dtype_name(dtype)) + " of shape " + shape_text(shape);
   };
   const auto overflow = [&] {
-    return make_error(ErrorCode::kShapeOverflow, stated() + " is more than 64 bits can count");
+    return make_error(ErrorCode::kShapeOverflow,
+                      stated() + " has more bits than a 64-bit number can count");
   };
   unsigned __int128 bits = 1;
   for (const std::uint64_t extent : shape) {
@@ -103,8 +104,8 @@ Result<std::uint64_t> bytes_of(std::span<const std::uint64_t> shape, Dtype dtype
   if (bits > kMax) return overflow();
   const auto whole = static_cast<std::uint64_t>(bits);
   if (whole % 8 != 0) {
-    return make_error(ErrorCode::kSubByteMisaligned,
-                      stated() + " is " + std::to_string(whole) + " bits, not whole bytes");
+    return make_error(ErrorCode::kSubByteMisaligned, stated() + " has " + std::to_string(whole) +
+                                                         " bits, which are not whole bytes");
   }
   return whole / 8;
 }
@@ -116,7 +117,7 @@ std::optional<Error> empty_file(std::uint64_t file_size) {
 
 namespace {
 
-// Bytes at a place of the file, and what it is then.
+// A file with these `bytes` at offset `at` is `what`.
 struct Magic {
   std::size_t at;
   std::string_view bytes;
@@ -126,19 +127,20 @@ struct Magic {
 using namespace std::string_view_literals;
 
 constexpr std::string_view kGgml =
-    "this is a GGML file (of llama.cpp from before GGUF): convert it to GGUF with llama.cpp, or "
-    "download the model's safetensors";
-constexpr std::string_view kPacked = "this is a compressed file: unpack it, and load what is in it";
+    "this is a GGML file (llama.cpp's format before GGUF): convert it to GGUF with llama.cpp, or "
+    "download the model's safetensors file";
+constexpr std::string_view kPacked = "this is a compressed file: unpack it and load its content";
 
-constexpr std::string_view kPicture = "this is a picture, not weights";
+constexpr std::string_view kPicture =
+    "this is a picture, not weights: give the path of the weights";
 constexpr std::string_view kTable =
-    "this is a table of data (Parquet, Arrow or SQLite), not weights";
+    "this is a data table (Parquet, Arrow or SQLite), not weights: give the path of the weights";
 
 constexpr Magic kMagics[] = {
     {0, "GGUF"sv,
-     "this is a GGUF file (of llama.cpp), which is not read here: load it with transformers' "
-     "from_pretrained(gguf_file=...) or diffusers' from_single_file, or download the model's "
-     "safetensors"},
+     "this is a GGUF file (llama.cpp's format), which weightlift does not read: load it with "
+     "transformers' from_pretrained(gguf_file=...) or diffusers' from_single_file, or download the "
+     "model's safetensors file"},
     {0, "lmgg"sv, kGgml},
     {0, "ggml"sv, kGgml},
     {0, "fmgg"sv, kGgml},
@@ -148,18 +150,17 @@ constexpr Magic kMagics[] = {
      "this is a Xet pointer, not the weights: download the file itself with huggingface_hub (or "
      "`git xet` in its repository)"},
     {0, "sys_info\0"sv,
-     "this is torch's tar format of before 2017: load it with torch.load(weights_only=False) where "
-     "it is trusted, and save its state dict again"},
+     "this is torch's tar format from before 2017: if you trust it, load it with "
+     "torch.load(weights_only=False) and save its state dict again"},
     {257, "ustar"sv,
-     "this is a tar archive: unpack it, and load what is in it (a file of torch from before 2017 "
-     "is one too: load it with torch.load(weights_only=False) where it is trusted, and save it "
-     "again)"},
+     "this is a tar archive: unpack it and load its content (or, if torch wrote it before 2017 and "
+     "you trust it, load it with torch.load(weights_only=False) and save it again)"},
     {0, "\x1f\x8b"sv, kPacked},
     {0, "BZh"sv, kPacked},
     {0, "\x1f\x9d"sv, kPacked},
     {0, "LZIP"sv, kPacked},
     {0, "\x04\x22\x4d\x18"sv, kPacked},
-    {0, "PK\5\6"sv, "this is a zip archive with nothing in it: download it or save it again"},
+    {0, "PK\5\6"sv, "this is an empty zip archive: download it or save it again"},
     {0,
      "\xfd"
      "7zXZ\0"sv,
@@ -168,16 +169,16 @@ constexpr Magic kMagics[] = {
     {0, "7z\xbc\xaf\x27\x1c"sv, kPacked},
     {0, "Rar!\x1a\x07"sv, kPacked},
     {0, "\x89HDF\r\n\x1a\n"sv,
-     "this is an HDF5 file (of Keras or TensorFlow): load it with h5py or Keras, and save its "
-     "tensors again"},
-    {0, "\x93NUMPY"sv, "this is an array of numpy: load it with numpy.load"},
-    {4, "TFL3"sv, "this is a TensorFlow Lite model: its own library runs it"},
-    {4, "ET12"sv, "this is a program of ExecuTorch: its own library runs it"},
+     "this is an HDF5 file (Keras or TensorFlow): load it with h5py or Keras and save its tensors "
+     "again"},
+    {0, "\x93NUMPY"sv, "this is a numpy array: load it with numpy.load"},
+    {4, "TFL3"sv, "this is a TensorFlow Lite model: run it with TensorFlow Lite"},
+    {4, "ET12"sv, "this is an ExecuTorch program: run it with ExecuTorch"},
     {0,
      "\x7f"
      "ELF"sv,
-     "this is a program or a shared library, not weights"},
-    {0, "%PDF"sv, "this is a PDF document, not weights"},
+     "this is a program or a shared library, not weights: give the path of the weights"},
+    {0, "%PDF"sv, "this is a PDF document, not weights: give the path of the weights"},
     {0, "\x89PNG"sv, kPicture},
     {0, "\xff\xd8\xff"sv, kPicture},
     {0, "GIF8"sv, kPicture},
@@ -186,7 +187,7 @@ constexpr Magic kMagics[] = {
     {0, "SQLite format 3"sv, kTable},
 };
 
-// Texts by their beginnings, in lower case, behind blanks.
+// Beginnings of texts, after white space and in lower case.
 struct Text {
   std::string_view beginnings[7];
   std::string_view what;
@@ -198,22 +199,23 @@ constexpr std::string_view kLfs =
 
 constexpr Text kTexts[] = {
     {{"<!doctype", "<html", "<head", "<body", "<!--", "<script", "<title"},
-     "a web page was saved instead of the weights: download again, and look whether the link asks "
-     "for a login"},
+     "this is a web page, which was saved instead of the weights: download them again, and check "
+     "whether the link needs a login"},
     {{"<?xml", "<error"},
-     "a web page or a server's answer (XML) was saved instead of the weights: look what it says, "
-     "and "
-     "download again"},
+     "this is a web page or a server's answer (XML), which was saved instead of the weights: read "
+     "it, and download the weights again"},
     {{"{\"error", "{ \"error", "{\"message", "{\"detail"},
-     "an error of the server (JSON) was saved instead of the weights: look what it says, and "
-     "download again"},
+     "this is a server's error message (JSON), which was saved instead of the weights: read "
+     "it, and download the weights again"},
     {{"{\"", "{\n", "{ ", "{\r", "[{", "[\"", "[]"},
-     "this is JSON text, not weights: give the file of the weights themselves, or an index by a "
-     "name that ends in .index.json"},
+     "this is JSON text, not weights: give the path of the weights, or of an index whose name ends "
+     "in .index.json"},
     {{"entry not found", "repository not found", "invalid username", "access to model"},
-     "an error of the Hub was saved instead of the weights: look what it says, and download again"},
+     "this is an error message of the Hub, which was saved instead of the weights: read it, and "
+     "download the weights again"},
     {{"access denied", "forbidden", "unauthorized", "not found"},
-     "an error of a server was saved instead of the weights: download again"},
+     "this is a server's error message, which was saved instead of the weights: download them "
+     "again"},
     {{"version https://git-lfs", "version https://hawser"}, kLfs},
     {{"/annex/objects/", "../.git/annex", ".git/annex"},
      "this is a git-annex pointer, not the weights: run `git annex get` in its repository"},
@@ -226,29 +228,29 @@ bool starts_with(std::string_view text, std::string_view prefix) {
          });
 }
 
-// As many bytes as tell that a file was never filled.
+// If a file begins with this many zeros, it was never filled.
 constexpr std::size_t kZeros = 64;
 constexpr std::size_t kShown = 40;
 
-// ONNX and msgpack have no magic bytes: an ONNX model begins with its version and its producer's
-// name, as protobuf writes them; Flax's weights with a small map whose first key is text.
+// ONNX and msgpack have no magic bytes. An ONNX model begins with its version and its producer's
+// name in protobuf; Flax's weights begin with a small map whose first key is text.
 std::string_view by_structure(std::string_view first) {
   if (first.size() < 4) return {};
   const auto at = [first](std::size_t place) { return static_cast<unsigned char>(first[place]); };
   if (at(0) == 0x08 && at(1) > 0 && at(1) < 0x20 && at(2) == 0x12 && at(3) > 0 && at(3) < 0x40) {
-    return "this seems to be an ONNX model: onnxruntime runs it";
+    return "this seems to be an ONNX model: run it with onnxruntime";
   }
   const bool text_behind_one = (at(1) & 0xe0) == 0xa0 || at(1) == 0xd9;
   const bool text_behind_three = (at(3) & 0xe0) == 0xa0 || at(3) == 0xd9;
   if ((at(0) > 0x80 && at(0) < 0x90 && text_behind_one) || (at(0) == 0xde && text_behind_three)) {
-    return "this seems to be msgpack, as Flax writes its weights: load it with "
-           "weightlift.flax.load_file, or a model with from_flax=True";
+    return "this seems to be msgpack, the format of Flax's weights: load it with "
+           "weightlift.flax.load_file, or load the model with from_flax=True";
   }
   return {};
 }
 
 bool is_text(std::string_view first) {
-  // What pickles of protocol 0 begin with.
+  // Pickles of protocol 0 begin with these characters.
   for (const std::string_view pickle : {"(d"sv, "(l"sv, "(c"sv, "cc"sv, "cr"sv, "ct"sv}) {
     if (first.starts_with(pickle)) return false;
   }
@@ -260,20 +262,20 @@ bool is_text(std::string_view first) {
 
 std::optional<std::string> what_else(std::string_view first, std::string_view text) {
   if (first.size() >= kZeros && first.find_first_not_of('\0') == std::string_view::npos) {
-    return "it begins with zeros alone: the download or the copy is not complete, so download it "
+    return "the file begins with zeros only: its download or copy is incomplete, so download it "
            "again";
   }
   if (const std::string_view what = by_structure(first); !what.empty()) return std::string(what);
   if (!is_text(text)) return std::nullopt;
   const std::string_view line = text.substr(0, std::min(text.find_first_of("\r\n"), kShown));
   return "this is text, not weights; it begins with \"" + std::string(line) +
-         "\": look what it is, and download the weights again";
+         "\": download the weights again";
 }
 
 }  // namespace
 
 std::optional<Error> foreign_file(std::string_view first) {
-  // A length and the header's first byte: whatever the length looks like, this is safetensors.
+  // A length and the first byte of a header: this is safetensors, whatever the length resembles.
   if (first.size() > 8 && first.substr(4, 5) == "\0\0\0\0{"sv) return std::nullopt;
   for (const Magic& magic : kMagics) {
     if (first.size() > magic.at && first.substr(magic.at).starts_with(magic.bytes)) {

@@ -1,4 +1,4 @@
-// What the parsers share. Internal to format/.
+// Functions that the parsers share. Internal to format/.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@ inline constexpr std::string_view kDamaged = "the file is damaged: download it o
                                std::optional<std::uint64_t> offset = {},
                                std::string_view tensor = {});
 
-// Text from the file, made short for a message; never cut inside a character.
+// Text from the file, shortened for a message. Does not cut inside a character.
 [[nodiscard]] std::string excerpt(std::string_view text, std::size_t limit = 80);
 [[nodiscard]] std::string shape_text(std::span<const std::uint64_t> shape);
 // "1 byte", "2 bytes".
@@ -30,12 +30,12 @@ inline constexpr std::string_view kDamaged = "the file is damaged: download it o
 // The position of the first byte that is not UTF-8 (Unicode 16, table 3-7), or the size.
 [[nodiscard]] std::size_t utf8_prefix(std::string_view text) noexcept;
 
-// The one place where a shape becomes a number of bytes. As in the safetensors reference a product
-// that leaves 64 bits on the way is an error even where a later extent is 0. Nothing is allocated
-// by the result before it has been held against the bytes that the file has.
+// The only function that turns a shape into a number of bytes. As in the safetensors reference, a
+// product that exceeds 64 bits on the way is an error even if a later extent is 0. Callers compare
+// the result with the size of the file before they allocate by it.
 [[nodiscard]] Result<std::uint64_t> bytes_of(std::span<const std::uint64_t> shape, Dtype dtype);
 
-// What people have under the name of a checkpoint, told by its first bytes.
+// Recognise files that are not checkpoints by their first bytes.
 [[nodiscard]] std::optional<Error> empty_file(std::uint64_t file_size);
 [[nodiscard]] std::optional<Error> foreign_file(std::string_view first);
 
@@ -43,8 +43,8 @@ inline constexpr std::string_view kDamaged = "the file is damaged: download it o
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-// The only place where format/ turns exceptions into values: allocations throw, nothing else does.
-// By then everything the function held has been freed, so that the little an Error takes is there.
+// The only function in format/ that turns exceptions into values: only allocations throw. By then
+// `function` has freed its memory, so there is enough for the Error.
 template <class Function>
 auto guarded(const std::string& path, Function function) noexcept -> decltype(function()) {
   try {
@@ -52,7 +52,9 @@ auto guarded(const std::string& path, Function function) noexcept -> decltype(fu
     if (!result.ok()) result.error().path = path;
     return result;
   } catch (const std::bad_alloc&) {
-    Error error = make_error(ErrorCode::kOutOfMemory, "no memory for the index of the file");
+    Error error =
+        make_error(ErrorCode::kOutOfMemory,
+                   "out of memory for the index of the file: free memory, then load it again");
     error.path = path;
     return error;
   }

@@ -30,8 +30,8 @@ struct HashKey {
 const HashKey& hash_key() noexcept {
   static const HashKey key = [] {
     HashKey fresh;
-    // GRND_NONBLOCK: early in boot a weaker key is better than a loader that hangs. What is left
-    // where nothing comes is the address space's randomisation.
+    // GRND_NONBLOCK, because early in boot a weaker key is better than waiting. Without random
+    // bytes, the key comes from the randomised addresses of the process.
     if (getrandom(&fresh, sizeof fresh, GRND_NONBLOCK) != sizeof fresh) {
       fresh.low = reinterpret_cast<std::uintptr_t>(__builtin_frame_address(0));
       fresh.high = reinterpret_cast<std::uintptr_t>(&hash_key);
@@ -41,8 +41,8 @@ const HashKey& hash_key() noexcept {
   return key;
 }
 
-// SipHash-1-3 (Aumasson and Bernstein, "SipHash: a fast short-input PRF", 2012; the reduced rounds
-// are those of the tables in Rust's and Python's standard libraries).
+// SipHash-1-3 (Aumasson and Bernstein, "SipHash: a fast short-input PRF", 2012), with the number of
+// rounds that the hash tables of Rust and Python use.
 class SipHash {
  public:
   explicit SipHash(const HashKey& key) noexcept
@@ -93,7 +93,7 @@ std::uint64_t hash_of(std::string_view name) noexcept {
   return SipHash(hash_key())(name);
 }
 
-// The low half chooses the slot; the high half is what the slot remembers.
+// The low half of the hash chooses the slot; the slot keeps the high half.
 std::uint32_t remembered(std::uint64_t hash) noexcept {
   return static_cast<std::uint32_t>(hash >> 32);
 }
@@ -149,12 +149,13 @@ class EntriesIndexer {
       auto bytes = bytes_of(entry.shape, entry.dtype);
       if (!bytes.ok()) {
         bytes.error().tensor = entry.name;
+        bytes.error().message += "; " + std::string(kDamaged);
         return std::move(bytes).error();
       }
       if (entry.begin > file_size || *bytes > file_size - entry.begin) {
         return make_error(ErrorCode::kOffsetsInvalid,
-                          "it is stated to take " + bytes_text(*bytes) + " from byte " +
-                              std::to_string(entry.begin) + " on, and the file ends at " +
+                          "its " + bytes_text(*bytes) + " begin at byte " +
+                              std::to_string(entry.begin) + ", but the file ends at byte " +
                               std::to_string(file_size) + "; " + std::string(kDamaged),
                           std::nullopt, entry.name);
       }
@@ -165,7 +166,7 @@ class EntriesIndexer {
     std::sort(placed.begin(), placed.end());
 
     const std::shared_ptr<Index> index(new Index());
-    // Reserved, so that the views into them stay.
+    // Reserved, so that views into them stay valid.
     index->names_.reserve(names);
     index->extents_.reserve(extents);
     index->tensors_.reserve(placed.size());
@@ -181,8 +182,9 @@ class EntriesIndexer {
     index->by_name_ = std::make_unique<Index::ByName>(placed.size());
     for (std::uint32_t i = 0; i < placed.size(); ++i) {
       if (index->by_name_->insert(index->tensors_, i)) {
-        return make_error(ErrorCode::kDuplicateName, "two tensors have this name", std::nullopt,
-                          index->tensors_[i].name);
+        return make_error(ErrorCode::kDuplicateName,
+                          "two tensors have this name: save the file again with different names",
+                          std::nullopt, index->tensors_[i].name);
       }
     }
     return std::shared_ptr<const Index>(index);

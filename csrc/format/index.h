@@ -1,5 +1,5 @@
-// What a checkpoint file holds: names, element types, shapes and where the bytes lie. Only a parser
-// or make_index() can make one, so an Index that exists has been checked.
+// The contents of a checkpoint file: names, dtypes, shapes and byte ranges of its tensors. Only a
+// parser or make_index() can make an Index, so an Index that exists has been checked.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,8 @@ struct TensorInfo {
 
 class Index {
  public:
-  // In the order of the file's bytes; ties (zero-size tensors) in the order of their names.
+  // In the order of the file's bytes; tensors of size zero at the same place are in the order of
+  // their names.
   [[nodiscard]] std::span<const TensorInfo> tensors() const noexcept { return tensors_; }
   [[nodiscard]] const std::vector<std::pair<std::string, std::string>>* metadata() const noexcept {
     return metadata_ ? &*metadata_ : nullptr;  // null where the header has no `__metadata__`
@@ -53,7 +54,7 @@ class Index {
   std::unique_ptr<ByName> by_name_;
 };
 
-// A tensor whose place in a file is known from elsewhere, such as torch's own unpickler.
+// A tensor whose place in a file is known from another source, such as torch's unpickler.
 struct TensorEntry {
   std::string name;
   Dtype dtype = Dtype::kU8;
@@ -61,7 +62,8 @@ struct TensorEntry {
   std::uint64_t begin = 0;  // bytes from the start of the file
 };
 
-// The Index of such tensors. They may share bytes; none may leave the file or have another's name.
+// Makes the Index of such tensors. They may share bytes. A tensor past the end of the file and a
+// duplicate name are errors.
 [[nodiscard]] Result<std::shared_ptr<const Index>> make_index(std::vector<TensorEntry> entries,
                                                               std::uint64_t file_size,
                                                               const std::string& path);

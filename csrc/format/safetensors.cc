@@ -22,19 +22,19 @@
 #include "format/index.h"
 #include "result.h"
 
-// What is accepted here is what safetensors 0.8.0 accepts, found by running it; the one exception
-// are duplicate tensor names, which the format forbids and of which the reference silently drops
-// one. tests/python/test_malformed.py holds the two side by side.
+// This parser accepts what safetensors 0.8.0 accepts, found by running it. The one exception is
+// duplicate tensor names, which the format forbids: the reference silently drops one of the two
+// tensors. tests/python/checkpoint/test_malformed.py compares the two parsers.
 
 namespace weightlift::format {
 namespace {
 
-// The limit of serde_json, through which the reference parses: 127 objects and lists in each other,
-// the outermost included.
+// The limit of serde_json, which the reference uses: 127 nested objects and lists, including the
+// outermost.
 constexpr std::uint32_t kMaxDepth = 127;
 constexpr std::string_view kMetadataKey = "__metadata__";
 
-// A tensor as the header states it, not yet held against the others.
+// A tensor as the header states it, not yet checked against the others.
 struct Entry {
   std::size_t name_at = 0;  // in Parsed::names
   std::size_t name_size = 0;
@@ -60,8 +60,8 @@ struct Parsed {
   }
 };
 
-// Walks over the header and keeps its place in `*at`, because the SAX interface tells it for syntax
-// errors alone.
+// Walks over the header and stores its position in `*at`, because the SAX interface gives a
+// position only for syntax errors.
 class Cursor {
  public:
   using iterator_category = std::input_iterator_tag;
@@ -83,15 +83,15 @@ class Cursor {
   const char** at_;
 };
 
-// The events of nlohmann-json's SAX parser, which keeps its own stack: nothing here recurses.
-// Every event returns whether to go on; where it does not, `error` says why.
+// Handles the events of nlohmann-json's SAX parser, which keeps its own stack, so nothing here
+// recurses. Each event returns whether to go on; if not, `error` says why.
 class Handler {
  public:
   explicit Handler(std::string_view header) : header_(header), at_(header.data()) {}
 
   [[nodiscard]] bool parse() {
     const char* const end = header_.data() + header_.size();
-    // NOLINTNEXTLINE(bugprone-suspicious-stringview-data-usage): `end` ends it
+    // NOLINTNEXTLINE(bugprone-suspicious-stringview-data-usage): `end` is the end
     return nlohmann::json::sax_parse(Cursor(header_.data(), &at_), Cursor(end, &at_), this);
   }
   Parsed& parsed() noexcept { return parsed_; }
@@ -99,11 +99,11 @@ class Handler {
 
   bool null() { return scalar(Kind::kNull); }
   bool boolean(bool) { return scalar(Kind::kBoolean); }
-  // Called for numbers with a minus sign alone, so also for -0, which the reference takes for a
+  // Called only for numbers with a minus sign. That includes -0, which the reference reads as a
   // floating-point number.
   bool number_integer(std::int64_t) { return scalar(Kind::kNegative); }
   bool number_unsigned(std::uint64_t value) { return scalar(Kind::kWhole, value); }
-  // Also for whole numbers that do not fit 64 bits.
+  // Also called for whole numbers that do not fit into 64 bits.
   bool number_float(double, const std::string&) { return scalar(Kind::kFraction); }
   bool string(std::string& text) { return scalar(Kind::kText, 0, &text); }
   bool binary(nlohmann::json::binary_t&) { return false; }  // not in JSON
@@ -137,8 +137,8 @@ class Handler {
     if (!deeper()) return false;
     switch (next_value()) {
       case State::kTensorValue:
-        // serde reads a struct from a list of its fields as well, so the reference takes
-        // "name": ["F32", [1], [0, 4]] for a tensor.
+        // serde also reads a struct from a list of its fields, so the reference accepts "name":
+        // ["F32", [1], [0, 4]] as a tensor.
         listed_ = 0;
         return enter(State::kTensorList);
       case State::kField:
@@ -212,8 +212,7 @@ class Handler {
         if (field_ == kShape) {
           entry_.rank = parsed_.extents.size() - entry_.shape_at;
         } else if (offsets_ != 2) {
-          return tensor_invalid("has " + std::to_string(offsets_) +
-                                " data_offsets, and two are needed");
+          return tensor_invalid("has " + std::to_string(offsets_) + " data_offsets instead of two");
         }
         return field_end();
       default:
@@ -222,9 +221,9 @@ class Handler {
   }
 
   bool parse_error(std::size_t position, const std::string&, const nlohmann::json::exception& e) {
-    // "[json.exception.parse_error.101] parse error at line 1, column 2: syntax error while ...":
-    // our own offset says where.
-    // our own offset says where, and what was last read may end inside a character.
+    // The text is "[json.exception.parse_error.101] parse error at line 1, column 2: syntax error
+    // while ...". Only its end is used: the error has a byte offset of its own, and the text that
+    // was last read may end inside a character.
     std::string_view what = e.what();
     what = what.substr(0, what.find("; last read: "));
     for (const std::string_view before : {"] ", "syntax error "}) {
@@ -233,7 +232,8 @@ class Handler {
       }
     }
     if (what.starts_with("- ")) what.remove_prefix(2);
-    // `position` counts the characters that were read, the end of the input as one of them.
+    // `position` is the number of characters that were read, and counts the end of the input as
+    // one.
     const std::size_t last = std::min(position > 0 ? position - 1 : 0, header_.size());
     error_ =
         make_error(ErrorCode::kHeaderNotJson,
@@ -291,11 +291,11 @@ class Handler {
   [[nodiscard]] bool deeper() {
     if (++depth_ <= kMaxDepth) return true;
     return fail(ErrorCode::kHeaderTooDeep, "the header nests more than " +
-                                               std::to_string(kMaxDepth) +
-                                               " objects and lists: " + std::string(kDamaged));
+                                               std::to_string(kMaxDepth) + " objects and lists; " +
+                                               std::string(kDamaged));
   }
 
-  // The state in which a value that begins now is read.
+  // The state for the value that begins now.
   [[nodiscard]] State next_value() noexcept {
     if (state_ == State::kTensorList) {
       field_ = static_cast<Field>(std::min<std::uint32_t>(listed_++, kUnknown));
@@ -332,7 +332,7 @@ class Handler {
 
   [[nodiscard]] bool metadata_pair(std::string text) {
     auto& pairs = *parsed_.metadata;
-    // Of a repeated key the last value holds, as in the reference.
+    // If a key is repeated, its last value counts, as in the reference.
     const auto [place, fresh] = metadata_places_.try_emplace(metadata_key_, pairs.size());
     if (fresh) {
       pairs.emplace_back(std::move(metadata_key_), std::move(text));
@@ -363,7 +363,7 @@ class Handler {
   [[nodiscard]] bool tensor_end() {
     if (listed_ != kNotListed && listed_ != kFieldNames.size()) {
       return tensor_invalid("is a list of " + std::to_string(listed_) +
-                            ", and dtype, shape, data_offsets are needed");
+                            " values instead of dtype, shape and data_offsets");
     }
     for (std::size_t i = 0; i < kFieldNames.size(); ++i) {
       if ((fields_ >> i & 1) == 0) return tensor_invalid("has no " + std::string(kFieldNames[i]));
@@ -374,16 +374,17 @@ class Handler {
 
   [[nodiscard]] bool dtype(std::string_view name) {
     dtype_given_ = true;
-    // Most files have one dtype: the last one first.
+    // Most files have one dtype, so the last one is compared first.
     if (name != dtype_name(last_dtype_)) {
       const auto found = dtype_from_name(name);
       if (!found || static_cast<std::size_t>(*found) >= kSafetensorsDtypeCount) {
-        return fail(ErrorCode::kUnknownDtype,
-                    "its dtype '" + excerpt(name) + "' is not one of the " +
-                        std::to_string(kSafetensorsDtypeCount) +
-                        " of the safetensors format: look for a newer weightlift, or save the file "
-                        "with another dtype",
-                    parsed_.name(entry_));
+        return fail(
+            ErrorCode::kUnknownDtype,
+            "its dtype '" + excerpt(name) + "' is not one of the " +
+                std::to_string(kSafetensorsDtypeCount) +
+                " dtypes of the safetensors format: install a newer weightlift, or save the "
+                "file with another dtype",
+            parsed_.name(entry_));
       }
       last_dtype_ = *found;
     }
@@ -396,7 +397,7 @@ class Handler {
       parsed_.extents.push_back(number);
       return true;
     }
-    // The third one and those after it are counted alone.
+    // Further numbers are only counted.
     if (offsets_ == 0) entry_.begin = number;
     if (offsets_ == 1) entry_.end = number;
     ++offsets_;
@@ -410,19 +411,21 @@ class Handler {
   [[nodiscard]] bool unskip() noexcept { return depth_ > skip_depth_ || field_end(); }
 
   [[nodiscard]] bool misplaced(Kind kind) {
-    static constexpr std::array<std::string_view, 8> kNames = {"null",
-                                                               "a boolean",
-                                                               "a negative number",
-                                                               "a number",
-                                                               "a fraction or too large a number",
-                                                               "a string",
-                                                               "an object",
-                                                               "a list"};
+    static constexpr std::array<std::string_view, 8> kNames = {
+        "null",
+        "a boolean",
+        "a negative number",
+        "a number",
+        "a fraction or a number that is too large",
+        "a string",
+        "an object",
+        "a list"};
     const std::string name(kNames[static_cast<std::size_t>(kind)]);
     switch (state_) {
       case State::kMetadataValue:
-        return fail(ErrorCode::kMetadataInvalid,
-                    "__metadata__ is " + name + " and must be an object of strings");
+        return fail(
+            ErrorCode::kMetadataInvalid,
+            "__metadata__ is " + name + " and must be an object of strings: save the file again");
       case State::kMetadataText:
         return fail(ErrorCode::kMetadataInvalid, "the __metadata__ value of '" +
                                                      excerpt(metadata_key_) + "' is " + name +
@@ -459,11 +462,11 @@ class Handler {
   std::string metadata_key_;
   std::map<std::string, std::size_t, std::less<>> metadata_places_;
 
-  // Of the tensor that is being read.
+  // The tensor that is being read.
   Entry entry_;
   Field field_ = kUnknown;
   std::uint8_t fields_ = 0;            // a bit for each of kFieldNames
-  std::uint32_t listed_ = kNotListed;  // fields so far, in the form of a list
+  std::uint32_t listed_ = kNotListed;  // fields so far, if the tensor is a list
   bool dtype_given_ = false;
   std::uint64_t offsets_ = 0;
   Dtype last_dtype_ = Dtype::kF32;
@@ -471,17 +474,17 @@ class Handler {
 
 Result<std::uint64_t> length_of(std::string_view first, std::uint64_t file_size) {
   if (auto empty = empty_file(file_size)) return *std::move(empty);
-  // Asked only where the first bytes cannot be the length of a header.
+  // Called only if the first bytes cannot be the length of a header.
   const auto refuse = [first](ErrorCode code, std::string message) {
     if (first.starts_with("PK\x03\x04")) {
       return make_error(
           ErrorCode::kNotWeights,
-          "this is a zip file, perhaps a checkpoint of torch.save: rename it to .bin or .pt", 0);
+          "this is a zip file, perhaps from torch.save: if so, rename it to .bin or .pt", 0);
     }
     if (first.size() > 2 && first[0] == '\x80' && first[1] >= 2 && first[1] <= 5) {
       return make_error(
           ErrorCode::kNotWeights,
-          "this is a pickle, perhaps a checkpoint of torch.save: rename it to .bin or .pt", 0);
+          "this is a pickle, perhaps from torch.save: if so, rename it to .bin or .pt", 0);
     }
     auto foreign = foreign_file(first);
     return foreign ? *std::move(foreign) : make_error(code, std::move(message), 0);
@@ -489,34 +492,36 @@ Result<std::uint64_t> length_of(std::string_view first, std::uint64_t file_size)
   const std::string size = bytes_text(file_size);
   if (first.size() < kLengthBytes) {
     return refuse(ErrorCode::kHeaderTooSmall, "the file has " + size +
-                                                  ", and the length of its header alone takes 8; " +
+                                                  ", but the length of its header alone takes 8; " +
                                                   std::string(kDamaged));
   }
   std::uint64_t length = 0;
   for (std::size_t i = kLengthBytes; i-- > 0;) {
     length = length << 8 | static_cast<unsigned char>(first[i]);
   }
-  const std::string stated = "the header is stated to be " + bytes_text(length) + " long";
+  const std::string stated = "the first bytes state a header of " + bytes_text(length);
   if (length > kMaxHeaderBytes) {
-    return refuse(ErrorCode::kHeaderTooLarge, stated + ", and " + std::to_string(kMaxHeaderBytes) +
-                                                  " is the most: this is not a safetensors file, "
-                                                  "or a damaged one");
+    return refuse(ErrorCode::kHeaderTooLarge,
+                  stated + ", but at most " + std::to_string(kMaxHeaderBytes) +
+                      " are allowed: this is not a safetensors file, or "
+                      "it is damaged; download it or save it again");
   }
   if (length > file_size - kLengthBytes) {
-    return refuse(ErrorCode::kHeaderPastEnd, stated + ", but the file ends after " + size +
-                                                 ": the download or the copy is not complete, or "
-                                                 "this is not a safetensors file");
+    return refuse(ErrorCode::kHeaderPastEnd,
+                  stated + ", but the file ends after " + size +
+                      ": the download or the copy is incomplete, or "
+                      "this is not a safetensors file; download it again");
   }
   constexpr std::string_view kSmallest = "{}";
   if (length < kSmallest.size()) {
     return refuse(ErrorCode::kHeaderTooSmall,
-                  stated + ", and the smallest has 2; " + std::string(kDamaged));
+                  stated + ", but the smallest header has 2; " + std::string(kDamaged));
   }
   return length;
 }
 
-// nlohmann-json skips a byte order mark and takes a NUL byte for the end of its input, and it looks
-// at the encoding of texts alone; the reference refuses all three.
+// nlohmann-json skips a byte order mark, takes a NUL byte for the end of its input, and checks the
+// encoding of strings only. The reference refuses all three.
 Status check_bytes(std::string_view header) {
   if (const std::size_t valid = utf8_prefix(header); valid < header.size()) {
     return make_error(ErrorCode::kHeaderNotUtf8,
@@ -546,10 +551,11 @@ class SafetensorsParser {
                                                     std::uint64_t file_size, std::uint64_t origin) {
     if (header.size() > kMaxHeaderBytes || file_size < kLengthBytes ||
         header.size() > file_size - kLengthBytes) {
-      return make_error(
-          ErrorCode::kHeaderPastEnd,
-          "a header of " + bytes_text(header.size()) + " in a file of " + std::to_string(file_size),
-          0);
+      return make_error(ErrorCode::kHeaderPastEnd,
+                        "the header has " + bytes_text(header.size()) +
+                            ", which do not fit into a file of " + bytes_text(file_size) + "; " +
+                            std::string(kDamaged),
+                        0);
     }
     WL_RETURN_IF_ERROR(check_bytes(header));
     Handler handler(header);
@@ -560,7 +566,7 @@ class SafetensorsParser {
     const std::shared_ptr<Index> index(new Index());
     const std::uint64_t data_begin = kLengthBytes + header.size();
     fill(*index, parsed, origin + data_begin);
-    // Two tensors of one name nearly always overlap as well: the name says more.
+    // Names first: two tensors of one name nearly always overlap as well, and the name says more.
     WL_RETURN_IF_ERROR(name(*index, parsed.entries));
     WL_RETURN_IF_ERROR(check_places(*index, parsed.entries, data_begin, file_size));
     return std::shared_ptr<const Index>(index);
@@ -574,13 +580,13 @@ class SafetensorsParser {
       return parsed.name(left) < parsed.name(right);
     };
     auto& entries = parsed.entries;
-    // Every writer that is known puts them in this order already.
+    // All known writers write this order.
     if (!std::is_sorted(entries.begin(), entries.end(), order)) {
       std::sort(entries.begin(), entries.end(), order);
     }
   }
 
-  // Nothing has been held against the file yet: where the sum wraps, check_places() refuses.
+  // The numbers are not checked yet: if the sum wraps, check_places() refuses the file.
   static void fill(Index& index, Parsed& parsed, std::uint64_t data_begin) {
     index.data_begin_ = data_begin;
     index.metadata_ = std::move(parsed.metadata);
@@ -601,18 +607,18 @@ class SafetensorsParser {
     index.by_name_ = std::make_unique<Index::ByName>(tensors.size());
     for (std::uint32_t i = 0; i < tensors.size(); ++i) {
       if (const auto earlier = index.by_name_->insert(tensors, i)) {
-        return make_error(ErrorCode::kDuplicateName,
-                          "the header names it twice, which the format forbids, and one of the two "
-                          "would be lost: save the file again with different names",
-                          std::max(entries[*earlier].header_at, entries[i].header_at),
-                          tensors[i].name);
+        return make_error(
+            ErrorCode::kDuplicateName,
+            "the header has this name twice, which the format forbids, because one of "
+            "the two tensors would be lost: save the file again with different names",
+            std::max(entries[*earlier].header_at, entries[i].header_at), tensors[i].name);
       }
     }
     return {};
   }
 
-  // The data must be covered from its first byte to its last, without a hole and without overlap,
-  // each tensor as large as its dtype and shape say.
+  // The tensors must cover the data from its first byte to its last, without holes or overlaps, and
+  // each must be as large as its dtype and shape say.
   static Status check_places(const Index& index, std::span<const Entry> entries,
                              std::uint64_t data_begin, std::uint64_t file_size) {
     std::uint64_t covered = 0;
@@ -632,8 +638,8 @@ class SafetensorsParser {
       if (entry.begin != covered) {
         return refuse(ErrorCode::kOffsetsInvalid,
                       offsets() +
-                          (entry.begin < covered ? " overlap what comes before, which ends at "
-                                                 : " leave a hole: what comes before ends at ") +
+                          (entry.begin < covered ? " overlap the bytes before them, which end at "
+                                                 : " leave a hole: the bytes before them end at ") +
                           std::to_string(covered));
       }
       const auto bytes = bytes_of(tensor.shape, tensor.dtype);
@@ -646,21 +652,21 @@ class SafetensorsParser {
       }
       covered = entry.end;
     }
-    // Every size was held against 64 bits of bits, so this is less than 2^61 past the header.
+    // Every size in bits fits into 64 bits, so this is less than 2^61 past the header.
     const std::uint64_t expected = data_begin + covered;
     const auto sizes = [&] {
-      return "the header describes a file of " + bytes_text(expected) + ", and this one has " +
+      return "the header describes a file of " + bytes_text(expected) + ", but this one has " +
              std::to_string(file_size);
     };
     if (expected > file_size) {
-      return make_error(
-          ErrorCode::kDataIncomplete,
-          sizes() + ": the download or the copy is not complete, so download it again", file_size);
+      return make_error(ErrorCode::kDataIncomplete,
+                        sizes() + ": the download or the copy is incomplete, so download it again",
+                        file_size);
     }
     if (expected < file_size) {
       return make_error(ErrorCode::kTrailingBytes,
                         sizes() +
-                            ": something was appended or the header is of another file, so "
+                            ": bytes were appended, or the header belongs to another file, so "
                             "download it or save it again",
                         expected);
     }
@@ -670,7 +676,7 @@ class SafetensorsParser {
 
 namespace {
 
-// The parser counts from the start of its part of the file.
+// The parser's offsets count from the start of its part of the file.
 template <class T>
 Result<T> from_origin(Result<T> result, std::uint64_t origin) {
   if (!result.ok() && result.error().offset) *result.error().offset += origin;

@@ -1,4 +1,4 @@
-// The safetensors header: bytes in, Index out. Knows no file.
+// The safetensors header: bytes in, Index out. Opens no file.
 #pragma once
 
 #include <cstddef>
@@ -15,12 +15,13 @@ inline constexpr std::uint64_t kLengthBytes = 8;
 // MAX_HEADER_SIZE of the reference implementation.
 inline constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;
 
-// From the first eight bytes of a file (fewer where the file is shorter) and its size to the length
-// of its JSON header, which then lies in [8, 8 + length). `path` is for the error only. Recognises
-// an empty file, a git-lfs pointer and an HTML page by their first bytes, so give it up to 512.
+// Returns the length of a file's JSON header, which lies in [8, 8 + length). `first` are the first
+// bytes of the file: eight are needed, and with 512 the error for a file that is not safetensors
+// (empty, git-lfs pointer, web page, ...) says what it is. `path` is for the error only.
 //
-// A safetensors file may be a part of another, as in a DDUF archive: it begins at `origin` there,
-// and `file_size` is its own. The offsets of errors and of tensors are those of the whole file.
+// A safetensors file may be a part of another file, such as a DDUF archive. It then begins at
+// `origin`, and `file_size` is the size of the part. Offsets of errors and of tensors count from
+// the start of the whole file.
 [[nodiscard]] Result<std::uint64_t> header_length(std::span<const std::byte> first,
                                                   std::uint64_t file_size, const std::string& path,
                                                   std::uint64_t origin = 0);

@@ -21,14 +21,15 @@ namespace {
 
 using Kind = PickledValue::Kind;
 
-// Dicts in dicts: whoever walks the result may recurse.
+// Of dicts in dicts, so that code that walks the result may recurse.
 constexpr std::uint32_t kMaxDepth = 64;
-// torch computes with no more dimensions. One tuple may be the shape of many tensors.
+// torch supports no more dimensions. Without a limit, one long tuple could be the shape of many
+// tensors.
 constexpr std::size_t kMaxRank = 64;
-// A position takes 32 bits, and what is made of a byte is at most this many.
+// Positions have 32 bits; this bounds the number of values that a pickle can make.
 constexpr std::size_t kMaxBytes = std::size_t{1} << 30;
 
-// Of the module `pickletools`, where each is described.
+// Python's module `pickletools` describes each opcode.
 enum Opcode : unsigned char {
   kMark = '(',
   kStop = '.',
@@ -67,7 +68,7 @@ enum class Global : std::uint8_t {
   kOrderedDict,
   kRebuildTensor,
   kRebuildParameter,
-  kStorageOf,  // and more, for each dtype
+  kStorageOf,  // plus the dtype
 };
 
 struct StorageName {
@@ -106,7 +107,8 @@ bool is_ascii(std::string_view text) {
   return std::ranges::all_of(text, [](char c) { return static_cast<unsigned char>(c) < 0x80; });
 }
 
-// The stack machine of the format, as far as it is known here. Every step says whether it was.
+// The stack machine of the format, for the known opcodes. Each step returns false for anything
+// else.
 class Reader {
  public:
   explicit Reader(std::string_view pickle) : bytes_(pickle) {}
@@ -201,7 +203,7 @@ class Reader {
     }
   }
 
-  // Little-endian, as the format and every machine that this is built for.
+  // The format and all supported machines are little-endian.
   template <std::integral Number>
   bool number(Number& value) {
     if (bytes_.size() - position_ < sizeof(Number)) return false;
@@ -255,7 +257,7 @@ class Reader {
   }
 
   bool push_float() {
-    std::uint64_t bits = 0;  // the only number that is big-endian
+    std::uint64_t bits = 0;  // the only big-endian number of the format
     return number(bits) &&
            push_new(Kind::kFloat, result_.floats, std::bit_cast<double>(__builtin_bswap64(bits)));
   }
@@ -276,7 +278,7 @@ class Reader {
     return known && push({Kind::kGlobal, *known});
   }
 
-  // Values above the last mark, which no operation may take from beneath.
+  // The number of values above the last mark. No operation may take values below it.
   [[nodiscard]] std::size_t available() const {
     return stack_.size() - (marks_.empty() ? 0 : marks_.back());
   }
@@ -288,7 +290,7 @@ class Reader {
     return count;
   }
 
-  // The last so many; they stay until `drop`.
+  // The last `count` values; they stay on the stack until drop().
   [[nodiscard]] std::span<const PickledValue> last(std::size_t count) const {
     return std::span(stack_).last(count);
   }
@@ -316,12 +318,12 @@ class Reader {
     return true;
   }
 
-  // Of a list and of a tuple no more is kept than how many tensors they hold, and one of them.
+  // For a list or tuple, only the number of tensors in it and one of them are kept.
   void add_held(Held& held, PickledValue value) const {
     const auto add = [&held](const Held& more) {
       if (more.count == 0) return;
       if (held.count == 0) held.one = more.one;
-      // Tuples may be in tuples over and over.
+      // Tuples that share tuples can make the count grow exponentially.
       if (__builtin_add_overflow(held.count, more.count, &held.count)) {
         held.count = ~std::uint64_t{0};
       }
@@ -366,7 +368,7 @@ class Reader {
     return true;
   }
 
-  // Indices go up one by one where the format's own writer gives them.
+  // Python's pickler numbers the memo from 0 without gaps.
   template <std::integral Number>
   bool put() {
     Number index = 0;
@@ -376,7 +378,8 @@ class Reader {
     return true;
   }
 
-  // Not dicts and lists: a state dict has none twice, and one that held itself would have no end.
+  // Refuses dicts and lists: a state dict has each only once, and one that contained itself would
+  // have no end.
   template <std::integral Number>
   bool get() {
     Number index = 0;
@@ -469,7 +472,7 @@ class Reader {
     return value.kind == Kind::kOrderedDict && result_.dicts[value.at].items.empty();
   }
 
-  // torch refuses it of other tensors.
+  // torch refuses requires_grad for other dtypes.
   [[nodiscard]] static bool may_require_grad(Dtype dtype, PickledValue value) {
     return value.kind == Kind::kBool && (value.at == 0 || dtype_is_floating(dtype));
   }
@@ -492,7 +495,7 @@ class Reader {
     return sizes;
   }
 
-  // The attributes of a state dict: what Module.state_dict() says of versions.
+  // The attributes of a state dict: `_metadata`, the versions that Module.state_dict() records.
   bool build() {
     if (available() < 2 || last(2)[0].kind != Kind::kOrderedDict || !is_dict(last(2)[1])) {
       return false;
@@ -523,7 +526,7 @@ bool PickledTensor::contiguous() const noexcept {
   for (std::size_t i = shape.size(); i-- > 0;) {
     if (shape[i] == 1) continue;
     if (stride[i] != expected) return false;
-    expected *= shape[i];  // at most what the storage has: it stays inside
+    expected *= shape[i];  // no overflow: the tensor stays inside its storage
   }
   return true;
 }
@@ -532,7 +535,7 @@ std::optional<TorchPickle> parse_torch_pickle(std::string_view pickle) noexcept 
   try {
     return Reader(pickle).read();
   } catch (const std::bad_alloc&) {
-    return std::nullopt;  // torch's unpickler will say so
+    return std::nullopt;  // torch's unpickler will raise the error
   }
 }
 

@@ -1,5 +1,5 @@
-// The pickle in a checkpoint of torch.save, read as data: nothing that it names is called or made.
-// Knows no file.
+// Reads the pickle in a checkpoint of torch.save as data: calls and constructs nothing that the
+// pickle names. Opens no file.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace weightlift::format {
 
-// A tensor, or a Parameter, as `torch._utils._rebuild_tensor_v2` would rebuild it. It stays within
-// its storage as the pickle states that one.
+// A tensor or Parameter, as `torch._utils._rebuild_tensor_v2` would rebuild it. It stays within its
+// storage, whose size the pickle states.
 struct PickledTensor {
   std::string_view record;  // its storage is the record "data/<this>" of the archive
   Dtype dtype = Dtype::kU8;
@@ -23,12 +23,12 @@ struct PickledTensor {
   [[nodiscard]] bool contiguous() const noexcept;  // as torch's is_contiguous()
 };
 
-// What a state dict may hold; of lists and tuples no more than how many tensors they hold.
+// A value in a state dict. For lists and tuples, only the number of tensors in them is kept.
 struct PickledValue {
   enum class Kind : std::uint8_t {
     kNone,
     kBool,         // `at` is 0 or 1
-    kInt,          // `at` is into `ints`, and so on
+    kInt,          // `at` is a position in `ints`, and so on
     kFloat,        // in `floats`
     kText,         // in `texts`
     kList,         // in `lists`
@@ -37,13 +37,13 @@ struct PickledValue {
     kOrderedDict,  // in `dicts`
     kTensor,       // in `tensors`
     kStorage,      // in `storages`
-    kGlobal,       // of the few that are known
+    kGlobal,       // one of the few known globals
   };
   Kind kind = Kind::kNone;
   std::uint32_t at = 0;
 };
 
-// No two are of one record.
+// Each record has at most one.
 struct PickledStorage {
   std::string_view record;
   Dtype dtype = Dtype::kU8;
@@ -51,17 +51,17 @@ struct PickledStorage {
   std::uint64_t bytes = 0;
 };
 
-// Views into the pickle.
+// Its texts are views into the pickle.
 struct TorchPickle {
   struct Dict {
     std::vector<std::pair<PickledValue, PickledValue>> items;  // keys are texts or ints
     std::uint32_t depth = 1;
   };
   struct Held {
-    std::uint64_t count = 0;  // tensors, in whatever is inside
-    std::uint32_t one = 0;    // of `tensors`
+    std::uint64_t count = 0;  // of tensors, at any depth
+    std::uint32_t one = 0;    // position of one of them in `tensors`
   };
-  PickledValue value;  // a dict, which holds no dict twice, nor itself
+  PickledValue value;  // a dict; no dict is in it twice, or in itself
   std::vector<std::int64_t> ints;
   std::vector<double> floats;
   std::vector<std::string_view> texts;  // ASCII
@@ -73,10 +73,10 @@ struct TorchPickle {
   std::vector<PickledTensor> tensors;
 };
 
-// Nothing for whatever torch.save does not write of a state dict of plain tensors, be it damaged,
-// hostile or merely rare (subclasses, sparse tensors, other protocols, names that are not ASCII):
-// torch's own unpickler must say what that is. What is accepted here, that one accepts too, with
-// the same result.
+// Reads the pickles that torch.save writes for a state dict of plain tensors. Returns nothing for
+// all others, whether damaged, hostile or only rare (subclasses, sparse tensors, other protocols,
+// names that are not ASCII): torch's own unpickler then decides. It accepts every pickle that is
+// accepted here, with the same result.
 [[nodiscard]] std::optional<TorchPickle> parse_torch_pickle(std::string_view pickle) noexcept;
 
 }  // namespace weightlift::format

@@ -14,7 +14,7 @@
 #include "format/common.h"
 #include "result.h"
 
-// The numbers of the comments are the sections of PKWARE's APPNOTE.TXT, version 6.3.10.
+// Numbers in comments are sections of PKWARE's APPNOTE.TXT, version 6.3.10.
 
 namespace weightlift::format {
 namespace {
@@ -32,19 +32,20 @@ constexpr std::uint64_t kLocatorBytes = 20;
 constexpr std::uint64_t kEndBytes = 22;
 constexpr std::uint64_t kLongestDescriptor = 24;
 constexpr std::uint16_t kZip64Field = 0x0001;
-constexpr std::uint16_t kZip64Version = 45;   // what a reader has to know (4.4.3)
-constexpr std::uint16_t kIn64Short = 0xffff;  // the value stands in a ZIP64 field
+constexpr std::uint16_t kZip64Version = 45;   // version needed to extract (4.4.3)
+constexpr std::uint16_t kIn64Short = 0xffff;  // the value is in a ZIP64 field
 constexpr std::uint32_t kIn64 = 0xffff'ffff;
 
 // Bits of the general purpose flag (4.4.4).
 constexpr std::uint16_t kHasDescriptor = 1 << 3;
 constexpr std::uint16_t kUtf8 = 1 << 11;
-constexpr std::uint16_t kEncrypted = 1 << 0 | 1 << 6 | 1 << 13;  // also strongly, also the header
+constexpr std::uint16_t kEncrypted = 1 << 0 | 1 << 6 | 1 << 13;  // plain, strong, or the directory
 constexpr std::uint16_t kPatch = 1 << 5;
 
 constexpr std::uint32_t kDosFolder = 1 << 4;  // of the external attributes (4.4.15)
 
-// torch pads up to 64 bytes with an extra field, so that one read gets the whole of a header.
+// Bytes to read for the extra field: torch pads with up to 64 bytes, so one read usually gets the
+// whole header.
 constexpr std::uint64_t kLikelyExtra = 160;
 
 using Bytes = std::span<const std::byte>;
@@ -64,7 +65,7 @@ constexpr auto u64 = number<std::uint64_t>;
 // A record as the directory states it.
 struct Stated {
   ZipRecord record;
-  std::uint64_t header = 0;  // where its own header begins
+  std::uint64_t header = 0;  // offset of the record's own header
   std::uint16_t flags = 0;
 };
 
@@ -106,8 +107,8 @@ class ZipParser {
     return Bytes(buffer_);
   }
 
-  // Where other readers search for the end record, here it is the end of the file: what a search
-  // finds depends on who searches.
+  // Other readers search for the end record, and find different ones. Here it must be at the end of
+  // the file.
   Status find_directory() {
     constexpr std::uint64_t kEnds = kEnd64Bytes + kLocatorBytes + kEndBytes;
     const std::uint64_t known = std::min(size_, kEnds);
@@ -116,7 +117,7 @@ class ZipParser {
     const Bytes end = tail.last(kEndBytes);
     const std::uint64_t end_at = size_ - kEndBytes;
     if (u16(end, 20) != 0) {
-      return malformed("the end record of the archive states a comment that is not there", end_at);
+      return malformed("the end record of the archive states a comment that is missing", end_at);
     }
     if (u16(end, 4) != 0 || u16(end, 6) != 0 || u16(end, 8) != u16(end, 10)) return disks(end_at);
     directory_ = {.begin = u32(end, 16), .bytes = u32(end, 12), .count = u16(end, 10)};
@@ -125,22 +126,23 @@ class ZipParser {
         u32(tail, known - kEndBytes - kLocatorBytes) == kLocatorSignature) {
       const std::uint64_t locator_at = end_at - kLocatorBytes;
       if (known < kEnds || u64(tail, known - kEndBytes - kLocatorBytes + 8) != size_ - kEnds) {
-        return malformed("the ZIP64 locator does not lead to the record before it", locator_at);
+        return malformed("the ZIP64 locator does not give the offset of the ZIP64 end record",
+                         locator_at);
       }
       WL_RETURN_IF_ERROR(read_end64(tail.first(kEnd64Bytes + kLocatorBytes)));
       directory_end = size_ - kEnds;
     }
     if (directory_.bytes > directory_end || directory_.begin != directory_end - directory_.bytes) {
-      return malformed("the directory of the archive is stated to be " +
-                           bytes_text(directory_.bytes) + " at " +
-                           std::to_string(directory_.begin) + ", and its end is at " +
-                           std::to_string(directory_end),
+      return malformed("the end record states a directory of " + bytes_text(directory_.bytes) +
+                           " at byte " + std::to_string(directory_.begin) +
+                           ", but it ends at byte " + std::to_string(directory_end),
                        end_at);
     }
     if (directory_.bytes > kMaxDirectoryBytes) {
       return make_error(ErrorCode::kArchiveTooLarge,
                         "the directory of the archive has " + std::to_string(directory_.bytes) +
-                            " bytes, and " + std::to_string(kMaxDirectoryBytes) + " is the most",
+                            " bytes, but at most " + std::to_string(kMaxDirectoryBytes) +
+                            " are allowed: save the file with fewer records",
                         directory_.begin);
     }
     if (directory_.count > directory_.bytes / kCentralBytes) return wrong_count(end_at);
@@ -153,7 +155,7 @@ class ZipParser {
     const Bytes locator = ends.last(kLocatorBytes);
     if (u32(locator, 4) != 0 || u32(locator, 16) != 1) return disks(at + kEnd64Bytes);
     if (u32(ends, 0) != kEnd64Signature || u64(ends, 4) != kEnd64Bytes - 12) {
-      return malformed("the ZIP64 end record is not where its locator says", at);
+      return malformed("the ZIP64 end record is not at the offset that its locator gives", at);
     }
     if (u32(ends, 16) != 0 || u32(ends, 20) != 0 || u64(ends, 24) != u64(ends, 32)) {
       return disks(at);
@@ -171,7 +173,8 @@ class ZipParser {
     return {};
   }
 
-  // The file does not end as an archive does: is it cut, or is something behind the end?
+  // The file does not end with an end record: finds out whether it is truncated or has bytes after
+  // the archive.
   Error no_end() {
     constexpr std::uint64_t kLongestComment = 0xffff;
     const std::uint64_t known = std::min(size_, kEndBytes + kLongestComment);
@@ -182,25 +185,24 @@ class ZipParser {
     if (const std::uint64_t end = size_ - known + found + kEndBytes;
         found != text.npos && end <= size_) {
       return make_error(ErrorCode::kTrailingBytes,
-                        "the archive is followed by other bytes, or by a comment: something was "
-                        "appended, so download it or save it again",
+                        "other bytes or a comment follow the archive: download it or save it again",
                         end);
     }
     return make_error(ErrorCode::kArchiveIncomplete,
-                      "the archive has no directory at its end: the download or the copy is not "
-                      "complete, so download it again",
+                      "the archive has no directory at its end: the download or the copy is "
+                      "incomplete, so download it again",
                       size_);
   }
 
   static Error disks(std::uint64_t at) {
-    return make_error(ErrorCode::kArchiveUnsupported,
-                      "the archive is a part of one that is split over several files: join them",
-                      at);
+    return make_error(
+        ErrorCode::kArchiveUnsupported,
+        "the archive is one part of a split archive: join the parts, then load the result", at);
   }
   Error wrong_count(std::uint64_t at) const {
-    return malformed("the directory of the archive is stated to have " +
-                         std::to_string(directory_.count) +
-                         (directory_.count == 1 ? " entry" : " entries") + ", and it has not",
+    return malformed("the end record states " + std::to_string(directory_.count) +
+                         (directory_.count == 1 ? " entry" : " entries") +
+                         ", but the directory of the archive has another number",
                      at);
   }
 
@@ -213,12 +215,12 @@ class ZipParser {
       const Bytes left = Bytes(bytes).subspan(at);
       const std::uint64_t in_file = directory_.begin + at;
       if (left.size() < kCentralBytes || u32(left, 0) != kCentralSignature) {
-        return malformed("the directory of the archive is broken", in_file);
+        return malformed("the directory of the archive has an invalid entry", in_file);
       }
       const std::uint64_t length =
           kCentralBytes + u16(left, 28) + u16(left, 30) + std::uint64_t{u16(left, 32)};
       if (length > left.size()) {
-        return malformed("an entry leaves the directory of the archive", in_file);
+        return malformed("an entry reaches past the end of the archive's directory", in_file);
       }
       WL_RETURN_IF_ERROR(read_entry(left.first(length), in_file));
       at += length;
@@ -242,7 +244,7 @@ class ZipParser {
         const std::optional<Bytes> field,
         zip64_field(one, entry.subspan(kCentralBytes + one.record.name.size(), u16(entry, 30)),
                     at));
-    // In this order, each only where the narrow field does not hold it (4.5.3).
+    // In this order; each value is there only if the 32-bit field does not hold it (4.5.3).
     std::uint64_t taken = 0;
     for (std::uint64_t* const value : {&one.record.bytes, &compressed, &one.header}) {
       if (*value != kIn64) continue;
@@ -258,14 +260,14 @@ class ZipParser {
     if (u16(entry, 34) != 0) return disks(at);
     if (compressed != one.record.bytes) {
       return refuse(one, ErrorCode::kSizeMismatch,
-                    "is stored, and its two sizes are " + std::to_string(compressed) + " and " +
-                        std::to_string(one.record.bytes),
+                    "is not compressed, but its two sizes differ: " + std::to_string(compressed) +
+                        " and " + std::to_string(one.record.bytes),
                     at);
     }
-    // miniz, with which torch reads, takes such a record for a folder and leaves its bytes unread.
+    // torch's reader, miniz, treats such a record as a folder and does not read its bytes.
     const bool folder = one.record.name.ends_with('/') || (u32(entry, 38) & kDosFolder) != 0;
     if (folder && one.record.bytes != 0) {
-      return refuse(one, ErrorCode::kArchiveMalformed, "is a folder, and has bytes", at);
+      return refuse(one, ErrorCode::kArchiveMalformed, "is a folder but has bytes", at);
     }
     stated_.push_back(std::move(one));
     return {};
@@ -276,7 +278,7 @@ class ZipParser {
     const auto unsupported = [&](const std::string& what) {
       return make_error(ErrorCode::kArchiveUnsupported,
                         "record '" + excerpt(one.record.name) + "' is " + what +
-                            "; checkpoints have their records stored as they are",
+                            ": unpack the archive, or save the checkpoint again without this",
                         at);
     };
     if ((one.flags & kEncrypted) != 0) return unsupported("encrypted");
@@ -289,22 +291,23 @@ class ZipParser {
     const std::string& name = one.record.name;
     const bool ascii =
         std::all_of(name.begin(), name.end(), [](char c) { return (c & 0x80) == 0; });
-    // Without the flag the name is in a code page that the archive does not tell (4.4.4).
+    // Without the flag, the name is in a code page that the archive does not state (4.4.4).
     if (name.empty() || name.find('\0') != name.npos ||
         (!ascii && ((one.flags & kUtf8) == 0 || utf8_prefix(name) != name.size()))) {
-      return malformed("a record's name is empty, holds a NUL or is not UTF-8", at);
+      return malformed("the name of a record is empty, contains a NUL or is not UTF-8", at);
     }
     return {};
   }
 
-  // The content of the ZIP64 field among the extra fields (4.5.1), of which there are whole ones.
+  // Returns the content of the ZIP64 field, if the extra fields (4.5.1) have one. Incomplete fields
+  // are errors.
   static Result<std::optional<Bytes>> zip64_field(const Stated& one, Bytes extra,
                                                   std::uint64_t at) {
     std::optional<Bytes> found;
     while (!extra.empty()) {
       if (extra.size() < 4 || u16(extra, 2) > extra.size() - 4 ||
           (u16(extra, 0) == kZip64Field && found)) {
-        return refuse(one, ErrorCode::kArchiveMalformed, "has broken extra fields", at);
+        return refuse(one, ErrorCode::kArchiveMalformed, "has invalid extra fields", at);
       }
       const Bytes content = extra.subspan(4, u16(extra, 2));
       if (u16(extra, 0) == kZip64Field) found = content;
@@ -322,11 +325,12 @@ class ZipParser {
     if (twice == names.end()) return {};
     return make_error(ErrorCode::kDuplicateName,
                       "the archive has two records '" + excerpt(*twice) +
-                          "', and readers differ in which one they take; " + std::string(kDamaged),
+                          "', and readers differ in which of them they read; " +
+                          std::string(kDamaged),
                       directory_.begin);
   }
 
-  // Each record's own header, in the order of the file, and what lies between them.
+  // Checks each record's own header and the bytes between records, in the order of the file.
   Status check_records() {
     std::uint64_t covered = 0;
     const Stated* previous = nullptr;
@@ -339,8 +343,8 @@ class ZipParser {
       WL_RETURN_IF_ERROR(check_descriptor(previous, known.first(gap), covered));
       known = known.subspan(gap);
       if (u32(known, 0) != kLocalSignature) {
-        return refuse(one, ErrorCode::kArchiveMismatch, "has no header where the directory says",
-                      one.header);
+        return refuse(one, ErrorCode::kArchiveMismatch,
+                      "has no header at the offset that the directory gives", one.header);
       }
       const std::uint64_t header = kLocalBytes + u16(known, 26) + std::uint64_t{u16(known, 28)};
       if (header > directory_.begin - one.header) return leaves(one);
@@ -359,17 +363,16 @@ class ZipParser {
   }
 
   static Error leaves(const Stated& one) {
-    return refuse(one, ErrorCode::kOffsetsInvalid, "runs into the directory of the archive",
+    return refuse(one, ErrorCode::kOffsetsInvalid, "overlaps the directory of the archive",
                   one.header);
   }
 
-  // How much lies between the bytes of a record and what comes next: its descriptor, if anything.
+  // Bytes between the end of a record and the next one: only its descriptor may be there.
   static Result<std::uint64_t> gap_before(std::uint64_t covered, std::uint64_t next,
                                           const Stated* previous) {
     if (next < covered) {
       return refuse(*previous, ErrorCode::kOffsetsInvalid,
-                    "overlaps what comes after it, which begins at " + std::to_string(next),
-                    covered);
+                    "overlaps the next bytes, which begin at " + std::to_string(next), covered);
     }
     const bool may = previous != nullptr && (previous->flags & kHasDescriptor) != 0;
     if (next - covered > (may ? kLongestDescriptor : 0)) {
@@ -383,7 +386,7 @@ class ZipParser {
   }
 
   static Status check_descriptor(const Stated* previous, Bytes bytes, std::uint64_t at) {
-    // miniz, by which torch writes, has none behind an empty record.
+    // torch's writer, miniz, writes none after an empty record.
     if (previous == nullptr || (previous->flags & kHasDescriptor) == 0 ||
         (bytes.empty() && previous->record.bytes == 0)) {
       return {};
@@ -400,7 +403,7 @@ class ZipParser {
     if (!whole || u32(bytes, signature) != previous->record.crc32 ||
         value(0) != previous->record.bytes || value(1) != previous->record.bytes) {
       return refuse(*previous, ErrorCode::kArchiveMismatch,
-                    "has a descriptor behind it that contradicts the directory", at);
+                    "has a descriptor that contradicts the directory", at);
     }
     return {};
   }
@@ -408,13 +411,14 @@ class ZipParser {
   static Status check_header(Stated& one, Bytes header) {
     const auto mismatch = [&](const std::string& what) {
       return refuse(one, ErrorCode::kArchiveMismatch,
-                    "has another " + what + " in its own header than in the directory", one.header);
+                    "has one " + what + " in its own header and another in the directory",
+                    one.header);
     };
     const std::uint64_t name_size = u16(header, 26);
     if (as_text(header.subspan(kLocalBytes, name_size)) != one.record.name) {
       return mismatch("name");
     }
-    if (u16(header, 6) != one.flags) return mismatch("flag");
+    if (u16(header, 6) != one.flags) return mismatch("set of flags");
     if (u16(header, 8) != 0) return mismatch("method");
     WL_ASSIGN_OR_RETURN(const std::optional<Bytes> field,
                         zip64_field(one, header.subspan(kLocalBytes + name_size), one.header));
@@ -424,13 +428,13 @@ class ZipParser {
     if (crc32 != one.record.crc32 && !(later && crc32 == 0)) return mismatch("checksum");
     const std::array<std::uint32_t, 2> narrow = {u32(header, 18), u32(header, 22)};
     if (later) {
-      // Not known when the header was written: the descriptor says it.
+      // The size was not known when the header was written; the descriptor has it.
       for (const std::uint32_t size : narrow) {
         if (size != 0 && size != kIn64 && size != one.record.bytes) return mismatch("size");
       }
     } else if (narrow[0] == kIn64 && narrow[1] == kIn64) {
-      // Both (4.5.3). Where they fit, what else miniz may have put there (the place of the header)
-      // does not matter.
+      // The field must have both sizes (4.5.3). miniz may add the header's offset, which is
+      // ignored.
       if (!field || field->size() < 16 || u64(*field, 0) != one.record.bytes ||
           u64(*field, 8) != one.record.bytes) {
         return mismatch("size");

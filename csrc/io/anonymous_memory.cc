@@ -36,8 +36,8 @@ void advise_whole(std::byte* data, std::size_t bytes, std::size_t unit, int advi
 
 Error out_of_memory(std::size_t bytes, int error_number) {
   return {.code = ErrorCode::kOutOfMemory,
-          .message = "cannot get " + std::to_string(bytes) +
-                     " bytes of memory: " + std::strerror(error_number),
+          .message = "cannot allocate " + std::to_string(bytes) + " bytes of memory: " +
+                     std::strerror(error_number) + "; free memory, or load fewer tensors",
           .system_errno = error_number};
 }
 
@@ -60,7 +60,7 @@ Result<AnonymousMemory> AnonymousMemory::allocate(std::size_t bytes, bool huge_p
     const std::size_t tail = reserved - head - length;
     if (tail != 0) ::munmap(data + head + length, tail);
     data += head;
-    // A hint: where transparent huge pages are off, small pages serve.
+    // A hint: if transparent huge pages are off, the memory gets small pages.
     ::madvise(data, length, huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
   }
   return AnonymousMemory(data, length);
@@ -80,11 +80,11 @@ AnonymousMemory::~AnonymousMemory() {
 
 void AnonymousMemory::prefer_node(int node) const noexcept {
   constexpr int kBits = 8 * sizeof(unsigned long);
-  constexpr int kNodes = 1024;  // CONFIG_NODES_SHIFT is 10 at the most
+  constexpr int kNodes = 1024;  // CONFIG_NODES_SHIFT is at most 10
   if (data_ == nullptr || node < 0 || node >= kNodes) return;
   std::array<unsigned long, kNodes / kBits> nodes{};
   nodes[static_cast<std::size_t>(node / kBits)] = 1UL << (node % kBits);
-  // One more than there are bits: the kernel takes one off.
+  // One more than the number of bits, because the kernel subtracts one.
   ::syscall(SYS_mbind, data_, bytes_, MPOL_PREFERRED, nodes.data(), kNodes + 1, 0);
 }
 
@@ -97,7 +97,7 @@ Status AnonymousMemory::populate(std::size_t offset, std::size_t bytes) const {
     if (errno == ENOMEM || errno == EFAULT || errno == EHWPOISON) {
       return out_of_memory(bytes, errno);
     }
-    // Linux before 5.14, or a sandbox that refuses it: advice may be refused.
+    // Linux before 5.14 does not know this advice, and a sandbox may refuse it: touch the pages.
     for (std::byte* at = begin; at < end; at += kPageBytes) {
       static_cast<volatile std::byte*>(at)[0] = std::byte{0};
     }

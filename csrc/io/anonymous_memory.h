@@ -1,4 +1,4 @@
-// Memory of our own, on huge pages where it is large enough for them.
+// Anonymous memory, on huge pages if it is large enough for them.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,8 @@ inline constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
 
 class AnonymousMemory {
  public:
-  // Zero bytes, not yet backed; aligned to a huge page from one huge page on. kOutOfMemory where
-  // the system refuses.
+  // Zeroed memory, not yet backed by pages. From the size of a huge page on it is aligned to one.
+  // kOutOfMemory if the system refuses.
   [[nodiscard]] static Result<AnonymousMemory> allocate(std::size_t bytes, bool huge_pages = true);
 
   AnonymousMemory() = default;
@@ -27,33 +27,34 @@ class AnonymousMemory {
   [[nodiscard]] std::byte* data() const noexcept { return data_; }
   [[nodiscard]] std::size_t size() const noexcept { return bytes_; }
 
-  // Has what is not yet backed come from this node of the machine while it has some (mbind(2),
-  // MPOL_PREFERRED). A hint: of no node (-1), of one that there is not, or in a sandbox that
-  // refuses the call, the pages come from where the thread runs that touches them.
+  // Takes pages that are not yet backed from this NUMA node while it has free ones (mbind(2),
+  // MPOL_PREFERRED). A hint: if `node` is -1 or does not exist, or a sandbox refuses the call,
+  // pages come from the node of the thread that touches them first.
   void prefer_node(int node) const noexcept;
 
-  // Backs the pages of [offset, offset + bytes) now, by this thread.
+  // Backs the pages of [offset, offset + bytes) now, on the calling thread.
   [[nodiscard]] Status populate(std::size_t offset, std::size_t bytes) const;
 
-  // Has what is not yet backed of [offset, offset + bytes) backed by small pages from now on.
+  // The pages of [offset, offset + bytes) that are not yet backed will be small ones.
   void use_small_pages(std::size_t offset, std::size_t bytes) const noexcept;
 
   // Whether the page at `offset` is backed.
   [[nodiscard]] bool is_backed(std::size_t offset) const noexcept;
 
-  // Cuts off what lies behind the first `bytes`, rounded up to whole huge pages, and returns it;
-  // empty where there is nothing.
+  // Keeps the first `bytes`, rounded up to whole huge pages, and returns the rest, which may be
+  // empty.
   [[nodiscard]] AnonymousMemory split(std::size_t bytes) noexcept;
 
-  // Takes memory that lies right before or behind this one into it. False, and nothing is done,
-  // where it lies elsewhere.
+  // Merges `neighbour`, which lies right before or after this memory, into it. Returns false and
+  // does nothing if it lies elsewhere.
   bool join(AnonymousMemory& neighbour) noexcept;
 
-  // Keeps the pages out of children (madvise(2) MADV_DONTFORK): a copy-on-write fault in the parent
-  // after fork() would move pages away under a device that reads them.
+  // Keeps the pages out of child processes (madvise(2) MADV_DONTFORK): after fork(), a
+  // copy-on-write fault in the parent would replace pages that a device reads.
   void keep_from_children() noexcept;
 
-  // In a child, of pages that were kept from it: nothing of this process lies there.
+  // Call in a child process for pages that were kept from it: the address range is not this memory
+  // there, and must not be unmapped.
   void forget() noexcept { data_ = nullptr; }
 
  private:
@@ -63,13 +64,13 @@ class AnonymousMemory {
   std::size_t bytes_ = 0;
 };
 
-// Gives the whole pages inside [data, data + bytes) back to the system; they read as before (file
-// mappings) or as zero (anonymous memory) if touched again.
+// Returns the whole pages inside [data, data + bytes) to the system. If they are touched again,
+// they have the file's bytes (file mappings) or zeros (anonymous memory).
 void release_whole_pages(std::byte* data, std::size_t bytes) noexcept;
 
-// Lets the kernel take the whole huge pages inside [data, data + bytes) where memory is short,
-// until they are written to again (madvise(2) MADV_FREE). The others stay: a huge page that is
-// marked in part is split.
+// Allows the kernel to take the whole huge pages inside [data, data + bytes) when memory is short,
+// until they are written to again (madvise(2) MADV_FREE). Huge pages that are only partly inside
+// are left out, because the kernel would split them.
 void release_under_pressure(std::byte* data, std::size_t bytes) noexcept;
 
 }  // namespace weightlift::io

@@ -27,7 +27,7 @@
 namespace weightlift::io {
 namespace {
 
-// One read(2) moves at most 0x7ffff000 bytes; asking for less keeps Ctrl-C responsive.
+// One read(2) moves at most 0x7ffff000 bytes; smaller reads keep Ctrl-C responsive.
 constexpr std::size_t kMaxRead = std::size_t{1} << 30;
 
 std::int64_t modified_ns(const struct stat& status) noexcept {
@@ -37,13 +37,13 @@ std::int64_t modified_ns(const struct stat& status) noexcept {
 Error shrank(const std::string& path, std::uint64_t at) {
   return {.code = ErrorCode::kFileShrank,
           .message =
-              "the file ends before the bytes that its header promises: it was truncated "
-              "while it was being read; load it again once its writer is done",
+              "the file ends before the last bytes that its header describes: it was truncated "
+              "while it was read; load it again when its writer has finished",
           .path = path,
           .offset = at};
 }
 
-// A signal may end it where the file system waits for somebody (open(2), EINTR).
+// A signal may interrupt open(2) on a slow file system (EINTR).
 FileDescriptor open_path(const std::string& path, int flags) {
   int fd = 0;
   do {
@@ -56,9 +56,10 @@ std::string path_of(int descriptor) {
   return "/proc/self/fd/" + std::to_string(descriptor);  // proc(5)
 }
 
-// O_NONBLOCK: opening a FIFO would wait for a writer; regular files ignore it, unless another
-// process holds a lease on them: then open(2) says EWOULDBLOCK, and without the flag it waits for
-// the lease, as for any other reader. That it is a regular file, an O_PATH descriptor tells.
+// O_NONBLOCK, because opening a FIFO would otherwise wait for a writer. Regular files ignore the
+// flag, unless another process holds a lease on them. Then open(2) fails with EWOULDBLOCK, and
+// without the flag it waits for the lease. So the second try has no flag, after an O_PATH
+// descriptor has shown that the file is a regular one.
 FileDescriptor open_file(const std::string& path, int flags) {
   FileDescriptor fd = open_path(path, flags | O_RDONLY | O_NONBLOCK);
   if (fd.get() >= 0 || errno != EWOULDBLOCK) return fd;
@@ -70,7 +71,7 @@ FileDescriptor open_file(const std::string& path, int flags) {
   }
   FileDescriptor waited = open_path(path_of(name.get()), flags | O_RDONLY);
   if (waited.get() >= 0 || errno != ENOENT) return waited;
-  return open_path(path, flags | O_RDONLY);  // there is no /proc
+  return open_path(path, flags | O_RDONLY);  // without /proc
 }
 
 std::uint64_t hash_of(std::span<const std::byte> bytes) noexcept {
@@ -116,7 +117,7 @@ Error system_error(int error_number, std::string path, const std::string& what) 
   if (error_number == ENOMEM) code = ErrorCode::kOutOfMemory;
   std::string message = what + ": " + std::strerror(error_number);
   if (error_number == EMFILE) {
-    message += ": this process may open no more; raise the limit with `ulimit -n`";
+    message += ": this process has no file descriptors left; raise the limit with `ulimit -n`";
   }
   return {.code = code,
           .message = std::move(message),
@@ -125,18 +126,19 @@ Error system_error(int error_number, std::string path, const std::string& what) 
 }
 
 FileDescriptor::~FileDescriptor() {
-  // Not retried on EINTR: Linux has released the number by then (close(2)).
+  // No retry after EINTR: Linux has released the descriptor by then (close(2)).
   if (fd_ >= 0) ::close(fd_);
 }
 
 // --- PooledDescriptor ----------------------------------------------------------------------------
 
-// One mutex for all, and held for a moment only: neither open(2) nor close(2), which may wait for a
-// server, is called under it. A child that is forked meanwhile gets it unlocked.
+// One mutex for all descriptors. It is held only briefly: open(2) and close(2), which may wait for
+// a server, are called without it. A child that is forked meanwhile gets it unlocked.
 class DescriptorPool {
  public:
   static DescriptorPool& instance() {
-    static auto* const pool = new DescriptorPool();  // lives as long as any thread
+    static auto* const pool =
+        new DescriptorPool();  // never destroyed: threads may outlive static objects
     return *pool;
   }
 
@@ -145,7 +147,7 @@ class DescriptorPool {
     return of.fd_;
   }
 
-  // Keeps a descriptor that was opened; where another thread was first, that one's.
+  // Keeps a newly opened descriptor, or the one of another thread that was faster.
   PooledDescriptor::Handle add(const PooledDescriptor& of, PooledDescriptor::Handle fd) {
     Closing closing;
     PooledDescriptor::Handle kept;
@@ -168,7 +170,7 @@ class DescriptorPool {
     last.swap(of.fd_);
   }
 
-  // Where the process has no descriptor left: all that nobody uses.
+  // Closes all unused descriptors, when the process has none left.
   void close_idle() {
     Closing closing;
     const std::lock_guard lock(mutex_);
@@ -197,8 +199,8 @@ class DescriptorPool {
     --count_;
   }
 
-  // Handles are copied under the mutex, or from one that somebody has: with one owner, a
-  // descriptor is idle.
+  // Handles are copied either under the mutex or from a handle that is in use. So a descriptor with
+  // one owner is unused, and stays so while the mutex is held.
   void collect(std::size_t most, Closing& closing) {
     for (const PooledDescriptor* at = first_; at != nullptr && count_ > most;) {
       const PooledDescriptor& one = *std::exchange(at, at->next_);
@@ -231,9 +233,9 @@ FileDescriptor open_with_room(const std::string& path, int flags) {
 std::size_t descriptor_limit(std::size_t wanted) noexcept {
   constexpr rlim_t kFewest = 4;
   constexpr rlim_t kMost = 64;
-  constexpr rlim_t kShare = 8;  // the rest is the caller's
-  // Asked where it is reached, not at every file. A limit that is lowered later is noticed by
-  // EMFILE, after which all that is idle is closed.
+  constexpr rlim_t kShare = 8;  // the rest is left to the application
+  // getrlimit(2) is called only when the known limit is reached, not for each file. If the limit is
+  // lowered later, open(2) fails with EMFILE, and all unused descriptors are closed.
   static std::atomic<rlim_t> known{kFewest};
   const rlim_t last = known.load(std::memory_order_relaxed);
   if (wanted <= last || last == kMost) return last;
@@ -261,13 +263,14 @@ PooledDescriptor::Handle PooledDescriptor::if_open() const {
 Result<PooledDescriptor::Handle> PooledDescriptor::acquire() const {
   if (Handle fd = if_open()) return fd;
   FileDescriptor fd = open_with_room(path_, flags_);
-  if (fd.get() < 0) return system_error(errno, path_, "cannot open it again");
+  if (fd.get() < 0) return system_error(errno, path_, "cannot open the file again");
   struct stat status{};
-  if (::fstat(fd.get(), &status) != 0) return system_error(errno, path_, "cannot stat");
+  if (::fstat(fd.get(), &status) != 0) return system_error(errno, path_, "cannot stat the file");
   if (identity_of(status) != identity_) {
-    return changed(path_,
-                   "its name was given to another file since the checkpoint was opened: open the "
-                   "checkpoint again");
+    return changed(
+        path_,
+        "another file has this name since the checkpoint was opened: open the checkpoint "
+        "again");
   }
   return DescriptorPool::instance().add(*this,
                                         std::make_shared<const FileDescriptor>(std::move(fd)));
@@ -278,24 +281,26 @@ Result<PooledDescriptor::Handle> PooledDescriptor::acquire() const {
 Result<std::shared_ptr<File>> File::open(const std::string& path) {
   if (path.find('\0') != std::string::npos) {
     return Error{.code = ErrorCode::kInvalidArgument,
-                 .message = "the path holds a NUL character",
+                 .message = "the path contains a NUL character: give a path without it",
                  .path = path};
   }
   FileDescriptor fd = open_with_room(path, 0);
-  if (fd.get() < 0) return system_error(errno, path, "cannot open");
+  if (fd.get() < 0) return system_error(errno, path, "cannot open the file");
   struct stat status{};
-  if (::fstat(fd.get(), &status) != 0) return system_error(errno, path, "cannot stat");
+  if (::fstat(fd.get(), &status) != 0) return system_error(errno, path, "cannot stat the file");
   if (S_ISDIR(status.st_mode)) {
     return Error{
         .code = ErrorCode::kIsDirectory,
-        .message = "is a directory: name a file in it, or load_checkpoint reads the folder",
+        .message =
+            "is a directory: give a file in it, or use load_checkpoint, which reads directories",
         .path = path,
         .system_errno = EISDIR};
   }
   if (!S_ISREG(status.st_mode)) {
     return Error{
         .code = ErrorCode::kNotRegularFile,
-        .message = "is no regular file (a pipe, socket or device): copy it to a file first",
+        .message =
+            "is not a regular file (but a pipe, socket or device): copy its bytes to a file first",
         .path = path,
         .system_errno = EINVAL};
   }
@@ -309,8 +314,8 @@ File::File(FileDescriptor fd, std::string path, const struct stat& status)
       modified_ns_(modified_ns(status)),
       seen_ns_(modified_ns(status)),
       fd_(std::make_unique<PooledDescriptor>(std::move(fd), path_, 0, identity_)) {
-  // Those without a name of their own: unlinked, in memory (memfd_create(2)), or somebody's open
-  // descriptor.
+  // Files that cannot be opened again by name: unlinked files, files in memory (memfd_create(2)),
+  // and paths that stand for an open descriptor.
   const std::string& name = fd_->path();
   if (status.st_nlink == 0 || name.starts_with("/proc/") || name.starts_with("/dev/fd/"))
     fd_->keep();
@@ -328,7 +333,7 @@ Status File::read_exact(std::uint64_t offset, std::span<std::byte> target) const
     } else if (got == 0) {
       return shrank(path_, offset + done);
     } else if (errno != EINTR) {
-      Error error = system_error(errno, path_, "cannot read");
+      Error error = system_error(errno, path_, "cannot read the file");
       error.offset = offset + done;
       return error;
     }
@@ -353,8 +358,8 @@ bool File::same_index() const {
 
 bool File::status_now(struct stat& status) const {
   if (const PooledDescriptor::Handle fd = fd_->if_open()) return ::fstat(fd->get(), &status) == 0;
-  // Of a file that has lost its name since it was closed there is nothing to see, and whoever
-  // gave the name away did not write into it.
+  // A closed file that has lost its name cannot be examined; replacing a name does not write into
+  // the file.
   return ::stat(fd_->path().c_str(), &status) == 0 && identity_of(status) == identity_;
 }
 
@@ -364,19 +369,21 @@ Result<File::Change> File::check_unchanged() const {
   const auto size = static_cast<std::uint64_t>(status.st_size);
   if (size < size_) return shrank(path_, size);
   constexpr const char* kMixed =
-      "the file was written to while it was being read, so old and new bytes may be mixed; load it "
-      "again once its writer is done";
+      "the file was written to while it was read, so old and new bytes may be mixed; load it again "
+      "when its writer has finished";
   if (size != size_ || identity_of(status) != identity_) return changed(path_, kMixed);
   if (modified_ns(status) == modified_ns_) return Change::kNone;
   seen_ns_ = modified_ns(status);
   if (!same_index()) return changed(path_, kMixed);
-  // A write sets the times of modification and change alike, and touch(1) does; utimensat(2) sets
-  // any. The time of access tells nothing: a read in the same tick of the clock sets that too.
+  // A write sets the times of modification and of status change to the same value, as touch(1)
+  // does; utimensat(2) can set any modification time. The access time is of no use: a read in the
+  // same clock tick sets it to the same value.
   if (delivered_ && status.st_mtim.tv_sec == status.st_ctim.tv_sec &&
       status.st_mtim.tv_nsec == status.st_ctim.tv_nsec) {
-    return changed(path_,
-                   "the file was written to since it was opened, or its modification time says so; "
-                   "open it again once its writer is done");
+    return changed(
+        path_,
+        "the file was written to after it was opened, or its modification time suggests so; "
+        "open it again when its writer has finished");
   }
   return Change::kTime;
 }
@@ -389,7 +396,7 @@ FileDescriptor File::reopened(int flags) const {
   }
   FileDescriptor same = open_file(path_of((*fd)->get()), flags);
   if (same.get() >= 0 || (errno != ENOENT && errno != EACCES && errno != EPERM)) return same;
-  // There is no /proc, or not for us.
+  // There is no /proc, or this process may not use it.
   FileDescriptor named = open_file(fd_->path(), flags);
   struct stat status{};
   if (named.get() < 0) return named;
@@ -407,14 +414,14 @@ void File::advise_sequential() const noexcept {
 
 Result<std::unique_ptr<DirectFile>> DirectFile::open(std::shared_ptr<const File> file) {
   FileDescriptor fd = file->reopened(O_DIRECT);
-  if (fd.get() < 0) return system_error(errno, file->path(), "direct I/O refused");
+  if (fd.get() < 0) return system_error(errno, file->path(), "cannot open the file for direct I/O");
   std::uint32_t alignment = 4096;
 #ifdef STATX_DIOALIGN
   struct statx status{};
   if (::statx(fd.get(), "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) == 0 &&
       (status.stx_mask & STATX_DIOALIGN) != 0) {
     if (status.stx_dio_offset_align == 0) {
-      return system_error(EINVAL, file->path(), "direct I/O refused by the file system");
+      return system_error(EINVAL, file->path(), "the file system has no direct I/O for this file");
     }
     alignment = std::max({alignment, status.stx_dio_offset_align, status.stx_dio_mem_align});
   }
@@ -437,14 +444,14 @@ Status DirectFile::read(std::uint64_t offset, std::span<std::byte> target,
     if (got > 0) {
       const std::uint64_t now = done + static_cast<std::uint64_t>(got);
       if (now >= needed) return {};
-      // Only whole blocks can be built on: the next read must be aligned again.
+      // The next read must be aligned again, so a partial block is read again.
       const std::uint64_t aligned = now / alignment_ * alignment_;
       if (aligned == done) return shrank(file_->path(), offset + now);
       done = aligned;
     } else if (got == 0) {
       return shrank(file_->path(), offset + done);
     } else if (errno != EINTR) {
-      Error error = system_error(errno, file_->path(), "cannot read past the page cache");
+      Error error = system_error(errno, file_->path(), "cannot read the file with direct I/O");
       error.offset = offset + done;
       return error;
     }

@@ -1,4 +1,4 @@
-// Regular files, opened for reading: exact reads, direct reads, and whether they have changed.
+// Regular files opened for reading: exact reads, direct reads, and the detection of changes.
 #pragma once
 
 #include <sys/types.h>
@@ -32,10 +32,10 @@ class FileDescriptor {
   int fd_ = -1;
 };
 
-// ReadError for errno after a failed call on `path`.
+// The error for errno after a failed call on `path`. `what` says what failed.
 [[nodiscard]] Error system_error(int error_number, std::string path, const std::string& what);
 
-// What a file is, whatever its name leads to by now.
+// Identifies a file, even if its name leads to another file now.
 struct FileIdentity {
   dev_t device = 0;
   ino_t inode = 0;
@@ -43,25 +43,26 @@ struct FileIdentity {
   friend bool operator==(const FileIdentity&, const FileIdentity&) = default;
 };
 
-// A descriptor that is closed while nobody uses it and many others are open, and opened again when
-// it is wanted: a checkpoint may have more files than a process may have descriptors (getrlimit(2),
-// RLIMIT_NOFILE). How many are kept does not grow with the number of files. Any thread.
+// A descriptor that may be closed while it is unused and many others are open, and is opened again
+// at the next use: a checkpoint may have more files than a process may have descriptors
+// (getrlimit(2), RLIMIT_NOFILE). The number of descriptors that are kept open does not grow with
+// the number of files. Any thread may call its methods.
 class PooledDescriptor {
  public:
-  // Open as long as it lives.
+  // The descriptor stays open as long as the handle lives.
   using Handle = std::shared_ptr<const FileDescriptor>;
 
-  // `path` is opened again with `flags`, and must still be the file that `fd` is.
+  // To open the file again, `path` is opened with `flags` and must then be the same file as `fd`.
   PooledDescriptor(FileDescriptor fd, std::string path, int flags, FileIdentity identity);
   PooledDescriptor(const PooledDescriptor&) = delete;
   PooledDescriptor& operator=(const PooledDescriptor&) = delete;
   ~PooledDescriptor();
 
-  // kFileChanged where the name has been given to another file since.
+  // kFileChanged if the name now belongs to another file.
   [[nodiscard]] Result<Handle> acquire() const;
-  // Without opening it: null where it is closed at the moment.
+  // Does not open the file: null if it is closed at the moment.
   [[nodiscard]] Handle if_open() const;
-  // Not to be closed: it could not be opened again by its name.
+  // Keeps the descriptor open, for a file that cannot be opened again by its name.
   void keep() noexcept { keep_ = true; }
   [[nodiscard]] const std::string& path() const noexcept { return path_; }
 
@@ -72,22 +73,22 @@ class PooledDescriptor {
   int flags_;
   FileIdentity identity_;
   bool keep_ = false;
-  // The pool's: those that are open, the one that was opened first in front.
+  // The pool's list of open descriptors, in the order in which they were opened.
   mutable std::shared_ptr<const FileDescriptor> fd_;
   mutable const PooledDescriptor* previous_ = nullptr;
   mutable const PooledDescriptor* next_ = nullptr;
 };
 
-// How many descriptors of one kind may stay open in this process, however many files there are;
-// `wanted` of them are.
+// How many descriptors of one kind may stay open in this process, whatever the number of files.
+// `wanted` is the number that the caller would like to have open.
 [[nodiscard]] std::size_t descriptor_limit(std::size_t wanted) noexcept;
 
 class Mapping;
 
 class File {
  public:
-  // Refuses a FIFO or a device before it is read, and does not wait for one. Waits where another
-  // process holds a lease on the file (fcntl(2), F_SETLEASE) until that is given back.
+  // Refuses a FIFO or a device without reading or waiting. If another process holds a lease on the
+  // file (fcntl(2), F_SETLEASE), waits until the lease is returned.
   [[nodiscard]] static Result<std::shared_ptr<File>> open(const std::string& path);
 
   [[nodiscard]] const std::string& path() const noexcept { return path_; }
@@ -96,33 +97,33 @@ class File {
   [[nodiscard]] std::pair<dev_t, ino_t> identity() const noexcept {
     return {identity_.device, identity_.inode};
   }
-  // For a system call on it.
+  // For system calls on the file.
   [[nodiscard]] Result<PooledDescriptor::Handle> descriptor() const { return fd_->acquire(); }
 
-  // Fills `target` from `offset` on; interrupted and short reads are continued. kFileShrank where
-  // the file has ended meanwhile.
+  // Fills `target` from `offset` on; continues interrupted and short reads. kFileShrank if the file
+  // ends before that.
   [[nodiscard]] Status read_exact(std::uint64_t offset, std::span<std::byte> target) const;
-  // The same for what tells where tensors lie. It is remembered by its hash. Not while other
-  // threads do the same.
+  // The same for bytes that say where tensors lie (headers, directories). Keeps their hash, so that
+  // check_unchanged() can read them again and compare. One thread at a time.
   [[nodiscard]] Status read_index(std::uint64_t offset, std::span<std::byte> target);
 
   enum class Change : std::uint8_t {
     kNone,
-    // No more than the time of the last modification; read_index() finds what it found. Once
-    // tensors were handed out, one that was set as no write sets it.
+    // Only the modification time differs, and what read_index() read is the same. After
+    // mark_delivered() also: the new time is one that no write can have set.
     kTime,
   };
-  // Compares size, inode and modification time with those at open: a file that was rewritten
-  // during the load may have given a mixture of old and new bytes. kFileShrank, kFileChanged.
+  // Compares size, inode and modification time with those at open: if the file was rewritten during
+  // the load, old and new bytes may be mixed. kFileShrank, kFileChanged.
   [[nodiscard]] Result<Change> check_unchanged() const;
-  // The modification time that check_unchanged() saw is from here on the one to compare with.
+  // From now on, check_unchanged() compares with the modification time that it saw last.
   void accept_time() const noexcept { modified_ns_ = seen_ns_.load(); }
-  // Tensors of it have been handed out: from here on a time that a write may have set is an error,
-  // since later reads may be of other bytes than these.
+  // Tensors of the file have been handed out. From now on, a modification time that a write may
+  // have set is an error, because later reads may return other bytes.
   void mark_delivered() const noexcept { delivered_ = true; }
 
-  // The very file again, also where its name has been given to another one since; no descriptor
-  // (and errno) where that is refused.
+  // Opens the same file again, even if its name now belongs to another file. Returns no descriptor,
+  // and sets errno, if the system refuses.
   [[nodiscard]] FileDescriptor reopened(int flags) const;
   [[nodiscard]] FileIdentity file_identity() const noexcept { return identity_; }
   [[nodiscard]] const std::string& absolute_path() const noexcept { return fd_->path(); }
@@ -138,8 +139,8 @@ class File {
   };
 
   File(FileDescriptor fd, std::string path, const struct stat& status);
-  // Of the open file, or of what its name leads to if that is the same file; false where there is
-  // nothing to look at.
+  // Stats the open file, or the file of that name if it is the same one. Returns false if neither
+  // exists.
   [[nodiscard]] bool status_now(struct stat& status) const;
   [[nodiscard]] bool same_index() const;
 
@@ -153,16 +154,16 @@ class File {
   std::unique_ptr<PooledDescriptor> fd_;
 };
 
-// The same file past the page cache (O_DIRECT).
+// The same file, read without the page cache (O_DIRECT).
 class DirectFile {
  public:
   [[nodiscard]] static Result<std::unique_ptr<DirectFile>> open(std::shared_ptr<const File> file);
 
-  // What offsets, lengths and addresses must be multiples of, from statx(2) STATX_DIOALIGN.
+  // Offsets, lengths and addresses must be multiples of this, by statx(2) STATX_DIOALIGN.
   [[nodiscard]] std::uint32_t alignment() const noexcept { return alignment_; }
 
-  // Reads [offset, offset + target.size()), all aligned, of which the first `needed` bytes must
-  // exist; the rest may lie past the end of the file.
+  // Reads [offset, offset + target.size()), all of it aligned. The first `needed` bytes must exist;
+  // the rest may lie past the end of the file.
   [[nodiscard]] Status read(std::uint64_t offset, std::span<std::byte> target,
                             std::uint64_t needed) const;
 

@@ -30,8 +30,9 @@ constexpr std::uint64_t kBlock = std::uint64_t{32} << 20;
 
 std::atomic<std::size_t> leases_held = 0;
 
-// Where the only way to a file's bytes is this kernel's own inode: not on network file systems,
-// whose servers have other clients, nor on FUSE or overlays, beneath which there is another file.
+// Whether every access to the file's bytes goes through this inode of this kernel. That is not so
+// on network file systems, whose servers have other clients, nor on FUSE and overlays, which have
+// another file beneath.
 bool knows_all_writers(int fd) {
   struct statfs status{};
   if (::fstatfs(fd, &status) != 0) return false;
@@ -41,9 +42,10 @@ bool knows_all_writers(int fd) {
 }
 
 bool take_lease(int fd) {
-  // Whoever asks for the lease is to send no signal: SIGIO, which it would be, ends a process that
-  // does not expect it. The owner is set by F_SETLEASE and taken away after that; what comes in
-  // between is a signal that is ignored unless somebody handles it (signal(7)).
+  // A lease breaker must not send a signal to this process: SIGIO, the default, ends a process that
+  // does not handle it. F_SETLEASE sets the owner of the signal, and F_SETOWN removes it
+  // afterwards. A signal that arrives in between is SIGURG, which is ignored by default
+  // (signal(7)).
   if (::fcntl(fd, F_SETSIG, SIGURG) != 0 || ::fcntl(fd, F_SETLEASE, F_RDLCK) != 0) return false;
   if (::fcntl(fd, F_SETOWN, 0) == 0) return true;
   ::fcntl(fd, F_SETLEASE, F_UNLCK);
@@ -58,7 +60,7 @@ std::unique_ptr<LeasedMapping> LeasedMapping::open(const std::shared_ptr<const F
   FileDescriptor fd = file->reopened(0);
   if (fd.get() < 0 || !knows_all_writers(fd.get()) || !take_lease(fd.get())) return nullptr;
   auto mapping = Mapping::map(file);
-  if (!mapping.ok()) return nullptr;  // with the descriptor, the lease ends
+  if (!mapping.ok()) return nullptr;  // closing the descriptor ends the lease
   return std::unique_ptr<LeasedMapping>(
       new LeasedMapping(std::move(place), std::move(fd), *std::move(mapping), file->size()));
 }
@@ -85,10 +87,10 @@ LeasedMapping::~LeasedMapping() {
   if (!wanted_) give_back();
 }
 
-// In this order: without the lease there must be nothing left that could be touched.
+// Unmaps first: without the lease, no page may be touched.
 void LeasedMapping::give_back() noexcept {
   mapping_.reset();
-  // A child that was forked meanwhile has the open file too, so that closing it would not do.
+  // Closing the descriptor is not enough, because a forked child may have the open file too.
   ::fcntl(fd_.get(), F_SETLEASE, F_UNLCK);
 }
 
@@ -99,13 +101,13 @@ LeasedMapping::Hold LeasedMapping::hold(std::uint64_t offset, std::uint64_t byte
     ++holds_;
   }
   Hold hold(*this, offset, bytes);
-  // While somebody waits, what the lease is to become (fcntl(2), F_GETLEASE).
+  // While a process waits for the lease, F_GETLEASE returns what it must become (fcntl(2)).
   if (::fcntl(fd_.get(), F_GETLEASE) != F_RDLCK) {
     const std::lock_guard lock(mutex_);
     wanted_ = true;
     return {};
   }
-  // Without it, a page that cannot be read would be a SIGBUS.
+  // Without this, a page that cannot be read would raise SIGBUS.
   const auto populated = mapping_->populate(offset, bytes);
   if (!populated.ok() || !*populated) return {};
   hold.data_ = mapping_->data() + offset;

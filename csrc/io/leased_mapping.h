@@ -1,4 +1,4 @@
-// A file's pages to work on where they lie in the page cache, instead of on copies of them.
+// Access to a file's pages in the page cache itself, instead of to copies of them.
 #pragma once
 
 #include <atomic>
@@ -14,21 +14,21 @@
 
 namespace weightlift::io {
 
-// A mapping under a read lease (fcntl(2), F_SETLEASE): whoever wants to truncate the file or to
-// write to it waits until the lease is given back, which the next hold() does that finds it asked
-// for. So no page is taken away under a hold, which would be a SIGBUS. (After
-// /proc/sys/fs/lease-break-time, 45 s, the kernel waits no longer: a hold takes a millisecond, but
-// for a process that is stopped meanwhile.)
+// A mapping under a read lease (fcntl(2), F_SETLEASE). A process that wants to truncate the file or
+// to write to it waits until the lease is returned, and the next hold() returns it. So no page
+// disappears under a hold, which would raise SIGBUS. (After /proc/sys/fs/lease-break-time, 45 s by
+// default, the kernel stops waiting. A hold lasts about a millisecond, unless the process is
+// stopped meanwhile.)
 class LeasedMapping {
  public:
-  // Null where there is no lease to be had: the file is another user's, or open for writing, or its
-  // file system is not one of those where all who write must break the lease; or many are held.
+  // Null if no lease can be had: the file belongs to another user or is open for writing, its file
+  // system is not one on which every writer must break the lease, or too many leases are held.
   [[nodiscard]] static std::unique_ptr<LeasedMapping> open(const std::shared_ptr<const File>& file);
   LeasedMapping(const LeasedMapping&) = delete;
   LeasedMapping& operator=(const LeasedMapping&) = delete;
   ~LeasedMapping();
 
-  // Some of the bytes, which can be read as long as it lives. Any thread.
+  // Some of the bytes, which can be read as long as the hold lives. Any thread.
   class Hold {
    public:
     Hold() = default;
@@ -47,8 +47,8 @@ class LeasedMapping {
     std::uint64_t bytes_ = 0;
   };
 
-  // [offset, offset + bytes), read in by now; without data where they must be read in the usual
-  // way, since somebody waits for the file or a page cannot be read.
+  // Reads the pages of [offset, offset + bytes) in and holds them. The hold has no data if somebody
+  // waits for the file or a page cannot be read: then use read(2).
   [[nodiscard]] Hold hold(std::uint64_t offset, std::uint64_t bytes);
 
  private:
@@ -72,13 +72,13 @@ class LeasedMapping {
   void give_back() noexcept;
 
   Place place_;
-  FileDescriptor fd_;  // the lease is that of this open file, which nothing else uses
+  FileDescriptor fd_;  // owns the lease; nothing else uses this open file
   std::shared_ptr<Mapping> mapping_;
   std::mutex mutex_;
   unsigned holds_ = 0;
-  bool wanted_ = false;  // by somebody else
-  // Bytes that holds had of each block. One that has been worked through is unmapped then, by its
-  // last thread: at the end one thread would do it for all of the file.
+  bool wanted_ = false;  // another process waits for the lease
+  // For each block, the bytes that were held so far. The thread that completes a block unmaps it;
+  // otherwise one thread would unmap the whole file at the end.
   std::deque<std::atomic<std::uint64_t>> had_;
 };
 

@@ -45,8 +45,8 @@ std::optional<std::uint64_t> field(const std::string& text, const std::string& n
   return std::nullopt;
 }
 
-// The folders of this process's cgroup and its parents for one controller; limits anywhere above
-// bind too. Version 2 has one line "0::/path" (cgroups(7)), version 1 "n:controllers:/path". In a
+// The folders of this process's cgroup and its parents for one controller: the parents' limits
+// apply too. Version 2 has one line "0::/path" (cgroups(7)), version 1 "n:controllers:/path". In a
 // container the path may not exist under the mount, whose root is then the group itself.
 std::vector<std::string> group_folders(const std::string& root, const std::string& controller) {
   std::vector<std::string> folders;
@@ -87,7 +87,7 @@ int current_node() noexcept {
 }
 
 unsigned usable_cpus(const std::string& root) {
-  // Where there are more than a cpu_set_t holds (1024) the call below fails.
+  // sched_getaffinity(2) fails on a machine with more processors than a cpu_set_t holds (1024).
   unsigned count = std::max(1U, std::thread::hardware_concurrency());
   cpu_set_t set;
   CPU_ZERO(&set);
@@ -121,7 +121,7 @@ std::uint64_t memory_headroom(const std::string& root) {
     std::optional<std::uint64_t> limit;
     std::optional<std::uint64_t> used;
     if (const auto text = read_text(folder + "/memory.max")) {
-      limit = parse_number(*text);  // "max" is no number
+      limit = parse_number(*text);  // nothing for "max"
       used = parse_number(read_text(folder + "/memory.current").value_or(""));
     } else {
       limit = parse_number(read_text(folder + "/memory.limit_in_bytes").value_or(""));
@@ -129,7 +129,7 @@ std::uint64_t memory_headroom(const std::string& root) {
     }
     if (!limit || !used) continue;
     const std::string stat = read_text(folder + "/memory.stat").value_or("");
-    // Version 1 counts the groups below, which the usage holds too, in fields of their own.
+    // In version 1, the usage includes child groups, and the "total_" fields do too.
     const auto pages = [&stat](const std::string& name) {
       return field(stat, "total_" + name).value_or(field(stat, name).value_or(0));
     };

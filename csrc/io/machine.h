@@ -1,4 +1,4 @@
-// What this process may use of the machine: processors and memory, as limited by its cgroup.
+// The processors and memory that this process may use, limited by its cgroup.
 #pragma once
 
 #include <cstdint>
@@ -6,19 +6,19 @@
 
 namespace weightlift::io {
 
-// Processors this process may keep busy: the smallest of its affinity and its cgroup's quota
-// (cpu.max, cpu.cfs_quota_us), at least one.
+// Processors that this process may keep busy: the smaller of its affinity and its cgroup's quota
+// (cpu.max, cpu.cfs_quota_us), but at least one.
 [[nodiscard]] unsigned usable_cpus();
 
-// The node of the machine that the calling thread runs on at the moment; -1 where that cannot be
-// told.
+// The NUMA node on which the calling thread runs at the moment; -1 if unknown.
 [[nodiscard]] int current_node() noexcept;
 
-// Bytes that can still be had: the smaller of MemAvailable and what the cgroup's limit leaves.
-// Page-cache pages that the cgroup is charged for count as free: the kernel drops them first.
+// Bytes of memory that can still be allocated: the smaller of MemAvailable and the rest of the
+// cgroup's limit. Page-cache pages that the cgroup is charged for count as free, because the kernel
+// drops them first.
 [[nodiscard]] std::uint64_t memory_headroom();
 
-// For tests: the same over another root than "/".
+// For tests: the same with another root than "/".
 [[nodiscard]] unsigned usable_cpus(const std::string& root);
 [[nodiscard]] std::uint64_t memory_headroom(const std::string& root);
 

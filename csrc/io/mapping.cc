@@ -43,12 +43,12 @@ Result<bool> Mapping::populate(std::uint64_t offset, std::uint64_t bytes) const 
   while (::madvise(data_ + begin, end - begin, MADV_POPULATE_READ) != 0) {
     if (errno == EINTR || errno == EAGAIN) continue;
     const bool unreadable = errno == EFAULT || errno == EHWPOISON || errno == EIO;
-    // EINVAL from a kernel that does not know it, EPERM, ENOSYS or whatever else from a filter:
-    // advice may be refused.
+    // The advice was refused: EINVAL from an older kernel; EPERM, ENOSYS or another error from a
+    // seccomp filter.
     if (!unreadable && errno != ENOMEM) return false;
     const int number = unreadable ? EIO : errno;
     if (unreadable) {
-      // What a touch would have answered with SIGBUS: the page is past the end, or unreadable.
+      // A touch would have raised SIGBUS: the page is past the end of the file, or unreadable.
       if (auto changed = file->check_unchanged(); !changed.ok()) return changed.error();
     }
     Error error = system_error(number, file->path(), "cannot read the mapped file");

@@ -16,7 +16,7 @@
 namespace weightlift::io {
 namespace {
 
-// As in <linux/mman.h> since Linux 6.5; the headers of older distributions lack them.
+// These are in <linux/mman.h> since Linux 6.5; older distributions lack them.
 constexpr long kCachestatCall = 451;
 struct CachestatRange {
   std::uint64_t offset;
@@ -30,14 +30,14 @@ struct Cachestat {
   std::uint64_t recently_evicted;
 };
 
-// From this size on, this many windows of this size stand for the whole.
+// From kSampledBytes on, kWindows windows of kWindowBytes stand for the whole range.
 constexpr std::uint64_t kSampledBytes = std::uint64_t{32} << 20;
 constexpr std::uint64_t kWindows = 32;
 constexpr std::uint64_t kWindowBytes = std::uint64_t{256} << 10;
 constexpr std::uint64_t kProbeBytes = std::uint64_t{1} << 20;
 
-// A byte in each mebibyte, and as many as there are windows at most: each that is not in the page
-// cache has its page read.
+// Probes one byte in each MiB, but at most kWindows of them, because each probe of a missing page
+// starts a read of it.
 Residency probed_share(const File& file, std::uint64_t offset, std::uint64_t bytes) noexcept {
   const auto fd = file.descriptor();
   if (!fd.ok()) return {.share = std::nullopt, .refusal = EPERM};
@@ -73,7 +73,8 @@ Residency resident_share(const File& file, std::uint64_t offset, std::uint64_t b
   const std::uint64_t window = windows == 1 ? bytes : kWindowBytes;
   std::uint64_t resident = 0;
   for (std::uint64_t i = 0; i < windows; ++i) {
-    // The first and the last bytes are in it: a file that is being read, or was cut off, shows.
+    // The windows include the first and the last bytes, so that a file that is half read or half
+    // evicted is noticed.
     const std::uint64_t at = windows == 1 ? 0 : (bytes - window) / (windows - 1) * i;
     const auto found = resident_bytes(file, offset + at, window);
     if (!found) {

@@ -892,11 +892,11 @@ TEST(FormatZipEnd, Refused) {
     return Zip(zip).put(at, text).bytes;
   };
   expect_archive_code("", ErrorCode::kArchiveIncomplete);
-  expect_archive_code("PK\x03\x04", ErrorCode::kArchiveIncomplete, "not complete", 4);
+  expect_archive_code("PK\x03\x04", ErrorCode::kArchiveIncomplete, "incomplete", 4);
   for (const std::size_t cut : {1u, 10u, 18u, 22u}) {
     expect_archive_code(zip.bytes.substr(0, zip.bytes.size() - cut), ErrorCode::kArchiveIncomplete);
   }
-  expect_archive_code(zip.bytes + "x", ErrorCode::kTrailingBytes, "appended", zip.bytes.size());
+  expect_archive_code(zip.bytes + "x", ErrorCode::kTrailingBytes, "follow the archive", zip.bytes.size());
   expect_archive_code(zip.bytes + std::string(1000, '\0'), ErrorCode::kTrailingBytes);
   expect_archive_code(changed(zip.end + 20, le16(4)) + "note", ErrorCode::kTrailingBytes);
   expect_archive_code(changed(zip.end + 20, le16(4)), ErrorCode::kArchiveMalformed, "comment");
@@ -980,7 +980,7 @@ TEST(FormatZipDirectory, Refused) {
   const std::size_t entry = zip.central[1];
   expect_archive_code(changed(entry, "PK\x01\x03"), ErrorCode::kArchiveMalformed, "", entry);
   for (const std::size_t at : {28, 30, 32}) {
-    expect_archive_code(changed(entry + at, le16(0xffff)), ErrorCode::kArchiveMalformed, "leaves");
+    expect_archive_code(changed(entry + at, le16(0xffff)), ErrorCode::kArchiveMalformed, "past the end");
   }
   for (const std::size_t flags : {0x1, 0x40, 0x2000, 0x2041}) {
     expect_archive_code(changed(entry + 8, le16(flags)), ErrorCode::kArchiveUnsupported,

@@ -63,7 +63,7 @@ void load_after_lost_slots() {
   const auto report = load->finish();
   ASSERT_FALSE(report.ok());
   EXPECT_EQ(report.error().code, ErrorCode::kDriverCallFailed);
-  EXPECT_NE(report.error().message.find("128 MiB of pinned memory were given up"),
+  EXPECT_NE(report.error().message.find("128 MiB of pinned memory were abandoned"),
             std::string::npos)
       << report.error().message;
 }

@@ -188,7 +188,7 @@ def test_a_damaged_component_does_not_hide_the_others(type_in: Type) -> None:
     found = json.loads(out)
     assert found["damaged"] == 1
     assert [one["files"][0]["damaged"] for one in found["checkpoints"]] == [True, False]
-    assert "not complete" in found["checkpoints"][0]["files"][0]["result"]
+    assert "incomplete" in found["checkpoints"][0]["files"][0]["result"]
     status, out, _ = type_in("verify", "pipe")
     assert status == 1
     assert "pipe [unet]: DAMAGED: " in out

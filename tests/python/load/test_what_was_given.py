@@ -55,7 +55,7 @@ x: Any = "x.safetensors"
 DDUF = r"this is a whole pipeline: load_checkpoint\(path, subfolder=\.\.\.\)"
 TORCH = "this is a file of torch.save: load_file and open_checkpoint read it"
 INDEX = "this is an index of shards: load_checkpoint and open_checkpoint read them"
-FOLDER = "or load_checkpoint reads the folder"
+FOLDER = "or use load_checkpoint, which reads directories"
 NO_ROOM = "max_shard_size is 0; a file needs room"
 GIVEN: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "content": (lambda: wl.load_file(content()), wl.ArgumentError, r"of \d+ bytes"),  # type: ignore[arg-type]

@@ -813,7 +813,7 @@ BAD_WEIGHTS = {
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "git-lfs"),
     "HTML": (b"<!DOCTYPE html><html><body>Not found</body></html>" * 9, "a web page"),
     "empty": (b"", "empty"),
-    "cut": (None, "not complete"),
+    "cut": (None, "incomplete"),
 }
 
 

@@ -1,4 +1,4 @@
-// What weightlift._native is made of, one function a room of it.
+// The parts of weightlift._native, one function for each.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,7 +7,7 @@ namespace weightlift::bind {
 
 void bind_settings(const pybind11::module_& module);  // Settings
 void bind_checkpoint(pybind11::module_& module);      // IndexedFile, Archive, torch_pickle
-void bind_plan(const pybind11::module_& module);  // Plan, and what it is told: Targets, HostTensors
-void bind_machine(pybind11::module_& module);     // processors, memory, the driver and its devices
+void bind_plan(const pybind11::module_& module);      // Plan, Targets, HostTensors
+void bind_machine(pybind11::module_& module);  // processors, memory, the driver and its devices
 
 }  // namespace weightlift::bind
