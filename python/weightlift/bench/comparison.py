@@ -17,27 +17,26 @@ class Sample:
     """One measurement.
 
     Attributes:
-        load_seconds: the library's call.
+        load_seconds: of the library's call.
         touch_seconds: reading one byte of every page of the result; on CUDA, synchronising.
         cpu_seconds: of all threads, over both.
-        phases: seconds of ``load_seconds`` by what was done, where that can be told: ``index``
-            (with opening), ``allocate``, ``build`` (of a model, while its weights are read),
-            ``move`` and ``finish``; what could not be told is in the next one.
-        bytes: of the tensors that came out.
+        phases: ``load_seconds`` by phase, as far as known: ``index`` (with opening), ``allocate``,
+            ``build`` (of a model, while its weights are read), ``move`` and ``finish``. The time of
+            an unknown phase is part of the next one.
+        bytes: of the loaded tensors.
         peak_anon_bytes: anonymous memory at its peak, less that before the load; sampled from
             outside every 20 ms and at the end.
-        resident_bytes: of the files, in the page cache before the load; ``None`` where the kernel
-            cannot tell.
+        resident_bytes: bytes of the files in the page cache before the load; ``None`` if the kernel
+            does not say.
         resident_bytes_after: the same, after it.
-        backed_bytes: of memory that was made available beforehand.
-        new_memory_rate: bytes a second at which new memory came right before the load, on huge
-            pages.
-        report: what weightlift reports of the load.
-        forward_seconds: of a model's first forward pass, where it was asked for; ``None`` where
-            there was none, for the reason that ``forward`` says.
-        peak_device_bytes: what torch had allocated on CUDA at most.
-        device_bytes: what the device had less after the load than before, whoever took it.
-        checksum: of the names and bits that came out, where it was asked for.
+        backed_bytes: bytes of memory that the machine backed before the load.
+        new_memory_rate: the rate of new memory on huge pages right before the load, in bytes/s.
+        report: weightlift's report of the load.
+        forward_seconds: of a model's first forward pass, if requested; ``None`` if there was none,
+            and then ``forward`` has the reason.
+        peak_device_bytes: the most that torch had allocated on CUDA.
+        device_bytes: how much less memory the device had free after the load than before.
+        checksum: of the loaded names and bits, if requested.
     """
 
     load_seconds: float
@@ -77,13 +76,13 @@ class Comparison:
         job: the load; its contender is the first one's.
         cold: whether the files were dropped from the page cache.
         samples: by contender, in the order of the rounds.
-        refused: contenders that were asked for and could not, with the reason.
+        refused: contenders that could not be measured, with the reason.
         file_bytes: the size of the files.
-        touched: whether the touch counts; without it a comparison is of the calls alone.
+        touched: whether the touch counts; if not, only the calls are compared.
         versions: of the contenders' libraries.
-        conversions: seconds, by contender, that it took to make the files of its own format.
-        memory: ``"backed"``: the machine had what a load needs when it began; ``"not backed"``: its
-            host had time to take what is free.
+        conversions: for each contender, the seconds of the conversion to its own format.
+        memory: ``"backed"``: the machine had the memory for a load when it began; ``"not backed"``:
+            its host had time to take free memory.
     """
 
     name: str
@@ -111,14 +110,15 @@ class Comparison:
         return statistics.median(ratios) if ratios else None
 
     def time_ratios(self, contender: str, to: str) -> list[float]:
-        """``contender``'s time over ``to``'s, round by round; none where one was not measured."""
+        """``contender``'s time over ``to``'s, round by round; empty if one of them was not
+        measured."""
         if not self.samples.get(contender) or not self.samples.get(to):
             return []
         pairs = zip(self.times(contender), self.times(to), strict=True)
         return [one / other for one, other in pairs]
 
     def rate(self, contender: str) -> float:
-        """Bytes of the checkpoint a second; of the tensor, where one was asked for."""
+        """Bytes/s of the checkpoint, or of the requested tensor."""
         whole = self.file_bytes if self.job.tensor is None else self.samples[contender][0].bytes
         return whole / self.median(contender)
 
@@ -127,7 +127,7 @@ class Comparison:
         return max(sample.peak_anon_bytes for sample in self.samples[contender])
 
     def phases(self, contender: str) -> dict[str, float]:
-        """Median seconds of each phase that was told; the touch, where it counts, is one."""
+        """Median seconds of each known phase, including the touch if it counts."""
         samples = self.samples[contender]
         found = {
             name: statistics.median(sample.phases.get(name, 0.0) for sample in samples)

@@ -1,4 +1,4 @@
-"""What a measurement meets: the machine, its memory, and the files in its page cache or not."""
+"""The conditions of a measurement: the machine, its memory and its page cache."""
 
 from __future__ import annotations
 
@@ -35,24 +35,25 @@ __all__ = [
     "settle",
 ]
 
-# runpy rather than the path: that would put this folder, and its inspect.py, before the standard
-# library. An installed package rather than -m: that would import weightlift.
+# By runpy: running the path would put this folder before the standard library, and -m would import
+# weightlift.
 _RUN = (
     "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 RUN_CHILD = ["-c", _RUN, measure_child.__file__]
-# The states of memory that a load finds.
+# The state of the machine's free memory when a load begins.
 BACKED = "backed"
 NOT_BACKED = "not backed"
-# A virtual machine's host takes what is free within two seconds (Linux, mm/page_reporting.c), and
-# what is much in several steps.
+# A virtual machine reports free memory to its host after 2 s (Linux, mm/page_reporting.c), and
+# large amounts in several steps.
 TAKEN_SECONDS = 8.0
 _PROBED_BYTES = 16 << 20
 _SYS_CACHESTAT = 451  # on all architectures
 
 
 class BackedMemory:
-    """``measure_child.backed_memory`` in another process: memory for a load, until it begins."""
+    """``measure_child.backed_memory`` in another process: holds memory for a load until the load
+    begins."""
 
     def __init__(self, wanted: int) -> None:
         self._wanted = wanted
@@ -66,7 +67,8 @@ class BackedMemory:
         self.release()
 
     def hold(self) -> int:
-        """Holds what is wanted, or what the machine can spare, unless it does: how many bytes."""
+        """Holds the wanted memory, but at most three quarters of what the machine has. Returns the
+        bytes."""
         if self._holder is None:
             headroom: int = _native.machine()["memory_headroom"]
             count = min(self._wanted, headroom * 3 // 4)
@@ -82,16 +84,18 @@ class BackedMemory:
         return self._held
 
     def release(self) -> None:
-        """Returns when the memory is free."""
+        """Frees the memory and waits until it is free."""
         if self._holder is not None:
             with self._holder:  # closes its input, and waits
                 self._holder = None
 
 
 def new_memory_rate() -> float:
-    """Bytes a second at which new memory on huge pages comes now: whether the machine has it.
+    """The rate at which new memory on huge pages arrives now, in bytes/s. It is low if a host must
+    back it.
 
-    The slowest of four parts: what was freed last, which comes first, is there in any state.
+    The slowest of four blocks, because the memory that was freed last is always backed and comes
+    first.
     """
     rates = []
     with contextlib.ExitStack() as stack:
@@ -106,9 +110,10 @@ def settle(files: Iterable[str | os.PathLike[str]]) -> None:
     """Drops files from the page cache, reads them in from their beginning to their end, and touches
     each page through a mapping.
 
-    What was just written lies there in other units (folios) than what was read ahead, which maps
-    several times faster; a virtual machine's host may have taken the pages back; and where it
-    shadows its guest's page tables, who maps a page first pays several times what others do.
+    This removes three differences between loads. Pages that were just written are in smaller folios
+    than pages that were read ahead, which map several times faster. The host of a virtual machine
+    may have taken pages back. If the host shadows its guest's page tables, the first process that
+    maps a page pays several times as much as the next.
     """
     for file in files:
         _drop(file)
@@ -117,10 +122,11 @@ def settle(files: Iterable[str | os.PathLike[str]]) -> None:
 
 
 def prepare_files(files: Sequence[str], cold: bool) -> int | None:
-    """Reads the files into the page cache or drops them from it; the bytes that are in it then.
+    """Reads the files into the page cache, or drops them from it. Returns the bytes that are in it
+    then.
 
-    What is in it already is read, too: the host of a virtual machine may have taken its memory,
-    which the kernel does not know, and whoever comes first would pay for it.
+    Reads cached files too: the host of a virtual machine may have taken their memory without the
+    kernel's knowledge, and the first reader would pay for it.
     """
     for file in files:
         if cold:
@@ -133,8 +139,8 @@ def prepare_files(files: Sequence[str], cold: bool) -> int | None:
 def read_program(pid: int) -> None:
     """Reads the files that a process has mapped, such as its libraries.
 
-    Of what its imports did not touch, the host of a virtual machine may have taken the memory: a
-    load's first steps in torch would pay for that.
+    The host of a virtual machine may have taken the memory of parts that the imports did not touch,
+    and a load's first calls into torch would pay for that.
     """
     found = set()
     for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
@@ -154,7 +160,7 @@ def resident_bytes(files: Sequence[str]) -> int | None:
 
 
 def page_cache(file: str | os.PathLike[str]) -> int | None:
-    """Bytes of a file that are in the page cache; ``None`` where the kernel cannot tell.
+    """Bytes of a file that are in the page cache; ``None`` if the kernel does not say.
 
     By cachestat(2), of Linux 6.5; neither Python nor all C libraries have a function for it.
     """
@@ -172,7 +178,7 @@ def page_cache(file: str | os.PathLike[str]) -> int | None:
 def _drop(file: str | os.PathLike[str]) -> None:
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # pages that wait to be written are not dropped
+        os.fsync(descriptor)  # dirty pages are not dropped
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
@@ -197,7 +203,7 @@ def _touch(file: str | os.PathLike[str]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What a reader of the figures has to know of the machine."""
+    """The properties of the machine that matter for the figures."""
     native = _native.machine()
     found: dict[str, Any] = {
         "cpu": cpu_model(),
@@ -218,7 +224,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """As /proc/cpuinfo names it; the architecture, where it does not."""
+    """The name in /proc/cpuinfo, or else the architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,14 +1,13 @@
-"""Measures loads against each other, each in a process of its own.
+"""Measures loads against each other, each in its own process.
 
 Every measurement is a fresh process that has imported torch and the library before the clock
-starts. In each round the files are read into the page cache anew (``conditions.settle``), and
-contenders take turns in random order, so that what else the machine does falls on all of them;
+starts. In each round the files are read into the page cache again (``conditions.settle``).
+Contenders take turns in random order, so that other work of the machine affects all of them, and
 they are compared round by round: a ratio is the median of the rounds' ratios. Before each
-measurement the memory that it will need is backed by the machine and held
-(``measure_child.backed_memory``), the libraries that the process has mapped are read, the files
-are read once more or dropped from the page cache, and the memory is let go; how much of the files
-is in the page cache is asked of the kernel and reported. What each of them loads has to have the
-same bits.
+measurement, the memory that the load needs is backed by the machine and held
+(``measure_child.backed_memory``), the libraries that the process has mapped are read, the files are
+read once more or dropped from the page cache, and the memory is freed. The bytes of the files in
+the page cache are reported. All contenders must load the same bits.
 """
 
 from __future__ import annotations
@@ -54,17 +53,17 @@ __all__ = [
 
 _SLACK_BYTES = 512 * 10**6
 _LIMIT_SECONDS = 600.0
-# For a process that has said all, or is not wanted any longer.
+# For a process that has sent its figures or is no longer needed.
 _END_SECONDS = 30.0
-# Asking for the peak costs some 30 microseconds.
+# Reading the process's memory takes tens of microseconds.
 _POLL_SECONDS = 0.02
-# Bytes of an element, by torch's names and by the file's.
+# Bytes of an element by torch's names, and by the file's names.
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT_WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 class _FailedError(Exception):
-    """A contender that cannot do the job, or did not come to an end; the text says why."""
+    """A contender cannot do the job or did not finish; the text says why."""
 
 
 def compare(
@@ -90,13 +89,13 @@ def compare(
         contenders: names in ``CONTENDERS``, or among ``adapters``.
         cold: drop the files from the page cache before each measurement.
         repeat: rounds.
-        seed: of the order within the rounds.
+        seed: for the order within the rounds.
         touched: whether ``Comparison`` counts the touch of all pages.
-        memory: the state in which each load finds the machine's memory: ``"backed"``, or ``"not
-            backed"``, which costs some seconds a measurement.
+        memory: the state of the machine's memory at the start of each load: ``"backed"``, or ``"not
+            backed"``, for which each measurement first waits 8 s.
         adapters: a Python file with further contenders (``contenders.read_adapters``).
-        environments: where contenders have virtual environments of their own.
-        begin: called with words for what is done next.
+        environments: the folder of the contenders' virtual environments.
+        begin: called with a description of the next step.
         step: called with the contender's name after each measurement, failed ones included.
 
     Raises:
@@ -110,8 +109,8 @@ def compare(
     for turn in range(repeat):
         order = contest.able()
         if not cold:
-            # Each round anew: mappings of a file take as long as where its pages came to lie,
-            # and how their host backs them, has it, for all who map it.
+            # Again in each round: the time of a mapping depends on where the file's pages lie and
+            # how the host backs them, and this is the same for all contenders of a round.
             begin("reading the files into the page cache")
             settle(sorted({file for name in order for file in contest.children[name].files}))
         shuffle(order)
@@ -132,7 +131,7 @@ def compare(
 
 
 class _Surroundings(NamedTuple):
-    """What all contenders find; see ``compare``."""
+    """The conditions that all contenders share; see ``compare``."""
 
     cold: bool
     memory: str
@@ -145,10 +144,10 @@ class _Contest:
 
     Attributes:
         children: the process of each.
-        refused: who does not take part -> why.
-        conversions: seconds that files of its own form took, of those who need some.
+        refused: contenders that do not take part, with the reason.
+        conversions: the seconds of each conversion to a contender's own format.
         versions: of the libraries.
-        samples: what was measured, of those who take part.
+        samples: the measurements of the contenders that take part.
     """
 
     def __init__(
@@ -168,7 +167,7 @@ class _Contest:
         self.samples: dict[str, list[Sample]] = {}
 
     def prepare(self, contenders: Sequence[str], repeat: int) -> None:
-        """Finds out who can do the job, and converts files for those who need it."""
+        """Finds the contenders that can do the job, and converts files for those that need it."""
         known = read_adapters(self._surroundings.adapters)
         for contender in contenders:
             reason = self._prepare(contender, known[contender])
@@ -180,7 +179,7 @@ class _Contest:
                 self._step(contender)
 
     def _prepare(self, name: str, contender: Contender) -> str | None:
-        """Why it cannot take part, if so."""
+        """The reason if it cannot take part."""
         job = dataclasses.replace(self._job, contender=name)
         python = _python(contender, self._surroundings.environments)
         child = _Child(job, python, contender.reads(self._job), self._surroundings.adapters)
@@ -199,9 +198,9 @@ class _Contest:
     def run_round(
         self, order: Sequence[str], title: str, holder: BackedMemory, *, checksum: bool
     ) -> None:
-        """Measures each once. Their imports overlap, their measurements never: each of the others
-        waits, and on CUDA a context without work takes some of the device's memory but none of its
-        time."""
+        """Measures each contender once. Their imports overlap, but their measurements do not: the
+        others wait meanwhile. On CUDA, a waiting context takes some of the device's memory but none
+        of its time."""
         at_once = max(1, _native.machine()["cpus"] // (4 if self._job.on_cuda else 1))
         for start in range(0, len(order), at_once):
             with holder, contextlib.ExitStack() as stack:
@@ -228,7 +227,7 @@ class _Contest:
         self._step(contender)
 
     def results(self) -> dict[str, list[Sample]]:
-        """The samples of all who loaded the same bits to the end."""
+        """The samples of all contenders that finished and loaded the same bits."""
         found = {c: taken for c, taken in self.samples.items() if c not in self.refused}
         for contender, reason in _differing_bits(found).items():
             self.refused[contender] = reason
@@ -246,7 +245,8 @@ def _python(contender: Contender, environments: Path | None) -> str:
 
 
 def _converted(child: _Child) -> float:
-    """Makes the files of a contender's own format, if they are not there: the seconds it took."""
+    """Makes the files of a contender's own format if they do not exist. Returns the seconds it
+    took."""
     made = child.files
     note = Path(made[0]).with_name(Path(made[0]).name + ".seconds")
     if not note.exists() or not all(Path(file).exists() for file in made):
@@ -256,7 +256,7 @@ def _converted(child: _Child) -> float:
 
 
 def _differing_bits(samples: dict[str, list[Sample]]) -> dict[str, str]:
-    """Who loaded other bits than the first of them, and the reason to refuse it."""
+    """The contenders that loaded other bits than the first one, with the reason to refuse them."""
     first: tuple[str, int] | None = None
     wrong = {}
     for contender, taken in samples.items():
@@ -268,7 +268,7 @@ def _differing_bits(samples: dict[str, list[Sample]]) -> dict[str, str]:
 
 
 def _measure(child: _Child, cold: bool, holder: BackedMemory, memory: str) -> Sample | str:
-    """A measurement, or why there is none."""
+    """A measurement, or the reason why there is none."""
     try:
         return _measured(child, cold, holder, memory)
     except _FailedError as failure:
@@ -302,7 +302,7 @@ class _Child:
 
     def __init__(self, job: Job, python: str, files: Sequence[str], adapters: Path | None) -> None:
         self.job = job
-        self.files = files  # that its contender reads
+        self.files = files  # those that its contender reads
         self._python = python
         self._adapters = adapters
         self.version: str | None = None
@@ -312,7 +312,7 @@ class _Child:
         return self._process.pid
 
     def with_job(self, **changes: Any) -> _Child:
-        """Another process for the same job but for ``changes``, fields of ``Job``."""
+        """Another process for the same job with ``changes``, fields of ``Job``."""
         job = dataclasses.replace(self.job, **changes)
         return _Child(job, self._python, self.files, self._adapters)
 
@@ -345,7 +345,7 @@ class _Child:
         self._errors.close()
 
     def expect_ready(self) -> None:
-        """Waits until its imports are done; ``check_ready`` raises what went wrong."""
+        """Waits until its imports are done. ``check_ready`` raises their error."""
         try:
             self.version = self.line()["version"]
         except _FailedError as failure:
@@ -356,11 +356,11 @@ class _Child:
             raise self._failure
 
     def go(self) -> tuple[dict[str, Any], int]:
-        """Lets the clock run: the figures, and the peak of the anonymous memory."""
+        """Starts the timed part. Returns the figures and the peak of the anonymous memory."""
         self._sampling = True
         self._send("go")
         figures = self.line()
-        self._sampling = False  # what comes after the load is not the load's memory
+        self._sampling = False  # later memory is not the load's
         while (more := self._next()) is not None:
             figures |= more
         _pipe(self._process.stdin).close()
@@ -371,11 +371,11 @@ class _Child:
         return figures, self._peak
 
     def _send(self, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # ``line`` tells how it ended
+        with contextlib.suppress(BrokenPipeError):  # ``line`` reports how the process ended
             _pipe(self._process.stdin).write(line.encode() + b"\n")
 
     def line(self) -> dict[str, Any]:
-        """What it says next."""
+        """The next line of the process."""
         line = self._next()
         if line is None:
             self._process.wait()
@@ -385,7 +385,7 @@ class _Child:
         return line
 
     def _next(self) -> dict[str, Any] | None:
-        """``None`` at the end of what it says."""
+        """The next line, or ``None`` at the end of the output."""
         try:
             text = next(self._lines, None)
         except TimeoutError:
@@ -409,7 +409,7 @@ class _Child:
 
 
 def _lines(process: subprocess.Popen[bytes], poll: Callable[[], None]) -> Iterator[str]:
-    """The JSON lines of a process's output; libraries print lines of their own between them."""
+    """The JSON lines of a process's output; libraries may print other lines between them."""
     pending = b""
     stdout = _pipe(process.stdout)
     deadline = time.monotonic() + _LIMIT_SECONDS
@@ -426,7 +426,7 @@ def _lines(process: subprocess.Popen[bytes], poll: Callable[[], None]) -> Iterat
             for line in lines:
                 if line.startswith(b"{"):
                     yield line.decode()
-                    # Others may have been measured meanwhile: its time begins when it is asked.
+                    # Other contenders may have been measured meanwhile, so the limit starts again.
                     deadline = time.monotonic() + _LIMIT_SECONDS
         raise TimeoutError
 
@@ -437,11 +437,11 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 
 
 def target_bytes(job: Job, cold: bool = False) -> int:
-    """About what a load may take of the machine's free memory, whoever does it.
+    """About how much of the machine's free memory a load may take, with any contender.
 
-    A library that maps takes nothing for itself, but others read the same file into memory of
-    their own, and all are to find the machine in one state. A cold file's pages come out of it,
-    too; on CUDA it is the device's that is taken. A cast takes what its results take.
+    A library that maps files takes no memory of its own, but others read the same file into new
+    memory, and all must find the machine in the same state. The pages of a cold file count too. A
+    load to CUDA takes the device's memory instead. A cast takes the memory of its results.
     """
     size = sum(Path(file).stat().st_size for file in job.files)
     page_cache_bytes = size if cold else 0

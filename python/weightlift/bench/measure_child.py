@@ -1,13 +1,13 @@
 """The measured process: one load by one library, timed.
 
-``weightlift.bench.measure`` runs this file in a process of its own, under the Python of the
-library's environment. It imports nothing of weightlift at the top: another library, and
-``import weightlift`` itself, are measured without it.
+``weightlift.bench.measure`` runs this file in a separate process, with the Python of the library's
+environment. It imports nothing of weightlift at the top, because other libraries, and ``import
+weightlift`` itself, are measured without it.
 
-The conversation, a line each way: a ``Job`` as JSON comes in, with ``"adapters"``, the path of a
-file with further contenders or null; what the job needs is imported;
-``{"ready": ...}`` goes out; ``go`` comes in; the clock runs; the figures go out as JSON, and what
-comes after them: a checksum, a forward pass.
+The protocol has one line for each message. The process reads a ``Job`` as JSON, with ``"adapters"``
+(the path of a file with further contenders, or null), imports what the job needs, and writes
+``{"ready": ...}``. It reads ``go``, runs the timed part, and writes the figures as JSON, followed
+by the checksum and the forward pass, if any.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["anonymous_bytes", "backed_memory", "checksum", "page_runs", "touch"]
 
 _PAGE = mmap.PAGESIZE
-# Of checksums: what is put together, how much of it, and the words that get places of their own.
+# For checksums: tensors below this size are concatenated, up to this many bytes; and the number of
+# words with different factors.
 _SMALL_BYTES = 4 << 20
 _TOGETHER_BYTES = 64 << 20
 _PLACES = 1 << 20
@@ -41,10 +42,10 @@ _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module does not
 
 
 def page_runs(tensors: dict[str, Any]) -> list[tuple[int, int]]:
-    """(address, bytes) of runs of whole pages, each of which holds some byte of a CPU tensor.
+    """(address, bytes) of runs of whole pages that contain bytes of CPU tensors.
 
-    By pages rather than by tensors, so that touching 100,000 small ones measures memory and not
-    100,000 calls.
+    By pages instead of by tensors: touching 100,000 small tensors must measure memory, not 100,000
+    calls.
     """
     spans = sorted(
         (tensor.data_ptr() // _PAGE, (tensor.data_ptr() + tensor.nbytes - 1) // _PAGE)
@@ -68,7 +69,7 @@ def touch(runs: list[tuple[int, int]]) -> None:
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
-    """The anonymous memory of a process that is resident now, as /proc/pid/status has it."""
+    """The resident anonymous memory of a process in bytes, from /proc/pid/status."""
     for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -100,7 +101,7 @@ def _convert(contender: Contender, job: Job) -> float:
 
 
 def _prepared(contender: Contender, job: Job) -> Load:
-    """What is measured, with all done that every library needs and none can make faster."""
+    """The function to measure, after the set-up that all libraries need, such as a CUDA context."""
     import torch
 
     if job.what == "import":
@@ -135,7 +136,7 @@ def _measure(
     if sys.stdin.readline().strip() != "go":
         return
 
-    # Now: others may have had a context on the device until their end.
+    # Read now, because other contenders may have had a context on the device until they ended.
     free = torch.cuda.mem_get_info(job.device)[0] if job.on_cuda else 0
     cpu = time.process_time()
     start = time.perf_counter()
@@ -144,7 +145,7 @@ def _measure(
     loaded = time.perf_counter()
     cpu_loaded = time.process_time()
     adapters.phases.mark("finish", loaded)
-    # Listing the pages is ours, not the library's: the clock stands still.
+    # Listing the pages is not the library's work, so it is not timed.
     tensors = _tensors(result)
     runs = page_runs(tensors)
     touching = time.perf_counter()
@@ -180,9 +181,10 @@ def _measure(
 
 
 def checksum(tensors: dict[str, Any]) -> int:
-    """Of the names and of all bits, made where the tensors are.
+    """A checksum of the names and all bits, computed on the tensors' device.
 
-    Small tensors are put together before they are summed: on a GPU each sum is a kernel's launch.
+    Small tensors are concatenated before they are summed, because each sum on a GPU launches a
+    kernel.
     """
     import torch
 
@@ -206,7 +208,7 @@ def checksum(tensors: dict[str, Any]) -> int:
 
 
 def _sums(data: Any) -> list[int]:
-    """Of the words of some bytes, by their places: what changes places changes these."""
+    """Sums of the bytes' words, weighted by their places, so that moved words change them."""
     import torch
 
     if data.data_ptr() % 8 or data.storage_offset() % 8:
@@ -227,7 +229,7 @@ def _places(device: Any) -> Any:
 
 
 def _tensors(result: Any) -> dict[str, Any]:
-    """By name: of a dict, of a model, of all models of a pipeline, of a tree of jax arrays."""
+    """The tensors by name of a dict, a model, all models of a pipeline, or a tree of jax arrays."""
     if not isinstance(result, dict):
         return _state_dict(result)
     if not any(isinstance(value, dict) for value in result.values()):
@@ -252,7 +254,7 @@ def _tensors(result: Any) -> dict[str, Any]:
 
 
 def _state_dict(model: Any) -> dict[str, Any]:
-    """Of a model, or of all models of a pipeline."""
+    """The state dict of a model, or of all models of a pipeline."""
     if hasattr(model, "state_dict"):
         return dict(model.state_dict())
     return {
@@ -286,8 +288,8 @@ def _forward(result: Any) -> dict[str, Any]:
 
 
 def _inputs(model: Any) -> dict[str, Any] | None:
-    """Of the smallest call: what the model has for it, or what the configurations of diffusers'
-    models with a ``sample`` say."""
+    """Inputs for a small call: the model's ``dummy_inputs``, or inputs by the configuration of a
+    diffusers model with a ``sample``."""
     import torch
 
     found = getattr(model, "dummy_inputs", None)
@@ -325,10 +327,10 @@ def _placed(value: Any, model: Any) -> Any:
 def backed_memory(count: int) -> Iterator[None]:
     """Holds ``count`` bytes of anonymous memory, touched, on huge pages.
 
-    A virtual machine's host hands memory out at its first touch, at seconds a GB, and takes back
-    within a second or two what its guest has free (Linux, Documentation/mm/
-    free_page_reporting.rst). The measured process must not pay for that, whichever library is
-    measured first: so it is let go right before the clock starts.
+    The host of a virtual machine backs memory at its first touch, which may take seconds for each
+    GB, and takes free memory back within about two seconds (Linux,
+    Documentation/mm/free_page_reporting.rst). The measured process must not pay for that, so this
+    memory is freed right before the clock starts.
     """
     memory = mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
@@ -345,14 +347,15 @@ def backed_memory(count: int) -> Iterator[None]:
 
 
 def main() -> None:
-    """``measure_child.py`` measures; with a number of bytes it backs them until its input ends."""
+    """Measures a job. With a number of bytes as argument, backs this much memory until the input
+    ends."""
     if len(sys.argv) > 1:
         with backed_memory(int(sys.argv[1])):
             sys.stdout.write("held\n")
             sys.stdout.flush()
             sys.stdin.read()
         return
-    # By its path: this is run where weightlift may not be, and is not to be imported.
+    # By its path, because weightlift may not be installed here, and must not be imported.
     spec = importlib.util.spec_from_file_location(
         "contenders", Path(__file__).with_name("contenders") / "__init__.py"
     )

@@ -2,9 +2,8 @@
 
 ``torchrun -m weightlift.bench.measure_ranks JOB`` runs it.
 
-Each load is made by all ranks at once, between two barriers, in the same random order everywhere.
-What went through read(2) and its kin is asked of ``/proc/self/io``; what was mapped is seen in the
-pages of files that the process holds.
+All ranks load at once, between two barriers, in the same random order. ``/proc/self/io`` counts the
+bytes of read(2) and similar calls; mapped bytes are the file pages that the process holds.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ class Job:
     """What to measure.
 
     Attributes:
-        files: of one checkpoint, all ``.safetensors``.
-        model: the transformers class and its folder, where the checkpoint is one's.
+        files: the files of one checkpoint, all ``.safetensors``.
+        model: the transformers class and its folder, if the checkpoint is a model's.
         contenders: of ``CONTENDERS``.
         out: where rank 0 writes the figures.
     """
@@ -67,10 +66,11 @@ class Load:
 
     Attributes:
         seconds: from barrier to barrier.
-        read_bytes: by all ranks together; ``engine_bytes``: as weightlift counts them, and
-            ``received_bytes`` what came from other ranks by the same count.
+        read_bytes: by all ranks together; ``engine_bytes``: the same by weightlift's count;
+            ``received_bytes``: bytes from other ranks by weightlift's count.
         mapped_bytes: pages of files, by all ranks together.
-        peak_bytes: of anonymous memory, the rank that took most; ``held_bytes``: of the result.
+        peak_bytes: the peak of anonymous memory of the rank that took most; ``held_bytes``: the
+            size of the result.
     """
 
     seconds: float
@@ -83,10 +83,10 @@ class Load:
 
 
 class _Checkpoint:
-    """The job's files, as the contenders want them."""
+    """The job's files in the forms that the contenders need."""
 
     def __init__(self, job: Job, folder: str) -> None:
-        self.folder = folder  # of these files alone
+        self.folder = folder  # with only these files
         self.files = [str(Path(folder, Path(file).name)) for file in job.files]
         for file, link in zip(job.files, self.files, strict=True):
             Path(link).symlink_to(Path(file).resolve())
@@ -257,7 +257,7 @@ def _read_so_far() -> int:
 
 @contextlib.contextmanager
 def _peaks() -> Iterator[list[int]]:
-    """Anonymous memory and pages of files, at most, above what they were."""
+    """The peaks of anonymous memory and file pages, less the values before."""
     before = _status("RssAnon", "RssFile")
     peaks = [0, 0]
     over = threading.Event()
@@ -287,7 +287,7 @@ def _held(model: torch.nn.Module) -> int:
 
 def _measure(load: Callable[[_Checkpoint], torch.nn.Module], checkpoint: _Checkpoint) -> Load:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or what is freed already counts as held before
+    ctypes.CDLL(None).malloc_trim(0)  # else freed memory would count as held before
     dist.barrier()
     if dist.get_rank() == 0:
         with BackedMemory(checkpoint.file_bytes * dist.get_world_size()) as memory:
@@ -310,7 +310,7 @@ def _measure(load: Callable[[_Checkpoint], torch.nn.Module], checkpoint: _Checkp
     ours = last is not None and last is not report
     others = last.bytes - last.read_bytes - last.mapped_bytes if last and ours else 0
     read = _read_so_far() - before
-    # What this measurement itself reads of /proc is some 2 KB every 5 ms.
+    # Includes what this measurement reads from /proc: about 2 KB every 5 ms.
     mine = [seconds, read, peaks[1], peaks[0], _held(model), engine, others]
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NAMES", "bench_folder", "model_job", "model_title", "state"]
 
-# Contenders, and what they are called here; the backend comes first: without it there is nothing.
+# Contenders and their names here. The backend is first, because nothing is compared without it.
 NAMES = {"backend": "weightlift", "stock": "stock"}
 _CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -33,11 +33,11 @@ _CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 @contextlib.contextmanager
 def bench_folder(arguments: Sequence[str]) -> Iterator[tuple[Path, str | None]]:
     """The folder of a model and ``module:Class``, from ``PATH``, ``PATH module:Class`` or
-    ``module:Class`` alone: of that, a model is made in a temporary folder.
+    ``module:Class`` alone, which makes a model in a temporary folder.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        CheckpointError: no such class, or too large a model to make.
+        CheckpointError: there is no such class, or its model is too large to make.
     """
     given = list(arguments)
     named = [one for one in given if _CLASS.fullmatch(one) and not Path(one).exists()]
@@ -62,7 +62,7 @@ def bench_folder(arguments: Sequence[str]) -> Iterator[tuple[Path, str | None]]:
 
 
 def _find(where: str) -> None:
-    """Before anything is measured.
+    """Checks that the module exists, before anything is measured.
 
     Raises:
         CheckpointError: there is no such module.

@@ -1,4 +1,4 @@
-"""Times as a picture that reads on a light and on a dark page: its background is none."""
+"""Plots of times, with a transparent background for light and dark pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bar", "Panel", "draw", "draw_ratios", "format_rate", "format_seconds", "plot"]
 
-# Both have a contrast of more than 3:1 to white and to black; so has the grey of the text.
+# All three colours have a contrast of more than 3:1 to white and to black.
 _OURS = "#2f8f5b"
 _OTHERS = "#8a8d91"
 _TEXT = "#7d8288"
@@ -44,14 +44,14 @@ class Panel:
 
 
 def format_seconds(seconds: float) -> str:
-    """Three figures, in the unit that suits."""
+    """Three significant figures, in s, ms or µs."""
     unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
     value = seconds * factor
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
 def format_rate(rate: float) -> str:
-    """Bytes a second, in three figures or so; no rate is shown as zero."""
+    """A rate in GB/s, MB/s or kB/s with two decimals."""
     unit, factor = ("GB", 1e9) if rate >= 1e8 else ("MB", 1e6) if rate >= 1e5 else ("kB", 1e3)
     return f"{rate / factor:.2f} {unit}/s"
 
@@ -77,8 +77,8 @@ def _panel_of(comparison: Comparison) -> Panel:
 
 
 def draw(panels: Sequence[Panel], path: str | Path, title: str) -> None:
-    """Writes bars as PNG (or what ``path`` ends in): each panel has its own scale, because times
-    of different loads lie decades apart."""
+    """Writes bars as PNG (or what ``path`` ends in): each panel has its own scale, because times of
+    different loads differ by orders of magnitude."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -114,7 +114,7 @@ def _draw_panel(axes: object, panel: Panel) -> None:
     axes.set_title(panel.title, loc="left", color=_TEXT, fontsize=10)
     axes.set_yticks(range(len(panel.bars)), [bar.name for bar in panel.bars])
     axes.invert_yaxis()
-    # Room for the text beside the longest bar.
+    # Space for the text beside the longest bar.
     axes.set_xlim(0, longest * 1.62)
     axes.set_xticks([])
     axes.tick_params(colors=_TEXT, length=0)
@@ -127,7 +127,7 @@ def _draw_panel(axes: object, panel: Panel) -> None:
 def draw_ratios(rows: Sequence[tuple[str, float]], path: str | Path, title: str) -> None:
     """Writes a bar for each (label, ratio) on one logarithmic scale, with a line at 1.
 
-    2 and 0.5 are as far from it. Legible at a width of 700 pixels.
+    2 and 0.5 have the same distance from 1. Readable at a width of 700 pixels.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What a long measurement shows of its progress."""
+"""Shows the progress of a long measurement."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ __all__ = ["progress_of"]
 
 @contextlib.contextmanager
 def progress_of(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
-    """Yields what to call with words for what is begun, and what to call after each of ``total``
-    measurements: a bar on a terminal's stderr, elsewhere lines with the time."""
+    """Yields two functions: one to call with a description of what begins, and one to call after
+    each of ``total`` measurements. Shows a bar if stderr is a terminal, else lines with the
+    time."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 

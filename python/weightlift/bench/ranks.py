@@ -1,4 +1,4 @@
-"""``weightlift bench --distributed``: one checkpoint, loaded by N processes at once."""
+"""``weightlift bench --distributed``: N processes load one checkpoint at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def checkpoint_files(paths: Sequence[Path]) -> tuple[list[Path], tuple[str, str]
     """The safetensors files of a checkpoint, and the transformers class of its folder.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are no such files.
     """
     if len(paths) != 1 or not paths[0].is_dir():
         return list(paths), None
@@ -45,14 +45,14 @@ def checkpoint_files(paths: Sequence[Path]) -> tuple[list[Path], tuple[str, str]
 def measure_ranks(
     paths: Sequence[Path], ranks: int, repeat: int, kinds: Sequence[str] = KINDS
 ) -> dict[str, Any]:
-    """Figures of all loads by ``ranks`` processes under torchrun.
+    """Measures all loads by ``ranks`` processes under torchrun.
 
     Returns:
         ``file_bytes``, ``ranks``, and ``loads``: kind -> contender -> a dict for each repetition,
         with the fields of ``measure_ranks.Load``.
 
     Raises:
-        WeightliftError: the ranks failed; the text has the end of what they wrote.
+        WeightliftError: the ranks failed; the text has the end of their output.
     """
     files, model = checkpoint_files(paths)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The measurements of ``weightlift bench``, and what it writes of them."""
+"""The measurements of ``weightlift bench`` and its JSON output."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def compare_files(
     repeat: int,
     adapters: Path | None = None,
 ) -> Comparison:
-    """One checkpoint's files, loaded by each contender; shows its progress on stderr.
+    """Measures loads of one checkpoint's files by each contender. Shows the progress on stderr.
 
     Raises:
-        FileNotFoundError, ValueError: ``adapters`` is no file of adapters.
+        FileNotFoundError, ValueError: ``adapters`` is not a file of adapters.
     """
     job = Job("weightlift", tuple(map(str, files)), device, dtype)
     with progress_of(len(contenders) * repeat) as (begin, step):
@@ -53,12 +53,13 @@ def compare_files(
 def compare_models(
     arguments: Sequence[str], device: str, dtype: str | None, states: Sequence[bool], repeat: int
 ) -> tuple[str, list[Comparison]]:
-    """A model or pipeline, by its library alone and with the backend: its title, and a comparison
-    for each of ``states``, whether the files are cold.
+    """Measures a model or pipeline, by its library alone and with the backend. Returns its title
+    and a comparison for each of ``states``, which say whether the files are cold.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        CheckpointError: no such class, no weights, or too large a model to make.
+        CheckpointError: there is no such class, there are no weights, or the model is too large to
+            make.
     """
     contenders = list(models.NAMES)
     with models.bench_folder(arguments) as (folder, where):
@@ -88,8 +89,8 @@ def compare_models(
 
 
 def to_json(**found: Any) -> dict[str, Any]:
-    """What ``--json`` prints and ``--output`` writes: ``found``, and when, by which command and
-    where it was measured."""
+    """The output of ``--json`` and ``--output``: ``found``, with the date, the command and the
+    machine."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["weightlift", *sys.argv[1:]]),

@@ -1,6 +1,6 @@
-"""One contender of ``weightlift bench --stream``, in a process of its own: steps of a model that is
-larger than the memory that it is given. The task comes as JSON on standard input, the figures go as
-JSON to the file that the first argument names."""
+"""One contender of ``weightlift bench --stream``, in a separate process: runs steps of a model that
+is larger than its memory. Reads the task as JSON from standard input and writes the figures as JSON
+to the file that the first argument names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 
 __all__ = ["drop_from_page_cache", "main"]
 
-# Before memory is looked at.
+# Imported before the memory is measured.
 _IMPORTED = {
     "weightlift": ["weightlift.module.streaming"],
     "accelerate": ["accelerate"],
@@ -43,7 +43,7 @@ def main() -> None:
         with _peak() as peak:
             made = inside.enter_context(tempfile.TemporaryDirectory(dir=task["scratch"]))
             step, trace, handle = _contender(task, inside, made)
-            step()  # the first one learns the order
+            step()  # the first step learns the order
             trace.clear()
             found: dict[str, Any] = _steps(
                 step, task, [*task["files"], *map(str, Path(made).rglob("*"))]
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def seconds_from(trace: list[Any], seconds: list[float]) -> float:
-    """When the last step began."""
+    """The time at which the last step began."""
     last: float = max((event[3] for event in trace), default=0.0)
     return last - seconds[-1]
 
@@ -85,10 +85,10 @@ def _steps(step: Any, task: dict[str, Any], files: list[str]) -> dict[str, Any]:
 
 
 def drop_from_page_cache(file: str) -> None:
-    """Its pages are read from the disk the next time; those that are mapped stay."""
+    """Drops the file's pages from the page cache, except mapped ones."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # what waits to be written is not dropped
+        os.fsync(descriptor)  # dirty pages are not dropped
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
@@ -105,8 +105,8 @@ def _holds() -> dict[str, int]:
 def _contender(
     task: dict[str, Any], inside: contextlib.ExitStack, made: str
 ) -> tuple[Any, list[Any], Any]:
-    """What does a step, what it notes while it does, and the handle, where it is streamed; ``made``
-    is a folder for its files."""
+    """Returns the function that runs a step, its list of events, and the handle if the model is
+    streamed. ``made`` is a folder for the contender's files."""
     import torch
 
     trace: list[Any] = []
@@ -129,7 +129,7 @@ def _contender(
     else:
         from weightlift.load_into import load_into
 
-        # Into own memory: some kernels add up in another order where memory lies otherwise.
+        # Into own memory: some kernels add in another order if the memory's alignment differs.
         load_into(model, task["folder"], mode="read")
         if name == "diffusers":
             from diffusers.hooks.group_offloading import apply_group_offloading
@@ -151,7 +151,7 @@ def _contender(
 
 
 def _model(task: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model on ``meta``, and inputs of a step."""
+    """The model on ``meta`` and the inputs of a step."""
     import torch
 
     if task["layers"]:
@@ -223,7 +223,7 @@ def _anonymous_bytes() -> int:
 
 @contextlib.contextmanager
 def _peak() -> Iterator[list[int]]:
-    """The most anonymous memory meanwhile, looked at every 10 ms."""
+    """The peak of the anonymous memory, sampled every 10 ms."""
     peak, ended = [0], threading.Event()
 
     def watch() -> None:

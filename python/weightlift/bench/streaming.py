@@ -44,14 +44,14 @@ class StreamRun:
 
     Attributes:
         seconds: of each step after the first.
-        cpu_seconds: of all threads, the same.
-        streamed_bytes: that weightlift reads in each step.
-        peak_bytes: the most anonymous memory that the process took, above its libraries.
-        grown: what the process has more after the last step than after the tenth, or the first of
-            fewer: bytes of anonymous memory, threads, open files.
+        cpu_seconds: the processor time of all threads, for the same steps.
+        streamed_bytes: the bytes that weightlift reads in each step.
+        peak_bytes: the peak of the process's anonymous memory, less its value after the imports.
+        grown: the increase from the tenth step (the last, if there are fewer) to the last one:
+            bytes of anonymous memory, threads, open files.
         is_limited: a cgroup limited its memory.
-        digest: of the result; all should have the same.
-        events: of the last step: (kind, block, begin, end).
+        digest: of the result; it should be the same for all contenders.
+        events: of the last step, as (kind, block, begin, end).
         error: why there are no figures.
     """
 
@@ -76,15 +76,15 @@ class Steps:
     """How steps are measured.
 
     Attributes:
-        count: of each contender, after a first one that is not counted.
-        cold: the files are dropped from the page cache before each step, and so are those that a
-            contender has made of them.
+        count: steps of each contender, after a first one that is not counted.
+        cold: drop the files, and those that a contender has made from them, from the page cache
+            before each step.
         rows: tokens of a step.
-        threads: of torch; 0 leaves them.
-        width: of a stack.
-        beyond: bytes that a process may take beyond its budget and its libraries, its page cache
-            included, where a cgroup may be made; ``None`` sets no limit. ``"whole"`` has none.
-        keep: a folder in which a stack stays for the next time.
+        threads: torch's threads; 0 for torch's default.
+        width: the width of a stack.
+        beyond: the bytes that a process may take beyond its budget and its libraries, including its
+            page cache, if a cgroup can be made; ``None`` for no limit. ``"whole"`` has no limit.
+        keep: a folder that keeps a stack for the next run.
     """
 
     count: int = 5
@@ -105,20 +105,20 @@ def compare_streams(
     begin: Callable[[str], None] = lambda _: None,
     step: Callable[[str], None] = lambda _: None,
 ) -> list[StreamRun]:
-    """Runs steps of a model by each contender, each in a process of its own. The first is what the
-    others are compared with: if it cannot be measured, no other is.
+    """Runs steps of a model by each contender, each in its own process. The others are compared
+    with the first: if it cannot be measured, none is.
 
     Args:
-        model: the folder of a model of transformers, or ``"stack:2GB"``, a stack of feed-forward
-            layers of that size, which is made.
-        memory: bytes for weights; accelerate is given a device map of as much.
-        contenders: of ``CONTENDERS``; ``"whole"`` has all of it in memory.
+        model: the folder of a transformers model, or ``"stack:2GB"`` to make a stack of
+            feed-forward layers of that size.
+        memory: bytes for weights; accelerate gets a device map with the same limit.
+        contenders: names in ``CONTENDERS``; ``"whole"`` has the whole model in memory.
         steps: how they are measured.
         begin, step: called with the name of a contender before and after it runs.
 
     Raises:
-        ArgumentError: no such contender, or a memory that is none.
-        CheckpointError: no such model.
+        ArgumentError: there is no such contender, or ``memory`` is not a size.
+        CheckpointError: there is no such model.
     """
     budget = parse_size(memory, "memory")
     if unknown := [name for name in contenders if name not in CONTENDERS]:
@@ -134,7 +134,7 @@ def compare_streams(
             "cold": steps.cold, "rows": steps.rows, "threads": steps.threads,
             "scratch": str(folder.parent), "group": None,
         }  # fmt: skip
-        for file in task["files"] if group else ():  # their pages are to be the group's
+        for file in task["files"] if group else ():  # so that their pages are charged to the group
             drop_from_page_cache(file)
         runs: list[StreamRun] = []
         for name in contenders:
@@ -150,7 +150,7 @@ def compare_streams(
 
 @contextlib.contextmanager
 def _group(beyond: int | None, budget: int) -> Iterator[str | None]:
-    """A cgroup with a limit on its memory, where one may be made."""
+    """A cgroup with a memory limit, if one can be made; else ``None``."""
     if beyond is None:
         yield None
         return
@@ -176,14 +176,14 @@ def _group(beyond: int | None, budget: int) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def _folder(model: str, width: int, keep: Path | None) -> Iterator[tuple[Path, int]]:
-    """Where the model is, and how many layers a stack has."""
+    """The model's folder, and the number of layers if it is a stack."""
     found = re.fullmatch(r"stack:(.+)", model)
     if found is None:
         folder = Path(model)
         if not (folder / "config.json").is_file():
             raise CheckpointError(
-                f"{model}: no folder of a transformers model (it has no config.json); give one, or "
-                "a size, as in stack:2GB"
+                f"{model}: not the folder of a transformers model (it has no config.json); give "
+                "one, or a size, as in stack:2GB"
             )
         yield folder, 0
         return
@@ -204,7 +204,7 @@ def _folder(model: str, width: int, keep: Path | None) -> Iterator[tuple[Path, i
 
 
 def stack_layers(size: int, width: int) -> int:
-    """Of how many layers a stack of about ``size`` bytes is."""
+    """The number of layers of a stack of about ``size`` bytes."""
     return max(2, round(size / ((8 * width * width + 7 * width) * 4)))
 
 
@@ -220,7 +220,7 @@ def _run(task: dict[str, Any]) -> StreamRun:
         )
         if child.returncode != 0:
             lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
-            # Without the name of the exception's module.
+            # Removes the name of the exception's module.
             said = re.sub(r"^(?:\w+\.)+(?=\w+(?:: |$))", "", lines[-1])
             return StreamRun(task["contender"], error=said)
         return StreamRun(task["contender"], **json.loads(out.read_text()))
@@ -244,7 +244,7 @@ def describe(runs: Sequence[StreamRun]) -> list[str]:
 
 
 def plot_timeline(run: StreamRun, path: str | Path, title: str) -> None:
-    """Draws the last step: by block, when it was read, waited for and computed with."""
+    """Draws the last step: when each block was read, waited for and used."""
     from matplotlib.figure import Figure
 
     blocks = list(dict.fromkeys(block for kind, block, _, _ in run.events if kind == "use"))

@@ -29,13 +29,13 @@ __all__ = [
 
 
 def describe_run(found: Comparison) -> str:
-    """How it was measured: what the page cache held, what memory was backed."""
+    """The conditions of a comparison: the page cache, the rounds and the backed memory."""
     every = [sample for samples in found.samples.values() for sample in samples]
     if not every:
         return "nothing could be measured"
     residents = {sample.resident_bytes for sample in every}
     if None in residents:
-        cache = "nobody knows what: Linux tells it from 6.5 on"
+        cache = "an unknown share of the files (Linux reports it since 6.5)"
     else:
         known = [count for count in residents if count is not None]
         shares = [f"{bound(known) / max(found.file_bytes, 1):.1%}" for bound in (min, max)]
@@ -45,9 +45,9 @@ def describe_run(found: Comparison) -> str:
     came = f"; new memory came at {format_rate(statistics.median(rates))}" if rates else ""
     if found.memory == BACKED:
         backed = format_bytes(min(sample.backed_bytes for sample in every))
-        memory = f"{backed} of memory on huge pages touched beforehand and held until it begins"
+        memory = f"{backed} of memory on huge pages backed beforehand and held until the load began"
     else:
-        memory = "memory not backed: free for some seconds, so that a host could take it"
+        memory = "memory not backed: left free first, so that a host could take it"
     warm = "warm, read once more before each load"
     return (
         f"{'cold' if found.cold else warm}: before each load the page cache held {cache}; "
@@ -93,7 +93,7 @@ def comparison_table(comparison: Comparison, reference: str = "weightlift") -> T
 
 
 def verdicts(found: Comparison, ours: str) -> list[str]:
-    """A line for each other contender: who was faster, by how much, and whether all rounds agree.
+    """A line for each other contender: which is faster, by how much, and whether all rounds agree.
 
     Args:
         found: what was measured.
@@ -110,7 +110,7 @@ def verdicts(found: Comparison, ours: str) -> list[str]:
         ratio = statistics.median(ratios)
         rounds = f"{min(ratios):.2f}x to {max(ratios):.2f}x in {len(ratios)} rounds"
         if len(ratios) == 1:
-            rounds = "one round alone: a larger --repeat tells more"
+            rounds = "one round only; use a larger --repeat"
         if len(ratios) == 1 and f"{ratio:.2f}" == "1.00":
             text = f"{own} is as fast as {against} ({rounds})"
         elif min(ratios) > 1:
@@ -118,17 +118,17 @@ def verdicts(found: Comparison, ours: str) -> list[str]:
         elif max(ratios) < 1:
             text = f"{own} is slower: {ratio:.2f}x as fast as {against} ({rounds})"
         else:
-            text = f"{own} is neither faster nor slower than {against} for certain ({rounds})"
+            text = f"{own} is neither faster nor slower than {against} in all rounds ({rounds})"
         lines.append(f"{state(found.cold)}: {text}")
     return lines
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """The I/O path that weightlift took, and who could not be measured."""
+    """weightlift's I/O paths, and the contenders that could not be measured."""
     lines = []
     for ours in ("weightlift", "backend"):
         if ours in comparison.samples:
-            lines += [f"weightlift's way: {text}" for text in comparison.route(ours)]
+            lines += [f"weightlift's I/O path: {text}" for text in comparison.route(ours)]
     for name, why in comparison.refused.items():
         lines.append(f"{'weightlift' if name == 'backend' else name}: not measured: {why}")
     return lines
@@ -188,7 +188,7 @@ def models_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def forward_notes(found: Comparison) -> list[str]:
-    """Why there was no forward pass."""
+    """The reasons why there was no forward pass."""
     every = [sample for samples in found.samples.values() for sample in samples]
     return [
         f"no forward pass: {why}" for why in sorted({one.forward for one in every if one.forward})

@@ -37,7 +37,7 @@ def bench(*arguments: str | Path, **environment: str) -> subprocess.CompletedPro
 
 def tables(shown: str) -> list[str]:
     """The lines without sentences, which the terminal wraps."""
-    sentence = re.compile(r"(cold|warm): weightlift is|weightlift's way: ")
+    sentence = re.compile(r"(cold|warm): weightlift is|weightlift's I/O path: ")
     return [line for line in shown.splitlines() if not sentence.match(line)]
 
 
@@ -59,7 +59,7 @@ def test_a_folder(tmp_path: Path) -> None:
         for name in ("stock", "weightlift"):
             assert f"{state}: measuring {name}, round 1 of 1" in done.stderr
         assert re.search(
-            rf"^{state}: weightlift is .*\d\.\d\dx as fast as the library alone \(one round alone",
+            rf"^{state}: weightlift is .*\d\.\d\dx as fast as the library alone \(one round only",
             done.stdout,
             re.MULTILINE,
         )

@@ -62,7 +62,7 @@ def test_what_cannot_be_measured() -> None:
         compare_streams("stack:1MB", "1MB", ("nobody",))
     with pytest.raises(wl.ArgumentError, match="memory is 'much'"):
         compare_streams("stack:1MB", "much")
-    with pytest.raises(wl.CheckpointError, match="no folder of a transformers model"):
+    with pytest.raises(wl.CheckpointError, match="not the folder of a transformers model"):
         compare_streams("nowhere", "1MB")
     assert "not measured: why" in describe([StreamRun("diffusers", error="why")])[0]
     command = [sys.executable, "-m", "weightlift", "bench", "--stream", "nowhere"]

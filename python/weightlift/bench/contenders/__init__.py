@@ -1,9 +1,8 @@
-"""The libraries that loads are measured with, an adapter each.
+"""The measured libraries, with an adapter for each.
 
-The measured process imports this package by its path, as ``contenders``, under the Python of the
-library's own environment, where weightlift may not be installed: nothing of it is imported at the
-top.
-Other libraries are added by a file of adapters: ``read_adapters``.
+The measured process imports this package by its path, as ``contenders``, with the Python of the
+library's own environment. weightlift may not be installed there, so nothing of it is imported at
+the top. A file of adapters adds other libraries: see ``read_adapters``.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ __all__ = [
     "whole_files",
 ]
 
-# What `weightlift bench --against` offers; the others take part in the project's own benchmark.
+# The choices of `weightlift bench --against`. The project's own benchmark uses the others too.
 AGAINST = ("safetensors", "torch")
 
 
@@ -108,11 +107,11 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def read_adapters(path: str | Path | None) -> Mapping[str, Contender]:
-    """``CONTENDERS``, and those of a Python file, by name.
+    """``CONTENDERS`` and the contenders of a Python file, by name.
 
-    The file sets ``CONTENDERS``, a dict of ``Contender`` by name, and has ``Contender`` and what
-    else it needs by ``from contenders import ...``: this package, by the name that the measured
-    process knows it by.
+    The file sets ``CONTENDERS``, a dict of ``Contender`` by name. It imports ``Contender`` and
+    other names with ``from contenders import ...``: the measured process knows this package by that
+    name.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -1,4 +1,4 @@
-"""What an adapter is: a job, and how a library does it."""
+"""A job, and the adapter with which a library does it."""
 
 from __future__ import annotations
 
@@ -45,14 +45,15 @@ class Job:
         files: the files of one checkpoint, loaded one after the other, all kept.
         device: as torch names it.
         dtype: torch's name of the dtype that floating-point tensors are wanted in, or ``None``.
-        mode: weightlift's ``mode``; ``"read"`` asks others, too, for memory of their own.
+        mode: weightlift's ``mode``; with ``"read"``, other libraries also read into their own
+            memory.
         tensor: load this tensor alone.
         what: ``"load"``; ``"import"`` to time the import of the library on top of torch's;
             ``"convert"`` to time how the files become those of the library's own format.
         folder: of a model, with its configuration; ``files`` are its weights.
         model: ``"module:Class"`` of that model, for contenders that load into one.
-        checksum: have a checksum made of the result, after the clock; on CUDA one always is.
-        forward: have the model run once, after the clock.
+        checksum: compute a checksum of the result after the timed part; on CUDA always.
+        forward: run the model once after the timed part.
     """
 
     contender: str
@@ -81,17 +82,16 @@ class Contender:
     """A library that loads checkpoints.
 
     Attributes:
-        distribution: the name under which its version is found; of ``None`` that is the model's
-            library.
-        module: what has to be importable.
+        distribution: the distribution whose version is reported; ``None`` for the model's library.
+        module: the module that must be importable.
         why_not: why it cannot do a job, or ``None``; decided without importing it.
-        prepare: imports what it needs and returns the function that is timed. Nothing is loaded
-            before: what the first load of a process costs is part of the measurement.
+        prepare: imports what it needs and returns the function that is timed. Loads nothing,
+            because the cost of the first load of a process is part of the measurement.
         imports: the module whose import is timed for jobs of ``what="import"``.
-        environment: the virtual environment that has it, where that is not everybody's.
-        reads: the files that it reads, in the place of the job's.
+        environment: the virtual environment that has it, if it needs its own.
+        reads: the files that it reads instead of the job's.
         convert: makes these of the job's.
-        exact: whether what it gives is the checkpoint, so that checksums tell whether it is right.
+        exact: whether its result is the checkpoint, so that its checksum can be compared.
     """
 
     distribution: str | None
@@ -120,7 +120,7 @@ class Contender:
 
 
 class _Phases:
-    """Where a load's time went: each mark books the time since the one before."""
+    """The time of a load by phase: each mark adds the time since the previous mark to a phase."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -139,11 +139,11 @@ class _Phases:
 
 
 phases = _Phases()
-# What weightlift reports of its loads.
+# weightlift's reports of its loads.
 reports: list[Any] = []
 
 
-# Why not: None, or what it cannot do.
+# The `why_not` functions return None or the reason.
 
 
 def _only(suffixes: tuple[str, ...], text: str) -> Callable[[Job], str | None]:
@@ -179,7 +179,7 @@ def dtype_of(job: Job) -> Any:
 
 
 def cast(tensors: dict[str, Any], job: Job) -> dict[str, Any]:
-    """What a user of a library without a dtype argument writes."""
+    """The cast that users of a library without a dtype argument write."""
     dtype = dtype_of(job)
     if dtype is None:
         return tensors
@@ -187,7 +187,7 @@ def cast(tensors: dict[str, Any], job: Job) -> dict[str, Any]:
 
 
 def each_tensor(job: Job, safe_open: Callable[..., Any]) -> Load:
-    """A loop over ``get_tensor``, as checkpoints are read by who wants to see each tensor."""
+    """A loop over ``get_tensor``, as in code that handles each tensor by itself."""
 
     def load() -> dict[str, Any]:
         tensors: dict[str, Any] = {}

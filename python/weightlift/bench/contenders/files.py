@@ -1,4 +1,4 @@
-"""weightlift's own: tensors of files by name."""
+"""weightlift's loads of files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ __all__ = ["safe_open", "twin", "weightlift", "with_phases"]
 
 
 def with_phases() -> None:
-    """Has weightlift's loads book their phases: index (with opening) until the plan is made;
-    allocate until the engine starts; build, what is done while it runs; move until it has ended."""
+    """Makes weightlift's loads record their phases: index (with opening) until the plan is made;
+    allocate until the engine starts; build for other work while it runs; move until it has
+    ended."""
     from weightlift.load.phases import observe_phases
 
-    # What has been done when a phase is entered.
+    # The phase that ends when each of weightlift's phases begins.
     done = {"plan": "index", "run": "allocate", "wait": "build", "deliver": "move"}
     observe_phases(lambda phase: phases.mark(done[phase]))
 
@@ -44,7 +45,7 @@ def weightlift(job: Job) -> Load:
 
 
 def twin(job: Job) -> Load:
-    """The file of the same name that ends in .safetensors, in the same way."""
+    """The same load of the files with the suffix .safetensors."""
     mode = "read" if job.mode == "auto" and job.dtype is None else job.mode
     return weightlift(dataclasses.replace(job, files=job.files_as(".safetensors"), mode=mode))
 

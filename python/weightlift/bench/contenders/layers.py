@@ -1,7 +1,7 @@
-"""A stack of layers that runs once it is loaded, or while it is: the load, the run, and both.
+"""A stack of layers that runs after its load, or during it: the load, the run, and both.
 
 The layers of a file are called ``model.layers.N.input_layernorm.weight`` (of length ``width``) and
-``model.layers.N.mlp.down_proj.weight`` (``rows`` x ``width``). A run takes one of torch's threads.
+``model.layers.N.mlp.down_proj.weight`` (``rows`` x ``width``). A run uses one of torch's threads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .adapter import Job, Load, reports
 
 __all__ = ["in_background", "loaded", "loaded_and_run", "run_alone"]
 
-# Rows of the input: as many as make a run take about as long as reading a cold file.
+# Rows of the input. With this number, a run takes about as long as reading the cold file.
 _ROWS = int(os.environ.get("WEIGHTLIFT_BENCH_ROWS", "48"))
 
 
@@ -33,7 +33,7 @@ def loaded(job: Job) -> Load:
 
 
 def run_alone(job: Job) -> Load:
-    """The run alone: all is in memory when the clock starts."""
+    """The run alone: all weights are in memory when the clock starts."""
     from weightlift.load_into import load_into
 
     model, run = _stack(job)

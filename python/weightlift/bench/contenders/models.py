@@ -1,4 +1,4 @@
-"""Models: by their libraries, by accelerate, and by weightlift."""
+"""Loads of models by their libraries, by accelerate and by weightlift."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def from_pretrained(job: Job, cls: Any, **options: Any) -> Load:
     if job.device != "cpu":
         options["device_map"] = job.device
     if job.mode == "read":
-        options["disable_mmap"] = True  # as the libraries themselves have it
+        options["disable_mmap"] = True  # the libraries' own option for this
     if job.files and all(file.endswith(".bin") for file in job.files):
-        options["use_safetensors"] = False  # others may lie beside them
+        options["use_safetensors"] = False  # there may be .safetensors files beside them
     return lambda: cls.from_pretrained(job.folder, **options)
 
 
@@ -99,12 +99,12 @@ def _mixin_class(job: Job) -> Any:
 
 
 def mixin(job: Job) -> Load:
-    """The same model as a class of weightlift's ModelMixin."""
+    """The same model, as a subclass of weightlift's ModelMixin."""
     return reported(from_pretrained(job, _mixin_class(job), mode=job.mode))
 
 
 def mixin_twin(job: Job) -> Load:
-    """The same, from the file of the same name that ends in .safetensors."""
+    """The same, from the files with the suffix .safetensors."""
     return mixin(dataclasses.replace(job, files=job.files_as(".safetensors")))
 
 
@@ -118,7 +118,7 @@ def construction(job: Job) -> Load:
 
 
 def reading(job: Job) -> Load:
-    """What the model's from_pretrained reads, alone."""
+    """Only the reading of the model's from_pretrained."""
     from weightlift.load_file import load_checkpoint
 
     return reported(

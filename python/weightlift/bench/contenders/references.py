@@ -10,7 +10,7 @@ __all__ = ["empty", "reference", "safe_open", "safetensors", "torch_load"]
 
 
 def safetensors(job: Job) -> Load:
-    # Own memory is compared with own memory.
+    # Reads into own memory are compared with each other.
     return reference(job, "pread" if job.mode == "read" else "mmap")
 
 
@@ -18,7 +18,7 @@ def reference(job: Job, backend: str) -> Load:
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    # As all users call it, where the backend is the default.
+    # Without the argument, as most users call it, for the default backend.
     how = {} if backend == "mmap" else {"backend": backend}
 
     def load() -> dict[str, Any]:
@@ -55,7 +55,7 @@ def torch_load(job: Job, mmap: bool) -> Load:
 
 
 def empty(job: Job) -> Load:
-    """No library: a bare loop of torch.empty, the floor of what many small tensors cost."""
+    """No library: a loop over torch.empty, the lower bound for many small tensors."""
     import torch
 
     import weightlift._native as _native

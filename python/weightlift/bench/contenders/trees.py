@@ -73,7 +73,7 @@ def safetensors_flax(job: Job) -> Load:
         for file in job.files:
             tensors = load_file(file)
             phases.mark("move")
-            while tensors:  # what is converted is not kept beside its result
+            while tensors:  # does not keep an array beside its converted copy
                 name, array = tensors.popitem()
                 path, axes = flax_leaf(name, array.shape)
                 leaves[path] = jnp.transpose(array, axes)
