@@ -1,7 +1,7 @@
-# `make demo` and `make test` are the two commands; each does all its own set-up.
+# `make demo` and `make test` do all of their own set-up.
 #
-# The virtual environment in .venv holds either the release build (demo, bench) or the development
-# build with the test hooks (test): a stamp says which, and switching reinstalls incrementally.
+# The virtual environment in .venv has either the release build (demo, bench) or the development
+# build with the test hooks (test). A stamp says which, and switching reinstalls incrementally.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -29,31 +29,31 @@ LAYER  := $(wildcard $(shell git ls-files python 2>/dev/null))
 
 help:
 	@printf '%s\n' \
-	  'make demo            build, load a real model and a 2 GB one, compare with the reference' \
+	  'make demo            builds, loads a real model and a 2 GB one, compares with the reference' \
 	  'make test            build, linters, C++ and Python tests, the simulated CUDA driver' \
-	  'make test-deep       what takes minutes or hours: sanitizers, all versions, fuzzing' \
+	  'make test-deep       tests of minutes or hours: sanitizers, all versions, fuzzing' \
 	  'make lint            ruff, mypy, clang-format' \
 	  'make check-perf      instructions, system calls and allocations against their budgets' \
-	  'make coverage        lines that the tests do not reach' \
-	  'make fuzz            the parsers under libFuzzer; FUZZ_SECONDS=60 a target' \
-	  'make test-libraries  the own tests of diffusers, transformers, ... with the backends on' \
+	  'make coverage        the lines that the tests do not reach' \
+	  'make fuzz            the parsers under libFuzzer; FUZZ_SECONDS=60 for each target' \
+	  'make test-libraries  the tests of diffusers, transformers, ... with the backends on' \
 	  'make test-serving    vLLM and SGLang on the CPU; 3 GB to download' \
 	  'make test-architectures  every model of transformers and diffusers, tiny, both ways' \
-	  'make test-matrix     with the versions that tests/matrix locks' \
-	  'make gpu-check       tests and measures on a machine with a GPU' \
+	  'make test-matrix     the tests with the versions that tests/matrix locks' \
+	  'make gpu-check       tests and measurements on a machine with a GPU' \
 	  'make gpu-rehearsal   the same here, on the simulated driver' \
 	  'make bench           the benchmark, into build/bench-runs; then make summary report' \
 	  'make bench-streams   models that run while they load, or in less memory than they have' \
 	  'make summary         the summary of this machine, in benchmarks/results' \
 	  'make report          its tables and pictures' \
 	  'make release         sdist and wheels for every Python, x86-64 and aarch64, into dist' \
-	  'make release-lock    the hashes of the packages that a release is made with' \
+	  'make release-lock    the hashes of the packages that build a release' \
 	  'make release-check   installs each wheel as a user would, and uses it' \
-	  'make release-checklist  all that must hold before an upload' \
+	  'make release-checklist  the checks before an upload' \
 	  'make test-aarch64    native tests and loads on an emulated aarch64' \
 	  'make docs            the documentation site, in build/docs' \
-	  'make docs-check      no page scrolls sideways at 360 pixels, light and dark' \
-	  'make clean           remove what the others made'
+	  'make docs-check      checks that no page scrolls sideways at 360 pixels' \
+	  'make clean           removes what the other targets made'
 
 $(VENV)/.tools: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -72,7 +72,8 @@ $(VENV)/.deep-tools: $(VENV)/.test-tools
 	$(PIP) install -c constraints.txt $(DEEP_NEEDS)
 	@touch $@
 
-# The C++ tests' framework, and what makes system calls fail and file systems, are the distribution's.
+# From the distribution: googletest, strace (makes system calls fail) and xfsprogs (makes file
+# systems).
 $(VENV)/.gtest: $(VENV)/.tools
 	@if [ ! -e /usr/include/gtest/gtest.h ] || ! command -v strace > /dev/null || ! command -v mkfs.xfs > /dev/null; then \
 	  echo "installing libgtest-dev, strace, xfsprogs"; \
@@ -102,12 +103,12 @@ $(VENV)/.release: $(VENV)/.tools $(NATIVE) $(LAYER)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall .
 	@rm -f $(VENV)/.dev && touch $@
 
-# An editable installation knows each module by name: a new one needs another.
+# An editable installation lists the modules by name, so a new module needs a new installation.
 $(VENV)/.modules: FORCE | $(VENV)/.tools
 	@git ls-files python | cmp -s - $@ || git ls-files python > $@
 FORCE:
 
-# Editable: Python files are used where they are.
+# Editable: Python files are used in place.
 $(VENV)/.dev: $(VENV)/.test-tools $(VENV)/.gtest $(VENV)/.modules $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall \
 	  -C build-dir=build/dev -C cmake.define.WEIGHTLIFT_TESTING=ON \
@@ -126,8 +127,8 @@ bench: install-release bench-env
 bench-streams: install-release
 	$(BIN)/python benchmarks/streams.py
 
-# The peers, each in an environment of its own that sees the main one's packages behind its own:
-# torch is installed once.
+# Each peer has its own environment, which falls back to the packages of the main one, so that torch
+# is installed once.
 PEERS := $(patsubst benchmarks/environments/%.txt,.bench/%/.installed,\
            $(wildcard benchmarks/environments/*.txt))
 bench-env: $(PEERS)
@@ -137,13 +138,13 @@ bench-env: $(PEERS)
 	$(BIN)/python -c "import sysconfig as s; print(s.get_path('purelib'))" > \
 	  $$(.bench/$*/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/main.pth
 	$(PIP) --python .bench/$*/bin/python install --only-binary :all: -r $< && touch $@ || \
-	  echo "$* cannot be installed here: the benchmark will say so"
+	  echo "$* cannot be installed here: the benchmark leaves it out"
 
-# The machine's summary in benchmarks/results, out of the runs in build/bench-runs.
+# Writes the machine's summary into benchmarks/results, from the runs in build/bench-runs.
 summary: install-release
 	$(BIN)/python benchmarks/summary.py
 
-# Draws the summaries and writes their tables, and what the demo prints, into README and RESULTS.md.
+# Draws the summaries and writes their tables and the demo's output into README and RESULTS.md.
 report: install-release
 	$(BIN)/python benchmarks/report.py
 
@@ -156,7 +157,7 @@ docs: $(VENV)/.docs-tools
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 	@echo "build/docs/index.html"
 
-# No page scrolls sideways at 360 pixels. The browser is the distribution's.
+# Checks that no page scrolls sideways at 360 pixels. The browser comes from the distribution.
 docs-check: docs
 	@if [ -z "$$(command -v chromium google-chrome)" ]; then \
 	  echo "installing chromium"; \
@@ -172,8 +173,8 @@ test: dev lint native-tests python-tests
 native-tests: dev
 	$(BIN)/ctest --test-dir build/dev --output-on-failure -j $(JOBS)
 
-# A process a core, file by file. jax warns at every fork of the process it is in, so its tests have
-# one of their own.
+# One process for each core, file by file. jax warns at each fork of its process, so its tests run
+# in a separate one.
 python-tests: dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 10 -m "not gpu and not deep" \
 	  --ignore=tests/python/models/test_flax.py
@@ -187,14 +188,15 @@ lint: $(VENV)/.test-tools
 	git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.inl' 'csrc/*.cu' 'tests/*.h' 'tests/*.cc' | \
 	  xargs $(BIN)/clang-format --dry-run --Werror
 
-# As the development build compiles it; .clang-tidy says what is looked for.
+# Uses the compile commands of the development build; .clang-tidy selects the checks.
 .PHONY: tidy asan tsan coverage
 tidy: dev $(VENV)/.deep-tools
 	git ls-files 'csrc/*.cc' | xargs -P $(JOBS) -n 1 $(BIN)/clang-tidy --quiet -p build/dev
 
-# The native tests, and the simulated driver with them, under ASan and UBSan, or under TSan. Without
-# those that ask for links kept busy in real time: instrumented code is too slow for that. TSan's
-# runtime waits for ever in a child that is forked while another thread allocates.
+# Runs the native tests, with the simulated driver, under ASan and UBSan, or under TSan. Leaves out
+# the tests that need links to stay busy in real time, because instrumented code is too slow, and
+# one whose forked child waits for ever: TSan's runtime does so if another thread allocates during
+# the fork.
 asan: SANITIZE := address,undefined
 tsan: SANITIZE := thread
 asan tsan: LEFT_OUT := ^LinkRate\.
@@ -206,7 +208,7 @@ asan tsan: $(VENV)/.test-tools $(VENV)/.gtest
 	$(BIN)/cmake --build build/$@
 	$(BIN)/ctest --test-dir build/$@ --output-on-failure -j $(JOBS) -E '$(LEFT_OUT)'
 
-# Of the native and the Python tests together; prints the lines that they do not reach.
+# Coverage of the native and Python tests together; prints the lines that they do not reach.
 coverage: $(VENV)/.gtest $(VENV)/.deep-tools
 	$(BIN)/python tests/measure_coverage.py
 
@@ -221,11 +223,11 @@ test-deep: dev
 	$(MAKE) test-serving
 	$(MAKE) fuzz
 
-# What loads cost in instructions, system calls and allocations, against the budgets.
+# Compares the instructions, system calls and allocations of loads with the budgets.
 check-perf: dev $(VENV)/.valgrind
 	$(BIN)/python tests/perf/run.py
 
-# Under ASan and UBSan; so many seconds each of the targets.
+# Under ASan and UBSan, FUZZ_SECONDS for each target.
 FUZZ_SECONDS ?= 60
 fuzz: dev $(VENV)/.clang
 	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
@@ -233,29 +235,31 @@ fuzz: dev $(VENV)/.clang
 	  WEIGHTLIFT_KERNEL_SECONDS=$(FUZZ_SECONDS) build/dev/tests/native/$${arm}_test || exit 1; \
 	done
 
-# With each version that tests/matrix/*.txt locks: `make test-matrix MATRIX="oldest newest"`.
+# Runs the tests with each set of versions that tests/matrix/*.txt locks: `make test-matrix
+# MATRIX="oldest newest"`.
 test-matrix: dev
 	tests/matrix/run.sh $(MATRIX)
 
-# A real vLLM, and SGLang's loader, in an environment of their own.
+# A real vLLM, and SGLang's loader, in their own environment.
 test-serving: dev
 	tests/serving/run.sh
 
-# The libraries' own tests, with the backends off and on.
+# Runs the libraries' own tests with the backends off and on.
 test-libraries: dev
 	$(BIN)/python tests/libraries/run.py $(SUITES)
 
-# Every architecture of transformers and diffusers, tiny, by the library alone and with the backend:
-# every two options together, and all combinations with FULL=1.
+# Loads a tiny model of each architecture of transformers and diffusers by the library alone and
+# with the backend: all pairs of options, or all combinations with FULL=1.
 test-architectures: dev
 	$(BIN)/python tests/libraries/architectures/run.py --jobs $(JOBS)
 
-# The sdist, the wheels, their SBOM and checksums, of HEAD; compilers and tools come from the index.
+# Makes the sdist, the wheels, their SBOM and checksums from HEAD. Compilers and tools come from the
+# index.
 release:
 	$(PYTHON) release/build.py --jobs $(JOBS) $(RELEASE)
 
-# The packages that a release is made with, and their hashes; after a change of release/*.in or
-# constraints.txt.
+# Locks the packages that build a release, with their hashes. Run it after a change of release/*.in
+# or constraints.txt.
 release-lock: $(VENV)/.tools
 	$(PIP) install uv
 	for name in builder tools; do \
@@ -264,12 +268,12 @@ release-lock: $(VENV)/.tools
 	    release/$$name.in -o release/$$name.txt || exit 1; \
 	done
 
-# As a user would: clean environments, no compiler, also without root and on a read-only root.
-# RELEASE_CHECK=--cpu-torch where nothing may be downloaded of torch's CUDA build.
+# Installs as a user would: in clean environments without a compiler, also without root and on a
+# read-only root. RELEASE_CHECK=--cpu-torch forbids the download of torch's CUDA build.
 release-check:
 	$(PYTHON) release/check.py $(RELEASE_CHECK)
 
-# After `make release`, whose compiler it takes.
+# Uses the compiler of `make release`.
 test-aarch64:
 	@if [ ! -d build/release/tools ]; then $(MAKE) release; fi
 	@if [ -z "$$(command -v qemu-aarch64 qemu-aarch64-static)" ] || [ ! -d /usr/src/googletest ]; then \
@@ -282,19 +286,19 @@ test-aarch64:
 release-checklist:
 	$(PYTHON) release/checklist.py $(CHECKLIST)
 
-# Registers, spills and sizes of the kernel by architecture, into tests/KERNELS.md.
+# Writes the kernel's registers, spills and sizes by architecture into tests/KERNELS.md.
 kernel-report: $(VENV)/.tools
 	$(BIN)/python cmake/build_kernels.py --nvcc nvcc --include csrc --out build/kernel-report \
 	  --ptxas "$$($(BIN)/python -c 'import glob, nvidia; print(*(f for p in nvidia.__path__ for f in glob.glob(p + "/cuda_nvcc/bin/ptxas")))')" \
 	  --report tests/KERNELS.md csrc/convert/scatter.cu \
 	  $$(sed -n 's/^set(WEIGHTLIFT_KERNEL_ARCHITECTURES "\([0-9;]*\)".*/\1/p' CMakeLists.txt | tr ';' ' ')
 
-# One machine with a GPU, offline, with the Python at hand: fifteen minutes in two commands, the
-# first look first (tests/gpu_check/run.py --help). A skipped test fails.
+# For a machine with a GPU, offline, with the Python that it has: fifteen minutes in two commands,
+# of which the first is the first look (tests/gpu_check/run.py --help). A skipped test is a failure.
 gpu-check:
 	$(PYTHON) tests/gpu_check/run.py $(GPU_CHECK)
 
-# The whole of it here, on the simulated driver, with parts that hang and break on purpose.
+# The whole GPU check on the simulated driver, with parts that hang and fail on purpose.
 gpu-rehearsal: dev
 	$(BIN)/python tests/gpu_check/run.py --rehearsal $(GPU_CHECK)
 

@@ -1,8 +1,7 @@
-"""Checkpoints made by code: the same bytes every time, and none of them in the repository.
+"""Makes checkpoints with the same bytes every time, so that the repository contains none.
 
-The bits are random, but for the highest exponent bit of every 16-bit word, which is zero: so no
-bf16, fp16 or fp32 among them is a NaN or an infinity, and casts can be compared bit by bit with
-torch's.
+The bits are random, except that the highest exponent bit of each 16-bit word is zero. So no bf16,
+fp16 or fp32 value is a NaN or an infinity, and casts can be compared bit by bit with torch's.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class RandomBits:
 def layers(
     bits: RandomBits, count: int, dtype: torch.dtype, first: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Tensors of a decoder's shapes, at most 32 MiB each, of about ``count`` bytes in all."""
+    """Tensors with a decoder's shapes, at most 32 MiB each, about ``count`` bytes in total."""
     tensors: dict[str, torch.Tensor] = {}
     width = 4096 if dtype.itemsize == 2 else 2896  # 32 MiB
     layer, total = first, 0
@@ -64,14 +63,14 @@ def layers(
 
 
 def one_file(path: Path, count: int, dtype: torch.dtype, seed: int = 0) -> Path:
-    """A checkpoint of about ``count`` bytes in one file; kept if it is there."""
+    """A checkpoint of about ``count`` bytes in one file; an existing file is kept."""
     if not path.exists():
         _save(layers(RandomBits(seed), count, dtype), path)
     return path
 
 
 def many_layers(path: Path, count: int, width: int = 512, seed: int = 0) -> Path:
-    """``count`` modules of one fp32 tensor each, half of them square; kept if it is there."""
+    """``count`` modules of one fp32 tensor each, half of them square; an existing file is kept."""
     if not path.exists():
         bits = RandomBits(seed)
         tensors = {}
@@ -115,11 +114,11 @@ def torch_file(path: Path, count: int, dtype: torch.dtype, seed: int = 0) -> Pat
 def model(
     folder: Path, build: Callable[[], torch.nn.Module], stem: str, shards: int, dtype: torch.dtype
 ) -> list[Path]:
-    """The weights of a model, with its configuration, as its library names them.
+    """The weights and the configuration of a model, with the file names of its library.
 
     Args:
-        build: makes the model; it is called on ``meta``.
-        stem: of the names of the files.
+        build: makes the model; called on ``meta``.
+        stem: the beginning of the file names.
     """
     marker = folder / "config.json"
     if not marker.exists():
@@ -158,8 +157,8 @@ def model(
 
 
 def model_by_torch(folder: Path, of: Path) -> list[Path]:
-    """The weights of a model that ``model`` made, by ``torch.save``, with links to the model's own
-    files beside them."""
+    """The weights of a model that ``model`` made, written by ``torch.save``, with links to the
+    model's other files."""
     _link(folder, of)
     made = [file.with_suffix(".bin") for file in sorted(folder.glob("*.safetensors"))]
     for file in made:
@@ -178,7 +177,7 @@ def _link(folder: Path, of: Path) -> None:
 
 
 def _wide(width: int, scale: float, step: int) -> int:
-    """A width such that weights, which have two of them, shrink by ``scale``."""
+    """The width that scales a square weight's size by ``scale``."""
     return max(step, round(width * math.sqrt(scale) / step) * step)
 
 
@@ -206,7 +205,7 @@ def unet_860m(scale: float = 1) -> torch.nn.Module:
 
 
 def unet_deep(scale: float = 1) -> torch.nn.Module:
-    """17,766 tensors of 600 M parameters, whose construction takes seconds."""
+    """17,766 tensors with 600 M parameters; constructing the model takes seconds."""
     return _unet(scale, 72, (64, 128, 192, 192), cross_attention_dim=768)
 
 
@@ -223,7 +222,7 @@ def _unet(scale: float, layers: int, widths: tuple[int, ...], **more: Any) -> to
 
 
 def llama_many(scale: float = 1) -> torch.nn.Module:
-    """More than 9,000 tensors, and little in them."""
+    """More than 9,000 small tensors."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -240,8 +239,8 @@ def llama_many(scale: float = 1) -> torch.nn.Module:
 
 
 def moe_many(folder: Path, scale: float = 1) -> list[Path]:
-    """A mixture of experts of more than 9,000 tensors, and little in them: each expert apart, as
-    checkpoints have them; transformers merges them."""
+    """A mixture of experts with more than 9,000 small tensors. As in real checkpoints, each expert
+    is separate; transformers merges them."""
     if not (folder / "config.json").exists():
         from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -262,8 +261,8 @@ def moe_many(folder: Path, scale: float = 1) -> list[Path]:
 
 
 def moe_file(path: Path, count: int, tensors: int = 18_867, seed: int = 0) -> Path:
-    """About ``count`` bytes in the shapes of Qwen3-30B-A3B, smaller: 128 experts a layer, of three
-    matrices each, in bf16. It has 18,867 tensors."""
+    """About ``count`` bytes with the names of Qwen3-30B-A3B and smaller shapes: 128 experts in each
+    layer, of three matrices each, in bf16; 18,867 tensors."""
     if not path.exists():
         layers = max(1, tensors // 393)
         rows = max(1, round(math.sqrt(count / 2 / (layers * 128 * 3) / (2048 / 768))))
@@ -298,8 +297,8 @@ def pipeline(folder: Path, unet: Path, scale: float = 1) -> list[Path]:
     """Stable Diffusion with two text encoders, without tokenizers: four components in fp32, 5.7 GB.
 
     Args:
-        folder: of the pipeline.
-        unet: of a UNet that ``model`` made; its weights are the same files.
+        folder: the pipeline's folder.
+        unet: the folder of a UNet that ``model`` made; the pipeline shares its files.
     """
     if (folder / "model_index.json").exists():
         return sorted(folder.rglob("*.safetensors"))
@@ -370,7 +369,7 @@ def many_small(path: Path, tensors: int, seed: int = 0) -> Path:
         ends = np.cumsum(sizes).tolist()
         parts = [whole[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
         named = {f"experts.{n // 64}.{n % 64}.weight": part for n, part in enumerate(parts)}
-        # One storage under many tensors is what the format forbids.
+        # The format forbids tensors that share a storage.
         _save({name: part.clone() for name, part in named.items()}, path)
     return path
 

@@ -1,22 +1,23 @@
-"""How many bytes a load moves over the disk, the bus and the network of a cluster.
+"""Models the bytes that a load moves over the disk, the bus and the network of a cluster.
 
     python benchmarks/cluster_model.py --bytes 16e9 --nodes 1 8 64 --ranks-per-node 8
 
 For a checkpoint of B bytes on n nodes of p ranks each (world N = n p):
 
-- Replicated, scope="node": the ranks of each node read B among them, and each gets the other
-  (p - 1)/p from its node's ranks, over the node's bus.
-- Replicated, scope="group": all ranks read B among them; each of them broadcasts its B/N to the
-  N - 1 others. gloo's and NCCL's ring or tree brings a piece into each other node once at least,
+- Replicated, scope="node": the ranks of each node together read B. Each gets the other (p - 1)/p
+  from its node's ranks over the node's bus.
+- Replicated, scope="group": all ranks together read B, and each broadcasts its B/N to the N - 1
+  others. The rings and trees of gloo and NCCL send each piece into each other node at least once,
   and to each rank once.
 - Sharded (FSDP2 or tensor parallel over all ranks): each rank reads its B/N; nothing is sent.
 - Sharded within a node, replicated over nodes (HSDP): each node reads B.
-- Stock: each rank reads B through its node's page cache: N B asked for, B a node from the disk.
+- Stock: each rank reads B through its node's page cache: N B in total, and B for each node from the
+disk.
 
-"Out of files" is what the engine counts, and what tests/python/bench/test_bench_ranks.py holds
-against 2 and 4 processes. The disk's share assumes that a node reads no byte twice that is in its
-page cache; a shared file system serves all nodes. Times are lower bounds: the most loaded of disk,
-bus and network, at the rates that are given, without latencies.
+The engine counts "out of files"; tests/python/bench/test_bench_ranks.py compares it with 2 and 4
+processes. The disk's share assumes that a node reads no byte twice from the disk, and that a shared
+file system serves all nodes. Times are lower bounds: those of the busiest of disk, bus and network,
+at the given rates and without latencies.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ class Moved:
     """Bytes that a load moves.
 
     Attributes:
-        out_of_files: by all ranks together: what the engine counts.
-        disk: of the shared storage, to all nodes together.
-        received: by all ranks together, from other ranks.
+        out_of_files: read by all ranks together, as the engine counts.
+        disk: from the shared storage to all nodes together.
+        received: by all ranks together from other ranks.
         node_bus: into the ranks of one node, from the page cache or from other ranks.
-        node_network: into one node, from other nodes' ranks; the storage not counted.
-        held: by one rank when it has ended.
+        node_network: into one node from other nodes' ranks, without the storage.
+        held: by one rank after the load.
     """
 
     out_of_files: float
@@ -67,7 +68,7 @@ def moved(way: str, size: float, nodes: int, per_node: int) -> Moved:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Bytes a second: of the shared storage, of a node's bus, of a node's network."""
+    """Rates of the shared storage, a node's bus and a node's network, in bytes/s."""
 
     storage: float
     bus: float
@@ -81,7 +82,7 @@ def least_seconds(found: Moved, nodes: int, rates: Rates) -> float:
 
 
 def table(size: float, nodes: Sequence[int], per_node: int, rates: Rates) -> str:
-    """A line for each way and number of nodes; bytes in multiples of the checkpoint's."""
+    """A line for each way and number of nodes; bytes as multiples of the checkpoint's."""
     lines = [
         f"{size / 1e9:.0f} GB, {per_node} ranks a node; multiples of the checkpoint's bytes",
         f"storage {rates.storage / 1e9:.0f}, a node's bus {rates.bus / 1e9:.0f}, its network "

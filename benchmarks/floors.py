@@ -1,11 +1,12 @@
-"""What the machine gives, measured without any loader: the floor under every load's time.
+"""Measures the machine's rates without a loader: the lower bounds of every load's time.
 
     python benchmarks/floors.py FILE
 
-prints, as JSON, bytes a second: copies from memory to memory; new memory, on huge or small pages,
-whichever come faster, when the machine has it and after its host may have taken it; a file in the
-page cache, read into a buffer a thread and into memory for all of it, and mapped; the file from the
-disk past the page cache; pinned memory to the GPU. By all threads at once, the best of several.
+prints rates in bytes/s as JSON: copies from memory to memory; new memory, on huge or small pages,
+whichever are faster, while the machine has it and after its host may have taken it; a file in the
+page cache, read into one buffer for each thread, read into memory for the whole file, and mapped;
+the file from the disk with direct I/O; pinned memory to the GPU. All threads work at once, and the
+best of several runs counts.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 THREADS = len(os.sched_getaffinity(0))
-# Reads in flight that keep a disk busy; more gave nothing on the disks at hand.
+# Reads in flight that keep a disk busy. More gave no gain on the disks that were measured.
 DISK_THREADS = 16
 MOST = 2 * 10**9
 UNIT = 1 << 20
 REPEAT = 3
-# A host takes what is free within two seconds (Linux, mm/page_reporting.c), here in several steps.
+# Free memory is reported to the host after 2 s (Linux, mm/page_reporting.c), and here in several
+# steps.
 WAIT_SECONDS = 8.0
 MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h; the mmap module does not name it
 
 
 def measure(file: Path) -> dict[str, float]:
-    """The rates, measured in a process of its own, so that its memory is gone then."""
+    """The rates, measured in a separate process, whose memory is free afterwards."""
     done = subprocess.run(
         [sys.executable, __file__, str(file)], check=True, stdout=subprocess.PIPE, text=True
     )
@@ -56,7 +58,8 @@ def address(of: mmap.mmap) -> int:
 
 
 def best_rate(count: int, threads: int, work: Callable[[int, int], None]) -> float:
-    """Bytes a second of ``work(begin, end)`` over parts of ``count`` bytes, a thread each."""
+    """The rate in bytes/s of ``work(begin, end)`` on parts of ``count`` bytes, one thread for each
+    part."""
     part = -(-count // threads // UNIT) * UNIT
     bounds = [(n * part, min((n + 1) * part, count)) for n in range(threads) if n * part < count]
     seconds = []
@@ -85,13 +88,13 @@ def copy_rate(count: int) -> float:
 
 
 def new_memory_rate(count: int, wait: float) -> float:
-    """Of memory that nobody has touched, ``wait`` seconds after the last of it was given back; on
-    huge or on small pages, whichever are faster, by all threads."""
+    """The rate of untouched memory, ``wait`` seconds after the last memory was freed; on huge or
+    small pages, whichever are faster, with all threads."""
     program = memory_toucher()
     rates = []
     for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_NOHUGEPAGE):
         for _ in range(1 if wait else REPEAT):
-            with contextlib.closing(memory(count)):  # the machine has it now
+            with contextlib.closing(memory(count)):  # now the machine has it
                 pass
             time.sleep(wait)
             rates.append(program(count, advice))
@@ -99,7 +102,8 @@ def new_memory_rate(count: int, wait: float) -> float:
 
 
 def memory_toucher() -> Callable[[int, int], float]:
-    """(bytes, advice) -> bytes a second, by all threads. Through ctypes, which lets the GIL go."""
+    """Returns a function of (bytes, advice) that measures bytes/s with all threads. It uses ctypes,
+    which releases the GIL."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -126,13 +130,13 @@ def memory_toucher() -> Callable[[int, int], float]:
 
 
 def read_rate(file: Path, count: int, direct: bool, whole: bool = False) -> float:
-    """Into a buffer a thread, with ``direct`` past the page cache; or into memory for the whole of
-    it."""
+    """Reads the file into one buffer for each thread, with ``direct`` by direct I/O; or into memory
+    for the ``whole`` file."""
     descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0))
     target = memoryview(memory(count)) if whole else None
 
     def read(begin: int, end: int) -> None:
-        unit = 4 * UNIT if direct or whole else UNIT  # that stays in a core's cache
+        unit = 4 * UNIT if direct or whole else UNIT  # small enough for a core's cache
         own = memoryview(memory(unit)) if target is None else target[begin:end]
         done = 0
         while done < end - begin:
@@ -146,7 +150,7 @@ def read_rate(file: Path, count: int, direct: bool, whole: bool = False) -> floa
 
 
 def mapped_rate(file: Path, count: int) -> float:
-    """Mapped anew, and a byte of each page read."""
+    """Maps the file and reads a byte of each page."""
     seconds = []
     for _ in range(REPEAT):
         with file.open("rb") as opened:
@@ -178,7 +182,7 @@ def main() -> None:
     from weightlift.bench.conditions import settle
 
     file = Path(sys.argv[1])
-    # Whole units, for direct reads.
+    # A multiple of UNIT, for direct reads.
     count = min(file.stat().st_size, MOST) // (4 * UNIT) * 4 * UNIT
     found = {"memory copy": copy_rate(max(count // 2, 64 * UNIT))}
     fresh = max(count // 4 // (2 * UNIT) * 2 * UNIT, 64 * UNIT)

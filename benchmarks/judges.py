@@ -1,4 +1,4 @@
-"""Figures beside their targets. A judge gets a comparison and says what it comes to."""
+"""Figures and their targets. A judge computes the figure of a comparison."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Callable
 from weightlift.bench.comparison import Comparison
 
 OURS = "weightlift"
-# What no library is: a floor, and the parts of a load that are measured beside it.
+# Not libraries: a lower bound, and the parts of a load that are measured too.
 APART = ("torch.empty", "construction", "reading", "layers-load", "layers-run", "whole")
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A measured figure beside its target.
+    """A measured figure and its target.
 
     Attributes:
-        against: the contender that it is the ratio to, where that is found by measuring.
+        against: the contender of the ratio, if the measurement chose it.
     """
 
     target: str
@@ -27,7 +27,7 @@ class Figure:
     against: str | None = None
 
 
-# What the hardware gives, by name, in bytes a second.
+# The hardware's rates by name, in bytes/s.
 Rates = dict[str, float]
 Judge = Callable[[Comparison, Rates], Figure]
 
@@ -81,7 +81,7 @@ def faster_at_least(limit: float, than: str, ours: str = OURS) -> Judge:
 
 
 def within_memory(limit: float, ours: str, time: Judge) -> Judge:
-    """A judge of the time, and the peak of the own memory over the bytes that came out."""
+    """A judge of the time, and of the peak of own memory over the loaded bytes."""
 
     def judge(found: Comparison, rates: Rates) -> Figure:
         figure = time(found, rates)
@@ -99,7 +99,7 @@ def within_memory(limit: float, ours: str, time: Judge) -> Judge:
 
 
 def overlapped(slack: float, whole: str, parts: tuple[str, ...]) -> Judge:
-    """What a load takes beyond the longer of its parts, in the median round."""
+    """The time of a load beyond the longer of its parts, in the median round."""
 
     def judge(found: Comparison, _: Rates) -> Figure:
         beyond = None
@@ -113,7 +113,7 @@ def overlapped(slack: float, whole: str, parts: tuple[str, ...]) -> Judge:
 
 
 def within_longer_part(factor: float, whole: str, parts: tuple[str, ...]) -> Judge:
-    """What a load takes, against the longer of its parts, in the median round."""
+    """The time of a load over that of the longer of its parts, in the median round."""
 
     def judge(found: Comparison, _: Rates) -> Figure:
         ratio = None
@@ -127,7 +127,7 @@ def within_longer_part(factor: float, whole: str, parts: tuple[str, ...]) -> Jud
 
 
 def microseconds_a_tensor(limit: float, ours: str) -> Judge:
-    """What the call costs beside the bytes, which are next to none."""
+    """The cost of the call for each tensor; the bytes are negligible."""
 
     def judge(found: Comparison, _: Rates) -> Figure:
         each = None

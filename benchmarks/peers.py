@@ -1,9 +1,9 @@
-"""Adapters for other loaders, beside safetensors and torch, which the package itself has.
+"""Adapters for loaders other than safetensors and torch, for which the package has adapters.
 
     weightlift bench FILE --adapters benchmarks/peers.py --against fastsafetensors,flashpack
 
-Each has its lock file in benchmarks/environments and, after `make bench-env`, a virtual environment
-of its own in .bench.
+Each loader has a lock file in benchmarks/environments and, after `make bench-env`, its own virtual
+environment in .bench.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from contenders import Contender, Job, Load, cast, phases, whole_files
 
 __all__ = ["CONTENDERS"]
 
-# What must outlive a load.
+# Objects that must outlive a load.
 _kept: list[Any] = []
 
 
 def _indexed(job: Job) -> str:
-    """The device with its number, which some peers do not fill in."""
+    """The device with its index, which some peers need."""
     return "cuda:0" if job.device == "cuda" else job.device
 
 
@@ -46,7 +46,7 @@ def safetensors_prefetch(job: Job) -> Load:
 
 
 def fastsafetensors(job: Job) -> Load:
-    # By name, here and below: whether a peer is installed is no matter for a type checker.
+    # Imported by name here and below, so that type checking does not depend on installed peers.
     library = importlib.import_module("fastsafetensors")
 
     def load() -> dict[str, Any]:
@@ -58,7 +58,7 @@ def fastsafetensors(job: Job) -> Load:
         buffers = loader.copy_files_to_device()
         phases.mark("move")
         tensors = {name: buffers.get_tensor(name) for name in loader.get_keys()}
-        # Closing would free the memory under the tensors.
+        # Closing would free the tensors' memory.
         _kept.append((loader, buffers))
         return cast(tensors, job)
 
@@ -68,7 +68,7 @@ def fastsafetensors(job: Job) -> Load:
 def _streamed(
     job: Job, begin: Callable[[contextlib.ExitStack], Callable[[], Iterable[tuple[str, Any]]]]
 ) -> Load:
-    """For peers whose tensors come one by one, out of what is closed behind the last."""
+    """For peers that give tensors one by one and are closed after the last."""
 
     def load() -> dict[str, Any]:
         with contextlib.ExitStack() as stack:

@@ -25,7 +25,7 @@ from workloads import CPU, CUDA
 
 DEMO = ROOT / ".demo" / "demo.txt"
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
-# Parts of a load, floors, and weightlift on another form of the file: not competitors.
+# Not competitors: parts of a load, lower bounds, and weightlift on another form of the file.
 APART = (
     "twin",
     "ModelMixin-twin",
@@ -76,7 +76,8 @@ def main() -> None:
 
 
 def demo_section() -> str:
-    """The output of the last `make demo`: its file, else the section that the page has."""
+    """The output of the last `make demo`: from its file, or else from the page's present
+    section."""
     if DEMO.exists():
         lines = [line.rstrip() for line in DEMO.read_text(encoding="utf-8").splitlines()]
         return "\n".join(["\n## make demo", "", "```text", *lines, "```", ""])
@@ -85,7 +86,7 @@ def demo_section() -> str:
 
 
 def read_summaries() -> dict[str, Summary]:
-    """Name of the machine -> its summary; the newest run first."""
+    """The summary of each machine by its name, the newest run first."""
     found = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(RESULTS.glob("*.json"))

@@ -5,9 +5,9 @@
     python benchmarks/run.py --device cuda        # all CUDA workloads
     python benchmarks/run.py --scale 0.02         # quickly, on small files
 
-Files are made by code and kept under --data. Each measurement is a process of its own, under the
-Python of its contender's environment (`make bench-env`); rounds are interleaved in random order,
-and the figure is the median of the rounds' ratios. Runs are written to build/bench-runs;
+Generated files are kept under --data. Each measurement is a separate process with the Python of its
+contender's environment (`make bench-env`). Rounds are interleaved in random order, and the figure
+is the median of the rounds' ratios. Runs are written to build/bench-runs;
 `benchmarks/summary.py` makes the machine's summary of them.
 """
 
@@ -97,7 +97,7 @@ def main() -> int:
         figures[name] = chosen[name].judge(comparison, found)
         content["figures"][name] = dataclasses.asdict(figures[name])
         content["comparisons"].append(to_json(chosen[name], comparison, found))
-        # After each, so that a run that is stopped has recorded something; without paths of the
+        # After each workload, so that a stopped run leaves its results. Without paths of the
         # machine.
         text = json.dumps(content, indent=1)
         for path, word in paths:
@@ -112,7 +112,7 @@ def main() -> int:
 
 
 def unused(name: str) -> Path:
-    """Where the results go: a run is kept beside an earlier one of its day."""
+    """The file for the results. It does not replace an earlier run of the same day."""
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     paths = (RUNS / f"{name}.json" for name in names)
     return next(path for path in paths if not path.exists())
@@ -132,7 +132,7 @@ def measure_rates(jobs: dict[str, Job], console: Console) -> Rates:
     sizes = sorted((Path(file).stat().st_size, file) for job in jobs.values() for file in job.files)
     if not sizes:
         return {}
-    # The smallest that is large enough: it is read whole.
+    # The smallest file that is large enough, because it is read as a whole.
     chosen = next((file for size, file in sizes if size >= floors.MOST), sizes[-1][1])
     with console.status("measuring what the machine gives"):
         return floors.measure(Path(chosen))
@@ -173,7 +173,7 @@ def run(
 def floor_of(
     workload: Workload, comparison: Comparison, contender: str, found: Rates
 ) -> float | None:
-    """Seconds below which this machine cannot do the load."""
+    """The lower bound of the load's time on this machine, in seconds."""
     if workload.floor is None or contender not in comparison.samples:
         return None
     files = comparison.file_bytes
@@ -245,7 +245,8 @@ def show(
 def print_methods(
     console: Console, chosen: dict[str, Workload], comparisons: dict[str, Comparison]
 ) -> None:
-    """How each was measured, where the time went, and who could not be measured and why."""
+    """The conditions and phases of each measurement, and the contenders that could not be measured,
+    with the reason."""
     refused: dict[tuple[str, str], list[str]] = {}
     for name, workload in chosen.items():
         comparison = comparisons[name]

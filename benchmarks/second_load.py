@@ -1,10 +1,10 @@
-"""What a process that loads again gains by the memory of dead tensors (`Settings.pool_bytes`):
+"""Measures the gain of a second load from the memory of deleted tensors (`Settings.pool_bytes`):
 
     python benchmarks/second_load.py             # bf16 -> fp32, 1 GB of file
 
-Each round is a fresh process. It loads the file twice into new memory and drops the tensors, then
-does the same with the pool on, then again, and gives the median times; rounds alternate which of
-the two comes first. Memory is backed: the process has just given it back. Writes
+Each round is a new process. It loads the file twice into new memory and deletes the tensors, then
+does the same with the pool, repeats both, and reports the median times. The order of the two
+alternates between rounds. Memory is backed, because the process has just freed it. Writes
 benchmarks/results/second-load/MACHINE.json.
 """
 
@@ -84,7 +84,7 @@ def measure(file: str, first: str) -> dict[str, float]:
                 seconds.append(time.perf_counter() - start)
                 del tensors
         found[kind] = statistics.median(seconds[1:])
-        with wl.Settings(pool_bytes=0):  # which gives the pool's memory back
+        with wl.Settings(pool_bytes=0):  # this frees the pool's memory
             while wl.stats().pool_bytes:
                 tensors = wl.load_file(file, dtype="float32")
                 del tensors
@@ -92,7 +92,7 @@ def measure(file: str, first: str) -> dict[str, float]:
 
 
 def write(path: Path, size: int) -> None:
-    """Tensors of ordinary weights, and the file in the page cache."""
+    """Makes a file of ordinary weights and reads it into the page cache."""
     if path.exists():
         path.read_bytes()
         return

@@ -1,14 +1,14 @@
-"""What a rank of a serving engine reads, and how long it takes: `python benchmarks/serving.py`.
+"""Measures what a rank of a serving engine reads, and the time: `python benchmarks/serving.py`.
 
 Writes benchmarks/results/serving/MACHINE.json; then `python benchmarks/report.py`.
 
-A rank of tensor parallelism as the engines build it (stacked q, k, v, merged gate and up, fused
-experts, row- and column-parallel weights), without an engine: the slices are recorded and read as
-for vLLM. Against it, what the engines do themselves: whole tensors of the reference's mapping, of
-which each weight loader copies its part. The files are sparse: they are read from the page cache.
-Bytes are those of the report and, independently, those that the system counts (/proc/self/io).
-Where tests/serving has its environment (`make test-serving`), vLLM's own loader is measured too, on
-one rank and two, by serving_vllm.py.
+The script builds a rank of tensor parallelism as the engines do (stacked q, k, v, merged gate and
+up, fused experts, row- and column-parallel weights), but without an engine. The slices are recorded
+and read as for vLLM. They are compared with the engines' own way: whole tensors of the reference's
+mapping, from which each weight loader copies its part. The files are sparse and are read from the
+page cache. Bytes are counted by the report and, independently, by the system (/proc/self/io). If
+tests/serving has its environment (`make test-serving`), serving_vllm.py also measures vLLM's own
+loader on one and two ranks.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from weightlift.module.recording.recorder import Recorder
 from weightlift.module.recording.replay import Taken
 
 Weights = Iterable["tuple[str, torch.Tensor]"]
-AHEAD = 128 << 20  # as the backend for vLLM
+AHEAD = 128 << 20  # like the backend for vLLM
 DENSE = {"layers": 2, "hidden": 4096, "inner": 16384, "experts": 0, "vocabulary": 32768}
 MOE = {"layers": 2, "hidden": 2048, "inner": 4096, "experts": 16, "vocabulary": 32768}
 MODELS = {"dense": DENSE, "moe": MOE}
-# Holes up to this size are read along; 1: none are.
+# Gaps up to this size are read too; 1 for none.
 HOLES = {"slices": 4096, "without holes": 1, "holes of 64 KiB": 65536}
 PARTS = ("recording", "bytes", "times", "vllm")
 VLLM = ROOT / "build" / "serving" / "venv" / "bin" / "python"
@@ -53,7 +53,7 @@ VLLM = ROOT / "build" / "serving" / "venv" / "bin" / "python"
 def shapes_of(
     layers: int, hidden: int, inner: int, experts: int, vocabulary: int
 ) -> dict[str, Any]:
-    """Of the tensors of a checkpoint, in the order of the modules."""
+    """The tensors of a checkpoint, in the order of the modules."""
     found: dict[str, tuple[int, ...]] = {"embed": (vocabulary, hidden)}
     for layer in range(layers):
         for name in ("q", "k", "v", "o"):
@@ -162,7 +162,7 @@ def _placeholders(
 
 
 def by_mapping(model: Rank, path: Path) -> None:
-    """As the engines' own loaders: whole tensors that are mapped."""
+    """The way of the engines' own loaders: whole mapped tensors."""
     with safetensors.safe_open(path, "pt") as file:
         model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
 
@@ -174,7 +174,7 @@ def seconds_of(load: Callable[[], object]) -> float:
 
 
 def counted_by_the_system(what: str = "rchar") -> int:
-    """Bytes that were read, or calls that read: syscr."""
+    """Bytes that were read, or with syscr the calls that read."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(what)))
 
@@ -185,7 +185,7 @@ def anonymous_bytes() -> int:
 
 
 def measure_bytes(name: str, path: Path, ranks: int, rank: int) -> dict[str, Any]:
-    """In a process of its own: bytes, and the peak of its memory."""
+    """In a separate process: the bytes and the peak of its memory."""
     model = Rank(rank, ranks, **MODELS[name])
     by_slices(Rank(0, 1, 1, 64, 64, 0, 64), _small(path))  # threads, imports
     before, peak, ended = anonymous_bytes(), 0, threading.Event()
@@ -223,7 +223,7 @@ def _small(path: Path) -> Path:
 
 
 def measure_recording(folder: Path, names: int) -> dict[str, Any]:
-    """A mixture of experts with so many tensors, small ones; the reading apart."""
+    """A mixture of experts with this many small tensors; the reading is timed separately."""
     config = {"layers": names // 768, "hidden": 32, "inner": 32, "experts": 256, "vocabulary": 64}
     path = folder / "many.safetensors"
     write(path, shapes_of(**config))
@@ -249,8 +249,8 @@ def measure_recording(folder: Path, names: int) -> dict[str, Any]:
 
 
 def measure_times(name: str, path: Path, ranks: int, rounds: int) -> dict[str, Any]:
-    """Warm, interleaved: the median of the rounds' ratios; of slices also the processor's time, of
-    all threads, and the calls that read."""
+    """Warm and interleaved: the median of the rounds' ratios; for slices also the processor time of
+    all threads and the number of calls that read."""
     model = Rank(ranks - 1, ranks, **MODELS[name])
     read: dict[str, int] = {}
     calls: dict[str, int] = {}
@@ -292,7 +292,7 @@ def measure_times(name: str, path: Path, ranks: int, rounds: int) -> dict[str, A
 
 
 def measure_vllm(folder: Path, ranks: int, rounds: int) -> list[dict[str, Any]]:
-    """By each of the ranks, in processes of their own."""
+    """Runs each rank in its own process."""
     rendezvous = tempfile.mktemp(dir=folder)
     script = str(Path(__file__).with_name("serving_vllm.py"))
     command = [str(VLLM), script]
@@ -315,7 +315,7 @@ def measure_vllm(folder: Path, ranks: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def measure_all(arguments: argparse.Namespace, summary: dict[str, Any]) -> Iterator[Any]:
-    """Fills the summary; what was measured, as it comes."""
+    """Fills the summary, and yields each measurement."""
     folder: Path = arguments.output
     if "recording" in arguments.parts:
         summary["recording"] = measure_recording(folder, arguments.names)

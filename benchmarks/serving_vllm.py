@@ -1,9 +1,10 @@
-"""vLLM's own loader against ours, on the CPU: seconds and bytes of ``load_weights`` alone.
+"""Compares vLLM's own loader with weightlift on the CPU: seconds and bytes of ``load_weights``.
 
-`serving_vllm.py RANK RANKS RENDEZVOUS FOLDER [ROUNDS]`, in the environment of tests/serving, for
-each rank at the same time. FOLDER gets the models. Warm: interleaved, the median of the ratios.
-Cold: the files are dropped from the page cache before each load; bytes are those that came from the
-device (/proc/self/io), which are none where the file system keeps its files in memory.
+Run `serving_vllm.py RANK RANKS RENDEZVOUS FOLDER [ROUNDS]` in the environment of tests/serving, for
+all ranks at the same time. The models go to FOLDER. Warm loads are interleaved, and the median of
+the ratios counts. For cold loads, the files are dropped from the page cache before each load, and
+the bytes are those from the device (/proc/self/io), which are 0 if the file system keeps its files
+in memory.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def load(rank: compare_ranks.Rank, folder: Path, load_format: str) -> tuple[floa
         loader = get_model_loader(config.load_config)
         model = loader.create_model(vllm_config=config, model_config=config.model_config)
         for parameter in model.parameters():
-            parameter.data.zero_()  # its memory is there
+            parameter.data.zero_()  # backs its memory
         torch.distributed.barrier()
         before, begun = from_the_device(), time.perf_counter()
         loader.load_weights(model, config.model_config)
@@ -66,7 +67,7 @@ def load(rank: compare_ranks.Rank, folder: Path, load_format: str) -> tuple[floa
 def measure(rank: compare_ranks.Rank, folder: Path, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"model": folder.name, "ranks": rank.ranks, "rank": rank.rank}
     for load_format in FORMATS:
-        gc.collect()  # pages that a model maps are not dropped
+        gc.collect()  # mapped pages are not dropped
         with set_current_vllm_config(rank.config(str(folder), load_format, {})):
             rank.begin()
         torch.distributed.barrier()

@@ -1,11 +1,10 @@
-"""The figures of models that load while they run, and of models that are larger than their memory.
+"""Measures models that load while they run, and models that are larger than their memory.
 
     python benchmarks/streams.py                   # all parts that this folder has not
     python benchmarks/streams.py step leaks        # these, measured anew
     python benchmarks/streams.py --scale 0.05      # quickly, on small models
 
-The parts, of which each writes a run of its own into build/bench-runs, so that a run that was
-stopped goes on where it was:
+Each part writes its own run into build/bench-runs, so that a stopped run can go on:
 
     load      a cold file of 4 GB that runs while it loads; 1,000 modules that are in the page cache
     step      a step of 6 GB in 2 GB, by weightlift, by accelerate, and with all of it in memory
@@ -40,9 +39,9 @@ from weightlift.core.version import __version__
 
 GB = 10**9
 MIB = 1 << 20
-# Beyond the budget and the libraries: what the heap takes, and some page cache.
+# Beyond the budget and the libraries: the heap, and some page cache.
 BEYOND = 256 * MIB
-# Small enough that a module's own work is next to nothing; a layer has three with weights.
+# So small that a module's own work is negligible. A layer has three modules with weights.
 SMALL_WIDTH, SMALL_LAYERS = 64, 334
 STEP_DISK = "disk, direct, once through"
 
@@ -52,11 +51,11 @@ class Result:
     """A workload of the summary.
 
     Attributes:
-        name, about: of the workload.
-        bytes: of the model.
-        runs: of its contenders.
-        figure: beside its target.
-        is_cold: whether what is read was not in the page cache.
+        name, about: the workload's name and description.
+        bytes: the model's size.
+        runs: the contenders' runs.
+        figure: the figure and its target.
+        is_cold: whether the files were not in the page cache.
     """
 
     name: str
@@ -93,7 +92,7 @@ def main() -> int:
 
 
 def measure_load(arguments: argparse.Namespace, out: Path) -> None:
-    """By the loads' own benchmark, whose workloads these are."""
+    """Runs run.py, which has these workloads."""
     command = [sys.executable, str(Path(__file__).with_name("run.py")), "layers-cold",
                "layers-1000", "--repeat", "3", "--scale", str(arguments.scale),
                "--data", str(arguments.data), "--out", str(out)]  # fmt: skip
@@ -138,15 +137,15 @@ def layers_of(size: int) -> int:
 
 
 def disk_rate(file: Path) -> float:
-    """Bytes a second past the page cache, once through the file: a second pass may find it in a
-    cache of the virtual machine's host."""
+    """The rate of direct reads in bytes/s, in one pass over the file: a second pass may find it in
+    a cache of the virtual machine's host."""
     drop_from_page_cache(str(file))
     floors.REPEAT = 1
     return floors.read_rate(file, file.stat().st_size // MIB * MIB, direct=True)
 
 
 def measure_hooks(arguments: argparse.Namespace, out: Path) -> None:
-    """Each step is a few milliseconds; warm, by one thread."""
+    """Each step takes a few milliseconds; warm, with one thread."""
     layers = max(2, int(SMALL_LAYERS * arguments.scale))
     size = layers * (8 * SMALL_WIDTH * SMALL_WIDTH + 7 * SMALL_WIDTH) * 4
     modules = 3 * layers
@@ -172,14 +171,14 @@ def measure_hooks(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def measure_leaks(arguments: argparse.Namespace, out: Path) -> None:
-    size = int(600e6 * max(arguments.scale, 0.3))  # of layers of 34 MB
+    size = int(600e6 * max(arguments.scale, 0.3))  # in layers of 34 MB
     steps = Steps(100, rows=1, beyond=BEYOND, keep=arguments.data)
     runs = compare_streams(f"stack:{size}", size // 3, ("weightlift",), steps)
     grown = runs[0].grown
     figure = Figure(
         "nothing more after 100 steps",
         ", ".join(f"{count:+,} {what}" for what, count in grown.items()) or "not measured",
-        # The allocator gives pages out by the megabyte.
+        # The allocator takes pages in units of about 1 MB.
         bool(grown) and grown["bytes"] <= MIB and grown["threads"] <= 0 and grown["files"] <= 0,
     )
     about = "100 steps of a model of 600 MB in 200 MB"
@@ -197,7 +196,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], None]] = {
 def write(
     out: Path, arguments: argparse.Namespace, results: Sequence[Result], rates: dict[str, float]
 ) -> None:
-    """As ``run.py`` writes its runs; a step stands where a load does there."""
+    """Writes a run like ``run.py``, with steps in place of loads."""
     now = datetime.datetime.now(datetime.timezone.utc)
     for result in results:
         print(f"{result.name}: {result.about}")

@@ -1,12 +1,12 @@
-"""Makes the summary of a machine out of runs of the benchmark.
+"""Makes the summary of a machine from runs of the benchmark.
 
     python benchmarks/summary.py                       # of all runs in build/bench-runs
     python benchmarks/summary.py RUN.json RUN.json     # of these
 
-writes benchmarks/results/MACHINE.json: of each workload its newest result, as medians and ranges
-over the rounds, without the single measurements. Workloads that the summary has already and the
-runs have not stay, if they were measured under the same conditions (machine, kernel, torch, scale).
-Then `python benchmarks/report.py` draws the pictures and writes the tables.
+writes benchmarks/results/MACHINE.json. It has the newest result of each workload, as medians and
+ranges over the rounds, without the single measurements. Workloads of the old summary that the runs
+lack are kept if they were measured under the same conditions (machine, kernel, torch, scale). Then
+`python benchmarks/report.py` draws the pictures and writes the tables.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "build" / "bench-runs"
 RESULTS = ROOT / "benchmarks" / "results"
 MOST_BYTES = 200_000
-# What is of weightlift; the first of them in a workload is the one that its target is for.
+# weightlift's contenders. The target of a workload is for the first of them in it.
 OURS = (
     "weightlift",
     "load_into",
@@ -36,7 +36,7 @@ OURS = (
     "weightlift.safe_open",
     "weightlift.flax",
 )
-# What must be the same for runs to stand in one summary, besides the scale.
+# Runs in one summary must agree in these, and in the scale.
 _CONDITIONS = ("cpu", "cpus", "gpu", "memory_bytes", "kernel", "torch")
 _DIGITS = 4
 
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def summarize(runs: Iterable[dict[str, Any]], earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """The newest result of each workload in ``runs``; of those in none of them, ``earlier``'s."""
+    """The newest result of each workload in ``runs``; for other workloads, that of ``earlier``."""
     newest_first = sorted(runs, key=lambda run: str(run["date"]), reverse=True)
     found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     for run in newest_first:
@@ -101,7 +101,7 @@ def summarize(runs: Iterable[dict[str, Any]], earlier: dict[str, Any] | None) ->
 
 
 def workload(comparison: dict[str, Any], figure: dict[str, Any]) -> dict[str, Any]:
-    """One workload, of a run's comparison and of its figure beside the target."""
+    """One workload, from a run's comparison and its figure."""
     names = ("name", "about", "device", "model", "folder", "cold", "touched", "file_bytes")
     content = {name: comparison.get(name) for name in names}
     content["folder"] = content["folder"] is not None
@@ -191,16 +191,16 @@ def of_machine(summary: dict[str, Any]) -> str:
 
 
 def machine_name(machine: dict[str, Any]) -> str:
-    """The machine in a file name: its GPU, or its CPU and how many."""
+    """The machine's file name: its GPU, or its CPU and the number of CPUs."""
     name = machine.get("gpu") or f"{machine['cpu']} {machine['cpus']} cpus"
     words = re.sub(r"\(.*?\)|processor|cpu @.*", " ", str(name), flags=re.IGNORECASE)
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or platform.machine()
 
 
 def to_text(summary: dict[str, Any]) -> str:
-    """JSON, a line for each contender: one can read it, and compare two versions of it."""
+    """JSON with a line for each contender, so that it is readable and versions can be compared."""
     text = json.dumps(summary, indent=1, ensure_ascii=False)
-    # What is innermost goes on one line.
+    # The innermost values go on one line.
     return re.sub(r"[{\[][^{}\[\]]*[}\]]", lambda m: re.sub(r"\n *", " ", m[0]), text) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The loads that are measured: which files, who loads them, what the target is."""
+"""The measured loads: their files, contenders and targets."""
 
 from __future__ import annotations
 
@@ -66,16 +66,16 @@ class Workload:
     """A load whose figure has a target.
 
     Attributes:
-        what: for the reader.
-        job: makes the files that it needs in a folder, at a scale, and names the load.
-        judge: the figure; it gets the rates of ``floors.py``.
-        floor: what the machine has to do at the least: ``"mapped"``, touch the mapped files;
-            ``"memory"``, read the files from the page cache and get new memory for what comes out,
-            both by all threads; ``"disk"``, read the files from the disk; ``"link"``, send them
-            to the GPU.
-        memory: the state of memory that loads find: ``bench.conditions``.
-        rounds: times as many as others have. Short loads scatter more, and more of them cost
-            little; casts scatter with the memory that is new to their process.
+        what: the description.
+        job: makes the files in a folder, at a scale, and returns the load.
+        judge: computes the figure; gets the rates of ``floors.py``.
+        floor: the work that sets the lower bound: ``"mapped"``, touch the mapped files;
+            ``"memory"``, read the files from the page cache and get new memory for the result, both
+            with all threads; ``"disk"``, read the files from the disk; ``"link"``, send them to the
+            GPU.
+        memory: the state of free memory at the start of a load: see ``bench.conditions``.
+        rounds: a factor on the number of rounds. Short loads vary more, and more rounds of them
+            cost little; casts vary with the new memory that their process gets.
     """
 
     what: str
@@ -95,7 +95,7 @@ def _sized(count: float, scale: float) -> tuple[int, str]:
 
 
 def _file(name: str, count: float, stored: torch.dtype, **job: Any) -> MakeJob:
-    """A job on a file of about ``count`` bytes, times the scale; ``job`` are further fields."""
+    """A job on a file of about ``count`` times the scale bytes; ``job`` has further fields."""
 
     def make(data: Path, scale: float) -> Job:
         size, label = _sized(count, scale)
@@ -116,7 +116,8 @@ def _one_tensor(data: Path, scale: float) -> Job:
 
 
 def _shards(data: Path, scale: float) -> Job:
-    """16 GB where there is memory for them twice and disk for another form of them, else 4."""
+    """16 GB if the memory is twice as large and the disk has space for another form of them, else
+    4."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     roomy = memory > 48 * GB and shutil.disk_usage(data).free > 60 * GB
     size, label = _sized((16 if roomy else 4) * GB, scale)
@@ -145,7 +146,7 @@ def _experts(device: str) -> MakeJob:
 
 
 def _bin(name: str, count: float, stored: torch.dtype, **job: Any) -> MakeJob:
-    """A job on a file of ``torch.save``, and the same tensors as safetensors beside it."""
+    """A job on a file of ``torch.save``, with the same tensors as safetensors beside it."""
 
     def make(data: Path, scale: float) -> Job:
         twin = _file(name, count, stored, **job)(data, scale)
@@ -168,7 +169,7 @@ def _model(
     shards: int = 1,
     **job: Any,
 ) -> MakeJob:
-    """A job on a model's folder; ``where`` is its class, as ``module:Class``."""
+    """A job on a model's folder; ``where`` is its class as ``module:Class``."""
 
     def make(data: Path, scale: float) -> Job:
         folder = _folder(data, name, scale)
@@ -259,7 +260,8 @@ BYTES = {
         floor="memory",
         rounds=1.8,
     ),
-    # The calls alone: the pages are the same for all, and their touch would hide the calls.
+    # Only the calls: the pages are the same for all contenders, and touching them would hide the
+    # calls.
     "small-100k": Workload(
         "100,000 tensors of 1 to 16 KiB, the call alone",
         _small("cpu"),
@@ -452,7 +454,7 @@ MODELS = {
         rounds=1.8,
     ),
 }
-# The casts where the machine's host has taken its free memory: not slower than the reference.
+# The casts after the host has taken free memory: they must not be slower than the reference.
 NOT_BACKED_STATE = {
     f"{name}-unbacked": dataclasses.replace(
         workload,

@@ -1,15 +1,16 @@
 """Compiles the CUDA kernel into the images that a build embeds; csrc/convert calls it.
 
-nvcc compiles it once, to PTX for the oldest architecture. ptxas makes machine code of that for each
-architecture, and the PTX rides along for devices that none of it is for.
+nvcc compiles it once, to PTX for the oldest architecture. ptxas assembles machine code from it for
+each architecture, and the PTX is embedded too, for devices of other architectures.
 
-A driver of the CUDA 12 series loads neither machine code by the ptxas of CUDA 13 (another ABI) nor
-PTX that says to be of CUDA 13. So ``--ptxas`` may name that of 12.9 (PyPI's nvidia-cuda-nvcc-cu12);
-nvcc's own then serves the architectures that only it knows. And the PTX is made to say that it is
-of ISA 8.0, that of CUDA 12.0; ptxas refuses instructions that are newer than what a file says.
+A driver of the CUDA 12 series loads neither machine code from the ptxas of CUDA 13 (another ABI)
+nor PTX with a version of CUDA 13. So ``--ptxas`` may name the ptxas of 12.9 (PyPI's
+nvidia-cuda-nvcc-cu12); nvcc's own then assembles only for the architectures that 12.9 does not
+know. The PTX's version is set to ISA 8.0, that of CUDA 12.0; ptxas refuses instructions that are
+newer than the stated version.
 
-Each image is embedded as it is (cuModuleLoadData takes an ELF file, or PTX): a fat binary would be
-compressed, in a way that older drivers do not read.
+Each image is embedded unchanged (cuModuleLoadData accepts an ELF file or PTX). A fat binary would
+be compressed in a format that older drivers cannot read.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def make_ptx(arguments: argparse.Namespace, oldest: int) -> Path:
 
 
 def usage(text: str) -> str:
-    """What ptxas -v says: ``28 registers, 0 bytes spilled``."""
+    """The usage that ptxas -v prints: ``28 registers, 0 bytes spilled``."""
     registers = re.search(r"Used (\d+) registers", text)
     stores = re.search(r"(\d+) bytes spill stores", text)
     loads = re.search(r"(\d+) bytes spill loads", text)
@@ -85,7 +86,7 @@ def usage(text: str) -> str:
 
 
 def assemble(arguments: argparse.Namespace, ptx: Path, architecture: int) -> Image | None:
-    """By the first assembler that knows the architecture; None where none does."""
+    """Assembles with the first ptxas that knows the architecture; None if none does."""
     path = arguments.out / f"scatter_{architecture}.cubin"
     name = f"-arch=sm_{architecture}"
     assemblers = [(arguments.nvcc, ("--cubin", "-Xptxas", "-v"))]
@@ -102,7 +103,7 @@ def assemble(arguments: argparse.Namespace, ptx: Path, architecture: int) -> Ima
 
 
 def write_source(path: Path, images: list[Image], ptx: Path, oldest: int, toolkit: str) -> None:
-    """A C++ source with the images and a table of them."""
+    """The text of a C++ source with the images and their table."""
     rows = [(image.architecture, "false", image.path, image.maker) for image in images]
     rows.append((oldest, "true", ptx, f"PTX {PTX_VERSION}"))
     lines = ["// Made by cmake/build_kernels.py.", '#include "convert/scatter.h"', ""]

@@ -1,8 +1,8 @@
 """`make release`: the sdist, a wheel for each Python and architecture, their SBOM and checksums.
 
-All of it is made from HEAD in a folder of its own, with compilers and tools from the package index
-whose hashes builder.txt and tools.txt name. A commit always gives the same bytes: the archives'
-times are the commit's, and no file has a path of the build in it.
+Everything is built from HEAD in a separate folder, with compilers and tools from the package index,
+whose hashes are in builder.txt and tools.txt. A commit always gives the same bytes: times in the
+archives are the commit's, and no file contains a path of the build.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from toolchain import GLIBC, Toolchain
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "release"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-OPTIONAL_PYTHONS = ("3.14",)  # where there is an interpreter
+OPTIONAL_PYTHONS = ("3.14",)  # if there is an interpreter
 MACHINES = ("x86_64", "aarch64")
-MOST_BYTES = 3_000_000  # of a wheel
+MOST_BYTES = 3_000_000  # for a wheel
 LOCKS = ROOT / "release"
 
 
 def run(*command: str | Path, **options: Any) -> str:
-    """The command's output; what it says is shown where it fails."""
+    """The command's output; if it fails, the output is shown."""
     done = subprocess.run(
         [str(word) for word in command], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, check=False, **options,
@@ -47,7 +47,8 @@ def run(*command: str | Path, **options: Any) -> str:
 
 
 def find_python(version: str) -> Path | None:
-    """An interpreter of this version that runs: pyenv puts names for those it does not run."""
+    """An interpreter of this version that runs. pyenv also has commands for versions that do not
+    run."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python"))]
     for candidate in filter(None, candidates):
@@ -59,7 +60,8 @@ def find_python(version: str) -> Path | None:
 
 
 def make_environment(folder: Path, python: Path, lock: Path) -> Path:
-    """A virtual environment with the lock's packages, made anew when these change; its Python."""
+    """The Python of a virtual environment with the lock's packages, made again when these
+    change."""
     stamp = folder / ".installed"
     content = f"{python}\n{lock.read_text()}"
     if not stamp.exists() or stamp.read_text() != content:
@@ -72,12 +74,12 @@ def make_environment(folder: Path, python: Path, lock: Path) -> Path:
 
 
 def find_packages(python: Path) -> Path:
-    """The folder of its packages."""
+    """The folder of the environment's packages."""
     return Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
 
 
 class Release:
-    """One commit's files, in the making."""
+    """Builds the files of one commit's release."""
 
     def __init__(self, out: Path, jobs: str) -> None:
         self.out = out
@@ -85,7 +87,7 @@ class Release:
         self.site = find_packages(self.tools)
         self.builder = make_environment(WORK / "sdist", Path(sys.executable), LOCKS / "builder.txt")
         self.source = WORK / "source"
-        self.version = ""  # until make_sdist
+        self.version = ""  # set by make_sdist
         self.commit = run("git", "rev-parse", "HEAD", cwd=ROOT).strip()
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.endswith("FLAGS")},
@@ -99,7 +101,7 @@ class Release:
         os.umask(0o022)
 
     def make_sdist(self) -> None:
-        """From what is committed; unpacked, it is what the wheels are made of."""
+        """Makes the sdist from the commit. The wheels are built from its content."""
         tree = WORK / "tree"
         shutil.rmtree(tree, ignore_errors=True)
         tree.mkdir(parents=True)
@@ -120,7 +122,7 @@ class Release:
         self.version = folder.removeprefix("weightlift-")
 
     def make_kernels(self) -> None:
-        """CUDA images for drivers of the 12 and 13 series, once for all wheels."""
+        """Makes the CUDA images for drivers of the 12 and 13 series, once for all wheels."""
         text = (self.source / "CMakeLists.txt").read_text()
         found = re.search(r'WEIGHTLIFT_KERNEL_ARCHITECTURES "([\d;]+)"', text)
         if found is None:
@@ -139,8 +141,8 @@ class Release:
         builder = make_environment(WORK / tag, python, LOCKS / "builder.txt")
         machine = toolchain.machine
         build = WORK / machine / "build"
-        # What CMake found is of one Python. The engine's objects serve the next one too, as long as
-        # nothing that they are compiled with lies in that Python's environment.
+        # CMake's findings are for one Python. The engine's objects are used for the next one too,
+        # which needs that nothing they are compiled with lies in that Python's environment.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         defines = {
             "CMAKE_TOOLCHAIN_FILE": toolchain.cmake_file,
@@ -161,7 +163,7 @@ class Release:
             *(f"-Ccmake.define.{name}={value}" for name, value in defines.items()), ".",
             cwd=self.source, env={**self.environment, "_PYTHON_HOST_PLATFORM": f"linux-{machine}"},
         )  # fmt: skip
-        # What is linked in and auditwheel says below allow the tag.
+        # The tag is allowed by the linked libraries; auditwheel checks it below.
         platform = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
         run(
             self.tools, "-m", "wheel", "tags", "--remove", "--platform-tag", platform,
@@ -171,10 +173,10 @@ class Release:
         return Path(shutil.move(wheel, self.out / wheel.name))
 
     def check_wheel(self, wheel: Path) -> None:
-        """Its size, its tag, what it exports and what it needs."""
+        """Checks the wheel's size, tag, exports and needed libraries."""
         size = wheel.stat().st_size
         if size > MOST_BYTES:
-            sys.exit(f"{wheel.name} has {size:,} bytes; {MOST_BYTES:,} are the most")
+            sys.exit(f"{wheel.name} has {size:,} bytes; at most {MOST_BYTES:,} are allowed")
         said = " ".join(run(self.tools, "-m", "auditwheel", "show", wheel).split())
         machine = wheel.stem.partition("manylinux_2_28_")[2]
         if f'platform tag: "manylinux_2_28_{machine}"' not in said and (
@@ -202,7 +204,7 @@ class Release:
 
 
 def check_contents(archive: zipfile.ZipFile, wheel: Path, source: Path) -> None:
-    """The package as it is in the sdist, one module for this Python, and what describes them."""
+    """Checks the content: the sdist's package, one module for this Python, and their metadata."""
     name, version, tag, *_ = wheel.name.split("-")
     info = f"{name}-{version}.dist-info"
     package = source / "python"
@@ -215,7 +217,7 @@ def check_contents(archive: zipfile.ZipFile, wheel: Path, source: Path) -> None:
     }
     if different := sorted(expected ^ set(archive.namelist())):
         sys.exit(f"{wheel.name}: missing, or not meant to be in it: {different}")
-    # The hashes and sizes that pip compares, and nothing without them but the list itself.
+    # RECORD must have the right hashes and sizes for all files except itself.
     listed = {
         row[0]: row[1:] for row in csv.reader(archive.read(f"{info}/RECORD").decode().split())
     }
@@ -227,7 +229,8 @@ def check_contents(archive: zipfile.ZipFile, wheel: Path, source: Path) -> None:
 
 
 def check_module(tools: Path, module: Path) -> None:
-    """Stripped, one name exported, and of other libraries only those that every system has."""
+    """Checks that the module is stripped, exports one name, and needs only libraries that all
+    systems have."""
     code = """
 import sys
 from elftools.elf.elffile import ELFFile
@@ -244,14 +247,14 @@ with open(sys.argv[1], "rb") as file:
     allowed = {"libc.so.6", "libpthread.so.0", "libdl.so.2", "libm.so.6", "librt.so.1"}
     allowed |= {"libgcc_s.so.1", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
     if exported != "PyInit__native":
-        sys.exit(f"{module} exports {exported}; PyInit__native alone is meant to be seen")
+        sys.exit(f"{module} exports {exported}; only PyInit__native may be exported")
     if unknown := set(needed.split()) - allowed:
         sys.exit(f"{module} needs {unknown}")
     if debug or paths:
         sys.exit(f"{module} is not stripped or has search paths: {debug} {paths}")
     data = module.read_bytes()
     if told := [place for place in (ROOT, Path.home()) if f"{place}/".encode() in data]:
-        sys.exit(f"{module} tells where it was built: {told}")
+        sys.exit(f"{module} contains paths of the build: {told}")
 
 
 def sha256(path: Path) -> str:
@@ -285,7 +288,7 @@ def main() -> None:
         zig = release.site / "ziglang" / "zig"
         toolchain = Toolchain(zig, machine, WORK / machine / "toolchain")
         toolchain.make()
-        # Sources have the commit's time: ninja would keep the objects of another commit.
+        # Sources have the commit's time, so ninja would keep the objects of another commit.
         shutil.rmtree(WORK / machine / "build", ignore_errors=True)
         for version, python in pythons.items():
             release.check_wheel(release.make_wheel(version, python, toolchain))

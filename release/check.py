@@ -1,13 +1,13 @@
-"""`make release-check`: the wheels of dist/, installed as a user would and used.
+"""`make release-check`: installs the wheels of dist/ as a user would, and uses them.
 
-For each Python at hand: a clean environment from the wheel alone, no compiler, what works without
-torch. Then, with torch, README's example, `weightlift doctor` and a load by each backend. On one
-Python also with the oldest libraries that the documentation names, and once more as a user who is
-not root, on a read-only root with a /dev/shm of 1 MiB. There the sdist is installed too, with a
-compiler but without nvcc.
+For each available Python, checks what works without torch in a clean environment with only the
+wheel and without a compiler. Then, with torch, runs README's example, `weightlift doctor` and a
+load by each backend. On one Python, does this also with the oldest libraries that the documentation
+names, and again as a user other than root, on a read-only root with a /dev/shm of 1 MiB. On that
+Python the sdist is installed too, with a compiler but without nvcc.
 
-torch is the pinned version: its CPU build where an index has one for the Python, else its CUDA
-build (3 GB to download, 7 GB on the disk until it was used), unless ``--cpu-torch`` forbids it.
+torch is the pinned version: its CPU build if an index has one for the Python, else its CUDA build
+(a download of 3 GB; 7 GB on the disk during the check), unless ``--cpu-torch`` forbids it.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from pathlib import Path
 from build import OPTIONAL_PYTHONS, PYTHONS, ROOT, find_python
 
 WORK = ROOT / "build" / "release-check"
-TORCH = "torch==2.13.0"  # as constraints.txt has it
-MAIN_PYTHON = "3.11"  # all of it is done there
-# Locks of tests/matrix, and what is loaded by. diffusers' oldest wants a newer safetensors than the
-# oldest.
+TORCH = "torch==2.13.0"  # the version in constraints.txt
+MAIN_PYTHON = "3.11"  # all checks run on this one
+# Locks of tests/matrix, and the libraries that load. The oldest diffusers needs a newer safetensors
+# than the oldest one.
 ALL = ("transformers", "diffusers", "accelerate", "safetensors")
 SETS = {
     "oldest": ("transformers", "accelerate", "safetensors"),
     "oldest-diffusers": ALL,
     "newest": ALL,
 }
-SET_OF = {"3.10": "oldest-diffusers"}  # the newest want Python 3.11
+SET_OF = {"3.10": "oldest-diffusers"}  # the newest libraries need Python 3.11
 
 
 SMOKE = ROOT / "release" / "smoke.py"
 CORE_CHECK = ROOT / "tests" / "python" / "helpers" / "core_check.py"
-BINARY = ("--only-binary", ":all:")  # nothing is compiled
+BINARY = ("--only-binary", ":all:")  # so that nothing is compiled
 
 
 def say(text: str) -> None:
@@ -46,7 +46,7 @@ def say(text: str) -> None:
 
 
 class Failure(Exception):
-    """A command that should succeed did not, or the other way round."""
+    """A command failed that should succeed, or the reverse."""
 
 
 def run(
@@ -66,14 +66,14 @@ def run(
 
 
 def make_environment(folder: Path, python: Path) -> list[str | Path]:
-    """A clean one; the command that installs into it."""
+    """Makes a clean environment. Returns the command that installs into it."""
     shutil.rmtree(folder, ignore_errors=True)
     run(python, "-m", "venv", folder)
     return [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "-q", "install"]
 
 
 def check_alone(version: str, python: Path, wheel: Path) -> None:
-    """The wheel and its hard dependencies, nothing else."""
+    """Checks the wheel with only its hard dependencies."""
     place = WORK / f"alone-{version}"
     run(*make_environment(place, python), *BINARY, wheel)
     said = run(place / "bin" / "python", CORE_CHECK)
@@ -91,10 +91,10 @@ def check_alone(version: str, python: Path, wheel: Path) -> None:
 
 
 def check_sdist(version: str, python: Path, sdist: Path) -> None:
-    """Built with what its build requirements bring and the system's compiler, without nvcc."""
+    """Builds the sdist with its build requirements and the system's compiler, without nvcc."""
     place = WORK / "sdist"
     install = make_environment(place, python)
-    # A variable that is there, and empty, is not looked for.
+    # find_program does not search if the variable is set, even if it is empty.
     run(*install, "-Ccmake.define.WEIGHTLIFT_NVCC=", sdist, compiler=True)
     said = run(place / "bin" / "python", CORE_CHECK)
     code = "from weightlift import _native; print(_native.machine()['kernels'])"
@@ -104,14 +104,14 @@ def check_sdist(version: str, python: Path, sdist: Path) -> None:
 
 
 def cpu_torch_is_there(install: list[str | Path]) -> bool:
-    """Whether an index has the CPU build, which has a local version, for this Python."""
+    """Whether an index has the CPU build (a local version) for this Python."""
     command = [*install, *BINARY, "--dry-run", "--no-deps", f"{TORCH}+cpu"]
     done = subprocess.run([str(word) for word in command], capture_output=True, check=False)
     return done.returncode == 0
 
 
 def check_libraries(version: str, name: str, python: Path, wheel: Path, cpu_only: bool) -> bool:
-    """With the libraries of one lock of tests/matrix; False without torch."""
+    """Checks with the libraries of one lock of tests/matrix. Returns False without torch."""
     place = WORK / f"{name}-{version}"
     install = make_environment(place, python)
     cpu = cpu_torch_is_there(install)
@@ -121,7 +121,7 @@ def check_libraries(version: str, name: str, python: Path, wheel: Path, cpu_only
     constraints = ("-c", ROOT / "constraints.txt")
     torch = f"{TORCH}+cpu" if cpu else TORCH
     run(*install, *BINARY, torch, "numpy", f"{wheel}[cli,accelerate]", *constraints)
-    # Apart from the constraints, which are the newest.
+    # Installed without the constraints, which are the newest versions.
     lock = ROOT / "tests" / "matrix" / f"{name}.txt"
     run(*install, *BINARY, "-r", lock, torch)
     bin_folder = place / "bin"
@@ -139,8 +139,8 @@ def check_libraries(version: str, name: str, python: Path, wheel: Path, cpu_only
     return True
 
 
-# What a container in a cluster gives: nothing can be written but a small /tmp and a tiny /dev/shm.
-# Where the interpreter lies in a home folder that is closed to others, it alone is shown there.
+# Like a container in a cluster: only a 16 MiB /tmp and a 1 MiB /dev/shm can be written. If the
+# interpreter lies in a home folder that is closed to others, only the interpreter is visible there.
 _TIGHT = """
 mount --make-rprivate /
 mount -t tmpfs -o size=16m,mode=1777 tmpfs /tmp
@@ -172,7 +172,7 @@ for place in ("/x", os.path.join(os.environ["MODELS"], "x")):
 
 
 def check_tight(version: str, name: str) -> None:
-    """As another user than root, on a read-only root, with a small /dev/shm."""
+    """Runs the checks as a user other than root, on a read-only root, with a small /dev/shm."""
     if os.geteuid() != 0:
         raise Failure("the check of a read-only root needs root: sudo make release-check")
     python = WORK / f"{name}-{version}" / "bin" / "python"

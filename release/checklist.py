@@ -1,7 +1,7 @@
-"""The release checklist: what must hold before a version is uploaded; `make release-checklist`.
+"""The release checklist, which must pass before an upload: `make release-checklist`.
 
-Each step is a command or a comparison; the first that fails ends the run. What is left for a person
-is printed at the end.
+Each step is a command or a comparison, and the first failure ends the run. The steps that are left
+for a person are printed at the end.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def versions_agree() -> None:
 def readme_is_short() -> None:
     words = len((ROOT / "README.md").read_text().split())
     if words > 900:
-        fail(f"README.md has {words} words; 900 are the most")
+        fail(f"README.md has {words} words; at most 900 are allowed")
 
 
 def make(target: str) -> Callable[[], None]:
@@ -69,7 +69,7 @@ def make(target: str) -> Callable[[], None]:
 
 
 def bytes_repeat() -> None:
-    """The same commit gives the same bytes, in a clone that lies elsewhere too."""
+    """Builds the commit again in a clone in another folder, and compares all bytes."""
     with tempfile.TemporaryDirectory(prefix="weightlift-again-") as folder:
         output("git", "clone", "--quiet", "--no-hardlinks", str(ROOT), folder)
         again = subprocess.run([sys.executable, "release/build.py"], cwd=folder, check=False)

@@ -1,6 +1,7 @@
-"""The bill of materials of a release, CycloneDX 1.5: parts compiled in, tools, what it needs.
+"""The bill of materials of a release (CycloneDX 1.5): compiled-in parts, tools and dependencies.
 
-The same commit gives the same bytes: its time is the commit's, its number is made of the commit.
+The same commit gives the same bytes: the document's time is the commit's, and its serial number is
+derived from the commit.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class Part:
     """A package of PyPI.
 
     Attributes:
-        role: ``compiled in``, ``build`` or ``run time``; of the last the wheels' Requires-Dist has
-            the versions, so it has none here.
+        role: ``compiled in``, ``build`` or ``run time``. A run-time package has no version here,
+            because the wheels' Requires-Dist states the versions.
     """
 
     name: str
@@ -48,7 +49,7 @@ _PARTS = (
     Part("nlohmann-json", "MIT", "compiled in"),
     # libc++, libc++abi and zig's own runtime.
     Part("ziglang", "MIT AND Apache-2.0 WITH LLVM-exception", "compiled in"),
-    # cuda.h, of which prototypes alone are used, and what makes the kernels.
+    # cuda.h, of which only prototypes are used, and the compilers of the kernels.
     Part("nvidia-cuda-runtime", "LicenseRef-NVIDIA-CUDA-EULA", "build"),
     Part("nvidia-cuda-nvcc", "LicenseRef-NVIDIA-CUDA-EULA", "build"),
     Part("nvidia-cuda-nvcc-cu12", "LicenseRef-NVIDIA-CUDA-EULA", "build"),
@@ -58,7 +59,7 @@ _PARTS = (
 
 
 def pinned_versions(requirements: Iterable[str]) -> dict[str, str]:
-    """By name, of the lines ``NAME==VERSION`` of requirements files."""
+    """The versions by name, from lines ``NAME==VERSION`` of requirements files."""
     lines = (line for text in requirements for line in text.splitlines())
     found = (re.match(r"([\w-]+)==([\w.]+)", line) for line in lines)
     return {match[1]: match[2] for match in found if match is not None}
@@ -71,13 +72,13 @@ def make_sbom(
     hashes: Mapping[str, str],
     pins: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The document, as JSON has it.
+    """The document as a JSON value.
 
     Args:
-        version: of weightlift.
-        made: when the commit was.
-        hashes: SHA-256 by the name of the release's file.
-        pins: versions of what is built with, by name.
+        version: weightlift's version.
+        made: the time of the commit.
+        hashes: SHA-256 of the release's files, by their names.
+        pins: versions of the build's packages, by name.
     """
     own = f"pkg:pypi/weightlift@{version}"
     components = [part.describe(pins) for part in _PARTS]

@@ -1,8 +1,8 @@
-"""What `make release-check` does in each environment: README's example, and a load by each backend.
+"""Runs in each environment of `make release-check`: README's example, and a load by each backend.
 
-``prepare FOLDER LIBRARY...`` writes small models with the libraries alone; ``load`` with the same
-arguments loads them with and without weightlift, and compares. It writes nothing: it also runs
-where nothing can be written.
+``prepare FOLDER LIBRARY...`` writes small models with the libraries alone. ``load`` with the same
+arguments loads them with and without weightlift and compares the tensors. It writes nothing, so
+that it also runs on a read-only root.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 
 
 class Wrong(Exception):
-    """A load that is not what it should be."""
+    """A load gave a wrong result."""
 
 
 def prepare(folder: Path, libraries: list[str]) -> None:
@@ -121,7 +121,8 @@ def load_by_backend(name: str, folder: Path) -> None:
 
 
 def raise_errors(folder: Path) -> None:
-    """C++ exceptions become Python's beside torch's C++ runtime, in any thread."""
+    """Checks that C++ exceptions become Python exceptions beside torch's C++ runtime, in all
+    threads."""
     import weightlift as wl
 
     caught: list[str] = []
@@ -146,8 +147,8 @@ def raise_errors(folder: Path) -> None:
     print("errors: raised and caught in four threads", flush=True)
 
 
-# With torch's C++ runtime not yet in the process, and then brought in beside a module that has
-# thrown already: the first that is loaded must not serve the other.
+# First without torch's C++ runtime in the process, then with it, after the module has thrown: the
+# runtime that is loaded first must not be used for the other library.
 _MODULE_FIRST = """
 import sys
 from weightlift import _native, FormatError
@@ -174,7 +175,7 @@ sys.exit(0 if before == fail() == "header_too_large" else f"{before}, then {fail
 
 
 def raise_errors_before_torch(folder: Path) -> None:
-    """In an interpreter of its own, where the module is loaded before torch."""
+    """Checks in a new interpreter that loads the module before torch."""
     command = [sys.executable, "-B", "-c", _MODULE_FIRST, str(folder / "broken.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -183,8 +184,9 @@ def raise_errors_before_torch(folder: Path) -> None:
 
 
 def leave_threads_behind(folder: Path) -> None:
-    """The interpreter ends while threads are in the module: those that ask for its lock end by
-    pthread_exit, which unwinds them. (torch's own operators abort there, so none is used.)"""
+    """Ends the interpreter while threads are in the module: a thread that then takes the
+    interpreter's lock ends by pthread_exit, which unwinds it. (torch's own operators abort there,
+    so none is used.)"""
     import weightlift as wl
 
     def open_files() -> None:
@@ -201,7 +203,7 @@ def main() -> None:
     if what == "prepare":
         folder.mkdir(parents=True)
         prepare(folder, libraries)
-        for path in (folder, *folder.rglob("*")):  # safetensors makes its files the owner's alone
+        for path in (folder, *folder.rglob("*")):  # safetensors' are only the owner's
             path.chmod(0o755 if path.is_dir() else 0o644)
         return
     run_readme(folder)

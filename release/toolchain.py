@@ -1,10 +1,10 @@
-"""A C++ compiler for any Linux of glibc 2.28 and newer, x86-64 or aarch64: zig's clang.
+"""A C++ compiler for Linux with glibc 2.28 or newer, on x86-64 and aarch64: zig's clang.
 
-It comes from PyPI (ziglang) and brings the headers and symbol versions of every glibc. Its libc++
-is linked into the module and hidden there, so the module uses no libstdc++, neither torch's nor the
-system's. The unwinder is the process's own, libgcc_s: glibc unwinds a thread that ends
-(``pthread_exit``) with it, through frames of this module too, and two unwinders cannot read each
-other's contexts.
+It comes from PyPI (ziglang), with the headers and symbol versions of all glibc releases. Its libc++
+is linked into the module and hidden, so the module uses no libstdc++, neither torch's nor the
+system's. The unwinder is the process's libgcc_s: glibc uses it to unwind a thread that ends by
+``pthread_exit``, also through frames of this module, and two unwinders cannot read each other's
+contexts.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ __all__ = ["GLIBC", "Toolchain"]
 
 GLIBC = "2.28"
 
-# What a C++ runtime takes of libgcc_s, by the version that brought it (gcc's libgcc-std.ver). A
-# library of these names alone is enough to link against.
+# The functions of libgcc_s that a C++ runtime uses, by symbol version (gcc's libgcc-std.ver). A
+# library with only these names is enough to link against.
 _UNWINDER = {
     "GCC_3.0": [
         "_Unwind_DeleteException",
@@ -46,7 +46,7 @@ _UNWINDER = {
 
 _COMPILER = """#!/bin/sh
 # Written by release/toolchain.py. The C driver links shared libraries, with the C++ library's
-# archives and the process's unwinder named: the C++ driver would add an unwinder of its own.
+# archives and the process's unwinder as arguments: the C++ driver would add its own unwinder.
 export ZIG_GLOBAL_CACHE_DIR='{cache}' ZIG_LOCAL_CACHE_DIR='{cache}'
 case " $* " in
   *" -shared "*)
@@ -62,21 +62,21 @@ set(CMAKE_SYSTEM_PROCESSOR {machine})
 set(CMAKE_CXX_COMPILER {folder}/c++)
 set(CMAKE_AR {folder}/ar)
 set(CMAKE_RANLIB {folder}/ranlib)
-# CMake's first checks compile alone: for a program zig would build its C++ library once more.
+# CMake's first checks only compile: to link a program, zig would build its C++ library again.
 set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
-# The linker strips; the host's strip does not know every architecture.
+# The linker strips: the host's strip may not know the architecture.
 set(CMAKE_STRIP "")
 """
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """One architecture's compiler, in a folder of its own.
+    """The compiler for one architecture, in its own folder.
 
     Attributes:
         zig: the program.
         machine: ``x86_64`` or ``aarch64``.
-        folder: where the compiler's wrapper, its cache and the CMake file go.
+        folder: the folder of the compiler's wrapper, its cache and the CMake file.
     """
 
     zig: Path
@@ -116,7 +116,7 @@ class Toolchain:
         )
 
     def _make_archives(self, cache: Path) -> None:
-        """Has zig link a library of C++ for once, and takes the archives that it built for it."""
+        """Makes zig link a C++ library once, and takes the archives that it builds for this."""
         source = self.folder / "cxx.cc"
         source.write_text("#include <string>\nstd::string text() { throw 1; }\n")
         options = ["-target", self.target, "-O3", "-fPIC", "-shared"]
