@@ -31,7 +31,8 @@ class Arrivals {
   // `plan` must have ranks. All arguments must live as long as this object.
   Arrivals(const LoadPlan& plan, const Schedule& schedule, const Sources& sources);
 
-  // --- For the threads of the load --- All of a unit is at its targets in host memory.
+  // --- For the threads of the load ---
+  // All of a unit is at its targets in host memory.
   void delivered(const Lane& lane, const Unit& unit) noexcept;
   // queued(): the copies of a chunk are queued on a stream. copied(): they have ended.
   void queued(const Lane& lane, const Chunk& chunk) noexcept;
@@ -41,8 +42,9 @@ class Arrivals {
   // The load has ended, with or without an error.
   void end() noexcept;
 
-  // --- For those who wait --- Waits until all of `names` have reached `level`, the load has ended,
-  // or the limit has passed. Any thread.
+  // --- For waiting threads ---
+  // Waits until all of `names` have reached `level`, the load has ended, or the limit has passed.
+  // Any thread.
   [[nodiscard]] Answer wait(std::span<const std::uint32_t> names, Level level,
                             std::chrono::milliseconds limit);
   // The tensor's file, or kFromMemory.

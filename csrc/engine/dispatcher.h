@@ -61,9 +61,10 @@ class Dispatcher {
   void stop(Error error) WL_REQUIRES(mutex_);
   [[nodiscard]] const std::optional<Error>& error() const WL_REQUIRES(mutex_) { return error_; }
 
-  // --- For reader threads --- Waits for the next task. Returns nothing when all are given out or
-  // the load has stopped. `node` returns the NUMA node of the calling thread. It is called before
-  // each choice, and only if the lanes belong to several nodes.
+  // --- For reader threads ---
+  // Waits for the next task. Returns nothing when all are given out or the load has stopped. `node`
+  // returns the NUMA node of the calling thread. It is called before each choice, and only if the
+  // lanes belong to several nodes.
   [[nodiscard]] std::optional<Task> next(int (*node)()) WL_REQUIRES(mutex_);
   // Call one of these at the end of each task.
   void finish(const PopulateTask& task, Status status) WL_REQUIRES(mutex_);
@@ -77,8 +78,9 @@ class Dispatcher {
   }
   [[nodiscard]] bool all_given_out() const WL_REQUIRES(mutex_);
 
-  // --- For a device lane's own thread --- Waits for the slot that was submitted first. Returns
-  // nothing when the last one has arrived or no more will come.
+  // --- For a device lane's own thread ---
+  // Waits for the slot that was submitted first. Returns nothing when the last one has arrived or
+  // no more will come.
   [[nodiscard]] std::optional<SubmittedSlot> oldest_submitted(std::uint32_t lane)
       WL_REQUIRES(mutex_);
   // The copies of that slot have ended, so it can be filled again.

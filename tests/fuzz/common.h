@@ -1,4 +1,4 @@
-// What the targets share: oracles that end the process, and randomness from libFuzzer's seeds.
+// Shared by the targets: oracles that end the process, and random numbers from libFuzzer's seeds.
 #pragma once
 
 #include <bit>
@@ -44,7 +44,7 @@ class Random {
     return std::data(container)[below(std::size(container))];
   }
 
-  // What a field that holds `value` may be made into.
+  // A new value for a field that has `value`.
   std::uint64_t other(std::uint64_t value) noexcept {
     const auto power = std::uint64_t{1} << below(64);
     switch (below(8)) {
@@ -99,7 +99,7 @@ inline void mutate_bytes(std::string& text) {
   text.resize(LLVMFuzzerMutate(reinterpret_cast<std::uint8_t*>(text.data()), size, text.size()));
 }
 
-// Hands a mutation back to libFuzzer, or, where it is too long, one of libFuzzer's own.
+// Returns a mutation to libFuzzer, or, if it is too long, one of libFuzzer's own.
 inline std::size_t hand_back(const std::string& text, std::uint8_t* data, std::size_t size,
                              std::size_t max_size) {
   if (text.size() > max_size) return LLVMFuzzerMutate(data, size, max_size);

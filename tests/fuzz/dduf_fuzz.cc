@@ -1,4 +1,4 @@
-// DDUF files: the archive, and the safetensors files that are read where they lie in it.
+// DDUF files: the archive, and the safetensors files that are read inside it.
 
 #include "safetensors_file.h"
 #include "zip_file.h"
@@ -10,7 +10,7 @@ constexpr auto kNames = std::to_array<std::string_view>(
     {"model_index.json", "unet/config.json", "unet/model.safetensors", "vae/a.safetensors",
      "b.safetensors", "unet/", "../x.json", "unet/\xc3\xa9.txt", "/", "unet/deep/x.model"});
 
-// The same tensors as in a file of its own, each moved by where the entry begins.
+// The same tensors as in a separate file, each moved by the offset of the entry.
 void check_entry(std::string_view file, const format::ZipRecord& record) {
   const std::string_view entry = bytes_of(file, record);
   check_safetensors(entry);

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "fuzz"
 TARGETS = ("safetensors", "torch_pickle", "torch_zip", "dduf")
-# csrc/format needs little; a bound that is not held shows as more.
+# csrc/format needs little memory; a violated bound shows as more.
 _LIMITS = ["-max_len=4096", "-timeout=10", "-rss_limit_mb=2048", "-malloc_limit_mb=256"]
 
 

@@ -216,7 +216,7 @@ class Document {
   std::size_t at_ = 0;
 };
 
-// By decoding: a sequence is right if it is the one that its code point is encoded by.
+// By decoding: a sequence is valid if it is the encoding of its code point.
 bool is_utf8(std::string_view text) {
   constexpr std::array<std::uint32_t, 5> kSmallest = {0, 0, 0x80, 0x800, 0x10000};
   for (std::size_t i = 0; i < text.size();) {
@@ -298,7 +298,7 @@ std::optional<Tensor> tensor_of(const std::string& name, const Value& value) {
   return Tensor{name, kind->name, kind->bits, *shape, (*offsets)[0], (*offsets)[1]};
 }
 
-// Its bytes, if 64 bits count them and they are whole.
+// Its size in bytes, if it is whole and fits into 64 bits.
 std::optional<std::uint64_t> bytes_of(const Tensor& tensor) {
   std::uint64_t bits = 1;
   for (const std::uint64_t extent : tensor.shape) {
@@ -400,7 +400,7 @@ std::string with_length(const std::string& header, std::string_view data) {
   return file + header + std::string(data);
 }
 
-// The plainest file of the same tensors.
+// The simplest file of the same tensors.
 std::string written_again(const format::Index& index, std::string_view file) {
   std::string header = "{";
   const auto add = [&header](std::string_view key, const std::string& value) {

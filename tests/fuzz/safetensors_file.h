@@ -18,8 +18,8 @@ namespace weightlift::fuzz {
 [[nodiscard]] Result<std::shared_ptr<const format::Index>> parse_safetensors(
     std::string_view file, std::uint64_t origin = 0);
 
-// Parses it. What is accepted is what a second implementation accepts, which shares no code with
-// the first, and holds the same; written again it is read again.
+// Parses it. A second implementation without shared code must accept the same files with the same
+// content, and a file written from the content must be accepted too.
 void check_safetensors(std::string_view file);
 
 }  // namespace weightlift::fuzz

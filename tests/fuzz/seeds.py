@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "python" / "helpers"))
 import malformed
 import malformed_archives
 
-# Larger ones slow every mutation down and say nothing that smaller ones do not.
+# Larger ones slow down every mutation and find nothing more.
 _MOST_BYTES = 4096
 
 

@@ -1,6 +1,5 @@
-// The pickle of a checkpoint, read as data. What torch's own unpickler makes of the same bytes is
-// compared by tests/python/checkpoint/test_torch_pickle.py; here is what holds whatever the bytes
-// are.
+// The pickle of a checkpoint, read as data. tests/python/checkpoint/test_torch_pickle.py compares
+// with torch's own unpickler; this checks properties that hold for all bytes.
 
 #include <algorithm>
 #include <set>

@@ -1,5 +1,5 @@
-// torch's checkpoints: the archive, and the index over tensors in it. Where these lie is in a
-// pickle, which Python reads; here it is in a table that stands in the place of the pickle.
+// torch's checkpoints: the archive, and the index of its tensors. Their places are in a pickle,
+// which Python reads; here a table replaces the pickle.
 
 #include <algorithm>
 #include <array>

@@ -160,7 +160,7 @@ class Writer {
   std::vector<Field> fields_;
 };
 
-// Whatever records a directory names, wherever it is: what is broken is left out.
+// The records that a directory names, wherever it is, without broken ones.
 class Reader {
  public:
   explicit Reader(std::string_view file) : file_(file) {}
@@ -228,7 +228,7 @@ bool is_ascii(std::string_view text) {
   return std::all_of(text.begin(), text.end(), [](char c) { return (c & 0x80) == 0; });
 }
 
-// Such that nothing about it can be wrong, if it has been written by Writer.
+// So simple that a file written by Writer must be accepted.
 bool is_plain(const Archive& archive) {
   std::set<std::string> names;
   for (const Record& record : archive.records) {
@@ -250,7 +250,7 @@ std::vector<std::size_t> gaps_after(const format::ZipRecord* record, std::uint16
   return {12, 16, 20, 24};
 }
 
-// The file tiled from its first byte on, by what its records say of themselves.
+// Tiles the file from its first byte on, by the records' own headers.
 void require_tiled(std::string_view file, const std::vector<format::ZipRecord>& records) {
   std::set<std::string> names;
   std::uint64_t at = 0;
@@ -320,7 +320,7 @@ std::vector<format::ZipRecord> check_archive(std::string_view file) {
 
   Readable readable(file);
   RecordsResult records = readable.parse();
-  // A header that is longer than was guessed is read twice, and so is the tail.
+  // A header that is longer than the first read is read twice, and so is the tail.
   WL_REQUIRE(readable.bytes() <= 8 * file.size() + 70'000);
   const std::size_t failing = (file.size() + readable.bytes()) % (readable.reads() + 1);
   if (failing < readable.reads()) {

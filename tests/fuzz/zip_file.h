@@ -20,9 +20,9 @@ using MutateRecord = std::function<void(const std::string& name, std::string& da
                                          std::span<const std::string_view> names,
                                          const MutateRecord& mutate_record);
 
-// Parses it. What is accepted tiles the file from its first byte to its last, and written again it
-// is read again; what is written as plainly as can be is accepted; and an error of reading is
-// passed on. Empty where it is refused.
+// Parses it. Accepted records must tile the file from its first byte to its last, and an archive
+// written from them must be accepted too; a simple archive must be accepted; a read error must be
+// passed on. Returns nothing if the archive is refused.
 [[nodiscard]] std::vector<format::ZipRecord> check_archive(std::string_view file);
 
 [[nodiscard]] inline std::string_view bytes_of(std::string_view file,

@@ -25,8 +25,8 @@
 #include "convert/cast.h"
 #include "convert/scatter.h"
 
-// The kernel's own source, run as plain C++, one thread after the other (it has no barriers): its
-// arithmetic of blocks, words, heads and tails is tested where there is no GPU.
+// The kernel's source as plain C++, one thread after the other (it has no barriers). This tests its
+// arithmetic of blocks, words, heads and tails without a GPU.
 #define __global__
 #define __device__
 #define __launch_bounds__(threads)
@@ -138,8 +138,8 @@ double value_of(FloatFormat format, std::uint64_t bits) {
   return sign * std::ldexp(one + fraction, exponent - bias - shape.mantissa);
 }
 
-// The finite numbers from zero up; a number's place is its code. With the number that would come
-// next, from half way to which an input is beyond the format.
+// The finite numbers from zero up: the position of a number is its code. The last entry is the next
+// number that the format does not have: inputs from half way to it on overflow.
 const std::vector<double>& numbers_of(FloatFormat format) {
   static std::array<std::vector<double>, kFloatFormatCount> all;
   std::vector<double>& numbers = all.at(static_cast<std::size_t>(format));
@@ -238,13 +238,13 @@ Words all_f64() {
         std::uint64_t{0x7ff8000000000000}, std::uint64_t{0x7ffffffffffffffd}}) {
     add_around(words, bits, FloatFormat::kF64);
   }
-  // Just past what rounds to the largest fp32, and around its smallest.
+  // Just past the numbers that round to the largest fp32, and around the smallest.
   for (const double value : {0x1.fffffefffffffp127, 0x1.ffffffp127, 0x1p128, 0x1p-149, 0x1p-150,
                              0x1.8p-149, 0x1p-126, 0x1.fffffep-127, 0x1.ffffffp-127}) {
     add_around(words, std::bit_cast<std::uint64_t>(value), FloatFormat::kF64);
   }
-  // Every special fp32 and what lies a little beside it: an fp32 on the midpoint of a narrower
-  // format that the fp64 was not on is where two roundings differ from one.
+  // Every special fp32 and fp64 numbers close to it: if the fp32 is a midpoint of a narrower format
+  // and the fp64 is not, two roundings differ from one.
   for (const std::uint64_t bits : special_f32()) {
     const double value = value_of(FloatFormat::kF32, bits);
     if (!std::isfinite(value)) continue;
@@ -299,7 +299,7 @@ std::vector<std::byte> expected_of(const Words& words, FloatFormat from, FloatFo
   return packed(results, to);
 }
 
-// The first difference in words, because a million bytes of two arrays say nothing.
+// Describes the first difference instead of printing two large arrays.
 testing::AssertionResult same(const Words& inputs, FloatFormat from, FloatFormat to,
                               const std::byte* actual, const std::vector<std::byte>& expected) {
   if (std::memcmp(actual, expected.data(), expected.size()) == 0) {
@@ -394,7 +394,7 @@ TEST_P(EveryPair, GivesTheNearestNumber) {
   }
 }
 
-// A program may have asked for these (torch.set_flush_denormal, fesetround): they are the thread's.
+// Modes of the thread that a program may have set (torch.set_flush_denormal, fesetround).
 #if defined(__x86_64__)
 unsigned long environment() {
   return _mm_getcsr();
@@ -435,7 +435,7 @@ TEST_P(EveryPair, IgnoresTheFloatingPointEnvironment) {
         host_cast_for(isa, from, to)(source.data(), target.data(), inputs.size(), {});
         const unsigned long after = environment();
         set_environment(before);
-        // Sticky flags of exceptions aside, which x86 keeps in the same register.
+        // Without the sticky exception flags, which x86 keeps in the same register.
         EXPECT_EQ(after & ~0x3fUL, (before | mode) & ~0x3fUL);
         EXPECT_TRUE(same(inputs, from, to, target.data(), expected)) << isa_name(isa);
       }
@@ -580,7 +580,7 @@ void run_kernel(const std::byte* chunk, std::uint64_t tiles_offset, std::uint32_
   }
 }
 
-// A chunk as the engine lays it out: data, then the table; and the places its tiles go to.
+// A chunk in the engine's layout (data, then the table), and the targets of its tiles.
 class Chunk {
  public:
   explicit Chunk(std::uint64_t seed) : random_(seed) {}
@@ -627,7 +627,7 @@ class Chunk {
 
     std::vector<Tile> table = placed(results.by_kernel);
     const auto tile_count = static_cast<std::uint32_t>(table.size());
-    // What lies behind the table is not a tile, though it may look like one.
+    // The bytes after the table are not a tile, though they may look like one.
     table.push_back({0, table.back().target, table.back().count + 1, kTileCopy});
     std::vector<std::byte> chunk(data_.size() + table.size() * sizeof(Tile) + 64);
     std::byte* base = start(chunk);
@@ -698,7 +698,7 @@ TEST(Scatter, CopiesFromAnywhereToAnywhere) {
 
 // --- What is built -----------------------------------------------------------------------------
 
-// The images of this build, read as the file formats say; skips where it has none.
+// Reads the images of this build by their file formats. Skips if there are none.
 class Images : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -733,7 +733,7 @@ TEST_F(Images, AreElfOfAnAbiThatTheirDriversRead) {
     const std::string_view text(reinterpret_cast<const char*>(image.bytes.data()),
                                 image.bytes.size());
     EXPECT_NE(text.find(kScatterKernel), std::string_view::npos);
-    // Drivers of the 12 series read version 7 alone for what is older than Blackwell.
+    // Drivers of the 12 series read only version 7 for architectures before Blackwell.
     const unsigned abi = elf.e_ident[EI_ABIVERSION];
     const auto architecture = static_cast<int>((abi < 8 ? elf.e_flags : elf.e_flags >> 8) & 0xff);
     EXPECT_EQ(architecture, image.architecture);

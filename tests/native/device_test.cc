@@ -1,4 +1,5 @@
-// The device room against the simulated driver: what it finds, refuses, pins, keeps and lets go.
+// csrc/device with the simulated driver: finding devices, refusals, pinning, keeping and releasing
+// memory.
 #include <cuda.h>
 #include <gtest/gtest.h>
 #include <linux/mempolicy.h>
@@ -48,7 +49,7 @@ bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
-// Ends a run and looks at what it left.
+// Ends a run and checks what is left.
 void expect_clean(Machine& machine) {
   machine.close();
   EXPECT_EQ(simulation::leaks(sim().ledger()), "");
@@ -99,8 +100,8 @@ TEST(Driver, AMissingRequiredSymbolIsNamed) {
   }
 }
 
-// That the types are those of cuda.h. Where an older form has the same type, the simulated driver,
-// which goes by cudaTypedefs.h, reports who asks for it.
+// Checks that the types are those of cuda.h. If an older form has the same type, the simulated
+// driver, which follows cudaTypedefs.h, reports a request for it.
 #define WL_SAME(name, version) \
   static_assert(std::is_same_v<decltype(&::name), PFN_##name##_v##version>);
 WL_DRIVER_REQUIRED(WL_SAME)
@@ -288,8 +289,7 @@ TEST(Devices, ARefusedKernelIsRemembered) {
   }
 }
 
-// Every driver that we promise to work with and every GPU gets a kernel, as machine code where the
-// driver can read that.
+// Every supported driver and GPU gets a kernel, as machine code if the driver can read it.
 TEST(Devices, HaveAKernelUnderEachDriver) {
   const bool real = std::string_view(convert::kernel_toolkit()) != "";
   bool by_12 = real;
@@ -502,7 +502,7 @@ TEST(Pinned, DyingInAChildLeavesWhatTheChildHasThere) {
   std::byte* const place = memory->data();
   const pid_t child = ::fork();
   if (child == 0) {
-    // The pages were kept from the child, so whatever it maps next may come to lie there.
+    // The pages were kept from the child, so its next mapping may lie there.
     void* const own = ::mmap(place, kSlot, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
     if (own != place) ::_exit(1);
@@ -545,8 +545,8 @@ TEST(Pinned, WaitingForDevicesMakesUnpinningSafe) {
   }
 }
 
-// Whoever drops it does not wait for the devices; the memory is let go of when all of them, device
-// 0 too, have done with it.
+// The thread that drops it does not wait for the devices. The memory is released after all of them,
+// also device 0, have finished.
 TEST(Pinned, IsReleasedLaterByAThreadOfItsOwn) {
   for (const int used : {0, 1, 2}) {
     for (int policy = 0; policy < SIM_POLICIES; ++policy) {
@@ -695,7 +695,7 @@ TEST(Staging, FreeSlotsOfAnotherSizeMakeRoom) {
   expect_clean(machine);
 }
 
-// Where the kernel is to take a page from: mbind(2), get_mempolicy(2) with MPOL_F_ADDR.
+// The node from which the kernel takes a page: mbind(2), get_mempolicy(2) with MPOL_F_ADDR.
 std::optional<int> preferred_node(const std::byte* address) {
   int mode = 0;
   std::array<unsigned long, 16> nodes{};
@@ -736,7 +736,7 @@ TEST(Staging, SlotsAreOfTheDevicesNodeAndLentByIt) {
   auto second = take(far);
   ASSERT_TRUE(second.has_value());
   std::byte* const of_far = second->data();
-  EXPECT_NE(of_far, of_near) << "there is room for one on its own node";
+  EXPECT_NE(of_far, of_near) << "the budget allows one on its own node";
   second.reset();
   auto again = take(near);
   auto other = take(far);
@@ -744,7 +744,7 @@ TEST(Staging, SlotsAreOfTheDevicesNodeAndLentByIt) {
   EXPECT_EQ(again->data(), of_near);
   EXPECT_EQ(other->data(), of_far);
   other.reset();
-  auto third = take(near);  // nothing of its own is left, nor may more be pinned
+  auto third = take(near);  // its node has no free slot, and the budget is used up
   ASSERT_TRUE(third.has_value());
   EXPECT_EQ(third->data(), of_far);
   EXPECT_EQ(sim().sim_calls("cuMemHostRegister"), 2U);

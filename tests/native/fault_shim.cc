@@ -1,5 +1,5 @@
-// Preloaded (ld.so(8), LD_PRELOAD): the n-th call of a function of the C library fails, in whatever
-// thread, where it comes from one of the libraries that are under test.
+// Preloaded (ld.so(8), LD_PRELOAD). The n-th call of a function of the C library fails, in any
+// thread, if it comes from one of the libraries under test.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -20,7 +20,7 @@
 
 namespace {
 
-// Stands for "do less than what was asked", where others are errno.
+// Means "do less than requested"; other values are errno.
 constexpr int kShort = -1;
 
 struct Range {
@@ -40,7 +40,8 @@ bool within(const Range& range, std::uintptr_t at) {
   return range.begin <= at && at < range.end;
 }
 
-// The first caller that is not the standard library: it throws, and starts threads, for others.
+// The first caller that is not the standard library, which throws and starts threads for other
+// code.
 _Unwind_Reason_Code find_caller(_Unwind_Context* context, void* found) {
   const std::uintptr_t at = _Unwind_GetIP(context);
   if (within(passed_by, at)) return _URC_NO_REASON;
@@ -88,7 +89,8 @@ Function* real(Function* /*own*/, const char* name) {
 
 extern "C" {
 
-// From now on calls of `function` out of `from` count, also by way of `by`; the n-th fails.
+// From now on, calls of `function` from the library `from` count, also through `by`; the n-th
+// fails.
 void fault_arm(const char* function, std::int64_t n, int with_error, Range from, Range by) {
   wanted.fill('\0');
   std::string_view(function).copy(wanted.data(), wanted.size() - 1);
@@ -100,7 +102,7 @@ void fault_arm(const char* function, std::int64_t n, int with_error, Range from,
   armed = true;
 }
 
-// How many calls there were since.
+// The number of calls since then.
 std::int64_t fault_disarm() {
   armed = false;
   return calls;
@@ -119,7 +121,7 @@ int open(const char* path, int flags, ...) {
   return next(path, flags, mode);
 }
 
-// Linux has let go of the number whatever close(2) answers.
+// Linux has released the descriptor whatever close(2) returns.
 int close(int fd) {
   WL_REAL(close);
   const bool struck = strikes("close", WL_CALLER);

@@ -20,8 +20,8 @@
 #include "format/zip.h"
 #include "result.h"
 
-// What is accepted and refused is held against the reference itself by
-// tests/python/checkpoint/test_malformed.py; here are the codes, the places and the Index.
+// tests/python/checkpoint/test_malformed.py compares the accepted files with the reference. These
+// tests check codes, offsets and the Index.
 
 namespace weightlift::format {
 namespace {
@@ -32,8 +32,8 @@ using IndexResult = Result<std::shared_ptr<const Index>>;
 constexpr std::string_view kPath = "a/model.safetensors";
 constexpr std::string_view kEntry = R"({"dtype":"F32","shape":[1],"data_offsets":[0,4]})";
 
-// Not operator+: for a literal and a string that is about to die, GCC 12 warns of an overlap that
-// cannot be (GCC bug 105651).
+// Not operator+: for a literal and a temporary string, GCC 12 warns about an impossible overlap
+// (GCC bug 105651).
 template <class... Parts>
 std::string join(const Parts&... parts) {
   std::string text;
@@ -53,8 +53,8 @@ std::string file_of(std::string_view header, std::size_t data_bytes) {
   return length_prefix(header.size()) + std::string(header) + std::string(data_bytes, '\0');
 }
 
-// As a reader of files does it. Both pieces are copied into vectors of their exact size, so that
-// the address sanitizer sees every read outside of them.
+// Like a reader of files. Both pieces are copied into vectors of their exact size, so that the
+// address sanitizer finds every read outside them.
 IndexResult parse_file(std::string_view file, std::optional<std::uint64_t> size = std::nullopt) {
   const auto copy = [file](std::size_t from, std::size_t count) {
     const auto bytes = std::as_bytes(std::span(file)).subspan(from, count);
@@ -163,7 +163,7 @@ TEST(FormatFileStart, HeaderTooLarge) {
 TEST(FormatFileStart, HeaderPastEnd) {
   expect_code(parse_file(length_prefix(3) + "{}"), ErrorCode::kHeaderPastEnd, "10 bytes");
   expect_code(parse_file(length_prefix(2)), ErrorCode::kHeaderPastEnd);
-  // A caller whose file does not hold the header that it gives.
+  // The header does not fit into the given file size.
   const std::string header = "{}";
   expect_code(parse_header(std::as_bytes(std::span(header)), 9, std::string(kPath)),
               ErrorCode::kHeaderPastEnd);
@@ -395,7 +395,7 @@ TEST(FormatAccepted, Metadata) {
   const auto index = metadata(R"({"b":"1","a":"\u00e9","b":"2","":"\n"})");
   using Pairs = std::vector<std::pair<std::string, std::string>>;
   EXPECT_EQ(*index->metadata(), (Pairs{{"b", "2"}, {"a", "\xc3\xa9"}, {"", "\n"}}));
-  // Its key may be written with escapes, as any other.
+  // Its key may be written with escapes, like any other.
   const IndexResult escaped = parse(R"({"\u005f_metadata__":{"k":"v"}})", 0);
   ASSERT_TRUE(escaped.ok());
   ASSERT_NE((*escaped)->metadata(), nullptr);
@@ -511,7 +511,7 @@ TEST(FormatIndex, OutlivesItsHeader) {
 TEST(FormatIndex, HundredThousandTensors) {
   constexpr std::uint32_t kCount = 100'000;
   std::string header = "{";
-  // Written backwards, so that they have to be put in order.
+  // Written in reverse, so that they must be sorted.
   for (std::uint32_t i = kCount; i-- > 0;) {
     header += join("\"model.layers.", std::to_string(i), R"(.weight":{"dtype":"BF16",)",
                    R"("shape":[2,1],"data_offsets":[)", std::to_string(4 * i), ",",
@@ -540,7 +540,7 @@ std::string small_file() {
       11);
 }
 
-// Whatever becomes of a changed file, it is an error or an Index that lies within it.
+// Any changed file gives an error or an Index whose ranges lie inside it.
 void expect_sound(const std::string& file) {
   const IndexResult result = parse_file(file);
   if (!result.ok()) {
@@ -684,7 +684,7 @@ std::string le64(std::uint64_t value) {
   return little(value);
 }
 
-// An archive, and where its parts begin, so that a test can change them.
+// An archive, and the offsets of its parts, so that a test can change them.
 struct Zip {
   std::string bytes;
   std::vector<std::size_t> local;
@@ -752,7 +752,7 @@ using ZipResult = Result<std::vector<ZipRecord>>;
 
 ReadBytes reader_of(const std::string& file) {
   return [&file](std::uint64_t offset, std::span<std::byte> target) -> Status {
-    // What the parser asks for must be in the file.
+    // The parser must ask only for bytes inside the file.
     EXPECT_LE(offset, file.size());
     EXPECT_LE(target.size(), file.size() - offset);
     std::copy_n(std::as_bytes(std::span(file)).begin() + static_cast<std::ptrdiff_t>(offset),
@@ -830,7 +830,7 @@ TEST(FormatZip, Accepted) {
 }
 
 TEST(FormatZip, AsTorchWritesBehindFourGibibytes) {
-  // An empty record there: no descriptor, sizes that fit, and a ZIP64 field with the place alone.
+  // An empty record there: no descriptor, small sizes, and a ZIP64 field with only the offset.
   const std::string field = join(le16(1), le16(8), le64(std::uint64_t{5} << 30));
   Zip zip = make_zip({{"a", "", 0x800, field}});
   const ZipResult result = parse_archive(zip.bytes);
@@ -846,7 +846,7 @@ TEST(FormatZip, InTheOrderOfTheFile) {
   expect_records(zip.put(zip.directory, second + first).bytes, two_records());
 }
 
-// A file of more than 4 GiB, of which only the ends exist.
+// A file of more than 4 GiB, of which only the ends are in memory.
 TEST(FormatZip, Zip64) {
   const std::uint64_t size = (std::uint64_t{5} << 30) + 3;
   const std::string field = join(le16(1), le16(16), le64(size), le64(size));
@@ -896,7 +896,8 @@ TEST(FormatZipEnd, Refused) {
   for (const std::size_t cut : {1u, 10u, 18u, 22u}) {
     expect_archive_code(zip.bytes.substr(0, zip.bytes.size() - cut), ErrorCode::kArchiveIncomplete);
   }
-  expect_archive_code(zip.bytes + "x", ErrorCode::kTrailingBytes, "follow the archive", zip.bytes.size());
+  expect_archive_code(zip.bytes + "x", ErrorCode::kTrailingBytes, "follow the archive",
+                      zip.bytes.size());
   expect_archive_code(zip.bytes + std::string(1000, '\0'), ErrorCode::kTrailingBytes);
   expect_archive_code(changed(zip.end + 20, le16(4)) + "note", ErrorCode::kTrailingBytes);
   expect_archive_code(changed(zip.end + 20, le16(4)), ErrorCode::kArchiveMalformed, "comment");
@@ -980,7 +981,8 @@ TEST(FormatZipDirectory, Refused) {
   const std::size_t entry = zip.central[1];
   expect_archive_code(changed(entry, "PK\x01\x03"), ErrorCode::kArchiveMalformed, "", entry);
   for (const std::size_t at : {28, 30, 32}) {
-    expect_archive_code(changed(entry + at, le16(0xffff)), ErrorCode::kArchiveMalformed, "past the end");
+    expect_archive_code(changed(entry + at, le16(0xffff)), ErrorCode::kArchiveMalformed,
+                        "past the end");
   }
   for (const std::size_t flags : {0x1, 0x40, 0x2000, 0x2041}) {
     expect_archive_code(changed(entry + 8, le16(flags)), ErrorCode::kArchiveUnsupported,
@@ -1029,7 +1031,7 @@ TEST(FormatZipDirectory, ExtraFields) {
   expect(join("FB", le16(0), "FBB"));
   expect(join("FB", le16(0xffff), "Z"));
   expect(field + field);
-  // A ZIP64 field of more than what is asked of it.
+  // A ZIP64 field with more values than needed.
   expect_archive_code(make_zip({{"a", "x", 0, "", join(le16(1), le16(8), le64(1))}}).bytes,
                       ErrorCode::kArchiveMalformed, "wrong size");
 }
@@ -1068,7 +1070,7 @@ TEST(FormatZipRecord, Descriptors) {
   expect(join("PK\x07\x08", le32(0), le32(2), le32(2)), ErrorCode::kArchiveMismatch);
   expect(join("PK\x07\x08", le32(kCrc), le32(2), le32(0)), ErrorCode::kArchiveMismatch);
   expect(descriptor(2) + std::string(9, '\0'), ErrorCode::kOffsetsInvalid);
-  // Stated, and not there; there, and not stated.
+  // Stated but missing; present but not stated.
   Zip none = make_zip(two_records());
   none.put(none.local[0] + 6, le16(8)).put(none.central[0] + 8, le16(8));
   expect_archive_code(none.bytes, ErrorCode::kArchiveMismatch);
@@ -1076,7 +1078,7 @@ TEST(FormatZipRecord, Descriptors) {
   some.put(some.local[0] + 6, le16(0)).put(some.central[0] + 8, le16(0));
   some.put(some.local[0] + 14, le32(kCrc) + le32(2) + le32(2));
   expect_archive_code(some.bytes, ErrorCode::kOffsetsInvalid, "belong to no record");
-  // In the header before the bytes: nothing, or the truth.
+  // In the record's header: zeros, or the right values.
   Zip early = make_zip({{"a", "12", 0, "", "", descriptor(2)}});
   EXPECT_TRUE(parse_archive(Zip(early).put(18, le32(2) + le32(2)).bytes).ok());
   expect_archive_code(Zip(early).put(18, le32(2) + le32(3)).bytes, ErrorCode::kArchiveMismatch);
@@ -1110,7 +1112,7 @@ TEST(FormatZipRecord, Places) {
     expect_archive_code(Zip(zip).put(zip.local[1] + at, le16(0xffff)).bytes,
                         ErrorCode::kOffsetsInvalid, "directory");
   }
-  // One record inside another's bytes, each of them well-formed.
+  // One record inside another's bytes, both well-formed.
   const Zip inner = make_zip({{"b", "1"}});
   Zip outer = make_zip({{"a", inner.bytes.substr(0, inner.directory)}, {"b", "1"}});
   outer.put(outer.central[1] + 42, le32(outer.data[0]));
@@ -1140,7 +1142,7 @@ std::string small_archive() {
       .bytes;
 }
 
-// Whatever becomes of a changed file, it is an error or records that lie within it, apart.
+// Any changed file gives an error or records that lie inside it and do not overlap.
 void expect_sound_archive(const std::string& file) {
   const ZipResult result = parse_archive(file);
   if (!result.ok()) {

@@ -37,7 +37,7 @@
 
 namespace {
 
-// What the next reads and hints answer, where a test says so; otherwise the system does.
+// The results of the next reads and advice calls, if a test sets them; else the system's.
 using Read = std::function<std::optional<ssize_t>(void* target, std::size_t bytes, off_t offset)>;
 Read& fake_read() {
   static Read read;
@@ -55,7 +55,7 @@ std::function<bool(int command)>& fcntl_fails() {
 
 }  // namespace
 
-// In place of the C library's, for all of this program.
+// Replace the C library's functions in this program.
 extern "C" int fcntl(int fd, int command, ...) {
   std::va_list arguments;
   va_start(arguments, command);
@@ -107,7 +107,7 @@ class IoTest : public ::testing::Test {
     return path;
   }
 
-  // Bytes that tell where they are, `size` of them, on the disk.
+  // `size` bytes that depend on their position, written to the disk.
   std::shared_ptr<File> numbered(std::size_t size) {
     const fs::path path = write("numbered", numbers(size));
     const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
@@ -257,7 +257,7 @@ TEST_F(IoTest, NoticesThatAFileHasChanged) {
   ASSERT_EQ(::utimensat(AT_FDCWD, file->path().c_str(), times, 0), 0);
   EXPECT_EQ(code(*file), ErrorCode::kFileChanged);
 
-  // Another file under its name: this one is as it was.
+  // Another file gets its name: this one is unchanged.
   file = numbered(10'000);
   fs::remove(file->path());
   write("numbered", "other");
@@ -268,7 +268,7 @@ TEST_F(IoTest, NoticesThatAFileHasChanged) {
 
 class DirectTest : public IoTest {
  protected:
-  // Null where the file system has no direct I/O, which is then what open() must say.
+  // Null if the file system has no direct I/O; open() must then return that error.
   std::unique_ptr<DirectFile> open(const std::shared_ptr<File>& file) {
     auto direct = DirectFile::open(file);
     if (direct.ok()) return *std::move(direct);
@@ -377,7 +377,7 @@ TEST_F(IoTest, MapsAFileForReadingAndForWritingOfItsOwn) {
   EXPECT_EQ(text(again), content);
 }
 
-// How many descriptors this process has.
+// The number of this process's descriptors.
 std::size_t descriptors() {
   const fs::directory_iterator all("/proc/self/fd");
   return static_cast<std::size_t>(std::distance(begin(all), fs::end(all)));
@@ -567,7 +567,7 @@ TEST_F(IoTest, PopulatingRetriesAndReports) {
     EXPECT_EQ(status.error().system_errno, expected);
     EXPECT_EQ(status.error().offset, 4096U);
   }
-  // A kernel that does not know it, and sandboxes that refuse it.
+  // Kernels that do not know the advice, and sandboxes that refuse it.
   for (const int number : {EINVAL, EPERM, ENOSYS, EACCES, EOPNOTSUPP}) {
     fake_advice() = [number](int) {
       errno = number;
@@ -612,7 +612,7 @@ TEST_F(LeaseTest, HoldsTheBytesOfTheFile) {
     ASSERT_NE(hold.data(), nullptr);
     EXPECT_EQ(text({hold.data(), bytes}), expected.substr(at, bytes));
   }
-  // What was worked through and unmapped comes again.
+  // Pages that were unmapped after use can be held again.
   EXPECT_EQ(text({leased->hold(40 << 20, 9).data(), 9}), expected.substr(40 << 20, 9));
 }
 
@@ -625,7 +625,7 @@ TEST_F(LeaseTest, WhoWantsToWriteWaitsForTheNextHold) {
   EXPECT_EQ(opened_for_writing(file->path(), O_NONBLOCK), EWOULDBLOCK);
   EXPECT_EQ(text({hold->data(), 100}), numbers(100));
   EXPECT_EQ(leased->hold(0, 100).data(), nullptr);
-  // A hold is still there.
+  // A hold still exists.
   EXPECT_EQ(opened_for_writing(file->path(), O_NONBLOCK), EWOULDBLOCK);
   hold.reset();
   EXPECT_EQ(opened_for_writing(file->path(), O_NONBLOCK), 0);
@@ -870,7 +870,7 @@ TEST_F(MachineTest, QuotaOfVersionOne) {
 }
 
 TEST_F(MachineTest, AContainersGroupIsTheRootOfTheMount) {
-  // /proc names the path of the host, which the container's mount does not have.
+  // /proc has the host's path, which does not exist in the container's mount.
   write("proc/self/cgroup", "0::/docker/0123456789abcdef\n");
   write("sys/fs/cgroup/cpu.max", "100000 100000\n");
   write("sys/fs/cgroup/memory.max", "1000000\n");

@@ -1,9 +1,9 @@
-// The kernel's own source as blocks and threads in any order, under ASan and UBSan with its checks
-// of alignment, on random tables of tiles. It has no barriers and no shared memory, so a thread
-// that runs to its end at once is one of the orders that a GPU may choose.
+// Runs the kernel's source with blocks and threads in any order, under ASan and UBSan with
+// alignment checks, on random tables of tiles. The kernel has no barriers and no shared memory, so
+// running each thread to its end is an order that a GPU may choose.
 //
-// Built twice: as the host compiles float_formats.h, and (WL_CUDA_ARM) with __CUDA_ARCH__ and what
-// CUDA's intrinsics mean. WEIGHTLIFT_KERNEL_SECONDS says how long it tries; one second otherwise.
+// Built twice: as the host compiles float_formats.h, and (WL_CUDA_ARM) with __CUDA_ARCH__ and
+// replacements for CUDA's intrinsics. Runs for WEIGHTLIFT_KERNEL_SECONDS, by default 1 s.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -22,7 +22,7 @@
 #if defined(WL_CUDA_ARM)
 #define __CUDA_ARCH__ 900
 namespace {
-// "Round-to-nearest-even mode" (CUDA Math API): what the host does, whose mode nobody changes here.
+// "Round-to-nearest-even mode" (CUDA Math API), which is the host's mode here too.
 float __double2float_rn(double value) {
   return static_cast<float>(value);
 }
@@ -71,8 +71,8 @@ std::size_t bytes(std::uint32_t format) {
   return float_bytes(static_cast<FloatFormat>(format));
 }
 
-// A tile with memory of its own that ends where the tile's bytes do: what is written behind it is
-// ASan's to find, and what is written before it, ours.
+// A tile with its own memory, which ends at the tile's last byte. ASan finds writes after it; the
+// test finds writes before it.
 struct Target {
   std::unique_ptr<std::byte[]> memory;
   std::size_t at = 0;

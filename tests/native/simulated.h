@@ -1,5 +1,4 @@
-// The simulated CUDA driver for native tests: its controls, and a machine with it on which the
-// device room runs.
+// The simulated CUDA driver for native tests: its controls, and a machine with it for csrc/device.
 #pragma once
 
 #include <dirent.h>
@@ -70,7 +69,7 @@ inline const Simulator& sim() {
   return instance;
 }
 
-// From a machine that was just switched on to a process that has let go of the driver.
+// A simulated machine, from its start until the process has released the driver.
 class Machine {
  public:
   explicit Machine(int devices, std::uint64_t seed = 0, int policy = SIM_RANDOM) {
@@ -82,13 +81,14 @@ class Machine {
   Machine& operator=(const Machine&) = delete;
   ~Machine() { close(); }
 
-  // What the process leaves behind: to be looked at in the ledger.
+  // Releases the driver. The ledger then shows what the process leaves behind.
   void close() {
     if (open_) device::use_driver_for_testing("");
     open_ = false;
   }
 
-  // Of earlier machines, pinned for good because a device was lost: the pool counts it for ever.
+  // Memory of earlier machines that stays pinned because a device was lost: the pool always counts
+  // it.
   [[nodiscard]] std::size_t lost_before() const { return lost_before_; }
 
  private:
@@ -96,7 +96,7 @@ class Machine {
   std::size_t lost_before_ = 0;
 };
 
-// Of the client: what torch's side of the simulator made does not count. Empty when nothing is.
+// The client's leftovers, without what the simulator's torch side made. Empty if there are none.
 inline std::string leaks(const SimLedger& now) {
   std::string found;
   const auto note = [&found](const char* what, std::uint64_t count) {
@@ -123,7 +123,7 @@ inline std::size_t entries(const char* folder) {
 inline std::size_t open_files() {
   return entries("/proc/self/fd");
 }
-// A joined thread may be listed a moment longer: asks again until `expected` or half a second.
+// A joined thread may be listed a moment longer, so this repeats until `expected` or for 0.5 s.
 inline std::size_t threads(std::size_t expected) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(500);
   std::size_t now = entries("/proc/self/task");
@@ -134,7 +134,7 @@ inline std::size_t threads(std::size_t expected) {
   return now;
 }
 inline std::size_t threads() {
-  // A sanitizer starts a thread of its own along with the first.
+  // A sanitizer starts its own thread together with the first one.
   static const bool first = (std::thread([] {}).join(), true);
   static_cast<void>(first);
   return entries("/proc/self/task");

@@ -1,5 +1,5 @@
-// Stream capture: what is queued on a capturing stream goes into a graph and never runs here; who
-// does what a capture does not allow breaks it. Quotations are from cuda.h (CUDA 13.0).
+// Stream capture: work queued on a capturing stream goes into a graph and never runs here, and a
+// call that the capture forbids breaks it. Quotations are from cuda.h (CUDA 13.0).
 #include <algorithm>
 #include <array>
 #include <memory>
@@ -19,8 +19,9 @@ struct ThreadMode {
 };
 thread_local ThreadMode thread_mode;
 
-// "Some actions, such as a call to cudaMalloc, may be unsafe": what is not observed by a capture.
-// The documentation has no list; this is all that allocates, registers, loads, waits or asks.
+// "Some actions, such as a call to cudaMalloc, may be unsafe": actions that a capture cannot
+// observe. The documentation has no list; these are all calls that allocate, register, load, wait
+// or query.
 constexpr std::array<std::string_view, 18> kUnsafe = {
     "cuMemAlloc",        "cuMemFree",
     "cuMemHostAlloc",    "cuMemFreeHost",

@@ -1,7 +1,6 @@
-// Which operations are ordered before which: vector clocks over lanes, and who touched which bytes
-// last. The order comes from what the client asked for (streams, events, synchronising calls), not
-// from when the scheduler happened to run something, so that a race is found in whichever schedule
-// it did no harm.
+// Which operations are ordered before which: vector clocks over lanes, and the last accesses to
+// bytes. The order comes from the client's calls (streams, events, synchronisation), not from the
+// schedule, so that a race is also found in schedules in which it does no harm.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +12,8 @@
 
 namespace weightlift::simulated {
 
-// One lane a stream; all host threads share one, in the order of their driver calls: how the
-// client's threads tell each other that work is complete is invisible here, and a thread
-// sanitizer's business.
+// One lane for each stream. All host threads share one, in the order of their driver calls, because
+// synchronisation between the client's threads is invisible here; a thread sanitizer checks that.
 using Lane = std::uint32_t;
 inline constexpr Lane kHostLane = 0;
 
@@ -45,11 +43,11 @@ using StampPointer = std::shared_ptr<const Stamp>;
 // Device and host addresses never overlap, so one map serves both.
 class AccessMap {
  public:
-  // Notes an access and returns an earlier one that conflicts with it. What the host knows to be
-  // complete conflicts with nothing that is submitted from now on, and is dropped on the way.
+  // Records an access and returns an earlier one that conflicts with it. Drops accesses that the
+  // host knows to be complete, because they conflict with no later one.
   StampPointer touch(std::uint64_t begin, std::uint64_t end, bool write, const StampPointer& stamp,
                      const Clock& host);
-  // Something that touched these bytes and that `known` does not cover.
+  // An access to these bytes that `known` does not cover.
   [[nodiscard]] StampPointer unfinished(std::uint64_t begin, std::uint64_t end,
                                         const Clock& known) const;
   void forget(std::uint64_t begin, std::uint64_t end);

@@ -1,4 +1,4 @@
-// The sim_* functions: thin, their work is in simulator.cc.
+// The sim_* functions; simulator.cc does the work.
 #include <string>
 
 #include "simulated_driver.h"

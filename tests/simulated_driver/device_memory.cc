@@ -67,7 +67,7 @@ std::optional<std::uint64_t> DeviceMemory::allocate(std::uint64_t bytes, bool ex
     shadow_ = static_cast<std::byte*>(map(size_, PROT_READ | PROT_WRITE));
     next_ = base_;
   }
-  // Next fit: freed addresses are used again as late as possible, so a late user of them is found.
+  // Next fit: reuses freed addresses as late as possible, so that late accesses to them are found.
   const std::uint64_t need = round_up(std::max<std::uint64_t>(bytes, 1), kAlignment) + kGuard;
   std::uint64_t at = next_;
   bool wrapped = false;

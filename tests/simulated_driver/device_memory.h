@@ -22,8 +22,8 @@ class DeviceMemory {
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
 
-  // Forgets all allocations. Addresses go on from where they were for a while: one of an earlier
-  // run is found dead, not mistaken for a live one.
+  // Forgets all allocations. New addresses continue after the old ones for a while, so that an
+  // address of an earlier run is not mistaken for a live one.
   void reset(std::uint64_t bytes);
   void resize(std::uint64_t bytes) { limit_ = bytes; }
 

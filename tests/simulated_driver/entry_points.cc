@@ -1,5 +1,5 @@
-// The driver's own functions. Each is its work in simulator.cc behind what all have in common
-// (Simulator::call): the lock, the counts, injected faults, initialisation, the current context.
+// The driver's functions. Each calls simulator.cc through Simulator::call, which has the common
+// parts: the lock, the counts, injected faults, initialisation, the current context.
 #include <cuda.h>
 #include <cudaTypedefs.h>
 
@@ -429,12 +429,12 @@ struct Form {
   std::string_view name;
   int version;
 };
-// Of every function, as cudaTypedefs.h declares them.
+// All forms of all functions that cudaTypedefs.h declares.
 constexpr Form kForms[] = {
 #include "symbols.inc"
 };
 
-// The newest form that came with `version` of CUDA or before it; null where there is none.
+// The newest form that came with CUDA `version` or earlier; null if there is none.
 const Form* newest_form(std::string_view name, int version) {
   const Form* newest = nullptr;
   for (const Form& form : kForms) {
@@ -444,7 +444,8 @@ const Form* newest_form(std::string_view name, int version) {
   return newest;
 }
 
-// What is simulated: the forms that cuda.h declares by these names, and the batch copy of 12.8.
+// The simulated functions: the forms that cuda.h declares by these names, and the batch copy of
+// 12.8.
 // clang-format off
 #define SIM_FUNCTIONS(X) \
   X(cuInit, 2000) X(cuDriverGetVersion, 2020) X(cuGetErrorName, 6000) X(cuGetErrorString, 6000) \
@@ -482,8 +483,8 @@ void* function_of(const Form& form) {
   return nullptr;
 }
 
-// As a driver before 13.0 may do it, whose documentation does not say what happens where more is
-// asked for than it knows: the newest form that it has.
+// A driver before 13.0 may return its newest form: its documentation does not say what happens if a
+// newer version is requested.
 CUresult find_function(std::string_view name, int version, void** function,
                        CUdriverProcAddressQueryResult& status) {
   status = CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;

@@ -28,9 +28,10 @@ Code describe(const Elf64_Ehdr& header) {
   return {static_cast<int>((abi < 8 ? flags : flags >> 8) & 0xff), abi};
 }
 
-// Within a major version, on what is as new or newer ("Binary Compatibility", CUDA C++ Programming
-// Guide). A 12.x driver knows version 8 of the ABI for Blackwell alone, from 12.8 on; CUDA 13 makes
-// it for all, and sm_110 was another number before it.
+// Machine code runs within its major version, on the same or a newer compute capability ("Binary
+// Compatibility", CUDA C++ Programming Guide). A 12.x driver knows version 8 of the ABI only for
+// Blackwell, from 12.8 on. CUDA 13 uses it for all architectures, and sm_110 had another number
+// before.
 CUresult check_code(const Code& code, int driver, int capability) {
   if (code.abi > 8 || code.architecture == 0) return CUDA_ERROR_INVALID_IMAGE;
   if (driver < 13000 && code.abi == 8) {

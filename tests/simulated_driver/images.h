@@ -1,4 +1,4 @@
-// What a driver makes of an image: which machine code and which PTX it takes.
+// Whether a driver accepts an image: which machine code and which PTX.
 #pragma once
 
 #include <cuda.h>

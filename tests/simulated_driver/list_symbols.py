@@ -1,5 +1,5 @@
-"""Lists every form of every driver function that cudaTypedefs.h declares, as a C++ table: what the
-simulated driver's cuGetProcAddress goes by."""
+"""Lists every form of every driver function that cudaTypedefs.h declares, as a C++ table for the
+simulated driver's cuGetProcAddress."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main(header: Path, target: Path) -> None:
-    # The per-thread stream forms end in _ptsz or _ptds; nobody asks for them.
+    # The per-thread stream forms end in _ptsz or _ptds; clients do not request them.
     forms = sorted(
         {
             (name, int(version))

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Proves that the engine's tests bite: each patch in mutants/ breaks the engine, and a native test,
-which knows nothing of the patches, must fail on every one of them: engine_test, or the one that the
-text above the patch names in a line "Killed by: device_test". Of a patch of the Python package that
-line names a file of tests, which runs on the development installation.
+"""Proves that the engine's tests find mistakes: each patch in mutants/ breaks the engine, and a
+native test must fail on it. That test is engine_test, or the one that the text above the patch
+names in a line "Killed by: device_test". For a patch of the Python package, the line names a file
+of tests, which runs on the development installation.
 
 README.md, "Mutants", says how to add one.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TREE = ("csrc", "cmake", "tests", "python", "CMakeLists.txt")
-# The installation is editable, and its finder knows each module by its path.
+# The installation is editable, and its finder lists the path of each module.
 REDIRECT = """import sys
 for finder in sys.meta_path:
     if hasattr(finder, "known_source_files"):
@@ -57,7 +57,7 @@ class Outcome:
 
 
 class Workshop:
-    """A copy of the tree, built once; mutants are applied to it one after another."""
+    """A copy of the tree, built once, to which mutants are applied one after another."""
 
     def __init__(self, root: Path, folder: Path, jobs: int, seeds: int) -> None:
         self.source = folder / "tree"
@@ -94,7 +94,7 @@ class Workshop:
         return subprocess.run(command, text=True, capture_output=True, check=False)
 
     def patch(self, patch: Path, *options: str) -> subprocess.CompletedProcess[str]:
-        # Without fuzz: a mutant whose surroundings have changed is to be looked at.
+        # Without fuzz, so that a mutant whose context has changed is checked by a person.
         command = ["patch", "-p1", "--no-backup-if-mismatch", "--fuzz=0", "--reject-file=-"]
         command += ["--batch", *options, "-i", str(patch)]
         return subprocess.run(command, cwd=self.source, text=True, capture_output=True, check=False)
@@ -107,7 +107,7 @@ class Workshop:
     def test(self, test: str, limit: float | None) -> tuple[int | None, float, str]:
         """Exit status (None: ran past the limit), seconds, and the output."""
         environment = os.environ | {"WEIGHTLIFT_SEEDS": str(self.seeds)}
-        # The first failure is proof enough.
+        # The first failure is enough.
         if test.endswith(".py"):
             command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", test]
             environment["PYTHONPATH"] = str(self.site)
@@ -136,7 +136,7 @@ class Workshop:
 
 
 def first_report(output: str) -> str:
-    """The line of the output that says most about why the test failed."""
+    """The line of the output that best explains the failure."""
     stripped = (line.strip() for line in output.splitlines())
     lines = [line for line in stripped if line and not line.startswith("Google Test trace:")]
     marks = ("race:", "host write in flight", "use after free", "freed in use", "unpinned in use",
@@ -253,7 +253,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="weightlift-mutants-") as folder:
         workshop = Workshop(arguments.root, Path(folder), arguments.jobs, arguments.seeds)
-        # Of all of them, whichever are run: who changes the engine is to see it at once.
+        # For all mutants, whichever are run, so that a change of the engine shows it at once.
         stale = [path.stem for path in chosen(None, False) if workshop.why_not(path)]
         if stale:
             print(f"no longer apply, make them again: {', '.join(stale)}", flush=True)

@@ -52,7 +52,7 @@ const std::byte* host_pointer(std::uint64_t address) {
   return reinterpret_cast<const std::byte*>(address);
 }
 
-// The first operation in the way of this one, on other streams.
+// The first operation on another stream that this one must wait for.
 const OperationPointer* blocker(const Operation& operation) {
   for (const OperationPointer& wait : operation.waits) {
     if (!wait->done) return &wait;
@@ -238,7 +238,7 @@ void Simulator::step(const OperationPointer& operation, std::size_t pieces) {
       }
     }
     if (operation->kind == Kind::kKernel) prepare_kernel(operation);
-    // Neither the parts of a copy nor the blocks of a kernel run in any given order.
+    // The parts of a copy and the blocks of a kernel run in no fixed order.
     if (policy_ == SIM_SPLIT || policy_ == SIM_RANDOM) {
       random_.shuffle(operation->pieces);
       random_.shuffle(operation->tiles);
@@ -320,7 +320,7 @@ void Simulator::run_piece(Operation& operation, Piece& piece) {
   if (target_device < 0) rehash(piece.target, piece.target + piece.bytes);
 }
 
-// A copy to the host has changed what queued copies from there will rightly find.
+// A copy to the host legally changes the bytes that queued copies from there will read.
 void Simulator::rehash(std::uint64_t begin, std::uint64_t end) {
   for (const auto& stream : streams_) {
     for (const OperationPointer& operation : stream->queue) {
@@ -440,7 +440,7 @@ bool Simulator::queues(std::string_view call) {
          call == "cuStreamWaitEvent";
 }
 
-// Other threads go on meanwhile, as the links do.
+// Other threads and the links continue meanwhile.
 void Simulator::spend(double seconds, Lock& held) {
   if (time_mode_ == SIM_TIME_VIRTUAL) {
     const double end = time_ + seconds;
@@ -483,8 +483,8 @@ void Simulator::start_ready() {
   }
 }
 
-// Each link gives what it has; where the host's memory cannot feed them all, it is shared evenly
-// among those that want more than their share.
+// Each link has its own rate. If the host's memory cannot feed them all, it is shared evenly among
+// those that need more than their share.
 std::vector<double> Simulator::rates() const {
   std::vector<double> rates;
   for (const OperationPointer& operation : moving_) {

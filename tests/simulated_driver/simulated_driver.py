@@ -15,7 +15,7 @@ MAX_DEVICES = 16
 
 
 class Policy(enum.IntEnum):
-    """When queued operations run; simulated_driver.h says more."""
+    """When queued operations run; see simulated_driver.h."""
 
     EAGER = 0
     LAZY = 1
@@ -45,7 +45,7 @@ class Hide(enum.IntEnum):
 
 
 class CudaError(enum.IntEnum):
-    """The results that tests inject most; any other number works too."""
+    """The results that tests use most; any other number works too."""
 
     INVALID_VALUE = 1
     OUT_OF_MEMORY = 2
@@ -104,7 +104,7 @@ class _Link(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Ledger:
-    """What is alive, and what was at most."""
+    """The objects that are alive, and their maxima."""
 
     streams: int
     events: int
@@ -125,7 +125,7 @@ class Ledger:
     peak_client_bytes: tuple[int, ...]
 
     def leaks(self) -> dict[str, int]:
-        """The client's own things that are alive; external ones are the test's."""
+        """The client's live objects; external ones belong to the test."""
         names = ("streams", "events", "allocations", "pinned_ranges", "contexts", "pushed")
         return {name: count for name in (*names, "modules") if (count := getattr(self, name))}
 
@@ -186,7 +186,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 
 
 class SimulatedDriver:
-    """One process has one: every instance of the same path controls the same simulator."""
+    """A process has one simulator: all instances with the same path control it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
@@ -222,7 +222,7 @@ class SimulatedDriver:
         return address
 
     def free(self, address: int, *, device: int = 0, stream: int | None = None) -> None:
-        """Now, or with a stream in its order, as torch's caching allocator does."""
+        """Frees now, or with a stream in its order, as torch's caching allocator does."""
         if stream is None:
             freed = self._library.sim_free(address)
         else:
@@ -249,7 +249,8 @@ class SimulatedDriver:
 
     @contextlib.contextmanager
     def capturing(self, device: int, stream: int, mode: Capture) -> Iterator[None]:
-        """As inside ``torch.cuda.graph``; raises AssertionError where something broke it."""
+        """Captures as ``torch.cuda.graph`` does. Raises AssertionError if a call broke the
+        capture."""
         if not self._library.sim_begin_capture(device, stream, mode):
             raise ValueError(f"cannot capture {stream:#x}")
         try:
@@ -262,7 +263,8 @@ class SimulatedDriver:
     # Bytes.
 
     def read(self, address: int, size: int, *, device: int = 0, stream: int | None = None) -> bytes:
-        """By the host now, or with a stream in its order and waited for, as `tensor.cpu()`."""
+        """Reads on the host now, or with a stream in its order and with a wait, as `tensor.cpu()`
+        does."""
         buffer = ctypes.create_string_buffer(size)
         if stream is None:
             done = self._library.sim_read_device(address, buffer, size)
@@ -374,7 +376,7 @@ class SimulatedDriver:
     def run(
         self, devices: int = 1, seed: int = 0, policy: Policy = Policy.RANDOM
     ) -> Iterator[SimulatedDriver]:
-        """A run that must leave no violation; leaks are for `check`, where nothing is kept."""
+        """A run that must cause no violation; `check` also finds leaks."""
         self.reset(devices, seed, policy)
         yield self
         self.drain()

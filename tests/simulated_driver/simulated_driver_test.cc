@@ -1,6 +1,6 @@
-// The simulator must bite: a small client doing one thing wrong is found under some seed, the same
-// client doing it right is never accused. It comes to the library as the product does, through
-// dlopen and cuGetProcAddress, and uses nothing of csrc/device.
+// The simulator must find mistakes: a small client that does one thing wrong is reported under some
+// seed, and the same client without the mistake is never reported. It uses the library through
+// dlopen and cuGetProcAddress, like the product, and does not use csrc/device.
 #include "simulated_driver.h"
 
 #include <cuda.h>
@@ -140,11 +140,11 @@ std::byte* slots() {
   return static_cast<std::byte*>(memory);
 }
 
-// --- The client
-// ----------------------------------------------------------------------------------- What an
-// engine does: memory from torch's allocator, whose previous owner's kernel is still queued; a ring
-// of pinned slots; one copy a chunk, some straight to their place, some by way of a staging buffer
-// and the kernel; the user's stream waits for the copies.
+// --- The client ----------------------------------------------------------------------------------
+
+// Works like an engine: memory from torch's allocator, whose previous owner's kernel is still
+// queued; a ring of pinned slots; one copy for each chunk, some straight to their targets, some
+// through a staging buffer and the kernel; the user's stream waits for the copies.
 
 enum class Mistake : std::uint8_t {
   kNone,
@@ -280,7 +280,7 @@ class Client {
       check(d.cuEventRecord(done, copies));
       check(d.cuStreamWaitEvent(user, done, CU_EVENT_WAIT_DEFAULT));
     }
-    // Reading back waits for all that it depends on, so what is early is before it.
+    // Reading back waits for all that it depends on, so early reads are those before it.
     if (is(Mistake::kStagingFreedEarly)) check(d.cuMemFree(staging));
     if (is(Mistake::kUnregisteredEarly)) check(d.cuMemHostUnregister(slots()));
     read_back();
@@ -329,7 +329,8 @@ class Client {
       d.cuMemcpyHtoDAsync(to, host, bytes, copies);
       return;
     }
-    // A refused call is a report already; the client goes on to show that it does no harm.
+    // A refused call is already reported; the client goes on, to show that the refusal does no
+    // harm.
     d.cuMemcpyHtoDAsync(to, host, bytes, copies);
   }
 
@@ -429,7 +430,7 @@ struct Case {
 
 class Bites : public testing::TestWithParam<Case> {};
 
-// The figures say how soon, policy by policy: a general statement about the harness, not a limit.
+// The figures show how soon each policy finds the mistake; they are not limits.
 TEST_P(Bites, AClientThatIsWrongIsFound) {
   std::string wanted("\n");
   wanted += GetParam().report;
@@ -491,8 +492,7 @@ INSTANTIATE_TEST_SUITE_P(
         Case{Mistake::kContextLeftCurrent, "ContextLeftCurrent", "leak"}),
     [](const auto& each) { return std::string(each.param.name); });
 
-// --- Rule by rule
-// ---------------------------------------------------------------------------------
+// --- Rule by rule --------------------------------------------------------------------------------
 
 TEST(Symbols, AreFoundByNameAndVersion) {
   const Sim& d = sim();
@@ -922,8 +922,7 @@ TEST_F(Streams, ManyThreadsAtOnce) {
   }
 }
 
-// --- Faults
-// ---------------------------------------------------------------------------------------
+// --- Faults --------------------------------------------------------------------------------------
 
 TEST_F(Streams, TheNthCallFails) {
   start(SIM_LAZY);
@@ -1001,8 +1000,7 @@ TEST(Faults, AForkedChildIsRefused) {
   EXPECT_EQ(d.cuInit(0), CUDA_SUCCESS);
 }
 
-// --- Time
-// -----------------------------------------------------------------------------------------
+// --- Time ----------------------------------------------------------------------------------------
 
 // Copies `bytes` to each of `devices`, all submitted before any is waited for, or one after
 // another.
@@ -1116,7 +1114,7 @@ TEST_F(Captures, AWaitForACapturedEventJoinsAndNothingRuns) {
   EXPECT_EQ(sim().cuMemcpyDtoDAsync(target, target + 32, 32, own), CUDA_SUCCESS);
   EXPECT_EQ(sim().ledger().operations, operations);
   EXPECT_EQ(sim().violations().find("capture: cuMemcpyDtoDAsync"), 0U) << sim().violations();
-  // What conflicts does so in every mode.
+  // Conflicts occur in every mode.
   EXPECT_EQ(sim().cuEventSynchronize(event), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
   EXPECT_EQ(sim().sim_end_capture(0, user), 0);
   EXPECT_EQ(sim().cuStreamIsCapturing(own, &status), CUDA_SUCCESS);
@@ -1192,8 +1190,8 @@ TEST(Time, IsRealWhenAsked) {
   EXPECT_LT(taken.count(), 1.2) << "eight links of 0.2 s each, one after another, take 1.6 s";
 }
 
-// Two seconds on the link, and what the host spends: queueing two copies beside the link's work,
-// being woken behind it.
+// Two seconds on the link, and the host's costs: queueing two copies during the link's work, and
+// waking up after it.
 TEST_F(Streams, CallsAndBeingWokenCostWhatIsSaid) {
   start(SIM_LAZY);
   d.sim_set_time(SIM_TIME_VIRTUAL);

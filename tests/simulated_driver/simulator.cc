@@ -24,7 +24,7 @@ constexpr std::size_t kViolationTexts = 1000;
 constexpr std::size_t kChangePoints = 3;  // pct finds bugs that need up to this many
 constexpr unsigned int kPatience = 16;    // polls before a query lets the device move
 
-// Handles look like pointers but are none, and are never used twice: a stale one is found.
+// Handles look like pointers but are not, and are never reused, so that a stale one is found.
 constexpr std::uint64_t kContextHandle = 0x5100'0000'0000;
 constexpr std::uint64_t kStreamHandle = 0x5200'0000'0000;
 constexpr std::uint64_t kEventHandle = 0x5300'0000'0000;
@@ -69,13 +69,13 @@ std::uint64_t Random::next() {
 }
 
 Simulator& Simulator::instance() {
-  // Never destroyed: clients may call the driver from static destructors, as they may a real one.
+  // Never destroyed, because clients may call the driver from static destructors.
   static auto* simulator = new Simulator;
   return *simulator;
 }
 
 Simulator::Simulator() {
-  // A thread may hold the lock while another forks; the child must still be told that it is one.
+  // A thread may hold the lock while another forks; the child must still get its error.
   pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
                  [] { instance().mutex_.unlock(); });
   reset(1, 0, SIM_EAGER);
@@ -151,7 +151,7 @@ void Simulator::set_policy(std::uint64_t seed, int policy) {
   random_ = Random(seed * SIM_POLICIES + static_cast<std::uint64_t>(policy));
   steps_ = 0;
   polls_ = 0;
-  // A device that always keeps up hides what one that lags behind shows: the seed decides.
+  // The seed decides whether the device keeps up or lags behind, because each shows other errors.
   device_pace_ = std::uint64_t{1} << random_.below(policy == SIM_SPLIT ? 8 : 6);
   low_priority_ = 0;
   host_priority_ = static_cast<std::int64_t>(random_.below(1000)) + 1;
@@ -424,7 +424,7 @@ void Simulator::lose_context(int index, CUresult code) {
       std::erase(moving_, operation);
     }
     stream->queue.clear();
-    // Nothing of it runs any more, and the error tells the host so.
+    // Its work does not run any more, and the error tells the host.
     host_clock_.join(stream->clock);
   }
   changed_.notify_all();
@@ -748,7 +748,7 @@ CUresult Simulator::mem_free(CUdeviceptr pointer) {
     violation(text("the client frees {:#x}, which is not its own", pointer));
     return CUDA_ERROR_INVALID_VALUE;
   }
-  // "This API may perform implicit synchronization": may, so nobody can rely on it.
+  // "This API may perform implicit synchronization": clients cannot rely on "may".
   const std::uint64_t end = pointer + allocation->second.bytes;
   check_unused("freed in use: cuMemFree", pointer, end);
   is->memory.release(pointer);
@@ -1093,7 +1093,7 @@ CUresult Simulator::launch(CUfunction function, std::array<unsigned int, 3> grid
                                 text("{} of {} tiles of the chunk at {:#x}",
                                      convert::kScatterKernel, launch.tile_count, launch.chunk));
   operation->launch = launch;
-  // What it reads is known; where it writes is known when it runs.
+  // Its source is known now; its targets are known when it runs.
   const std::uint64_t bytes =
       launch.tiles_offset + std::uint64_t{launch.tile_count} * sizeof(convert::Tile);
   touch(operation, operation->stamp, launch.chunk, launch.chunk + bytes, false);

@@ -169,10 +169,10 @@ struct Need {
 inline constexpr Need kNothing{};
 inline constexpr Need kUncounted{false, false, false, false};
 inline constexpr Need kInitialised{true, false, false, true};
-// Pushing a live context does not fail of itself, and who cannot push cannot release: "any
-// function" leaves it alone, its own name does not.
+// Pushing a live context does not fail by itself, and a client that cannot push cannot release. So
+// "any function" excludes it; only its own name makes it fail.
 inline constexpr Need kPush{true, false, false, false};
-// A thread's own flag: "any function" leaves it alone, too.
+// This only sets a flag of the thread, so "any function" excludes it too.
 inline constexpr Need kRelaxing{false, false, false, false};
 inline constexpr Need kContext{true, true, false, true};
 inline constexpr Need kReleaseInContext{true, true, true, true};

@@ -1,4 +1,4 @@
-// Loads in an order of use, whose tensors are waited for one by one.
+// Loads in an order of use, whose caller waits for single tensors.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -63,7 +63,7 @@ TEST(BatchesOfUse, FollowTheRanksAndNotTheFile) {
   EXPECT_EQ(batches_of_use(plan), (std::vector<std::uint32_t>{1, 0, 0, 1}));
 }
 
-// What arrives first was asked for first, though it lies last in the file.
+// The tensor that is used first arrives first, though it lies last in the file.
 TEST(Schedule, OfAnOrderOfUse) {
   Machine machine(0);
   Scenario scenario(1, 0);
@@ -85,8 +85,7 @@ TEST(Schedule, OfAnOrderOfUse) {
   EXPECT_EQ(order, (std::vector<std::uint32_t>{5, 4, 3, 2, 1, 0}));
 }
 
-// Each tensor holds what it must when it is said to have arrived, in whatever order it is asked
-// for, on the host.
+// On the host, each tensor has its bytes when wait_for() returns, in any order of calls.
 TEST(WaitFor, TensorsOnTheHost) {
   for (std::uint64_t seed = 0; seed < 8; ++seed) {
     Machine machine(0, seed);
@@ -123,8 +122,8 @@ TEST(WaitFor, TensorsOnTheHost) {
   }
 }
 
-// The host does not wait for the copies, a stream does: what is then done on the stream finds them.
-// The simulated devices run each stream as late as they may.
+// A stream waits for the copies instead of the host, and later work on the stream finds the bytes.
+// The simulated devices run each stream as late as possible.
 TEST(WaitFor, StreamsOfDevices) {
   for (std::uint64_t seed = 0; seed < 24; ++seed) {
     Machine machine(2, seed, static_cast<int>(seed % SIM_POLICIES));
@@ -169,7 +168,8 @@ TEST(WaitFor, StreamsOfDevices) {
   }
 }
 
-// Those that came before the fault are there, for the others there is the load's error.
+// Tensors that arrived before the fault are returned; for the others wait_for() returns the load's
+// error.
 TEST(WaitFor, FilesThatEndEarly) {
   Machine machine(0);
   Scenario scenario(3, 0);
@@ -188,7 +188,8 @@ TEST(WaitFor, FilesThatEndEarly) {
   ASSERT_FALSE(last.ok());
   EXPECT_EQ(last.error().path, scenario.files.back().path());
   EXPECT_FALSE(last.error().tensor.empty());
-  // Of the first all bytes came, but the file is not what it was: it is not handed out either.
+  // All bytes of the first tensor arrived, but the file has changed, so it is not handed out
+  // either.
   EXPECT_FALSE(load->wait_for(std::array<std::uint32_t, 1>{0}, kLong).ok());
   EXPECT_FALSE(load->finish().ok());
 }
@@ -205,7 +206,7 @@ TEST(WaitFor, CancelledLoads) {
   auto load = scenario.prepare();
   ASSERT_NE(load, nullptr);
   ASSERT_TRUE(load->start().ok());
-  // One that waits when the load is cancelled ends too, one way or the other.
+  // A call that waits when the load is cancelled ends too.
   std::thread waits([&] { static_cast<void>(load->wait_for(all_of(scenario.plan), kLong)); });
   load->cancel();
   waits.join();
@@ -214,7 +215,7 @@ TEST(WaitFor, CancelledLoads) {
   EXPECT_TRUE(all.ok() || all.error().code == ErrorCode::kCancelled);
 }
 
-// Tensors of a mapping have arrived when the steps that read them in are done.
+// Mapped tensors have arrived when their populate steps are done.
 TEST(StepsByName, CountTheStepsOfEachRange) {
   Machine machine(0);
   Scenario scenario(5, 0);

@@ -19,8 +19,8 @@
 namespace weightlift::engine::test {
 namespace {
 
-// A load as small as this one has no threads: the caller of wait() is the one that works. The
-// targets lie on a huge page each, for a cancel is noticed between two of them.
+// Such a small load has no threads: the caller of wait() does the work. Each target lies on its own
+// huge page, because a cancel takes effect between two of them.
 TEST(LoadCancel, OnTheCallersThread) {
   constexpr std::size_t kCopies = 1024;
   constexpr std::size_t kRegion = kCopies * io::kHugePageBytes;

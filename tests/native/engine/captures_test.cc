@@ -14,7 +14,7 @@
 namespace weightlift::engine::test {
 namespace {
 
-// A load ordered after a capturing stream would be recorded, and copy nothing.
+// A load ordered after a capturing stream would be recorded and not run.
 TEST(LoadStart, OnACapturingStream) {
   for (const int mode : {SIM_CAPTURE_GLOBAL, SIM_CAPTURE_THREAD_LOCAL, SIM_CAPTURE_RELAXED}) {
     Machine machine(1);

@@ -103,7 +103,7 @@ TEST(ConcurrentLoads, DoNotWaitForEachOthersSlots) {
         ASSERT_NE(loads.back(), nullptr);
         ASSERT_TRUE(loads.back()->start().ok());
       }
-      // In the order of their start, whichever ends first: nobody asks for another's report.
+      // In the order of their start, whichever ends first.
       for (std::size_t i = 0; i < loads.size(); ++i) {
         wait_for(*loads[i], "crossed slots");
         const auto report = loads[i]->finish();
@@ -115,7 +115,7 @@ TEST(ConcurrentLoads, DoNotWaitForEachOthersSlots) {
   }
 }
 
-// A load that began with one slot takes more when others give theirs back.
+// A load that began with one slot takes more when others return theirs.
 TEST(ConcurrentLoads, GrowWhenOthersGiveBack) {
   Machine machine(1);
   {
@@ -166,7 +166,7 @@ TEST(StagingPoolTake, RefusesAFurtherSlotWhileOthersWaitForTheirFirst) {
   expect_machine_clean(machine, "claims");
 }
 
-// What comes back goes to a load that has nothing before one that has something and wants more.
+// A returned slot goes to a load without slots before one that wants more.
 TEST(ConcurrentLoads, ServeThoseWithoutASlotFirst) {
   Machine machine(1);
   {

@@ -1,4 +1,4 @@
-// Which thread gets what, and who is woken for it.
+// Which thread gets which task, and which threads are woken.
 #include "engine/dispatcher.h"
 
 #include <gtest/gtest.h>
@@ -56,7 +56,7 @@ Schedule chunks_of(std::uint32_t units, std::uint32_t chunks) {
   return schedule;
 }
 
-// Of one thread: sleeps that it was woken from (proc(5)).
+// The number of times that a thread was woken from sleep (proc(5)).
 std::uint64_t sleeps_of(pid_t thread) {
   std::ifstream status("/proc/self/task/" + std::to_string(thread) + "/status");
   const std::string field = "voluntary_ctxt_switches:";
@@ -66,7 +66,7 @@ std::uint64_t sleeps_of(pid_t thread) {
   return 0;
 }
 
-// A reader thread that takes its tasks and does nothing with them.
+// A reader thread that takes tasks and does nothing.
 struct Reader {
   std::atomic<pid_t> id = 0;
   std::atomic<std::uint32_t> units = 0;
@@ -92,7 +92,7 @@ std::uint64_t sleeps_of(const std::vector<Reader>& readers) {
   return all;
 }
 
-// Until nobody has been woken for a while.
+// Waits until no thread has been woken for a while.
 std::uint64_t settled_sleeps(const std::vector<Reader>& readers) {
   std::uint64_t before = sleeps_of(readers);
   for (int quiet = 0; quiet < 20;) {
@@ -134,7 +134,7 @@ TEST(DispatcherNext, WakesOneThreadAUnit) {
     }
     if (chunk + 1 == kChunks) break;  // then all end
     const std::uint64_t now = settled_sleeps(readers);
-    // Who is woken may sleep once more, for the lock.
+    // A woken thread may sleep once more, for the lock.
     EXPECT_LE(now - before, 4 * kUnits) << "chunk " << chunk;
     before = now;
   }
@@ -177,12 +177,12 @@ TEST(DispatcherNext, PrefersTheThreadsOwnNode) {
     EXPECT_EQ(lane_of_next(on_node<1>), 1);
     EXPECT_EQ(lane_of_next(on_node<0>), 0);
   }
-  // Nobody runs on node 0 any more: its lane falls behind by a twentieth, and no further.
+  // No thread runs on node 0 any more: its lane falls behind by 5 %, and no further.
   int of_other_node = 0;
   for (int i = 0; i < 100; ++i) of_other_node += lane_of_next(on_node<1>) == 0 ? 1 : 0;
   EXPECT_GE(of_other_node, 35);
   EXPECT_LE(of_other_node, 45);
-  // Of a node that has no lane: whichever is behind.
+  // A thread on a node without a lane takes the lane that is behind.
   for (int i = 0; i < 20; ++i) EXPECT_EQ(lane_of_next(on_node<7>), 0);
 }
 

@@ -57,7 +57,7 @@ void sweep(const char* name, int code, bool sticky) {
         scenario.expect_no_traces(what);
         expect_released(scenario, machine, what);
         baseline.expect_same(what);
-        // That the library could not be loaded is remembered; everything else is tried again.
+        // The failure to load the library is remembered; everything else is tried again.
         if (!device::driver().ok()) device::use_driver_for_testing(simulation::kLibrary);
         if (struck) run_plainly(scenario, what + ", the load after it");
       }

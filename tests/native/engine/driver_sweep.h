@@ -3,8 +3,9 @@
 
 namespace weightlift::engine::test {
 
-// The n-th call of `name` (any where null) fails in the n-th round, until there are no more calls.
-// Whatever fails: an error that says so or a right result, nothing left, a right load after it.
+// In the n-th round, the n-th call of `name` (of any function if null) fails, until there are no
+// more calls. Each time, the load must return an error that says so or the right result, leave
+// nothing behind, and the next load must be right.
 void sweep(const char* name, int code, bool sticky);
 
 }  // namespace weightlift::engine::test

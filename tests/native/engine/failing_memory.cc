@@ -13,7 +13,7 @@ Heap heap;
 
 using weightlift::engine::test::heap;
 
-// Not inlined, or GCC takes free() for a mistake.
+// Not inlined, because GCC would otherwise warn about free().
 [[gnu::noinline]] void* operator new(std::size_t bytes) {
   void* const block = heap.refuses() ? nullptr : std::malloc(std::max<std::size_t>(bytes, 1));
   if (block == nullptr) throw std::bad_alloc();
@@ -28,7 +28,8 @@ using weightlift::engine::test::heap;
 void operator delete(void* block, std::size_t /*bytes*/) noexcept {
   operator delete(block);
 }
-// The library's own would do, but a sanitizer brings one that does not come by the above.
+// The library's own would do, but a sanitizer replaces it by one that does not call the functions
+// above.
 void* operator new(std::size_t bytes, const std::nothrow_t& /*tag*/) noexcept {
   try {
     return operator new(bytes);

@@ -10,7 +10,7 @@
 
 namespace weightlift::engine::test {
 
-// Whether an allocation of the C++ library's is to fail, as it does where memory has run out.
+// Whether an allocation of the C++ library must fail, as if memory had run out.
 struct Heap {
   std::atomic<bool> watched = false;
   std::atomic<std::int64_t> left = 0;  // until the one that fails
@@ -25,7 +25,7 @@ struct Heap {
 };
 extern Heap heap;
 
-// Where the engine is at work; the test's own allocations do not count.
+// Only the engine's allocations count, not the test's own.
 class Watched {
  public:
   Watched() { heap.watched = true; }
@@ -34,9 +34,9 @@ class Watched {
   ~Watched() { heap.watched = false; }
 };
 
-// The n-th allocation of `round` fails, and with `for_good` all after it, for every n until there
-// are no more. Whatever a round leaves behind, it is the same as after the first one, which also
-// makes what is made once a process.
+// The n-th allocation of `round` fails, and with `for_good` all after it, for each n until there
+// are no more. Each round must leave behind the same as the first one, which also makes the objects
+// that exist once in a process.
 template <class Round>
 void exhaust(const std::string& name, const Round& round) {
   for (const bool for_good : {false, true}) {

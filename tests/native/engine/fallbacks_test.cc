@@ -1,4 +1,4 @@
-// Machines that lack this or that, and plans that cannot be.
+// Machines that lack a feature, and invalid plans.
 #include <cuda.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
@@ -21,7 +21,7 @@
 namespace weightlift::engine::test {
 namespace {
 
-// A module takes a millisecond or more to load: only plans that need the kernel load it.
+// Loading a module takes a millisecond or more, so only plans that need the kernel load it.
 TEST(LoadOfLargePlainTensors, LoadsNoModule) {
   Machine machine(2);
   {
@@ -61,7 +61,7 @@ TEST(LoadWithoutKernels, CastsOnTheHostTheSame) {
   }
 }
 
-// So many chunks as a report's words say were copied in this way.
+// The number of chunks that were copied in this way, by the report's text.
 std::uint64_t chunks_by(const std::vector<std::string>& copies, const std::string& how) {
   std::uint64_t count = 0;
   for (const std::string& text : copies) {

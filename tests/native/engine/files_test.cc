@@ -84,7 +84,7 @@ TEST(LoadOfChangedFile, TruncatedMappingIsAnErrorAndNoSignal) {
   EXPECT_EQ(report.error().code, ErrorCode::kFileShrank) << report.error().describe();
 }
 
-// What was written before anything is read is what is loaded.
+// Bytes that were written before the first read are loaded.
 TEST(LoadOfChangedFile, RewrittenBefore) {
   Machine machine(1);
   {
@@ -103,7 +103,7 @@ TEST(LoadOfChangedFile, RewrittenBefore) {
   expect_machine_clean(machine, "rewritten before");
 }
 
-// Of devices there is nothing to compare with; of the host's memory there is.
+// Bytes on a device cannot be compared with the file; bytes in host memory can.
 TEST(LoadOfChangedFile, RewrittenMeanwhile) {
   for (const int target : {kHostDevice, 0}) {
     Machine machine(1);
@@ -171,7 +171,7 @@ TEST(LoadOfChangedFile, TimeSetMeanwhile) {
   expect_machine_clean(machine, "touched");
 }
 
-// What a disk does that has gone bad, or a network that has gone away.
+// The errors of a bad disk or a lost network.
 TEST(LoadOfChangedFile, Unreadable) {
   for (const int target : {kHostDevice, 0}) {
     Machine machine(1);

@@ -34,8 +34,8 @@ TEST(LoadToHost, LargeTargets) {
   run_plainly(scenario, "large");
 }
 
-// Small tensors that follow one another in the file do so in the block, unless that would put one
-// at an address that its elements must not have.
+// Small tensors that are neighbours in the file are neighbours in the block, unless one would be
+// misaligned.
 TEST(HostLayoutAdd, KeepsNeighboursTogether) {
   const TestFile file(std::vector<std::byte>(4 * kKiB));
   LoadPlan plan;
@@ -66,7 +66,7 @@ TEST(HostLayoutAdd, KeepsNeighboursTogether) {
   EXPECT_EQ(plan.copies[4].elements, 3);
 }
 
-// torch copies from a pinned tensor and drops it: nothing tells the owner of the memory.
+// torch copies from a pinned tensor and drops it; the owner of the memory is not told.
 TEST(HostMemory, IsUnpinnedAfterTheDevicesAreDone) {
   for (std::uint64_t seed = 0; seed < 12; ++seed) {
     // Each device is waited for, the first one alone as well.
@@ -91,7 +91,7 @@ TEST(HostMemory, IsUnpinnedAfterTheDevicesAreDone) {
   }
 }
 
-// As on WSL2, or where the memory of a machine is encrypted: the driver allocates, as for slots.
+// As on WSL2, or on a machine with encrypted memory: the driver allocates, as for slots.
 TEST(HostMemoryAllocate, RefusedRegistering) {
   Machine machine(1);
   sim().sim_fail_call("cuMemHostRegister", 1, CUDA_ERROR_NOT_SUPPORTED, 0);

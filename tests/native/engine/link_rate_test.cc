@@ -13,7 +13,7 @@
 namespace weightlift::engine::test {
 namespace {
 
-// Bytes a second over all links, from the first copy's start to the last one's end.
+// The rate of all links in bytes/s, from the start of the first copy to the end of the last.
 double link_rate(int devices) {
   double first = 1e30;
   double last = 0;
@@ -29,8 +29,8 @@ double link_rate(int devices) {
   return static_cast<double>(bytes) / (last - first);
 }
 
-// A model cut into one part a device, as device maps do; the first part `first_share` times as
-// large as the others. Share of the best possible rate.
+// A model with one part for each device, as in a device map; the first part is `first_share` times
+// as large as the others. Returns the share of the best possible rate.
 double link_share(int devices, double link, double host_memory, std::uint64_t first_share) {
   Machine machine(devices);
   double rate = 0;
@@ -60,7 +60,7 @@ double link_share(int devices, double link, double host_memory, std::uint64_t fi
   return rate / best;
 }
 
-// Other processes may hold the processors for a moment: the best of three.
+// The best of three, because other processes may use the processors for a moment.
 void expect_full_links(int devices, double link, double host_memory, std::uint64_t first_share) {
   double best = 0;
   for (int i = 0; i < 3 && best < 0.9; ++i) {
@@ -78,8 +78,8 @@ TEST(LinkRate, UnderALimitOfTheHostsMemory) {
 TEST(LinkRate, OfALopsidedPlan) {
   expect_full_links(4, 40e6, 0, 3);
 }
-// One link of eight at a quarter of the others' rate: it is busy to its end, and so are they to
-// theirs. The least share of its own rate that any link reached, from its first byte to its last.
+// One link of eight has a quarter of the others' rate: all must be busy until their ends. Returns
+// the smallest share of its own rate that a link reached, from its first byte to its last.
 double least_share_beside_a_slow_link() {
   constexpr int kDevices = 8;
   constexpr double kLink = 40e6;
@@ -118,7 +118,7 @@ TEST(LinkRate, BesideASlowLink) {
   EXPECT_GE(best, 0.9);
 }
 
-// The load ends with that device's error; the others are drained, and nothing is left behind.
+// The load ends with that device's error. The others are drained, and nothing is left behind.
 TEST(LinkFailure, OfOneOfEightLate) {
   for (const std::uint64_t late : {20U, 40U, 55U}) {
     Machine machine(8);
@@ -149,7 +149,7 @@ TEST(LinkFailure, OfOneOfEightLate) {
   }
 }
 
-// The least share of its rate that any of the links reached, from its first byte to its last.
+// The smallest share of its rate that a link reached, from its first byte to its last.
 double least_share(int devices, double rate) {
   double least = 1;
   for (int device = 0; device < devices; ++device) {
@@ -161,9 +161,9 @@ double least_share(int devices, double rate) {
   return least;
 }
 
-// A chunk of 4 MiB takes 76 us on a link of 55 GB/s. Here each takes about a hundred times as long,
-// and so do a call that queues (3 us) and a thread that is woken (50 us): one thread fills the
-// slots, and the link must not notice that it waits for anything.
+// A chunk of 4 MiB takes 76 us on a link of 55 GB/s. Here it takes about a hundred times as long,
+// and so do a call that queues (3 us) and waking a thread (50 us). One thread fills the slots, and
+// the link must stay busy.
 double share_with_costs() {
   constexpr double kLink = 60e6;
   constexpr double kChunk = 512 * kKiB / kLink;
@@ -195,7 +195,8 @@ TEST(LinkRate, WithWhatCallsAndWakingCost) {
   EXPECT_GE(best, 0.9);
 }
 
-// As many as a large mixture of experts has that nobody has stacked; in a deep run half a million.
+// As many tensors as a large mixture of experts with separate experts; half a million in a deep
+// run.
 double share_of_small_tensors() {
   constexpr int kDevices = 8;
   const bool deep = number_from_environment("WEIGHTLIFT_SEEDS", 0) >= 1000;

@@ -1,4 +1,4 @@
-// Devices that are lost. What they may still read stays pinned for good, so these tests come last.
+// Lost devices. Memory that they may still read stays pinned, so these tests come last.
 #include <cuda.h>
 #include <gtest/gtest.h>
 
@@ -25,7 +25,7 @@ TEST(LoadWithLostDevice, AtAnyOperation) {
   sweep("(operation)", CUDA_ERROR_ILLEGAL_ADDRESS, false);
 }
 
-// A slot whose copies cannot be waited for is given up, as large as the whole budget.
+// Abandons a slot as large as the whole budget, because waiting for its copies fails.
 void lose_a_slot() {
   Scenario scenario(1, 1);
   scenario.settings.threads = 1;
@@ -68,8 +68,8 @@ void load_after_lost_slots() {
       << report.error().message;
 }
 
-// Whatever happened before, a load ends: with its data, or with an error that says why. In a
-// process of its own, for what is given up stays so.
+// After any events, a load ends, with its data or with an error that says why. In a separate
+// process, because abandoned slots stay abandoned.
 TEST(LoadAfterLostSlots, EndsWithItsDataOrSaysWhy) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   const auto in_child = [] {

@@ -1,4 +1,4 @@
-// Memory of dead blocks, kept and handed out again. Each test leaves the pool empty.
+// Memory of deleted blocks, kept and used again. Each test leaves the pool empty.
 #include "engine/memory_pool.h"
 
 #include <gtest/gtest.h>
@@ -110,7 +110,7 @@ TEST_F(MemoryPoolTest, TakesNoBlockBelowOneHugePage) {
   EXPECT_EQ(pool_.stats().kept_bytes, 0);
 }
 
-// Blocks of four threads are never in two hands at the same time.
+// Four threads never get the same block at the same time.
 TEST_F(MemoryPoolTest, ManyThreads) {
   constexpr std::size_t kLimit = 24 * kHuge;
   std::atomic<bool> overlap = false;
@@ -152,7 +152,7 @@ TEST_F(MemoryPoolTest, AChildHasItsOwn) {
   EXPECT_EQ(status, 0);
   const auto memory = pool_.take(4 * kHuge);
   ASSERT_TRUE(memory);
-  // Left over, or zero where the kernel has taken the page; nothing of the child's.
+  // The old content, or zeros if the kernel has taken the page, but nothing from the child.
   EXPECT_FALSE(std::ranges::any_of(std::span(memory->data(), memory->size()),
                                    [](std::byte b) { return b == std::byte{9}; }));
 }
@@ -165,14 +165,14 @@ TEST_F(MemoryPoolTest, ServesHostMemory) {
   EXPECT_EQ((*first)->pages().find("used again"), std::string::npos);
   first->reset();
   EXPECT_EQ(pool_.stats().kept_bytes, 16 * kHuge);
-  // A load that keeps nothing takes what is there.
+  // A load that keeps nothing may still take a block.
   auto second = HostMemory::allocate(10 * kHuge, std::nullopt, {});
   ASSERT_TRUE(second.ok());
   EXPECT_EQ((*second)->data(), at);
   EXPECT_NE((*second)->pages().find("used again"), std::string::npos);
   second->reset();
   EXPECT_EQ(pool_.stats().kept_bytes, 6 * kHuge);
-  // Small pages, as set, are apart from it.
+  // Memory on small pages does not go through the pool.
   const Settings small{.pool_bytes = 64 * kHuge, .huge_pages = HugePages::kNever};
   auto third = HostMemory::allocate(4 * kHuge, std::nullopt, small);
   ASSERT_TRUE(third.ok());

@@ -1,4 +1,4 @@
-// Which pages new memory gets, by what they are said to cost.
+// The pages that new memory gets, with given costs.
 #include "engine/page_choice.h"
 
 #include <gtest/gtest.h>
@@ -77,7 +77,7 @@ TEST(PageChoice, ABlockWhosePagesBecomeDearIsSwitchedWhileItFills) {
     return offset < 128 * kMiB ? 5e9 : small ? 8e8 : 1e8;
   });
   EXPECT_EQ(watch.reason(), "huge pages");
-  // One page here and there stands for a load that has come so far.
+  // A few backed pages stand for the progress of a load.
   for (std::size_t at = 16 * kMiB; at < 512 * kMiB; at += 32 * kMiB) {
     ASSERT_TRUE(memory.populate(at, 4096).ok());
   }

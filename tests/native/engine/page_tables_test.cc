@@ -1,5 +1,5 @@
-// Devices that read the host's memory through its own page tables (GH200, GB200): they copy from
-// where a file lies in the page cache, and nobody copies it into a staging slot before.
+// Devices that read host memory through the host's page tables (GH200, GB200): they copy from the
+// page cache, without staging slots.
 #include <cuda.h>
 #include <fcntl.h>
 #include <gtest/gtest.h>
@@ -39,8 +39,8 @@ SimLink link_of(int device) {
   return link;
 }
 
-// Large tensors with gaps between them, so that units of a chunk do not follow one another in the
-// file, or do; a cast on the host among them, which is staged.
+// Large tensors, some with gaps between them, so that some units of a chunk are contiguous in the
+// file and others are not. One is cast on the host and so is staged.
 std::uint64_t fill_plainly(Scenario& scenario, int devices) {
   scenario.settings.threads = 2;
   scenario.settings.read_bytes = 64 * kKiB;
@@ -167,8 +167,8 @@ TEST(LoadThroughHostPageTables, EndsWithAnyCallThatFails) {
   }
 }
 
-// Whoever wants to cut the file off waits until the device has read what it was told to, and no
-// longer. In a process of its own: this one's would wait for itself.
+// A process that truncates the file waits until the device has read its copies, and no longer. In a
+// separate process, because this one would wait for itself.
 TEST(LoadThroughHostPageTables, KeepsTheFileUntilTheDeviceHasReadIt) {
   SKIP_WITHOUT_LEASES();
   Machine machine(1);

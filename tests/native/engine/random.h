@@ -1,4 +1,4 @@
-// Chance that is the same on every machine, and sizes.
+// Random numbers that are the same on every machine, and sizes.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +13,11 @@ namespace weightlift::engine::test {
 
 inline constexpr std::size_t kKiB = 1024;
 inline constexpr std::size_t kMiB = 1024 * kKiB;
-// No load here takes so long: beyond it, a load hangs.
+// A load that takes longer hangs.
 inline constexpr std::chrono::seconds kHung{30};
 inline constexpr int kUnknownError = 999;
 
-// splitmix64: the standard's distributions differ from library to library, seeds must not.
+// splitmix64, because the distributions of the standard library differ between implementations.
 class Random {
  public:
   explicit Random(std::uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15U + 1) {}
@@ -37,7 +37,7 @@ class Random {
   T pick(std::initializer_list<T> choices) {
     return choices.begin()[below(choices.size())];
   }
-  // As often tiny as huge.
+  // Small and large sizes are equally likely.
   std::uint64_t spread(std::uint64_t high) {
     std::uint64_t bits = 0;
     while ((high >> bits) > 1) ++bits;

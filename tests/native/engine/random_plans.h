@@ -1,4 +1,4 @@
-// Plans and settings by chance.
+// Random plans and settings.
 #pragma once
 
 #include <fcntl.h>
@@ -101,7 +101,7 @@ class PlanMaker {
 
   std::uint64_t gap() { return random_.chance(50) ? 0 : random_.spread(600); }
 
-  // Tensors one behind the other from an odd offset on, as files have them.
+  // Tensors one after the other from an odd offset on, as in real files.
   void checkpoint(const Origin& origin) {
     const std::uint64_t size = origin.bytes->size();
     std::uint64_t at = std::min(size, random_.below(300));
@@ -117,7 +117,7 @@ class PlanMaker {
       const int where = random_.chance(85) ? home : device();
       scenario_.add(origin, at, elements, from, to, where, scattered_targets ? gap() : 0);
       at += elements * item;
-      if (random_.chance(8)) at += random_.spread(20'000);  // a tensor that nobody wants
+      if (random_.chance(8)) at += random_.spread(20'000);  // a tensor that is not loaded
     }
   }
 
@@ -169,7 +169,7 @@ class PlanMaker {
       if (span + reach > size) dimension.extent = 1;
       span += dimension.extent == 1 ? 0 : reach;
       elements *= dimension.extent;
-      // What of this dimension is not wanted lies between the rows of the next outer one.
+      // The unwanted elements of this dimension lie between the rows of the next outer one.
       stride = static_cast<std::int64_t>(
           (random_.chance(50) ? span + item - 1 : span + random_.spread(9000)) / item * item);
     }
@@ -179,7 +179,7 @@ class PlanMaker {
                           gap());
   }
 
-  // Contiguous in order; on the host also in other orders, backwards, and with room between rows.
+  // Contiguous in order; on the host also in other orders, backwards, and with gaps between rows.
   void targets(std::vector<Dimension>& dimensions, std::uint64_t item, int where) {
     std::vector<std::size_t> order(dimensions.size());
     for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;

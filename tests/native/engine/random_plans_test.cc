@@ -1,6 +1,6 @@
-// Random plans under random schedules, judged by general oracles: afterwards bytes, bounds,
-// violations, the ledger, reports, threads and descriptors must be right, whatever the plan was and
-// whatever failed.
+// Random plans under random schedules, judged by general oracles: after each load, bytes, bounds,
+// violations, the ledger, reports, threads and descriptors must be right, for every plan and every
+// failure.
 //
 // WEIGHTLIFT_SEEDS says how many seeds to try, WEIGHTLIFT_SEED runs one. With one reader thread the
 // schedule of a seed replays but for the lanes' own threads.
@@ -29,7 +29,7 @@ namespace {
 
 enum class Disturbance : std::uint8_t { kNone, kCancel, kFault, kAbandoned };
 
-// A load that ends in an error, or not: either way nothing is left of it.
+// A load that ends with or without an error must leave nothing behind.
 void run_disturbed(Scenario& scenario, Disturbance how, const std::string& what) {
   Random& random = scenario.random;
   if (how == Disturbance::kFault) {
@@ -119,7 +119,7 @@ void one_seed(std::uint64_t seed) {
     if (how != Disturbance::kNone) {
       run_disturbed(scenario, how, what + ", disturbed");
       expect_released(scenario, machine, what + ", disturbed");
-      // What has not struck must not strike the next load.
+      // A fault that did not occur must not hit the next load.
       for (std::uint64_t i = 0; sim().sim_faults_left() != 0 && i < 50; ++i) {
         std::ignore = device::Device::count();
       }

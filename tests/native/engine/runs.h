@@ -1,4 +1,4 @@
-// Running loads, and what must hold after any of them.
+// Runs loads, and checks what must hold after each.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -24,7 +24,8 @@ inline std::uint64_t number_from_environment(const char* name, std::uint64_t oth
   return text != nullptr && *text != '\0' ? std::strtoull(text, nullptr, 10) : otherwise;
 }
 
-// Waits for the end of a load; one that hangs ends the process, for its threads cannot be.
+// Waits for the end of a load. A hanging load ends the process, because its threads cannot be
+// ended.
 inline void wait_for(Load& load, const std::string& what) {
   const auto end = std::chrono::steady_clock::now() + kHung;
   std::uint64_t before = 0;
@@ -41,7 +42,7 @@ inline void wait_for(Load& load, const std::string& what) {
   }
 }
 
-// What the process held before a load.
+// The process's resources before a load.
 struct Baseline {
   std::size_t files = simulation::open_files();
   std::size_t threads = simulation::threads();
@@ -52,7 +53,7 @@ struct Baseline {
   }
 };
 
-// After any load, with its devices still open: what it made is gone or in the pool.
+// After any load, with its devices still open: everything that it made is gone or in the pool.
 inline void expect_released(const Scenario& scenario, const Machine& machine,
                             const std::string& what) {
   const SimLedger now = sim().ledger();

@@ -1,4 +1,4 @@
-// A plan, what it must do, and whether it did.
+// A plan, its expected result, and the checks.
 #pragma once
 
 #include <fcntl.h>
@@ -34,7 +34,7 @@ using simulation::Machine;
 using simulation::sim;
 using std::chrono::milliseconds;
 
-// Gone when the process ends; each test removes what it writes before that.
+// Removed when the process ends; each test removes its files before that.
 inline const std::string& folder() {
   struct Folder {
     std::string path = ::testing::TempDir() + "weightlift_engine_XXXXXX";
@@ -91,7 +91,7 @@ inline std::uint64_t address_of(const std::byte* data) {
   return reinterpret_cast<std::uintptr_t>(data);
 }
 
-// Elements one by one, from the plain meaning of a copy: rows where both sides are contiguous.
+// Copies element by element, by the definition of a copy; whole rows if both sides are contiguous.
 inline void expect_copy(const std::byte* source, std::byte* target, std::uint8_t* written,
                         Dtype from, Dtype to, std::span<const Dimension> dimensions,
                         const convert::Fp8Rules& fp8) {
@@ -128,8 +128,8 @@ inline void expect_copy(const std::byte* source, std::byte* target, std::uint8_t
   }
 }
 
-// Memory that targets are cut out of, with what it must hold in the end: between the targets, what
-// it held before.
+// Memory that contains targets, with its expected bytes. Between the targets these are the bytes
+// from before.
 struct Block {
   int device = kHostDevice;
   std::uint64_t address = 0;
@@ -139,13 +139,13 @@ struct Block {
   std::uint64_t used = 0;
 };
 
-// Where the bytes of copies come from.
+// The sources of copies.
 struct Origin {
   std::uint32_t file = kFromMemory;
   const std::vector<std::byte>* bytes = nullptr;
 };
 
-// A plan, what it must do, and the devices that it is for. One Machine must be on.
+// A plan, its expected result and its devices. Needs a Machine.
 class Scenario {
  public:
   Scenario(std::uint64_t seed, int devices) : random(seed), devices_(devices) {
@@ -261,8 +261,7 @@ class Scenario {
     }
   }
 
-  // Queued writes of whoever had the targets before: only what the engine orders itself after is
-  // safe from them.
+  // Queued writes of the targets' previous owner: only copies that are ordered after them are safe.
   void queue_pending_writes() {
     for (Block& block : blocks_) {
       if (block.device == kHostDevice || !random.chance(70)) continue;
@@ -306,7 +305,7 @@ class Scenario {
     EXPECT_LE(read_at_least(), report.read_bytes) << what;
   }
 
-  // After any load: what is outside the targets is as before, nothing is on its way to them.
+  // After any load: the bytes outside the targets are unchanged, and no copy is in flight.
   void expect_no_traces(const std::string& what) { check_rest(what); }
 
   // Frees in the allocating stream's order, which is a violation if anything still uses the memory.
@@ -418,7 +417,7 @@ class Scenario {
                 each.dimensions, settings.fp8);
   }
 
-  // Bytes of files that must have been read once at least.
+  // Bytes of files that must have been read at least once.
   [[nodiscard]] std::uint64_t read_at_least() {
     std::sort(read_.begin(), read_.end());
     std::uint64_t total = 0;
@@ -433,7 +432,8 @@ class Scenario {
     return total;
   }
 
-  // The host reads targets without further waiting: that the copies have arrived must be known.
+  // The host reads targets without waiting: the load must have made sure that the copies have
+  // arrived.
   static void check_targets(const Block& block, const std::string& what) {
     std::vector<std::byte> got(block.device == kHostDevice ? 0 : block.expected.size());
     std::size_t at = 0;
@@ -467,7 +467,7 @@ class Scenario {
     }
   }
 
-  // Bytes outside of targets, after all that is queued has run.
+  // Bytes outside the targets, after all queued work has run.
   void check_rest(const std::string& what) {
     for (int device = 0; device < devices_; ++device) sim().sim_synchronize(device);
     sim().sim_drain();
