@@ -1,7 +1,7 @@
 """`make test-aarch64`: the native tests and the wheel on an emulated aarch64 (qemu-user).
 
-The tests are compiled by the release's compiler. Their system, the emulated Python among it, is
-Debian's arm64, unpacked into build/aarch64: nothing of it is installed here.
+The release's compiler compiles the tests. Their system, including the emulated Python, is Debian
+arm64, unpacked into build/aarch64; nothing of it is installed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PACKAGES = (
     *("liblzma5", "libssl3", "libuuid1", "libpython3.11-minimal", "libpython3.11-stdlib"),
     "python3.11-minimal",
 )
-# An emulator keeps no rates in real time. And qemu's madvise(2) reports success for what it
-# ignores: MADV_POPULATE_READ and _WRITE, MADV_DONTFORK (linux-user/mmap.c, target_madvise).
+# An emulator cannot keep rates in real time. And qemu's madvise(2) reports success for advice that
+# it ignores: MADV_POPULATE_READ and _WRITE, MADV_DONTFORK (linux-user/mmap.c, target_madvise).
 LEFT_OUT = {
     "device_test": "Pinned.DyingInAChildLeavesWhatTheChildHasThere",
     "engine_test": "LinkRate.*",
@@ -86,7 +86,7 @@ def build_tests(tools: Path, targets: tuple[str, ...]) -> Path:
         run(cmake, "--install", built, env=environment)
     (cmake_folder,) = gtest.glob("lib/cmake/GTest")
     build = WORK / "build"
-    python = tools.parent / "sdist" / "bin" / "python"  # has the headers that the build asks for
+    python = tools.parent / "sdist" / "bin" / "python"  # has the headers that the build needs
     run(cmake, "-S", ROOT, "-B", build, *common, f"-DGTest_DIR={cmake_folder}",
         "-DCMAKE_BUILD_TYPE=Release", "-DWEIGHTLIFT_TESTING=ON", "-DWEIGHTLIFT_PYTHON=OFF",
         "-DWEIGHTLIFT_CUDA=OFF", "-DCMAKE_GTEST_DISCOVER_TESTS_DISCOVERY_MODE=PRE_TEST",
@@ -96,10 +96,10 @@ def build_tests(tools: Path, targets: tuple[str, ...]) -> Path:
 
 
 def check_wheel(wheel: Path) -> None:
-    """The index, a plan and its errors, by the emulated Python; the casts that it chooses."""
+    """Checks an index, a plan and its errors, and the chosen casts, in the emulated Python."""
     place = WORK / "site"
     shutil.rmtree(place, ignore_errors=True)
-    # safetensors is the one hard dependency that an import needs.
+    # safetensors is the only hard dependency that an import needs.
     run(sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--target",
         place, "--platform", "manylinux_2_28_aarch64", "--platform", "manylinux_2_17_aarch64",
         "--python-version", "3.11", "--only-binary", ":all:", "--no-deps", wheel,

@@ -1,7 +1,7 @@
-"""Which lines of csrc and of the package are reached by the native and the Python tests together.
+"""Measures which lines of csrc and of the package the native and Python tests reach together.
 
-Both are counted in one run, children of the tests included. Prints the lines that are not reached.
-Fails if a test fails or a figure is below its bar.
+Counts both in one run, including child processes. Prints the lines that are not reached. Fails if a
+test fails or a figure is too low.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ENVIRONMENT = {
 }
 BARS = {"csrc": 90, "python/weightlift": 95}
 
-# Their forked children are stopped or disturbed at each system call, of which writing counts at the
-# end would be many more.
+# These tests stop or disturb forked children at each system call, and writing the counts would add
+# many.
 FORKING = [
     str(path.relative_to(ROOT))
     for name in ("test_faults.py", "test_saving.py")
@@ -47,7 +47,8 @@ def run(*command: object) -> bool:
 
 
 def install() -> None:
-    """The counting build; without the Makefile's stamps its next target installs its own again."""
+    """Makes the counting build. Removes the Makefile's stamps, so that its next target installs its
+    own build again."""
     for stamp in (".dev", ".release"):
         (SCRIPTS.parent / stamp).unlink(missing_ok=True)
     settings = {
@@ -76,7 +77,7 @@ def run_tests(tests: list[str]) -> bool:
         return run(*count, *pytest, *tests) and passed
     alone = [*FLAX, *FORKING]
     passed = run(*count, *pytest, *(f"--ignore={test}" for test in alone)) and passed
-    # As in the Makefile: jax has a process of its own.
+    # As in the Makefile, jax has its own process.
     passed = run(*count, *pytest, *FLAX) and passed
     settings = BUILD / "forking.ini"
     settings.write_text(
@@ -87,7 +88,7 @@ def run_tests(tests: list[str]) -> bool:
 
 
 def combine() -> None:
-    """What each process counted, but for what those left that were killed while they wrote."""
+    """The counts of all processes, except of those that were killed while they wrote."""
     if not run(sys.executable, "-m", "coverage", "combine", "-q"):
         sys.exit("coverage failed")
 
@@ -95,7 +96,8 @@ def combine() -> None:
 def native() -> list[File]:
     report = BUILD / "native.json"
     options = ["--root", ROOT, "--object-directory", BUILD, "--filter", "csrc/", "--json", report]
-    # gcc's own mistake, which atomic counting would avoid at several times the tests' time.
+    # A fault of gcc's counters, which atomic counting would avoid, but the tests would take several
+    # times as long.
     options += ["--gcov-ignore-parse-errors=negative_hits.warn"]
     if not run(SCRIPTS / "gcovr", *options, BUILD / "csrc", BUILD / "tests"):
         sys.exit("gcovr failed")

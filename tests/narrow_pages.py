@@ -1,8 +1,8 @@
-"""`make docs-check`: no page of the site scrolls sideways at 360 pixels, light or dark.
+"""`make docs-check`: checks that no page scrolls sideways at 360 pixels, light or dark.
 
 A headless Chromium shows each page in a frame of that width. Tables and code scroll inside
-themselves; anything else that reaches past the edge fails, also where the theme cuts it off. So
-does whatever a page fetches from elsewhere.
+themselves; any other element past the edge is an error, even if the theme cuts it off. So is
+anything that a page fetches from elsewhere.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What diffusers 0.39 makes of Flax weights: for each case a folder with the weights that flax
-wrote and the tensors that diffusers' conversion made of them. Runs in an environment of its own;
-``tests/python/models/test_flax_oracle.py`` sets that up and compares.
+"""Converts Flax weights with diffusers 0.39: writes a folder for each case, with the weights that
+flax wrote and the tensors that diffusers made from them. Runs in a separate environment, which
+``tests/python/models/test_flax_oracle.py`` sets up before it compares.
 
     python convert.py FOLDER
 """
@@ -64,7 +64,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    # Arrays of one byte may share it: Python has each such `bytes` once.
+    # Arrays of one byte may share it, because Python has each such `bytes` object once.
     copies = {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -73,7 +73,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def random_like(tree: Any, rng: np.random.Generator) -> Any:
-    """Of the same structure: what a model begins with is zeros and ones in too many places."""
+    """A tree of the same structure with random values, because a new model has zeros and ones in
+    too many places."""
     return jax.tree_util.tree_map(
         lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), tree
     )
@@ -134,7 +135,7 @@ class AnyShape:
 
 
 class Names(dict[str, Any]):
-    """Notes the names that it is asked for, and has none."""
+    """Records the names that are requested, and has none of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +147,7 @@ class Names(dict[str, Any]):
 
 
 class AnyModel:
-    """Has whatever parameter it is given."""
+    """Has any parameter."""
 
     def __init__(self, names: dict[str, Any]) -> None:
         self.names = names
@@ -196,7 +197,7 @@ def of_trees(folder: Path) -> None:
         names = Names()
         load_flax_checkpoint_in_pytorch_model(AnyModel(names), file)
         if len(set(names.asked)) != len(names.asked):
-            file.unlink()  # two leaves of one name, of which one is lost
+            file.unlink()  # two leaves with one name, of which one is lost
             here.rmdir()
             continue
         model = AnyModel({name: AnyShape() for name in names.asked})
@@ -214,7 +215,7 @@ def of_names(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    jax.tree_map = jax.tree_util.tree_map  # diffusers uses the name, which jax has dropped
+    jax.tree_map = jax.tree_util.tree_map  # diffusers uses this name, which jax has removed
     target = Path(sys.argv[1])
     for model_name in MODELS:
         of_a_model(model_name, target)

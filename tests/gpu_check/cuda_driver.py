@@ -1,5 +1,5 @@
-"""The few calls of the CUDA driver that the first look needs, through ctypes: the same code
-measures a GPU and the simulated driver."""
+"""The CUDA driver calls that the first look needs, through ctypes. The same code measures a GPU and
+the simulated driver."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ class CudaDriver:
 
 
 class Pinned:
-    """Own pages, touched, registered with the driver; ``seconds`` says what registering took."""
+    """Own pages, touched and registered with the driver; ``seconds`` is the time of the
+    registration."""
 
     def __init__(self, driver: CudaDriver, size: int) -> None:
         self._driver = driver

@@ -1,9 +1,9 @@
-"""The first ninety seconds on a machine with a GPU: are the bytes right, what can the link and the
-page cache give, what do single steps cost, and how near does a load come.
+"""The first ninety seconds on a machine with a GPU: checks the loaded bytes, and measures the rates
+of the link and the page cache, the costs of single steps, and the rate of a load.
 
-Each figure is printed and written to RESULTS/first_look.jsonl when it is known; what there is no
-time for is named. ``--simulated LIBRARY`` runs all of it on the simulated driver, to see that it
-runs: its figures mean nothing.
+Each figure is printed and written to RESULTS/first_look.jsonl at once. Steps for which there is no
+time are named. ``--simulated LIBRARY`` runs everything on the simulated driver, as a test of this
+script: its figures have no meaning.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TENSOR = 64 * MIB
 
 
 class Look:
-    """Runs steps within the time there is, and keeps what they find."""
+    """Runs steps within the time limit, and keeps their figures."""
 
     def __init__(self, results: Path, seconds: float, scale: float) -> None:
         self._end = time.monotonic() + seconds
@@ -54,7 +54,7 @@ class Look:
         self._log.write(json.dumps({"name": name, "value": value, "unit": unit}) + "\n")
 
     def step(self, title: str, work: Callable[[], None], *, needs: float = 2) -> None:
-        """One step; its failure is noted and the next one runs."""
+        """Runs one step. A failure is recorded, and the next step runs."""
         if self.left < needs:
             self.note(title, "left out: no time")
             return
@@ -71,7 +71,7 @@ class Look:
 
 
 def write_file(path: Path, size: int, seed: int) -> None:
-    """A safetensors file of bfloat16 tensors of 64 MiB, each of other bytes."""
+    """A safetensors file of bfloat16 tensors of 64 MiB, each with different bytes."""
     count = max(size // _TENSOR, 1)
     each = size // count
     header = {
@@ -118,7 +118,7 @@ class Real:
         )
 
     def capture(self, path: Path) -> str:
-        """What a load inside a graph capture says."""
+        """The error of a load inside a graph capture."""
         import torch
 
         import weightlift as wl
@@ -199,7 +199,7 @@ def buffers(driver: CudaDriver, size: int, streams: int) -> Iterator[tuple[int, 
 
 
 def link_rates(look: Look, driver: CudaDriver) -> float:
-    """Host to device, by the size of a copy and the number of streams; the best, in bytes/s."""
+    """The best rate from host to device in bytes/s, over copy sizes and numbers of streams."""
     best = 0.0
     ring = max(look.scaled(64 * MIB), 4 * MIB)
     with buffers(driver, ring, 4) as (target, pinned, streams):
@@ -225,7 +225,8 @@ def link_rates(look: Look, driver: CudaDriver) -> float:
 
 
 def cache_rates(look: Look, driver: CudaDriver, path: Path) -> float:
-    """From the page cache into a pinned ring of 64 MiB, by threads; the best, in bytes/s."""
+    """The best rate from the page cache into a pinned ring of 64 MiB in bytes/s, over numbers of
+    threads."""
     best = 0.0
     size = path.stat().st_size
     pinned = Pinned(driver, 16 * _SLOT)
@@ -256,7 +257,7 @@ def cache_rates(look: Look, driver: CudaDriver, path: Path) -> float:
 
 
 def costs(look: Look, driver: CudaDriver) -> None:
-    """Milliseconds of the steps that a load takes once."""
+    """Measures the steps that a load takes once, in ms."""
 
     def timed(work: Callable[[], Any]) -> tuple[Any, float]:
         start = time.perf_counter()

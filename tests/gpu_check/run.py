@@ -1,9 +1,9 @@
 """`make gpu-check`: one machine with an NVIDIA GPU, without a network, lent for fifteen minutes.
 
-Parts run in the order of what is worth knowing first, each a process with a bound of its own: a
-hang, a crash or a collection error costs its own part alone. What a part prints lands in
-RESULTS/NN-part.log as it is printed, its outcome in RESULTS/summary.txt when it ends, so that an
-end at any moment leaves what was found before it.
+The most important parts run first. Each is a process with its own time limit, so that a hang, a
+crash or a collection error affects only its part. The output of a part goes to RESULTS/NN-part.log
+while it runs, and its outcome to RESULTS/summary.txt when it ends, so that earlier results are kept
+if the run is stopped.
 
     python tests/gpu_check/run.py                      # all parts, within --minutes
     python tests/gpu_check/run.py --from "bench main"  # go on where another command ended
@@ -32,7 +32,7 @@ from typing import IO
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 SITE = ROOT / "build" / "gpu-site"
-# With less time than this a part is not begun.
+# With less time than this, a part does not begin.
 _SHORTEST = 5.0
 _LINES_SHOWN = 12
 
@@ -56,8 +56,8 @@ class Part:
     command: list[str]
     seconds: float
     environment: dict[str, str] = field(default_factory=dict)
-    needed: bool = False  # what comes after it cannot run without it
-    may_fail: bool = False  # its failure is told and is not that of the whole
+    needed: bool = False  # later parts cannot run without it
+    may_fail: bool = False  # its failure is reported, but is not a failure of the run
 
 
 def python(*arguments: object) -> list[str]:
@@ -65,7 +65,7 @@ def python(*arguments: object) -> list[str]:
 
 
 def own_build(wheel: Path | None) -> Part:
-    """Into a folder of its own: the interpreter's packages stay as they are."""
+    """Installs into a separate folder, so that the interpreter's packages do not change."""
     install = python("-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index",
                      "--no-deps", "--no-compile", "--upgrade", "--target", SITE)  # fmt: skip
     if wheel is not None:
@@ -75,7 +75,8 @@ def own_build(wheel: Path | None) -> Part:
 
 
 def gpu_tests(name: str, seconds: float, file: str) -> Part:
-    """One file of GPU tests: a skip fails, and plug-ins of the machine do not run."""
+    """One file of GPU tests. A skipped test is a failure, and the machine's pytest plug-ins are
+    off."""
     path = f"tests/python/gpu/{file}"
     return Part(
         name,
@@ -112,7 +113,7 @@ def gpu_parts(results: Path, wheel: Path | None) -> list[Part]:
 
 
 def rehearsal_parts(results: Path) -> list[Part]:
-    """The same kinds of parts on the simulated driver, and three that go wrong on purpose."""
+    """The same kinds of parts on the simulated driver, and three that fail on purpose."""
     library = next((ROOT / "build" / "dev").glob("**/libsimulated_cuda.so"), None)
     if library is None:
         sys.exit("no libsimulated_cuda.so: `make dev` builds it")
@@ -150,7 +151,7 @@ class Day:
             summary.write(text + "\n")
 
     def run(self, number: int, part: Part) -> bool:
-        """Whether what comes after it can run."""
+        """Runs a part. Returns whether later parts can run."""
         left = self._end - time.monotonic()
         if left < _SHORTEST:
             self.say(f"{number:02} {part.name:20} not begun: no time left")
@@ -170,7 +171,7 @@ class Day:
         return status == 0 or not part.needed
 
     def _process(self, part: Part, limit: float, log: IO[bytes]) -> int | None:
-        """Its exit status; None where it was stopped."""
+        """Its exit status; None if it was stopped."""
         log.write(f"$ {' '.join(part.command)}\n".encode())
         process = subprocess.Popen(
             part.command,
@@ -187,7 +188,7 @@ class Day:
         status: int | None = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = process.wait(limit)
-        # With all that it started. A benchmark that is interrupted writes down what it has.
+        # Interrupts all of its processes. An interrupted benchmark writes its results so far.
         if status is None:
             _signal(process, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):

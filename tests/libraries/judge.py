@@ -1,4 +1,4 @@
-"""A pytest plugin that writes down what a suite's tests show: outcomes, warnings, what was loaded.
+"""A pytest plugin that records a suite's outcomes, warnings and loads.
 
 ``JUDGE_MODE`` is ``stock``, ``weightlift`` (the backends of ``JUDGE_BACKENDS`` are on) or ``count``
 (stock, and the bytes of all tensors that its primitives return are counted); the record goes to
@@ -29,7 +29,7 @@ from weightlift.core.report import fallback_reasons
 
 MODE = os.environ["JUDGE_MODE"]
 SUITE = os.environ["JUDGE_BACKENDS"].split(",")
-# Where a loader's result is looked at: (module, name).
+# Loaders whose results are recorded: (module, name).
 LOADERS = {
     "transformers": [
         ("transformers.modeling_utils", "PreTrainedModel.from_pretrained"),
@@ -49,7 +49,7 @@ LOADERS = {
 VARYING = re.compile(r"/tmp/[\w./-]+|0x[0-9a-f]+|line \d+|\d+(\.\d+)?(s| seconds)\b")
 
 tests: dict[str, dict[str, Any]] = {}
-moved: dict[str, int] = {}  # by test: bytes, of the engine or counted
+moved: dict[str, int] = {}  # for each test, the bytes of the engine or the counted ones
 current = ""
 counted = 0
 
@@ -59,7 +59,8 @@ def note(kind: str, value: Any) -> None:
 
 
 def told(value: Any) -> Any:
-    """What a load gave, to be compared: tensors by their bits, anything else by its kind."""
+    """The result of a load in a comparable form: tensors by their bits, other values by their
+    type."""
     if isinstance(value, torch.nn.Module):
         value = {"class": type(value).__name__, "mode": value.training, **tensors_of(value)}
     if isinstance(value, torch.Tensor):

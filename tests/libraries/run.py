@@ -1,10 +1,9 @@
-"""The libraries' own tests as the judge: each suite runs with the backend off and on, and every
-test must show the same; then once more to count the bytes that the library loads, for the engine's
-share of them.
+"""Runs the libraries' own tests: each suite with the backend off and on, and every test must have
+the same results; then once more to count the bytes that the library loads, for the engine's share.
 
     python tests/libraries/run.py [SUITE...]
 
-Their source archives come from the package index to build/libraries, in the installed version.
+Source archives of the installed versions come from the package index into build/libraries.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parents[1] / "build" / "libraries"
 
-# pip asks for an archive's metadata before it keeps it, and for a Rust project's that takes the
-# registry of Rust. This says what pip needs to know.
+# pip needs an archive's metadata before it keeps the archive, and a Rust project's needs the Rust
+# registry. This gives pip the metadata.
 NO_MATURIN = """
 from pathlib import Path
 
@@ -44,11 +43,11 @@ class Suite:
     """Tests to run.
 
     Attributes:
-        archive: the package whose source archive has them, or what they import.
-        tests: files, in the archive unless they are here.
+        archive: the package whose source archive has the tests or their imports.
+        tests: files in the archive, or in this folder.
         select: pytest's ``-k``.
-        share: that the engine moves at least, of the bytes that the tests load.
-        least: so many tests pass at least: fewer, and the suite is not what it was.
+        share: the smallest share of the tests' bytes that the engine must move.
+        least: the smallest number of tests that must pass, in case the suite changes.
         folder: in the archive, where the tests run.
     """
 
@@ -61,7 +60,7 @@ class Suite:
     folder: str = ""
 
 
-# What the suites import, and weightlift's own tests do not.
+# Packages that the suites import and weightlift's own tests do not.
 NEEDS = ("parameterized==0.9.0",)
 
 SUITES = {
@@ -75,7 +74,7 @@ SUITES = {
             "tests/test_pread_backend.py",
             "tests/test_threadable.py",
         ),
-        "not test_odd_dtype_fp4",  # it saves what torch.empty gives
+        "not test_odd_dtype_fp4",  # it saves uninitialised memory
         0.99,
         60,
         "bindings/python",
@@ -172,7 +171,8 @@ def judge(name: str, suite: Suite) -> bool:
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
     loads = sum(len(test.get("loads", [])) for test in stock["tests"].values())
     engine, library = (sum(record["moved"].values()) for record in (ours, counted))
-    # Test by test: what the engine maps beyond a slice does not make up for another test's bytes.
+    # For each test, so that bytes that the engine maps beyond a slice do not hide a gap in another
+    # test.
     both = sum(min(n, ours["moved"].get(test, 0)) for test, n in counted["moved"].items())
     share = both / library if library else 0.0
     tests = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items()))

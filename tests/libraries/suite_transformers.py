@@ -1,6 +1,6 @@
-"""transformers' own tests of every model, on three models made by code: plain, a mixture of experts
-whose weights are converted, and one with tied weights. Its source archive has these tests, but not
-what they import of generation and export."""
+"""transformers' own tests for all models, on three generated models: a plain one, a mixture of
+experts whose weights are converted, and one with tied weights. The source archive has these tests,
+but not their imports for generation and export."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL = {
 
 
 class Tester:
-    """What transformers' tests ask a model for."""
+    """The interface of a model that transformers' tests need."""
 
     batch_size, seq_length, is_training = 3, 7, True
 

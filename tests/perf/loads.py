@@ -28,7 +28,8 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 class Block(torch.nn.Module):
-    """Two parameters that cost little to make: torch's own constructors cost more than a load."""
+    """Two parameters that are cheap to make, because torch's own constructors cost more than a
+    load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ def many_tensors(size: int) -> dict[str, torch.Tensor]:
 
 
 def large_tensors(size: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """So many MiB, in tensors of 4 MiB."""
+    """This many MiB, in tensors of 4 MiB."""
     values = torch.linspace(-8, 8, (4 << 20) // dtype.itemsize).to(dtype)
     return {f"layers.{n}.weight": values.clone() for n in range(size // 4)}
 
@@ -88,7 +89,7 @@ def _torch_file(folder: Path, size: int) -> Path:
 
 
 def _shards(folder: Path, size: int) -> Path:
-    """Four tensors a file: what a file more costs."""
+    """Four tensors in each file, for the cost of a file."""
     path = folder / f"shards-{size}"
     if not path.exists():
         path.mkdir()
@@ -106,7 +107,7 @@ def _shards(folder: Path, size: int) -> Path:
 
 
 def _llama(folder: Path, size: int) -> Path:
-    """Nine tensors a layer."""
+    """Nine tensors in each layer."""
     path = folder / f"llama-{size}"
     if not path.exists():
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -124,7 +125,7 @@ def _llama(folder: Path, size: int) -> Path:
 
 
 def _transformer(folder: Path, size: int) -> Path:
-    """DiT: twelve tensors a layer."""
+    """DiT: twelve tensors in each layer."""
     path = folder / f"dit-{size}"
     if not path.exists():
         from diffusers import DiTTransformer2DModel
@@ -147,17 +148,17 @@ Prepare = Callable[[Path, int], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What is done twice, at two sizes.
+    """A load that runs twice, at two sizes.
 
     Attributes:
-        unit: what the sizes count.
+        unit: the unit of the sizes.
         sizes: the smaller and the larger one.
-        file: makes what is loaded, once.
-        run: what is counted. Gets what ``prepare`` made of the file.
-        prepare: before it, uncounted.
-        library: that it imports: with it, it is not quick.
-        waits: for threads, and looks up meanwhile, more often where they are slower: not all that
-            the process executes is counted then.
+        file: makes the file, once.
+        run: the counted call. Gets the result of ``prepare``.
+        prepare: runs before it and is not counted.
+        library: the library that it imports; such loads are not part of --quick.
+        waits: whether it waits for threads and polls meanwhile, more often if they are slower; then
+            not all instructions of the process count.
     """
 
     unit: str
@@ -170,7 +171,7 @@ class Load:
 
 
 def _cast(dtype: str, path: Path) -> dict[str, torch.Tensor]:
-    """By reading: whether there is a lease instead depends on the file system."""
+    """By reading, because leases depend on the file system."""
     with wl.Settings(io_path="buffered"):
         return wl.load_file(path, dtype=dtype)
 
@@ -255,7 +256,7 @@ def _with_memory(path: Path, size: int) -> tuple[Path, SimulatedMemory]:
 
 def _to_device(given: tuple[Path, SimulatedMemory], dtype: str | None = None) -> Any:
     path, allocator = given
-    # A chunk a MiB. Two slots: how many more a load would take is chance.
+    # One chunk for each MiB. Two slots, because the number of further slots depends on chance.
     with wl.Settings(chunk_bytes=1 << 20, pinned_bytes=2 << 20):
         return load_tensors(
             Checkpoint.from_file(path), torch.device("cuda", 0), dtype=dtype, allocator=allocator
@@ -265,7 +266,8 @@ def _to_device(given: tuple[Path, SimulatedMemory], dtype: str | None = None) ->
 _float32 = functools.partial(_large, torch.float32)
 _bfloat16 = functools.partial(_large, torch.bfloat16)
 _TENSORS = (1000, 2000)
-# Below what makes the engine ask the cgroups for memory: a machine has more of them than another.
+# Too small for the engine to read the cgroups' limits, because machines have different numbers of
+# cgroups.
 _MIB = (12, 24)
 
 LOADS = {
@@ -321,7 +323,7 @@ def _library() -> ctypes.CDLL:
 
 
 def allocations() -> Count:
-    """Of C and C++, and of Python; and the calls of the simulated driver."""
+    """Allocations of C and C++ and of Python, and calls of the simulated driver."""
     library = _library()
     library.counters_native.restype = library.counters_python.restype = ctypes.c_uint64
     library.counters_hook_python()
@@ -344,7 +346,7 @@ def allocations() -> Count:
 
 
 def system_calls() -> Count:
-    """Leaves marks in the trace; run.py counts what is between them."""
+    """Writes marks into the trace; run.py counts the calls between them."""
 
     @contextlib.contextmanager
     def count(name: str) -> Iterator[dict[str, int]]:
@@ -385,10 +387,10 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, list[dict[str, int]]] = {}
     counter = COUNTERS[arguments.counter]()
-    gc.disable()  # a collection falls into a load or beside it
+    gc.disable()  # a collection may fall into a load or not
     for name in arguments.loads:
         load = LOADS[name]
-        # Imports, caches, and the interpreter's specialised instructions (PEP 659).
+        # Warms up imports, caches and the interpreter's specialised instructions (PEP 659).
         for size in (*load.sizes, load.sizes[0]):
             load.run(load.prepare(load.file(arguments.folder, size), size))
         found[name] = []

@@ -1,5 +1,5 @@
-"""The regression gate that does not depend on the machine's speed: what loads cost in instructions,
-system calls and allocations, against the budgets in budgets.json.
+"""The regression gate, which does not depend on the machine's speed: compares the instructions,
+system calls and allocations of loads with the budgets in budgets.json.
 
     python tests/perf/run.py             # everything, minutes (`make check-perf`)
     python tests/perf/run.py --quick     # system calls and allocations, seconds (in `make test`)
@@ -37,13 +37,14 @@ HERE = Path(__file__).resolve().parent
 WORK = HERE.parents[1] / "build" / "perf"
 BUDGETS = HERE / "budgets.json"
 
-# Which of two threads waits is chance. The simulated driver asks for its process at each call.
+# It depends on chance which of two threads waits. The simulated driver calls getpid(2) in each
+# call.
 NOT_COUNTED = {"futex", "sched_yield", "restart_syscall", "clock_nanosleep", "exit", "getpid"}
 # strace(1) of Debian 12 is older than these calls.
 NEW_CALLS = {"syscall_0x1c3": "cachestat", "syscall_0x1c4": "fchmodat2"}
 
-# What a limit leaves above what was counted: a share, and so much of one. Of a whole load's system
-# calls, those that depend on where the heap ends are a few more or less.
+# The distance of a limit from the count: a share, and a constant. A whole load may have a few more
+# or fewer system calls, depending on where the heap ends.
 ROOM = {
     "instructions": (0.05, 50.0),
     "engine instructions": (0.05, 20.0),
@@ -56,14 +57,14 @@ ROOM = {
     "a heap's call in all": (0.1, 4.0),
 }
 HEAP_CALLS = {"brk()", "mmap()", "munmap()", "madvise()"}
-# What is less a unit is chance.
+# Smaller costs for each unit are chance.
 LEAST_CALLS = 0.01
 
 Figures = dict[str, float]
 
 
 def environment() -> dict[str, str]:
-    """What the counts depend on that is not in this repository."""
+    """Conditions of the counts that are not in this repository."""
     packages = ("torch", "safetensors", "transformers", "diffusers", "huggingface_hub", "numpy")
     optimized = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
     return {
@@ -82,7 +83,7 @@ def build_counters() -> Path:
     include = sysconfig.get_paths()["include"]
     source = HERE / "counters.cc"
     command = [compiler, "-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    # Lazily: strace and valgrind have it preloaded too, and no Python.
+    # Resolved lazily, because strace and valgrind preload the library too, without Python.
     command += ["-Wl,-z,lazy"]
     subprocess.run([*command, f"-I{include}", "-o", library, source], check=True)
     return library
@@ -91,12 +92,12 @@ def build_counters() -> Path:
 def child(
     counter: str, loads: list[str], before: Sequence[str] = ()
 ) -> dict[str, list[dict[str, int]]]:
-    """What loads.py counts itself."""
+    """The counts of loads.py itself."""
     command = [*before, sys.executable, str(HERE / "loads.py"), counter, str(WORK / "files")]
     kept = {name: text for name, text in os.environ.items() if not name.startswith("WEIGHTLIFT_")}
-    # One reader thread: which of several reads what is chance. Strings hash alike, the heap grows
-    # in few steps, and the libraries do not ask the Hub. Which pages are probed, and how often,
-    # would be the machine's state.
+    # One reader thread, because the work of several depends on chance. Fixed string hashes, a heap
+    # that grows in few steps, and no calls of the Hub. No page probes, which depend on the
+    # machine's state.
     fixed = {
         "WEIGHTLIFT_HUGE_PAGES": "always",
         "WEIGHTLIFT_THREADS": "1",
@@ -149,7 +150,7 @@ def count_system_calls(loads: list[str]) -> dict[str, Figures]:
 
 
 def count_instructions(loads: list[str]) -> dict[str, Figures]:
-    """By callgrind, in one process, which runs at a bearable speed while nothing is counted."""
+    """Counts with callgrind in one process, which is much faster while nothing is counted."""
     with tempfile.TemporaryDirectory(dir=WORK) as folder:
         options = ["--tool=callgrind", "--instr-atstart=no", "--quiet"]
         out = f"--callgrind-out-file={folder}/callgrind.out"
@@ -171,7 +172,7 @@ def count_instructions(loads: list[str]) -> dict[str, Figures]:
 
 
 def read_profile(path: Path) -> tuple[str, dict[str, int]] | None:
-    """The name it was dumped under; the instructions in all, and those of the engine."""
+    """The name of a dump, all instructions, and those of the engine."""
     name = None
     total = engine = 0
     objects: dict[str, str] = {}
@@ -179,7 +180,7 @@ def read_profile(path: Path) -> tuple[str, dict[str, int]] | None:
     with path.open(errors="replace") as lines:
         for line in lines:
             if line[0] in "+-*0123456789":
-                # Positions and a cost; below `calls=` it is what was spent in the function called.
+                # Positions and a cost; after `calls=` it is the cost inside the callee.
                 if in_engine and not skip:
                     engine += int(line.split()[1])
                 skip = False
@@ -199,7 +200,7 @@ def read_profile(path: Path) -> tuple[str, dict[str, int]] | None:
 
 
 def _by_difference(name: str, small: dict[str, int], large: dict[str, int]) -> Figures:
-    """What a unit more costs: what a load costs at any size is in both."""
+    """The cost of one more unit: fixed costs of a load are in both sizes."""
     load = LOADS[name]
     units = load.sizes[1] - load.sizes[0]
     return {
@@ -226,11 +227,11 @@ def measure(quick: bool, chosen: list[str]) -> dict[str, Figures]:
     build_counters()
     # It makes the files.
     figures = count_allocations(chosen)
-    # Nothing is timed, so that all may run at once.
+    # Nothing is timed, so all may run at once.
     jobs = [(count_system_calls, chosen)]
     if not quick:
         own = [name for name in chosen if LOADS[name].library is None]
-        # Halves that take as long; each library in a process of its own.
+        # Halves that take equally long; each library in its own process.
         groups = [own[::2], own[1::2], *([name] for name in chosen if name not in own)]
         jobs = [(count_instructions, group) for group in groups if group] + jobs
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
@@ -307,7 +308,7 @@ def main() -> int:
         }
         content = {"environment": environment(), "budgets": budgets}
         text = json.dumps(content, indent=1)
-        # A line a figure.
+        # One line for each figure.
         text = re.sub(r'\{\s+("measured": [^,]+),\s+("limit": [^\s]+)\s+\}', r"{\1, \2}", text)
         BUDGETS.write_text(text + "\n")
     content = json.loads(BUDGETS.read_text())

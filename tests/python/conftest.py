@@ -15,24 +15,24 @@ pytest.register_assert_rewrite(
     "support", "backend_support", "simulated", "accelerate_models", "transformers_models"
 )
 
-# A shell that starts `make test` in the background has it ignore Ctrl-C (POSIX, "Asynchronous
-# Lists"), and so would all children: tests press it.
+# A shell that starts `make test` in the background makes it ignore Ctrl-C (POSIX, "Asynchronous
+# Lists"), and its children would inherit this; but tests send Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# No database: a failing example is printed, and the folder of the tests stays as it is.
+# No database: a failing example is printed, and the tests' folder stays unchanged.
 hypothesis.settings.register_profile(
     "weightlift", deadline=None, database=None, derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile("weightlift")
 
-# Which build runs, and whether a GPU has to be there: not settings.
+# The build that runs, and whether a GPU is required: these are not settings.
 FOR_TESTS = ("WEIGHTLIFT_SIMULATED_DRIVER", "WEIGHTLIFT_REQUIRE_GPU")
 
 
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What the shell or another test has set does not reach a test."""
+    """Settings of the shell or of another test do not reach a test."""
     for name in list(os.environ):
         if name.startswith("WEIGHTLIFT_") and name not in FOR_TESTS:
             monkeypatch.delenv(name)
@@ -42,7 +42,7 @@ def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def required(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """Where a GPU has to be there, a test that is skipped has failed."""
+    """If a GPU is required, a skipped test is a failure."""
     expected = hasattr(report, "wasxfail")  # pytest counts these as skipped
     if report.skipped and not expected and os.environ.get("WEIGHTLIFT_REQUIRE_GPU"):
         report.outcome = "failed"

@@ -1,8 +1,8 @@
-"""What vLLM does with bad input when weightlift loads, on the CPU: `bad_input.py FOLDER MODEL`.
+"""Checks vLLM with bad input and weightlift's loader, on the CPU: `bad_input.py FOLDER MODEL`.
 
-MODEL is a Llama's folder; copies with faults go to FOLDER. In each case there is an error that
-names what is wrong, the engine's own or ours, or, where vLLM's hooks are not known, one line in the
-log and vLLM's own loader.
+MODEL is a Llama's folder; copies with faults go to FOLDER. In each case there must be an error that
+names the fault, the engine's own or weightlift's. If vLLM's hooks are unknown, there must be one
+line in the log, and vLLM's own loader loads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WAYS: list[dict[str, Any]] = [{}, {"slices": False}]
 
 
 def without_a_tensor(folder: Path) -> None:
-    """The index names it, the shard has it not."""
+    """The index names a tensor that the shard lacks."""
     file = min(folder.glob("*.safetensors"))
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("o_proj.weight"))
@@ -67,9 +67,9 @@ def without_any(folder: Path) -> None:
         file.unlink()
 
 
-# Fault -> what the error says.
+# The text that the error of each fault must contain.
 FAULTS: dict[Callable[[Path], None], str] = {
-    without_a_tensor: "o_proj.weight' is in it, and it is not",  # vLLM's own check leaves it out
+    without_a_tensor: "o_proj.weight' is in it, and it is not",  # vLLM's own check does not find it
     of_other_shape: "exceeds dimension size",  # and the log has the tensor
     cut_short: ".safetensors",
     without_a_shard: "model-00001-of-00002.safetensors",
@@ -113,7 +113,7 @@ class Tests:
         self.expect_error("no bool", self.model, {"slices": "no"}, "slices must be true or false")
 
     def unknown_hooks(self) -> None:
-        """As if vLLM's loader had become another."""
+        """As if vLLM's loader had changed."""
         from weightlift.backends.vllm import register
 
         messages: list[str] = []
@@ -141,7 +141,7 @@ class Tests:
             self.faults.append(f"unknown hooks: other bytes in {wrong[:4]}")
 
     def nothing_is_left(self) -> None:
-        """After all these errors a load is as ever."""
+        """After all these errors, a load must work as usual."""
         found, wanted = (self.load(self.model, kind, {}) for kind in ("weightlift", "auto"))
         if wrong := differences(tensors_of(found), tensors_of(wanted)):
             self.faults.append(f"after the errors: other bytes in {wrong[:4]}")

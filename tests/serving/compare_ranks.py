@@ -1,9 +1,10 @@
-"""A rank of tensor parallel vLLM on the CPU: every parameter by the stock loader and by ours.
+"""One rank of tensor-parallel vLLM on the CPU: compares all parameters by vLLM's loader and by
+weightlift's.
 
-`compare_ranks.py RANK RANKS RENDEZVOUS MODEL...`, for each rank at the same time. Compared are the
-bytes of all parameters and buffers after vLLM has processed them; of slices, also that no more is
-read than the parameters take. Then the same again for the second checkpoint of each model, which
-`reload_weights` loads in place, as after a sleep of level 2.
+Run `compare_ranks.py RANK RANKS RENDEZVOUS MODEL...` for all ranks at the same time. It compares
+the bytes of all parameters and buffers after vLLM has processed them; with slices, it also checks
+that not more bytes are read than the parameters have. Then it does the same for the second
+checkpoint of each model, which `reload_weights` loads in place, as after a sleep of level 2.
 """
 
 # ruff: noqa: E402 -- vLLM reads the environment when it is imported
@@ -22,7 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from parameters import differences, tensors_of
 
-torch.accelerator.empty_cache = lambda: None  # it raises where there is no accelerator
+torch.accelerator.empty_cache = lambda: None  # it raises an error without an accelerator
 # Without AMX vLLM has no kernel for float8 in blocks; nothing is computed here.
 torch.cpu._is_amx_tile_supported = lambda: True
 
@@ -92,7 +93,7 @@ def reloaded(module: Any, config: Any, path: str) -> int:
 
 
 def compare(rank: Rank, model: str, **options: Any) -> tuple[list[str], Callable[[], list[str]]]:
-    """(what is wrong, what compares when it is loaded again)."""
+    """(the differences, a function that compares after another load)."""
     stock = rank.config(model, "auto", {}, **options)
     with set_current_vllm_config(stock):
         wanted, _, _ = rank.load(stock)
@@ -108,7 +109,7 @@ def compare(rank: Rank, model: str, **options: Any) -> tuple[list[str], Callable
         report = loader._reader.report
         if not extra and not shrunk and report.bytes > needed * 1.02:
             faults.append(f"{model}: {report.bytes} bytes for {needed} of parameters")
-        if extra.get("share"):  # what all have whole is read by one of them
+        if extra.get("share"):  # one rank reads tensors that all need whole
             read = torch.tensor([report.read_bytes, ours[0][3]])
             torch.distributed.all_reduce(read)
             if rank.ranks > 1 and int(read[0]) >= int(read[1]):
@@ -120,7 +121,7 @@ def compare(rank: Rank, model: str, **options: Any) -> tuple[list[str], Callable
             flush=True,
         )
         ours.append((extra, found, config, report.read_bytes))
-    # Layer after layer, fewer gaps between tensors are read along.
+    # Layer by layer, fewer gaps between tensors are read.
     same = not shrunk
     return faults, lambda: compare_again(rank, f"{model}.again", wanted, stock, ours, same=same)
 
@@ -128,8 +129,8 @@ def compare(rank: Rank, model: str, **options: Any) -> tuple[list[str], Callable
 def compare_again(
     rank: Rank, path: str, wanted: Any, stock: Any, ours: list[Any], *, same: bool
 ) -> list[str]:
-    """``reload_weights`` of another checkpoint, as after a sleep of level 2; ``same``: by reading
-    as many bytes as at first."""
+    """``reload_weights`` of another checkpoint, as after a sleep of level 2; ``same``: it must read
+    as many bytes as the first load."""
     try:
         with set_current_vllm_config(stock):
             inplace.reload_weights(stock, wanted, None, path, True)
@@ -169,7 +170,7 @@ def main() -> None:
             found, again = compare(rank, model, **options)
             faults += found
             later.append(again)
-    for again in later:  # what vLLM cannot reload leaves traces in what it makes later
+    for again in later:  # a model that vLLM cannot reload affects later ones
         faults += again()
     print("\n".join(faults) or f"rank {rank.rank} of {rank.ranks}: all equal", flush=True)
     sys.exit(bool(faults))

@@ -1,8 +1,9 @@
-"""Starts vLLM on the CPU and loads again: `generate.py MODEL LOAD_FORMAT RANKS [EXTRA]`.
+"""Starts vLLM on the CPU and reloads: `generate.py MODEL LOAD_FORMAT RANKS [EXTRA]`.
 
-Prints the tokens that it generates at first, after `reload_weights` of what every rank has lost, as
-after a sleep of level 2 (which vLLM's worker for the CPU leaves out), and after `reload_weights` of
-MODEL.again; by weightlift, also that no rank recorded anew, and the bytes that each load read.
+Prints the tokens that it generates at first; after every rank has lost its weights, as after a
+sleep of level 2 (which vLLM's worker for the CPU lacks), and `reload_weights` has loaded them; and
+after `reload_weights` of MODEL.again. With weightlift, also checks that no rank recorded again, and
+prints the bytes that each load read.
 """
 
 import json

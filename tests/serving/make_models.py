@@ -1,4 +1,4 @@
-"""Small random checkpoints, one folder an architecture: `make_models.py FOLDER`."""
+"""Makes small random checkpoints, one folder for each architecture: `make_models.py FOLDER`."""
 
 import json
 import shutil
@@ -23,7 +23,8 @@ SIZES = {
 }
 EXPERTS = {"moe_intermediate_size": 64, "num_experts_per_tok": 2}
 MODELS = {
-    # First one with experts: vLLM makes the groups of ranks that experts need for such alone.
+    # First a model with experts, because vLLM makes the experts' groups of ranks only for such a
+    # model.
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 16, "num_experts": 4}),
     "deepseek_v3": (
@@ -85,7 +86,7 @@ def make_llava(folder: Path) -> None:
         for tensor in model.parameters():
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
     model.save_pretrained(folder)
-    # As those that are published have it, and vLLM wants it.
+    # As in published models; vLLM needs it.
     tensors = _taken_out(folder)
     for name in list(tensors):
         inner = name.partition("vision_tower.")[2]
@@ -95,7 +96,7 @@ def make_llava(folder: Path) -> None:
 
 
 def _taken_out(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder, whose weight files are gone."""
+    """Returns the tensors of a folder and deletes its weight files."""
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors.update(load_file(file))
@@ -105,7 +106,7 @@ def _taken_out(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def make_fp8(folder: Path) -> None:
-    """A Llama with weights in blocks of 128 x 128 float8 and a scale each, as DeepSeek-V3's are."""
+    """A Llama with weights in blocks of 128 x 128 float8 with a scale each, like DeepSeek-V3."""
     make(
         folder, "Llama", {"hidden_size": 512, "intermediate_size": 512, "tie_word_embeddings": True}
     )

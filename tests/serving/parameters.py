@@ -19,7 +19,7 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def differences(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of those that are not the same."""
+    """The names of those that differ."""
     wrong = sorted(ours.keys() ^ theirs.keys())
     for name in ours.keys() & theirs.keys():
         left, right = ours[name], theirs[name]

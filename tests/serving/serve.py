@@ -1,8 +1,8 @@
 """`vllm serve` from the shell, on the CPU: `serve.py MODEL FOLDER`.
 
-FOLDER gets a copy of MODEL with a tokenizer of a word a token, and the logs. Each command is that
-of docs/serving.md, with options that a CPU needs. Compared are the completions of one request to
-each server, and that weightlift has loaded where it was asked to.
+FOLDER gets a copy of MODEL with a tokenizer of one token for each word, and the logs. The commands
+are those of docs/serving.md, with options for a CPU. The script compares the completions of one
+request to each server, and checks that weightlift loaded if it was selected.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WAYS: dict[str, list[str]] = {
     "whole": ["--load-format", "weightlift", "--model-loader-extra-config", '{"slices": false}'],
 }
 SAID = {"slices": "the slices of this rank are", "whole": "in whole tensors"}
-# The import of the extension lets torch without an accelerator do what vLLM's worker asks for.
+# Importing the extension makes vLLM's worker run with a torch without an accelerator.
 FOR_A_CPU = {
     "--dtype": "bfloat16",
     "--max-model-len": "64",
@@ -78,7 +78,7 @@ def wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
 
 
 def completion(way: str, model: Path, log: Path) -> dict[str, Any]:
-    """The choice that a server, started for it, gives."""
+    """The completion of a server that is started for it."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]

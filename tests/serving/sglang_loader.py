@@ -1,10 +1,10 @@
 """SGLang's own loader and models, on the CPU: `sglang_loader.py WAY FOLDER MODEL...`.
 
-Each rank of two of each model, and of a small one made here, is filled by SGLang's
-DefaultModelLoader: WAY stock; then, in processes of their own, by the same with the hooks of
-weightlift, which SGLang finds by its entry point: WAY slices or whole. The bytes of all parameters
-and buffers are those of the stock loader, which FOLDER keeps. SGLang's modules are its own; its
-kernels, which are published for CUDA alone, are stand-ins that nothing calls.
+SGLang's DefaultModelLoader fills each of two ranks of each model, and of a small one made here (WAY
+stock). Then, in separate processes, it does so with weightlift's hooks, which SGLang finds by its
+entry point (WAY slices or whole). The bytes of all parameters and buffers must be those of the
+stock loader, which are kept in FOLDER. The modules are SGLang's own; its kernels, which are
+published only for CUDA, are replaced by stubs that nothing calls.
 """
 
 # ruff: noqa: E402 -- SGLang imports kernels, and torchvision's operators, that are built for CUDA
@@ -32,7 +32,7 @@ for name in ("nms", "qnms"):
 
 
 class Kernels(MetaPathFinder, Loader):
-    """`sgl_kernel`: on the package indexes there is none that a CPU could import."""
+    """A stub for `sgl_kernel`: the package indexes have none that a CPU can import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -93,7 +93,7 @@ def write(folder: Path) -> None:
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     names = sorted(tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    # SGLang's arguments want some model's configuration.
+    # SGLang's arguments need the configuration of a model.
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
     (folder / "config.json").write_text(json.dumps(config))
     for number in range(2):
@@ -113,7 +113,7 @@ def load(folder: Path) -> Rank:
 
 
 def group(rank: int, size: int) -> Any:
-    """Of ranks that are in no need to communicate."""
+    """A group of ranks that need not communicate."""
     return SimpleNamespace(
         rank_in_group=rank,
         world_size=size,
@@ -173,7 +173,7 @@ def compare_models(way: str, folders: list[Path], wanted: dict[str, Any]) -> Non
 
 
 def compare_own(way: str, folder: Path, wanted: dict[str, Any]) -> None:
-    """The small model, of which it is known what the slices are."""
+    """The small model, whose slices are known."""
     before = weightlift.stats().bytes
     found = load(folder)
     read = weightlift.stats().bytes - before

@@ -1,4 +1,4 @@
-"""What the tests do in each worker of vLLM: an extension of its class.
+"""Test code for each worker of vLLM: an extension of its class.
 
 SERVING_TEST_DIES=RANK: that rank is killed while the weights of its model are handed out.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-torch.accelerator.empty_cache = lambda: None  # it raises where there is no accelerator
+torch.accelerator.empty_cache = lambda: None  # it raises an error without an accelerator
 
 
 class WorkerExtension:
@@ -21,7 +21,7 @@ class WorkerExtension:
     model_runner: Any
 
     def lose_weights(self) -> None:
-        """As a sleep of level 2 leaves them: memory without what was in it."""
+        """As after a sleep of level 2: the memory exists, but its content is lost."""
         for tensor in self.model_runner.get_model().parameters():
             tensor.data.fill_(0.125)
 

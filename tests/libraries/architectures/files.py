@@ -1,4 +1,4 @@
-"""The same tensors as files of every form."""
+"""Writes the same tensors as files of all forms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ FORMS = ("shards", "one file", "bin", "bin shards")
 
 
 def filled(model: torch.nn.Module) -> None:
-    """Random numbers for every tensor: what is constant, such as a bias, could be another's."""
+    """Random numbers for every tensor, because constant tensors such as biases could be
+    confused."""
     torch.manual_seed(0)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -26,8 +27,8 @@ def filled(model: torch.nn.Module) -> None:
 
 
 def changed(tensors: Mapping[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
-    """Tensors that do not fit the model: one is lacking, one is too much, of another the shape is
-    wrong where ``how`` is not ``"uneven"``."""
+    """Tensors that do not fit the model: one is missing, one is extra, and, unless ``how`` is
+    ``"uneven"``, one has a wrong shape."""
     made = dict(sorted(tensors.items()))
     names = list(made)
     if len(names) > 2:
@@ -45,8 +46,8 @@ def write(
     """Writes weights as the libraries name them.
 
     Args:
-        form: of ``FORMS``.
-        names: of a single file, without its suffix, for safetensors and for torch.
+        form: one of ``FORMS``.
+        names: the names of a single file without the suffix, for safetensors and for torch.
     """
     pickled = form.startswith("bin")
     suffix = "bin" if pickled else "safetensors"

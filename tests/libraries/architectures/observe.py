@@ -1,4 +1,4 @@
-"""What a load shows: the model's tensors, what is said, and what is left behind."""
+"""Observes a load: the model's tensors, its messages, and its side effects."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class _Lines(logging.Handler):
 
 
 def observe(load: Callable[[], Any]) -> dict[str, Any]:
-    """Loads, and says all that can be seen of it, as plain values.
+    """Loads, and returns everything that can be observed, as plain values.
 
     Args:
-        load: the call; it returns a model, or a tuple that begins with one.
+        load: the call, which returns a model or a tuple that begins with one.
     """
     torch.manual_seed(0)
     seen: dict[str, Any] = {}
@@ -58,7 +58,7 @@ def observe(load: Callable[[], Any]) -> dict[str, Any]:
 
 
 def differences(alone: dict[str, Any], backend: dict[str, Any]) -> list[str]:
-    """What differs, one line each."""
+    """The differences, one line each."""
     if "error" in backend and "error" not in alone:
         return [f"error: with the backend {backend['error']}\n{backend['traceback']}"]
     for seen in (alone, backend):
@@ -88,7 +88,7 @@ def _unlike(place: str, one: Any, other: Any) -> list[str]:
 
 @contextlib.contextmanager
 def _said(seen: dict[str, Any]) -> Iterator[None]:
-    """Notes warnings, the libraries' log lines and what is printed."""
+    """Records warnings, the libraries' log lines and printed text."""
     handler = _Lines()
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(logger.level, logger.propagate, logger.handlers) for logger in loggers]
@@ -115,7 +115,7 @@ def _said(seen: dict[str, Any]) -> Iterator[None]:
 
 
 def _forget_once() -> None:
-    """What the libraries say once a process, they say again."""
+    """Makes the libraries repeat messages that they show once in a process."""
     for name in ("warning_once", "info_once"):
         once = getattr(logging.Logger, name, None)
         clear = getattr(once, "cache_clear", None)
@@ -128,7 +128,7 @@ def _plain(text: str) -> str:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """A tensor's bits, short."""
+    """A digest of a tensor's bits."""
     if tensor.numel() == 0:
         return ""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -168,7 +168,7 @@ def _tensors(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _hooks(model: torch.nn.Module) -> dict[str, Any]:
-    """accelerate's hooks, with the weights that they bring from the disk."""
+    """accelerate's hooks, with the weights that they load from the disk."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
@@ -187,10 +187,10 @@ def _hooks(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _from_disk(weights: Any, name: str, dtype: torch.dtype) -> Any:
-    """What the hook puts in the place of a tensor on meta."""
+    """The tensor that the hook puts in place of one on meta."""
     try:
         value = weights[name].to(dtype)
-    except Exception as error:  # what was not in the file is not on the disk
+    except Exception as error:  # a tensor that was not in the file is not on the disk
         return f"{type(error).__name__}: {error}"
     return str(value.dtype), tuple(value.shape), digest(value)
 
@@ -203,7 +203,8 @@ def _attributes(model: torch.nn.Module) -> dict[str, Any]:
     }
     marks = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
-        # accelerate leaves its keyword on what it replaces while a model is built on meta.
+        # accelerate leaves its keyword on functions that it replaces while a model is built on
+        # meta.
         mark = {k: _told(value) for k, value in vars(tensor).items() if k != "requires_grad"}
         if mark:
             marks[name] = mark
@@ -215,7 +216,7 @@ def _attributes(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _told(value: Any) -> Any:
-    """A value as one that can be compared and printed."""
+    """A value in a form that can be compared and printed."""
     if isinstance(value, torch.Tensor):
         bits = "" if value.device.type == "meta" else digest(value)
         return str(value.dtype), tuple(value.shape), bits

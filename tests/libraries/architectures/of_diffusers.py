@@ -51,10 +51,10 @@ class Made:
     """A tiny model on disk.
 
     Attributes:
-        cls: its class.
-        tensors: of its checkpoint, as the library saves it.
+        cls: the model's class.
+        tensors: of its checkpoint, as the library saves them.
         buffers: names of buffers.
-        folder: where files are written; its config.json is there.
+        folder: the folder for files; it has the config.json.
     """
 
     cls: Any
@@ -85,7 +85,7 @@ def make(name: str, folder: Path) -> Made:
     """Builds and saves the tiny model.
 
     Raises:
-        NotMade: it cannot be.
+        NotMade: the model cannot be made.
     """
     settings = _SETTINGS.get(name, {})
     if "reason" in settings:
@@ -132,11 +132,11 @@ def _saved(model: Any, folder: Path) -> Made:
 
 
 def _content(made: Made, case: Mapping[str, Any]) -> tuple[str, dict[str, torch.Tensor]]:
-    """What the files of a case hold, and a name for it."""
+    """The tensors in the files of a case, and a name for them."""
     content = case["call"] if case["call"] in ("uneven", "mismatched", "refused") else "whole"
     dtype = getattr(torch, case["stored"])
     tensors = {
-        # A copy each: tied tensors share their memory, which safetensors refuses.
+        # Copies, because tied tensors share memory, which safetensors refuses.
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).clone()
         for name, tensor in made.tensors.items()
     }
@@ -157,8 +157,8 @@ def _written(made: Made, case: Mapping[str, Any]) -> Path:
 
 
 def amend(made: Made, case: Mapping[str, Any], alone: dict[str, Any]) -> None:
-    """Buffers of modules on the disk stay as the constructor made them, whatever the files hold,
-    where diffusers loads alone; the backend must show what the files hold."""
+    """diffusers alone leaves buffers of modules on the disk as the constructor made them; the
+    backend must load them from the files."""
     places = alone.get("attributes", {}).get("hf_device_map")
     if case["device_map"] != "with disk" or not isinstance(places, dict):
         return
@@ -175,7 +175,7 @@ def amend(made: Made, case: Mapping[str, Any], alone: dict[str, Any]) -> None:
 
 
 def _with_disk(made: Made, dtype: torch.dtype) -> dict[str, Any]:
-    """A map of which about a half is on the disk: diffusers' own, where the class allows one."""
+    """A map with about half of the model on the disk: diffusers' own, if the class allows one."""
     if made.cls._no_split_modules is not None:
         return {"device_map": "auto", "max_memory": {"cpu": made.elements * dtype.itemsize // 2}}
     children = list(dict.fromkeys(name.partition(".")[0] for name in made.tensors))
@@ -183,7 +183,7 @@ def _with_disk(made: Made, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def cases(made: Made, row: Mapping[str, Any]) -> Callable[[], Any]:
-    """The call that a row of options stands for; it is made twice."""
+    """The call of a row of options; it is made twice."""
     folder = _written(made, row)
     options: dict[str, Any] = {}
     if row["dtype"] is not None:
@@ -194,7 +194,7 @@ def cases(made: Made, row: Mapping[str, Any]) -> Callable[[], Any]:
         options["low_cpu_mem_usage"] = False
     elif row["device_map"] is not None:
         options |= _with_disk(made, getattr(torch, row["dtype"] or "float32"))
-    if row["files"] == "bin shards":  # no index of such is looked for otherwise
+    if row["files"] == "bin shards":  # else diffusers looks for no index of .bin files
         options["use_safetensors"] = False
     if row["call"] == "read":
         options["disable_mmap"] = True

@@ -37,7 +37,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "device_map": (None, "cpu", "auto with disk"),
     "call": ("plain", "uneven", "mismatched", "refused", "nested", "read"),
 }
-# Models in the order in which one is saved: with a head, or the others have nothing to leave out.
+# In the order of preference for saving: with a head first, so that the others have weights to leave
+# out.
 _SAVED = (
     "ForConditionalGeneration",
     "ForCausalLM",
@@ -109,7 +110,7 @@ def _classes(name: str, config_class: Any) -> list[Any]:
 
 
 def _first(classes: list[Any], order: tuple[str, ...]) -> list[Any]:
-    """Sorted by the first of these that is in a class's name."""
+    """Sorts by the first of these that is in a class's name."""
 
     def key(cls: Any) -> int:
         return next((i for i, part in enumerate(order) if part in cls.__name__), len(order))
@@ -117,7 +118,7 @@ def _first(classes: list[Any], order: tuple[str, ...]) -> list[Any]:
     return sorted((one for one in classes if key(one) < len(order)), key=key)
 
 
-# What defaults leave open, or no rule tells.
+# Settings that have no default and no rule.
 _SETTINGS: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("settings.json").read_text()
 )
@@ -153,8 +154,8 @@ class Made:
     """A tiny model on disk.
 
     Attributes:
-        classes: what is loaded, by the value of ``"model"``.
-        tensors: of its checkpoint, as the library saves it.
+        classes: the loaded classes, by the value of ``"model"``.
+        tensors: of its checkpoint, as the library saves them.
         config: its folder's config.json.
         folder: where files are written.
     """
@@ -193,7 +194,7 @@ def make(name: str, folder: Path) -> Made:
     """Builds and saves the tiny model.
 
     Raises:
-        NotMade: it cannot be.
+        NotMade: the model cannot be made.
     """
     if "reason" in _SETTINGS.get(name, {}):
         raise NotMade(_SETTINGS[name]["reason"])
@@ -265,7 +266,7 @@ def _written(made: Made, case: Mapping[str, Any]) -> Path:
 
 
 def cases(made: Made, row: Mapping[str, Any]) -> Callable[[], Any]:
-    """The call that a row of options stands for; it is made twice."""
+    """The call of a row of options; it is made twice."""
     cls = made.classes[row["model"]]
     folder = _written(made, row)
     options: dict[str, Any] = {}
@@ -296,7 +297,7 @@ def cases(made: Made, row: Mapping[str, Any]) -> Callable[[], Any]:
 
 
 def amend(made: Made, case: Mapping[str, Any], alone: dict[str, Any]) -> None:
-    """Nothing is known that the library alone loads wrong."""
+    """No load is known that the library alone gets wrong."""
 
 
 def _nested(
@@ -305,10 +306,10 @@ def _nested(
     """A load in the constructor of a model that is itself being loaded.
 
     Args:
-        cls: of the inner model.
+        cls: the inner model's class.
         folder: its weights.
-        place: for the outer model's.
-        options: of the inner load.
+        place: the folder for the outer model's files.
+        options: the options of the inner load.
     """
     from diffusers import ConfigMixin, ModelMixin
     from diffusers.configuration_utils import register_to_config

@@ -1,4 +1,4 @@
-"""Rows of options in which every two values of two options meet."""
+"""Rows of options that contain every pair of values of two options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def every(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def pairs(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Few rows with every pair of values of two options; the same at every call."""
+    """A small number of rows with every pair of values of two options; the same in each call."""
     chosen = random.Random(0)
     names = list(options)
     missing = {
@@ -29,7 +29,7 @@ def pairs(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     }
     rows = []
     while missing:
-        first = min(missing)  # a row never comes to nothing
+        first = min(missing)  # each row covers at least one new pair
         best: tuple[set[Any], dict[str, int]] | None = None
         for _ in range(_TRIES):
             row = {name: chosen.randrange(len(options[name])) for name in names}
@@ -45,8 +45,8 @@ def pairs(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def sample(rows: Sequence[dict[str, Any]], count: int, seed: str) -> list[dict[str, Any]]:
-    """``count`` of the rows, others for another seed. Each value of an option is in one of them,
-    if so many rows can hold them all."""
+    """``count`` of the rows, depending on the seed. Each value of an option is in one of them, if
+    this many rows can contain all values."""
     chosen = random.Random(seed)
     left = chosen.sample(list(rows), len(rows))
     missing = {(name, str(value)) for row in rows for name, value in row.items()}

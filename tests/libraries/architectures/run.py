@@ -6,9 +6,9 @@ Each configuration of the installed transformers and each model class of diffuse
 as its constructor allows, with random numbers in all tensors, and saved in several forms. Every
 load is made twice and must show the same: bits, dtypes, strides, ties and devices of all tensors,
 the loading info, attributes, accelerate's hooks, log lines, warnings, the state of the random
-numbers, and the error where the library raises one. Rows of options are chosen so that every two
-values meet; `FULL=1` takes all combinations, `--rows 8` eight of the rows, others for each
-architecture, with every value in one of them. The exit status is 1 where anything differs.
+numbers, and the error where the library raises one. Rows of options cover every pair of values;
+`FULL=1` takes all combinations, and `--rows 8` takes eight rows, different ones for each
+architecture, with every value in one of them. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = ("transformers", "diffusers")
-# One architecture; with FULL=1 there is no limit.
+# Limit for one architecture; none with FULL=1.
 SECONDS = 600
-# Loads of an architecture whose differences are printed.
+# The number of loads of an architecture whose differences are printed.
 SHOWN = 3
-# A worker's memory grows with what it has imported.
+# A worker's memory grows with its imports.
 PER_WORKER = 150
 
 
@@ -53,7 +53,7 @@ class Tally:
 
 
 class Worker:
-    """A process that judges one architecture after the other."""
+    """A process that checks one architecture after the other."""
 
     def __init__(self, library: str, folder: str) -> None:
         self._library, self._folder = library, folder

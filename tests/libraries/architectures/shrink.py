@@ -1,9 +1,9 @@
-"""Sizes of a configuration, made small.
+"""Makes the sizes of a configuration small.
 
-What a number means is told by its name, as the libraries write it. A model needs only to be built
-here, never to compute, so most relations between sizes do not matter; those that a constructor
-checks (heads divide widths, lists are as long as there are layers) are kept by the rules below, and
-where one of the ways fails, the next is tried.
+The meaning of a number follows from its name in the libraries. A model is only built here and never
+computes, so most relations between sizes do not matter. The rules below keep the relations that
+constructors check (heads divide widths, lists have one entry for each layer). If one way fails, the
+next is tried.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ __all__ = ["WAYS", "Way", "shrunk"]
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How widths become small.
+    """A way to make widths small.
 
     Attributes:
-        width: what every width becomes; ``None``: each is divided, so that ratios stay.
-        divisor: of widths, where they are divided.
-        heads: of attention, at most.
+        width: the new value of every width; ``None`` divides each one, which keeps ratios.
+        divisor: for widths, if they are divided.
+        heads: the most attention heads.
         lists: whether widths in lists are made small too.
     """
 
@@ -54,9 +54,9 @@ _KEPT = re.compile(
     r"patch|kernel|stride|channels$|channel$|bins|dilation|padding|_rank$|groups?$|window|ratio|"
     r"rate|factor|rotary|rope|theta|scale|shift|expansion|version|num_labels|kernel|range|level"
 )
-# Those inside a model, other than of what goes in and comes out; norms take them in groups of 32.
+# Channels inside a model, not of its inputs and outputs; norms use groups of 32.
 _INNER_CHANNELS = re.compile(r"block_\w*channels$|^(base|hidden|model)_channels$|^c_hidden$")
-# What the constructor makes of the number of layers.
+# Attributes that the constructor derives from the number of layers.
 _DERIVED = {"stage_names", "out_features", "_out_features", "out_indices", "_out_indices"}
 _EXPERTS = re.compile(r"expert")
 _CHOSEN = re.compile(r"top_?k|per_tok|topk")
@@ -110,7 +110,7 @@ def _list(key: str, values: Any, way: Way, layers: set[int]) -> Any:
     if all(isinstance(one, dict) for one in made):
         return type(values)(_shrunk("", one, way, set()) for one in made)
     if len(made) in layers and len(made) > 2:
-        # One for each layer that is left: of every kind one, as far as there is room.
+        # One for each layer that is left: one of every kind, up to the number of layers.
         kinds = list(dict.fromkeys(map(str, made)))
         first = [next(one for one in made if str(one) == kind) for kind in kinds]
         made = (first + made)[:2]

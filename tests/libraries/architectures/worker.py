@@ -1,5 +1,5 @@
-"""Makes and loads the architectures whose names come line by line, and answers with a line of JSON
-for each."""
+"""Reads names of architectures line by line, makes and loads each, and answers with a line of
+JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _engine(library: str) -> tuple[int, int]:
 
 
 def judge(kind: Any, name: str, rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Loads one architecture by every row, by the library alone and with the backend."""
+    """Loads one architecture with each row, by the library alone and with the backend."""
     answer: dict[str, Any] = {"loads": 0, "failed": 0, "engine": 0, "different": []}
     try:
         made = kind.make(name, folder)
@@ -66,11 +66,11 @@ def judge(kind: Any, name: str, rows: list[dict[str, Any]], folder: Path) -> dic
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    # What a library leaves uninitialised is the same every time.
+    # Memory that a library leaves uninitialised is the same every time.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # text that libraries print is not an answer
     library = sys.argv[1]
     kind = __import__(f"of_{library}")
     for one in ("transformers", "diffusers"):
@@ -84,7 +84,7 @@ def main() -> None:
     few = int(os.environ.get("ROWS_EACH", "0"))
     for line in sys.stdin:
         name = line.strip()
-        # Other rows for another architecture: together they see all of them.
+        # Different rows for each architecture, so that together they cover all rows.
         taken = sample(rows, few, name) if 0 < few < len(rows) else rows
         folder = Path(tempfile.mkdtemp(prefix="architecture-", dir=sys.argv[2]))
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The accelerate backend: what a model holds afterwards, with the backend and without."""
+"""The accelerate backend: the model after a load, with and without the backend."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from backend_support import engine_moves, tensor_bytes
 from support import bits
 from weightlift.backends import patching, signature_text
 
-# Of parameters that hang at the model itself.
+# For parameters of the model itself.
 pytestmark = pytest.mark.filterwarnings("ignore:The following device_map keys do not match")
 
 collect = gc.collect
@@ -48,7 +48,8 @@ collect = gc.collect
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    # accelerate collects garbage after every file, over all that the test session has imported.
+    # accelerate collects garbage after every file, over everything that the test session has
+    # imported.
     monkeypatch.setattr(gc, "collect", lambda *_: 0)
 
 
@@ -79,18 +80,18 @@ def test_load_checkpoint_in_model(
         return describe_all(model), offloaded(folder)
 
     tensors = weights()
-    # What is on the disk is read in the end, by `offloaded`.
+    # `offloaded` reads the weights on the disk at the end.
     with engine_moves(sum(tensor.nbytes for tensor in tensors.values()), CALLER):
         (stock, stock_disk), (ours, our_disk) = outcomes(call, tmp_path)
     if place == "disk":
         names = {name for name in tensors if name.startswith(ON_DISK)}
         buffers = {name for name, _ in Model().named_buffers()} & names
-        for name in buffers:  # accelerate does not load these, and goes on with what was there
+        for name in buffers:  # accelerate does not load these, and keeps the old values
             kind, read = ours[name][1], ours.pop(name)[-1]
             assert read == bits(tensors[name].to(kind)) != stock.pop(name)[-1]
         assert our_disk.keys() == stock_disk.keys() == names - buffers
         for name, tensor in our_disk.items():
-            # accelerate casts when it puts it in, we as soon as it is read.
+            # accelerate casts when it assigns the tensor, weightlift while it reads it.
             final = ours[name][1]
             assert bits(tensor.to(final)) == bits(stock_disk[name].to(final))
             written = (tmp_path / "ours" / f"{name}.dat").exists()
@@ -161,7 +162,7 @@ def test_weights_on_the_disk_are_read_from_the_checkpoint(tmp_path: Path) -> Non
             loaded = OffloadedWeightsLoader(save_folder=tmp_path / "folder")["head.weight"]
     assert bits(loaded) == bits(tensors["head.weight"].half())
     assert loaded.dtype == torch.float16
-    # Without the backend, too: the index is accelerate's own form.
+    # Also without the backend: the index has accelerate's own form.
     again = OffloadedWeightsLoader(save_folder=tmp_path / "folder")["head.weight"]
     assert bits(again) == bits(loaded)
     assert model.head.weight.device.type == "meta"
@@ -185,7 +186,7 @@ def test_a_file_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_no_offload_folder(tmp_path: Path) -> None:
-    # Its documentation has it as optional; it raises.
+    # The documentation calls it optional, but it raises an error.
     checkpoint = write(tmp_path / "checkpoint", "safetensors")
 
     def call(**options: Any) -> Any:
@@ -235,7 +236,7 @@ def test_what_accelerate_has_to_say(tmp_path: Path, options: dict[str, Any]) -> 
 
 
 def test_parts_of_accelerate_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a load changes of them is for that load alone."""
+    """A load must change them only for itself."""
     collected: list[int] = []
     monkeypatch.setattr(gc, "collect", lambda *_: collected.append(1) or 0)
     expected = torch.arange(4.0)
@@ -451,7 +452,7 @@ def test_other_parameters_are_accelerates(tmp_path: Path) -> None:
 
 
 def test_every_signature_has_been_seen() -> None:
-    # The installed one is among the known: else these tests would have tested accelerate.
+    # The installed version must be a known one, or these tests would have tested only accelerate.
     import importlib
 
     for hook in patching.hooks_of(CALLER):

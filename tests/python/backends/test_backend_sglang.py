@@ -22,7 +22,7 @@ STAND_IN = Path(__file__).parents[1] / "helpers" / "fake_sglang"
 
 @pytest.fixture
 def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The modules of hooks and of the loader."""
+    """The modules of the hooks and the loader."""
     monkeypatch.syspath_prepend(str(STAND_IN))
     yield SimpleNamespace(
         hooks=importlib.import_module("sglang.srt.plugins.hook_registry"),
@@ -59,8 +59,8 @@ def checkpoint(folder: Path) -> Path:
 
 
 class Late(Rank):
-    """Gives memory to its weight when all of it has come, and processes it there and then, as
-    engines do that quantize while they load."""
+    """Allocates its weight when all parts have arrived, and processes it at once, like engines that
+    quantize while they load."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ def loaders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 class Rank(nn.Module):
-    """Of two, with a merged weight, experts, and one that the checkpoint lacks a place for."""
+    """A rank of two, with a merged weight, experts, and a weight that the checkpoint lacks."""
 
     def __init__(self, rank: int = 1) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def test_the_same_as_the_stock_loader(loaders: Any, extra: Any, tmp_path: Path) 
 
 
 class Counting(Rank):
-    """Whose second load gives something else."""
+    """A model whose second load gives another result."""
 
     loads = 0
 
@@ -198,7 +198,7 @@ def test_what_is_read_is_said_in_the_log(
 
 
 def reload(loaders: Any, folder: Path, model: Rank, **extra: Any) -> Any:
-    """As vLLM's ``reload_weights`` does: by a loader that has loaded nothing."""
+    """Like vLLM's ``reload_weights``: with a loader that has loaded nothing."""
     loader = loaders._LOAD_FORMAT_TO_MODEL_LOADER["weightlift"](config(**extra))
     model_config = SimpleNamespace(model=str(folder), quantization=None)
     model.load_weights(loader.get_all_weights(model_config, model))
@@ -249,7 +249,7 @@ def test_a_model_that_another_loader_has_loaded(loaders: Any, tmp_path: Path) ->
 
 
 class Processed(nn.Module):
-    """As a layer of vLLM whose ``process_weights_after_loading`` swaps its parameter.
+    """Like a layer of vLLM whose ``process_weights_after_loading`` swaps its parameter.
 
     Quantized online, or loaded again: the weight lies on meta until all tensors have come. Then the
     layer is made, filled and processed while the model's loading still runs.
@@ -258,7 +258,7 @@ class Processed(nn.Module):
     def __init__(self, swap: str, device: str) -> None:
         super().__init__()
         self.swap = swap
-        self.kernel: list[nn.Parameter] = []  # what a loaded layer computes with
+        self.kernel: list[nn.Parameter] = []  # the parameter with which a loaded layer computes
         self.begin(device)
 
     def begin(self, device: str) -> None:
@@ -314,7 +314,7 @@ class Processed(nn.Module):
 def test_parameters_that_are_swapped_when_they_are_processed(
     loaders: Any, device: str, swap: str, extra: dict[str, bool], tmp_path: Path
 ) -> None:
-    """After loading and, from meta, while it runs; then loaded again from another checkpoint."""
+    """After loading and, from meta, while it runs; then reloaded from another checkpoint."""
     found, wanted = Processed(swap, device), Processed(swap, device)
     loader = loaded(loaders, folder_of(tmp_path), found, **extra)
     wanted.load_weights(TENSORS.items())
@@ -387,7 +387,7 @@ def test_errors_are_those_of_the_engine(loaders: Any, tmp_path: Path) -> None:
 
 
 class Lenient(Rank):
-    """As vLLM's check is with linear layers."""
+    """Like vLLM's check of linear layers."""
 
     exempt = frozenset({"qkv", "experts"})
 
@@ -407,7 +407,7 @@ def write_index(folder: Path) -> None:
 def test_a_shard_that_lacks_a_tensor(
     loaders: Any, slices: bool, lost: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Of a parameter that the engine's own check leaves out; in part, or wholly."""
+    """A parameter that the engine's own check does not cover is missing, in part or as a whole."""
     folder = folder_of(tmp_path)
     loaded(loaders, folder, Lenient(), slices=slices)
     write_index(folder)
@@ -427,7 +427,7 @@ def test_a_shard_that_lacks_a_tensor(
 def test_a_shard_that_lacks_a_tensor_of_a_layer_that_is_made_late(
     loaders: Any, tmp_path: Path
 ) -> None:
-    """vLLM makes and processes such a layer with what has come."""
+    """vLLM makes and processes such a layer with the tensors that have arrived."""
     folder = folder_of(tmp_path)
     write_index(folder)
     names = [name for name in list(TENSORS)[0::2] if name != "q.weight"]

@@ -73,7 +73,7 @@ def test_transformers(tmp_path: Path, kind: str, keywords: dict[str, Any], gate:
 
 @transformers_models.walked
 def test_experts_that_the_library_stacks(tmp_path: Path) -> None:
-    """Are there before the return; the rest comes later."""
+    """These tensors have arrived before the return; the others arrive later."""
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(**transformers_models.MOE)
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
@@ -88,7 +88,7 @@ def test_experts_that_the_library_stacks(tmp_path: Path) -> None:
 
 @transformers_models.walked
 def test_weights_that_are_missing(tmp_path: Path) -> None:
-    """Those of a head that the checkpoint does not have are initialized before the return."""
+    """The weights of a head that the checkpoint lacks are initialized before the return."""
     torch.manual_seed(0)
     transformers_models.MODELS["llama"]().model.save_pretrained(tmp_path)
     with wl.enabled("transformers", background=True):
@@ -174,7 +174,7 @@ def test_enable_and_disable() -> None:
 
 @transformers_models.walked
 def test_a_call_that_fails_after_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cancels it; threads of its own end."""
+    """Cancels the load; its threads end."""
     transformers_models.MODELS["llama"]().save_pretrained(tmp_path)
     cls = transformers.LlamaForCausalLM
 

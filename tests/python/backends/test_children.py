@@ -1,4 +1,4 @@
-"""Children of a process with backends on: started by fork, spawn and forkserver, and otherwise."""
+"""Children of a process with backends on, started by fork, spawn, forkserver and other ways."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_an_error_of_the_users_sitecustomize_is_told_as_always(tmp_path: Path) -
 
 
 def test_another_python_without_weightlift(tmp_path: Path) -> None:
-    """``-S``: without the folder in which weightlift is."""
+    """``-S``: without the folder that contains weightlift."""
     (tmp_path / "safetensors.py").write_text("loaded = True\n")
     code = """
     import runpy, sys

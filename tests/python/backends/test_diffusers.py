@@ -1,4 +1,5 @@
-"""The diffusers backend: the same models, pipelines and adapters as without it, by the engine."""
+"""The diffusers backend: the same models, pipelines and adapters as without it, loaded by the
+engine."""
 
 from __future__ import annotations
 
@@ -109,7 +110,7 @@ def dit() -> DiTTransformer2DModel:
 
 
 def save_odd(folder: Path, dtype: torch.dtype) -> None:
-    """By hand: diffusers does not save tied weights."""
+    """Written by hand, because diffusers does not save tied weights."""
     torch.manual_seed(1)
     model = Odd()
     model.save_config(folder)
@@ -123,7 +124,7 @@ def save_odd(folder: Path, dtype: torch.dtype) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small wait for torch's threads more than they compute."""
+    """Such small models wait longer for torch's threads than they compute."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -132,7 +133,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of models, made by diffusers itself."""
+    """Folders of models, written by diffusers."""
     root = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     with torch.no_grad():
@@ -194,7 +195,7 @@ def stock_way_is_not_taken() -> Iterator[None]:
 
 @contextlib.contextmanager
 def records() -> Iterator[list[Any]]:
-    """What is logged from WARNING on, and warned of."""
+    """Log messages from WARNING on, and warnings."""
     logging.Logger.warning_once.cache_clear()  # transformers'
     handler = Records()
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "accelerate")]
@@ -213,7 +214,7 @@ def records() -> Iterator[list[Any]]:
 
 
 def look(model: torch.nn.Module) -> dict[str, Any]:
-    """All of a model that a load decides."""
+    """Everything in a model that depends on the load."""
     named = [*model.named_parameters(remove_duplicate=False)]
     named += model.named_buffers(remove_duplicate=False)
     config: Any = getattr(model, "config", {})
@@ -242,7 +243,7 @@ def outcome(call: Callable[[], Any]) -> Any:
     try:
         result = call()
     except Exception as error:
-        # The kind as callers catch it, and the text up to what differs from call to call.
+        # The error's type, and its text up to parts that differ between calls.
         return type(error), str(error)
     if isinstance(result, tuple):
         model, info = result
@@ -251,7 +252,8 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 def assert_same_outcome(call: Callable[[], Any], moved: int, stock: bool = False) -> Any:
-    """The same with and without the backend, which moves so many bytes, or stands aside."""
+    """The same with and without the backend, which moves this many bytes or leaves the load to the
+    library."""
     with records() as expected_said:
         expected = outcome(call)
     way = engine_moves(moved, CALLER) if moved and not stock else stock_way(CALLER, int(stock))
@@ -353,7 +355,7 @@ def test_keys_that_do_not_fit(
         ours = outcome(call)
     assert said == stock_said
     if not low_cpu_mem_usage and ignore:
-        # What is missing is memory that nobody wrote.
+        # Missing tensors are uninitialised memory.
         assert ours[1] == stock[1]
     else:
         assert ours == stock
@@ -486,7 +488,7 @@ def test_a_mirror(
 
 
 def of_ldm(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """A VAE's tensor as in checkpoints of Stable Diffusion, whose attention had convolutions."""
+    """A VAE's tensor as in checkpoints of Stable Diffusion, whose attention used convolutions."""
     for new, old in (
         ("conv_norm_out", "norm_out"),
         ("down_blocks.0.resnets", "down.0.block"),
@@ -510,7 +512,7 @@ def of_ldm(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def single_file(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of Stable Diffusion's form: a VAE, and what is not of it."""
+    """A checkpoint in Stable Diffusion's form: a VAE and other tensors."""
     path = tmp_path_factory.mktemp("single") / "v1.safetensors"
     tensors = load_file(saved / "vae/diffusion_pytorch_model.safetensors")
     checkpoint = dict(of_ldm(*item) for item in tensors.items())
@@ -537,7 +539,7 @@ def single_file(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_from_single_file(
     saved: Path, single_file: Path, suffix: str, options: dict[str, Any]
 ) -> None:
-    """What diffusers renames comes from the file; what it makes of attention weights does not."""
+    """Renamed tensors come from the file; attention weights that diffusers converts do not."""
     tensors = load_file(saved / "vae/diffusion_pytorch_model.safetensors")
     made = {name for name, t in tensors.items() if ".attentions.0.to_" in name and t.dim() == 2}
     moved = sum(t.nbytes for name, t in tensors.items() if name not in made)
@@ -562,7 +564,7 @@ def test_a_single_file_of_diffusers_names(saved: Path) -> None:
 
 
 def test_a_single_file_of_odd_offsets(saved: Path, single_file: Path, tmp_path: Path) -> None:
-    """And with packed fours, for which the model has no use."""
+    """Also with packed 4-bit tensors, which the model does not use."""
     data = single_file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
@@ -592,7 +594,7 @@ def test_a_broken_single_file(single_file: Path, saved: Path, tmp_path: Path) ->
 def test_a_single_file_that_cannot_be_indexed(
     single_file: Path, saved: Path, tmp_path: Path
 ) -> None:
-    """The tensors are diffusers' then, and it is told."""
+    """Then diffusers loads the tensors, and a message says so."""
     tensors = torch.load(single_file.with_suffix(".pt"), weights_only=True)
     path = tmp_path / "odd.pt"
     torch.save({**tensors, "conjugated": torch.ones(2, dtype=torch.complex64).conj()}, path)
@@ -609,7 +611,7 @@ def test_a_single_file_that_cannot_be_indexed(
 def test_a_tensor_that_diffusers_changes_in_place(
     saved: Path, single_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of that one, what is in the file is not what is wanted."""
+    """That tensor of the file is not the one that the model needs."""
     mapping = single_file_model.SINGLE_FILE_LOADABLE_CLASSES["AutoencoderKL"]
     convert = mapping["checkpoint_mapping_fn"]
 
@@ -630,7 +632,7 @@ def test_a_tensor_that_diffusers_changes_in_place(
 
 
 def test_tensors_of_the_caller_are_taken_as_they_are(saved: Path, single_file: Path) -> None:
-    """Those of a file that somebody has changed since, too."""
+    """Also those of a file that has changed since."""
     load = functools.partial(AutoencoderKL.from_single_file, config=str(saved / "vae"))
     with wl.enabled(CALLER):
         tensors = load_single_file_checkpoint(single_file)
@@ -661,7 +663,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=8,
     )
     with warnings.catch_warnings():
-        # transformers before 5.3 asks tokenizers in a way that has gone.
+        # transformers before 5.3 calls tokenizers in a way that no longer exists.
         warnings.filterwarnings("ignore", "Deprecated in 0.9.0", DeprecationWarning)
         tokenizer = CLIPTokenizer(
             str(root / "vocab.json"), str(root / "merges.txt"), model_max_length=8
@@ -703,7 +705,7 @@ def compute(made: Any) -> torch.Tensor:
 
 
 def assert_same_pipeline(source: Path, call: Callable[[], Any]) -> Any:
-    """The engine moves the bytes of diffusers' models; transformers has a backend of its own."""
+    """The engine moves the bytes of diffusers' models; transformers has its own backend."""
     with records() as stock_said:
         stock = look_at_pipeline(call())
     moved = tensor_bytes(source / "unet", source / "vae")
@@ -750,7 +752,7 @@ def test_a_given_component_is_kept(pipeline: Path) -> None:
 
 
 def test_components_are_read_ahead(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that will be loaded, in the order in which they will be, and before they are."""
+    """The files that will be loaded, in this order, before they are loaded."""
     source = pipeline / "plain"
     read: list[tuple[str, int | None, int]] = []
     ended = threading.Event()
@@ -798,7 +800,7 @@ def test_reading_ahead_ends_with_the_load(
     prefetch.populate(sparse, ended)
     resident = sparse.resident_bytes()
     assert resident is None or resident < sparse.file_sizes[0] // 2
-    # And what comes behind it is not begun.
+    # Later components are not begun.
     populate = mock.Mock(return_value=True)
     monkeypatch.setattr(prefetch, "populate", populate)
     prefetch.prefetch([(Path(sparse.paths[0]).parent, None)], None, ended)
@@ -813,7 +815,7 @@ def test_what_cannot_be_read_ahead_is_left_to_who_loads_it(
     start = mock.Mock(side_effect=error)
     monkeypatch.setattr(load_populate, "start_plan", start)
     prefetch.prefetch([(source / n, None) for n in ("vae", "unet")], None, threading.Event())
-    assert start.call_count == 1  # the next would fare no better
+    assert start.call_count == 1  # the next one would fail too
     assert_same_pipeline(source, lambda: DiffusionPipeline.from_pretrained(source))
 
 
@@ -1013,7 +1015,7 @@ def test_textual_inversion(pipeline: Path, tmp_path: Path, kind: str) -> None:
 
     with records() as stock_said:
         stock = load()
-    # Of what holds more than tensors, torch has to make the rest.
+    # If a file has more than tensors, torch must make the rest.
     way = stock_way(CALLER) if kind == "nested" else engine_moves(embedding.nbytes, CALLER)
     with wl.enabled(CALLER), records() as said, way:
         ours = load()
@@ -1022,7 +1024,7 @@ def test_textual_inversion(pipeline: Path, tmp_path: Path, kind: str) -> None:
 
 
 def test_the_name_of_a_module(saved: Path) -> None:
-    """diffusers uses all of it, under the name that is replaced."""
+    """diffusers uses all of these names, through the replaced one."""
     with wl.enabled(CALLER):
         ours: Any = lora_base.safetensors
         assert ours.SafetensorError is safetensors.SafetensorError
@@ -1035,7 +1037,7 @@ def test_the_name_of_a_module(saved: Path) -> None:
 
 
 def test_an_open_file(saved: Path) -> None:
-    """As IP adapters are read."""
+    """The way in which IP adapters are read."""
     path = saved / "vae/diffusion_pytorch_model.safetensors"
     expected = load_file(path)["encoder.conv_in.weight"]
     with (
@@ -1124,7 +1126,7 @@ def test_a_dduf_file_is_not_quantized(pipeline: Path) -> None:
 def test_a_file_that_only_the_reference_takes(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
-    """One with its names twice: the stock way with a warning, or an error."""
+    """A file with duplicate names: the library's way with a warning, or an error."""
     for file in (saved / folder).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     path = max(tmp_path.glob("*.safetensors"))
@@ -1150,7 +1152,7 @@ def test_a_file_that_only_the_reference_takes(
 
 
 def test_a_state_dict_of_someone_else(saved: Path) -> None:
-    """``_load_pretrained_model`` with tensors: they are not of a file."""
+    """``_load_pretrained_model`` with tensors that do not come from a file."""
     tensors = load_file(saved / "vae/diffusion_pytorch_model.safetensors")
     with wl.enabled(CALLER), stock_way(CALLER, 0):
         model, *_ = AutoencoderKL._load_pretrained_model(
@@ -1163,7 +1165,7 @@ def test_a_state_dict_of_someone_else(saved: Path) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("disable_mmap", [False, True])
 def test_load_state_dict(saved: Path, disable_mmap: bool) -> None:
-    """By itself it returns tensors."""
+    """Called directly, it returns tensors."""
     path = saved / "vae/diffusion_pytorch_model.safetensors"
     stock = modeling_utils.load_state_dict(path, disable_mmap=disable_mmap)
     with wl.enabled(CALLER), engine_moves(tensor_bytes(path), CALLER):
@@ -1174,7 +1176,7 @@ def test_load_state_dict(saved: Path, disable_mmap: bool) -> None:
 
 
 def test_names_of_former_attention_blocks(saved: Path, tmp_path: Path) -> None:
-    """diffusers renames the tensors of VAEs of its early days."""
+    """diffusers renames the tensors of old VAEs."""
     (tmp_path / "config.json").write_bytes((saved / "vae/config.json").read_bytes())
     tensors = load_file(saved / "vae/diffusion_pytorch_model.safetensors")
     former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -1196,7 +1198,7 @@ def test_names_of_former_attention_blocks(saved: Path, tmp_path: Path) -> None:
 
 
 def test_disable_restores() -> None:
-    """The very objects, of all names that are replaced."""
+    """The original objects of all replaced names."""
     names = []
     for hook in backend.HOOKS:
         *path, name = hook.target.split(".")
@@ -1212,7 +1214,7 @@ def test_disable_restores() -> None:
 
 
 def test_with_all_backends(saved: Path, pipeline: Path) -> None:
-    """What diffusers reads is booked on diffusers, once."""
+    """Bytes that diffusers reads are counted for diffusers, once."""
     with wl.enabled():
         for load, moved in (
             (lambda: UNet2DConditionModel.from_pretrained(saved / "shards"), "shards"),
@@ -1232,7 +1234,7 @@ def test_with_all_backends(saved: Path, pipeline: Path) -> None:
 
 @pytest.mark.deep
 def test_hooked_when_it_is_imported(saved: Path) -> None:
-    """In a process that enables first, as with WEIGHTLIFT_ENABLE."""
+    """In a process that enables the backend first, as with WEIGHTLIFT_ENABLE."""
     code = """
 import sys, warnings
 warnings.simplefilter("error", RuntimeWarning)

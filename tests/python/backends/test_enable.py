@@ -1,4 +1,4 @@
-"""The frame of the backends, on a library made for it."""
+"""The framework of the backends, with a library made for the test."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ LOAD = "(path, *, fast=False, kind=..., **kwargs)"
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """A library ``fakelib``, and a function that sets the hooks of the backends."""
+    """A library ``fakelib``, and a function that sets the backends' hooks."""
     (tmp_path / "fakelib").mkdir()
     for name, code in LIBRARY.items():
         (tmp_path / "fakelib" / name).write_text(textwrap.dedent(code))
@@ -132,7 +132,7 @@ def test_hooked_at_import(library: Callable[..., None]) -> None:
     assert package.top(1) == ("ours", 1, {})  # of what the lazy package left in sys.modules
     assert package.io.load("f") == ("ours", "f", {})
     assert package.models.Base().plain("f")[0] == "stock"  # that backend is off
-    # No trace in what inspect and pkgutil use.
+    # inspect and pkgutil must see no trace.
     assert type(package.io.__loader__).__name__ == "SourceFileLoader"
     assert vars(package.io.__loader__).get("exec_module") is None
     assert package.io.__spec__.loader is package.io.__loader__
@@ -142,7 +142,7 @@ def test_hooked_at_import(library: Callable[..., None]) -> None:
 
 
 def test_modules_that_are_not_there_after_all(library: Callable[..., None], tmp_path: Path) -> None:
-    """Python's own errors, of one that is missing and of one that takes itself out again."""
+    """Python's own errors for a missing module and for one that removes itself."""
     (tmp_path / "fakelib" / "gone.py").write_text("import sys\ndel sys.modules[__name__]\n")
     hooks = [Hook(f"fakelib.{name}", "load", {LOAD: ours}) for name in ("gone", "missing")]
     library(diffusers=(load_hook(), *hooks))
@@ -159,7 +159,7 @@ def test_modules_that_are_not_there_after_all(library: Callable[..., None], tmp_
 
 
 def test_a_module_of_the_interpreter(library: Callable[..., None]) -> None:
-    """Its loader is a class that serves them all, and is left as it is."""
+    """Its loader is a class that all such modules share, and it is not changed."""
     library(diffusers=(Hook("_symtable", "symtable", {"()": ours}), load_hook()))
     kept = sys.modules.pop("_symtable", None)
     before = dict(vars(importlib.machinery.BuiltinImporter))
@@ -329,7 +329,7 @@ def test_unknown_signature_stands_aside(
     assert "falls back to its own loading" in line
     assert "\n" not in line
     assert io.load("f")[0] == models.Derived.of("f")[0] == "stock"
-    assert models.Base.read("f")[0] == "ours"  # the others stay hooked
+    assert models.Base.read("f")[0] == "ours"  # the others keep their hooks
     wl.disable()
     monkeypatch.setenv("WEIGHTLIFT_STRICT", "1")
     with pytest.raises(wl.WeightliftError, match="STRICT"):
@@ -409,7 +409,7 @@ def test_or_stock() -> None:
     def inner() -> int:
         return fall_back("safetensors", failure, lambda: 3)
 
-    # Counted where it began.
+    # Counted for the backend in which it began.
     told = pytest.warns(UserWarning, match="accelerate.*engine says")
     with stock_way("safetensors", times=0), stock_way("accelerate"), told:
         assert fall_back("accelerate", failure, inner) == 3
@@ -627,7 +627,7 @@ assert not any(type(f).__module__.startswith("weightlift.") for f in sys.meta_pa
 
 
 def test_the_installed_libraries_are_known() -> None:
-    # Of whatever version: a hook that stands aside is an error here.
+    # For all versions: a hook that leaves the call to the library is an error here.
     code = """
 import importlib, importlib.util
 import weightlift as wl

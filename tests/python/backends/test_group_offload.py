@@ -1,5 +1,5 @@
-"""diffusers' offloads, with the backend and without: the same results, and what people read off
-such models; what is computed with comes from the streaming executor."""
+"""diffusers' offloads with and without the backend: the same results and model attributes; the
+weights for computing come from the streaming executor."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(model: UNet2DModel) -> Any:
 
 @contextmanager
 def watched() -> Iterator[list[type]]:
-    """The classes of the weights that convolutions are computed with."""
+    """The classes of the weights with which convolutions compute."""
     seen: list[type] = []
     convolve = torch.nn.functional.conv2d
 
@@ -90,8 +90,8 @@ def test_from_cpu_to_cpu(tmp_path: Path, level: str, place: str, by_method: bool
     with wl.enabled(LIBRARY):
         ours, *our_rest = call(tmp_path / "ours", True)
     assert our_rest == stock_rest
-    # Of a file, diffusers maps weights as they lie, and torch may add up what is not aligned in
-    # another order: its results are then not those of the model in memory. Ours are.
+    # diffusers maps a file's weights unchanged, and torch may add misaligned values in another
+    # order, so its results differ from those of the model in memory. weightlift's do not.
     assert ours == [expected] * 3
     if place == "memory":
         assert stock == ours
@@ -180,7 +180,7 @@ def test_an_exception_within_a_forward(tmp_path: Path) -> None:
 
 
 def test_another_dtype_after_the_offload() -> None:
-    """Of a model in memory: diffusers uses what is there."""
+    """A model in memory: diffusers uses its weights."""
 
     def call() -> Any:
         model = unet()
@@ -196,7 +196,7 @@ def test_another_dtype_after_the_offload() -> None:
 
 
 def test_sequential_offload_of_a_model_by_accelerate(tmp_path: Path) -> None:
-    """What ``enable_sequential_cpu_offload`` calls; with the CPU as the device."""
+    """The call of ``enable_sequential_cpu_offload``, with the CPU as the device."""
     import accelerate
 
     def call() -> Any:

@@ -1,5 +1,5 @@
-"""Models that accelerate offloads, with the backend and without: the same results, and what people
-read off such models; what is computed with comes from the streaming executor."""
+"""Models that accelerate offloads, with and without the backend: the same results and model
+attributes; the weights for computing come from the streaming executor."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ ON_DISK = WAYS[1:]
 
 @contextlib.contextmanager
 def watched(model: Model) -> Iterator[list[type]]:
-    """The classes of the weights that each linear layer is computed with."""
+    """The classes of the weights with which each linear layer computes."""
     seen: list[type] = []
     linear = torch.nn.functional.linear
 
@@ -106,7 +106,7 @@ def test_results_and_what_is_read_off(tmp_path: Path, way: Any, grad: Any) -> No
             results = [describe(model(INPUT).detach()) for _ in range(3)]
         assert (StreamedWeight in seen) == (streamed and way is not cpu_offload)
         assert read_off(model) == before
-        if not before["map"]:  # accelerate cannot take what has a meta tensor for good apart
+        if not before["map"]:  # accelerate cannot detach a model with permanent meta tensors
             remove_hook_from_module(model, recurse=True)
             before = describe_all(model)
         if way is in_half:
@@ -135,7 +135,7 @@ def test_nothing_falls_back(
 
 
 def test_gradients_of_inputs(tmp_path: Path) -> None:
-    """accelerate computes those of the weights too, and nobody gets them."""
+    """accelerate also computes the weights' gradients, and nobody gets them."""
 
     def call(folder: Path) -> Any:
         model = from_checkpoint(folder)
@@ -166,7 +166,7 @@ def test_disable_restores_accelerates_own_way(tmp_path: Path) -> None:
 
 
 def test_a_model_from_before_the_backend_and_copies(tmp_path: Path) -> None:
-    """In the first forward, accelerate's own way; by then all hooks are known."""
+    """In the first forward accelerate's own way is used; after that all hooks are known."""
     model = disk_offload(tmp_path)
     expected = model(INPUT)
     with wl.enabled(CALLER):
@@ -267,7 +267,7 @@ def test_what_was_changed_meanwhile(
 
 
 def test_host_weights_that_are_written_to(tmp_path: Path) -> None:
-    """They are where they are used: a write is seen, as without the backend."""
+    """The weights are in memory, so a write takes effect, as without the backend."""
 
     def call() -> Any:
         model = cpu_offload(tmp_path)
@@ -345,8 +345,8 @@ def loader_of_files(folder: Path, tensors: dict[str, torch.Tensor]) -> Any:
 def test_a_map_that_lacks_a_weight(
     tmp_path: Path, map_of: Any, used: type, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As after a load of a checkpoint that lacks it: accelerate raises in the module's forward, and
-    nothing is said before. The executor serves the other modules."""
+    """As after a load of a checkpoint that lacks the weight: accelerate raises an error only in the
+    module's forward. The executor serves the other modules."""
     model = build(False).eval()
     tensors = {n: t.clone() for n, t in model.state_dict().items() if n != "head.weight"}
     loader = map_of(tmp_path / "written", tensors)
@@ -362,7 +362,7 @@ def test_a_map_that_lacks_a_weight(
 
 
 def test_pickles(tmp_path: Path) -> None:
-    """Of what load_into has dispatched, for which accelerate's own cannot be pickled."""
+    """Copies of models that load_into has dispatched; accelerate's own cannot be pickled."""
     wl.save_file(weights(), tmp_path / "model.safetensors")
     model = build(True).eval()
     with wl.enabled(CALLER):
@@ -383,7 +383,7 @@ DISK = {
 
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 def test_transformers(tmp_path: Path) -> None:
-    """`"disk"` in a device map: what is generated, what is read off, and what is saved."""
+    """`"disk"` in a device map: generated text, attributes, and saved files."""
     import transformers
 
     torch.manual_seed(0)

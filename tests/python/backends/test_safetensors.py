@@ -1,4 +1,4 @@
-"""The safetensors backend: the same outcome, call by call, as without it."""
+"""The safetensors backend: each call has the same result as without it."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 def outcomes(call: Callable[[], Any]) -> tuple[Any, Any]:
-    """What a call gives without the backend and with it."""
+    """The results of a call without and with the backend."""
     assert safetensors.safe_open is REFERENCE[0]
     stock = outcome(call)
     with wl.enabled(CALLER):
@@ -119,7 +119,7 @@ def test_the_very_objects_come_back() -> None:
     "options", [{}, {"backend": "mmap"}, {"backend": "pread"}][: 3 if REFERENCE_HAS_BACKENDS else 1]
 )
 def test_load_file(folder: Path, name: str, options: dict[str, str]) -> None:
-    # Without backend="pread", which gets the shape of F4 wrong in 0.8.0.
+    # Without backend="pread", which returns a wrong shape for F4 in 0.8.0.
     expected = safetensors.torch.load_file(folder / name)
     with wl.enabled(CALLER), engine_moves(tensor_bytes(folder / name), CALLER):
         assert_same_tensors(safetensors.torch.load_file(folder / name, **options), expected)
@@ -130,7 +130,7 @@ def test_load_file(folder: Path, name: str, options: dict[str, str]) -> None:
 
 
 def test_load_file_lets_go_of_each_tensor(tmp_path: Path) -> None:
-    # Each owns its part, as the reference's do: saving one writes that one alone.
+    # Each owns its part, like the reference's: saving one writes only that one.
     size = 1 << 20
     path = tmp_path / "f"
     path.write_bytes(file_bytes({"a": entry("U8", [size]), "b": entry("U8", [size])}))
@@ -142,7 +142,7 @@ def test_load_file_lets_go_of_each_tensor(tmp_path: Path) -> None:
     assert first() is None
 
 
-# How a call is written, and whether the engine is to do it.
+# The form of a call, and whether the engine must do it.
 @pytest.mark.parametrize(
     "call",
     [
@@ -320,7 +320,7 @@ def test_all_methods_of_the_reference_are_there(folder: Path) -> None:
 
 
 class Newer:
-    """A reference that has more than the installed one."""
+    """A reference with more names than the installed one."""
 
     def __init__(self, filename: Any, framework: str, device: Any = "cpu") -> None:
         self.opened = REFERENCE[0](filename, framework, device)
@@ -418,7 +418,8 @@ def test_imported_later(folder: Path) -> None:
 
 
 def test_every_signature_has_been_seen() -> None:
-    # The installed one is among the known: else these tests would have tested the reference.
+    # The installed version must be a known one, or these tests would have tested only the
+    # reference.
     for hook in patching.hooks_of(CALLER):
         module = {"safetensors": safetensors, "safetensors.torch": safetensors.torch}[hook.module]
         assert signature_text(vars(module)[hook.target]) in hook.adapters

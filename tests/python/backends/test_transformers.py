@@ -1,4 +1,4 @@
-"""The transformers backend: the same outcome, load by load, as without it."""
+"""The transformers backend: each load has the same result as without it."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_shards_and_device_maps(made: Callable[..., Path], device_map: Any, dtyp
 def test_what_is_loaded_in_inference_mode_can_be_trained(
     made: Callable[..., Path], name: str, dtype: str
 ) -> None:
-    """The library makes the tensors in threads, where the mode does not hold; only those that it
-    stacks are made where it does."""
+    """The library makes the tensors in threads, where the mode does not apply; only stacked tensors
+    are made where it does."""
     folder = made(name)
     with torch.inference_mode():
         theirs = CAUSAL.from_pretrained(folder, dtype=dtype)
@@ -183,7 +183,7 @@ def test_names_by_key_mapping(made: Callable[..., Path], tmp_path: Path) -> None
 def test_sizes_that_do_not_match(made: Callable[..., Path]) -> None:
     folder = made("llama")
     config = transformers.LlamaConfig(**{**LLAMA, "vocab_size": 40})
-    two = 2 * 32 * 16 * 4  # the embeddings, which the engine has no reason to read
+    two = 2 * 32 * 16 * 4  # the embeddings, which the engine need not read
     kwargs = {"config": config, "ignore_mismatched_sizes": True}
     ours, _ = both(CAUSAL, folder, tensor_bytes(folder) - two, **kwargs)
     assert ours.info["mismatched_keys"] == {
@@ -230,7 +230,7 @@ def test_an_expert_that_is_not_there(made: Callable[..., Path], tmp_path: Path) 
         ours = load(CAUSAL, tmp_path, raises=RuntimeError)
     assert type(ours.error) is type(theirs.error)
     assert str(ours.error) == str(theirs.error)
-    # The report quotes a trace, in which the files that are gone through differ.
+    # The report quotes a traceback, whose files differ.
     stacked = re.compile(r"Error: .* on tensors destined for .*")
     found = [[stacked.findall(text) for _, text in outcome.logs] for outcome in (ours, theirs)]
     assert found[0] == found[1]
@@ -272,7 +272,7 @@ def test_mapped_as_the_library_does(made: Callable[..., Path]) -> None:
             report = wl.last_report()
             assert report is not None
             assert report.mapped_bytes == 0
-    # Each parameter owns its memory alone, and may be trained.
+    # Each parameter owns its memory, and can be trained.
     sizes = {p.untyped_storage().nbytes() == p.nbytes for p in model.parameters()}
     assert sizes == {True}
     before = (folder / "model.safetensors").read_bytes()
@@ -323,7 +323,7 @@ def test_the_progress_bar(
 
 
 def _index(model: Any) -> dict[str, Any]:
-    """What accelerate's hooks know of the weights on the disk."""
+    """The weights on the disk that accelerate's hooks know."""
     found: dict[str, Any] = {}
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
@@ -346,7 +346,7 @@ DISK = {
 def both_on_disk(
     cls: Any, path: Path, moved: int, given: dict[str, Any], folder: Path, /, **kwargs: Any
 ) -> None:
-    """As ``both``, for models that stay on the disk in part."""
+    """Like ``both``, for models that are partly on the disk."""
     outcomes = []
     for side in ("theirs", "ours"):
         with contextlib.ExitStack() as stack:
@@ -497,7 +497,7 @@ class Toy(transformers.PreTrainedModel):
         self.twice = torch.nn.Parameter(torch.zeros(4))
         self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
         self.register_buffer("scratch", torch.arange(3.0), persistent=False)
-        self.rnn = torch.nn.GRU(4, 4)  # which sets its weights in a way of its own
+        self.rnn = torch.nn.GRU(4, 4)  # which sets its weights in its own way
         self.normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 4))
         self.post_init()
 
@@ -599,7 +599,7 @@ def toys(tmp_path: Path) -> Iterator[Callable[[Change], Path]]:
 
 
 def without_traces(outcome: Outcome) -> Outcome:
-    """Reports quote the traces of conversions that failed, and the way there differs."""
+    """Reports quote tracebacks of failed conversions, which differ."""
     outcome.logs = [
         (
             level,
@@ -630,7 +630,7 @@ def test_converters(toys: Callable[[Change], Path], name: str, dtype: str) -> No
     assert_same_outcomes(ours, theirs)
     assert wl.stats().fallbacks == before
     if name == "as it is":
-        # Of the two named alike, one is taken: it is the other that was on its way first.
+        # One of two tensors with the same name is used: the other one's read had begun first.
         with wl.enabled(CALLER), engine_moves(tensor_bytes(folder), CALLER):
             load(Toy, folder, dtype=dtype)
 
@@ -639,7 +639,8 @@ def test_converters(toys: Callable[[Change], Path], name: str, dtype: str) -> No
 def test_converters_ask_for_little_at_a_time(
     toys: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the library converts comes in waves, each while the one before is converted."""
+    """Tensors that the library converts are read in groups, each while the previous one is
+    converted."""
     folder = toys(lambda state: state)
     theirs = load(Toy, folder)
     monkeypatch.setattr(walk, "_WAVE_BYTES", 1)
@@ -647,11 +648,11 @@ def test_converters_ask_for_little_at_a_time(
     with wl.enabled(CALLER), engine_moves(tensor_bytes(folder), CALLER):
         ours = load(Toy, folder)
     assert_same_outcomes(ours, theirs)
-    # What is taken as it is, what is merged; on_cpu, turned, first and second.
+    # Unchanged and merged tensors; on_cpu, transposed, first and second.
     assert wl.stats().loads - loads == 2 + 3
 
 
-# --- What begins while the library prepares
+# --- Reads that begin while the library prepares
 
 
 @walked
@@ -681,7 +682,7 @@ def test_reading_begins_before_the_renamings_are_compiled(
 def test_what_was_begun_ends_with_the_call(
     made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    """Also where the library fails before it asks for anything."""
+    """Also if the library fails before it requests a tensor."""
     folder = made("llama")
     begun = []
     begin = weights_of.Weights.prefetch
@@ -752,7 +753,8 @@ def test_nothing_begins_for_models_that_are_cut_or_quantized(
 
 @walked
 def test_what_is_on_its_way_is_given_to_all_who_want_some(tmp_path: Path) -> None:
-    """A converter takes tensors that have begun under their own names, beside the plain ones."""
+    """A converter uses tensors whose reads have begun under their own names, beside unconverted
+    ones."""
     config = transformers.Qwen3VLMoeConfig(
         text_config={
             "vocab_size": 64,
@@ -789,7 +791,7 @@ def test_what_is_on_its_way_is_given_to_all_who_want_some(tmp_path: Path) -> Non
 def test_a_load_in_the_constructor_of_a_model_that_is_loaded(
     made: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The outer build sees what the inner load registers: ties, and the outer file's values."""
+    """The outer construction sees the inner load's ties, and the outer file's values."""
     diffusers = pytest.importorskip("diffusers")
     inner = made("llama", tie_word_embeddings=True)
 
@@ -815,7 +817,7 @@ def test_a_load_in_the_constructor_of_a_model_that_is_loaded(
     for name, tensor in theirs.state_dict().items():
         own = ours.state_dict()[name]
         assert own.device == tensor.device
-        if not tensor.is_meta:  # diffusers leaves there what its file lacks
+        if not tensor.is_meta:  # diffusers leaves tensors there that its file lacks
             assert_same(own, tensor)
 
 
@@ -884,7 +886,7 @@ def test_an_unknown_walk_reads_what_is_asked_for(made: Callable[..., Path]) -> N
 
 @pytest.mark.usefixtures("unknown_walk")
 def test_slices(made: Callable[..., Path]) -> None:
-    """What the library's walk takes for a slice of a file."""
+    """The object that the library's walk uses as a slice of a file."""
     path = made("llama") / "model.safetensors"
     checkpoint = wl.Checkpoint.from_file(path)
     weights = weights_of.Weights(checkpoint, "auto")
@@ -965,7 +967,7 @@ def adapter(made: Callable[..., Path], tmp_path: Path, peft: Any) -> Path:
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     torch.manual_seed(5)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft asks this transformers for names it drops
+        warnings.simplefilter("ignore")  # peft uses names that this transformers no longer has
         peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -1115,7 +1117,7 @@ def test_a_disk_by_an_unknown_walk(
 
 
 def test_pieces_of_a_tensor(made: Callable[..., Path]) -> None:
-    """As a rank takes gate and up out of a tensor that has both."""
+    """The way in which a rank takes gate and up from a tensor that has both."""
     path = made("llama") / "model.safetensors"
     name = "model.layers.0.mlp.down_proj.weight"
     whole = safetensors.torch.load_file(path)[name]
@@ -1233,7 +1235,7 @@ def test_a_failure_amid_the_library_s_walk_is_raised(
 @walked
 def test_loads_of_several_threads(made: Callable[..., Path]) -> None:
     folder = made("mixtral")
-    # Built one by one: that changes the process's default dtype.
+    # Built one after another, because building changes the process's default dtype.
     models = [transformers.MixtralForCausalLM(transformers.MixtralConfig(**MOE)) for _ in range(3)]
     files = [str(folder / "model.safetensors")]
     errors: list[BaseException] = []

@@ -1,4 +1,5 @@
-"""What the transformers backend puts on simulated CUDA devices, against the library on the CPU."""
+"""Loads of the transformers backend to simulated CUDA devices, compared with the library on the
+CPU."""
 
 from __future__ import annotations
 

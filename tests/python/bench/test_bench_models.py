@@ -198,7 +198,7 @@ def test_bad_input(
 def test_which_file_of_a_folder_is_measured(
     tmp_path: Path, request: pytest.FixtureRequest, mode: str
 ) -> None:
-    # Whose phases are booked in the measured process, for good.
+    # The phases stay recorded in the measured process, so it is a separate one.
     request.addfinalizer(lambda: observe_phases(None))
     torch.manual_seed(0)
     model = AutoencoderTiny(

@@ -1,5 +1,5 @@
-"""``weightlift bench --distributed``, and the model of a
-cluster against what processes really move."""
+"""``weightlift bench --distributed``, and the model of a cluster compared with the bytes that
+processes move."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ def test_the_model_of_a_cluster_has_what_is_measured(measured: Any) -> None:
         assert load["engine_bytes"] == pytest.approx(expected.out_of_files, rel=0.001)
         assert load["received_bytes"] == pytest.approx(expected.received, abs=0.001 * size)
         assert load["held_bytes"] == pytest.approx(expected.held, rel=0.001)
-        # Of read(2): what the ranks tell each other, and what is asked of /proc, among it.
+        # Bytes of read(2), including messages between ranks and reads of /proc.
         assert size <= load["read_bytes"] <= 1.02 * size + 2e6
     (load,) = loads["replicated"]["weightlift, mapped"]
     assert load["engine_bytes"] == 0
     (load,) = loads["replicated"]["safetensors, each rank"]
     stock = model.moved("stock", size, 1, ranks)
-    # What is resident of it at the end: a kernel that reclaims ahead of need (DAMON) has taken two
-    # thirds of it back.
+    # The resident part at the end. A kernel that reclaims proactively (DAMON) has taken two thirds
+    # back.
     assert 0.1 * stock.out_of_files <= load["mapped_bytes"] <= 1.3 * stock.out_of_files
 
 
@@ -88,7 +88,7 @@ def test_the_model_of_a_cluster_adds_up() -> None:
     model = cluster_model()
     for nodes in (8, 64):
         every = {way: model.moved(way, 1e9, nodes, 8) for way in model.WAYS}
-        # What all ranks end up with came out of files or from others.
+        # All bytes of all ranks came from files or from other ranks.
         for one in every.values():
             assert one.out_of_files + one.received == pytest.approx(one.held * nodes * 8)
         assert every["stock"].out_of_files == 8 * every["replicated, node"].out_of_files
@@ -112,7 +112,7 @@ def test_bench(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.json").read_text())["ranks"] == 2
 
 
-# Every load that is measured, by one rank, of a model in several files.
+# Every measured load, on one rank, with a model in several files.
 _EACH = """
 import sys, warnings
 from pathlib import Path
@@ -166,7 +166,7 @@ def test_bench_of_no_checkpoint(tmp_path: Path) -> None:
 
 
 def traced_bytes(lines: list[str], file: str) -> int:
-    """What calls on this file returned, those among them that strace shows in two lines."""
+    """The results of calls on this file, including calls that strace shows in two lines."""
     waiting = set()
     read = 0
     for line in lines:
@@ -183,7 +183,8 @@ def traced_bytes(lines: list[str], file: str) -> int:
 @pytest.mark.deep
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_what_is_read_as_the_kernel_sees_it(tmp_path: Path, ranks: int) -> None:
-    """Bytes that read(2) and its kin took out of the file, by strace; and the memory of a rank."""
+    """The bytes that read(2) and similar calls took from the file, by strace; and the memory of a
+    rank."""
     if shutil.which("strace") is None:
         pytest.skip("there is no strace")
     file = tmp_path / "model.safetensors"

@@ -52,8 +52,8 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     assert [run.error for run in runs] == ["", ""]
     assert runs[0].events
     assert runs[0].digest
-    # The mapping of the whole model is aligned otherwise than torch's memory is, to the last bit of
-    # a sum.
+    # The mapping of the whole model has another alignment than torch's memory, which changes the
+    # last bit of sums.
     assert len(describe(runs)) == 2
 
 

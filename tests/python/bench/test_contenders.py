@@ -1,4 +1,4 @@
-"""What ``bench`` measures: each library's load is the one that its users know, and is right."""
+"""The loads that ``bench`` measures: each library's usual call, with a right result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from weightlift.load.phases import observe_phases
 
 @pytest.fixture(autouse=True)
 def _of_this_test() -> Iterator[None]:
-    """In a measured process phases are booked for good."""
+    """In a measured process, phases stay recorded."""
     contenders.reports.clear()
     yield
     wl.disable()
@@ -80,7 +80,7 @@ def test_whole_file_libraries_refuse_one_tensor(file: str) -> None:
 def test_a_twin_is_the_safetensors_file_beside_it(
     file: str, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """In memory of its own, as what comes out of a .bin is."""
+    """In own memory, like tensors of a .bin."""
     job = Job("", (str(Path(file).with_suffix(".bin")),))
     found = CONTENDERS["twin"].prepare(job)()
     assert_same_tensors(dict(sorted(found.items())), dict(sorted(tensors.items())))
@@ -149,7 +149,7 @@ def test_models_of_the_mixin(tmp_path: Path) -> None:
 
 
 def measured(job: Job, monkeypatch: pytest.MonkeyPatch, said: str = "go\n") -> list[dict[str, Any]]:
-    """What the measured process says of a job."""
+    """The answer of the measured process to a job."""
     answers: list[dict[str, Any]] = []
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
     contenders.reports.clear()

@@ -1,4 +1,4 @@
-"""How loads are measured: processes that misbehave, and what is made of the figures."""
+"""Measuring loads: processes that misbehave, and the figures."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_memory_that_a_torch_file_takes(tmp_path: Path) -> None:
     torch.save(tensors, old, _use_new_zipfile_serialization=False)
     taken = sum(t.nbytes * (2 if t.is_floating_point() else 1) for t in tensors.values())
     assert target_bytes(Job("", (str(path),), dtype="float32")) == taken
-    # Of one that has no index: not less.
+    # For a file without an index, at least this much.
     assert target_bytes(Job("", (str(old),), dtype="float32")) >= taken
 
 

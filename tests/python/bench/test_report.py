@@ -43,7 +43,7 @@ def test_bytes(path: Path, options: dict[str, object], mapped: int, read: int) -
     report = wl.last_report()
     assert report.bytes == SIZE
     assert report.mapped_bytes == mapped
-    # A hole of less than a page, here a tensor that is not cast, is read along.
+    # A gap of less than a page, here a tensor that is not cast, is read too.
     assert read <= report.read_bytes <= SIZE
     if read in (0, SIZE):
         assert report.read_bytes == read

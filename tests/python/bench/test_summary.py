@@ -1,4 +1,4 @@
-"""``benchmarks/summary.py``: what is kept of a machine's runs."""
+"""``benchmarks/summary.py``: the results that it keeps of a machine's runs."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_summary_has_the_newest_of_each_workload(tmp_path: Path) -> None:
     assert workloads["a"]["refused"] == {"other": "no"}
     assert "samples" not in json.dumps(found)
 
-    # Again, with a run of one workload alone: the other one stays.
+    # Again, with a run of only one workload: the other one stays.
     later = a_run("2026-01-03", "b", {"backend": [1.0], "stock": [3.0]})
     found, _ = summarize(tmp_path, later)
     assert {one["name"]: one["run"] for one in found["workloads"]} == {"b": 0, "a": 1}

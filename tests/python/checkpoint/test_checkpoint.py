@@ -1,4 +1,4 @@
-"""The Checkpoint as an object: opened, closed, asked for what is not there."""
+"""The Checkpoint object: opening, closing, requests for missing tensors."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_more_shards_than_open_files(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
 
     def load() -> None:
-        # Room for so many more than whoever runs the tests has open.
+        # This many more than the test process has open.
         limit = max(map(int, os.listdir("/proc/self/fd"))) + 40  # noqa: PTH208
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         checkpoint = wl.open_checkpoint(tmp_path)

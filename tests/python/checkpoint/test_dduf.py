@@ -1,4 +1,4 @@
-"""DDUF files, held against ``huggingface_hub``, which writes and reads them, and ``zipfile``."""
+"""DDUF files, compared with ``huggingface_hub``, which writes and reads them, and ``zipfile``."""
 
 from __future__ import annotations
 
@@ -144,14 +144,14 @@ def test_case(case: hand_made.Case, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(path))
     del caught
-    # Fewer: garbage of earlier tests may have gone meanwhile.
+    # There may be fewer, because garbage of earlier tests may have been collected.
     assert open_files() <= before
 
 
 def test_enough_cases() -> None:
     refused = [case for case in CASES if case.expected != hand_made.OK]
     assert len(refused) >= 40
-    # What theirs lets through is most of it.
+    # The reader of huggingface_hub accepts most of these.
     assert sum(bool(case.differs) for case in refused) >= 30
 
 
@@ -205,7 +205,7 @@ def test_what_is_too_large_to_be_read_whole(
 
 
 def test_weights_do_not_leave_their_entry(tmp_path: Path) -> None:
-    """Sizes are held against the entry's, not the file's."""
+    """Sizes are compared with the entry's, not with the file's."""
     path = tmp_path / "p.dduf"
     name = "unet/diffusion_pytorch_model.safetensors"
     (whole,) = (record.data for record in hand_made.dduf_records() if record.name == name.encode())

@@ -1,5 +1,5 @@
-"""The files are made by hand, as flax's documentation of its format has them; what diffusers made
-of the same rules is in ``test_flax_oracle.py``."""
+"""The files are made by hand, after flax's documentation of its format; ``test_flax_oracle.py``
+compares with diffusers' conversion."""
 
 from __future__ import annotations
 
@@ -219,7 +219,8 @@ def test_truncated_at_every_byte(file: Path) -> None:
 
 
 def test_every_byte_changed(file: Path) -> None:
-    """Other tensors or an error of ours; nothing else, and no more memory than the file has."""
+    """Changed files give other tensors or one of our errors, and take no more memory than the file
+    has."""
     tree = {"a": {"kernel": packed(numbered(2, 3)), "bias": chunked(numbered(4), 2)}, "b_1": {}}
     whole = msgpack.packb(tree)
     refused = 0

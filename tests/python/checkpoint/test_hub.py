@@ -229,7 +229,7 @@ def test_neither_path_nor_id(hub: HubServer, name: str) -> None:
     with pytest.raises(FileNotFoundError, match="no such file or folder") as caught:
         download(name, "config.json", HubArguments())
     assert caught.value.filename == name
-    # A path is told as one, without the rules of the Hub for ids.
+    # The error treats a path as a path, without the Hub's rules for ids.
     assert ("not a repository id" in str(caught.value)) == (name in ("a--b", "a b"))
     assert hub.requests == []
 
@@ -317,7 +317,7 @@ def test_what_is_not_cached(
 
 
 def test_names_of_a_snapshot_that_is_gone(hub: HubServer, repository: Repository) -> None:
-    """Its reference is in the cache still."""
+    """Its reference is still in the cache."""
     path = download(NAME, "config.json", HubArguments())
     shutil.rmtree(path.parents[1])
     with pytest.raises(FileNotFoundError) as caught:
@@ -489,7 +489,7 @@ def test_a_model_is_pushed(hub: HubServer) -> None:
     assert Model.from_config(Model.load_config("user/mine")).config.width == 7
     weights = download("user/mine", "model.safetensors", HubArguments())
     assert load_file(weights)["weight"].tolist() == [0, 1, 2]
-    # Weights went through LFS, whose URLs are signed: no token.
+    # Weights came through LFS, whose URLs are signed, so no token is sent.
     assert [(r.method, r.token) for r in hub.cdn_requests] == [("PUT", None), ("GET", None)]
     assert not hub.repositories["user/mine"].private
 
@@ -598,7 +598,7 @@ def test_where_a_push_goes(hub: HubServer, tmp_path: Path, monkeypatch: pytest.M
     ):
         assert create_repository(target) == "user/local"
     assert create_repository(Path("else/local")) == "user/local"
-    # It reads like the id of a repository of somebody else's: not taken for a folder.
+    # It looks like the id of another user's repository, not like a folder.
     with pytest.raises(huggingface_hub.errors.HfHubHTTPError, match="no right"):
         create_repository("else/local")
     for target in ("no/such/folder", "a b", Path("a b")):
@@ -632,6 +632,7 @@ def test_who_may_not_push(hub: HubServer, repository: Repository) -> None:
 
 
 def test_the_client_warns_of_its_own_call(hub: HubServer) -> None:
-    """What ``uploads`` lets pass is there; without it the mark would hide other warnings."""
+    """The warning that ``uploads`` ignores still exists; otherwise the mark could hide other
+    warnings."""
     with pytest.warns(DeprecationWarning, match="Use 'content="):
         Model().push_to_hub("user/mine")

@@ -1,4 +1,4 @@
-"""Indexes that do not agree with their files: what the libraries load is loaded, with a warning."""
+"""Indexes that contradict their files: weightlift loads what the libraries load, with a warning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder_of(
 
 
 def as_the_libraries(folder: Path, shards: list[str]) -> dict[str, torch.Tensor]:
-    """What transformers and diffusers have after one shard after the other, in order."""
+    """The result of transformers and diffusers, which load the shards in order."""
     merged: dict[str, torch.Tensor] = {}
     for shard in sorted(shards):
         merged.update(reference_load_file(folder / shard))
@@ -122,7 +122,7 @@ def test_shards_outside_the_folder_are_refused(tmp_path: Path, name: str) -> Non
 def test_an_index_beside_a_single_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, stem: str, first: str
 ) -> None:
-    """Which one, decides the library whose name it is."""
+    """The library of the file name decides which one."""
     shard = f"{stem}-00001-of-00001.safetensors"
     reference_save_file({"w": W}, tmp_path / f"{stem}.safetensors")
     reference_save_file({"v": V}, tmp_path / shard)
@@ -168,7 +168,7 @@ def test_entries_that_have_nothing_to_do_with_it_decide_nothing(tmp_path: Path) 
 
 @pytest.mark.parametrize("torch_alone", [False, True])
 def test_torch_files_with_a_tensor_in_two_of_them(tmp_path: Path, torch_alone: bool) -> None:
-    """The second is one that torch must read, or the first is."""
+    """Torch must read the first or the second."""
     one, two = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
     torch.save({"w": W, "v": V}, tmp_path / one, _use_new_zipfile_serialization=not torch_alone)
     torch.save({"w": W + 1}, tmp_path / two, _use_new_zipfile_serialization=torch_alone)
@@ -197,7 +197,7 @@ def test_a_byte_order_mark(tmp_path: Path) -> None:
 
 
 def test_an_index_of_the_other_format(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """transformers tells the format by the suffix of each file, whatever the index is called."""
+    """transformers decides by the suffix of each file, whatever the name of the index."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -228,7 +228,7 @@ def test_an_index_of_the_other_format(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_a_link_to_nothing_beside_other_weights(
     tmp_path: Path, gone: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As the libraries, which look for files."""
+    """Like the libraries, which look for files."""
     torch.save({"w": W}, tmp_path / "pytorch_model.bin")
     (tmp_path / gone).symlink_to("blobs/gone")
     with caplog.at_level(logging.WARNING, "weightlift"):

@@ -1,4 +1,4 @@
-"""What is a safetensors file and what is not, held against the reference implementation."""
+"""Which safetensors files are accepted, compared with the reference implementation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def reference_accepts(data: bytes) -> bool:
 
 
 def load(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """What came of it, a code or "ok", and the tensors."""
+    """The result, a code or "ok", and the tensors."""
     try:
         return malformed.OK, weightlift.load_file(path)
     except weightlift.FormatError as error:
@@ -66,7 +66,7 @@ def test_case(case: malformed.Case, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
     assert isinstance(caught.value, safetensors.SafetensorError)
     if case.expected == malformed.DUPLICATE:
-        safetensors.torch.load_file(path)  # the one divergence: it is loaded, and one is lost
+        safetensors.torch.load_file(path)  # the reference loads it and loses one
     else:
         with pytest.raises(safetensors.SafetensorError):
             safetensors.torch.load_file(path)
@@ -97,7 +97,7 @@ def test_every_header_bit_flipped(tmp_path: Path) -> None:
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         found.add(check_like_reference(tmp_path / str(bit), bytes(changed)))
-    # The walk has been through more than one kind of fault, and through changes that do not matter.
+    # The walk must meet several kinds of faults, and changes that do not matter.
     assert {malformed.OK, malformed.DUPLICATE, "header_not_json", "tensor_invalid"} <= found
 
 

@@ -1,7 +1,6 @@
-"""Small files cut at every byte and changed at every bit, held against the formats' own readers.
-
-What they take and weightlift takes has to be the same, and where weightlift alone refuses the place
-is in a table with its reason; nothing is taken that they refuse. Of archives ``make test`` changes
+"""Small files cut at every byte and changed at every bit, compared with the formats' own readers.
+Files that both accept must have the same content. Files that only weightlift refuses are in a table
+with the reason. weightlift accepts no file that they refuse. Of archives ``make test`` changes
 one bit of each byte, the deep tests all of them. Safetensors files are in ``test_malformed.py``.
 """
 
@@ -54,7 +53,7 @@ def theirs(load: Callable[[], Tensors]) -> Tensors | None:
             warnings.simplefilter("ignore")
             return load()
     except Exception:
-        return None  # whatever a reader raises of what it cannot read
+        return None  # any error of a reader
 
 
 # --- Archives ------------------------------------------------------------------------------------
@@ -169,14 +168,14 @@ def load_dduf_by_theirs(path: Path) -> Tensors:
 
 
 def table(places: dict[str, str]) -> Divergences:
-    """From "field code, field code" -> reason."""
+    """Reads "field code, field code" -> reason."""
     return {place: reason for found, reason in places.items() for place in found.split(", ")}
 
 
 OWN_HEADER = "they go by the directory, other readers by the record's own header"
 UNSEEN = "they do not look at it; it says that the record is not what it is taken for"
 SPLIT = "they do not look at it; it says that the archive is split over several files"
-# Where torch and huggingface_hub take what is refused here: field and code -> why it is refused.
+# Changes that torch or huggingface_hub accept and weightlift refuses: field and code -> reason.
 TORCH_DIVERGENCES = table({
     "local.flags archive_mismatch, local.method archive_mismatch, local.crc archive_mismatch, "
     "local.stored archive_mismatch, local.size archive_mismatch, local.name archive_mismatch, "
@@ -215,7 +214,7 @@ DDUF_DIVERGENCES = table({
 })  # fmt: skip
 
 
-# torch warns once a process, where it names a storage in an error.
+# torch warns once in a process when it names a storage in an error.
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("all_bits", BITS)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -267,7 +266,8 @@ def test_dduf_cut(tmp_path: Path) -> None:
 
 
 class Model(torch.nn.Module):
-    """Of the tensors ``a`` and ``c``, whose names are one bit apart, as those of the shards are."""
+    """An index of the tensors ``a`` and ``c``, whose names differ in one bit, like those of the
+    shards."""
 
     def __init__(self) -> None:
         super().__init__()

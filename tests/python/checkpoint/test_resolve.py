@@ -82,7 +82,7 @@ def read(file: ShardFile) -> dict[str, torch.Tensor]:
 
 
 def assert_holds(files: CheckpointFiles, tensors: Mapping[str, torch.Tensor]) -> None:
-    """The files hold these tensors, each where the index says."""
+    """Writes these tensors to the files that the index names."""
     found: dict[str, torch.Tensor] = {}
     for file in files.files:
         inside = read(file)
@@ -118,7 +118,7 @@ def sharded(folder: Path, stem: str = "model", end: str = "safetensors", count: 
     write_index(folder / f"{stem}.{end}.index.json", {f"t{n}": s for n, s in enumerate(shards)})
 
 
-# What others write.
+# Files that other libraries write.
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -213,7 +213,7 @@ def test_spellings_of_a_sharded_variant(tmp_path: Path, safe: bool, index: str, 
 
 
 def test_more_digits_than_five(tmp_path: Path) -> None:
-    """As in deepseek-ai/DeepSeek-V3: model-00001-of-000163.safetensors."""
+    """Like deepseek-ai/DeepSeek-V3: model-00001-of-000163.safetensors."""
     shards = [f"model-{n:05}-of-000163.safetensors" for n in range(1, 164)]
     touch(tmp_path, *shards)
     write_index(tmp_path / "model.safetensors.index.json", {s: s for s in shards})
@@ -259,7 +259,7 @@ def test_a_lone_file_in_the_working_directory(
 
 @pytest.mark.parametrize("zip_format", [True, False])
 def test_the_bytes_tell_where_the_name_does_not(tmp_path: Path, zip_format: bool) -> None:
-    """As with blobs of a Hub cache."""
+    """Like blobs of a Hub cache."""
     torch.save({"w": torch.ones(3)}, tmp_path / "a", _use_new_zipfile_serialization=zip_format)
     reference_save_file({"w": torch.ones(3)}, tmp_path / "b")
     assert resolve(tmp_path / "a").format == "torch"
@@ -392,7 +392,7 @@ def test_an_adapter_beside_a_model_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_as_diffusers_takes_a_variant_that_is_not_there(tmp_path: Path) -> None:
-    """It refuses; the weights without a variant do not stand in."""
+    """An error: the weights without a variant are no substitute."""
     Tiny().save_pretrained(tmp_path)
     Tiny().save_pretrained(tmp_path, variant="ema")
     Tiny().save_pretrained(tmp_path, variant="no.dots", max_shard_size="2KB")
@@ -635,7 +635,7 @@ def test_broken_indexes(tmp_path: Path, text: str | bytes, says: str) -> None:
 
 def test_an_index_of_absurd_size(tmp_path: Path) -> None:
     path = bad_index(tmp_path, "")
-    os.truncate(path, 1 << 40)  # takes no room on the disk
+    os.truncate(path, 1 << 40)  # takes no space on the disk
     with pytest.raises(
         CheckpointError, match="has more than 100000000 bytes, the limit for an index"
     ):
@@ -794,7 +794,7 @@ def repository(hub: HubServer) -> Repository:
 
 
 def fetched(hub: HubServer) -> list[str]:
-    """The names of the files that were asked for, and forgets them."""
+    """Returns the names of the requested files, and forgets them."""
     names = {
         unquote(urlsplit(request.path).path.split("/", 5)[5])
         for request in hub.requests

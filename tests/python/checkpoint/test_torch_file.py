@@ -1,4 +1,4 @@
-"""torch's own files: what is in them and what is refused, held against ``torch.load``."""
+"""torch's own files: their content and the refused ones, compared with ``torch.load``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ with warnings.catch_warnings():
 
 
 def contents(path: Path, file: TorchFile) -> dict[str, torch.Tensor]:
-    """The tensors, their bytes read by numpy from where the index says that they are."""
+    """The tensors, whose bytes numpy reads from the places in the index."""
     bases = {}
     for i, (name, dtype, shape) in enumerate(
         zip(file.part.names(), file.part.dtypes(), file.part.shapes(), strict=True)
@@ -85,7 +85,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 
 def strides(tensor: torch.Tensor) -> list[int]:
-    """Those that say anything."""
+    """Messages with a text."""
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return [step for extent, step in pairs if extent > 1]
 
@@ -106,7 +106,7 @@ def by_torch(path: Path) -> Any:
 
 
 def check(path: Path, state: dict[str, Any], **options: Any) -> TorchFile:
-    """Saved, opened and read: the same tensors as torch's."""
+    """Saves, opens and reads: the same tensors as torch's."""
     torch.save(state, path, **options)
     file = open_torch_file(path)
     assert isinstance(file, TorchFile)
@@ -158,7 +158,7 @@ def test_kinds_of_tensors(tmp_path: Path) -> None:
     assert file.views["transposed"] == View("plain", "F32", (12, 10), (1, 12), 0)
     assert file.views["overlap 2"] == View("overlap 1", "F32", (15,), (1,), 5)
     assert not {"apart", "end", "leaf", "scalar", "no elements"} & file.views.keys()
-    # Of a storage, what its tensors cover, and no more.
+    # Only the part of a storage that its tensors cover.
     sizes = dict(zip(file.part.names(), file.part.sizes(), strict=True))
     assert sizes["overlap 1"] == 80
     assert sizes["apart"] == 40
@@ -239,7 +239,7 @@ def opened(path: Path, **options: Any) -> TorchFile:
 
 
 def test_packed_again(tmp_path: Path) -> None:
-    """By a zip tool: other padding, so that what torch computes of places does not hold."""
+    """Repacked by a zip tool with other padding, so that torch's computed places are wrong."""
     state = {f"{i}": torch.randn(5, 7) for i in range(12)}
     torch.save(state, tmp_path / "f.pt")
     with (
@@ -259,7 +259,7 @@ def test_packed_again(tmp_path: Path) -> None:
 
 
 def test_behind_four_gibibytes(tmp_path: Path) -> None:
-    """The ZIP64 forms of torch's writer: made by hand as it makes them, for the file is sparse."""
+    """The ZIP64 forms of torch's writer, made by hand because the file is sparse."""
     path = tmp_path / "f.pt"
     big = (1 << 32) + 64
     small = struct.pack("<4f", 1, 2, 3, 4)
@@ -370,7 +370,7 @@ def test_any_views(tmp_path_factory: pytest.TempPathFactory, views: Any) -> None
             state[str(number)] = storages[which].as_strided(shape, stride, offset)
     path = tmp_path_factory.mktemp("any") / "f.pt"
     file = check(path, state)
-    # What is read once is not read again, and nothing between tensors is.
+    # Nothing is read twice, and nothing between tensors is read.
     ranges = sorted(file.part.range(i) for i in range(len(file.part)))
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ranges))
 
@@ -531,7 +531,7 @@ def test_missing_and_denied(tmp_path: Path) -> None:
 
 
 def test_attributes_do_not_deceive(tmp_path: Path) -> None:
-    """A pickle may give tensors, dictionaries and storages attributes of any name."""
+    """A pickle may set attributes with any name on tensors, dictionaries and storages."""
     pickled = hand_made.pickled
     floats, tensor = hand_made.FLOATS, hand_made.tensor(hand_made.Storage("0", 6), (2, 3))
     shadows = dict.fromkeys(
@@ -558,7 +558,7 @@ def test_attributes_do_not_deceive(tmp_path: Path) -> None:
     path.write_bytes(hand_made.archive(hand_made.checkpoint(pickled(Shadowing()), floats)))
     assert opened(path).names == ["w"]
 
-    # A storage of its own making, which says that it is one of the file's.
+    # A forged storage, which pretends to be one of the file's.
     forged = hand_made.Call(
         torch._tensor._rebuild_from_type_v2, torch.UntypedStorage, torch.UntypedStorage, (24,),
         {"_checkpoint_offset": 0},
@@ -573,11 +573,11 @@ def test_attributes_do_not_deceive(tmp_path: Path) -> None:
     assert caught.value.code in ("unsupported_tensor", "malformed_pickle")
 
 
-# --- Where torch cannot be used so ---------------------------------------------------------------
+# --- Files for which torch loads ---------------------------------------------------------------
 
 
 def test_other_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own loader, weights only, and the reason said."""
+    """torch's own loader with weights_only, and a message with the reason."""
     from torch import _weights_only_unpickler
 
     state = {"w": W, "t": W.view(2, 3).t(), "p": torch.nn.Parameter(W), "epoch é": 3}

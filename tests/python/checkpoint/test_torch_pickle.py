@@ -1,5 +1,5 @@
-"""The pickle of a checkpoint, read as data, against torch's own unpickler: what is accepted here,
-that one accepts too, with the same result."""
+"""The pickle of a checkpoint, read as data, compared with torch's own unpickler: it accepts every
+pickle that is accepted here, with the same result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Places = dict[str, tuple[int, int]]
 
 
 def saved(value: Any) -> tuple[bytes, Places]:
-    """What torch.save pickles, and where the storages might lie."""
+    """The pickle of torch.save, and possible places of the storages."""
     file = io.BytesIO()
     torch.save(value, file)
     with zipfile.ZipFile(file) as archive:
@@ -40,7 +40,7 @@ def by_torch(pickle: bytes, places: Places) -> Any:
 
 
 def seen(value: Any, describe: Any = lambda name, tensor: tensor) -> Any:
-    """What is made of it: of what is neither a tensor nor a dict, the type's name."""
+    """The result: for values other than tensors and dicts, the type's name."""
     if isinstance(value, (torch_file._Tensor, torch.Tensor)):
         return tuple(describe("t", value))
     if isinstance(value, dict):
@@ -49,7 +49,7 @@ def seen(value: Any, describe: Any = lambda name, tensor: tensor) -> Any:
 
 
 def agree(pickle: bytes, places: Places) -> bool:
-    """Whether it is accepted here; then torch makes the same of it."""
+    """Whether it is accepted here; if so, torch must get the same result."""
     value = torch_file._value_of(pickle, places)
     if value is not None:
         assert repr(seen(value)) == repr(by_torch(pickle, places))  # repr: NaN is not itself
@@ -136,7 +136,7 @@ def test_every_byte_made_any_other() -> None:
     for at in range(len(pickle)):
         for byte in range(256):
             accepted += agree(pickle[:at] + bytes([byte]) + pickle[at + 1 :], places)
-    # As they are; and names, locations and numbers that are other names, locations and numbers.
+    # Unchanged, and with names, locations and numbers exchanged.
     assert len(pickle) < accepted < len(pickle) * 128
 
 
@@ -177,7 +177,7 @@ def spliced(
 
 
 BEGIN = b"\x80\x02"
-# A tensor of one element, but for its shape and stride.
+# A tensor of one element with another shape and stride.
 TENSOR = (
     b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
     b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00%s\x89ccollections\nOrderedDict\n)RtR"
@@ -194,9 +194,9 @@ def ones(count: int) -> bytes:
     [
         (BEGIN + b"}.", True),
         (BEGIN + b"}" + KEY + TENSOR % (ones(64) * 2) + b"s.", True),
-        # One tuple may be the shape of many tensors: what they take together is bounded.
+        # One tuple may be the shape of many tensors: their total memory is bounded.
         (BEGIN + b"}" + KEY + TENSOR % (ones(65) * 2) + b"s.", False),
-        # Memory for a place in the memo is not taken at its word.
+        # The memo does not allocate for a stated index.
         (BEGIN + b"}r\xff\xff\xff\x7f.", False),
         (BEGIN + b"}(" + KEY + b"q\x00K\x01q\x02u.", False),
         # A storage of twice the size that 64 bits count, and an index past its end.

@@ -1,4 +1,4 @@
-"""Files by what they hold, not by their names; and what is said of those that are none."""
+"""Files recognised by their content, not by their names; and the errors for other files."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_folders_of_other_formats(tmp_path: Path) -> None:
 
 
 def test_a_file_of_safetensors_is_read_by_its_name(tmp_path: Path) -> None:
-    """And its padding may be anything that JSON allows."""
+    """Its padding may be any white space that JSON allows."""
     reference_save_file({"w": W}, tmp_path / "f.safetensors")
     assert torch.equal(wl.load_checkpoint(tmp_path / "f.safetensors")["w"], W)
     (tmp_path / "g.sft").write_bytes(padded(200, b"\n"))

@@ -1,4 +1,5 @@
-"""Torch files with more than one reading: what is clear is taken and said, the rest is asked."""
+"""Torch files with several state dicts: a clear choice is made with a message; else there is an
+error."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ W, V = torch.rand(4, 3), torch.rand(5)
 MODEL = {"w": W, "v": V}
 STEP = torch.tensor(3)
 
-# What is in the file, the keys that are taken, what the warning names.
+# The content of the file, the chosen keys, the names in the warning.
 CLEAR: list[tuple[dict[str, Any], set[str], list[str]]] = [
     ({"state_dict": MODEL, "best_acc1": torch.tensor(76.1)}, {"w", "v"}, ["'best_acc1'"]),
     ({"model": MODEL, "rng_state": torch.get_rng_state()}, {"w", "v"}, ["'rng_state'"]),
@@ -81,7 +82,7 @@ def test_what_is_asked(
 
 
 def test_what_is_chosen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """By the caller, who needs no warning; a conversion names what it leaves out all the same."""
+    """Chosen by the caller, without a warning; a conversion still names what it leaves out."""
     path = tmp_path / "f.pth"
     torch.save({"weight": W, "state_dict": MODEL, "epoch": 3}, path)
     with caplog.at_level(logging.WARNING, "weightlift"):

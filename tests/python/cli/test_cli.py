@@ -42,7 +42,7 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
 
 @pytest.fixture
 def run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunHere:
-    """The same in this process: the status, and what went to stdout and to stderr."""
+    """The same in this process: the status, stdout and stderr."""
 
     def run_here(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setenv("COLUMNS", "100")

@@ -1,4 +1,5 @@
-"""Commands as people type them: one way to name a source, errors in the command line's words."""
+"""Commands as people type them: one way to name a source, and errors in terms of the command
+line."""
 
 from __future__ import annotations
 
@@ -98,7 +99,7 @@ def test_convert_of_files_by_pattern(tmp_path: Path, type_in: Type) -> None:
     status, _, err = type_in("convert", *names, tmp_path / "x.safetensors")
     assert status == 2
     assert "2 sources need a folder" in re.sub(r"[\s│]+", " ", err)
-    # One that cannot be read: nothing is left behind.
+    # A source that cannot be read: nothing is left behind.
     (tmp_path / "step-9.bin").write_bytes(b"no")
     before = sorted(tmp_path.iterdir())
     assert type_in("convert", tmp_path / "step-*.bin", tmp_path / "more")[0] == 1
@@ -173,7 +174,7 @@ def test_help_is_wrapped_once_and_offers_no_internals(command: str, type_in: Typ
         assert internal not in out
     if command not in ("doctor", "run"):
         assert f"weightlift {command} " in out.partition("Examples:")[2]
-    # A paragraph that is wrapped once has full lines but for its last.
+    # The lines of a paragraph that is wrapped once are full, except the last.
     text = re.split(r"^(?:Arguments|Options|  Examples):", out, flags=re.MULTILINE)[0]
     for paragraph in re.split(r"\n\s*\n", text)[1:]:
         lines = [line.strip() for line in paragraph.splitlines() if line.strip()]

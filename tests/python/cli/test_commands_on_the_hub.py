@@ -195,7 +195,7 @@ def test_what_is_not_there(
     command: str, name: str, options: tuple[str, ...], expected: str, tmp_path: Path,
     type_in: Type, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """One line, in the command line's words, and nothing is left behind."""
+    """One line in terms of the command line, and nothing is left behind."""
     monkeypatch.chdir(tmp_path)
     status, out, err = type_in(command, name, *COMMANDS[command], *options)
     said = one_line(out + err)

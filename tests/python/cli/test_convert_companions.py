@@ -1,4 +1,4 @@
-"""``weightlift convert``: what describes the weights goes along, and is true of them."""
+"""``weightlift convert``: files that describe the weights are copied and corrected."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_transformers_loads_the_dtype_that_was_asked_for(
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert {p.dtype for p in model.parameters()} == {torch.float16}
     assert (tmp_path / "out" / "generation_config.json").is_file()
-    # The source is as it was, and without --dtype all is copied to the byte.
+    # The source is unchanged, and without --dtype everything is copied byte for byte.
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert type_in("convert", folder, tmp_path / "same")[0] == 0
     for name in ("config.json", "generation_config.json"):
@@ -170,7 +170,7 @@ def test_a_target_that_is_a_file_leaves_the_others_and_says_so(
     assert type_in("convert", folder, tmp_path / "x.safetensors", "--dtype", "fp16")[0] == 0
     assert "config.json, generation_config.json are not copied: give a folder" in plain(caplog.text)
     caplog.clear()
-    # Beside its source it has them; but they say bfloat16.
+    # Its source has them, but they say bfloat16.
     assert type_in("convert", folder, folder / "half.safetensors", "--dtype", "fp16")[0] == 0
     assert "config.json beside it has another dtype" in plain(caplog.text)
     caplog.clear()

@@ -1,4 +1,4 @@
-"""What ``weightlift doctor`` finds on machines that are not this one, and what it says of them."""
+"""The findings of ``weightlift doctor`` on other machines."""
 
 from __future__ import annotations
 
@@ -240,7 +240,8 @@ def test_kernels_of_this_build(
 
 
 def test_other_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose /proc/cpuinfo has no names, as on ARM; one without transparent huge pages."""
+    """A machine whose /proc/cpuinfo has no names, as on ARM; a machine without transparent huge
+    pages."""
     own = {
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""``weightlift run``: what a script sees is what it sees under ``python``."""
+"""``weightlift run``: a script sees the same as under ``python``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ENDS = {
     "exit": "sys.exit(7)",
     "text": "sys.exit('good bye')",
     "error": "raise OSError(2, 'no such thing', 'thing')",
-    # What a shell starts in the background ignores SIGINT.
+    # A process that a shell starts in the background ignores SIGINT.
     "interrupt": "import os, signal, time; signal.signal(2, signal.default_int_handler); "
     "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
 }

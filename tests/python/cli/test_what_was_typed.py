@@ -1,4 +1,4 @@
-"""What a second user typed, right and wrong, and what the command line has to answer."""
+"""Right and wrong commands of a new user, and the required answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TENSORS = {f"layers.{i}.weight": torch.full((4, 4), float(i)) for i in range(3)}
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the user is: a file, a torch file of two state dicts, a pipeline."""
+    """The user's folder: a file, a torch file with two state dicts, a pipeline."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     save_file(TENSORS, "model.safetensors")

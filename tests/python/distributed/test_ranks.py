@@ -2,7 +2,7 @@
 ``torch.distributed.checkpoint``.
 
 All checks of a world run in one set of processes; each is a function ``check_*``, and the tests
-look at what became of it on every rank.
+examine its outcome on every rank.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def on_meta(make: Callable[[], torch.nn.Module] = Net) -> torch.nn.Module:
 
 
 def large_tensors() -> dict[str, torch.Tensor]:
-    """Of several rounds of an exchange, in pieces of all kinds."""
+    """Loads with several rounds of an exchange, in pieces of all kinds."""
     generator = torch.Generator().manual_seed(1)
     shapes = {"a": (1, 700, 512), "b": (300_001,), "c": (2, 1_000_000), "d": (), "e": (0, 4)}
     shapes.update({f"small.{i}": (100 + i, 3) for i in range(40)})
@@ -96,7 +96,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def own_bytes(model: torch.nn.Module) -> int:
-    """Of what this rank holds and no mapping gives: parts of DTensors."""
+    """The bytes that this rank holds in own memory: parts of DTensors."""
     return sum(
         t.to_local().nbytes
         for t in model.parameters()
@@ -105,7 +105,7 @@ def own_bytes(model: torch.nn.Module) -> int:
 
 
 def assert_is(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """The model, shard by shard and as a whole, is what torch makes of ``state``."""
+    """The model, each shard and as a whole, equals torch's result for ``state``."""
     assert model.state_dict().keys() == state.keys()
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, DTensor):
@@ -148,7 +148,7 @@ def check_fsdp_on_meta(folder: Path) -> None:
 def check_bytes_read(folder: Path) -> None:
     """All ranks together read the file once, and no rank holds more than its part."""
     taken = []
-    for _ in range(3):  # the first makes what allocators and gloo keep
+    for _ in range(3):  # the first load makes memory that allocators and gloo keep
         large = on_meta(Large)
         scalars = {p for p in large.parameters() if p.dim() == 0}  # fully_shard takes none
         model = fully_shard(large, mesh=mesh_of(), ignored_params=scalars)
@@ -187,7 +187,8 @@ def check_fsdp_cast(folder: Path) -> None:
     wl.load_into(model, folder / "net", dtype=torch.bfloat16)
     assert_is(model, narrow)
     assert not any(p.requires_grad for p in model.parameters())
-    # Real ones of another dtype: in place by their own, or replaced by the asked one.
+    # Real tensors of another dtype: filled in place with their own dtype, or replaced with the
+    # requested one.
     model = shard_fully(Net().to(torch.float16), mesh_of())
     wl.load_into(model, folder / "net")
     assert_is(model, {k: v.half() if v.is_floating_point() else v for k, v in state.items()})
@@ -279,7 +280,7 @@ def check_replicated_on_a_node(folder: Path) -> None:
     with torch.device("meta"):
         model = Large()
     report = wl.load_into(model, folder / "large.safetensors", group=dist.group.WORLD)
-    # One mapping for all: nothing is read, nothing sent.
+    # One mapping for all: nothing is read and nothing is sent.
     assert report.read_bytes == 0
     assert report.mapped_bytes == sum(t.nbytes for t in large_tensors().values())
     assert_is(model, large_tensors())
@@ -313,7 +314,7 @@ def check_replicated_copies(folder: Path) -> None:
 
 
 def check_two_nodes(folder: Path) -> None:
-    """Each reads for itself, whatever the ranks of it are."""
+    """Each rank reads for itself, whatever its group."""
     world, rank = dist.get_world_size(), dist.get_rank()
     size = sum(t.nbytes for t in large_tensors().values())
     model = on_meta(Large)
@@ -335,7 +336,7 @@ def check_a_group_of_one(folder: Path) -> None:
 
 
 def check_replicated_targets_that_are_not_contiguous(folder: Path) -> None:
-    """Such a one is read by each rank, what is beside it once."""
+    """Each rank reads such a tensor; the others are read once."""
     path = folder / f"turned-{dist.get_world_size()}.safetensors"
     tensors = {"plain": torch.ones(600, 512), "turned": torch.arange(1200.0).view(40, 30)}
     if dist.get_rank() == 0:
@@ -405,7 +406,7 @@ def check_replicated_beside_sharded(folder: Path) -> None:
 
 
 def own_copy(folder: Path, name: str) -> Path:
-    """As if the rank were on a node of its own."""
+    """As if the rank were on its own node."""
     copied = folder / f"node-{dist.get_world_size()}-{dist.get_rank()}-{name}"
     shutil.copytree(folder / "net", copied)
     shutil.copy(folder / "large.safetensors", copied.with_suffix(".safetensors"))
@@ -585,7 +586,7 @@ def check_from_pretrained(folder: Path) -> None:
 
 
 def check_weights_that_are_not_there(folder: Path) -> None:
-    """They are the same on all ranks, and initialized as by one process."""
+    """They are the same on all ranks, and initialized as in one process."""
     where = folder / f"fresh-{dist.get_world_size()}-{dist.get_rank()}"
     torch.manual_seed(5)
     Feed(width=8).save_pretrained(where)
@@ -602,7 +603,7 @@ def check_weights_that_are_not_there(folder: Path) -> None:
 
 
 def check_recorded_copies_of_whole_tensors(folder: Path) -> None:
-    """A serving engine's rank: what all take is read once, slices by each rank alone."""
+    """A serving engine's rank: tensors that all need are read once, slices by each rank."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     tensors = large_tensors()
     checkpoint = wl.open_checkpoint(folder / "large.safetensors")

@@ -1,5 +1,5 @@
-"""transformers' own parallelism through the backend, against the library without it: the same local
-shards, read once by all ranks together."""
+"""transformers' own parallelism with the backend, compared with the library without it: the same
+local shards, read once by all ranks together."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MOE = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", DENSE),
     "tied": ("Llama", {**DENSE, "tie_word_embeddings": True}),
-    "phi3": ("Phi3", DENSE),  # gate and up are one tensor, of which a rank takes two pieces
+    "phi3": ("Phi3", DENSE),  # gate and up are one tensor, from which a rank takes two pieces
     "qwen3_moe": ("Qwen3Moe", MOE),
     "mixtral": ("Mixtral", MOE),
 }
@@ -72,7 +72,7 @@ def load(where: Path, name: str, **arguments: Any) -> Any:
 
 
 def needed(model: torch.nn.Module) -> float:
-    """What this rank has to take out of the checkpoint, in bytes of the file's dtype."""
+    """The bytes that this rank needs from the checkpoint, in the file's dtype."""
     unique = {id(p): p for p in model.parameters()}.values()
     return sum(4 * (p.to_local() if isinstance(p, DTensor) else p).numel() for p in unique)
 
@@ -92,7 +92,7 @@ def assert_same_load(
     report = wl.last_report()
     assert report is not None
     assert report.bytes == needed(ours)
-    if "dtype" in arguments:  # grouped products in bfloat16 want larger experts
+    if "dtype" in arguments:  # grouped products in bfloat16 need larger experts
         return report
     tokens = torch.arange(12).reshape(1, 12)
     torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits)
@@ -152,7 +152,7 @@ def check_a_truncated_file(folder: Path) -> None:
 
 
 def check_damaged_on_every_rank(folder: Path) -> None:
-    """Nothing is left to agree on: the library says what it thinks of it."""
+    """The ranks need not agree on anything: the library raises its own error."""
     import shutil
 
     own = folder / f"damaged-{dist.get_world_size()}-{dist.get_rank()}"

@@ -1,6 +1,7 @@
 """Every code block of README.md and docs/ runs, page by page, in the order of the page.
 
-A comment before a block, ``<!-- test: ... -->``, says where else it is run: ``gpu`` and ``serving``
+A comment before a block, ``<!-- test: ... -->``, says where it runs
+instead: ``gpu`` and ``serving``
 are compiled here and counted; ``torchrun N`` runs in N processes; ``flax`` runs where jax is;
 ``skip, WHY`` is compiled alone.
 """
@@ -124,7 +125,7 @@ def test_its_blocks_run(page: Path, tmp_path: Path) -> None:
 
 
 RANKS = [block for block in BLOCKS if block.mark.startswith("torchrun")]
-# What each rank does behind an example: the whole tensors are those of the checkpoint.
+# Each rank runs this after an example: the whole tensors must be the checkpoint's.
 _CHECK = """
 import os, safetensors.torch
 from pathlib import Path
@@ -145,7 +146,7 @@ os._exit(0)  # gloo may abort a rank whose peers close their connections first
 
 
 def test_they_run_under_torchrun(tmp_path: Path) -> None:
-    """Replicated, FSDP2 and tensor parallel, each as it stands there."""
+    """Replicated, FSDP2 and tensor parallel, each as in the page."""
     found = []
     for number, block in enumerate(RANKS):
         assert len(block.text.splitlines()) <= 6

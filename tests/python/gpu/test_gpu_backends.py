@@ -1,4 +1,4 @@
-"""On a real GPU: what the backends put there, against the libraries without them.
+"""On a real GPU: loads of the backends, compared with the libraries without them.
 
 Run by `make gpu-check`, which sets WEIGHTLIFT_REQUIRE_GPU so that a missing GPU fails.
 """

@@ -1,4 +1,4 @@
-"""On a real GPU: the bytes that arrive, against the reference library and torch.
+"""On a real GPU: the loaded bytes, compared with the reference library and torch.
 
 Run by `make gpu-check`, which sets WEIGHTLIFT_REQUIRE_GPU so that a missing GPU fails.
 """
@@ -41,7 +41,7 @@ def assert_same_bytes(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def assert_same_numbers(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Bit-identical but for NaNs, which are NaNs on both sides."""
+    """Bit-identical, except NaNs, which are NaNs on both sides."""
     assert found.dtype == expected.dtype
     found, expected = found.cpu(), expected.cpu()
     nan = expected.to(torch.float32).isnan()
@@ -53,7 +53,7 @@ def assert_same_numbers(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large, small, empty, scalar; every dtype of the format that torch holds."""
+    """Large, small, empty and scalar tensors, of every dtype of the format that torch has."""
     path = tmp_path_factory.mktemp("gpu") / "mixed.safetensors"
     tensors = {"large": random_bits(37 * MIB + 24, 1).view(torch.bfloat16)}
     for i in range(3000):

@@ -1,4 +1,4 @@
-"""On a real GPU: what the transformers backend puts there, against the library without it.
+"""On a real GPU: loads of the transformers backend, compared with the library without it.
 
 Run by `make gpu-check`, which sets WEIGHTLIFT_REQUIRE_GPU so that a missing GPU fails.
 """
@@ -42,7 +42,8 @@ def test_parts_on_the_host(made: Callable[..., Path]) -> None:
 
 
 def test_device_memory_is_reserved_once(tmp_path: Path) -> None:
-    """The library's warm-up reserves the model's bytes, and the engine's would come on top."""
+    """The library's warm-up reserves the model's bytes, and the engine's allocations would be
+    extra."""
     config = transformers.LlamaConfig(**{**LLAMA, "hidden_size": 1024, "vocab_size": 64_000})
     with torch.device("cuda"):
         transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)

@@ -140,7 +140,7 @@ def describe_all(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def offloaded(folder: Path | None) -> dict[str, Any]:
-    """What accelerate would read from an offload folder."""
+    """The tensors that accelerate would read from an offload folder."""
     if folder is None or not (folder / "index.json").exists():
         return {}
     found = OffloadedWeightsLoader(save_folder=folder)
@@ -148,7 +148,7 @@ def offloaded(folder: Path | None) -> dict[str, Any]:
 
 
 def outcomes(call: Callable[[Path], Any], tmp_path: Path) -> tuple[Any, Any]:
-    """What a call gives without the backend and with it, each with a folder of its own."""
+    """The results of a call without and with the backend, each with its own folder."""
 
     def outcome(folder: Path) -> Any:
         try:

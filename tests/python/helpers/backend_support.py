@@ -1,4 +1,4 @@
-"""What the backends' tests share: that the engine did the work, seen from outside."""
+"""Shared by the backends' tests: checks from outside that the engine did the work."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def tensor_bytes(*paths: Path) -> int:
 
 @contextlib.contextmanager
 def engine_moves(nbytes: int, caller: str) -> Iterator[None]:
-    """Within the block the engine moves this many tensor bytes for ``caller``, none for others, and
-    nothing goes the stock way."""
+    """Within the block, the engine moves this many tensor bytes for ``caller`` and none for others,
+    and the libraries load nothing themselves."""
     before = wl.stats()
     yield
     after = wl.stats()
@@ -43,7 +43,8 @@ def engine_moves(nbytes: int, caller: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stock_way(caller: str, times: int = 1) -> Iterator[None]:
-    """Within the block the engine moves nothing, and ``caller`` stands aside so many times."""
+    """Within the block, the engine moves nothing, and ``caller`` leaves this many loads to the
+    library."""
     before = wl.stats()
     yield
     after = wl.stats()

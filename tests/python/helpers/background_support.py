@@ -45,7 +45,7 @@ class Net(torch.nn.Module):
         return self.head(x)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Not by ``forward``: weights of a submodule that is not called."""
+        """Uses the weights of a submodule without calling it."""
         first = self.blocks[0].linear
         return torch.nn.functional.linear(x, first.weight, first.bias) * self.blocks[0].scale
 
@@ -78,7 +78,7 @@ def load(path: Path | str | wl.Checkpoint, **keywords: Any) -> tuple[Any, wl.Loa
 
 
 def raw(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What hangs in a module, without asking it."""
+    """The entries of a module's dicts, without triggering a wait."""
     held = {**dict(dict.items(vars(module)["_parameters"]))}
     held.update(dict.items(vars(module)["_buffers"]))
     return {name: tensor for name, tensor in held.items() if tensor is not None}
@@ -100,7 +100,7 @@ def is_plain(model: torch.nn.Module) -> bool:
 
 
 class Gate:
-    """Which tensors may be found to have arrived; nobody gets others."""
+    """The tensors that may have arrived; others are not handed out."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, ...]] = []

@@ -1,8 +1,6 @@
-"""A device with a clock, for what streams weights: one link and one queue of computing, both of
-which run behind the host, and an oracle that knows what lies in each buffer at each time.
-
-The host is infinitely fast, as that of a real device may be: everything that is not ordered by a
-wait or a mark overtakes.
+"""A simulated device with a clock, for streaming weights: one link and one compute queue, both
+behind the host, and an oracle that knows the content of each buffer at each time. The host is
+infinitely fast, as a real one may be, so everything that no wait or mark orders is reordered.
 """
 
 from __future__ import annotations
@@ -16,12 +14,12 @@ import torch
 
 
 class RaceError(AssertionError):
-    """A use did not find in its buffer what it was promised."""
+    """A use found another block in its buffer."""
 
 
 @dataclass
 class Span:
-    """What happens to a buffer, of which block, from when to when."""
+    """An access to a buffer: its kind, its block, its begin and end."""
 
     buffer: int
     block: int

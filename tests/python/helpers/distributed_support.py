@@ -1,6 +1,6 @@
-"""Runs the checks of a world of gloo ranks in one set of processes: starting a rank takes seconds.
-
-A check that fails on a rank ends the rank, as its collectives would meet other ones of the others.
+"""Runs the checks of a world of gloo ranks in one set of processes, because starting a rank takes
+seconds. A check that fails on a rank ends the rank, because its collectives would no longer match
+those of the others.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ def run_rank(rank: int, world: int, folder: Path, checks: Mapping[str, Check]) -
         (folder / f"{name}-{world}-{rank}").write_text(outcome)
         if outcome != "passed":
             break
-    # Not by destroy_process_group: gloo may abort a rank whose peers close their connections first.
+    # Not with destroy_process_group: gloo may abort a rank whose peers close their connections
+    # first.
     os._exit(0)
 
 
 def run_checks(world: int, folder: Path, checks: Mapping[str, Check]) -> Callable[[str], list[str]]:
-    """Runs them all; returns what became of a check, on every rank."""
+    """Runs all checks. Returns a function that gives the outcome of a check on every rank."""
     context = mp.get_context("spawn")
     ranks = [
         context.Process(target=run_rank, args=(rank, world, folder, checks))

@@ -73,7 +73,7 @@ class Range(ctypes.Structure):
 
 
 def _code(library: str) -> Range:
-    """Where a library's code is in memory."""
+    """The address range of a library's code."""
     (line,) = (
         line
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -110,7 +110,7 @@ def of(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
 
 
 def drop(path: Path) -> None:
-    """Out of the page cache, so that it is read from the disk."""
+    """Drops the file from the page cache, so that it is read from the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
@@ -208,7 +208,7 @@ def switch_on(seed: int) -> Any:
 
 @contextlib.contextmanager
 def machine(seed: int) -> Iterator[None]:
-    """A simulated machine that is left as it was found."""
+    """A simulated machine that must be unchanged afterwards."""
     driver = switch_on(seed)
     try:
         yield
@@ -333,7 +333,7 @@ def saved(folder: Path) -> dict[str, bytes]:
 
 
 def short_writes(folder: Path) -> None:
-    """Whoever writes, as disks and file systems may take less than they are given."""
+    """Disks and file systems may write less than requested."""
     shim = Shim()
     expected = saved(folder / "expected")
     n, calls = 0, 0

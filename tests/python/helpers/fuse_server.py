@@ -1,8 +1,8 @@
 """A FUSE file system with one file: the kernel's protocol, read-only.
 
-The protocol is that of <linux/fuse.h>, version 7.19, the oldest that a kernel of today speaks; for
-tests that want a file system which does what they say. A program of its own: a process that waits
-for itself to serve a page waits for ever.
+The protocol is that of <linux/fuse.h>, version 7.19, the oldest that current kernels support. For
+tests that need a file system with a given behaviour. A separate program, because a process that
+waits for itself to serve a page waits for ever.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INTERRUPT, BATCH_FORGET = 36, 42
 DIRECT_IO = 1  # FOPEN_DIRECT_IO: no page cache
 MS_RDONLY, MNT_DETACH = 1, 2
 
-# What a read of the file answers: bytes, which may be fewer than asked for, or an errno.
+# The answer to a read: bytes, which may be fewer than requested, or an errno.
 Reader = Callable[[int, int], "bytes | int"]
 
 

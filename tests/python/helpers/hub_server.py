@@ -31,12 +31,12 @@ import pytest
 import tqdm
 import yaml
 
-# What a new repository's .gitattributes puts under LFS.
+# The patterns that a new repository's .gitattributes puts under LFS.
 _LARGE = (".safetensors", ".bin", ".msgpack", ".ckpt", ".pt", ".pth")
-# The Hub lists 1000 entries a page; fewer here, so that there are several pages.
+# The Hub lists 1000 entries on each page; here there are fewer, so that there are several pages.
 _PAGE = 3
 
-# The client uploads by a call that its own HTTP library warns of: for the tests that push.
+# For tests that push: the client uploads with a call about which its HTTP library warns.
 uploads = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 Files = Mapping[str, bytes]
@@ -50,7 +50,7 @@ class Request:
 
     @property
     def token(self) -> str | None:
-        """Of an ``Authorization: Bearer`` header."""
+        """The token of an ``Authorization: Bearer`` header."""
         value = self.headers.get("authorization")
         return None if value is None else value.removeprefix("Bearer ")
 
@@ -167,7 +167,7 @@ class HubServer:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
         monkeypatch.setenv("HF_TOKEN", "hf_stored")
-        # Its protocol is a binary one, of another server.
+        # Its protocol is binary and needs another server.
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
         # The threads of its progress bars would stay.
@@ -180,7 +180,7 @@ class HubServer:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """The Hub of the process, with a cache of its own and the stored token ``hf_stored``."""
+    """The Hub of the process, with its own cache and the stored token ``hf_stored``."""
     with HubServer() as server:
         server.serve(monkeypatch, tmp_path / "hub-cache")
         yield server
@@ -213,7 +213,7 @@ def _serve(host: str, handler: type[_Handler], hub: HubServer) -> ThreadingHTTPS
 
 
 class _Refusal(Exception):
-    """An answer that is an error, with the headers by which the client tells which."""
+    """An error, with the headers by which the client recognises it."""
 
     def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
         self.status = status
@@ -229,7 +229,7 @@ _Action = TypeVar("_Action", bound=Callable[..., None])
 
 
 def _route(methods: str, pattern: str) -> Callable[[_Action], _Action]:
-    """Has a method of a handler answer these requests."""
+    """Makes a method of a handler answer these requests."""
 
     def mark(action: _Action) -> _Action:
         action.route = (methods.split(), re.compile(pattern))  # type: ignore[attr-defined]
@@ -292,7 +292,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def send_file(self, name: str, data: bytes, **headers: str) -> None:
-        """The content, or what a ``Range`` asks for, or as much as a cut lets through."""
+        """The content, or the requested ``Range``, or the part before a cut."""
         begin = 0
         wanted = self.request_.headers.get("range")
         if wanted is not None:
@@ -511,7 +511,7 @@ class _HubHandler(_Handler):
 
 
 class _CdnHandler(_Handler):
-    """Where large files are: another host, whose URLs are signed and need no token."""
+    """The host of large files, whose URLs are signed and need no token."""
 
     def note(self, request: Request) -> None:
         self.hub.cdn_requests.append(request)

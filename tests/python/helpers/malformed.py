@@ -1,6 +1,5 @@
-"""Safetensors files that are malformed, or odd and yet accepted, each made by code.
-
-``cases()`` gives every one with the ``FormatError.code`` that it must raise, or ``"ok"``.
+"""Generated safetensors files that are malformed, or odd but accepted. ``cases()`` gives each with
+the ``FormatError.code`` that it must raise, or ``"ok"``.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import struct
 from typing import NamedTuple
 
 OK = "ok"
-# One of two tensors would be lost without a word; the format forbids it, the reference accepts it.
+# One of two tensors would be silently lost; the format forbids it, the reference accepts it.
 DUPLICATE = "duplicate_name"
 
 ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
@@ -23,7 +22,7 @@ class Case(NamedTuple):
 
 
 def build(header: str | bytes, data: int | bytes = 4, length: int | None = None) -> bytes:
-    """A file of this header and of this data, or of so many bytes of it."""
+    """A file with this header and this data, or this number of data bytes."""
     text = header.encode("utf-8", "surrogatepass") if isinstance(header, str) else header
     body = data if isinstance(data, bytes) else bytes(1 + i % 127 for i in range(data))
     return struct.pack("<Q", len(text) if length is None else length) + text + body
@@ -52,7 +51,7 @@ def nested(depth: int) -> str:
 
 
 def small_file() -> bytes:
-    """A file small enough to be changed at every bit, with most of what a header can hold.
+    """A file that is small enough to change every bit, with most constructs of a header.
 
     The names "a" and "c" are one bit apart, so that one of the changes makes them the same.
     """
@@ -285,7 +284,7 @@ def _sizes() -> list[Case]:
 
 def _accepted() -> list[Case]:
     one = '{"a":' + ENTRY + "}"
-    # In each of these torch has an element type for it; F6_E2M3 and F6_E3M2 it has not.
+    # torch has a dtype for each of these, but not for F6_E2M3 and F6_E3M2.
     bits = {
         "BOOL": 8, "F4": 4, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
         "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,

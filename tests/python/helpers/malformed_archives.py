@@ -1,7 +1,6 @@
-"""Archives that are malformed, or odd and yet accepted, each made by code: torch's and DDUF files.
-
-``torch_cases()`` and ``dduf_cases()`` give every one with the code of the error that it must raise,
-or ``"ok"``, and with the reason where the format's own reader takes it otherwise.
+"""Generated archives that are malformed, or odd but accepted: torch's and DDUF files.
+``torch_cases()`` and ``dduf_cases()`` give each with the code of the error that it must raise, or
+``"ok"``, and with the reason if the format's own reader differs.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ LFS_POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"
     b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
 )
-# torch's reader leaves memory unwritten that it then takes for content.
+# torch's reader then uses uninitialised memory as content.
 UNDEFINED = "undefined"
 _LENIENT = (
     "its reader searches for the end record and trusts the directory; others find other content"
@@ -240,7 +239,7 @@ def _broken(make: Callable[..., list[Record]], accepted: str) -> list[Case]:
 
 
 class Storage:
-    """What a pickle names a storage by."""
+    """The persistent id of a storage in a pickle."""
 
     def __init__(
         self, key: Any, numel: Any, kind: Any = torch.FloatStorage, *, tag: Any = "storage"
@@ -249,7 +248,7 @@ class Storage:
 
 
 class Call:
-    """What is pickled as the call of a function."""
+    """An object that is pickled as the call of a function."""
 
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
         self.function = function
@@ -291,7 +290,7 @@ def checkpoint(data: bytes, *storages: bytes, **records: bytes | None) -> list[R
 
 
 def small_checkpoint() -> list[Record]:
-    """Of two storages and three tensors."""
+    """A checkpoint of two storages and three tensors."""
     first, second = Storage("0", 6), Storage("1", 3, torch.ShortStorage)
     state = {
         "w": tensor(first, (2, 3)),
@@ -531,7 +530,7 @@ def _forms() -> list[Case]:
              archive([Record(r.name, r.data, crc=7) for r in records]), OK),
         Case("ok_zip64", archive([Record(r.name, r.data, zip64=True) for r in records], zip64=True),
              OK),
-        # The places that torch computes from the order in the pickle are those of other storages.
+        # The places that torch computes from the order in the pickle belong to other storages.
         Case("ok_storages_out_of_order",
              of_pickle({"a": tensor(Storage("0", 6), (6,)), "b": tensor(Storage("2", 6), (6,)),
                         "c": tensor(Storage("1", 6), (6,))},

@@ -17,7 +17,7 @@ import weightlift as wl
 
 
 class Scale(nn.Parameter):
-    """A parameter of a class of its own, which carries more than its values."""
+    """A parameter of a subclass, which has more than its values."""
 
     axis: int
 
@@ -28,7 +28,7 @@ class Scale(nn.Parameter):
 
 
 class Setter(nn.Module):
-    """A module that knows of memory-efficient attention."""
+    """A module with a method for memory-efficient attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def classes(model: Any, config: Any, register: Callable[..., Any]) -> SimpleName
             return x * self.betas + self.steps
 
     class Mixed(model, config):
-        """Some of it stays in float32."""
+        """Some weights stay in float32."""
 
         _keep_in_fp32_modules: ClassVar = ["norm", "scale"]
         _no_split_modules: ClassVar = []
@@ -182,7 +182,7 @@ def classes(model: Any, config: Any, register: Callable[..., Any]) -> SimpleName
             return x
 
     class Deprecating(model, config):
-        """An argument that had another name."""
+        """An argument that was renamed."""
 
         _deprecated_kwargs: ClassVar = ["size"]
         _no_split_modules: ClassVar = []
@@ -198,7 +198,7 @@ def classes(model: Any, config: Any, register: Callable[..., Any]) -> SimpleName
             return self.linear(x)
 
     class Tolerant(model, config):
-        """Checkpoints may hold more than it needs."""
+        """Checkpoints may have more tensors than it needs."""
 
         _keys_to_ignore_on_load_unexpected: ClassVar = [r"^extra\.", r"_ids$"]
         _no_split_modules: ClassVar = []
@@ -231,7 +231,7 @@ def classes(model: Any, config: Any, register: Callable[..., Any]) -> SimpleName
             return self.table @ x + self.scalar
 
     class Recurrent(model, config):
-        """Modules that keep lists of their weights besides."""
+        """Modules that also keep lists of their weights."""
 
         _no_split_modules: ClassVar = []
 
@@ -262,7 +262,7 @@ def classes(model: Any, config: Any, register: Callable[..., Any]) -> SimpleName
             return self.linear(x * self.frequencies)
 
     class Own(model, config):
-        """Parameters of a class of their own, and parametrised ones."""
+        """Parameters of a subclass, and parametrised ones."""
 
         _no_split_modules: ClassVar = []
 
@@ -276,7 +276,7 @@ def classes(model: Any, config: Any, register: Callable[..., Any]) -> SimpleName
             return self.conv(x)
 
     class Whole(model, config):
-        """A model within a model, a module in two places, modules that hear of xFormers."""
+        """A model inside a model, a module in two places, modules with xFormers methods."""
 
         _no_split_modules: ClassVar = ["Transformer"]
 
@@ -293,7 +293,7 @@ def classes(model: Any, config: Any, register: Callable[..., Any]) -> SimpleName
             return self.text.head(self.first(self.text.embedding(tokens)))
 
     class Aged(model, config):
-        """Checkpoints of former days have other names in it."""
+        """Old checkpoints have other names for it."""
 
         _no_split_modules: ClassVar = []
 
@@ -328,7 +328,7 @@ MADE: dict[str, tuple[dict[str, Any], torch.Tensor | None]] = {
     "Whole": ({}, torch.arange(3).reshape(1, 3)),
     "Aged": ({}, None),
 }
-# Those whose tensors share memory, which diffusers saves as .bin alone.
+# Models whose tensors share memory, which diffusers saves only as .bin.
 TIED = ("Transformer", "Whole")
 
 

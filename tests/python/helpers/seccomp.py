@@ -1,5 +1,5 @@
-"""System calls that a sandbox refuses: a filter of seccomp(2) on the calling thread and on what it
-starts, for good."""
+"""Refuses system calls like a sandbox: a permanent seccomp(2) filter on the calling thread and its
+children."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _ARM = {
 }
 NUMBERS: dict[str, int] = {"x86_64": _X86, "aarch64": _ARM}.get(platform.machine(), {})
 
-# Commands and flags that are refused without the rest of their call.
+# Commands and flags that are refused separately.
 F_SETLEASE = 1024
 O_DIRECT = 0o40000 if platform.machine() == "x86_64" else 0o200000
 

@@ -51,7 +51,7 @@ pytestmark = [
 
 
 class SimulatedTensor:
-    """What the allocator hands out in the place of a CUDA tensor."""
+    """The allocator's object in place of a CUDA tensor."""
 
     def __init__(
         self, driver: Any, device: int, stream: int, shape: Sequence[int], dtype: str
@@ -73,11 +73,11 @@ class SimulatedTensor:
         return int(self.address)
 
     def bits(self) -> bytes:
-        """Read by the host without a further wait: a load that has returned has arrived."""
+        """The host reads it without waiting, because a load that has returned has arrived."""
         return bytes(self.driver.read(self.address, self.size)) if self.size else b""
 
     def free(self) -> None:
-        """In the stream's order, as torch's caching allocator does."""
+        """Frees in the stream's order, as torch's caching allocator does."""
         if self.address:
             self.driver.free(self.address, device=self.device, stream=self.stream)
         self.address = 0

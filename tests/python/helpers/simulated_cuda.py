@@ -1,5 +1,5 @@
-"""``torch.cuda`` on the simulated driver: the streams and events are the driver's own, so that what
-is ordered through torch is judged together with what the engine queues."""
+"""``torch.cuda`` on the simulated driver: streams and events are the driver's own, so that torch's
+and the engine's work is judged together."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Cuda:
             self._here.stream = before
 
     def use(self, source: int, target: int, size: int) -> None:
-        """A kernel on the current stream, which reads some memory and writes other."""
+        """A kernel on the current stream that reads one range and writes another."""
         self.call(
             "cuMemcpyDtoDAsync", c_uint64(target), c_uint64(source), c_size_t(size),
             c_void_p(self.current.cuda_stream),
@@ -107,7 +107,7 @@ class _OfTheCurrentStream(Allocator):
         return int(self._cuda.current.cuda_stream)
 
     def buffer(self, count: int) -> torch.Tensor:
-        """What ``torch.empty(count, device="cuda")`` would be."""
+        """Like ``torch.empty(count, device="cuda")``."""
         return self.empty(0, (count,), "U8")[1]  # type: ignore[no-any-return]
 
     def block(self, tensor: torch.Tensor) -> SimulatedTensor:
@@ -115,7 +115,7 @@ class _OfTheCurrentStream(Allocator):
 
 
 def install(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has ``torch.cuda`` be this one."""
+    """Replaces ``torch.cuda`` by this."""
 
     def synchronize(device: object = None) -> None:
         cuda.driver.synchronize(0)

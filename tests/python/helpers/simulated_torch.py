@@ -13,7 +13,7 @@ import support
 
 
 class Allocator(simulated.SimulatedAllocator):
-    """Gives tensors of torch whose memory is the device's: to look at their data is a fault."""
+    """Makes torch tensors in device memory: reading their data is a fault."""
 
     def __init__(self, driver: Any) -> None:
         super().__init__(driver)

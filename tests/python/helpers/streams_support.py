@@ -8,7 +8,7 @@ import time
 
 
 def streams(at_most: int = 9) -> int:
-    """How many threads stream, when as many as there should be are left."""
+    """The number of streaming threads, after waiting for the expected number."""
     gc.collect()
     end = time.monotonic() + 5
     while True:

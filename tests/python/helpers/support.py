@@ -1,4 +1,4 @@
-"""What the tests share: files made by hand, comparisons by bits, and what the process holds."""
+"""Shared by the tests: files made by hand, comparisons of bits, and the process's resources."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def entry(dtype: str, shape: list[int], seed: int = 0) -> Entry:
 def file_bytes(
     entries: dict[str, Entry], metadata: dict[str, str] | None = None, pad: int = 0
 ) -> bytes:
-    """A file of these tensors, in this order; ``pad`` spaces behind the header shift the data."""
+    """A file of these tensors in this order; ``pad`` spaces after the header shift the data."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     data = b""
     for name, (dtype, shape, tensor) in entries.items():
@@ -120,7 +120,7 @@ def assert_same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
 
 
 def anonymous_bytes() -> int:
-    """What this process holds of memory that is no file's, modified private pages included."""
+    """The anonymous memory of this process, including modified private pages."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -148,7 +148,7 @@ def tasks(wanted: int | None = None) -> int:
 def run_python(
     code: str, *arguments: object, timeout: float = 240, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter that runs ``code``."""
+    """Runs ``code`` in a new interpreter."""
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
@@ -181,7 +181,7 @@ def exit_code(child: int) -> int:
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """The exit code of a fork that does ``work``."""
+    """The exit code of a fork that runs ``work``."""
     return exit_code(forked(work))
 
 

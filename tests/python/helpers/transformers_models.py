@@ -18,7 +18,8 @@ import weightlift as wl
 from backend_support import engine_moves, tensor_bytes
 from support import assert_same
 
-# torchao and bitsandbytes, which transformers imports where they are, warn of this machine.
+# torchao and bitsandbytes, which transformers imports if they are installed, warn about this
+# machine.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -109,7 +110,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No bars; and every test ends as it began."""
+    """No progress bars; restores the state after every test."""
     transformers.utils.logging.disable_progress_bar()
     yield
     wl.disable()
@@ -117,7 +118,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @dataclass
 class Outcome:
-    """All that a load shows."""
+    """Everything that a load shows."""
 
     model: Any = None
     info: dict[str, Any] = field(default_factory=dict)
@@ -140,7 +141,7 @@ class Records(logging.Handler):
 def load(
     cls: Any, path: Path | str | None, /, raises: type[Exception] | None = None, **kwargs: Any
 ) -> Outcome:
-    """One load, with whatever it says."""
+    """One load, with its messages."""
     outcome = Outcome()
     records = Records()
     logger = logging.getLogger("transformers")
@@ -166,7 +167,7 @@ def load(
 
 
 def assert_same_models(ours: Any, theirs: Any) -> None:
-    """The same tensors at the same places, tied as they are, and the same notes about them."""
+    """The same tensors in the same places, with the same ties and the same messages."""
     assert type(ours) is type(theirs)
     for kind in ("named_parameters", "named_buffers"):
         mine = dict(getattr(ours, kind)(remove_duplicate=False))

@@ -56,7 +56,7 @@ def negative(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def assert_cast(ours: torch.Tensor, source: torch.Tensor, dtype: torch.dtype) -> None:
-    """As ``source.to(dtype)`` for what is no NaN there; a NaN keeps its sign."""
+    """Like ``source.to(dtype)`` for results that are not NaN; a NaN keeps its sign."""
     theirs = source.to(dtype)
     assert ours.dtype == dtype
     assert ours.shape == theirs.shape
@@ -66,7 +66,7 @@ def assert_cast(ours: torch.Tensor, source: torch.Tensor, dtype: torch.dtype) ->
     same = ours.view(integers) == theirs.view(integers)
     wrong = (~same & ~nan).nonzero()
     assert not len(wrong), f"{source.flatten()[wrong[:5]]} became {ours.flatten()[wrong[:5]]}"
-    # Of NaN that were made on the way, from an overflow, torch sets the sign as it likes.
+    # For NaNs from an overflow, torch's sign is arbitrary.
     came = nan & source.to(torch.float64).isnan()
     assert torch.equal(negative(ours)[came], negative(source)[came])
 

@@ -1,4 +1,4 @@
-"""Files that change while they are loaded: what one moment's file held, or an error."""
+"""Files that change while they are loaded: the file's content at one moment, or an error."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def content(seed: int) -> bytes:
 
 
 def tensors_of(state: bytes) -> dict[str, bytes] | None:
-    """By the format's own description; ``None`` where the file is not whole."""
+    """By the format's description; ``None`` if the file is not complete."""
     if len(state) < 8:
         return None
     begin = 8 + int.from_bytes(state[:8], "little")
@@ -67,7 +67,7 @@ def truncate(path: Path, states: States) -> Iterator[None]:
 
 
 def punch(path: Path, states: States) -> Iterator[None]:
-    """Cut off and as long as before again: the size tells nothing, and zeros are read."""
+    """Truncated and extended to its old size: the size does not show it, and zeros are read."""
     size = random.randrange(len(states[0]))
     os.truncate(path, size)
     os.truncate(path, len(states[0]))
@@ -128,14 +128,14 @@ LOADS: dict[str, fault_sweep.Load] = {
 
 
 def widened(data: bytes) -> bytes:
-    """BF16 is the upper half of F32; of a NaN, the sign is kept."""
+    """BF16 is the upper half of F32; a NaN keeps its sign."""
     wide = np.frombuffer(data, dtype=np.uint16).astype(np.uint32) << 16
     nan = (wide & 0x7FFFFFFF) > 0x7F800000
     return np.where(nan, (wide & 0x80000000) | 0x7FC00000, wide).astype(np.uint32).tobytes()
 
 
 def one_round(path: Path, mode: str, load: fault_sweep.Load, seed: int, took: float) -> str:
-    """What became of a load during which the file changes: the state it saw, or the error."""
+    """The outcome of a load during which the file changes: the state that it saw, or the error."""
     change = CHANGES[seed % len(CHANGES)]
     states = [content(seed % 5)]
     path.unlink(missing_ok=True)
@@ -177,7 +177,7 @@ def one_round(path: Path, mode: str, load: fault_sweep.Load, seed: int, took: fl
 
 
 def mapped_round(path: Path, seed: int, took: float) -> str:
-    """Populating does not meet a signal; what was mapped is whole, where the file still is."""
+    """Populating raises no signal; mapped tensors are complete while the file is."""
     change = CHANGES[seed % len(CHANGES)]
     states = [content(seed % 5)]
     path.unlink(missing_ok=True)
@@ -252,7 +252,7 @@ print(json.dumps(found))
     ("first", "last"), [(0, 168), pytest.param(168, 1176, marks=pytest.mark.deep)]
 )
 def test_old_bytes_or_an_error(tmp_path: Path, first: int, last: int) -> None:
-    """In a process of its own, whose end tells whether there was a signal."""
+    """In a separate process, whose exit status shows a signal."""
     done = run_python(ROUNDS, HERE, tmp_path, first, last, timeout=60 + last - first)
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout.splitlines()[-1])

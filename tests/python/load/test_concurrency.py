@@ -86,7 +86,7 @@ def test_other_threads_run_meanwhile(tmp_path: Path) -> None:
 
 
 def test_fork_after_a_load(files: list[tuple[Path, dict[str, bytes]]]) -> None:
-    """What was loaded is in the child, and the child can load."""
+    """The child has the loaded tensors, and can load."""
     path, expected = files[0]
     kept = wl.load_file(path)
     kept_read = wl.load_file(path, mode="read")
@@ -163,7 +163,7 @@ def test_control_c(tmp_path: Path) -> None:
 
 
 def test_exit_while_a_thread_loads(tmp_path: Path) -> None:
-    """The interpreter ends as it should while a daemon thread is in the middle of a load."""
+    """The interpreter ends normally while a daemon thread is in a load."""
     code = """
 import sys, threading, time
 import torch

@@ -1,4 +1,4 @@
-"""Parts of tensors to parts of others: what the native plan refuses, and what comes of the rest."""
+"""Copies of parts of tensors to parts of others: the native plan's errors and results."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_positions_and_empty_parts(checkpoint: wl.Checkpoint) -> None:
 
 
 def test_a_target_that_runs_backwards(checkpoint: wl.Checkpoint) -> None:
-    """Not one that torch can make, but one that a plan can."""
+    """A copy that torch cannot make, but a plan can."""
     plan = new_plan(Settings.current())
     file = indexed_files(checkpoint)[0]
     which = file.find("t")

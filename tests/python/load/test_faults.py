@@ -1,4 +1,4 @@
-"""System calls that fail in turn: an error that names the file, or nothing that is noticed."""
+"""System calls that fail in turn: an error that names the file, or no effect."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def swept(which: str, folder: Path, shim: Path) -> dict[str, Any]:
-    """What fault_sweep.py says at its end."""
+    """The summary of fault_sweep.py."""
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", HELPERS / "fault_sweep.py", which, folder],
         env={**os.environ, "LD_PRELOAD": str(shim)},
@@ -56,7 +56,8 @@ def swept(which: str, folder: Path, shim: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("which", ["host", pytest.param("device", marks=[*simulated.pytestmark])])
 def test_every_call_of_a_load_fails_in_turn(tmp_path: Path, shim: Path, which: str) -> None:
-    """In one process: it survives, holds nothing more than before, and loads right after it."""
+    """In one process: it survives, holds no more resources than before, and the next load is
+    right."""
     found = swept(which, tmp_path, shim)
     assert found["wrong"] == [], "\n".join(found["wrong"])
     assert found["faults"] > 300
@@ -130,7 +131,7 @@ def test_every_call_of_a_load_fails_for_the_interpreter_too(tmp_path: Path, erro
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 @pytest.mark.parametrize("error", ["EIO", "EINTR", "ENOSPC", "ENOMEM", "EAGAIN"])
 def test_every_call_of_a_save_fails_in_turn(tmp_path: Path, error: str) -> None:
-    """The old file or the new one, and nothing beside it; the new one where no error is raised."""
+    """The old file or the new one, and no other file; the new one if no error is raised."""
     path, log = tmp_path / "folder" / "f", tmp_path / "log"
     path.parent.mkdir()
     old, new = {"w": torch.zeros(9000)}, {"w": torch.ones(9000), "v": torch.ones(3)}
@@ -158,7 +159,7 @@ def test_every_call_of_a_save_fails_in_turn(tmp_path: Path, error: str) -> None:
         for name in left:
             if name != "f":
                 (path.parent / name).unlink()
-        # What Python repeats (PEP 475); the others are not interrupted by signals.
+        # Calls that Python repeats (PEP 475); signals do not interrupt the others.
         if error == "EINTR" and call in ("openat", "write", "fsync", "read"):
             assert code == DONE, what
         faults += 1

@@ -1,4 +1,4 @@
-"""The same bytes from every file system, and a report that says how they came."""
+"""The same bytes from every file system, and a report that says how they were read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONTENT = file_bytes(ENTRIES, None, 3)
 def _run(*command: str | Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        # Only what the machine does not let a test do is no failure of ours.
+        # Skips only if the machine does not allow the test.
         pytest.skip(f"{command[0]}: {done.stderr.strip()}")
 
 
@@ -135,7 +135,7 @@ def test_the_same_bytes(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_symlinked_hub_cache(tmp_path: Path) -> None:
-    """Snapshots link to blobs, and the cache is a link itself: the name that was given counts."""
+    """Snapshots link to blobs, and the cache itself is a link: the given name counts."""
     blob = tmp_path / "disk" / "models--a--b" / "blobs" / ("0" * 64)
     snapshot = tmp_path / "disk" / "models--a--b" / "snapshots" / "main"
     blob.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""On which pages new memory lies: as it is set, and as the report says."""
+"""The pages of new memory, by the setting and by the report."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from support import bits, entry, file_bytes, open_files, run_python, sparse_file
 
 MIB = 1 << 20
 HELPERS = Path(support.__file__).parent
-# What one answer of the slow file system takes, and what a load may take beyond it to end.
+# The time of one answer of the slow file system, and the extra time in which a load must end.
 ANSWER_SECONDS, END_SECONDS = 0.1, 0.2
 
 
@@ -162,7 +162,7 @@ assert thread.is_alive()
 @simulated.pytestmark[0]
 @simulated.pytestmark[1]
 def test_exit_while_a_thread_loads_to_a_device(slow: Path, seed: int, dtype: str) -> None:
-    """The interpreter ends as it should; test_concurrency.py has the same for the host."""
+    """The interpreter ends normally; test_concurrency.py has the same for the host."""
     done = run_python(ENDING, HELPERS, slow, seed, dtype, timeout=30)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -242,7 +242,8 @@ print(during)
 
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=simulated.pytestmark)])
 def test_fork_during_a_load(tmp_path: Path, where: str) -> None:
-    """The child's loads to the CPU work, those to a GPU say why not; the parent's goes on."""
+    """The child's loads to the CPU work, those to a GPU fail with the reason; the parent's load
+    goes on."""
     (tmp_path / "large").write_bytes(file_bytes({"w": entry("F32", [16 * MIB])}))
     (tmp_path / "small").write_bytes(file_bytes({"v": entry("F32", [50_000])}))
     done = run_python(FORKING, HELPERS, tmp_path / "large", tmp_path / "small", where)

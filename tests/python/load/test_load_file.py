@@ -43,8 +43,8 @@ def write(path: Path, *arguments: object, **options: object) -> Path:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Every dtype that torch and safetensors have, in shapes of all kinds, in an order that is not
-    the names'."""
+    """Every dtype that torch and safetensors have, in shapes of all kinds, not in the order of
+    their names."""
     entries = {}
     for number, dtype in enumerate(reversed(REFERENCE_DTYPES)):
         last = 6 if dtype == "F4" else 5
@@ -53,7 +53,7 @@ def mixed(tmp_path: Path) -> Path:
         entries[f"{dtype}.large"] = entry(dtype, [77, 200], number)
         if dtype != "F4":
             entries[f"{dtype}.scalar"] = entry(dtype, [], number)
-    # The widest first behind an aligned header, as the reference writes its files.
+    # The widest dtype first after an aligned header, as the reference writes its files.
     entries = dict(sorted(entries.items(), key=lambda item: -DTYPES[item[1][0]].itemsize))
     length = struct.unpack("<Q", file_bytes(entries, {"made": "by hand"})[:8])[0]
     return write(tmp_path / "mixed.safetensors", entries, {"made": "by hand"}, -length % 8)
@@ -222,7 +222,7 @@ def test_packed_fours(tmp_path: Path, mode: str) -> None:
 
 
 def large(path: Path) -> dict[int, bytes]:
-    """A tensor above 2 GiB, and one behind it that lies above 4 GiB, with marks at both ends."""
+    """A tensor larger than 2 GiB, and one after it beyond 4 GiB, with marks at both ends."""
     first, second = 5 << 29, 7 << 28
     header = {
         "a": {"dtype": "BF16", "shape": [first // 2], "data_offsets": [0, first]},
@@ -448,7 +448,7 @@ def test_memory_of_dead_tensors_goes_back_when_mapped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_small_neighbours_keep_what_was_written(tmp_path: Path, mode: str) -> None:
-    """Tensors that share pages: a dead one takes nothing of a living one with it."""
+    """Tensors that share pages: deleting one does not change another."""
     entries = {f"t{i}": entry("U8", [3000 + 7 * i], i) for i in range(60)}
     loaded = wl.load_file(write(tmp_path / "f", entries, None, 3), mode=mode)
     for number, tensor in enumerate(loaded.values()):
@@ -485,7 +485,7 @@ def test_mapped_tensors_are_the_page_caches(tmp_path: Path) -> None:
 
 
 def test_no_memory_is_an_error(tmp_path: Path) -> None:
-    """More than the machine has, in a file that takes no space: refused before it is read."""
+    """More memory than the machine has, in a sparse file: refused before it is read."""
     size = 1 << 45
     header = {"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
     try:

@@ -1,4 +1,4 @@
-"""Memory of dead tensors, kept for the next load (``Settings.pool_bytes``)."""
+"""Memory of deleted tensors, kept for the next load (``Settings.pool_bytes``)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def empty_pool(path: Path) -> None:
-    """What other tests left is taken and, by a load that keeps nothing, given back."""
+    """A load that keeps nothing takes and frees the memory that other tests left."""
     while wl.stats().pool_bytes:
         held = wl.load_file(path, dtype="float32")
         del held
@@ -124,8 +124,7 @@ def test_the_kernel_may_take_what_is_kept(path: Path) -> None:
 
 
 def test_memory_that_is_too_short_takes_the_pool_first(path: Path) -> None:
-    """The pool holds a block that the next load cannot use, under a limit that has no room for
-    both."""
+    """The pool has a block that the next load cannot use, and the limit is too small for both."""
     code = """
 import resource, sys, weightlift as wl
 path, = sys.argv[1:]

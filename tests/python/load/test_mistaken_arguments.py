@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind, or that would change nothing in silence: each is named."""
+"""Arguments of a wrong type, or without an effect: each error names the argument."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from weightlift.load.options import LoadOptions
 __all__ = ["machine"]
 pytestmark = simulated.pytestmark
 
-# What the engine casts; between the others torch does it, which has no simulated devices.
+# Dtypes that the engine casts; torch casts the others, which does not work on simulated devices.
 CASTABLE = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")
 DEVICES = 3
 CPU = -1
@@ -40,7 +40,7 @@ Range = tuple[int, int, int]  # start, step, count
 
 @dataclasses.dataclass
 class Chosen:
-    """A tensor, and what is loaded of it."""
+    """A tensor, and the part of it to load."""
 
     dtype: str
     shape: list[int]
@@ -138,7 +138,8 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 def content(chosen: Chosen) -> bytes:
-    """Random bits; of what may be cast, numbers: for NaN there is a rule that is not torch's."""
+    """Random bits, but numbers in tensors that may be cast: the rule for NaN differs from
+    torch's."""
     if chosen.dtype not in CASTABLE:
         return entry(chosen.dtype, chosen.shape, chosen.seed)[2]
     random = torch.Generator().manual_seed(chosen.seed)
@@ -180,7 +181,7 @@ def expected(plan: Plan, paths: list[Path]) -> dict[str, torch.Tensor]:
 
 
 def delivered_bytes(plan: Plan) -> int:
-    """As the files have them: before casts, and without what is read between the parts."""
+    """Bytes in the files: before casts, and without gaps between the parts."""
     total = 0
     for _, chosen in plan.tensors():
         if chosen.group is not None:
@@ -235,7 +236,7 @@ def check(machine: Switch, plan: Plan) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_objects() -> Iterator[None]:
-    """Every machine ends with a collection of garbage, which walks over all that is there."""
+    """Every machine ends with a garbage collection, which walks over all objects."""
     gc.collect()
     gc.freeze()
     yield

@@ -1,4 +1,4 @@
-"""What a sandbox refuses is done without: loads give the same bytes, and saves are there."""
+"""Loads and saves work without the calls that a sandbox refuses, with the same bytes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def equal(loaded: dict[str, torch.Tensor]) -> None:
-    """Without computing: this is a fork."""
+    """Does not compute, because this is a fork."""
     if {name: bits(t) for name, t in loaded.items()} != {n: bits(t) for n, t in TENSORS.items()}:
         raise RuntimeError("other bytes")
 
@@ -101,7 +101,7 @@ def test_loads(folder: Path, error: int) -> None:
 
 @pytest.mark.parametrize("call", [*OF_LOADS, "leases", "direct"])
 def test_loads_without_one_call(folder: Path, call: str) -> None:
-    """What is refused alone: another call could be asked for what it says."""
+    """Each refused separately: another call could replace it."""
 
     def work() -> None:
         seccomp.refuse([call], errno.EPERM, leases=call == "leases", direct=call == "direct")
@@ -172,7 +172,7 @@ NO_RENAME = [errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL, errno.EX
 
 @pytest.mark.parametrize("error", NO_RENAME, ids=[errno.errorcode[number] for number in NO_RENAME])
 def test_saves_where_nothing_can_be_renamed(tmp_path: Path, error: int) -> None:
-    """A new file is copied to its place; one that is there is not replaced."""
+    """A new file is copied to its place; an existing one is not replaced."""
 
     def refused(save: Callable[[], object], expected: str | None = None) -> Callable[[], None]:
         def work() -> None:

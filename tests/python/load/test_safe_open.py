@@ -124,7 +124,7 @@ def test_writes_do_not_reach_the_file(path: Path, backend: str) -> None:
 
 
 def test_mapped_twice_is_the_same_memory(path: Path) -> None:
-    """As in the reference: a slice of a tensor is a view of it."""
+    """Like the reference: a slice of a tensor is a view of it."""
     for opened in (wl.safe_open(path), reference_safe_open(path, "pt")):
         with opened as file:
             first, second = file.get_tensor("weight"), file.get_tensor("weight")
@@ -136,7 +136,7 @@ def test_mapped_twice_is_the_same_memory(path: Path) -> None:
 
 
 def test_a_dead_tensor_takes_nothing_of_its_twin(tmp_path: Path) -> None:
-    """Two tensors on the same pages: what was written stays when one of them goes."""
+    """Two tensors on the same pages: written bytes stay when one of them is deleted."""
     (tmp_path / "f").write_bytes(file_bytes({"w": entry("U8", [1 << 20])}))
     with wl.safe_open(tmp_path / "f") as file:
         first, second = file.get_tensor("w"), file.get_tensor("w")
@@ -259,7 +259,7 @@ INDICES: list[Any] = [
     torch.tensor(1),
     (slice(0, 1, 1), slice(0, 1, 1), slice(0, 1, 1)),
 ]
-# torch, and so the reference, knows no steps backwards.
+# torch, and so the reference, has no negative steps.
 BACKWARDS: list[Any] = [
     slice(None, None, -1),
     (ALL, slice(None, None, -1)),
@@ -486,7 +486,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (np.s_[:, :2048], ROWS * 2048 * 4),
         (np.s_[::2], ROWS * COLUMNS * 2),
         (np.s_[::-100, 5:6], 11 * 4),
-        # Gaps of less than a page are read along.
+        # Gaps of less than a page are read too.
         (np.s_[7, ::8], COLUMNS * 4),
         (np.s_[:, 512:], ROWS * COLUMNS * 4),
         (np.s_[0:0], 0),
@@ -511,7 +511,7 @@ def test_a_slice_of_a_mapping_reads_its_own_pages(tmp_path: Path) -> None:
     with wl.safe_open(tmp_path / "f") as opened:
         assert opened.get_slice("w")[3:4].sum() == 0
     resident = file.resident_bytes()
-    # With what the kernel reads ahead, which on some machines is 8 MiB.
+    # Includes the kernel's read-ahead, which is 8 MiB on some machines.
     assert resident is None or resident < 64 << 20
 
 
@@ -535,7 +535,7 @@ def test_one_file_many_threads(path: Path, tensors: dict[str, torch.Tensor], bac
 
 
 def test_positions_outside_of_the_index(path: Path) -> None:
-    """The native index does not trust its caller."""
+    """The native index checks its arguments."""
     file = _native.IndexedFile.open(str(path))
     for position in (len(file), 1 << 31):
         for method in (file.dtype, file.shape, file.range):
@@ -583,7 +583,7 @@ def test_elements_that_share_bytes_are_not_cut(tmp_path: Path) -> None:
 
 
 def test_header_is_read_from_where_it_is_long(tmp_path: Path) -> None:
-    """More than what is read at first, to tell a header from a web page."""
+    """More than the first read, which recognises web pages and similar files."""
     entries = {f"{'name' * 50}{i}": entry("U8", [3], i) for i in range(40)}
     content = file_bytes(entries)
     assert struct.unpack("<Q", content[:8])[0] > 8192

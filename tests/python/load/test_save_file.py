@@ -83,7 +83,7 @@ def test_kinds_of_paths(
 
 @pytest.mark.parametrize("length", [200, 255])
 def test_names_as_long_as_they_may_be(tmp_path: Path, length: int) -> None:
-    """The temporary name is not made of the name."""
+    """The temporary name does not contain the name."""
     path = tmp_path / ("n" * length)
     reference_save_file({"w": torch.zeros(3)}, path)
     wl.save_file({"w": torch.ones(3)}, path)
@@ -154,7 +154,7 @@ def test_a_directory(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """As far as the writer can tell: no file may grow beyond 64 KiB."""
+    """A limit like a full disk: no file may grow beyond 64 KiB."""
     (tmp_path / "f").write_bytes(b"old")
     tensors = {"w": torch.ones(MIB)}
 

@@ -1,5 +1,5 @@
-"""Whole loads to simulated CUDA devices: checkpoint, plan and engine as they are, torch's allocator
-replaced. The native tests look closer; these show that Python hands the right things over."""
+"""Whole loads to simulated CUDA devices: real checkpoint, plan and engine, with torch's allocator
+replaced. The native tests check more details; these check what Python passes to the engine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ pytestmark = simulated.pytestmark
 
 
 def _tensors(seed: int = 0, scale: int = 1) -> dict[str, torch.Tensor]:
-    """Of many dtypes and sizes; floating ones hold numbers, so that casts are comparable."""
+    """Tensors of many dtypes and sizes; floating-point ones contain numbers, so that casts are
+    comparable."""
     random = torch.Generator().manual_seed(seed)
 
     def floats(*shape: int) -> torch.Tensor:
@@ -164,7 +165,8 @@ def test_an_older_driver_and_refused_kernels_are_no_obstacle(
 
 
 def test_what_torch_has_is_asked_once_a_device(machine: Switch, tmp_path: Path) -> None:
-    """Not once a file: it takes up to a millisecond, and a checkpoint may have a hundred."""
+    """Not once for each file: it takes up to a millisecond, and a checkpoint may have a hundred
+    files."""
     tensors = {f"layer.{i}": torch.full((1000,), float(i)) for i in range(6)}
     places = {
         name: f"model-0000{i // 2 + 1}-of-00003.safetensors" for i, name in enumerate(tensors)
@@ -221,7 +223,7 @@ def test_slots_are_pinned_while_torch_allocates(
 
 
 def test_targets_that_their_stream_still_writes(machine: Switch, checkpoint_path: Path) -> None:
-    """Parameters that exist are filled after what the user's stream has been given for them."""
+    """Existing parameters are filled after earlier work on them in the user's stream."""
     expected = safetensors.torch.load_file(checkpoint_path)
     names = [name for name, tensor in expected.items() if tensor.numel()]
     for seed, policy in enumerate(Policy):
@@ -458,7 +460,8 @@ def test_pinned_tensors_are_registered_while_they_live(
         tensors.clear()
         gc.collect()
         assert driver.ledger().pinned_ranges == 1
-        # torch notes no event for memory that is not its own: a copy may still be reading it.
+        # torch records no event for memory that it did not allocate: a copy may still be reading
+        # it.
         waited = driver.calls("cuCtxSynchronize")
         del last
         gc.collect()
@@ -542,7 +545,7 @@ def test_slices_arrive_on_a_device(machine: Switch, checkpoint_path: Path) -> No
 
 
 class _Readable(SimulatedTensor):
-    """With what torch does to a tensor on a device, done by the host."""
+    """With torch's work on a device tensor done by the host."""
 
     def flip(self, dimensions: Sequence[int]) -> torch.Tensor:
         return self._on_host().flip(*dimensions)

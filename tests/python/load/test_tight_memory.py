@@ -1,4 +1,4 @@
-"""Loads of files that are larger than the memory that may be used."""
+"""Loads of files that are larger than the allowed memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
 
 def _new_group() -> tuple[Path, str] | None:
-    """A new memory cgroup and the name of its limit, where one may be made."""
+    """A new memory cgroup and the name of its limit, if one can be made."""
     for root, limit in ((V2, "memory.max"), (V1, "memory.limit_in_bytes")):
         group = root / f"weightlift-test-{os.getpid()}"
         try:
@@ -56,7 +56,7 @@ def limited() -> Iterator[Callable[[int], Path]]:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of FILE_BYTES, on the disk: written there, not only into the page cache."""
+    """A file of FILE_BYTES, written to the disk, not only to the page cache."""
     path = tmp_path_factory.mktemp("large") / "large.safetensors"
     block = torch.arange(4 * MIB, dtype=torch.int32).view(torch.float32)
     safetensors.torch.save_file({f"w.{i:02}": block + i for i in range(32)}, path)

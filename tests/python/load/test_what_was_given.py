@@ -1,4 +1,4 @@
-"""What is given to the public calls by mistake, and what they have to answer."""
+"""Mistaken arguments of the public calls, and the required errors."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_it_is_named(what: str) -> None:
 def test_a_name_with_a_typo() -> None:
     with pytest.raises(AttributeError) as raised:
         wl.load_fiel  # type: ignore[attr-defined]  # noqa: B018
-    # What Python's traceback needs to say "Did you mean: 'load_file'?".
+    # Attributes with which Python's traceback prints "Did you mean: 'load_file'?".
     assert (raised.value.name, raised.value.obj) == ("load_fiel", wl)
 
 

@@ -1,4 +1,4 @@
-"""``ModelMixin.from_pretrained(..., background=True)``, against the same without it."""
+"""``ModelMixin.from_pretrained(..., background=True)``, compared with the same call without it."""
 
 from __future__ import annotations
 

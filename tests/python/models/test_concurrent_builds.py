@@ -1,5 +1,5 @@
-"""Builds of ours beside builds of diffusers, transformers and accelerate, which replace functions
-of torch for the whole process meanwhile."""
+"""weightlift's constructions of models together with those of diffusers, transformers and
+accelerate, which replace functions of torch in the whole process meanwhile."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def functions_of_torch() -> dict[str, Any]:
 
 
 class Model(wl.ModelMixin, wl.ConfigMixin):
-    """Tied, recurrent, with a buffer that is computed and weights that are initialised by name."""
+    """Tied and recurrent modules, a computed buffer, and weights that are initialised by name."""
 
     @wl.register_to_config
     def __init__(self, width: int = 4) -> None:
@@ -57,11 +57,11 @@ class Model(wl.ModelMixin, wl.ConfigMixin):
         self.started()
 
     def started(self) -> None:
-        """Where a test waits in the middle of a constructor."""
+        """The point in a constructor at which a test waits."""
 
 
 def builder(make: Callable[[], Any], dtype: torch.dtype | None = None) -> building.Builder[Any]:
-    """Of a module that is made without a configuration."""
+    """A module that is made without a configuration."""
     made: Any = type("Made", (), {"from_config": staticmethod(lambda config: make())})
     return building.Builder(made, {}, {}, dtype)
 
@@ -114,7 +114,7 @@ def default_device_meta() -> Iterator[None]:
 
 @contextlib.contextmanager
 def anew_on_meta() -> Iterator[None]:
-    """Another library's, which makes a parameter of the one that it is given."""
+    """Another library's module, which makes a new parameter from the given one."""
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -201,13 +201,13 @@ def test_what_is_not_in_a_build_is_as_it_was() -> None:
     assert made[0].weight.device.type == "cpu"
     assert made[0].weight.abs().sum() > 0
     assert made[1] is not nn.init.kaiming_uniform_
-    # Who looked there and assigns here means torch's own.
+    # Code that saved the function there and restores it here means torch's own.
     nn.init.kaiming_uniform_ = made[1]
     assert functions_of_torch() == before
 
 
 def test_others_find_torchs_own_functions_at_every_moment_of_builds(folder: Path) -> None:
-    """In no build of ours, while some run in other threads, nothing is replaced."""
+    """Outside weightlift's constructions, while some run in other threads, nothing is replaced."""
     before = functions_of_torch()
     ended = threading.Event()
     failures: list[BaseException] = []
@@ -276,7 +276,7 @@ def test_a_replacement_that_nothing_gets_past_is_named(monkeypatch: pytest.Monke
 
 
 def test_the_default_dtype_of_another_library_stays(folder: Path) -> None:
-    """Set during a build of ours that sets none, and put back after it."""
+    """Set during a construction that sets no default dtype, and restored after it."""
 
     class Meanwhile(nn.Module):
         def __init__(self) -> None:

@@ -122,7 +122,7 @@ THEIRS = classes(theirs.ConfigMixin, theirs.register_to_config)
 BOTH = pytest.mark.parametrize(
     ("writing", "reading"), [(OURS, THEIRS), (THEIRS, OURS)], ids=["to_theirs", "to_ours"]
 )
-# Class and the arguments that it is made with.
+# The class and its arguments.
 MADE: list[tuple[str, dict[str, Any]]] = [
     ("Plain", {}),
     ("Plain", {"a": 3, "c": [1, [2, (3, 4)]], "d": None, "_private": "kept"}),
@@ -143,7 +143,8 @@ def without_versions(config: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def logged(*names: str) -> Iterator[list[logging.LogRecord]]:
-    """What these loggers say from a warning on; diffusers' does not pass it on to the root."""
+    """Messages of these loggers from WARNING on; diffusers' logger does not propagate to the
+    root."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append  # type: ignore[method-assign]
@@ -301,8 +302,8 @@ def test_a_config_that_was_read_already() -> None:
 
 
 def test_defaults_are_those_of_the_compatible_class() -> None:
-    # What nobody chose is chosen anew, what somebody did stays: also if it was given by position,
-    # which diffusers takes for a default.
+    # Defaults are chosen again, given values stay, also if they were given by position, which
+    # diffusers takes for defaults.
     made = OURS.First(5)
     assert made.config._use_default_values == ["steps"]
     assert "_use_default_values" not in json.loads(made.to_json_string())
@@ -478,7 +479,7 @@ def test_the_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     finally:
         os.umask(mask)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "other.json"}
-    # A file that is replaced keeps its mode; a new one has what the umask allows.
+    # A replaced file keeps its mode; a new one has the mode of the umask.
     for path in tmp_path.iterdir():
         mode = 0o600 if path.name == "config.json" else 0o640
         assert stat.S_IMODE(path.stat().st_mode) == mode

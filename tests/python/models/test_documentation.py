@@ -1,4 +1,4 @@
-"""What ``ModelMixin`` says of itself."""
+"""The documented behaviour of ``ModelMixin``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support import ROOT
 from weightlift.checkpoint.hub import HubArguments
 from weightlift.models import arguments
 
-# As the documentation has it.
+# The example of the documentation.
 EXAMPLE = """
 import torch
 

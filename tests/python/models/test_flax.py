@@ -1,4 +1,4 @@
-"""weightlift.flax against jax, flax, safetensors and torch: files, trees, and what is computed."""
+"""weightlift.flax compared with jax, flax, safetensors and torch: files, trees and results."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def same(ours: Any, theirs: Any) -> None:
 
 
 def zeros(model: Any) -> Any:
-    """Parameters as the model has them, made without a compiler."""
+    """Parameters as in the model, made without a compiler."""
     tree = jax.eval_shape(model.init_weights, KEY)
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
 
@@ -266,7 +266,7 @@ def test_what_bench_compares(
     torch_unet: tuple[TorchUNet, Path], request: pytest.FixtureRequest
 ) -> None:
     """The loop that users of safetensors write gives the model's parameters; so does weightlift."""
-    # In a measured process phases are booked for good.
+    # In a measured process, phases stay recorded.
     request.addfinalizer(lambda: observe_phases(None))
     theirs, folder = torch_unet
     (file,) = folder.glob("*.safetensors")
@@ -406,7 +406,7 @@ def test_every_dtype_and_size(
     tree: dict[str, Any] = {
         name: jnp.asarray(rng.integers(0, 2, (3, 5, 7))).astype(name) for name in names.split()
     }
-    # Over the limits of msgpack's headers of extensions and bytes.
+    # Beyond the size limits of msgpack's headers of extensions and bytes.
     tree["sizes"] = {str(n): np.arange(n, dtype=np.uint8) for n in (0, 1, 2, 240, 255, 256, 65536)}
     tree["scalar"] = jnp.float32(2)
     tree["turned"] = np.arange(6, dtype=np.int32).reshape(2, 3).T
@@ -739,7 +739,7 @@ refused(lambda: wf.save_file(ours, file), "'w'", "process_allgather")
 
 
 def test_shardings(tmp_path: Path) -> None:
-    """Two processes of two devices each: a process reads what its devices hold."""
+    """Two processes with two devices each: a process reads the parts of its devices."""
     file = tmp_path / "s.safetensors"
     w = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
     safetensors.numpy.save_file(

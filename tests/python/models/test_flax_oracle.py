@@ -1,4 +1,4 @@
-"""Flax weights become what diffusers 0.39, the last that converted them, made of them."""
+"""Flax weights are converted as by diffusers 0.39, the last version with a conversion."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODELS = ("unet", "vae", "controlnet")
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``convert.py`` writes, in an environment of its own with this one's torch."""
+    """The output of ``convert.py``, in a separate environment with this one's torch."""
     home = ROOT / ".venv-flax"
     pins = ORACLE / "constraints.txt"
     stamp = home / pins.name

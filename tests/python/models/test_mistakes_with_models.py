@@ -1,4 +1,4 @@
-"""Arguments of the model classes that are mistaken: each is named, none is passed over."""
+"""Mistaken arguments of the model classes: each error names one, and none is ignored."""
 
 from __future__ import annotations
 

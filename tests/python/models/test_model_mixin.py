@@ -1,4 +1,4 @@
-"""``ModelMixin``, against diffusers' own: the same classes derived from either."""
+"""``ModelMixin``, compared with diffusers' own: the same classes derived from each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from weightlift.module.offload import whole_state_dict
 STEM = "diffusion_pytorch_model"
 VERSIONS = ("_diffusers_version", "_weightlift_version", "_name_or_path")
 ALL = pytest.mark.parametrize("name", MADE)
-# What save_pretrained and from_pretrained are called with.
+# Arguments of save_pretrained and from_pretrained.
 FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "single": ({}, {}),
     "sharded": ({"max_shard_size": 300}, {}),
@@ -54,7 +54,7 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def config(model: Any) -> dict[str, Any]:
-    """As it is in the file, where tuples are lists."""
+    """The config as in the file, where tuples are lists."""
     values = json.loads(model.to_json_string())
     return {name: value for name, value in values.items() if name not in VERSIONS}
 
@@ -69,7 +69,7 @@ def assert_works(model: Any, expected: Any, name: str) -> None:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
-    """What weightlift warns of."""
+    """weightlift's warnings."""
     messages: list[str] = []
 
     class Handler(logging.Handler):
@@ -106,7 +106,7 @@ def test_either_loads_what_the_other_saved(name: str, form: str, tmp_path: Path)
             how["use_safetensors"] = False
         loaded, info = getattr(reading, name).from_pretrained(place.parent, **how)
         assert config(loaded) == config(model)
-        if once and reading is THEIRS:  # it leaves the other names of what is tied on meta
+        if once and reading is THEIRS:  # it leaves the other names of tied tensors on meta
             held = {key: t for key, t in state(loaded).items() if t.device.type != "meta"}
             assert state(model).keys() - held.keys() <= {*info["missing_keys"]}
             assert_same_tensors(held, {key: t for key, t in state(model).items() if key in held})
@@ -241,7 +241,7 @@ def test_dtypes_by_themselves_and_by_name(name: str, folder: Path) -> None:
     made(THEIRS, name).save_pretrained(folder, safe_serialization=False)
     for text, dtype in DTYPES.items():
         if dtype.itemsize == 1 and name == "Mixed":
-            continue  # diffusers casts what it is to keep
+            continue  # diffusers casts the tensors that it should keep
         expected = getattr(THEIRS, name).from_pretrained(folder, torch_dtype=dtype)
         for how in ({"torch_dtype": dtype}, {"dtype": text}, {"dtype": dtype, "torch_dtype": "x"}):
             loaded = getattr(OURS, name).from_pretrained(folder, **how)
@@ -261,7 +261,7 @@ def test_the_dtype_of_the_checkpoint(folder: Path) -> None:
     assert loaded.inner.linear.weight.dtype == torch.float16
     assert loaded.norm.weight.dtype == torch.float32  # of _keep_in_fp32_modules
     assert_same(loaded.normal.weight.detach(), model.normal.weight.detach())
-    # None: that of the model as it is built.
+    # None: the dtype of the constructed model.
     built = OURS.Mixed.from_pretrained(folder)
     assert_same_tensors(state(built), state(THEIRS.Mixed.from_pretrained(folder)))
     assert {tensor.dtype for tensor in built.state_dict().values()} == {torch.float32}
@@ -696,7 +696,7 @@ def test_arguments_of_the_config(folder: Path) -> None:
     assert (loaded.config.width, loaded.config.mode, loaded.config.verify) == (3, "over", 7)
     with pytest.raises(ValueError, match=r"takes no 'where'.*ignore_for_config"):
         Choosing.from_pretrained(folder, where="there")
-    # For loading, where the class has no argument of the name.
+    # For the load, if the class has no argument of that name.
     with pytest.raises(ValueError, match="mode"):
         OURS.Nested.from_pretrained(folder, mode="nonsense")
 
@@ -867,7 +867,7 @@ def test_put_before_a_class_of_diffusers(name: str, folder: Path) -> None:
     assert_same_tensors(state(loaded), state(expected))
 
 
-# What a model has.
+# The model's interface.
 
 
 @ALL
@@ -934,7 +934,7 @@ def test_gradient_checkpointing() -> None:
         model.enable_gradient_checkpointing()
         assert model.is_gradient_checkpointing
         assert all(block.gradient_checkpointing for block in (model.middle, model.down[0]))
-        # As diffusers' blocks do it.
+        # Like diffusers' blocks.
         x = torch.ones(1, 8, 4, 4, requires_grad=True)
         model._gradient_checkpointing_func = model.middle._gradient_checkpointing_func
         model._gradient_checkpointing_func(model.middle, x).sum().backward()
@@ -989,11 +989,11 @@ def test_quantized_models_are_not_cast(said: list[str]) -> None:
     assert "keeps norm, scale in float32" in said[0]
 
 
-# How it is loaded.
+# The load itself.
 
 
 class Waiting(wl.ModelMixin, wl.ConfigMixin):
-    """Its constructor waits until the process has read so many bytes."""
+    """Its constructor waits until the process has read this many bytes."""
 
     wait_for: ClassVar[int] = 0
 
@@ -1009,7 +1009,7 @@ class Waiting(wl.ModelMixin, wl.ConfigMixin):
 
 
 def read_bytes() -> int:
-    """What the threads of this process have got from read calls."""
+    """The bytes that this process's threads have got from read calls."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(lines[0].removeprefix("rchar: "))
 

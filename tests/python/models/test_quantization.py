@@ -1,5 +1,5 @@
-"""Quantizing while loading, against the libraries' own ways. They are needed: without one of them
-these tests fail."""
+"""Quantizing while loading, compared with the libraries' own ways. These tests need all of the
+libraries."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def state(model: nn.Module) -> dict[str, Any]:
 
 
 def assert_same_state(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """In any order, what is no tensor as well."""
+    """In any order, including values that are not tensors."""
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         if isinstance(value, torch.Tensor):
@@ -145,7 +145,7 @@ def converted(model: nn.Module) -> list[str]:
 
 
 def load(place: Path, **arguments: Any) -> Any:
-    """On the CPU, whatever there is."""
+    """On the CPU, whichever devices exist."""
     return Ours.from_pretrained(place, **{"device_map": "cpu", **arguments})
 
 
@@ -185,7 +185,7 @@ def test_four_bits(folder: Path, kind: str, double: bool, dtype: torch.dtype) ->
             *size, compute_dtype=dtype, compress_statistics=double, quant_type=kind
         ),
     )
-    # Now: a forward pass on some CPUs packs the weights in another way, and loses bits.
+    # Before a forward pass, which packs the weights in another way on some CPUs and loses bits.
     expected_state = state(expected)
     for library in (transformers, diffusers):
         config = library.BitsAndBytesConfig(load_in_4bit=True, **options)
@@ -258,7 +258,7 @@ def test_what_contradicts_itself(folder: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["load_in_4bit", "load_in_8bit"])
 def test_transformers_makes_the_same(folder: Path, tmp_path: Path, flag: str) -> None:
-    # With a list of its own transformers adds nothing to it.
+    # If a list is given, transformers adds nothing to it.
     skip = ["out_proj", "blocks.1"]
     plain = TransformersNetwork(TransformersConfig())
     plain.load_state_dict(state(load(folder)))
@@ -270,13 +270,13 @@ def test_transformers_makes_the_same(folder: Path, tmp_path: Path, flag: str) ->
     model = load(folder, quantization_config=config, dtype=torch.float16)
     assert converted(model) == converted(expected) == ["first", "blocks.0"]
     assert_same_state(state(model), state(expected))
-    # What transformers saved, quantized, loads.
+    # A quantized model that transformers saved can be loaded.
     expected.save_pretrained(tmp_path / "quantized")
     again, info = load(tmp_path / "quantized", output_loading_info=True)
     assert_same_state(state(again), state(expected))
     assert converted(again) == ["first", "blocks.0"]
     assert not any(info.values())
-    # And the other way round.
+    # And the reverse.
     model.save_pretrained(tmp_path / "ours")
     values = json.loads((tmp_path / "ours" / "config.json").read_text())
     values["model_type"] = TransformersConfig.model_type
@@ -451,7 +451,7 @@ def test_an_automatic_map_counts_quantized_weights_as_such(folder: Path) -> None
 
 
 def parts(model: nn.Module) -> dict[str, Any]:
-    """The state dict with quantized tensors in plain parts."""
+    """The state dict, with quantized tensors split into plain ones."""
     flat: dict[str, Any] = {}
     for name, tensor in model.state_dict().items():
         if type(tensor) is torch.Tensor:
@@ -494,7 +494,7 @@ def test_int8_weights_of_torchao(folder: Path) -> None:
 
 
 def test_torchao_by_diffusers(folder: Path, tmp_path: Path) -> None:
-    # diffusers leaves on meta what is tied: here it is not.
+    # diffusers leaves tied tensors on meta; here they are loaded.
     tensors = safetensors.torch.load_file(folder / f"{STEM}.safetensors")
     tensors["head.weight"] = tensors["embedding.weight"].clone()
     untied = tmp_path / "untied"
@@ -511,7 +511,7 @@ def test_torchao_by_diffusers(folder: Path, tmp_path: Path) -> None:
     model = load(untied, quantization_config=config, dtype=torch.bfloat16)
     assert quantized(model) == quantized(expected) == ["first"]
     assert_same_state(parts(model), parts(expected))
-    # What diffusers saved.
+    # Models that diffusers saved.
     expected.head.weight = nn.Parameter(expected.head.weight.detach().clone())
     expected.save_pretrained(tmp_path / "theirs")
     again, info = load(tmp_path / "theirs", dtype=torch.bfloat16, output_loading_info=True)
@@ -533,7 +533,7 @@ def test_torchao_saved_and_loaded_again(
     assert_works(again, model)
     assert not any(info.values())
     assert again.head.weight is again.embedding.weight
-    # diffusers, which leaves on meta what is tied.
+    # diffusers, which leaves tied tensors on meta.
     theirs = Theirs.from_pretrained(tmp_path / "model", torch_dtype=torch.bfloat16)
     expected = {name: value for name, value in parts(model).items() if name != "head.weight"}
     found = {name: value for name, value in parts(theirs).items() if name != "head.weight"}

@@ -107,7 +107,7 @@ def test_old_files_go(folder: Path) -> None:
 
 
 def test_an_index_that_cannot_be_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was there is there still, and nothing else."""
+    """The folder has the same files as before, and no others."""
     old = made(OURS, "UNet")
     old.save_pretrained(folder, max_shard_size=1000)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -162,7 +162,7 @@ def test_a_save_function(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert file.metadata() == {"by": "me"}
 
 
-# Over what is in use.
+# Saving over files that are in use.
 
 
 @pytest.mark.parametrize("saving", [{}, {"max_shard_size": 1000}], ids=str)
@@ -193,7 +193,7 @@ def test_into_the_folder_that_disk_entries_read(folder: Path, saving: dict[str, 
         expected = original(inputs)
         changed(made(OURS, "UNet")).save_pretrained(folder, **saving)
         assert_same(loaded(inputs), expected)
-        # What is on the disk is saved, too.
+        # Weights on the disk are saved too.
         loaded.save_pretrained(folder, max_shard_size=700)
         assert_same(loaded(inputs), expected)
     assert_same_tensors(state(OURS.UNet.from_pretrained(folder)), state(original))
@@ -219,7 +219,7 @@ def test_what_has_no_values_is_not_saved(folder: Path) -> None:
     assert names(folder) == set()
 
 
-# Where it cannot be written.
+# Folders that cannot be written.
 
 
 SAVINGS = pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_a_full_disk(folder: Path, saving: dict[str, Any]) -> None:
     small, large = OURS.Nested(), OURS.Nested(stages=[{"width": 400}], ends={"width": 600})
 
     def save() -> None:
-        new_namespace = 0x00020000  # CLONE_NEWNS: nobody else sees the mount
+        new_namespace = 0x00020000  # CLONE_NEWNS: other processes do not see the mount
         assert ctypes.CDLL(None).unshare(new_namespace) == 0
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], check=True)
@@ -359,7 +359,7 @@ def test_a_model_of_the_hub(
     first = repository.refs["main"]
     loaded = OURS.UNet.from_pretrained(NAME, **loading)
     assert_same_tensors(state(loaded), state(model))
-    # What is in the cache needs no Hub.
+    # Cached files need no Hub.
     hub.down = True
     loaded = OURS.UNet.from_pretrained(NAME, local_files_only=True, **loading)
     assert_same_tensors(state(loaded), state(model))
@@ -400,7 +400,7 @@ def test_a_download_that_breaks_off(hub: HubServer, folder: Path) -> None:
     assert f"{STEM}.safetensors" in str(caught.value)
     hub.cuts.clear()
     assert_same_tensors(state(OURS.UNet.from_pretrained(NAME)), state(model))
-    # One that goes on where it broke off.
+    # A download that resumes.
     hub.cuts[f"{STEM}.safetensors"] = [500, 700]
     loaded = OURS.UNet.from_pretrained(NAME, force_download=True)
     assert_same_tensors(state(loaded), state(model))

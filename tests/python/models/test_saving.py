@@ -53,7 +53,7 @@ def filled(value: float, layers: int = 6) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An empty one that has the config for diffusers."""
+    """An empty folder with the config for diffusers."""
     Net().save_config(tmp_path / "model")
     return tmp_path / "model"
 
@@ -63,7 +63,7 @@ def names(folder: Path) -> set[str]:
 
 
 def assert_same(loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Whatever their order: that of the file is by dtype and name."""
+    """In any order: the file's order is by dtype and name."""
     assert_same_tensors(dict(sorted(loaded.items())), dict(sorted(expected.items())))
 
 
@@ -71,7 +71,7 @@ def by_diffusers(folder: Path, **arguments: Any) -> dict[str, torch.Tensor]:
     return dict(Net.from_pretrained(folder, **arguments).state_dict())
 
 
-# What is written.
+# The written files.
 
 
 @pytest.mark.parametrize("variant", [None, "fp16", "a.b"])
@@ -283,10 +283,10 @@ def test_the_environment_names_the_save_function(
             save_weights(filled(1), folder)
 
 
-# What was there before.
+# Existing files.
 
-# How a checkpoint was saved, and with how many layers: a mixture of the two would load where their
-# names and shapes are the same.
+# The form of a checkpoint and its number of layers: a mixture of two checkpoints would load if
+# names and shapes agree.
 FORMS: dict[str, dict[str, Any]] = {
     "single": {},
     "two": {"max_shard_size": 800},
@@ -352,7 +352,7 @@ def test_other_files_stay(folder: Path) -> None:
 
 
 def test_old_spellings_of_a_sharded_variant_go(folder: Path) -> None:
-    """They would be found where there is no index of today's spelling."""
+    """Loaders would find them if there is no index with the present name."""
     for spelling in (f"{STEM}.safetensors.v.index.json", f"{STEM}.v.safetensors.index.json"):
         shard = f"{STEM}-00001-of-00001.v.safetensors"
         safetensors.torch.save_file(filled(0), folder / shard)
@@ -477,7 +477,7 @@ def test_a_full_disk(tmp_path: Path, form: str) -> None:
     big = {f"layer_{n}.weight": torch.zeros(64 << 10) for n in range(6)}  # 256 KiB each
 
     def save() -> None:
-        new_namespace = 0x00020000  # CLONE_NEWNS: nobody else sees the mount
+        new_namespace = 0x00020000  # CLONE_NEWNS: other processes do not see the mount
         assert ctypes.CDLL(None).unshare(new_namespace) == 0
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], check=True)
@@ -537,7 +537,7 @@ def verdict(load: Callable[[], dict[str, torch.Tensor]]) -> str:
 
 
 def verdicts(folder: Path, form: str) -> tuple[str, str]:
-    """What diffusers and weightlift load, with the arguments that people give."""
+    """The results of diffusers and weightlift, with common arguments."""
     variant = FORMS[form].get("variant")
     use = None if FORMS[form].get("safe_serialization", True) else False
     arguments = {"variant": variant, "use_safetensors": use}
@@ -549,7 +549,7 @@ def verdicts(folder: Path, form: str) -> tuple[str, str]:
 
 @pytest.fixture
 def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kills lose nothing that was written; the disk need not be waited for."""
+    """A kill loses no written bytes, so the test need not wait for the disk."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -597,7 +597,7 @@ def old_checkpoint(folder: Path, form: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     Net().save_config(folder)
     if form in ("single", "two", "three"):
-        # What loaders fall back on where there is no safetensors.
+        # Files that loaders use if there are no safetensors.
         save_weights(filled(2), folder, safe_serialization=False)
     save_weights(filled(0), folder, **FORMS[form])
 
@@ -614,12 +614,12 @@ def test_killed_at_every_step(folder: Path, before: str, after: str) -> None:
         if code == FINISHED:
             break
         assert code == -signal.SIGKILL
-        # The next save is not disturbed by what is left.
+        # Leftover files do not disturb the next save.
         written = save_weights(filled(0), folder, **FORMS[before])
         left = {name for name in names(folder) if name.startswith(".weightlift-")}
         assert names(folder) - left - {f"{STEM}.bin"} == set(written) - {f"{STEM}.bin"}
         assert verdicts(folder, before) == ("old", "old")
-    # One moment changes all, and for both libraries.
+    # All files change at one moment, for both libraries.
     changed = seen.index(("new", "new"))
     assert 1 <= changed < len(seen)
     assert seen == [("old", "old")] * changed + [("new", "new")] * (len(seen) - changed)
@@ -694,7 +694,7 @@ def test_interrupted_while_writing(
 @pytest.mark.parametrize(("before", "after"), [*itertools.product(["single", "three"], repeat=2)])
 @pytest.mark.usefixtures("no_flush")
 def test_a_config_changes_with_the_weights(folder: Path, before: str, after: str) -> None:
-    """Never the one with the others: they might fit, and mean something else."""
+    """Never a mixture of old and new files, which might fit and be wrong."""
     tensors = filled(1)
     seen = []
     for number in itertools.count(1):
@@ -721,7 +721,7 @@ def test_a_config_changes_with_the_weights(folder: Path, before: str, after: str
 
 @pytest.mark.usefixtures("no_flush")
 def test_a_config_that_stays_the_same(folder: Path) -> None:
-    """Nothing of the old checkpoint is put at risk for it."""
+    """The old checkpoint is never at risk."""
     tensors = filled(1)
     seen = set()
     for number in itertools.count(1):
@@ -769,8 +769,8 @@ def test_killed_at_every_system_call(
 
 
 def lost_power(folder: Path, steps: list[list[str]], contents: Path) -> Iterator[dict[str, Path]]:
-    """What the folder may hold after a loss of power: of the changes since it was last flushed,
-    any may be lost, whatever their order was."""
+    """The possible contents of the folder after a loss of power: any changes since the last flush
+    may be lost, in any order."""
     state = {path.name: path for path in folder.iterdir()}
     waiting: list[list[str]] = []
     for step in [*steps, ["flush"]]:

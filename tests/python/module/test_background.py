@@ -1,4 +1,4 @@
-"""Models that are used while they load, against the same models loaded by torch."""
+"""Models that are used while they load, compared with the same models loaded by torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_forward(tmp_path: Path, keywords: dict[str, Any]) -> None:
 
 
 def test_files_of_torch_with_casts(tmp_path: Path) -> None:
-    """Also what shares memory in the file, and what torch alone casts."""
+    """Also tensors that share memory in the file, and tensors that only torch can cast."""
     expected = Net().eval()
     expected.blocks[1].linear.weight = torch.nn.Parameter(expected.blocks[0].linear.weight.detach())
     torch.save(expected.state_dict(), tmp_path / "model.bin")
@@ -176,7 +176,7 @@ def test_tied_weights_and_shared_modules(tmp_path: Path, gate: Gate) -> None:
 
 
 class Odd(torch.nn.Module):
-    """Modules that reach for weights in ways of their own."""
+    """Modules that access weights in unusual ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ def test_what_is_set_before_it_arrives_stays(tmp_path: Path, gate: Gate) -> None
     expected, path = saved(tmp_path)
     model, report = load(path)
     mine = torch.nn.Parameter(torch.zeros(4))
-    gate.let("head.bias")  # torch looks at what it replaces
+    gate.let("head.bias")  # torch reads the attribute that it replaces
     model.head.bias = mine
     del model.blocks[0].linear.bias
     model.blocks[0].linear.bias = None
@@ -275,7 +275,7 @@ def test_what_is_set_before_it_arrives_stays(tmp_path: Path, gate: Gate) -> None
 
 
 def test_the_dicts_of_a_module_that_waits(tmp_path: Path, gate: Gate) -> None:
-    """As those of any other module, whatever is called; and for those who keep one."""
+    """Like those of any other module, through every call; also for code that keeps one."""
     expected, path = saved(tmp_path)
     wanted = dict(expected.head._parameters)
     model, report = load(path)
@@ -336,7 +336,7 @@ def test_hooks_of_others(tmp_path: Path) -> None:
 
 
 def test_what_is_there_is_handed_out_together(tmp_path: Path) -> None:
-    """Modules whose tensors have come before they run do not ask for them."""
+    """Modules whose tensors have arrived before they run do not request them."""
     expected, path = saved(tmp_path)
     model, report = load(path)
     while not report._load.arriving.has(list(expected.state_dict())):  # type: ignore[attr-defined]
@@ -352,8 +352,8 @@ def test_what_is_there_is_handed_out_together(tmp_path: Path) -> None:
 
 
 def test_order_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of the modules; then the one that an earlier run has shown, whose tensors came when they
-    were asked for."""
+    """First the order of the modules; then the order of an earlier run, in which tensors were
+    loaded on request."""
     monkeypatch.setattr(ArrivingLoad, "has", lambda *_: False)
     _, path = saved(tmp_path)
     orders: list[list[str]] = []

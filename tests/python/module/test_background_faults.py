@@ -1,4 +1,4 @@
-"""Loads in the background that fail, end early, or are used in ways that they must not be."""
+"""Loads in the background that fail, end early, or are used in forbidden ways."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MIB = 1 << 20
 
 
 class Wide(torch.nn.Module):
-    """Larger than what is read at once."""
+    """Larger than one read."""
 
     def __init__(self, width: int = 512, depth: int = 24) -> None:
         super().__init__()
@@ -62,8 +62,8 @@ class Wide(torch.nn.Module):
 
 
 def test_files_that_end_early(tmp_path: Path) -> None:
-    """The first module that needs what is missing names the file and the tensor; so do all later
-    ones, and wait()."""
+    """The error of the first module that needs a missing tensor names the file and the tensor; so
+    do all later ones, and wait()."""
     _, path = saved(tmp_path, Wide())
     checkpoint = wl.open_checkpoint(path)
     os.truncate(path, path.stat().st_size - 3 * MIB)
@@ -98,7 +98,7 @@ def test_files_that_vanish(tmp_path: Path) -> None:
 
 
 def test_files_that_are_written_to(tmp_path: Path, gate: Gate) -> None:
-    """Nothing of them is handed out, however much had been read before."""
+    """None of their tensors is handed out, even if much had been read before."""
     _, path = saved(tmp_path)
     model, report = load(path, mode="read")
     gate.let("blocks.0.linear.weight", "blocks.0.linear.bias")
@@ -116,7 +116,7 @@ def test_files_that_are_written_to(tmp_path: Path, gate: Gate) -> None:
 
 
 def test_disks_that_fail(tmp_path: Path) -> None:
-    """EIO from the middle of the file on, by a file system that says so."""
+    """EIO from the middle of the file on, from a file system that returns it."""
     _, path = saved(tmp_path, Wide())
     with contextlib.ExitStack() as stack:
         try:
@@ -136,7 +136,7 @@ def test_disks_that_fail(tmp_path: Path) -> None:
 
 
 def test_dropping_the_model_cancels(tmp_path: Path) -> None:
-    """And lets go of what was loaded; a report does not keep it."""
+    """The loaded tensors are freed; a report does not keep them."""
     _, path = saved(tmp_path, Wide())
     gc.disable()  # not by chance, and not later
     try:
@@ -160,7 +160,7 @@ def test_a_part_of_the_model_that_is_kept(tmp_path: Path) -> None:
     gc.collect()
     assert torch.equal(part(inputs()), expected.blocks[1](inputs()))
     assert is_plain(part)
-    with pytest.raises(LoadCancelledError):  # of what nobody wants any more
+    with pytest.raises(LoadCancelledError):  # for tensors that nobody needs any more
         report.wait()
 
 
@@ -183,7 +183,7 @@ def test_cancel(tmp_path: Path, gate: Gate) -> None:
 
 
 def test_ctrl_c_while_waiting(tmp_path: Path, gate: Gate) -> None:
-    """Ends the wait, and not the load."""
+    """Ends the wait but not the load."""
     expected, path = saved(tmp_path)
     model, report = load(path)
     for use in (lambda: model(inputs()), lambda: model.state_dict()):
@@ -199,7 +199,7 @@ def test_ctrl_c_while_waiting(tmp_path: Path, gate: Gate) -> None:
 
 
 def test_ctrl_c_and_a_slow_disk(tmp_path: Path) -> None:
-    """The engine's own wait hears it, and dropping the model ends the rest at once."""
+    """The engine's wait notices it, and deleting the model ends the rest at once."""
     size = 256 * MIB
     header = {"weight": {"dtype": "F32", "shape": [1, size // 4], "data_offsets": [0, size]}}
     sparse_file(tmp_path / "content", header, size)
@@ -264,7 +264,8 @@ def test_exceptions_in_forward(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forks(tmp_path: Path) -> None:
-    """The engine's threads are in the parent: the child hears that, and its end waits for none."""
+    """The engine's threads are in the parent: the child gets an error, and waits for none at its
+    end."""
     _, path = saved(tmp_path)
     code = f"""
 import os, sys
@@ -291,7 +292,7 @@ print(code, model(inputs()).shape[0], len(report.wait().files))
 
 
 def test_the_end_of_the_process(tmp_path: Path) -> None:
-    """With a load that runs, nothing is waited for and nothing is said."""
+    """The process ends during a load without waiting and without messages."""
     _, path = saved(tmp_path, Wide())
     code = f"""
 import sys
@@ -331,7 +332,7 @@ def test_real_parameters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"'blocks\.0\.scale' is real"):
         wl.load_into(model, path, background=True)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
-    # One that loads already: its tensors are real when they are looked at.
+    # A model that is loading: its tensors are real when they are accessed.
     waiting, _ = load(path)
     with pytest.raises(ArgumentError, match="is real"):
         wl.load_into(waiting, path, background=True)
@@ -350,7 +351,7 @@ class TestOnSimulatedDevices:
         seed: int,
         dtype: torch.dtype | None,
     ) -> None:
-        """What the stream then reads is there, though the host has not waited for the copies."""
+        """The stream then reads the loaded bytes, though the host has not waited for the copies."""
         expected, path = saved(tmp_path, Wide(64, 12))
         wanted = expected if dtype is None else expected.to(dtype)
         model = on_meta(Wide, 64, 12)

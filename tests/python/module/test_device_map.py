@@ -24,7 +24,7 @@ MIB = 1 << 20
 STRATEGIES = ["auto", "balanced", "balanced_low_0", "sequential"]
 BLOCK = 4 * 64 * 64 * 4  # bytes of one block in float32
 Memory = dict[int | str, int]
-# accelerate warns of keys that are no modules, and makes such maps itself.
+# accelerate warns about keys that are not modules, and makes such maps itself.
 TENSORS_AS_KEYS = pytest.mark.filterwarnings("ignore:The following device_map keys do not match")
 
 
@@ -50,7 +50,7 @@ class Stack(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 @pytest.fixture(autouse=True)
 def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as counting goes; nothing is computed on them."""
+    """Devices only for counting; nothing is computed on them."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
 
 
@@ -226,7 +226,7 @@ def test_no_split_modules_of_a_part_count() -> None:
     [
         {0: 8},
         {"cpu": 8},
-        {0: 4, 1: 4},  # accelerate leaves room on 0 for layers that come to it, and none do
+        {0: 4, 1: 4},  # accelerate reserves memory on 0 for offloaded layers, and there are none
         {0: 3, 1: 2, 2: 3},
         {0: 7, 1: 1},  # equal shares are too much for 1
         {0: 6, 1: 1, "cpu": 2},
@@ -248,7 +248,7 @@ def test_a_model_that_just_fits_is_not_refused(strategy: str, memory: Memory) ->
 
 
 def test_accelerate_alone_would_refuse_them() -> None:
-    """So the attempts after its first are needed."""
+    """So the attempts after the first one are needed."""
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(8)))
     layer = 64 * 64 * 4
     assert "disk" in by_accelerate(model, "sequential", {0: 4 * layer, 1: 4 * layer}).values()
@@ -279,7 +279,7 @@ def test_what_is_short_is_said(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_wider_dtype_takes_more_room() -> None:
-    """accelerate alone counts the narrower of the two."""
+    """accelerate alone counts the smaller dtype."""
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(4))).half()
     half = 4 * 64 * 64 * 2
     memory: Memory = {0: half + 64 * 64 * 2}
@@ -368,7 +368,7 @@ def test_by_default_what_is_free_counts(monkeypatch: pytest.MonkeyPatch) -> None
         lambda given=None: original(given) if given else {0: 4 * layer, "cpu": 100 * layer},
     )
     assert bytes_on(model, resolve_device_map(model, "sequential")) == {
-        "cuda:0": 5 * layer,  # of six one is left for the CPU's layers
+        "cuda:0": 5 * layer,  # of six, one is reserved for the CPU's layers
         "cpu": 3 * layer,
     }
     assert bytes_on(model, resolve_device_map(model, "auto")) == {
@@ -449,7 +449,7 @@ def test_devices_of_max_memory() -> None:
         parse_max_memory({0: 1, "cuda:0": 2})
 
 
-# Maps that say it.
+# Explicit maps.
 
 
 @pytest.mark.parametrize(
@@ -504,7 +504,7 @@ def test_a_map_that_leaves_tensors_out() -> None:
 
 
 def test_buffers_that_are_in_no_checkpoint_may_be_left_out() -> None:
-    """As accelerate allows: maps of users name what has weights."""
+    """Like accelerate: users' maps name only modules with weights."""
     model = llama(tied=False)
     device_map = {
         "model.embed_tokens": 0,

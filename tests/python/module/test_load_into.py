@@ -1,4 +1,4 @@
-"""``load_into``, against ``torch.nn.Module.load_state_dict``."""
+"""``load_into``, compared with ``torch.nn.Module.load_state_dict``."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_model_on_meta(original: Model, saved: Path) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     tokens = torch.arange(11)
     assert_same(model(tokens).detach(), original(tokens).detach())
-    # An LSTM keeps its weights in a list of its own besides.
+    # An LSTM also keeps its weights in a list.
     x = torch.ones(1, 1, 8)
     assert_same(model.rnn(x)[0].detach(), original.rnn(x)[0].detach())
 

@@ -1,4 +1,4 @@
-"""Models that move to simulated CUDA devices, against ``torch.nn.Module.to`` on the CPU."""
+"""Models that move to simulated CUDA devices, compared with ``torch.nn.Module.to`` on the CPU."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_move(
         assert all(model.get_parameter(name) is p for name, p in parameters.items())
         assert model.tied.weight is model.first.weight
         moved = dict(model.state_dict())
-        # What the engine does not copy stays, for torch to move.
+        # Tensors that the engine does not copy stay, and torch moves them.
         support.assert_same(moved.pop("turned"), parameters["turned"].detach())
         assert moved.keys() == expected.state_dict().keys() - {"turned"}
         for name, tensor in moved.items():
@@ -88,7 +88,7 @@ def test_what_has_nothing_to_copy(machine: Switch, monkeypatch: pytest.MonkeyPat
 def test_models_go_through_the_ring(
     machine: Switch, monkeypatch: pytest.MonkeyPatch, call: Any, index: int, dtype: torch.dtype
 ) -> None:
-    """Before torch gets them, which finds them there."""
+    """Moved before torch's call, which finds them on the device."""
     model = Model()
     expected = model.first.bias.detach().to(dtype)
     with machine(2) as driver:

@@ -1,4 +1,4 @@
-"""In which order tensors are loaded, where an earlier run has shown one."""
+"""The order in which tensors are loaded after an earlier run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_without_one_it_is_that_of_the_modules() -> None:
 
 
 def test_with_one() -> None:
-    """Modules that it does not have stay behind the one that they are behind in the model."""
+    """Modules that the order lacks follow their predecessor in the model."""
     model = Net()
     learn_order(which_model(model), ["norm.weight", "layers.2.weight", "layers.0.weight"])
     found = list(dict.fromkeys(name.rpartition(".")[0] for name in order(Net())))

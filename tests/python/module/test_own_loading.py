@@ -1,4 +1,4 @@
-"""What a module does while it loads, in ``load_into`` against ``load_state_dict``."""
+"""Modules' own loading code, in ``load_into`` compared with ``load_state_dict``."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def randomized(module: nn.Module) -> nn.Module:
 
 
 def compare(make: Make, path: Path, *, strict: bool = True) -> None:
-    """On real modules, whose versions must go on as much, and on meta."""
+    """On real modules, whose versions must advance equally, and on meta."""
     wanted, found = make(), make()
     for name, tensor in tensors_of(found).items():
         assert tensor._version == tensors_of(wanted)[name]._version
@@ -87,7 +87,7 @@ def compare(make: Make, path: Path, *, strict: bool = True) -> None:
 ARGUMENTS: list[tuple[Any, ...]] = [
     (), (4,), (4, 4), (4, 2), (4, 4, 3), (4, 4, 4), (2, 4, 4), (4, 10, [2]), (4, 2, 8),
 ]  # fmt: skip
-# What only wraps other modules, or is none.
+# Classes that only wrap other modules, or are not modules.
 WRAPPERS = {
     "Container", "DataParallel", "Module", "ModuleDict", "ModuleList", "ParameterDict",
     "ParameterList", "Sequential", "Parameter", "Buffer", "UninitializedParameter",
@@ -431,7 +431,7 @@ def test_errors_are_said_before_anything_is_read(tmp_path: Path) -> None:
 
 
 def test_versions_go_on_in_modules_of_no_kind(tmp_path: Path) -> None:
-    """Autograd is told of what the engine writes in place."""
+    """Autograd learns about the engine's writes in place."""
     make = lambda: nn.Sequential(nn.Linear(3, 3))  # noqa: E731
     path = saved(tmp_path, randomized(make()).state_dict())
     found = make()

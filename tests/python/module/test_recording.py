@@ -1,4 +1,4 @@
-"""``record`` against the same loading code with whole tensors, read by the reference library."""
+"""``record``, compared with the same loading code with whole tensors from the reference library."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_no_more_is_read_than_the_parts_need(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("hole_bytes", "rows"), [(1, 1), (None, 1), (8192, 2), ("1MiB", 2)])
 def test_holes_between_rows(hole_bytes: int | str | None, rows: int, tmp_path: Path) -> None:
-    """Of 8 KiB: jumped over, or read along. The report and the kernel count both."""
+    """Gaps of 8 KiB, skipped or read. The report and the kernel count both."""
     path = checkpoint_of(tmp_path, {"t": torch.randn(512, 4096)})
     target = torch.zeros(512, 2048)
 
@@ -216,7 +216,8 @@ def test_any_chain_of_views(cube: tuple[wl.Checkpoint, Tensor], data: st.DataObj
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_parts_that_share_a_byte_are_told(data: st.DataObject) -> None:
-    """``disjoint`` and ``covers`` against marks, element by element. They may miss, never claim."""
+    """``disjoint`` and ``covers``, compared with marks for each element. A false "no" is allowed, a
+    false "yes" is not."""
     base = torch.zeros(6, 5, 8)
     one = applied(base, data.draw(views((6, 5, 8))))
     other = applied(base, data.draw(views((6, 5, 8))))
@@ -400,7 +401,7 @@ def test_the_order_of_writes(load: Any, tmp_path: Path) -> None:
     loads_alike(tmp_path, tensors, load, Two)
 
 
-# What weight loaders are seen to do besides.
+# Other operations of weight loaders.
 
 
 def add_in_place(m: nn.Module, w: dict[str, Tensor]) -> None:
@@ -511,7 +512,7 @@ def test_what_loaders_are_seen_to_do(load: Any, tmp_path: Path) -> None:
 
 
 def test_memory_that_others_write_to(tmp_path: Path) -> None:
-    """What is written through NumPy's view of a target nobody sees; a copy before it is done."""
+    """Writes through NumPy's view of a target cannot be seen, so earlier copies are done before."""
     tensors = {"x": torch.randn(4, 6), "y": torch.randn(4, 6)}
 
     def load(m: nn.Module, w: dict[str, Tensor]) -> None:
@@ -609,7 +610,7 @@ def test_shapes_that_change_in_place(tmp_path: Path) -> None:
     loads_alike(tmp_path, tensors, load, Two)
 
 
-# What is kept.
+# Kept tensors.
 
 
 def test_tensors_that_are_kept_become_real(tmp_path: Path) -> None:
@@ -777,7 +778,7 @@ def test_another_checkpoint_must_have_the_same_tensors(tmp_path: Path) -> None:
         recording.load(other)
 
 
-# What goes wrong.
+# Failures.
 
 
 def test_headers_alone_are_enough_for_what_is_recorded(tmp_path: Path) -> None:

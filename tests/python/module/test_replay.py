@@ -1,4 +1,4 @@
-"""Loading code that runs a second time, with the parts that its first run took, read ahead."""
+"""Loading code that runs a second time, with the parts of its first run, read ahead."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_kind_of_weight_loader(ahead: int, group_bytes: int, tmp_path: Pat
     found.load_weights(replay.tensors(sources(new)))
     wanted.load_weights((name, tensor.clone()) for name, tensor in second.items())
     assert_same(found, wanted)
-    assert whole == {}  # nothing was read but what the first run took
+    assert whole == {}  # only the parts of the first run were read
     needed = sum(second[name].nbytes for name in taken.whole) + taken.sliced_bytes
     assert reader.report.bytes == needed
     assert needed < 0.6 * sum(tensor.nbytes for tensor in second.values())

@@ -1,4 +1,4 @@
-"""Models of which each rank has a part: they are neither streamed nor loaded in the background."""
+"""Models with a part on each rank, which are neither streamed nor loaded in the background."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from background_support import Net, is_plain, on_meta, saved
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    """Of this process alone."""
+    """A group with only this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield DeviceMesh("cpu", torch.arange(1))

@@ -1,4 +1,4 @@
-"""``stream``: models that are larger than the memory they are given."""
+"""``stream``: models that are larger than their memory budget."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Tied embeddings, a module that hangs in two places, convolutions, weights of its own."""
+    """Tied embeddings, a module in two places, convolutions, own weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class TestForward:
             support.assert_same(ours.detach(), theirs.detach())
 
     def test_the_order_is_learned(self, file: Path, size: int) -> None:
-        """Nothing is read that is not used next: each use of a block has one read at most."""
+        """Only the block that is used next is read: each use of a block has at most one read."""
         model = on_meta()
         seen: dict[str, list[str]] = {"read": [], "wait": [], "use": []}
         with wl.stream(model, file, device="cpu", memory=size // 3, lookahead=2) as handle:

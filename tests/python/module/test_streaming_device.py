@@ -1,4 +1,4 @@
-"""The device side of streaming, on a queue with a clock; and proof that these tests bite."""
+"""The device side of streaming, on a queue with a clock; and tests that the checks find faults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from weightlift.module.streaming.residency import Piece, share_out
 
 FOLDER = Path(weightlift.module.streaming.__file__).parents[1]
 PACKAGE = "weightlift.module"
-# In the order in which they import each other.
+# In the order of their imports.
 MODULES = (
     "learned_order",
     "streaming.device_side",
@@ -38,14 +38,15 @@ def file_of(module: str) -> Path:
 
 
 MIB = 1 << 20
-# Of a check, where a fault may have it wait for ever; whole, the longest takes a tenth.
+# The limit of a check, because a fault may make it wait for ever; without a fault, the longest
+# takes a tenth of it.
 LIMIT_SECONDS = 4
 
 
 def loaded(
     changed: dict[str, str] | None = None, more: Sequence[str] = ()
 ) -> types.SimpleNamespace:
-    """The modules, and more, executed anew; of some, another text."""
+    """The modules and others, executed again, some with changed text."""
     made: dict[str, types.ModuleType] = {}
     with mock.patch.dict(sys.modules):
         for name in (*MODULES, *more):
@@ -83,7 +84,8 @@ def use(ring: Any, queue: ComputeQueue, number: int, seconds: float) -> None:
 
 
 def copies_and_uses_are_ordered(modules: Any) -> None:
-    """By the clock, with the host far ahead: in a fixed order, in none, and round two blocks."""
+    """By the clock, with the host far ahead: in a fixed order, in random order, and alternating two
+    blocks."""
     for seed in range(12):
         numbers = random.Random(seed)
         sizes = [numbers.randrange(1, 4) * MIB for _ in range(8)]
@@ -155,7 +157,7 @@ def a_failed_read_is_not_used(modules: Any) -> None:
 
 
 def the_order_is_read_ahead(modules: Any) -> None:
-    """From the second step on nothing waits for a block that could have been read before."""
+    """From the second step on, no use waits for a block that could have been read before."""
     sequence = [0, 1, 2, 1, 3, 4, 1, 5, 6, 7, 1]
     queue = ComputeQueue(bytes_per_second=1e9)
     ring = a_ring(modules, queue, [MIB] * 8, 3, 2)
@@ -167,7 +169,7 @@ def the_order_is_read_ahead(modules: Any) -> None:
 
 
 def a_freed_buffer_is_filled(modules: Any) -> None:
-    """By the thread, though nobody waits for what is read ahead into it."""
+    """Freed by the thread, though no code waits for the read ahead into it."""
     read: list[int] = []
     noted = threading.Condition()
 
@@ -210,7 +212,7 @@ def steps_are_as_fast_as_they_can_be(modules: Any) -> None:
 
 
 def step_time(modules: Any, part: float, seconds: float) -> tuple[float, float]:
-    """(seconds of a step, what it takes at least), with this part of 60 blocks as the budget."""
+    """(seconds of a step, its lower bound), with this part of 60 blocks as the budget."""
     count, rate = 60, 1e9
     pieces = [Piece(f"{n}", (f"{n}",), MIB) for n in range(count)]
     share = share_out(pieces, int(part * count * MIB), 0, 2)
@@ -236,7 +238,7 @@ def numbers_of(name: str, shape: Sequence[int]) -> torch.Tensor:
 
 
 class Numbers:
-    """A source whose weights say which they are; it writes in two goes."""
+    """A source whose weights identify themselves; it writes in two parts."""
 
     def fill(self, names: Sequence[str], targets: Sequence[torch.Tensor]) -> None:
         for name, target in zip(names, targets, strict=True):
@@ -246,8 +248,8 @@ class Numbers:
 
 
 def weights_are_what_they_were(modules: Any) -> None:
-    """Operations on the real thing: results, views, and what autograd keeps, after the buffers have
-    been given to others."""
+    """Real operations: results, views and saved tensors of autograd, after their buffers were
+    reused."""
     side = modules.device_side.HostSide(torch.device("cpu"))
     made, count = [], 6
     for number in range(count):
@@ -345,7 +347,7 @@ def test_check(check: Any) -> None:
 
 
 def killed_by(changed: dict[str, str]) -> str | None:
-    """The check that fails, or does not come to an end."""
+    """The check that fails or does not end."""
     for check in CHECKS:
         modules = loaded(changed)
         rings: list[Any] = []
@@ -370,7 +372,7 @@ def killed_by(changed: dict[str, str]) -> str | None:
         thread.start()
         thread.join(LIMIT_SECONDS)
         hangs = thread.is_alive()
-        for ring in rings:  # lets go of who waits in it
+        for ring in rings:  # releases the threads that wait in it
             for slot in ring._slots:
                 slot.pins = 0
             ring.stop()

@@ -1,4 +1,4 @@
-"""Streamed models: budgets, what they refuse, and what goes wrong around them."""
+"""Streamed models: budgets, errors and failures."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def file(original: Stack, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(file: Path) -> Iterator[Stack]:
-    """With room for one layer that stays, and buffers of three."""
+    """A budget for one layer that stays, and buffers for three."""
     model = on_meta()
     with wl.stream(model, file, device="cpu", memory=4 * LAYER_BYTES):
         yield model
@@ -222,7 +222,7 @@ class TestReadOnly:
             wl.load_into(model, file)
 
     def test_adapters_are_trained(self, original: Stack, file: Path) -> None:
-        """LoRA: the gradient goes through weights whose buffers others have had since."""
+        """LoRA: the gradient goes through weights whose buffers were reused."""
         results = []
         for streams in (False, True):
             model = copy.deepcopy(original)
@@ -279,7 +279,7 @@ class TestAround:
             assert torch.equal(model(X), original(X)), order
 
     def test_the_order_of_an_earlier_run(self, file: Path, original: Stack) -> None:
-        """Blocks are cut in it, by streams and by loads in the background alike."""
+        """Streams and background loads cut blocks in this order."""
         backwards = [*reversed(range(LAYERS))]
         original.order = backwards
         names = []
@@ -301,7 +301,7 @@ class TestAround:
                 model(X)
 
     def test_threads_in_one_model(self, model: Stack, original: Stack) -> None:
-        """More of them than there are buffers, each in an order of its own."""
+        """More threads than buffers, each in its own order."""
         model.requires_grad_(False)
         errors: list[BaseException] = []
 
@@ -466,7 +466,7 @@ class TestRefused:
 
 
 class TestFiles:
-    """Never a stale or half-written weight: what was asked for, or an error that names the file."""
+    """Never an old or half-written weight: the right one, or an error that names the file."""
 
     def test_one_that_shrinks(self, model: Stack, original: Stack, file: Path) -> None:
         assert torch.equal(model(X), original(X))

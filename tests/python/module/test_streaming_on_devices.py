@@ -1,5 +1,5 @@
-"""Weights that are streamed to a simulated CUDA device, by the executor and the engine: what is
-computed, and what overtook what, by the clocks of the simulated driver."""
+"""Weights that are streamed to a simulated CUDA device by the executor and the engine: the results,
+and the order of operations by the simulated driver's clocks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BLOCKS = 5
 SHAPES = {"weight": (96, 64), "bias": (96,)}
 DEVICE = torch.device("cuda", 0)
 MODULES = ("streaming.sources",)
-# So that the copies of a block are several.
+# So small that a block needs several copies.
 SMALL_CHUNKS = wl.Settings(chunk_bytes="16KiB")
 
 
@@ -108,7 +108,7 @@ def bench(
 
 
 def end(cuda: Cuda, *things: Any) -> None:
-    """Lets go of all memory, before the machine is looked through."""
+    """Frees all memory before the machine is checked."""
     for thing in things:
         thing.results.clear()
     gc.collect()
@@ -117,7 +117,7 @@ def end(cuda: Cuda, *things: Any) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> Any:
-    """Each check ends with some, which need not look at what was there before."""
+    """Each check ends with a collection, which need not scan older objects."""
     gc.collect()
     gc.freeze()
     yield
@@ -167,7 +167,7 @@ def a_copy_waits_for_the_uses_of_all_threads(modules: Any, cuda: Cuda, path: Pat
 
 
 def what_is_used_is_what_was_read(modules: Any, cuda: Cuda, path: Path) -> None:
-    """With the host far ahead of the device, in an order and in none."""
+    """With the host far ahead of the device, in a fixed and in random order."""
     for kind, dtype in (("file", torch.float32), ("host", torch.bfloat16)):
         with bench(modules, cuda, kind, path, dtype) as made:
             for number in [0, 1, 2, 3, 4] * 3 + [4, 2, 0, 3, 1, 1, 4]:
@@ -228,7 +228,7 @@ def weights_that_are_read_alone(modules: Any, cuda: Cuda, path: Path) -> None:
 
 
 def nothing_is_in_flight_after_the_end(modules: Any, cuda: Cuda, path: Path) -> None:
-    """Who closes a stream gives its buffers to others."""
+    """Closing a stream frees its buffers for others."""
     for threaded in (True, False):
         with bench(modules, cuda, "host", path, torch.float32, threaded) as made:
             for number in (0, 1, 2):
@@ -300,7 +300,7 @@ def test_check(machine: Switch, path: Path, check: Any, policy: Any) -> None:
 
 
 def killed_by(changed: dict[str, str], switch: Switch, path: Path) -> str | None:
-    """Threads run as they come: what one round misses, another sees."""
+    """Threads run in any order: several rounds find more."""
     for seed, check, policy in itertools.product(range(1, 9), CHECKS, (Policy.LAZY, Policy.EAGER)):
         modules: types.SimpleNamespace = loaded(changed, more=MODULES)
         try:

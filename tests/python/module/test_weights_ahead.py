@@ -1,4 +1,4 @@
-"""What hooks ask for one by one is read before they ask, and is never another's."""
+"""Weights that hooks request one by one are read before, and are never another hook's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = [f"w{number}" for number in range(12)]
 
 
 class Source:
-    """Notes who reads what; ``slow``: seconds of one."""
+    """Records each thread's reads; ``slow``: the seconds of a read."""
 
     def __init__(self, slow: float = 0.0) -> None:
         self.slow = slow
@@ -43,7 +43,7 @@ def threads() -> int:
 
 
 def threads_that_stay() -> int:
-    """Those of models of earlier tests end a while after these are gone."""
+    """Threads of earlier tests' models end some time after the models."""
     gc.collect()
     end = time.monotonic() + 5
     while threads() and time.monotonic() < end:
@@ -59,7 +59,7 @@ def test_the_order_is_learned() -> None:
         source.read.clear()
         for name in order:
             assert ahead.get(name) == f"value of {name}"
-            time.sleep(0.006)  # what the weight is used for
+            time.sleep(0.006)  # the use of the weight
         early = sum(early for _, early in source.read)
         assert step < 2 or early >= len(order) - 3, source.read
 

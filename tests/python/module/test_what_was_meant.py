@@ -1,4 +1,4 @@
-"""Arguments that are easily mistaken: the error says what was meant."""
+"""Easily mistaken arguments: the error names the right call."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_paths(tmp_path: Path) -> None:
 
 
 def test_other_kinds_of_devices_are_the_libraries_affair(path: Path) -> None:
-    """The backends leave them to the library, which loads there."""
+    """The backends leave them to the library, which loads to these devices."""
     from weightlift.backends.fallback import FallbackToLibrary
     from weightlift.backends.safetensors import usable_device
 

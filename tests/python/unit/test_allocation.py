@@ -1,5 +1,5 @@
-"""What is asked of torch's allocator, with torch's CUDA played by the CPU: what its functions
-return is set by hand, as its documentation explains them."""
+"""The calls of torch's allocator, with the CPU in place of CUDA: results of torch's functions are
+set by hand, as documented."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_what_its_cache_lacks_is_reserved_at_once(cuda: Cuda) -> None:
     allocator = TorchAllocator()
     assert cuda.begun == 1
     cuda.reserved, cuda.allocated = 10 * MIB, 8 * MIB
-    # Those of up to 1 MiB come out of blocks that torch shares among them.
+    # Blocks of up to 1 MiB come from larger blocks that torch shares.
     allocator.reserve(1, [3 * MIB, MIB, 4 * MIB, 10])
     assert cuda.asked == [(1, 5 * MIB)]
 

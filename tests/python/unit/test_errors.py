@@ -33,15 +33,15 @@ BACKENDS = ["mmap", "pread"]
 
 @pytest.fixture(autouse=True)
 def soon() -> Iterator[None]:
-    """Whatever is wrong with a file is said at once; some tests start an interpreter, which takes
-    its time on a busy machine."""
+    """Errors in a file are reported at once; some tests start an interpreter, which takes long on a
+    busy machine."""
     began = time.monotonic()
     yield
     assert time.monotonic() - began < 60
 
 
 def fails(path: Path | str, kind: type[BaseException]) -> Any:
-    """Every way in raises ``kind``, quickly, and names the file."""
+    """Every public call raises ``kind`` quickly and names the file."""
     caught = None
     for load in (
         wl.load_file,
@@ -128,7 +128,7 @@ for options in ({}, {"mode": "read"}):
     else:
         raise AssertionError("it was read")
 """
-    # Not in tmp_path: that the folders above are closed would be enough for the error.
+    # Not in tmp_path, whose closed parents would cause the error too.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         path = Path(folder) / "f"
@@ -207,7 +207,7 @@ USES: list[Callable[[Any], object]] = [
 def test_file_that_shrinks(
     tmp_path: Path, backend: str, use: Callable[[Any], object], left: int
 ) -> None:
-    """An error, where a touch of the mapping would kill the process."""
+    """An error, while a touch of the mapping would kill the process."""
     path = tmp_path / "f"
     with_two(path)
     with wl.safe_open(path, backend=backend) as file:
@@ -247,7 +247,7 @@ def test_file_whose_name_goes_to_another(tmp_path: Path, backend: str, how: str)
 
 
 def test_truncated_at_any_time(tmp_path: Path) -> None:
-    """Old bytes or an error, never others."""
+    """Old bytes or an error, never other bytes."""
     rng = random.Random(1)
     outcomes = set()
     for turn in range(12):
@@ -273,7 +273,7 @@ def test_truncated_at_any_time(tmp_path: Path) -> None:
 
 
 def test_bytes_that_are_not_there(tmp_path: Path) -> None:
-    """A file shorter than its header says never was a whole one: a fault of the format."""
+    """A file that is shorter than its header says was never complete: a format error."""
     content = with_two(tmp_path / "f")
     (tmp_path / "f").write_bytes(content[:-1])
     assert fails(tmp_path / "f", wl.FormatError).code == "data_incomplete"
@@ -296,7 +296,7 @@ def test_what_catches_what() -> None:
 
 
 def test_the_codes_of_python_are_listed() -> None:
-    """Those that the package raises are in its list or in the engine's table."""
+    """The codes that the package raises are in its list or in the engine's table."""
     root = Path(wl.__file__).parent
     raised_here = {
         call.args[0].value
@@ -339,7 +339,7 @@ def raised(path: Path) -> list[wl.WeightliftError]:
 
 
 def test_errors_travel(tmp_path: Path) -> None:
-    """Between processes, as those of a DataLoader or of a pool do, and through copy."""
+    """Between processes, as in a DataLoader or a pool, and through copy."""
     errors = raised(tmp_path)
     assert len({type(error).__mro__[:2] for error in errors}) >= 8
     for error in errors:
@@ -393,7 +393,7 @@ def test_descriptors_and_threads_do_not_pile_up(tmp_path: Path) -> None:
 
 
 def test_mapped_tensors_hold_no_descriptors(tmp_path: Path) -> None:
-    """A model of many mapped shards does not use up what a process may open (1024, often)."""
+    """A model of many mapped shards does not use up the process's descriptors (often 1024)."""
     path = tmp_path / "f"
     path.write_bytes(file_bytes({"w": entry("F32", [500])}))
     before = open_files()
@@ -436,7 +436,7 @@ assert wl.last_report().fallbacks
 
 
 def test_no_more_threads(tmp_path: Path) -> None:
-    """Where not one can be started the caller does the work."""
+    """If no thread can be started, the caller does the work."""
     code = """
 import os, resource, sys
 import torch

@@ -1,6 +1,5 @@
-"""The house: imports between its folders go one way, and no two modules import each other.
-
-Read from the syntax trees, so that imports within functions and those for types alone count.
+"""Imports between folders go one way, and no two modules import each other. Read from the syntax
+trees, so that imports inside functions and type-only imports count.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ def test_no_modules_import_each_other() -> None:
         name: {other for _, other in imports_of(name) if other != name and other in MODULES}
         for name in MODULES
     }
-    # Whatever can be taken away without an import left inside the rest is in no circle.
+    # A module that no remaining module imports is not in a cycle, and is removed.
     left = set(MODULES)
     while free := {name for name in left if not edges[name] & left}:
         left -= free

@@ -1,4 +1,4 @@
-"""Pauses of the gc_pause collector: what Python's own ``gc`` says."""
+"""gc_pause: checked with Python's own ``gc``."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class _Model(weightlift.ModelMixin, weightlift.ConfigMixin):
 
 
 class _Watched(weightlift.ModelMixin, weightlift.ConfigMixin):
-    """Does something of its own when it is set to training or evaluation."""
+    """Has its own code for training and evaluation mode."""
 
     @weightlift.register_to_config
     def __init__(self) -> None:

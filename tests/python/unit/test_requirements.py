@@ -1,4 +1,4 @@
-"""What a user sees where a library is missing, and what ``dir`` shows."""
+"""The errors for missing libraries, and the result of ``dir``."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ main()
 
 
 def test_a_load_needs_no_optional_library(file: Path) -> None:
-    """And what needs one says which extra brings it, before anything is read."""
+    """And calls that need one name the extra, before anything is read."""
     flax = file.parent / "flax_model.msgpack"
     flax.write_bytes(b"\x80")
     code = f"""

@@ -134,7 +134,7 @@ def test_left_by_an_error() -> None:
 
 
 def test_each_thread_has_its_own() -> None:
-    """All of them inside of their blocks at once, leaving in another order than they came."""
+    """All are inside their blocks at once, and leave in another order than they entered."""
     barrier = threading.Barrier(8)
 
     def use(number: int) -> None:
@@ -228,7 +228,8 @@ def test_single_tensors_and_slices_past_the_page_cache(ragged: Path, io_path: st
 
 
 def test_direct_reads_in_memory_file_systems(ragged: Path) -> None:
-    """tmpfs refuses O_DIRECT on some kernels: then through the page cache, and said so."""
+    """tmpfs refuses O_DIRECT on some kernels: then the page cache is used, and the report says
+    so."""
     shared = Path("/dev/shm") / f"weightlift-test-{threading.get_ident()}"
     try:
         shared.write_bytes(ragged.read_bytes())

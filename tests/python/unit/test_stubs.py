@@ -1,4 +1,4 @@
-"""The stub of the compiled module says what is there; the package imports no more than it says."""
+"""The stub of the compiled module is complete, and the package imports only names that it has."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def of_module() -> dict[str, list[str] | None]:
             elif member == "__len__" or not member.startswith("_"):
                 function = getattr(value, member)
                 found[f"{name}.{member}"] = of_docstring(function)
-        # What a program can make has an __init__ of its own; the others refuse.
+        # Classes that a program can construct have an __init__; the others raise an error.
         initializer = vars(value).get("__init__")
         if (inspect.getdoc(initializer) or "").startswith("__init__("):
             found[f"{name}.__init__"] = of_docstring(initializer)

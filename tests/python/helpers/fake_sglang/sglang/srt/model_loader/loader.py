@@ -1,4 +1,5 @@
-"""What weightlift uses of SGLang 0.5.23's DefaultModelLoader, for tests without SGLang."""
+"""The parts of SGLang 0.5.23's DefaultModelLoader that weightlift uses, for tests without
+SGLang."""
 
 import dataclasses
 import enum

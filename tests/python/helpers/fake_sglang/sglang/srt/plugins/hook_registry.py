@@ -1,4 +1,4 @@
-"""What weightlift uses of SGLang 0.5's hooks, for tests without SGLang."""
+"""The parts of SGLang 0.5's hooks that weightlift uses, for tests without SGLang."""
 
 import enum
 import functools

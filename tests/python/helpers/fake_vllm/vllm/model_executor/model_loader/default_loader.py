@@ -1,4 +1,4 @@
-"""What weightlift's loader uses of vLLM 0.32's DefaultModelLoader, for tests without vLLM."""
+"""The parts of vLLM 0.32's DefaultModelLoader that weightlift uses, for tests without vLLM."""
 
 import dataclasses
 from pathlib import Path
