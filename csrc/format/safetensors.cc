@@ -344,7 +344,7 @@ class Handler {
 
   [[nodiscard]] bool tensor_field(std::string_view text) {
     const auto found = std::find(kFieldNames.begin(), kFieldNames.end(), text);
-    field_ = static_cast<Field>(found - kFieldNames.begin());  // kUnknown where there is none
+    field_ = static_cast<Field>(found - kFieldNames.begin());  // kUnknown if it is none of them
     if (field_ != kUnknown && (fields_ >> field_ & 1) != 0) {
       return tensor_invalid("has " + std::string(text) + " twice");
     }

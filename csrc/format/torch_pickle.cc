@@ -21,7 +21,7 @@ namespace {
 
 using Kind = PickledValue::Kind;
 
-// Of dicts in dicts, so that code that walks the result may recurse.
+// The nesting of dicts is limited, so that code that walks the result may recurse.
 constexpr std::uint32_t kMaxDepth = 64;
 // torch supports no more dimensions. Without a limit, one long tuple could be the shape of many
 // tensors.
