@@ -152,7 +152,7 @@ def test_a_small_load_is_not_at_no_speed() -> None:
 
 def test_one_byte_is_one_byte() -> None:
     Path("byte.safetensors").write_bytes(b"x")
-    with pytest.raises(wl.FormatError, match="the file has 1 byte, and the length"):
+    with pytest.raises(wl.FormatError, match="the file has 1 byte, but the length"):
         wl.load_file("byte.safetensors")
     save_file({"w": torch.ones(3)}, "one.safetensors")
     with wl.safe_open("one.safetensors") as file, pytest.raises(wl.FormatError, match="1 tensor,"):
