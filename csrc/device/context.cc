@@ -200,9 +200,9 @@ Result<CUfunction> Device::load_image(const convert::KernelImage& image) {
 
 namespace {
 
-// To synchronise a context breaks the captures of its streams, in any mode. Whether streams that
-// wait for the default stream are part of one can be asked first (cuStreamIsCapturing: "The
-// blocking stream capture is not invalidated"). Of other streams that cannot be asked.
+// Synchronising a context breaks the captures of its streams, in any mode. For streams that wait
+// for the default stream, cuStreamIsCapturing can tell first ("The blocking stream capture is not
+// invalidated"); for other streams no call can.
 bool synchronize(const Driver& table) noexcept {
   CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
   if (table.cuStreamIsCapturing(CU_STREAM_LEGACY, &status) == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) {

@@ -26,7 +26,8 @@ class Device {
   // used CUDA: the driver supports fork() only before that, or followed by exec().
   [[nodiscard]] static Result<Device*> get(int ordinal);
   [[nodiscard]] static Result<int> count();
-  // Whether somebody in this process has made its context. Makes none, nor starts the driver.
+  // Whether any code of this process has made the device's context. Makes none and does not start
+  // the driver.
   [[nodiscard]] static bool is_in_use(int ordinal);
 
   [[nodiscard]] int ordinal() const noexcept { return ordinal_; }

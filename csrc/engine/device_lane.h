@@ -30,7 +30,7 @@ enum class SlotOutcome : std::uint8_t {
   kNoBudget,  // other loads hold all pinned memory for now
 };
 
-// How many bytes of all loads may be pinned.
+// The number of bytes that all loads together may pin.
 [[nodiscard]] Result<std::size_t> pinned_budget(const Settings& settings);
 
 class DeviceLane {

@@ -53,7 +53,7 @@ class LaneBuilder {
         read_bytes_(settings.read_bytes),
         device_(device),
         lane_(lane) {
-    // A unit with its table of tiles must fit into a slot.
+    // A unit and its tiles must fit into a slot.
     if (lane.device != kHostDevice) {
       read_bytes_ = settings.device_read_bytes();
     }

@@ -12,9 +12,9 @@ std::size_t Settings::device_read_bytes() const noexcept {
   return std::min(read_bytes, chunk_bytes / 8);
 }
 
-// Past the page cache the kernel reads nothing ahead: what is in flight is what threads wait for.
-// A drive array of 28 GB/s that takes 0.6 ms for a read wants 16 MiB. Half of the slots, so that
-// the others are copied meanwhile.
+// Direct reads have no read-ahead: only the reads that threads wait for are in flight. A drive
+// array of 28 GB/s whose reads take 0.6 ms needs 16 MiB in flight. This fills half of the slots, so
+// that the others can be copied meanwhile.
 unsigned Settings::reads_in_flight(unsigned direct_devices) const noexcept {
   constexpr std::size_t kUsual = 8;
   constexpr std::size_t kMost = 64;

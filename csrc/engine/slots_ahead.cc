@@ -20,18 +20,18 @@ SlotsAhead::SlotsAhead(int device, std::uint64_t bytes, const Settings& settings
   const Settings resolved = settings.resolved();
   const std::size_t wanted =
       std::min<std::uint64_t>(resolved.pinned_bytes, bytes) / resolved.chunk_bytes;
-  // First, for in a child the pool's lock may be held for ever.
+  // Checked first, because in a child the pool's lock may stay locked for ever.
   if (wanted == 0 || !device::Device::is_in_use(device)) return;
   if (wanted <= device::StagingPool::instance().free_slots(resolved.chunk_bytes)) return;
   try {
     thread_ = std::thread([this, device, wanted, resolved] {
       try {
         pin(device, wanted, resolved);
-      } catch (const std::exception&) {  // no memory: the load will say so
+      } catch (const std::exception&) {  // no memory: the load will report it
         stopped_ = true;
       }
     });
-  } catch (const std::exception&) {  // no more threads to be had
+  } catch (const std::exception&) {  // no thread can be started
     stopped_ = true;
   }
 }
@@ -42,7 +42,7 @@ SlotsAhead::~SlotsAhead() {
   if (process_ == ::getpid()) {
     thread_.join();
   } else {
-    thread_.detach();  // a child, which has no such thread
+    thread_.detach();  // in a child, which does not have this thread
   }
 }
 

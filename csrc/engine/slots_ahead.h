@@ -1,4 +1,4 @@
-// The first staging slots of a load, pinned while it is still being planned.
+// Pins the first staging slots of a load while it is being planned.
 #pragma once
 
 #include <sys/types.h>
@@ -13,15 +13,16 @@
 namespace weightlift::engine {
 
 // While torch allocates the tensors of a large load (several milliseconds), a thread pins slots for
-// it (0.4 ms each) and leaves them in the pool. Only on a device whose context there is already: a
-// first use of CUDA is torch's, and takes a hundred times as long. What fails is left to the load.
+// it (0.4 ms each) and leaves them in the pool. It does so only on a device that already has a
+// context: torch makes the first one, which takes a hundred times as long. Errors are ignored,
+// because the load will meet them.
 class SlotsAhead {
  public:
-  // `bytes` will go through the slots: no more of them are pinned than that fills.
+  // `bytes` will go through the slots. Pins no more slots than they fill.
   SlotsAhead(int device, std::uint64_t bytes, const Settings& settings);
   SlotsAhead(const SlotsAhead&) = delete;
   SlotsAhead& operator=(const SlotsAhead&) = delete;
-  // Waits for the slot that is being pinned, and no more: the load's own threads go on.
+  // Waits only for the slot that is being pinned: the load's own threads pin the rest.
   ~SlotsAhead();
 
  private:

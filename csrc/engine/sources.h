@@ -36,7 +36,7 @@ class Sources {
 
   // Whether a file comes from the disk: then more reads in flight are faster.
   [[nodiscard]] bool cold() const noexcept;
-  // Whether some file is read past the page cache.
+  // Whether a file is read with direct I/O.
   [[nodiscard]] bool reads_directly() const noexcept;
 
   // The parts of mappings that must be read in, in this order and one at a time.
