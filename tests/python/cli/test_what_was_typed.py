@@ -402,8 +402,8 @@ def test_an_error_of_pickles_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("ratios", "said"),
     [
-        ([1.002], "weightlift is as fast as other (one round alone: a larger --repeat tells more)"),
-        ([0.5], "weightlift is slower: 0.50x as fast as other (one round alone: a larger"),
+        ([1.002], "weightlift is as fast as other (one round only; use a larger --repeat)"),
+        ([0.5], "weightlift is slower: 0.50x as fast as other (one round only; use a larger"),
         ([2.0, 3.0], "weightlift is 2.50x as fast as other (2.00x to 3.00x in 2 rounds)"),
     ],
 )
