@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import json
 import ntpath
@@ -29,7 +30,9 @@ def parse_index(
     twice: list[str] = []
     try:
         found = json.loads(
-            text.decode("utf-8-sig"), object_pairs_hook=lambda pairs: _object(pairs, twice, strict)
+            # The codec utf-8-sig is a module that is imported for this alone.
+            text.removeprefix(codecs.BOM_UTF8).decode(),
+            object_pairs_hook=lambda pairs: _object(pairs, twice, strict),
         )
     except (RecursionError, ValueError) as error:
         raise CheckpointError(f"{place}: is not a valid index: {error}") from None
