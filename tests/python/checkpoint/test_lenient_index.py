@@ -101,7 +101,7 @@ def test_shards_in_folders_of_the_folder(tmp_path: Path) -> None:
     assert torch.equal(loaded["w"], W)
     assert torch.equal(loaded["v"], V)
     (folder / "a/b/two.safetensors").unlink()
-    with pytest.raises(wl.CheckpointError, match=r"files that it lists are missing: a/b/two"):
+    with pytest.raises(wl.CheckpointError, match=r"files that it lists is missing: a/b/two"):
         wl.open_checkpoint(folder)
 
 
