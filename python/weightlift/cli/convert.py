@@ -143,9 +143,7 @@ def convert(
     options = OpenOptions(subfolder, variant, use_bin, state_dict_key, prefix, revision)
     for option, value in (("--stem", stem), ("--to-variant", to_variant)):
         if value is not None and (not value or "/" in value or "\0" in value):
-            raise typer.BadParameter(
-                f"{value!r} is no part of a file name, such as fp16", param_hint=option
-            )
+            raise typer.BadParameter(f"{value!r} is no part of a file name", param_hint=option)
     is_file = _is_file(target)
     for option, value in (
         ("--max-shard-size", max_shard_size), ("--stem", stem), ("--to-variant", to_variant),

@@ -128,7 +128,8 @@ def components_of(path: str, revision: str | None = None) -> list[str]:
 
         names = list(open_dduf(path).entries)
     elif place.is_dir():
-        if not (place / "model_index.json").is_file():
+        # Path.is_file raises in a folder without rights, and names a file that nobody named.
+        if not os.path.isfile(place / "model_index.json"):  # noqa: PTH113
             return []
         names = [
             f"{folder.name}/{file.name}"

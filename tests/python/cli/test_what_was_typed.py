@@ -430,3 +430,18 @@ def test_what_bench_lacks_is_said_before_it_measures(
     assert (status, out) == (1, "")
     assert err == "error: --plot needs matplotlib, which is not installed: pip install " \
                   "'weightlift[plot]'\n"  # fmt: skip
+
+
+def test_a_folder_without_rights_is_named_itself(
+    type_in: Type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a file in it that nobody typed."""
+    is_file = Path.is_file
+
+    def refused(self: Path) -> bool:
+        if self.name == "model_index.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return is_file(self)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert type_in("verify", "pipe/unet")[0] == 0
