@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["NAMES", "bench_folder", "model_job", "model_title", "state"]
 
 # Contenders and their names here. The backend is first, because nothing is compared without it.
-NAMES = {"backend": "weightlift", "stock": "stock"}
+NAMES = {"backend": "weightlift", "stock": "library alone"}
 _CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 

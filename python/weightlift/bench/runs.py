@@ -72,7 +72,9 @@ def compare_models(
             for cold in states:
 
                 def begin_here(text: str, state: str = models.state(cold)) -> None:
-                    begin(f"{state}: {text.replace('backend', models.NAMES['backend'])}")
+                    for name, shown in models.NAMES.items():
+                        text = text.replace(name, shown)
+                    begin(f"{state}: {text}")
 
                 found.append(
                     compare(

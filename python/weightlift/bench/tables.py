@@ -130,7 +130,7 @@ def notes(comparison: Comparison) -> list[str]:
         if ours in comparison.samples:
             lines += [f"weightlift's I/O path: {text}" for text in comparison.route(ours)]
     for name, why in comparison.refused.items():
-        lines.append(f"{'weightlift' if name == 'backend' else name}: not measured: {why}")
+        lines.append(f"{NAMES.get(name, name)}: not measured: {why}")
     return lines
 
 
@@ -180,7 +180,7 @@ def models_table(comparisons: Sequence[Comparison]) -> Table:
     table.caption = (
         "Medians. call: from_pretrained; loaded: every page of the weights touched too; 1st "
         "forward: from the start to the end of a small one; memory: the load's own at its peak, "
-        "beside the page cache; ratio: stock's time to loaded over weightlift's, round by round"
+        "beside the page cache; ratio: the library's time to loaded over weightlift's, by round"
         f"{''.join(f'; {one}' for one in ranges)}."
     )
     table.caption_justify = "left"

@@ -56,7 +56,7 @@ def test_a_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert max(map(len, tables(done.stdout))) <= 80
     for state in ("cold", "warm"):
-        for name in ("stock", "weightlift"):
+        for name in ("library alone", "weightlift"):
             assert f"{state}: measuring {name}, round 1 of 1" in done.stderr
         assert re.search(
             rf"^{state}: weightlift is .*\d\.\d\dx as fast as the library alone \(one round only",
