@@ -247,10 +247,14 @@ def _warn_of_unknown_variables() -> None:
     if not said:
         return
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("weightlift."):
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__")):
         frame, level = frame.f_back, level + 1
     for text in said:
         warnings.warn(text, stacklevel=level)  # at the line of the user's call
+
+
+def _is_ours(module: object) -> bool:  # a frame of exec() may have no name
+    return isinstance(module, str) and module.startswith("weightlift.")
 
 
 _told = False  # of unknown variables

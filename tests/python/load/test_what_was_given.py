@@ -238,7 +238,10 @@ def test_what_a_file_is_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
 def test_an_unknown_variable_is_told_at_the_line_of_the_user(tmp_path: Path) -> None:
     """No line of this library is shown."""
     Path("user.py").write_text("import weightlift as wl\n\nwl.load_file('x.safetensors')\n")
-    for command in (["user.py"], ["-m", "weightlift", "user.py"]):
+    Path("nameless.py").write_text(
+        "exec(compile(open('user.py').read(), 'user.py', 'exec'), {'__builtins__': __builtins__})"
+    )
+    for command in (["user.py"], ["-m", "weightlift", "user.py"], ["nameless.py"]):
         done = subprocess.run(
             [sys.executable, *command],
             env={**os.environ, "WEIGHTLIFT_THREDS": "2"},
