@@ -318,7 +318,7 @@ def load_state_dict(
 
     if isinstance(checkpoint_file, dict):
         return checkpoint_file
-    if variant is not None and Path(checkpoint_file).is_dir():
+    if variant is not None and Path(path_text(checkpoint_file)).is_dir():
         checkpoint = open_checkpoint(checkpoint_file, variant=variant)
     else:
         checkpoint = open_without_arguments(checkpoint_file)

@@ -202,6 +202,8 @@ def test_the_advice_names_an_argument_that_is_there() -> None:
                                r"'\w+' \(an argument of open_checkpoint\)"):  # fmt: skip
                 call(path)
     assert wl.load_state_dict("fp16", variant="fp16").keys() == TENSORS.keys()
+    with pytest.raises(TypeError, match="the path is Linear; it must be text"):
+        wl.load_state_dict(linear(), TENSORS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
