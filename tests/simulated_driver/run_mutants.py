@@ -41,6 +41,7 @@ ORACLES = (
     ("the ledger", "leak|pinned|ledger"),
     ("bytes", "differ|memcmp|bits"),
     ("a crash", "SIG"),
+    ("a count", r"assert [\[{\d]"),
 )  # fmt: skip
 
 
