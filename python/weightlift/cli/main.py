@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import re
 import sys
 import warnings
@@ -14,7 +13,7 @@ from weightlift.cli import COMMANDS
 from weightlift.cli.run import parse, start
 from weightlift.core.errors import WeightliftError
 from weightlift.core.requirements import missing_library
-from weightlift.core.settings import unknown_variables
+from weightlift.core.settings import flag_of_environment, unknown_variables
 
 __all__ = ["main", "print_error"]
 
@@ -44,7 +43,10 @@ def main() -> None:
 
         print(__version__)
         sys.exit(0)
-    debug = os.environ.get("WEIGHTLIFT_DEBUG") == "1"
+    try:
+        debug = flag_of_environment("WEIGHTLIFT_DEBUG")
+    except WeightliftError as error:
+        _exit(error)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names that its encoding lacks are no error
             stream.reconfigure(errors="backslashreplace")

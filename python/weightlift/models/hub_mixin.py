@@ -123,6 +123,8 @@ def create_repository(
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+    if not isinstance(repo_id, (str, os.PathLike)):
+        raise ArgumentError(f"repo_id is {repo_id!r}; it must be text, such as 'user/name'")
     name = os.fspath(repo_id)
     try:
         if isinstance(repo_id, os.PathLike):

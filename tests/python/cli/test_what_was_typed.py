@@ -445,3 +445,12 @@ def test_a_folder_without_rights_is_named_itself(
 
     monkeypatch.setattr(Path, "is_file", refused)
     assert type_in("verify", "pipe/unet")[0] == 0
+
+
+def test_debug_takes_what_a_flag_takes(type_in: Type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHTLIFT_DEBUG", "maybe")
+    status, _, err = type_in("inspect", "no.bin")
+    assert (status, err) == (1, "error: WEIGHTLIFT_DEBUG is 'maybe'; it can be 0 or 1\n")
+    monkeypatch.setenv("WEIGHTLIFT_DEBUG", "true")
+    with pytest.raises(FileNotFoundError):
+        type_in("inspect", "no.bin")
