@@ -295,10 +295,9 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
         return len(self._places)
 
     def __contains__(self, name: object) -> bool:
-        if not self.is_plain:
-            return name in self._places
-        parts = self._open_parts
-        return isinstance(name, str) and any(part.find(name) is not None for part in parts)
+        if self.is_plain and len(self._open_parts) == 1:
+            return isinstance(name, str) and self._open_parts[0].find(name) is not None
+        return name in self._places
 
     # Compared by identity: two handles on equal files are different checkpoints.
     __eq__ = object.__eq__

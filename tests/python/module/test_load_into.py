@@ -131,6 +131,47 @@ def test_real_tensors_that_the_engine_cannot_write_to(saved: Path, original: Mod
     assert model.blocks[0].steps.tolist() == original.blocks[0].steps.tolist()
 
 
+@pytest.mark.parametrize("buffers", [True, False], ids=["among others", "alone"])
+def test_parameters_that_differ_in_more_than_their_values(tmp_path: Path, buffers: bool) -> None:
+    """Most parameters on ``meta`` are set without a look at each: these need one."""
+
+    class Marked(torch.nn.Parameter):
+        pass
+
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(3.0))
+            self.frozen = torch.nn.Parameter(torch.rand(4), requires_grad=False)
+            self.counts = torch.nn.Parameter(torch.arange(5), requires_grad=False)
+            self.named = torch.nn.Parameter(torch.rand(2, 3))
+            self.marked = Marked(torch.rand(3))
+            self.linear = torch.nn.Linear(3, 3)
+            self.tied = torch.nn.Linear(3, 3)
+            self.tied.weight = self.linear.weight
+            self.rnn = torch.nn.LSTM(2, 2)
+            if buffers:
+                self.register_buffer("steps", torch.arange(3))
+
+    expected = Odd()
+    state = expected.state_dict()
+    stored = {name: tensor.clone() for name, tensor in state.items() if name != "tied.weight"}
+    stored["scale"] = stored["scale"].reshape(1)
+    safetensors.torch.save_file(stored, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = Odd()
+    model.named.role = "bias"  # type: ignore[attr-defined]
+    wl.load_into(model, tmp_path)
+    assert_same_tensors(model.state_dict(), state)
+    assert model.named.role == "bias"  # type: ignore[attr-defined]
+    assert type(model.marked) is Marked
+    assert model.tied.weight is model.linear.weight
+    assert model.rnn._flat_weights[0] is model.rnn.weight_ih_l0
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, torch.nn.Parameter)
+        assert parameter.requires_grad == expected.get_parameter(name).requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float16", "auto", None])
 @pytest.mark.parametrize("real", [True, False])
 def test_dtypes(original: Model, saved: Path, dtype: Any, real: bool) -> None:
