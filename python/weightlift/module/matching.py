@@ -35,6 +35,8 @@ class MatchPolicy(NamedTuple):
         initialize: initializes tensors on ``meta`` that the checkpoint lacks, by name; called only
             if there are any.
         compare_ties: warn if the checkpoint has different values for the names of one tensor.
+        has_arguments: whether the call has ``strict``, ``ignore_mismatched_sizes`` and ``key_map``,
+            which errors advise.
     """
 
     strict: bool = True
@@ -43,6 +45,7 @@ class MatchPolicy(NamedTuple):
     ignore_unexpected: Callable[[str], bool] | None = None
     initialize: Callable[[Sequence[str]], Mapping[str, torch.Tensor]] | None = None
     compare_ties: bool = False
+    has_arguments: bool = True
 
 
 class Match(NamedTuple):
@@ -179,7 +182,8 @@ def check_keys(
     problems = format_names("errors of the modules' own loading", found.errors)
     if found.mismatched and not policy.ignore_mismatched_sizes:
         problems += format_names(
-            "of another shape than the model's (ignore_mismatched_sizes=True skips them)",
+            "of another shape than the model's"
+            + " (ignore_mismatched_sizes=True skips them)" * policy.has_arguments,
             [
                 f"{name}: {theirs} in the checkpoint, {ours} in the model"
                 for name, theirs, ours in found.mismatched
@@ -195,7 +199,7 @@ def check_keys(
             found.empty_buffers(),
         )
         if found.missing or found.unexpected:
-            hint = _what_helps(found)
+            hint = _what_helps(found, policy.has_arguments)
     if problems:
         raise CheckpointError(
             f"{describe_location(checkpoint)} does not fit {type(model).__name__}{hint}:\n"
@@ -203,7 +207,7 @@ def check_keys(
         )
 
 
-def _what_helps(found: Match) -> str:
+def _what_helps(found: Match, has_arguments: bool) -> str:
     """The remedy: a common prefix of the names, similar names, or ``strict=False``."""
     missing, unexpected = set(found.missing), set(found.unexpected)
     for prefix in _WRAPPERS:
@@ -223,8 +227,10 @@ def _what_helps(found: Match) -> str:
         told = ", ".join(
             f"{theirs!r} resembles {ours!r}" for theirs, ours in sorted(near.items())[:3]
         )
+        if not has_arguments:
+            return f"; {told}; open_checkpoint(...).renamed(...) renames"
         return f"; {told}; key_map= renames, strict=False loads what matches"
-    return "; strict=False loads what matches"
+    return "; strict=False loads what matches" if has_arguments else ""
 
 
 def format_names(title: str, names: Sequence[str]) -> list[str]:

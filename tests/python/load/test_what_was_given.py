@@ -271,3 +271,21 @@ for call in {calls!r}:
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_stream_advises_no_argument_that_it_lacks() -> None:
+    save_file({"weight": TENSORS["weight"]}, "less.safetensors")
+    save_file({"weight": torch.ones(9, 9), "bias": TENSORS["bias"]}, "shape.safetensors")
+    save_file({"weigth": TENSORS["weight"], "biass": TENSORS["bias"]}, "names.safetensors")
+    for path, said in (
+        ("less", "does not fit Linear:\n"),
+        ("shape", "1 of another shape than the model's:\n"),
+        (
+            "names",
+            "'weigth' resembles 'weight'; open_checkpoint(...).renamed(...) renames:",
+        ),
+    ):
+        with pytest.raises(wl.CheckpointError) as raised:
+            wl.stream(linear("meta"), f"{path}.safetensors", device="cpu", memory="1MB")
+        assert said in str(raised.value)
+        assert "=" not in str(raised.value)

@@ -40,7 +40,9 @@ def of_a_checkpoint(
         for _, top in modules_with_own_loading(model, gathered, headers)
         for module in top.modules()
     }
-    found = match(model, refs, checkpoint, headers, MatchPolicy(strict=not own))
+    found = match(
+        model, refs, checkpoint, headers, MatchPolicy(strict=not own, has_arguments=False)
+    )
     placement = PlacementPolicy(dtype=dtype)
     rule = DtypeRule.of(model, placement)
     wanted: dict[str, Wanted] = {}
@@ -70,7 +72,7 @@ def of_a_checkpoint(
     kept = PlacementPolicy(device_map=device_map, dtype=dtype, dispatch=lambda *_: None)
     # Own memory: the streamed reads would evict the pages of a mapping.
     how = LoadOptions(mode="read")
-    matching = MatchPolicy(compare_ties=True)
+    matching = MatchPolicy(compare_ties=True, has_arguments=False)
     fill(model, checkpoint, kept, matching, how, gathered=gathered._replace(refs=on_meta))
     # The caller may close the checkpoint.
     mine = checkpoint.renamed(lambda name: name)
