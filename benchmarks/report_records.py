@@ -1,4 +1,4 @@
-"""Tables of the other records: serving engines, saves, memory used again."""
+"""The tables of the other records: serving engines, saves, reused memory."""
 
 from __future__ import annotations
 

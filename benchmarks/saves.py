@@ -1,4 +1,4 @@
-"""How long saving takes, against the reference and its flush: `python benchmarks/saves.py`.
+"""Measures saves against the reference and its flush: `python benchmarks/saves.py`.
 
 Writes benchmarks/results/saves/MACHINE.json; then `python benchmarks/report.py`.
 
@@ -9,10 +9,10 @@ Writes benchmarks/results/saves/MACHINE.json; then `python benchmarks/report.py`
     convert           an fp32 file of 2 GB to bf16, by `weightlift convert`'s function, and by
                       load_file, a cast of each tensor, and save_file
 
-weightlift flushes what it writes, files and folder, before it renames. The reference does not; here
-fsync(2) of its files and of their folder follows, and counts. Each save is a fresh process; the
-rounds are interleaved, begin with an empty write-back queue (sync(2)), and take turns at who is
-first.
+weightlift flushes its files and their folder before it renames. The reference does not, so the
+script calls fsync(2) on its files and their folder, and counts this time. Each save is a new
+process. The rounds are interleaved, begin with an empty write-back queue (sync(2)), and alternate
+the order.
 """
 
 from __future__ import annotations
