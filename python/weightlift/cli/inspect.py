@@ -366,12 +366,14 @@ def _tensors(entries: list[TensorEntry], number_of: dict[str, str], width: int) 
 def _alignment_text(found: dict[str, Any]) -> str:
     if found["alignment"] is None:
         return "no data"
-    text = f"every tensor begins at a multiple of {found['alignment']} bytes"
-    if found["misaligned_tensors"]:
+    step = format_count(found["alignment"], "byte")
+    text = f"every tensor begins at a multiple of {step}"
+    count = found["misaligned_tensors"]
+    if count:
+        their = "its" if count == 1 else "their"
         text += (
-            f"; {format_count(found['misaligned_tensors'], 'is', 'are')} not aligned to their own "
-            "elements "
-            "(slower to compute on where they are mapped; weightlift.save_file aligns)"
+            f"; {format_count(count, 'is', 'are')} not aligned to {their} own elements (slower to "
+            "compute on where mapped; weightlift.save_file aligns)"
         )
     return text
 

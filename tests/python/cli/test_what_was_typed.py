@@ -454,3 +454,11 @@ def test_debug_takes_what_a_flag_takes(type_in: Type, monkeypatch: pytest.Monkey
     monkeypatch.setenv("WEIGHTLIFT_DEBUG", "true")
     with pytest.raises(FileNotFoundError):
         type_in("inspect", "no.bin")
+
+
+def test_one_tensor_is_not_aligned_to_its_own_elements(type_in: Type) -> None:
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    header += b" " * (8 - len(header) % 8 + 1)
+    Path("odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    shown = " ".join(type_in("inspect", "odd.safetensors")[1].split())
+    assert "begins at a multiple of 1 byte; 1 is not aligned to its own elements" in shown
