@@ -34,7 +34,15 @@ from judges import Figure
 from summary import RUNS, machine_name
 from weightlift.bench.conditions import machine
 from weightlift.bench.stream_child import drop_from_page_cache
-from weightlift.bench.streaming import Steps, StreamRun, compare_streams, describe, plot_timeline
+from weightlift.bench.streaming import (
+    Steps,
+    StreamRun,
+    compare_streams,
+    describe,
+    layers_bytes,
+    plot_timeline,
+    stack_layers,
+)
 from weightlift.core.version import __version__
 
 GB = 10**9
@@ -131,8 +139,6 @@ def measure_step(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def layers_of(size: int) -> int:
-    from weightlift.bench.streaming import stack_layers
-
     return stack_layers(size, Steps().width)
 
 
@@ -147,7 +153,7 @@ def disk_rate(file: Path) -> float:
 def measure_hooks(arguments: argparse.Namespace, out: Path) -> None:
     """Each step takes a few milliseconds; warm, with one thread."""
     layers = max(2, int(SMALL_LAYERS * arguments.scale))
-    size = layers * (8 * SMALL_WIDTH * SMALL_WIDTH + 7 * SMALL_WIDTH) * 4
+    size = layers_bytes(layers, SMALL_WIDTH)
     modules = 3 * layers
     steps = Steps(100, rows=1, threads=1, width=SMALL_WIDTH, keep=arguments.data)
     results = []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from weightlift.checkpoint.checkpoint import Checkpoint
+from weightlift.checkpoint.checkpoint import Checkpoint, describe_location, nearest
 from weightlift.checkpoint.open_checkpoint import open_without_arguments
 from weightlift.core.errors import ArgumentError
 from weightlift.core.given import check_flag
@@ -145,6 +146,7 @@ def load_into(
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_without_arguments(checkpoint)
         if key_map is not None:
+            _warn_of_unknown_names(key_map, checkpoint)
             checkpoint = checkpoint.renamed(key_map)
         return fill(
             model,
@@ -154,6 +156,20 @@ def load_into(
             options,
             new_load=new_load,
             gathered=gathered,
+        )
+
+
+def _warn_of_unknown_names(key_map: object, checkpoint: Checkpoint) -> None:
+    """A dict of names may have been made for another checkpoint, or have a typo."""
+    if not isinstance(key_map, Mapping):
+        return
+    unknown = [name for name in key_map if name not in checkpoint]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        warnings.warn(
+            f"key_map has {unknown[0]!r}{more}, which {describe_location(checkpoint)} does not "
+            f"have{nearest(str(unknown[0]), checkpoint)}",
+            stacklevel=3,
         )
 
 

@@ -204,10 +204,13 @@ class TensorSlice:
 
         Raises:
             IndexError: an index is out of bounds, or there are too many.
+            TypeError: an index is text or bytes.
         """
         device, mode = self._opened._device, self._opened._mode
         shape = self._part.shape(self._position)
         parts = _parse_index(index, shape)
+        if parts is None:
+            self._check_types(index)
         backwards = parts is not None and any(step < 0 for _, step, _, _ in parts)
         in_place = device.type == "cpu" and mode != "read" and not backwards
         if parts is None or in_place or device.type not in ("cpu", "cuda"):
@@ -224,6 +227,14 @@ class TensorSlice:
                 return self._read(parts, device)  # names the place of the error, or succeeds
             return whole[_flat(index)]
         return self._read(parts, device)
+
+    def _check_types(self, index: Any) -> None:
+        for item in index if isinstance(index, tuple) else (index,):
+            if isinstance(item, (str, bytes)):
+                raise TypeError(
+                    f"{self._opened._path}: tensor {self._name!r}: {item!r} is no index; give "
+                    "integers, slices, ..., None, lists or tensors"
+                )
 
     def _read(self, parts: list[tuple[int, int, int, bool]], device: torch.device) -> torch.Tensor:
         plan = new_plan(self._opened._settings)

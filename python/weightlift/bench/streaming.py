@@ -27,6 +27,7 @@ __all__ = [
     "StreamRun",
     "compare_streams",
     "describe",
+    "layers_bytes",
     "plot_timeline",
     "stack_layers",
 ]
@@ -192,7 +193,12 @@ def _folder(model: str, width: int, keep: Path | None) -> Iterator[tuple[Path, i
     from weightlift.bench.stream_child import Stack
     from weightlift.save import save_file
 
-    layers = stack_layers(parse_size(found[1], "the stack's size"), width)
+    size = parse_size(found[1], "the stack's size")
+    layers = stack_layers(size, width)
+    if size < (smallest := layers_bytes(1, width)):
+        raise ArgumentError(
+            f"{model}: one layer of a stack has {format_bytes(smallest)}; give at least that"
+        )
     with tempfile.TemporaryDirectory(prefix="weightlift-bench-", dir=keep) as temporary:
         folder = (keep or Path(temporary)) / f"stack-{layers}-{width}"
         file = folder / "model.safetensors"
@@ -205,7 +211,12 @@ def _folder(model: str, width: int, keep: Path | None) -> Iterator[tuple[Path, i
 
 def stack_layers(size: int, width: int) -> int:
     """The number of layers of a stack of about ``size`` bytes."""
-    return max(2, round(size / ((8 * width * width + 7 * width) * 4)))
+    return max(1, round(size / layers_bytes(1, width)))
+
+
+def layers_bytes(layers: int, width: int) -> int:
+    """Bytes of so many layers of a stack."""
+    return layers * (8 * width * width + 7 * width) * 4
 
 
 def _run(task: dict[str, Any]) -> StreamRun:

@@ -262,7 +262,10 @@ def test_json_of_bench_is_a_flag(type_in: Type) -> None:
 
 
 def test_a_step_that_does_not_fit_ends_at_once(type_in: Type) -> None:
-    status, out, err = type_in("bench", "stack:1MB", "--stream", "--memory", "1KB", "--repeat", "1")
+    typed = ("--stream", "--memory", "1KB", "--repeat", "1")
+    status, _, err = type_in("bench", "stack:1MB", *typed)
+    assert (status, "stack:1MB: one layer of a stack has 33.6 MB" in err) == (1, True)
+    status, out, err = type_in("bench", "stack:34MB", *typed)
     assert status == 1
     assert "not measured: ArgumentError: memory is 1.0 kB" in out
     assert "another result" not in out

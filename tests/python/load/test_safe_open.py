@@ -350,6 +350,15 @@ def test_indices_out_of_range(path: Path, backend: str, name: str, index: Any) -
                 opened.get_slice(name)[index]
 
 
+@pytest.mark.parametrize("index", ["a", (0, "a"), b"a"], ids=repr)
+def test_text_is_no_index(path: Path, index: Any) -> None:
+    with (
+        wl.safe_open(path) as ours,
+        pytest.raises(TypeError, match=r"tensor 'weight': .* is no index; give integers"),
+    ):
+        ours.get_slice("weight")[index]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_ellipses(path: Path, tensors: dict[str, torch.Tensor], backend: str) -> None:
     index = (..., 0, ...)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,17 @@ def test_key_map(original: Model, tmp_path: Path, given: str) -> None:
     model = on_meta()
     wl.load_into(model, path, key_map=names if given == "dict" else lambda name: names[name])
     assert_same_tensors(dict(model.state_dict()), dict(original.state_dict()))
+
+
+def test_key_map_with_a_typo(original: Model, saved: Path) -> None:
+    name = next(iter(original.state_dict()))
+    typo = name[:-2] + name[-1] + name[-2]
+    model = on_meta()
+    with pytest.warns(UserWarning, match=rf"key_map has '{typo}', .*model.*similar are '{name}'"):
+        wl.load_into(model, saved, key_map={typo: "x"}, strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wl.load_into(on_meta(), saved, key_map={name: name}, strict=False)
 
 
 def test_key_map_must_keep_names_apart(saved: Path) -> None:
