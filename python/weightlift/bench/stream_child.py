@@ -19,6 +19,9 @@ from typing import Any
 
 __all__ = ["drop_from_page_cache", "main"]
 
+# Longer than the reads ahead of a step take after it.
+_SETTLE_SECONDS = 0.5
+
 # Imported before the memory is measured.
 _IMPORTED = {
     "weightlift": ["weightlift.module.streaming"],
@@ -95,6 +98,9 @@ def drop_from_page_cache(file: str) -> None:
 
 
 def _holds() -> dict[str, int]:
+    """When the reads ahead of the next step have ended, which have threads and memory of their
+    own."""
+    time.sleep(_SETTLE_SECONDS)
     return {
         "bytes": _anonymous_bytes(),
         "threads": len(list(Path("/proc/self/task").iterdir())),

@@ -54,7 +54,7 @@ from weightlift.core.atomic import (
 from weightlift.core.errors import ArgumentError, FormatError
 from weightlift.core.given import check_text
 from weightlift.core.paths import target_text
-from weightlift.core.sizes import parse_shard_size
+from weightlift.core.sizes import parse_shard_size, parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -425,7 +425,7 @@ def _split(
         # torch.save keeps tensors that share memory together; safetensors has no shared memory.
         get_storage_id=get_torch_storage_id if names.extension == ".bin" else lambda tensor: None,
         filename_pattern="{suffix}",
-        max_shard_size=parse_shard_size(max_shard_size),
+        max_shard_size=parse_size(max_shard_size, "max_shard_size"),  # 0: a file a tensor
     )
     shards = {
         f"{names.base}{number}{names.extension}": inside

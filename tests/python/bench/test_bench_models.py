@@ -82,8 +82,7 @@ def test_a_class(tmp_path: Path) -> None:
     assert max(map(len, tables(done.stdout))) <= 80
     assert "warm: measuring weightlift, round 1 of 1" in done.stderr
     said = " ".join(done.stdout.split())
-    (ratio,) = re.findall(r" (\S+x) Medians\.", said)
-    assert f"round by round; warm {ratio} to {ratio}." in said
+    assert "the library alone (one round only; use a larger --repeat)" in said
     (comparison,) = json.loads(out.read_text())["comparisons"]
     with torch.device("meta"):
         size = sum(tensor.nbytes for tensor in AutoencoderTiny().state_dict().values())

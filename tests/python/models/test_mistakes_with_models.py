@@ -39,7 +39,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "to None": (saved(None), TypeError, "the path is NoneType"),
     "a typo": (saved(safe_serialisation=False), Argument, "did you mean 'safe_serialization'"),
     "text for a flag": (saved(push_to_hub="no"), Argument, "push_to_hub is 'no'"),
-    "no room": (saved(max_shard_size=0), Argument, "max_shard_size is 0; a file needs room"),
+    "no size": (saved(max_shard_size="big"), Argument, "max_shard_size is 'big'; write"),
     "no id": (lambda: Net().push_to_hub(3), Argument, "repo_id is 3; it must be text"),  # type: ignore[arg-type]
     "a variant": (saved(variant=16), Argument, "variant is 16; it must be text"),
     "no function": (saved(save_function="x"), Argument, "save_function is 'x'"),

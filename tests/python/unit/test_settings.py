@@ -287,7 +287,7 @@ def test_populate_is_a_choice(tmp_path: Path) -> None:
 def test_sizes_are_text_here_too(name: str) -> None:
     assert getattr(Settings(**{name: "32MB"}), name) == 32_000_000
     assert Settings(**{name: "1 MiB"}) == Settings(**{name: MIB})
-    with pytest.raises(wl.ArgumentError, match=rf"Settings\.{name} is '1 parsec'; write bytes"):
+    with pytest.raises(wl.ArgumentError, match=rf"Settings\.{name} is '1 parsec'; write whole "):
         Settings(**{name: "1 parsec"})
 
 
