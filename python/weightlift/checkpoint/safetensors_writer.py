@@ -1,10 +1,8 @@
-"""Writes a safetensors file in one pass, and starts its write-back early."""
+"""Writes a safetensors file in one pass."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import functools
 import json
 import os
 import struct
@@ -29,9 +27,8 @@ __all__ = [
     "write_safetensors",
 ]
 
-# Bytes of one write(2) and of one sync_file_range(2).
+# Bytes of one write(2), between which progress is shown.
 _STEP = 16 << 20
-_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _LARGEST_HEADER = 100_000_000  # MAX_HEADER_SIZE of the reference
 
 # The reference's writer orders tensors by dtype, from the last in this list to the first, then by
@@ -144,8 +141,11 @@ def write_safetensors(
     replaces: Path | None = None,
     show: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a file and flushes it to the disk. The kernel starts the write-back early, so that the
-    flush at the end is short.
+    """Writes a file and flushes it to the disk.
+
+    The write-back is left to the kernel: begun early, with sync_file_range(2), it can save at most
+    the time of the copy to the page cache, but it takes turns with that copy. On ext4 with 2 CPUs
+    1 GB took 0.6 to 1.6 s so, and 0.4 s without.
 
     Args:
         path: a file that does not exist.
@@ -159,11 +159,8 @@ def write_safetensors(
     try:
         if replaces is not None:
             keep_mode(descriptor, replaces)
-        written = 0
         for part, counted in _parts(header, data):
             _write_all(descriptor, part)
-            _start_writeback(descriptor, written, len(part))
-            written += len(part)
             if show is not None and counted:
                 show(len(part))
         flush_descriptor(descriptor)
@@ -182,24 +179,6 @@ def _parts(header: bytes, data: Iterable[memoryview]) -> Iterator[tuple[memoryvi
 def _write_all(descriptor: int, data: memoryview) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
-
-
-def _start_writeback(descriptor: int, offset: int, count: int) -> None:
-    """Only advice to the kernel: some file systems and sandboxes refuse it."""
-    call = _sync_file_range()
-    if call is not None and count == _STEP:
-        call(descriptor, offset, count, _SYNC_FILE_RANGE_WRITE)
-
-
-@functools.cache
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    try:
-        call = ctypes.CDLL(None).sync_file_range
-    except (OSError, AttributeError):  # some C libraries lack the function
-        return None
-    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    found: Callable[[int, int, int, int], int] = call
-    return found
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
