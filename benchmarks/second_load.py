@@ -2,9 +2,10 @@
 
     python benchmarks/second_load.py             # bf16 -> fp32, 1 GB of file
 
-Each round is a new process. It loads the file twice into new memory and deletes the tensors, then
-does the same with the pool, repeats both, and reports the median times. The order of the two
-alternates between rounds. Memory is backed, because the process has just freed it. Writes
+Each round is a new process. It loads the file six times into new memory and deletes the tensors
+each time, does the same with the pool, and reports the medians of the last five loads of each kind.
+The order of the two alternates between rounds. Memory is backed, because the process has just freed
+it. Writes
 benchmarks/results/second-load/MACHINE.json.
 """
 

@@ -80,7 +80,8 @@ def load_into(
         strict: missing or unexpected keys are an error, raised before anything is read.
         ignore_mismatched_sizes: skip tensors whose shape differs from the parameter's.
         key_map: a function from a tensor's name in the checkpoint to its name in the model, or a
-            dict, which leaves the names that it lacks as they are; ``None`` skips the tensor.
+            dict, which leaves the names that it lacks as they are; ``None`` skips the tensor. A
+            name of the dict that the checkpoint lacks is warned of.
         mode: as in ``load_file``; tensors that are filled in place are read in every mode.
         pin_memory: use page-locked host memory.
         memory_format: the memory format of 4-D weights, such as ``torch.channels_last``.

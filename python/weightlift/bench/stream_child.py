@@ -98,8 +98,8 @@ def drop_from_page_cache(file: str) -> None:
 
 
 def _holds() -> dict[str, int]:
-    """When the reads ahead of the next step have ended, which have threads and memory of their
-    own."""
+    """What the process holds while nothing is read: the reads ahead of the next step, which have
+    threads and memory, end first."""
     time.sleep(_SETTLE_SECONDS)
     return {
         "bytes": _anonymous_bytes(),

@@ -143,9 +143,9 @@ def write_safetensors(
 ) -> None:
     """Writes a file and flushes it to the disk.
 
-    The write-back is left to the kernel: begun early, with sync_file_range(2), it can save at most
-    the time of the copy to the page cache, but it takes turns with that copy. On ext4 with 2 CPUs
-    1 GB took 0.6 to 1.6 s so, and 0.4 s without.
+    The kernel decides when the write-back begins. To begin it early with sync_file_range(2) saves
+    at most the time of the copy to the page cache, and it slows that copy down by more:
+    ``benchmarks/saves.py`` shows it in a change of this function.
 
     Args:
         path: a file that does not exist.

@@ -22,7 +22,7 @@ from weightlift.load.options import LoadOptions
 
 __all__ = ["FileSource", "HostSource", "Source", "settings_for"]
 
-_DIRECT_READ_BYTES = 2 << 20
+_DIRECT_READ_BYTES = 2 << 20  # a huge page of the scratch memory
 
 
 class Source(Protocol):
@@ -153,8 +153,8 @@ def _is_for_engine(tensor: torch.Tensor, target: torch.Tensor, device: torch.dev
 
 def settings_for(streamed_bytes: int) -> Settings:
     """Reads past the page cache what it could not keep from one step to the next: page by page it
-    would throw out what is needed soonest. Then each read fills a huge page, of which the kernel
-    makes one segment: 3.3 GB/s where reads of 1 MiB had 1.2 (AMD EPYC, 2 CPUs, a virtio disk)."""
+    would throw out what is needed soonest. These reads are larger than the default:
+    ``benchmarks/streams.py step`` measures the difference."""
     settings = Settings.current()
     headroom: int = _native.machine()["memory_headroom"]
     if settings.io_path in (None, "auto") and streamed_bytes > headroom // 2:
