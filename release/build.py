@@ -229,25 +229,31 @@ def check_contents(archive: zipfile.ZipFile, wheel: Path, source: Path) -> None:
 
 
 def check_module(tools: Path, module: Path) -> None:
-    """Checks that the module is stripped, exports one name, and needs only libraries that all
-    systems have."""
+    """Checks that the module is stripped, exports one name, and needs only libraries and symbols
+    that all systems have."""
     code = """
 import sys
 from elftools.elf.elffile import ELFFile
 with open(sys.argv[1], "rb") as file:
     elf = ELFFile(file)
-    symbols = elf.get_section_by_name(".dynsym").iter_symbols()
+    symbols = list(elf.get_section_by_name(".dynsym").iter_symbols())
     print(*sorted(s.name for s in symbols if s["st_shndx"] != "SHN_UNDEF" and s.name))
+    versions = elf.get_section_by_name(".gnu.version")
+    print(*(s.name for i, s in enumerate(symbols) if s["st_shndx"] == "SHN_UNDEF" and s.name
+            and s["st_info"]["bind"] == "STB_GLOBAL" and not s.name.startswith(("Py", "_Py"))
+            and versions.get_symbol(i)["ndx"] in ("VER_NDX_LOCAL", "VER_NDX_GLOBAL")))
     dynamic = elf.get_section_by_name(".dynamic")
     print(*sorted(tag.needed for tag in dynamic.iter_tags("DT_NEEDED")))
     print(*(s.name for s in elf.iter_sections() if s.name in (".symtab", ".debug_info")))
     print(*(tag.entry.d_tag for tag in dynamic.iter_tags() if "PATH" in str(tag.entry.d_tag)))
 """
-    exported, needed, debug, paths = run(tools, "-c", code, module).split("\n")[:4]
+    exported, missing, needed, debug, paths = run(tools, "-c", code, module).split("\n")[:5]
     allowed = {"libc.so.6", "libpthread.so.0", "libdl.so.2", "libm.so.6", "librt.so.1"}
     allowed |= {"libgcc_s.so.1", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
     if exported != "PyInit__native":
         sys.exit(f"{module} exports {exported}; only PyInit__native may be exported")
+    if missing:  # a shared library links with names that no library has, without their version
+        sys.exit(f"{module} needs {missing}, which the C library of the wheel's tag does not have")
     if unknown := set(needed.split()) - allowed:
         sys.exit(f"{module} needs {unknown}")
     if debug or paths:

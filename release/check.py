@@ -141,10 +141,20 @@ def check_libraries(version: str, name: str, python: Path, wheel: Path, cpu_only
 
 # Like a container in a cluster: only a 16 MiB /tmp and a 1 MiB /dev/shm can be written. If the
 # interpreter lies in a home folder that is closed to others, only the interpreter is visible there.
+# A repository in /tmp stays visible.
 _TIGHT = """
 mount --make-rprivate /
-mount -t tmpfs -o size=16m,mode=1777 tmpfs /tmp
 mount -t tmpfs -o size=1m,mode=1777 tmpfs /dev/shm
+mkdir /dev/shm/root
+mount --bind "$ROOT" /dev/shm/root
+mount -t tmpfs -o size=16m,mode=1777 tmpfs /tmp
+if [ ! -d "$ROOT" ]; then
+  mkdir -p "$ROOT"
+  mount --bind /dev/shm/root "$ROOT"
+  mount -o remount,bind,ro "$ROOT"
+fi
+umount /dev/shm/root
+rmdir /dev/shm/root
 if [ -n "$CLOSED" ]; then
   mkdir /tmp/prefix
   mount --bind "$PREFIX" /tmp/prefix
@@ -182,6 +192,7 @@ def check_tight(version: str, name: str) -> None:
     environment = {
         "HOME": "/nonexistent",
         "MODELS": str(models),
+        "ROOT": str(ROOT),
         "PREFIX": str(prefix),
         "CLOSED": str(closed[0]) if closed else "",
     }

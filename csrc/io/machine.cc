@@ -1,6 +1,8 @@
 #include "io/machine.h"
 
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -83,7 +85,8 @@ std::vector<std::string> group_folders(const std::string& root, const std::strin
 int current_node() noexcept {
   unsigned cpu = 0;
   unsigned node = 0;
-  return ::getcpu(&cpu, &node) == 0 ? static_cast<int>(node) : -1;
+  // glibc has getcpu(2) since 2.29; the wheels are for 2.28.
+  return ::syscall(SYS_getcpu, &cpu, &node, nullptr) == 0 ? static_cast<int>(node) : -1;
 }
 
 unsigned usable_cpus(const std::string& root) {
