@@ -18,6 +18,7 @@
 #include "bind/values.h"
 #include "engine/report.h"
 #include "engine/settings.h"
+#include "engine/slots_ahead.h"
 
 namespace py = pybind11;
 
@@ -98,10 +99,21 @@ void bind_targets(const py::module_& module) {
           py::arg("names"), py::arg("addresses"), py::arg("elements"), py::arg("dtypes"));
 }
 
+void bind_slots_ahead(const py::module_& module) {
+  py::class_<engine::SlotsAhead>(module, "SlotsAhead")
+      .def(py::init([](int device, std::uint64_t bytes, const engine::Settings& settings) {
+             return std::make_unique<engine::SlotsAhead>(device, engine::Expected{.bytes = bytes},
+                                                         settings);
+           }),
+           py::arg("device"), py::arg("bytes"), py::arg("settings"))
+      .def("stop", &engine::SlotsAhead::stop);
+}
+
 }  // namespace
 
 void bind_plan(const py::module_& module) {
   bind_targets(module);
+  bind_slots_ahead(module);
   py::class_<PlanBuilder>(module, "Plan")
       .def(py::init<engine::Settings>(), py::arg("settings"))
       .def("map", &PlanBuilder::map, py::arg("source"), py::arg("which"), py::arg("shared"),
@@ -129,7 +141,13 @@ void bind_plan(const py::module_& module) {
            py::arg("offset"), py::arg("dimensions"), py::arg("target"))
       .def("use_stream", &PlanBuilder::use_stream, py::arg("device"), py::arg("stream"))
       .def("populate", &PlanBuilder::populate, py::arg("now"))
-      .def("pin_ahead", &PlanBuilder::pin_ahead, py::arg("device"), py::arg("bytes"))
+      .def(
+          "prepare_ahead",
+          [](PlanBuilder& self, int device, std::uint64_t bytes, bool casts,
+             std::uint64_t separate) {
+            self.prepare_ahead(device, {.bytes = bytes, .casts = casts, .separate = separate});
+          },
+          py::arg("device"), py::arg("bytes"), py::arg("casts"), py::arg("separate"))
       .def("prepare", &PlanBuilder::prepare)
       .def("start", &PlanBuilder::start, py::arg("scratch"))
       .def("wait", &PlanBuilder::wait, py::arg("seconds"))

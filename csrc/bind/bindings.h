@@ -7,7 +7,7 @@ namespace weightlift::bind {
 
 void bind_settings(const pybind11::module_& module);  // Settings
 void bind_checkpoint(pybind11::module_& module);      // IndexedFile, Archive, torch_pickle
-void bind_plan(const pybind11::module_& module);      // Plan, Targets, HostTensors
+void bind_plan(const pybind11::module_& module);      // Plan, Targets, HostTensors, SlotsAhead
 void bind_machine(pybind11::module_& module);  // processors, memory, the driver and its devices
 
 }  // namespace weightlift::bind

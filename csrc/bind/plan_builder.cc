@@ -270,9 +270,9 @@ void PlanBuilder::copy_strided(
                     parts);
 }
 
-void PlanBuilder::pin_ahead(int device, std::uint64_t bytes) {
+void PlanBuilder::prepare_ahead(int device, const engine::Expected& expected) {
   const UnlockedGil unlocked;
-  ahead_.emplace_back(device, bytes, settings_);
+  ahead_.emplace_back(device, expected, settings_);
 }
 
 std::vector<std::pair<int, std::uint64_t>> PlanBuilder::prepare() {

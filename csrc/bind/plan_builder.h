@@ -81,8 +81,8 @@ class PlanBuilder {
   // wait_for() can then wait for tensors by their numbers in that order.
   void order(std::vector<std::uint32_t> ranks);
 
-  // Begins to pin slots for `bytes` that will go to a device. start() ends this.
-  void pin_ahead(int device, std::uint64_t bytes);
+  // Begins to pin slots, and to load the kernel if the plan will need it. start() ends this.
+  void prepare_ahead(int device, const engine::Expected& expected);
 
   // Returns (device, bytes) of the scratch memory that start() needs.
   std::vector<std::pair<int, std::uint64_t>> prepare();

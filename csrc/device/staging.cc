@@ -84,13 +84,24 @@ Result<std::optional<StagingSlot>> StagingPool::take(Device& device, std::size_t
 
 Result<bool> StagingPool::add_free(Device& device, std::size_t bytes, std::size_t budget,
                                    std::size_t wanted) {
+  struct Adding {
+    StagingPool& pool;
+    bool counted = false;
+    ~Adding() {
+      if (!counted) return;
+      const MutexLock lock(pool.mutex_);
+      --pool.adding_;
+    }
+  } adding{*this};
   {
     const MutexLock lock(mutex_);
     const auto is_near = [&](const PinnedMemory& slot) {
       return slot.size() == bytes && slot.node() == device.node();
     };
     const auto there = static_cast<std::size_t>(std::count_if(free_.begin(), free_.end(), is_near));
-    if (there >= wanted || waiting_ != 0 || !fits(bytes, budget)) return false;
+    if (there + adding_ >= wanted || waiting_ != 0 || !fits(bytes, budget)) return false;
+    adding.counted = true;
+    ++adding_;
     pinned_bytes_ += bytes;
     busy_bytes_ += bytes;
   }

@@ -55,8 +55,8 @@ class StagingPool {
                                                         SlotClaim claim = SlotClaim::kFirst);
 
   // Pins a slot for a load that will take it, and leaves it free. Returns whether it did: not if
-  // `wanted` such slots are free on the device's node, the budget is used up, or somebody waits for
-  // a first slot.
+  // `wanted` such slots are free on the device's node or being made by other calls, the budget is
+  // used up, or somebody waits for a first slot.
   [[nodiscard]] Result<bool> add_free(Device& device, std::size_t bytes, std::size_t budget,
                                       std::size_t wanted);
   [[nodiscard]] std::size_t free_slots(std::size_t bytes) const;  // on any node
@@ -107,6 +107,7 @@ class StagingPool {
   std::size_t busy_bytes_ WL_GUARDED_BY(mutex_) =
       0;  // of pinned_bytes_: lent, being pinned or unpinned
   unsigned waiting_ WL_GUARDED_BY(mutex_) = 0;
+  std::size_t adding_ WL_GUARDED_BY(mutex_) = 0;  // calls of add_free() that pin, on any node
   std::atomic<std::uint64_t> changes_ = 0;
 };
 

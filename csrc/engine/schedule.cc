@@ -23,8 +23,6 @@
 namespace weightlift::engine {
 namespace {
 
-// Up to about this many runs, single copies are cheaper than a kernel with its table.
-constexpr std::size_t kDirectRuns = 4;
 constexpr std::uint32_t kPieceAlignment = 16;
 constexpr std::uint32_t kUnitPieces = 1024;  // so that the tiles of a unit fit into a slot
 

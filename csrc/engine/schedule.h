@@ -2,6 +2,7 @@
 // order each device gets it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -12,6 +13,9 @@
 #include "result.h"
 
 namespace weightlift::engine {
+
+// Up to about this many runs of a chunk, single copies are cheaper than a kernel with its table.
+inline constexpr std::size_t kDirectRuns = 4;
 
 // Elements [first, first + count) of a copy, counted in the order of its source.
 struct Piece {

@@ -11,22 +11,37 @@
 #include "device/context.h"
 #include "device/staging.h"
 #include "engine/device_lane.h"
+#include "engine/schedule.h"
 #include "engine/settings.h"
 
 namespace weightlift::engine {
 
-SlotsAhead::SlotsAhead(int device, std::uint64_t bytes, const Settings& settings)
+namespace {
+
+// Whether a chunk of the plan certainly goes through the kernel. Twice the chunks that the bytes
+// fill, because padding and tables take room too; with more separate tensors than these chunks can
+// have without the kernel, one of them has too many.
+bool needs_kernel(const Expected& expected, const Settings& settings) {
+  if (!settings.kernels) return false;
+  const std::uint64_t chunks = 1 + expected.bytes / settings.chunk_bytes;
+  return expected.casts || expected.separate > 2 * kDirectRuns * chunks;
+}
+
+}  // namespace
+
+SlotsAhead::SlotsAhead(int device, const Expected& expected, const Settings& settings)
     : process_(::getpid()) {
   const Settings resolved = settings.resolved();
   const std::size_t wanted =
-      std::min<std::uint64_t>(resolved.pinned_bytes, bytes) / resolved.chunk_bytes;
+      std::min<std::uint64_t>(resolved.pinned_bytes, expected.bytes) / resolved.chunk_bytes;
+  const bool kernel = needs_kernel(expected, resolved);
   // Checked first, because in a child the pool's lock may stay locked for ever.
-  if (wanted == 0 || !device::Device::is_in_use(device)) return;
-  if (wanted <= device::StagingPool::instance().free_slots(resolved.chunk_bytes)) return;
+  if ((wanted == 0 && !kernel) || !device::Device::is_in_use(device)) return;
+  if (!kernel && wanted <= device::StagingPool::instance().free_slots(resolved.chunk_bytes)) return;
   try {
-    thread_ = std::thread([this, device, wanted, resolved] {
+    thread_ = std::thread([this, device, kernel, wanted, resolved] {
       try {
-        pin(device, wanted, resolved);
+        prepare(device, kernel, wanted, resolved);
       } catch (const std::exception&) {  // no memory: the load will report it
         stopped_ = true;
       }
@@ -46,9 +61,12 @@ SlotsAhead::~SlotsAhead() {
   }
 }
 
-void SlotsAhead::pin(int device, std::size_t wanted, const Settings& settings) {
+void SlotsAhead::prepare(int device, bool kernel, std::size_t wanted, const Settings& settings) {
   const auto found = device::Device::get(device);
-  if (!found.ok() || (*found)->uses_host_page_tables()) return;
+  if (!found.ok()) return;
+  // First, because the plan waits for it; the slots are needed later.
+  if (kernel) static_cast<void>((*found)->scatter_kernel());
+  if ((*found)->uses_host_page_tables()) return;
   const auto budget = pinned_budget(settings);
   if (!budget.ok()) return;
   auto& pool = device::StagingPool::instance();

@@ -1,4 +1,4 @@
-// Pins the first staging slots of a load while it is being planned.
+// Prepares a device for a load whose files are being opened, or which is being planned.
 #pragma once
 
 #include <sys/types.h>
@@ -12,21 +12,32 @@
 
 namespace weightlift::engine {
 
-// While torch allocates the tensors of a large load (several milliseconds), a thread pins slots for
-// it (0.4 ms each) and leaves them in the pool. It does so only on a device that already has a
-// context: torch makes the first one, which takes a hundred times as long. Errors are ignored,
-// because the load will meet them.
+// What is known of a load to a device before its plan is complete.
+struct Expected {
+  std::uint64_t bytes = 0;     // that go through the slots, at least
+  bool casts = false;          // whether the device casts
+  std::uint64_t separate = 0;  // tensors whose ends adjoin no other tensor on the device, at least
+};
+
+// While the files are opened and torch allocates the tensors of a large load (several
+// milliseconds), a thread loads the kernel, if the plan will certainly need it, pins slots (0.4 ms
+// each) and leaves them in the pool. It does so only on a device that already has a context: torch
+// makes the first one, which takes a hundred times as long. Errors are ignored, because the load
+// will meet them.
 class SlotsAhead {
  public:
-  // `bytes` will go through the slots. Pins no more slots than they fill.
-  SlotsAhead(int device, std::uint64_t bytes, const Settings& settings);
+  // Pins no more slots than the bytes fill.
+  SlotsAhead(int device, const Expected& expected, const Settings& settings);
   SlotsAhead(const SlotsAhead&) = delete;
   SlotsAhead& operator=(const SlotsAhead&) = delete;
   // Waits only for the slot that is being pinned: the load's own threads pin the rest.
   ~SlotsAhead();
 
+  // The thread begins no further slot. Does not wait for it.
+  void stop() noexcept { stopped_ = true; }
+
  private:
-  void pin(int device, std::size_t wanted, const Settings& settings);
+  void prepare(int device, bool kernel, std::size_t wanted, const Settings& settings);
 
   std::atomic<bool> stopped_ = false;
   pid_t process_;

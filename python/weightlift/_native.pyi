@@ -125,6 +125,14 @@ class HostTensors:
         dtypes: Sequence[str],
     ) -> None: ...
 
+class SlotsAhead:
+    def __init__(self, device: int, bytes: int, settings: Settings) -> None:
+        """Begins to pin staging slots for so many bytes that will go to a CUDA device. Does nothing
+        if the process does not use the device yet."""
+
+    def stop(self) -> None:
+        """Begins no further slot. The object's end waits for the one that is being pinned."""
+
 class Plan:
     """A load: add copies, ``prepare``, ``start``, ``wait``, ``finish``, then ``tensors``."""
 
@@ -201,9 +209,11 @@ class Plan:
         """Loads in an order of use, for ``wait_for``. ``ranks``: the place of each tensor of the
         plan, in the order of the calls that added them."""
 
-    def pin_ahead(self, device: int, bytes: int) -> None:
+    def prepare_ahead(self, device: int, bytes: int, casts: bool, separate: int) -> None:
         """Begins to pin staging slots for so many bytes that will go to a CUDA device, until
-        ``start``. Does nothing if the process does not use the device yet."""
+        ``start``; and to load the kernel if the device ``casts`` or at least so many tensors end
+        where no other one begins, ``separate``, that it is certainly needed. Does nothing if the
+        process does not use the device yet."""
 
     def prepare(self) -> list[tuple[int, int]]:
         """Schedules the load. Returns (device, bytes) of the scratch memory for ``start``."""

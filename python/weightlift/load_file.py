@@ -26,6 +26,7 @@ from weightlift.core.requirements import require
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import Backend, LoadOptions, Mode, Progress, mode_of_backend
+from weightlift.load.plans import slots_ahead
 from weightlift.module.device_map import DeviceMap, assign, parse_device_map
 from weightlift.module.parameters import check_module
 
@@ -81,10 +82,16 @@ def load_file(
         OutOfMemoryError: the host or the device has too little memory (also a ``MemoryError``).
     """
     require("torch", "load_file")
-    checkpoint = open_file(filename)
+    target = loadable_device(device)
+    ahead = slots_ahead(target, filename, casts=dtype is not None)
+    try:
+        checkpoint = open_file(filename)
+    finally:
+        if ahead is not None:
+            ahead.stop()
     return load_tensors(
         checkpoint,
-        loadable_device(device),
+        target,
         LoadOptions(mode_of_backend(mode, backend), pin_memory, verify, progress),
         dtype=dtypes.parse_dtype(dtype),
     )

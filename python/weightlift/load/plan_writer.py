@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import weightlift._native as _native
@@ -69,6 +69,7 @@ class _OnDevice(NamedTuple):
         destination, selection: which, and where to.
         shapes, dtypes, sizes: of the tensors on the device; sizes in bytes.
         staged: the bytes that go to the device, at least: a cast runs on either side.
+        device_casts: whether the device certainly casts some of them.
     """
 
     destination: Destination
@@ -77,6 +78,7 @@ class _OnDevice(NamedTuple):
     dtypes: Sequence[str]
     sizes: Sequence[int]
     staged: int
+    device_casts: bool
 
 
 class PlanWriter:
@@ -200,6 +202,8 @@ class PlanWriter:
             outputs.hand_out(name, number, view)
             if target is not None:
                 outputs.copy_into(target)
+        if in_place and not destination.on_host:
+            self._prepare_for(destination, self._sizes_in_place(in_place))
         for part in sorted({*chosen, *in_place}):
             if part in in_place:
                 self._write_in_place(destination, part, in_place[part])
@@ -325,32 +329,43 @@ class PlanWriter:
         shapes, made_dtypes = file.shapes(positions), file.dtypes(positions)
         sizes = file.sizes(positions)
         staged = sum(sizes)
+        device_casts = False
         if casts and destination.dtype is not None:
             width = dtypes.to_torch(destination.dtype).itemsize
             made_dtypes, sizes = list(made_dtypes), list(sizes)
             for i in casts:
                 made_dtypes[i] = destination.dtype
-                sizes[i] = math.prod(shapes[i]) * width
+                size, sizes[i] = sizes[i], math.prod(shapes[i]) * width
+                device_casts = device_casts or self._casts_on_device(size, sizes[i])
             staged = min(staged, sum(sizes))
         for i, dtype in enumerate(made_dtypes):
             if dtype not in dtypes.TORCH_NAMES:
                 text = f"torch has no dtype for {dtype}"
                 raise FormatError("unsupported_dtype", text, file.path, tensor=selection.name(i))
         self._on_devices.append(
-            _OnDevice(destination, selection, shapes, made_dtypes, sizes, staged)
+            _OnDevice(destination, selection, shapes, made_dtypes, sizes, staged, device_casts)
         )
+
+    def _casts_on_device(self, size: int, made: int) -> bool:
+        """Whether the device casts ``size`` bytes of the file to ``made`` bytes."""
+        place = self._settings.cast_place
+        return made > 0 and (place == "device" or (place != "host" and made >= size))
 
     def _allocate_on_devices(self) -> None:
         """Reserves memory once per device: the query of torch's cache takes up to a millisecond,
         and a checkpoint may have a hundred files."""
         sizes: dict[int, list[int]] = {}
         staged: dict[int, int] = {}
+        casting = set()
         for wanted in self._on_devices:
             index = wanted.destination.device_index
             sizes.setdefault(index, []).extend(wanted.sizes)
             staged[index] = staged.get(index, 0) + wanted.staged
+            if wanted.device_casts:
+                casting.add(index)
         for index, count in staged.items():
-            self._native.pin_ahead(index, count)
+            separate = _separate(sizes[index], count)
+            self._native.prepare_ahead(index, count, index in casting, separate)
         for index, of_device in sizes.items():
             self._allocator.reserve(index, of_device)
         for wanted in self._on_devices:
@@ -392,8 +407,10 @@ class PlanWriter:
         parts: Sequence[Sequence[SliceRange]],
     ) -> None:
         """Adds parts of tensors. The engine reads a part straight to its place if it can."""
-        if not destination.on_host and destination.targets is None:
-            self._reserve_parts(destination, names, parts)
+        if not destination.on_host:
+            self._prepare_for(destination, self._sizes_of_parts(destination, names, parts))
+            if destination.targets is None:
+                self._reserve_parts(destination, names, parts)
         whole = 0
         for i, (name, ranges) in enumerate(zip(names, parts, strict=True)):
             target = None if destination.targets is None else destination.targets[i]
@@ -401,6 +418,46 @@ class PlanWriter:
         self._use_stream(destination)
         if whole:
             self._fallbacks.append(f"loaded {format_count(whole, 'tensor')} whole to cut parts out")
+
+    def _prepare_for(
+        self, destination: Destination, copies: Iterable[tuple[int, str, str | None]]
+    ) -> None:
+        """Begins to prepare the device for copies that get no memory in ``_allocate_on_devices``:
+        (bytes in the file, dtype there, dtype on the device)."""
+        staged = 0
+        casts = False
+        for size, own, wanted in copies:
+            made = size
+            if wanted != own and {own, wanted} <= dtypes.CASTABLE:
+                made = size * dtypes.bits(str(wanted)) // dtypes.bits(own)
+                casts = casts or self._casts_on_device(size, made)
+            staged += min(size, made)
+        self._native.prepare_ahead(destination.device_index, staged, casts, 0)
+
+    def _sizes_in_place(
+        self, in_place: dict[int, dict[int, tuple[int, torch.Tensor]]]
+    ) -> Iterator[tuple[int, str, str | None]]:
+        """As ``_prepare_for`` takes them."""
+        for part, chosen in in_place.items():
+            sizes = self._files[part].sizes([*chosen])
+            owns = self._files[part].dtypes([*chosen])
+            for size, own, (_, target) in zip(sizes, owns, chosen.values(), strict=True):
+                yield size, own, dtypes.file_name(target.dtype)
+
+    def _sizes_of_parts(
+        self,
+        destination: Destination,
+        names: Sequence[str],
+        parts: Sequence[Sequence[SliceRange]],
+    ) -> Iterator[tuple[int, str, str | None]]:
+        """As ``_prepare_for`` takes them: the parts that the engine reads."""
+        for i, (name, ranges) in enumerate(zip(names, parts, strict=True)):
+            own = self._checkpoint[name][0]
+            wanted = destination.dtype if own in dtypes.FLOATING else None
+            if destination.targets is not None:
+                wanted = dtypes.file_name(destination.targets[i].dtype)
+            if dtypes.bits(own) % 8 == 0:
+                yield _elements(ranges) * dtypes.bits(own) // 8, own, wanted or own
 
     def _reserve_parts(
         self,
@@ -490,6 +547,14 @@ def _writes_directly(own: str, target: torch.Tensor, destination: Destination) -
     wanted = dtypes.file_name(target.dtype)
     castable = own in dtypes.CASTABLE and wanted in dtypes.CASTABLE
     return (own == wanted or castable) and target.is_contiguous() and destination.is_native
+
+
+def _separate(sizes: Sequence[int], staged: int) -> int:
+    """How many tensors certainly adjoin no next one on the device, where memory is given out in
+    steps of 512 bytes. Counted only for small tensors, of which a slot holds many."""
+    if len(sizes) << 20 <= staged:
+        return 0
+    return sum(size % 512 != 0 for size in sizes)
 
 
 def _elements(ranges: Sequence[SliceRange]) -> int:

@@ -29,11 +29,25 @@ double link_rate(int devices) {
   return static_cast<double>(bytes) / (last - first);
 }
 
+// The smallest share of its rate that a link reached, from its first byte to its last.
+double least_share(int devices, double rate) {
+  double least = 1;
+  for (int device = 0; device < devices; ++device) {
+    SimLink link;
+    sim().sim_link(device, &link);
+    const double seconds = link.last_finish - link.first_start;
+    least = std::min(least, static_cast<double>(link.bytes_to_device) / seconds / rate);
+  }
+  return least;
+}
+
 // A model with one part for each device, as in a device map; the first part is `first_share` times
-// as large as the others. Returns the share of the best possible rate.
+// as large as the others. Returns the share of the best possible rate, or that of the least busy
+// link if it is smaller.
 double link_share(int devices, double link, double host_memory, std::uint64_t first_share) {
   Machine machine(devices);
   double rate = 0;
+  double least = 1;
   {
     Scenario scenario(1, devices);
     scenario.settings.threads = 2;
@@ -52,12 +66,13 @@ double link_share(int devices, double link, double host_memory, std::uint64_t fi
     sim().sim_set_host_memory(host_memory);
     run_plainly(scenario, "links");
     rate = link_rate(devices);
+    if (host_memory == 0) least = least_share(devices, link);
   }
   expect_machine_clean(machine, "links");
   const double parts = static_cast<double>(devices) - 1 + static_cast<double>(first_share);
   double best = link * parts / static_cast<double>(first_share);
   if (host_memory > 0) best = std::min(best, host_memory);
-  return rate / best;
+  return std::min(rate / best, least);
 }
 
 // The best of three, because other processes may use the processors for a moment.
@@ -76,8 +91,9 @@ TEST(LinkRate, UnderALimitOfTheHostsMemory) {
   expect_full_links(8, 100e6, 200e6, 1);
 }
 TEST(LinkRate, OfALopsidedPlan) {
-  expect_full_links(4, 40e6, 0, 3);
+  expect_full_links(8, 30e6, 0, 3);
 }
+
 // One link of eight has a quarter of the others' rate: all must be busy until their ends. Returns
 // the smallest share of its own rate that a link reached, from its first byte to its last.
 double least_share_beside_a_slow_link() {
@@ -147,18 +163,6 @@ TEST(LinkFailure, OfOneOfEightLate) {
     }
     expect_machine_clean(machine, "late");
   }
-}
-
-// The smallest share of its rate that a link reached, from its first byte to its last.
-double least_share(int devices, double rate) {
-  double least = 1;
-  for (int device = 0; device < devices; ++device) {
-    SimLink link;
-    sim().sim_link(device, &link);
-    const double seconds = link.last_finish - link.first_start;
-    least = std::min(least, static_cast<double>(link.bytes_to_device) / seconds / rate);
-  }
-  return least;
 }
 
 // A chunk of 4 MiB takes 76 us on a link of 55 GB/s. Here it takes about a hundred times as long,

@@ -1,14 +1,16 @@
-// Slots that are pinned while a load is planned.
+// Slots that are pinned, and the kernel that is loaded, while a load is planned.
 #include "engine/slots_ahead.h"
 
 #include <cuda.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <thread>
 
+#include "convert/scatter.h"
 #include "device/staging.h"
 #include "engine/runs.h"
 #include "engine/scenario.h"
@@ -52,7 +54,7 @@ TEST(SlotsAhead, AreThoseThatTheLoadTakes) {
   Machine machine(1);
   const std::uint64_t of_torch = sim().sim_alloc(0, 1);
   {
-    const SlotsAhead ahead(0, 6 * kMiB, four_slots());
+    const SlotsAhead ahead(0, {.bytes = 6 * kMiB}, four_slots());
     wait_for_slots(4);
   }
   EXPECT_EQ(sim().sim_calls("cuMemHostRegister"), 4U);
@@ -60,7 +62,7 @@ TEST(SlotsAhead, AreThoseThatTheLoadTakes) {
   EXPECT_EQ(sim().sim_calls("cuMemHostRegister"), 4U);
   EXPECT_EQ(sim().sim_calls("cuModuleLoadData"), 0U) << "no chunk wants the kernel";
   {
-    const SlotsAhead again(0, 6 * kMiB, four_slots());
+    const SlotsAhead again(0, {.bytes = 6 * kMiB}, four_slots());
   }
   EXPECT_EQ(free_slots(), 4U);
   EXPECT_EQ(sim().sim_calls("cuMemHostRegister"), 4U);
@@ -72,11 +74,11 @@ TEST(SlotsAhead, AreNoMoreThanTheBytesFill) {
   Machine machine(1);
   const std::uint64_t of_torch = sim().sim_alloc(0, 1);
   {
-    const SlotsAhead few(0, 3 * kMiB - 1, four_slots());
+    const SlotsAhead few(0, {.bytes = 3 * kMiB - 1}, four_slots());
     wait_for_slots(2);
   }
   {
-    const SlotsAhead none(0, kMiB - 1, four_slots());
+    const SlotsAhead none(0, {.bytes = kMiB - 1}, four_slots());
   }
   EXPECT_EQ(free_slots(), 2U);
   sim().sim_free(of_torch);
@@ -88,7 +90,7 @@ TEST(SlotsAhead, EndWithThePlan) {
   Machine machine(1);
   const std::uint64_t of_torch = sim().sim_alloc(0, 1);
   {
-    const SlotsAhead ahead(0, 64 * kMiB, four_slots());
+    const SlotsAhead ahead(0, {.bytes = 64 * kMiB}, four_slots());
   }
   const std::size_t left = free_slots();
   EXPECT_LE(left, 4U);
@@ -99,16 +101,81 @@ TEST(SlotsAhead, EndWithThePlan) {
   expect_machine_clean(machine, "ended");
 }
 
+// The files are opened with one, and the plan has another.
+TEST(SlotsAhead, OfTwoForOneLoadAreNoMore) {
+  Machine machine(1);
+  const std::uint64_t of_torch = sim().sim_alloc(0, 1);
+  for (int turn = 0; turn < 20; ++turn) {
+    const std::uint64_t before = sim().sim_calls("cuMemHostRegister");
+    {
+      SlotsAhead of_the_file(0, {.bytes = kMiB}, four_slots());
+      if (turn % 2 == 0) of_the_file.stop();
+      const SlotsAhead of_the_plan(0, {.bytes = kMiB}, four_slots());
+      wait_for_slots(1);
+    }
+    EXPECT_EQ(free_slots(), 1U);
+    EXPECT_EQ(sim().sim_calls("cuMemHostRegister") - before, 1U);
+    device::StagingPool::instance().clear();
+  }
+  sim().sim_free(of_torch);
+  expect_machine_clean(machine, "two");
+}
+
+TEST(SlotsAhead, AreNoMoreAfterAStop) {
+  Machine machine(1);
+  const std::uint64_t of_torch = sim().sim_alloc(0, 1);
+  SlotsAhead ahead(0, {.bytes = 64 * kMiB}, four_slots());
+  ahead.stop();
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  const std::size_t left = free_slots();
+  EXPECT_LE(left, 4U);
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  EXPECT_EQ(free_slots(), left);
+  sim().sim_free(of_torch);
+  expect_machine_clean(machine, "stopped");
+}
+
+// Only where the plan will certainly need it: a module takes a millisecond or more.
+TEST(SlotsAhead, LoadTheKernel) {
+  struct Case {
+    Expected expected;
+    bool kernels;
+    bool loads;
+  };
+  constexpr std::uint64_t kEnough = 1000;
+  for (const Case& one : {Case{{.bytes = 6 * kMiB}, true, false},
+                          Case{{.bytes = 6 * kMiB, .casts = true}, true, true},
+                          Case{{.bytes = 6 * kMiB, .casts = true}, false, false},
+                          Case{{.bytes = 1, .casts = true}, true, true},
+                          Case{{.bytes = 6 * kMiB, .separate = kEnough}, true, true},
+                          Case{{.bytes = 6 * kMiB, .separate = 20}, true, false}}) {
+    Machine machine(1);
+    const std::uint64_t of_torch = sim().sim_alloc(0, 1);
+    Settings settings = four_slots();
+    settings.kernels = one.kernels;
+    {
+      const SlotsAhead ahead(0, one.expected, settings);
+      wait_for_slots(std::min<std::size_t>(4, one.expected.bytes / kMiB));
+    }  // which ends after the kernel is loaded
+    const bool built = !convert::scatter_images().empty();
+    EXPECT_EQ(sim().sim_calls("cuModuleLoadData"), one.loads && built ? 1U : 0U)
+        << one.expected.bytes << " bytes, " << one.expected.separate << " separate";
+    sim().sim_free(of_torch);
+    expect_machine_clean(machine, "kernel");
+  }
+}
+
 TEST(SlotsAhead, StartNoDevice) {
   Machine machine(2);
   {
-    const SlotsAhead ahead(0, 6 * kMiB, four_slots());
+    const SlotsAhead ahead(0, {.bytes = 6 * kMiB}, four_slots());
   }
   EXPECT_EQ(sim().sim_calls("cuInit"), 0U);
   const std::uint64_t of_torch = sim().sim_alloc(0, 1);
   {
-    const SlotsAhead other(1, 6 * kMiB, four_slots());
-    const SlotsAhead beyond(7, 6 * kMiB, four_slots());
+    const SlotsAhead other(1, {.bytes = 6 * kMiB}, four_slots());
+    const SlotsAhead beyond(7, {.bytes = 6 * kMiB}, four_slots());
+    const SlotsAhead kernel(1, {.bytes = 6 * kMiB, .casts = true}, four_slots());
   }
   EXPECT_EQ(sim().ledger().contexts, 0U);
   EXPECT_EQ(free_slots(), 0U);
@@ -122,7 +189,7 @@ TEST(SlotsAhead, AreLeftToTheLoadWhereTheyFail) {
   sim().sim_fail_call("cuMemHostRegister", 1, kUnknownError, 0);
   sim().sim_fail_call("cuMemHostAlloc", 1, kUnknownError, 0);
   {
-    const SlotsAhead ahead(0, 6 * kMiB, four_slots());
+    const SlotsAhead ahead(0, {.bytes = 6 * kMiB}, four_slots());
     while (sim().sim_faults_left() != 0) std::this_thread::yield();
   }
   EXPECT_EQ(sim().ledger().pinned_bytes, 0U);
@@ -137,7 +204,7 @@ TEST(SlotsAhead, AreNotNeededWhereTheDeviceReadsPageableMemory) {
   sim().sim_set_attribute(0, CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES, 1);
   const std::uint64_t of_torch = sim().sim_alloc(0, 1);
   {
-    const SlotsAhead ahead(0, 6 * kMiB, four_slots());
+    const SlotsAhead ahead(0, {.bytes = 6 * kMiB}, four_slots());
     while (sim().ledger().contexts == 0) std::this_thread::yield();
   }
   EXPECT_EQ(sim().sim_calls("cuMemHostRegister"), 0U);
@@ -150,7 +217,7 @@ TEST(SlotsAhead, BreakNoCapture) {
   const std::uint64_t stream = sim().sim_stream_create(0);
   std::thread([&] { EXPECT_EQ(sim().sim_begin_capture(0, stream, SIM_CAPTURE_GLOBAL), 1); }).join();
   {
-    const SlotsAhead ahead(0, 6 * kMiB, four_slots());
+    const SlotsAhead ahead(0, {.bytes = 6 * kMiB}, four_slots());
     wait_for_slots(4);
   }
   EXPECT_EQ(sim().sim_end_capture(0, stream), 1);

@@ -32,7 +32,7 @@ from simulated import (
 from weightlift import Settings, _native
 from weightlift.checkpoint.checkpoint import Checkpoint, indexed_files
 from weightlift.core import dtypes
-from weightlift.load import load_tensors, plans
+from weightlift.load import load_tensors, plan_writer, plans
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions
 
@@ -220,6 +220,134 @@ def test_slots_are_pinned_while_torch_allocates(
             _assert_loaded(_load(tmp_path / "f", 0, driver, allocator=Slow(driver)), tensors)
         assert seen == [4 if in_use else 0]
         assert driver.calls("cuMemHostRegister") <= 4
+
+
+def _wait_for_calls(driver: Any, name: str, count: int) -> int:
+    """The calls so far, as soon as there are so many, or after 5 s."""
+    end = time.monotonic() + 5
+    while driver.calls(name) < count and time.monotonic() < end:
+        time.sleep(0.001)
+    return int(driver.calls(name))
+
+
+@pytest.fixture
+def six_mib(tmp_path: Path) -> Path:
+    tensors = {f"{i}": torch.full((1 << 19,), i, dtype=torch.bfloat16) for i in range(6)}
+    safetensors.torch.save_file(tensors, tmp_path / "six.safetensors")
+    return tmp_path / "six.safetensors"
+
+
+@pytest.mark.parametrize("in_use", [True, False], ids=["in use", "not in use"])
+def test_slots_are_pinned_while_the_file_is_opened(
+    machine: Switch, six_mib: Path, in_use: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[weightlift.load_file.__module__]
+    opened = module.open_file
+    seen = []
+
+    def slow(path: Path) -> Checkpoint:
+        seen.append(_wait_for_calls(driver, "cuMemHostRegister", 4 if in_use else 0))
+        return opened(path)
+
+    monkeypatch.setattr(module, "open_file", slow)
+    monkeypatch.setattr(module, "load_tensors", lambda *_, **__: {})  # torch sees no device here
+    with machine(1) as driver, Settings(chunk_bytes="1MiB", pinned_bytes="4MiB"):
+        if in_use:
+            driver.hold_context(0)
+        weightlift.load_file(six_mib, "cuda:0")
+        assert seen == [4 if in_use else 0]
+        with pytest.raises(FileNotFoundError):
+            weightlift.load_file(six_mib.parent / "missing", "cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "loads"),
+    [
+        (None, {}, False),
+        ("F32", {}, True),
+        ("F16", {}, True),
+        ("F8_E4M3", {}, False),
+        ("F8_E4M3", {"cast_place": "device"}, True),
+        ("F32", {"cast_place": "host"}, False),
+        ("F32", {"kernels": False}, False),
+    ],
+)
+def test_the_kernel_is_loaded_while_torch_allocates(
+    machine: Switch, six_mib: Path, dtype: str | None, settings: dict[str, Any], loads: bool
+) -> None:
+    """For a plan that will certainly use it: a module takes a millisecond or more."""
+    loads = loads and bool(_native.machine()["kernels"])
+    seen = []
+
+    class Slow(SimulatedAllocator):
+        def reserve(self, device: int, sizes: Sequence[int]) -> None:
+            _wait_for_calls(driver, "cuMemHostRegister", 4)  # the kernel comes before the slots
+            seen.append(driver.calls("cuModuleLoadData"))
+
+    with machine(1) as driver:
+        driver.hold_context(0)
+        with Settings(chunk_bytes="512KiB", pinned_bytes="2MiB", **settings):
+            loaded = _load(six_mib, 0, driver, allocator=Slow(driver), dtype=dtype)
+        assert seen == [int(loads)]
+        assert driver.calls("cuModuleLoadData") == int(loads)
+        del loaded
+
+
+@pytest.mark.parametrize("size", [999, 1024], ids=["separate", "adjoining"])
+def test_the_kernel_is_loaded_early_for_many_small_tensors(
+    machine: Switch, tmp_path: Path, size: int
+) -> None:
+    tensors = {f"{i}": torch.full((size,), i % 7, dtype=torch.uint8) for i in range(3000)}
+    safetensors.torch.save_file(tensors, tmp_path / "f")
+    seen = []
+
+    class Slow(SimulatedAllocator):
+        def reserve(self, device: int, sizes: Sequence[int]) -> None:
+            _wait_for_calls(driver, "cuMemHostRegister", 2)
+            seen.append(driver.calls("cuModuleLoadData"))
+
+    with machine(1) as driver:
+        driver.hold_context(0)
+        with Settings(chunk_bytes="1MiB"):
+            loaded = _load(tmp_path / "f", 0, driver, allocator=Slow(driver))
+        assert seen == [int(size == 999 and bool(_native.machine()["kernels"]))]
+        del loaded
+
+
+@pytest.mark.parametrize("how", ["targets", "parts", "parts into targets"])
+def test_slots_are_pinned_ahead_for_all_destinations(
+    machine: Switch, six_mib: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where torch allocates nothing."""
+    expected = safetensors.torch.load_file(six_mib)
+    names = list(expected)
+    started = plans.start_plan
+    seen = []
+
+    def slow(*arguments: Any) -> None:
+        seen.append(_wait_for_calls(driver, "cuMemHostRegister", 4))
+        started(*arguments)
+
+    monkeypatch.setattr(plan_writer, "start_plan", slow)
+    with machine(1) as driver:
+        driver.hold_context(0)
+        allocator = SimulatedAllocator(driver)
+        targets = None
+        if "targets" in how:
+            targets = [allocator.empty(0, expected[name].shape, "BF16")[1] for name in names]
+            for target in targets:
+                target.dtype = torch.bfloat16
+                target.is_contiguous = lambda: True
+        parts = [[(0, 1, 1 << 19)]] * len(names) if "parts" in how else None
+        with Settings(chunk_bytes="1MiB", pinned_bytes="4MiB"):
+            load = LoadPlan(Checkpoint.from_file(six_mib), allocator=allocator)
+        load.add(torch.device("cuda", 0), None, names, targets, parts)
+        loaded = load.start().result()
+        assert seen == [4]
+        for name in names:
+            assert loaded[name].bits() == support.bits(expected[name])
+        del loaded, load, targets
+        target = None
 
 
 def test_targets_that_their_stream_still_writes(machine: Switch, checkpoint_path: Path) -> None:
