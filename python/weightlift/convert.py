@@ -19,6 +19,7 @@ from weightlift.checkpoint.safetensors_writer import (
     bytes_of,
     header_of,
     in_order,
+    size_of,
     write_safetensors,
 )
 from weightlift.core import dtypes
@@ -385,7 +386,11 @@ def _write(
     written: _Written, entries: Sequence[Entry], metadata: Mapping[str, str], path: Path
 ) -> None:
     write_safetensors(
-        path, header_of(entries, metadata), _data(written, entries), show=written.progress.add
+        path,
+        header_of(entries, metadata),
+        _data(written, entries),
+        size=size_of(entries),
+        show=written.progress.add,
     )
 
 

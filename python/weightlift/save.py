@@ -16,6 +16,7 @@ from weightlift.checkpoint.safetensors_writer import (
     entry_of,
     header_of,
     in_order,
+    size_of,
     write_safetensors,
 )
 from weightlift.core.atomic import (
@@ -73,7 +74,8 @@ def save_file(
     temporary = temporary_beside(path)
     with naming_target(path, temporary):
         try:
-            write_safetensors(temporary, header, _data(entries, tensors), replaces=path)
+            data = _data(entries, tensors)
+            write_safetensors(temporary, header, data, size=size_of(entries), replaces=path)
             put_in_place(temporary, path)
         except BaseException:
             _remove(temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -24,11 +25,14 @@ __all__ = [
     "entry_of",
     "header_of",
     "in_order",
+    "size_of",
     "write_safetensors",
 ]
 
 # Bytes of one write(2), between which progress is shown.
 _STEP = 16 << 20
+# Smaller files are not allocated in advance.
+_ALLOCATED = 1 << 20
 _LARGEST_HEADER = 100_000_000  # MAX_HEADER_SIZE of the reference
 
 # The reference's writer orders tensors by dtype, from the last in this list to the first, then by
@@ -67,6 +71,11 @@ def entry_of(name: str, tensor: torch.Tensor) -> Entry | None:
 def in_order(entries: Iterable[Entry]) -> list[Entry]:
     """The entries in the order of the reference's writer."""
     return sorted(entries, key=lambda entry: (-_ORDER[entry.dtype], entry.name))
+
+
+def size_of(entries: Iterable[Entry]) -> int:
+    """The bytes of all tensors."""
+    return sum(entry.bytes for entry in entries)
 
 
 def check_metadata(metadata: Mapping[str, str] | None, where: str) -> None:
@@ -138,6 +147,7 @@ def write_safetensors(
     header: bytes,
     data: Iterable[memoryview],
     *,
+    size: int,
     replaces: Path | None = None,
     show: Callable[[int], None] | None = None,
 ) -> None:
@@ -151,6 +161,7 @@ def write_safetensors(
         path: a file that does not exist.
         header: the bytes of ``header_of``.
         data: the tensors' bytes, in the order of the header.
+        size: the number of bytes of ``data``.
         replaces: the file that it will replace and whose mode it gets.
         show: called with the tensor bytes of each write.
     """
@@ -159,6 +170,7 @@ def write_safetensors(
     try:
         if replaces is not None:
             keep_mode(descriptor, replaces)
+        _allocate(descriptor, len(header) + size)
         for part, counted in _parts(header, data):
             _write_all(descriptor, part)
             if show is not None and counted:
@@ -166,6 +178,19 @@ def write_safetensors(
         flush_descriptor(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Allocates the blocks of a new file at once, so that the kernel need not reserve them page by
+    page: on ext4 the writes take two thirds of the time. A failure does not matter.
+
+    Not on file systems without a block device, whose major number is 0: a save to tmpfs takes
+    longer by it, and btrfs would not compress them. Not by posix_fallocate(3), which writes to
+    each block where there is no fallocate(2).
+    """
+    if size >= _ALLOCATED and os.major(os.fstat(descriptor).st_dev) != 0:
+        libc = ctypes.CDLL(None)
+        libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size))
 
 
 def _parts(header: bytes, data: Iterable[memoryview]) -> Iterator[tuple[memoryview, bool]]:

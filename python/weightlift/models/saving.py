@@ -28,7 +28,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from weightlift.checkpoint.safetensors_writer import (
     entry_of,
     header_of,
     in_order,
+    size_of,
     write_safetensors,
 )
 from weightlift.core import dtypes
@@ -295,15 +296,17 @@ class _Writer:
         shard = {name: self._layout.tensors[name] for name in self._layout.shards[file]}
         copied = any(t.device.type != "cpu" or not t.is_contiguous() for t in shard.values())
         staged = self._staged[file]
+        # write_safetensors flushes by itself.
         with self._copying if copied else contextlib.nullcontext(), _naming(self._folder / file):
             shard = _to_host(shard)
             if self._save_function is not None:
                 _call(self._save_function, shard, staged, self._safetensors)
+                flush_file(staged)
             elif self._safetensors:
                 _write_safetensors(shard, staged, self._layout.header)
             else:
                 _write_torch(shard, staged)
-            flush_file(staged)
+                flush_file(staged)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,6 +420,10 @@ def _split(
     max_shard_size: int | str,
 ) -> tuple[dict[str, list[str]], int]:
     """File -> its tensors, and the total number of bytes."""
+    limit = parse_size(max_shard_size, "max_shard_size")  # 0: a file a tensor
+    total = sum(int(tensors[name].nbytes) for name in kept)
+    if total <= limit:  # without the import, which takes as long as to write 20 MB
+        return {names.single: [name for name in tensors if name in kept]}, total
     from huggingface_hub import get_torch_storage_id, split_state_dict_into_shards_factory
 
     split = split_state_dict_into_shards_factory(
@@ -425,7 +432,7 @@ def _split(
         # torch.save keeps tensors that share memory together; safetensors has no shared memory.
         get_storage_id=get_torch_storage_id if names.extension == ".bin" else lambda tensor: None,
         filename_pattern="{suffix}",
-        max_shard_size=parse_size(max_shard_size, "max_shard_size"),  # 0: a file a tensor
+        max_shard_size=limit,
     )
     shards = {
         f"{names.base}{number}{names.extension}": inside
@@ -465,7 +472,7 @@ def _write_safetensors(
         entries.append(entry)
     entries = in_order(entries)
     data = (bytes_of(tensors[entry.name].resolve_conj().resolve_neg()) for entry in entries)
-    write_safetensors(path, header_of(entries, metadata), data)
+    write_safetensors(path, header_of(entries, metadata), data, size=size_of(entries))
 
 
 def _write_torch(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -539,21 +546,29 @@ def _switch(
     for name, temporary in staged.items():
         if name != names.index:
             put_in_place(temporary, folder / name)
-    for name in names.old_indexes:
-        (folder / name).unlink(missing_ok=True)
+    _remove(folder, names.old_indexes)
     flush_folder(folder)
 
     if sharded:
         put_in_place(staged[names.index], folder / names.index)
-    else:
-        (folder / names.index).unlink(missing_ok=True)
-    flush_folder(folder)
+        flush_folder(folder)
+    elif _remove(folder, [names.index]):
+        flush_folder(folder)
 
     stale = {name for name in present if names.shard.fullmatch(name)} - staged.keys()
     stale.update(links.values(), {names.single} & set(present) if sharded else ())
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
-    flush_folder(folder)
+    if _remove(folder, stale):
+        flush_folder(folder)
+
+
+def _remove(folder: Path, names: Iterable[str]) -> bool:
+    """Removes files, if they are there; returns whether one was."""
+    removed = False
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).unlink()
+            removed = True
+    return removed
 
 
 def _read_index(path: Path) -> dict[str, Any] | None:
