@@ -5,6 +5,7 @@ to the file that the first argument names."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -21,6 +22,8 @@ __all__ = ["drop_from_page_cache", "main"]
 
 # Longer than the reads ahead of a step take after it.
 _SETTLE_SECONDS = 0.5
+# Then the memory is compared with what it is later: caches have filled up.
+_SETTLED_STEPS = 20
 
 # Imported before the memory is measured.
 _IMPORTED = {
@@ -47,44 +50,54 @@ def main() -> None:
             made = inside.enter_context(tempfile.TemporaryDirectory(dir=task["scratch"]))
             step, trace, handle = _contender(task, inside, made)
             step()  # the first step learns the order
-            trace.clear()
             found: dict[str, Any] = _steps(
-                step, task, [*task["files"], *map(str, Path(made).rglob("*"))]
+                step, trace, task, [*task["files"], *map(str, Path(made).rglob("*"))]
             )
-    seconds = found["seconds"]
     found |= {
         "is_limited": bool(task["group"]),
         "streamed_bytes": 0 if handle is None else handle.streamed_bytes,
         "peak_bytes": max(0, peak[0] - before),
-        "events": [event for event in trace if event[3] >= seconds_from(trace, seconds)],
     }
     Path(sys.argv[1]).write_text(json.dumps(found))
 
 
-def seconds_from(trace: list[Any], seconds: list[float]) -> float:
-    """The time at which the last step began."""
-    last: float = max((event[3] for event in trace), default=0.0)
-    return last - seconds[-1]
-
-
-def _steps(step: Any, task: dict[str, Any], files: list[str]) -> dict[str, Any]:
+def _steps(step: Any, trace: list[Any], task: dict[str, Any], files: list[str]) -> dict[str, Any]:
+    count = task["steps"]
     seconds: list[float] = []
     cpu_seconds: list[float] = []
-    digest, first = "", {}
-    for number in range(task["steps"]):
+    digest, holds = "", []
+    settled = min(_SETTLED_STEPS, count)
+    for number in range(1, count + 1):
         if task["cold"]:
             for file in files:
                 drop_from_page_cache(file)
+        trace.clear()  # or the events would be memory that grows
         begin, cpu = time.perf_counter(), time.process_time()
         result = step()
-        seconds.append(time.perf_counter() - begin)
+        end = time.perf_counter()
+        events = list(trace) if number == count else []
+        seconds.append(end - begin)
         cpu_seconds.append(time.process_time() - cpu)
         digest = hashlib.sha256(result.float().numpy().tobytes()).hexdigest()
-        if number == min(10, task["steps"]) - 1:
-            first = _holds()
-    last = _holds()
-    grown = {what: last[what] - count for what, count in first.items()}
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "digest": digest, "grown": grown}
+        if number in (settled, settled + (count - settled) // 2, count):
+            holds.append(_holds())
+    first = holds[0]
+    grown = [{what: there[what] - first[what] for what in first} for there in holds[1:] or holds]
+    return {
+        "seconds": seconds, "cpu_seconds": cpu_seconds, "digest": digest, "grown": grown,
+        "events": _of_a_step(events, begin, end),
+    }  # fmt: skip
+
+
+def _of_a_step(events: list[Any], begin: float, end: float) -> list[Any]:
+    """The events between the begin and the end of a step. The use of its last block is told by the
+    next step, so the first use in a step is that of the last block of the step before; this step
+    ended with the same block."""
+    uses = [event for event in events if event[0] == "use"]
+    if uses and uses[0][2] < begin:
+        events = [event for event in events if event is not uses[0]]
+        events.append(("use", uses[0][1], uses[-1][3], end))
+    return [(kind, block, max(t, begin), min(u, end)) for kind, block, t, u in events]
 
 
 def drop_from_page_cache(file: str) -> None:
@@ -98,9 +111,10 @@ def drop_from_page_cache(file: str) -> None:
 
 
 def _holds() -> dict[str, int]:
-    """What the process holds while nothing is read: the reads ahead of the next step, which have
-    threads and memory, end first."""
+    """What the process holds while nothing is read, without garbage: the reads ahead of the next
+    step, which have threads and memory, end first."""
     time.sleep(_SETTLE_SECONDS)
+    gc.collect()
     return {
         "bytes": _anonymous_bytes(),
         "threads": len(list(Path("/proc/self/task").iterdir())),

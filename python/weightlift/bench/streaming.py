@@ -48,8 +48,8 @@ class StreamRun:
         cpu_seconds: the processor time of all threads, for the same steps.
         streamed_bytes: the bytes that weightlift reads in each step.
         peak_bytes: the peak of the process's anonymous memory, less its value after the imports.
-        grown: the increase from the tenth step (the last, if there are fewer) to the last one:
-            bytes of anonymous memory, threads, open files.
+        grown: the increase from the twentieth step (the last, if there are fewer) to the step half
+            way to the end, and to the end: bytes of anonymous memory, threads, open files.
         is_limited: a cgroup limited its memory.
         digest: of the result; it should be the same for all contenders.
         events: of the last step, as (kind, block, begin, end).
@@ -61,7 +61,7 @@ class StreamRun:
     cpu_seconds: list[float] = dataclasses.field(default_factory=list)
     streamed_bytes: int = 0
     peak_bytes: int = 0
-    grown: dict[str, int] = dataclasses.field(default_factory=dict)
+    grown: list[dict[str, int]] = dataclasses.field(default_factory=list)
     is_limited: bool = False
     digest: str = ""
     events: list[tuple[str, str, float, float]] = dataclasses.field(default_factory=list)

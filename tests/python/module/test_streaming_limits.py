@@ -189,6 +189,33 @@ class TestBudget:
         assert support.anonymous_bytes() - memory < 4 << 20
 
 
+    def test_operations_leave_no_garbage(self, model: Stack) -> None:
+        """Reference cycles would stay, with what they hold, until the garbage collector runs."""
+        number = streamed(model)[0]
+        layer = model.layers[number]
+        x = X.clone()
+
+        def step() -> None:
+            model(X)
+            nn.functional.layer_norm(X, (WIDTH,), layer.bias)  # a list, and three results
+            torch.cat([layer.bias, layer.bias])
+            layer.weight.split(16)
+            x.add_(layer.bias)
+
+        with torch.no_grad():
+            step()
+            time.sleep(0.2)
+            gc.collect()
+            gc.disable()
+            try:
+                for _ in range(10):
+                    step()
+                time.sleep(0.2)  # the reads ahead end
+                assert gc.collect() == 0
+            finally:
+                gc.enable()
+
+
 class TestReadOnly:
     def test_training_is_refused(self, model: Stack) -> None:
         names = "|".join(rf"layers\.{number}\." for number in streamed(model))

@@ -148,8 +148,10 @@ class StreamedWeight(torch.Tensor):
             _refuse_move(args[0])
         leases = _Leases()
         try:
-            real_args = tuple(_replaced(value, leases.tensor) for value in args)
-            real_kwargs = {key: _replaced(value, leases.tensor) for key, value in kwargs.items()}
+            real_args = tuple(_map(StreamedWeight, leases.tensor, value) for value in args)
+            real_kwargs = {
+                key: _map(StreamedWeight, leases.tensor, value) for key, value in kwargs.items()
+            }
             return leases.without_buffers(func(*real_args, **real_kwargs))
         finally:
             leases.end()
@@ -230,12 +232,18 @@ def _refuse_gradient(name: str, _gradient: torch.Tensor) -> None:
     )
 
 
-def _replaced(value: Any, real: Callable[[StreamedWeight], torch.Tensor]) -> Any:
-    """An argument of an operation with the weights in the place of what stands for them."""
-    if isinstance(value, StreamedWeight):
-        return real(value)
-    if isinstance(value, (list, tuple, dict)):  # seldom, and slow
-        return tree_map_only(StreamedWeight, real, value)
+def _map(kind: type[Any], change: Callable[[Any], Any], value: Any) -> Any:
+    """An argument or a result of an operation with each tensor of a kind changed. torch's
+    ``tree_map_only`` leaves a reference cycle at each call, which stays until the garbage collector
+    runs."""
+    if isinstance(value, kind):
+        return change(value)
+    if type(value) is list:
+        return [_map(kind, change, item) for item in value]
+    if type(value) is tuple:
+        return tuple(_map(kind, change, item) for item in value)
+    if isinstance(value, (list, tuple, dict)):  # named tuples and the like
+        return tree_map_only(kind, change, value)
     return value
 
 
@@ -267,9 +275,7 @@ class _Leases:
         def own(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.clone() if tensor.untyped_storage().data_ptr() in buffers else tensor
 
-        if isinstance(result, torch.Tensor):
-            return own(result)
-        return tree_map_only(torch.Tensor, own, result)
+        return _map(torch.Tensor, own, result)
 
     def end(self) -> None:
         for lease in self._held.values():
@@ -358,7 +364,7 @@ def _check_written(func: Any, args: Any, kwargs: Any) -> None:
     for position, name in _written(func):
         value = args[position] if position < len(args) else kwargs.get(name)
         found: list[StreamedWeight] = []
-        tree_map_only(StreamedWeight, found.append, value)
+        _map(StreamedWeight, found.append, value)
         if found:
             raise TrainingError(
                 f"{func} would write to tensor {found[0]._stored.name!r}, which is streamed and "
