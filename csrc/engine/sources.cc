@@ -243,7 +243,7 @@ Result<const std::byte*> Sources::read_to(const Unit& unit, std::byte* target, S
     const bool in_place = target != nullptr && unit.raw && alignment <= io::kPageBytes;
     std::byte* window = target != nullptr ? target - (in_place ? lead : 0) : nullptr;
     if (!in_place) {
-      WL_ASSIGN_OR_RETURN(window, scratch.bytes(end - begin + io::kPageBytes));
+      WL_ASSIGN_OR_RETURN(window, scratch.for_direct_read(end - begin + io::kPageBytes));
     }
     Status status = source.direct->read(begin, {window, end - begin}, unit.end - begin);
     if (status.ok()) {

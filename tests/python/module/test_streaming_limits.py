@@ -188,7 +188,6 @@ class TestBudget:
         assert (support.open_files(), support.tasks()) == before[1:]
         assert support.anonymous_bytes() - memory < 4 << 20
 
-
     def test_operations_leave_no_garbage(self, model: Stack) -> None:
         """Reference cycles would stay, with what they hold, until the garbage collector runs."""
         number = streamed(model)[0]

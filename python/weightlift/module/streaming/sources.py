@@ -22,8 +22,6 @@ from weightlift.load.options import LoadOptions
 
 __all__ = ["FileSource", "HostSource", "Source", "settings_for"]
 
-_DIRECT_READ_BYTES = 2 << 20  # a huge page of the scratch memory
-
 
 class Source(Protocol):
     """Weights by name. A source returns the values from the start of the stream, or an error."""
@@ -153,11 +151,9 @@ def _is_for_engine(tensor: torch.Tensor, target: torch.Tensor, device: torch.dev
 
 def settings_for(streamed_bytes: int) -> Settings:
     """Reads past the page cache what it could not keep from one step to the next: page by page it
-    would throw out what is needed soonest. These reads are larger than the default:
-    ``benchmarks/streams.py step`` measures the difference."""
+    would throw out what is needed soonest."""
     settings = Settings.current()
     headroom: int = _native.machine()["memory_headroom"]
     if settings.io_path in (None, "auto") and streamed_bytes > headroom // 2:
-        read_bytes = settings.read_bytes or _DIRECT_READ_BYTES
-        return dataclasses.replace(settings, io_path="direct", read_bytes=read_bytes)
+        return dataclasses.replace(settings, io_path="direct")
     return settings
