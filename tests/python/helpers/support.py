@@ -106,11 +106,21 @@ def bits(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def assert_same_bytes(ours: bytes, theirs: bytes, what: str) -> None:
+    """Names the first byte that differs. Where CI is set, pytest writes a whole diff of two objects
+    that an assertion compares, which takes half a minute for the bytes of a tensor."""
+    if ours == theirs:
+        return
+    assert len(ours) == len(theirs), f"{what}: the number of bytes"
+    first = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+    raise AssertionError(f"{what}: byte {first} is {ours[first]:#x}, not {theirs[first]:#x}")
+
+
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """Same dtype, shape and bits."""
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
-    assert bits(ours) == bits(theirs)
+    assert_same_bytes(bits(ours), bits(theirs), "a tensor")
 
 
 def assert_same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:

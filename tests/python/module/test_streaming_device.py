@@ -39,8 +39,8 @@ def file_of(module: str) -> Path:
 
 MIB = 1 << 20
 # The limit of a check, because a fault may make it wait for ever; without a fault, the longest
-# takes a tenth of it.
-LIMIT_SECONDS = 4
+# takes a fifth of it.
+LIMIT_SECONDS = 2
 
 
 def loaded(
