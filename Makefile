@@ -216,7 +216,7 @@ test-deep: dev
 	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/python/models/test_flax.py
 	$(BIN)/python -m pytest -m "not gpu" tests/python/models/test_flax.py
 	WEIGHTLIFT_SEEDS=1000 $(BIN)/ctest --test-dir build/dev --output-on-failure -j $(JOBS)
-	$(BIN)/python tests/simulated_driver/run_mutants.py
+	$(BIN)/python tests/simulated_driver/run_mutants.py --parallel $(JOBS) --record build/mutants.jsonl
 	tests/pythons.sh
 	$(MAKE) tidy asan tsan check-perf
 	$(MAKE) test-libraries

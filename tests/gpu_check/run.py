@@ -1,9 +1,9 @@
 """`make gpu-check`: one machine with an NVIDIA GPU, without a network, lent for fifteen minutes.
 
-The most important parts run first. Each is a process with its own time limit, so that a hang, a
-crash or a collection error affects only its part. The output of a part goes to RESULTS/NN-part.log
-while it runs, and its outcome to RESULTS/summary.txt when it ends, so that earlier results are kept
-if the run is stopped.
+README.md beside this file says what to run and what to read. The most important parts run first.
+Each is a process with its own time limit, so that a hang, a crash or a collection error affects
+only its part. The output of a part goes to RESULTS/NN-part.log while it runs, and its outcome to
+RESULTS/summary.txt when it ends, so that earlier results are kept if the run is stopped.
 
     python tests/gpu_check/run.py                      # all parts, within --minutes
     python tests/gpu_check/run.py --from "bench main"  # go on where another command ended
@@ -99,6 +99,8 @@ def gpu_parts(results: Path, wheel: Path | None) -> list[Part]:
         own_build(wheel),
         Part("first look", look, 130),
         gpu_tests("tests load_file", 150, "test_gpu_load_file.py"),
+        gpu_tests("tests copies", 45, "test_gpu_copies.py"),
+        gpu_tests("tests streaming", 45, "test_gpu_streaming.py"),
         bench("bench main", results, 120, "cuda-same", "cuda-cast"),
         gpu_tests("tests backends", 90, "test_gpu_backends.py"),
         gpu_tests("tests transformers", 90, "test_gpu_transformers.py"),

@@ -10,6 +10,11 @@ README.md, "Mutants", says how to add one.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -51,10 +56,24 @@ class Outcome:
     result: str  # killed, hung, survived, does not apply, does not build
     seconds: float
     evidence: str = ""
+    test: str = ""  # the one that failed
 
     @property
     def good(self) -> bool:
         return self.result in ("killed", "hung")
+
+
+def run_patch(source: Path, patch: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    # Without fuzz, so that a mutant whose context has changed is checked by a person.
+    command = ["patch", "-p1", "--no-backup-if-mismatch", "--fuzz=0", "--reject-file=-"]
+    command += ["--batch", *options, "-i", str(patch)]
+    return subprocess.run(command, cwd=source, text=True, capture_output=True, check=False)
+
+
+def why_not(source: Path, patch: Path) -> str:
+    """Why the patch does not apply; empty when it does."""
+    tried = run_patch(source, patch, "-N", "--dry-run")
+    return "" if tried.returncode == 0 else " ".join(tried.stdout.split())[-100:]
 
 
 class Workshop:
@@ -94,17 +113,6 @@ class Workshop:
         command = ["cmake", "--build", str(self.build), "--target", test, "-j", str(self.jobs)]
         return subprocess.run(command, text=True, capture_output=True, check=False)
 
-    def patch(self, patch: Path, *options: str) -> subprocess.CompletedProcess[str]:
-        # Without fuzz, so that a mutant whose context has changed is checked by a person.
-        command = ["patch", "-p1", "--no-backup-if-mismatch", "--fuzz=0", "--reject-file=-"]
-        command += ["--batch", *options, "-i", str(patch)]
-        return subprocess.run(command, cwd=self.source, text=True, capture_output=True, check=False)
-
-    def why_not(self, patch: Path) -> str:
-        """Why the patch does not apply; empty when it does."""
-        tried = self.patch(patch, "-N", "--dry-run")
-        return "" if tried.returncode == 0 else " ".join(tried.stdout.split())[-100:]
-
     def test(self, test: str, limit: float | None) -> tuple[int | None, float, str]:
         """Exit status (None: ran past the limit), seconds, and the output."""
         environment = os.environ | {"WEIGHTLIFT_SEEDS": str(self.seeds)}
@@ -116,7 +124,7 @@ class Workshop:
         else:
             found = self.build.rglob(test)
             binary = next(path for path in found if path.is_file() and os.access(path, os.X_OK))
-            command = [str(binary), "--gtest_fail_fast", "--gtest_brief=1"]
+            command = [str(binary), "--gtest_fail_fast"]
             folder = self.build
         start = time.monotonic()
         with tempfile.TemporaryFile(mode="w+", errors="replace") as output:
@@ -124,12 +132,14 @@ class Workshop:
                 command, cwd=folder, env=environment, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+            status: int | None = None
             try:
-                status: int | None = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                status = None
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(limit)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
             output.seek(0, os.SEEK_END)
             # What was skipped after the failure may be long.
             output.seek(max(0, output.tell() - 1_000_000))
@@ -139,7 +149,8 @@ class Workshop:
 def first_report(output: str) -> str:
     """The line of the output that best explains the failure."""
     stripped = (line.strip() for line in output.splitlines())
-    lines = [line for line in stripped if line and not line.startswith("Google Test trace:")]
+    progress = ("Google Test trace:", "[ RUN", "[       OK", "[-----", "[=====")
+    lines = [line for line in stripped if line and not line.startswith(progress)]
     marks = ("race:", "host write in flight", "use after free", "freed in use", "unpinned in use",
              "out of bounds", "unregistered", "wrong device", "launch:", "context:", "leak",
              "differ", "Failure", "E  ", "FAILED")  # fmt: skip
@@ -148,6 +159,13 @@ def first_report(output: str) -> str:
             if mark in line:
                 return line[:100]
     return lines[-1][:100] if lines else ""
+
+
+def failed_test(output: str) -> str:
+    """The test that failed or, after a crash or a time limit, the last that began."""
+    failed = re.search(r"^(?:\[  FAILED  \] |FAILED \S+::)(\w+(?:\.\w+)?)", output, re.MULTILINE)
+    begun = re.findall(r"^\[ RUN      \] (\S+)", output, re.MULTILINE)
+    return failed[1] if failed else begun[-1] if begun else ""
 
 
 def chosen(only: list[str] | None, quick: bool) -> list[Path]:
@@ -171,9 +189,11 @@ def test_of(patch: Path) -> str:
 def by(outcome: Outcome) -> str:
     """In a few words, what killed it."""
     if outcome.result == "hung":
-        return "a time limit"
-    found = (name for name, marks in ORACLES if re.search(marks, outcome.evidence))
-    return next(found, "an expectation")
+        oracle = "a time limit"
+    else:
+        found = (name for name, marks in ORACLES if re.search(marks, outcome.evidence))
+        oracle = next(found, "an expectation")
+    return f"{oracle}, in `{outcome.test}`" if outcome.test else oracle
 
 
 def listed() -> dict[str, str]:
@@ -198,7 +218,9 @@ def write_list(outcomes: list[Outcome], *, only_check: bool = False) -> int:
     new = f"{before}<!-- mutants -->\n{table(known)}{after[1]}{after[2]}"
     if only_check:
         print("the list in README.md is", "as it should be" if new == text else "out of date")
-        return int(new != text)
+        stale = [path.stem for path in chosen(None, False) if why_not(HERE.parents[1], path)]
+        print(f"no longer apply, make them again: {', '.join(stale)}" if stale else "all apply")
+        return int(new != text or bool(stale))
     README.write_text(new)
     return 0
 
@@ -206,12 +228,13 @@ def write_list(outcomes: list[Outcome], *, only_check: bool = False) -> int:
 def judge(workshop: Workshop, patch: Path, limit: float) -> Outcome:
     start = time.monotonic()
 
-    def outcome(result: str, evidence: str = "") -> Outcome:
-        return Outcome(patch.stem, result, time.monotonic() - start, evidence)
+    def outcome(result: str, evidence: str = "", output: str = "") -> Outcome:
+        seconds = time.monotonic() - start
+        return Outcome(patch.stem, result, seconds, evidence, failed_test(output))
 
-    if reason := workshop.why_not(patch):
+    if reason := why_not(workshop.source, patch):
         return outcome("does not apply", reason)
-    workshop.patch(patch, "-N")
+    run_patch(workshop.source, patch, "-N")
     try:
         test = test_of(patch)
         built = workshop.compile(test)
@@ -220,69 +243,185 @@ def judge(workshop: Workshop, patch: Path, limit: float) -> Outcome:
             return outcome("does not build", errors[0][-100:] if errors else "")
         status, _, output = workshop.test(test, limit)
         if status is None:
-            return outcome("hung", f"killed after {limit:.0f} s")
+            return outcome("hung", f"killed after {limit:.0f} s", output)
         if status == 0:
             return outcome("survived")
         if status < 0:
-            return outcome("killed", f"{signal.Signals(-status).name}; {first_report(output)}")
-        return outcome("killed", first_report(output))
+            evidence = f"{signal.Signals(-status).name}; {first_report(output)}"
+            return outcome("killed", evidence, output)
+        return outcome("killed", first_report(output), output)
     finally:
-        undone = workshop.patch(patch, "-R")
+        undone = run_patch(workshop.source, patch, "-R")
         if undone.returncode != 0:
             sys.exit(f"{patch.stem} cannot be undone:\n{undone.stdout}")
 
 
-def main() -> int:
+@functools.cache
+def tree_digest(root: Path) -> str:
+    """Of all that decides about a mutant, except the mutants themselves."""
+    made = hashlib.sha256()
+    for name in TREE:
+        for path in sorted([root / name] if (root / name).is_file() else (root / name).rglob("*")):
+            if path.is_file() and path.suffix not in (".pyc", ".patch", ".md"):
+                made.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return made.hexdigest()
+
+
+class Record:
+    """A file with the outcomes so far, to which several processes may append. An outcome counts for
+    the tree, the mutant and the seeds that it was found with."""
+
+    def __init__(self, path: Path | None, root: Path, seeds: int) -> None:
+        self._path = path
+        self._root = root
+        self._seeds = seeds
+
+    def _key(self, patch: Path) -> str:
+        parts = f"{tree_digest(self._root)} {self._seeds} ".encode()
+        return hashlib.sha256(parts + patch.read_bytes()).hexdigest()
+
+    def add(self, patch: Path, outcome: Outcome) -> None:
+        if self._path is None:
+            return
+        line = json.dumps({"key": self._key(patch), **dataclasses.asdict(outcome)}) + "\n"
+        with self._path.open("a") as file:
+            file.write(line)
+
+    def outcomes(self, patches: list[Path]) -> dict[str, Outcome]:
+        """name -> outcome, of those that are recorded."""
+        if self._path is None or not self._path.exists():
+            return {}
+        keys = {self._key(patch): patch.stem for patch in patches}
+        found = {}
+        for line in self._path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # the last line may be cut off
+                entry = json.loads(line)
+                if name := keys.get(entry.pop("key")):
+                    found[name] = Outcome(**entry)
+        return found
+
+
+def limits_of(workshop: Workshop, patches: list[Path]) -> dict[str, float]:
+    """Runs the tests on the unmutated tree. Returns test -> seconds that it may take."""
+    if any(not test_of(patch).endswith(".py") for patch in patches):
+        workshop.configure()
+    limits: dict[str, float] = {}
+    for test in sorted({test_of(patch) for patch in patches}):
+        built = workshop.compile(test)
+        if built.returncode != 0:
+            print(built.stdout[-4000:])
+            sys.exit(f"the unmutated {test} does not build")
+        status, seconds, output = workshop.test(test, None)
+        if status != 0:
+            print(output[-4000:])
+            sys.exit(f"the unmutated {test} fails with {workshop.seeds} seeds")
+        limits[test] = max(60.0, 5 * seconds)
+        print(f"unmutated: {test} passes in {seconds:.1f} s", flush=True)
+    return limits
+
+
+def run(arguments: argparse.Namespace, patches: list[Path], record: Record) -> list[Outcome]:
+    """Runs mutants one after another; those that are recorded are not run again."""
+    known = record.outcomes(patches)
+    left = [patch for patch in patches if patch.stem not in known]
+    if known:
+        print(f"{len(known)} are recorded, {len(left)} are left", flush=True)
+    if left:
+        with tempfile.TemporaryDirectory(prefix="weightlift-mutants-") as folder:
+            workshop = Workshop(arguments.root, Path(folder), arguments.jobs, arguments.seeds)
+            limits = limits_of(workshop, left)
+            for patch in left:
+                outcome = known[patch.stem] = judge(workshop, patch, limits[test_of(patch)])
+                record.add(patch, outcome)
+                print(f"  {outcome.name}: {outcome.result}, {outcome.seconds:.0f} s", flush=True)
+    return [known[patch.stem] for patch in patches]
+
+
+def run_in_parallel(
+    arguments: argparse.Namespace, patches: list[Path], record: Record
+) -> list[Outcome]:
+    """In several processes, each with a part of the mutants and its own copy of the tree."""
+    count = arguments.parallel
+    command = [sys.executable, str(HERE / "run_mutants.py"), "--record", str(arguments.record)]
+    command += ["--seeds", str(arguments.seeds), "--jobs", "1", "--root", str(arguments.root)]
+    command += ["--only", *(patch.stem for patch in patches)]
+    processes = [
+        subprocess.Popen([*command, "--part", f"{part}/{count}"]) for part in range(1, count + 1)
+    ]
+    try:
+        for process in processes:
+            process.wait()
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
+    found = record.outcomes(patches)
+    missing = [patch.stem for patch in patches if patch.stem not in found]
+    if missing:
+        sys.exit(f"not run: {', '.join(missing)}; the same command goes on with them")
+    return [found[patch.stem] for patch in patches]
+
+
+def a_part(text: str) -> tuple[int, int]:
+    number, of = map(int, text.split("/"))
+    if not 1 <= number <= of:
+        raise ValueError(text)
+    return number, of
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants")
     parser.add_argument("--quick", action="store_true", help="those listed in mutants/QUICK")
+    parser.add_argument("--part", type=a_part, default=(1, 1), metavar="I/N", help="such as 1/2")
+    parser.add_argument(
+        "--parallel", type=int, default=1, metavar="N", help="processes, each with a part"
+    )
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="append each outcome to it as it is found, and "
+        "take over those that it has of the same tree"
+    )  # fmt: skip
     parser.add_argument(
         "--list", action="store_true", help="bring the list in README.md up to date; with no other "
         "option, without a run"
     )  # fmt: skip
-    parser.add_argument("--check-list", action="store_true", help="whether it is")
+    parser.add_argument(
+        "--check-list", action="store_true", help="whether it is, and whether all mutants apply"
+    )
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=2, help="of the compiler")
     parser.add_argument("--root", type=Path, default=HERE.parents[1], help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.check_list or (arguments.list and not arguments.only and not arguments.quick):
+    return parser.parse_args()
+
+
+def main() -> int:
+    # An end of this process ends those that it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    arguments = parsed()
+    runs = arguments.only or arguments.quick or arguments.record
+    if arguments.check_list or (arguments.list and not runs):
         return write_list([], only_check=arguments.check_list)
-    patches = chosen(arguments.only, arguments.quick)
+    number, of = arguments.part
+    patches = chosen(arguments.only, arguments.quick)[number - 1 :: of]
     if not patches:
         print("no mutants")
         return 0
+    # For all mutants, whichever are run, so that a change of the engine shows it at once.
+    stale = [path.stem for path in chosen(None, False) if why_not(arguments.root, path)]
+    if stale:
+        print(f"no longer apply, make them again: {', '.join(stale)}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="weightlift-mutants-") as folder:
-        workshop = Workshop(arguments.root, Path(folder), arguments.jobs, arguments.seeds)
-        # For all mutants, whichever are run, so that a change of the engine shows it at once.
-        stale = [path.stem for path in chosen(None, False) if workshop.why_not(path)]
-        if stale:
-            print(f"no longer apply, make them again: {', '.join(stale)}", flush=True)
-        if any(not test_of(patch).endswith(".py") for patch in patches):
-            workshop.configure()
-        limits: dict[str, float] = {}
-        for test in sorted({test_of(patch) for patch in patches}):
-            built = workshop.compile(test)
-            if built.returncode != 0:
-                print(built.stdout[-4000:])
-                sys.exit(f"the unmutated {test} does not build")
-            status, seconds, output = workshop.test(test, None)
-            if status != 0:
-                print(output[-4000:])
-                sys.exit(f"the unmutated {test} fails with {arguments.seeds} seeds")
-            limits[test] = max(60.0, 5 * seconds)
-            print(f"unmutated: {test} passes in {seconds:.1f} s", flush=True)
-        outcomes: list[Outcome] = []
-        for patch in patches:
-            outcomes.append(judge(workshop, patch, limits[test_of(patch)]))
-            last = outcomes[-1]
-            print(f"  {last.name}: {last.result}", flush=True)
+        if arguments.parallel > 1 and arguments.record is None:
+            arguments.record = Path(folder) / "record"
+        record = Record(arguments.record, arguments.root, arguments.seeds)
+        outcomes = (run_in_parallel if arguments.parallel > 1 else run)(arguments, patches, record)
 
     width = max(len(outcome.name) for outcome in outcomes)
     print()
     for outcome in outcomes:
         row = f"{outcome.name:{width}}  {outcome.result:14}  {outcome.seconds:6.1f} s"
-        print(f"{row}  {outcome.evidence}".rstrip())
+        print(f"{row}  {outcome.test}  {outcome.evidence}".rstrip())
     if arguments.list:
         write_list(outcomes)
     killed = sum(outcome.good for outcome in outcomes)

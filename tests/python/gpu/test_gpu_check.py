@@ -81,6 +81,20 @@ def run_check(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
+def test_every_file_of_gpu_tests_has_its_part(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(CHECK.parent)!r}); import pathlib, run\n"
+        f"for part in run.gpu_parts(pathlib.Path({str(tmp_path)!r}), None):\n"
+        "    print(part.command[-1] if part.name.startswith('tests') else '')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    files = {Path(line).name for line in done.stdout.split()}
+    assert files == {path.name for path in HERE.glob("test_*.py")} - {Path(__file__).name}
+    assert len(files) > 3
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_nothing_runs_without_a_gpu(tmp_path: Path) -> None:
     done = run_check("--results", tmp_path)
