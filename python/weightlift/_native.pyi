@@ -2,12 +2,21 @@
 
 Dtypes are the file's names, such as ``"BF16"``. Shapes, strides and element offsets count elements;
 positions count the tensors of a file; sizes and other offsets are bytes; ``-1`` is the host, other
-devices are CUDA ordinals. Errors are those of ``weightlift.core.errors``: ``FormatError`` and
-``ReadError`` for files, ``DeviceError`` for drivers, ``OutOfMemoryError`` for memory.
+devices are CUDA ordinals; streams are ``CUstream``. Errors are those of ``weightlift.core.errors``:
+``FormatError`` for bytes that break a format, ``ReadError`` for files that cannot be read,
+``DeviceError`` for drivers, ``OutOfMemoryError`` for memory.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final, TypeAlias
+
+_Ints: TypeAlias = Sequence[int]
+_Texts: TypeAlias = Sequence[str]
+_Positions: TypeAlias = _Ints | None  # ``None``: all tensors of the file
+_Shape: TypeAlias = tuple[int, ...]
+_Range: TypeAlias = tuple[int, int]  # [begin, end) in bytes
+_Windows: TypeAlias = Sequence[_Range] | None
+_Parts: TypeAlias = Sequence[tuple[int, int, int]]  # three integers for each dimension
 
 class Settings:
     """As ``weightlift.Settings``. With 0 or ``"auto"`` the engine chooses the value."""
@@ -29,186 +38,113 @@ class Settings:
     fp8: tuple[bool, bool, bool]
 
 class IndexedFile:
+    """A safetensors file, or the one in ``[begin, begin + bytes)`` of a file. ``names``,
+    ``dtypes``, ``shapes`` and ``sizes`` (bytes) are those of the positions ``which``, ``headers``
+    name -> (dtype, shape) of all tensors, ``range`` a tensor's bytes in the file, ``metadata`` the
+    header's ``__metadata__``, ``find`` a tensor's position. ``resident_bytes`` are those in the
+    page cache, ``None`` if the system does not say (cachestat(2)); ``drop_from_page_cache`` evicts
+    the file from it (posix_fadvise(2))."""
+
     @staticmethod
-    def open(path: str, begin: int = 0, bytes: int | None = None) -> IndexedFile:
-        """Opens a safetensors file, or the one in ``[begin, begin + bytes)`` of a file.
-
-        Raises:
-            FormatError: the bytes break the format.
-            ReadError: the file cannot be read.
-        """
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def identity(self) -> tuple[int, int]: ...
-    @property
-    def size(self) -> int: ...
+    def open(path: str, begin: int = 0, bytes: int | None = None) -> IndexedFile: ...
+    path: Final[str]
+    identity: Final[tuple[int, int]]
+    size: Final[int]
     def __len__(self) -> int: ...
-    def names(self, which: Sequence[int] | None = None) -> list[str]:
-        """Names of these positions; of all by default. So too ``dtypes``, ``shapes`` and ``sizes``
-        (bytes)."""
-
-    def dtypes(self, which: Sequence[int] | None = None) -> list[str]: ...
-    def shapes(self, which: Sequence[int] | None = None) -> list[tuple[int, ...]]: ...
-    def sizes(self, which: Sequence[int] | None = None) -> list[int]: ...
-    def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> (dtype, shape) of all tensors."""
-
-    def find(self, name: str) -> int | None:
-        """The position of a tensor."""
-
+    def names(self, which: _Positions = None) -> list[str]: ...
+    def dtypes(self, which: _Positions = None) -> list[str]: ...
+    def shapes(self, which: _Positions = None) -> list[_Shape]: ...
+    def sizes(self, which: _Positions = None) -> list[int]: ...
+    def headers(self) -> dict[str, tuple[str, _Shape]]: ...
+    def find(self, name: str) -> int | None: ...
     def dtype(self, position: int) -> str: ...
-    def shape(self, position: int) -> tuple[int, ...]: ...
-    def range(self, position: int) -> tuple[int, int]:
-        """[begin, end) of a tensor's bytes in the file."""
-
-    def metadata(self) -> dict[str, str] | None:
-        """The header's ``__metadata__``."""
-
-    def resident_bytes(self) -> int | None:
-        """Bytes in the page cache; ``None`` if the system does not say (cachestat(2))."""
-
-    def drop_from_page_cache(self) -> None:
-        """Evicts the file from the page cache (posix_fadvise(2))."""
+    def shape(self, position: int) -> _Shape: ...
+    def range(self, position: int) -> _Range: ...
+    def metadata(self) -> dict[str, str] | None: ...
+    def resident_bytes(self) -> int | None: ...
+    def drop_from_page_cache(self) -> None: ...
 
 class Archive:
-    """An open zip file of stored (uncompressed) records."""
+    """An open zip file of stored (uncompressed) records: (name, begin, bytes, stated CRC-32,
+    whether its header is ZIP64), in the order of their bytes. ``index`` is of tensors at (name,
+    dtype, shape, begin), which may share bytes."""
 
     @staticmethod
     def open(path: str) -> Archive: ...
-    @property
-    def path(self) -> str: ...
-    @property
-    def identity(self) -> tuple[int, int]: ...
-    @property
-    def size(self) -> int: ...
-    def records(self) -> list[tuple[str, int, int, int, bool]]:
-        """(name, begin, bytes, stated CRC-32, whether its header is ZIP64), in the order of their
-        bytes."""
-
-    def read(self, begin: int, bytes: int) -> bytes:
-        """Reads bytes of the file."""
-
-    def safetensors(self, begin: int, bytes: int) -> IndexedFile:
-        """The safetensors file in these bytes."""
-
-    def index(self, entries: Sequence[tuple[str, str, Sequence[int], int]]) -> IndexedFile:
-        """An index of tensors with known places: (name, dtype, shape, begin). They may share
-        bytes."""
+    path: Final[str]
+    identity: Final[tuple[int, int]]
+    size: Final[int]
+    def records(self) -> list[tuple[str, int, int, int, bool]]: ...
+    def read(self, begin: int, bytes: int) -> bytes: ...
+    def safetensors(self, begin: int, bytes: int) -> IndexedFile: ...
+    def index(self, entries: Sequence[tuple[str, str, _Ints, int]]) -> IndexedFile: ...
 
 def torch_pickle(
-    pickle: bytes, tensor: Callable[[str, str, int, tuple[int, ...], tuple[int, ...], bool], object]
+    pickle: bytes, tensor: Callable[[str, str, int, _Shape, _Shape, bool], object]
 ) -> tuple[dict[Any, Any], dict[str, int]] | None:
-    """Reads a pickle of ``torch.save`` as data; calls nothing that it names.
-
-    Returns:
-        The dict, with ``tensor(record, dtype, offset, shape, stride, contiguous)`` for each tensor,
-        and record -> bytes of all storages. ``None`` for every other pickle, valid or not.
-    """
+    """Reads a pickle of ``torch.save`` as data; calls nothing that it names. Returns the dict,
+    with ``tensor(record, dtype, offset, shape, stride, contiguous)`` for each tensor, and record ->
+    bytes of all storages; ``None`` for every other pickle, valid or not."""
 
 class Targets:
-    """Contiguous target memory on one device, which the caller owns: an address and a dtype for
-    each tensor."""
+    """Contiguous target memory, which the caller owns: an address and a dtype for each tensor."""
 
-    def __init__(self, device: int, addresses: Sequence[int], dtypes: Sequence[str]) -> None:
-        """``device``: a CUDA ordinal; -1 is the host."""
+    def __init__(self, device: int, addresses: _Ints, dtypes: _Texts) -> None: ...
 
 class HostTensors:
     """Contiguous source tensors in host memory, which must not change until the load has ended."""
 
     def __init__(
-        self,
-        names: Sequence[str],
-        addresses: Sequence[int],
-        elements: Sequence[int],
-        dtypes: Sequence[str],
+        self, names: _Texts, addresses: _Ints, elements: _Ints, dtypes: _Texts
     ) -> None: ...
 
 class SlotsAhead:
-    def __init__(self, device: int, bytes: int, settings: Settings) -> None:
-        """Begins to pin staging slots for so many bytes that will go to a CUDA device. Does nothing
-        if the process does not use the device yet."""
+    """Begins to pin staging slots for so many bytes that will go to a CUDA device. Does nothing if
+    the process does not use the device yet. Its end waits for the slot that is being pinned."""
 
-    def stop(self) -> None:
-        """Begins no further slot. The object's end waits for the one that is being pinned."""
+    def __init__(self, device: int, bytes: int, settings: Settings) -> None: ...
+    def stop(self) -> None: ...  # Begins no further slot.
 
 class Plan:
-    """A load: add copies, ``prepare``, ``start``, ``wait``, ``finish``, then ``tensors``."""
+    """A load: add copies, ``prepare``, ``start``, ``wait``, ``finish``, then ``tensors``.
+
+    Waits release the GIL, end after ``seconds`` and return whether the event has come. ``ranks``
+    is the place in the order of use of each tensor of the plan, in the order of the calls that
+    added them; an index of ``wait_for`` is one in ``ranks``."""
 
     def __init__(self, settings: Settings) -> None: ...
     def map(
-        self,
-        source: IndexedFile,
-        which: Sequence[int] | None,
-        shared: bool,
-        windows: Sequence[tuple[int, int]] | None = None,
+        self, source: IndexedFile, which: _Positions, shared: bool, windows: _Windows = None
     ) -> None:
-        """Maps tensors of a file without a copy.
-
-        Args:
-            source: the file.
-            which: positions; ``None`` for all.
-            shared: other loads may map the same bytes of ``source``.
-            windows: [begin, end) of the tensor's bytes to populate; all by default.
-        """
+        """Maps tensors without a copy. ``shared``: other loads may map the same bytes of
+        ``source``; ``windows``: the part of each tensor's bytes to populate; all by default."""
 
     def read(
-        self,
-        source: IndexedFile,
-        which: Sequence[int] | None,
-        dtype: str | None,
-        pin_for: int | None,
+        self, source: IndexedFile, which: _Positions, dtype: str | None, pin_for: int | None
     ) -> None:
         """Reads tensors into memory of the engine; casts floating-point tensors to ``dtype``.
         ``pin_for``: the CUDA device to pin the memory for."""
 
-    def copy_to(self, source: IndexedFile, which: Sequence[int] | None, targets: Targets) -> None:
+    def copy_to(self, source: IndexedFile, which: _Positions, targets: Targets) -> None:
         """Reads tensors into targets, in the order of ``which``, cast to the targets' dtypes."""
 
-    def copy_memory(self, tensors: HostTensors, targets: Targets) -> None:
-        """Copies tensors in host memory to targets."""
+    def copy_memory(self, tensors: HostTensors, targets: Targets) -> None: ...
+    def slice(self, source: IndexedFile, which: int, parts: _Parts, dtype: str | None) -> None:
+        """Reads a part of a tensor into memory of the engine, in the shape of the counts, or by
+        ``slice_to`` into one target. ``parts``: (start, step, count); steps are not 0."""
 
-    def slice(
-        self,
-        source: IndexedFile,
-        which: int,
-        parts: Sequence[tuple[int, int, int]],
-        dtype: str | None,
-    ) -> None:
-        """Reads a part of a tensor into memory of the engine, in the shape of the counts.
-        ``parts``: (start, step, count) for each dimension; steps are not 0."""
-
-    def slice_to(
-        self,
-        source: IndexedFile,
-        which: int,
-        parts: Sequence[tuple[int, int, int]],
-        target: Targets,
-    ) -> None:
-        """Reads a part of a tensor into one target."""
-
+    def slice_to(self, source: IndexedFile, which: int, parts: _Parts, target: Targets) -> None: ...
     def copy_strided(
-        self,
-        source: IndexedFile,
-        which: int,
-        offset: int,
-        dimensions: Sequence[tuple[int, int, int]],
-        target: Targets,
+        self, source: IndexedFile, which: int, offset: int, dimensions: _Parts, target: Targets
     ) -> None:
         """Reads elements of a tensor into one target. ``offset``: the first element;
         ``dimensions``: (extent, stride in the tensor, stride in the target), in elements."""
 
     def use_stream(self, device: int, stream: int) -> None:
-        """Orders the copies to a device after the present work of this stream (a ``CUstream``)."""
+        """Orders the copies to a device after the present work of this stream."""
 
-    def populate(self, now: bool) -> None:
-        """Whether mapped pages that are not resident are read before the load ends."""
-
-    def order(self, ranks: Sequence[int]) -> None:
-        """Loads in an order of use, for ``wait_for``. ``ranks``: the place of each tensor of the
-        plan, in the order of the calls that added them."""
-
+    def populate(self, now: bool) -> None: ...  # Reads absent mapped pages before the end.
+    def order(self, ranks: _Ints) -> None: ...  # Loads in an order of use, for ``wait_for``.
     def prepare_ahead(self, device: int, bytes: int, casts: bool, separate: int) -> None:
         """Begins to pin staging slots for so many bytes that will go to a CUDA device, until
         ``start``; and to load the kernel if the device ``casts`` or at least so many tensors end
@@ -216,30 +152,20 @@ class Plan:
         process does not use the device yet."""
 
     def prepare(self) -> list[tuple[int, int]]:
-        """Schedules the load. Returns (device, bytes) of the scratch memory for ``start``."""
+        """Schedules the load. Returns (device, bytes) of the scratch memory that ``start`` takes as
+        (device, address, owner)."""
 
-    def start(self, scratch: Sequence[tuple[int, int, object]]) -> None:
-        """Starts the load. ``scratch``: (device, address, owner) for each entry of ``prepare``."""
+    def start(self, scratch: Sequence[tuple[int, int, object]]) -> None: ...
+    def wait(self, seconds: float) -> bool: ...  # Waits until the load has ended.
+    def wait_for(self, which: _Ints, seconds: float) -> bool:
+        """Waits until tensors have arrived. Raises the load's error if it ended before."""
 
-    def wait(self, seconds: float) -> bool:
-        """Waits at most so long, without the GIL; whether the load has ended."""
-
-    def wait_for(self, which: Sequence[int], seconds: float) -> bool:
-        """Waits at most so long for tensors, by their index in ``ranks``; whether they have
-        arrived. Raises the load's error if it ended before."""
-
-    def wait_for_on_stream(
-        self, which: Sequence[int], device: int, stream: int, seconds: float
-    ) -> bool:
+    def wait_for_on_stream(self, which: _Ints, device: int, stream: int, seconds: float) -> bool:
         """The same for tensors on a CUDA device: the host waits until their copies are queued, and
         the stream waits for the copies."""
 
-    def cancel(self) -> None:
-        """Stops the load and waits until nothing is in flight."""
-
-    def progress(self) -> tuple[int, int]:
-        """(bytes done, total bytes)."""
-
+    def cancel(self) -> None: ...  # Stops the load and waits until nothing is in flight.
+    def progress(self) -> tuple[int, int]: ...  # (bytes done, total bytes).
     def finish(self) -> dict[str, Any]:
         """Ends the load and returns its report. Raises the load's first error."""
 
@@ -247,9 +173,7 @@ class Plan:
         """The tensors of ``map``, ``read`` and ``slice``, in the order of the calls, each made from
         its DLPack capsule."""
 
-def set_error_factory(factory: Callable[..., BaseException]) -> None:
-    """Sets the function that makes exceptions from the engine's errors."""
-
+def set_error_factory(factory: Callable[..., BaseException]) -> None: ...  # For engine errors.
 def machine() -> dict[str, Any]:
     """Processors, free memory, instruction set and CUDA kernels, without starting CUDA."""
 
@@ -259,11 +183,7 @@ def host_memory(bytes: int) -> object:
 def driver_report() -> dict[str, Any]:
     """The CUDA driver and its devices; starts CUDA. Raises ``DeviceError`` without a driver."""
 
-def pinned_bytes() -> int:
-    """Bytes pinned by the staging pool now."""
-
-def memory_pool() -> tuple[int, int]:
-    """(bytes kept, bytes reused since import) of the memory of deleted tensors."""
-
+def pinned_bytes() -> int: ...  # Bytes pinned by the staging pool now.
+def memory_pool() -> tuple[int, int]: ...  # (bytes kept, bytes reused) of deleted tensors' memory.
 def use_driver_for_testing(path: str) -> None:
     """Loads this driver library instead of ``libcuda.so.1``; only with WEIGHTLIFT_TESTING."""
