@@ -25,6 +25,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TREE = ("csrc", "cmake", "tests", "python", "CMakeLists.txt")
@@ -36,6 +37,8 @@ for finder in sys.meta_path:
             finder.known_source_files[name] = path.replace({root!r}, {copy!r})
 """
 TEST = "engine_test"
+# Tried before all seeds, because most mutants need few.
+FEW_SEEDS = 50
 README = HERE / "README.md"
 ROW = re.compile(r"^\| `(\w+)` \| ([\w/.]+) \| (.+) \|$", re.MULTILINE)
 # What of a first report tells which oracle it is of.
@@ -113,18 +116,22 @@ class Workshop:
         command = ["cmake", "--build", str(self.build), "--target", test, "-j", str(self.jobs)]
         return subprocess.run(command, text=True, capture_output=True, check=False)
 
-    def test(self, test: str, limit: float | None) -> tuple[int | None, float, str]:
-        """Exit status (None: ran past the limit), seconds, and the output."""
-        environment = os.environ | {"WEIGHTLIFT_SEEDS": str(self.seeds)}
+    def test(
+        self, test: str, limit: float | None, *, seeds: int | None = None, only: str = ""
+    ) -> tuple[int | None, float, str]:
+        """Exit status (None: ran past the limit), seconds, and the output. ``only``: the name of a
+        test in the binary or the file."""
+        environment = os.environ | {"WEIGHTLIFT_SEEDS": str(seeds or self.seeds)}
         # The first failure is enough.
         if test.endswith(".py"):
-            command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", test]
+            command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider"]
+            command.append(f"{test}::{only}" if only else test)
             environment["PYTHONPATH"] = str(self.site)
             folder = self.root
         else:
             found = self.build.rglob(test)
             binary = next(path for path in found if path.is_file() and os.access(path, os.X_OK))
-            command = [str(binary), "--gtest_fail_fast"]
+            command = [str(binary), "--gtest_fail_fast", f"--gtest_filter={only or '*'}"]
             folder = self.build
         start = time.monotonic()
         with tempfile.TemporaryFile(mode="w+", errors="replace") as output:
@@ -225,7 +232,23 @@ def write_list(outcomes: list[Outcome], *, only_check: bool = False) -> int:
     return 0
 
 
-def judge(workshop: Workshop, patch: Path, limit: float) -> Outcome:
+def try_to_kill(workshop: Workshop, test: str, limit: float, killer: str) -> tuple[int | None, str]:
+    """Runs the test that failed the last time, then all with few seeds, then all with all seeds,
+    until one fails. Returns the exit status (None: ran past the limit) and the output."""
+    stages: list[dict[str, Any]] = [{}]
+    if not test.endswith(".py"):
+        stages.insert(0, {"seeds": min(FEW_SEEDS, workshop.seeds)})
+    if killer:
+        stages.insert(0, {"only": killer})
+    for stage in stages:
+        status, _, output = workshop.test(test, limit, **stage)
+        # 4 and 5: pytest finds no such test.
+        if status != 0 and not (stage.get("only") and status in (4, 5)):
+            break
+    return status, output
+
+
+def judge(workshop: Workshop, patch: Path, limit: float, killers: dict[str, str]) -> Outcome:
     start = time.monotonic()
 
     def outcome(result: str, evidence: str = "", output: str = "") -> Outcome:
@@ -241,7 +264,7 @@ def judge(workshop: Workshop, patch: Path, limit: float) -> Outcome:
         if built.returncode != 0:
             errors = [line for line in built.stdout.splitlines() if "error" in line]
             return outcome("does not build", errors[0][-100:] if errors else "")
-        status, _, output = workshop.test(test, limit)
+        status, output = try_to_kill(workshop, test, limit, killers.get(patch.stem, ""))
         if status is None:
             return outcome("hung", f"killed after {limit:.0f} s", output)
         if status == 0:
@@ -330,8 +353,12 @@ def run(arguments: argparse.Namespace, patches: list[Path], record: Record) -> l
         with tempfile.TemporaryDirectory(prefix="weightlift-mutants-") as folder:
             workshop = Workshop(arguments.root, Path(folder), arguments.jobs, arguments.seeds)
             limits = limits_of(workshop, left)
+            killers = {name: found[1] for name, how in listed().items()
+                       if (found := re.search(r", in `(\S+)`$", how))}  # fmt: skip
             for patch in left:
-                outcome = known[patch.stem] = judge(workshop, patch, limits[test_of(patch)])
+                outcome = known[patch.stem] = judge(
+                    workshop, patch, limits[test_of(patch)], killers
+                )
                 record.add(patch, outcome)
                 print(f"  {outcome.name}: {outcome.result}, {outcome.seconds:.0f} s", flush=True)
     return [known[patch.stem] for patch in patches]
