@@ -18,7 +18,11 @@ from weightlift.core.report import LoadReport
 from weightlift.core.requirements import require
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions, Mode, Progress
+from weightlift.module.device_map import unused_max_memory
+from weightlift.module.fill import NewLoad, fill
+from weightlift.module.matching import MatchPolicy
 from weightlift.module.parameters import ParameterRef, dtensor_types, gather_resharded
+from weightlift.module.placement import PlacementPolicy, check_memory_format
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +31,6 @@ if TYPE_CHECKING:
 
     from weightlift.distributed.rank_group import Scope
     from weightlift.module.device_map import DeviceMap
-    from weightlift.module.fill import NewLoad
 
 
 __all__ = ["load_into"]
@@ -112,12 +115,6 @@ def load_into(
         FormatError, ReadError, DeviceError, OutOfMemoryError: as ``load_file``.
     """
     require("torch", "load_into")
-    # Imported with the first load: these imports take longer than `import weightlift`.
-    from weightlift.module.device_map import unused_max_memory
-    from weightlift.module.fill import fill
-    from weightlift.module.matching import MatchPolicy
-    from weightlift.module.placement import PlacementPolicy, check_memory_format
-
     _check_arguments(model, checkpoint)
     check_flag("strict", strict)
     check_flag("ignore_mismatched_sizes", ignore_mismatched_sizes)

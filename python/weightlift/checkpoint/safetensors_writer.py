@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from weightlift.core import dtypes
 from weightlift.core.atomic import flush_descriptor, keep_mode
@@ -40,8 +39,7 @@ _LARGEST_HEADER = 100_000_000  # MAX_HEADER_SIZE of the reference
 _ORDER = {name: number for number, name in enumerate(dtypes.TORCH_NAMES)}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor of the file to write.
 
     Attributes:

@@ -319,7 +319,7 @@ def _evaluate(model: torch.nn.Module, gathered: Gathered) -> None:
         for name in ("eval", "train", "__setattr__")
     ):
         for module in gathered.modules:
-            vars(module)["training"] = False
+            module.__dict__["training"] = False
     else:
         model.eval()
 

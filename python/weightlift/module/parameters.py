@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from weightlift.core.errors import ArgumentError
@@ -33,17 +32,33 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(slots=True)
 class ParameterRef:
     """A parameter or buffer of the model, and all its places if it is tied."""
 
-    tensor: torch.Tensor
-    is_parameter: bool
-    persistent: bool
-    name: str
-    module: torch.nn.Module
-    key: str
-    ties: tuple[tuple[str, torch.nn.Module, str], ...] = ()
+    # Not a dataclass, which takes half a millisecond of the import.
+    __slots__ = ("is_parameter", "key", "module", "name", "persistent", "tensor", "ties")
+
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        is_parameter: bool,
+        persistent: bool,
+        name: str,
+        module: torch.nn.Module,
+        key: str,
+        ties: tuple[tuple[str, torch.nn.Module, str], ...] = (),
+    ) -> None:
+        self.tensor = tensor
+        self.is_parameter = is_parameter
+        self.persistent = persistent
+        self.name = name
+        self.module = module
+        self.key = key
+        self.ties = ties
+
+    def __repr__(self) -> str:
+        kind = "parameter" if self.is_parameter else "buffer"
+        return f"<ParameterRef to the {kind} {self.name!r}>"
 
     @property
     def names(self) -> list[str]:
@@ -110,47 +125,36 @@ def gather(model: torch.nn.Module) -> Gathered:
     """
     found: dict[int, ParameterRef] = {}
     modules = []
-    classes = set()
     have_hooks = False
     waiting = [("", model)]
     while waiting:
         prefix, module = waiting.pop()
         modules.append(module)
-        classes.add(type(module))
         if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
             have_hooks = True
-        if parameters := module._parameters:
-            _gather_held(found, prefix, module, parameters, True)
+        for key, tensor in module._parameters.items():
+            if tensor is not None:
+                ref = ParameterRef(tensor, True, True, prefix + key, module, key)
+                if found.setdefault(id(tensor), ref) is not ref:
+                    _add_tie(found[id(tensor)], ref)
         if buffers := module._buffers:
-            _gather_held(found, prefix, module, buffers, False)
+            for key, buffer in buffers.items():
+                if buffer is not None:
+                    persistent = key not in module._non_persistent_buffers_set
+                    ref = ParameterRef(buffer, False, persistent, prefix + key, module, key)
+                    if found.setdefault(id(buffer), ref) is not ref:
+                        _add_tie(found[id(buffer)], ref)
         if children := module._modules:
             for key, child in reversed(children.items()):
                 if child is not None:
                     waiting.append((f"{prefix}{key}.", child))
-    return Gathered(list(found.values()), modules, classes, have_hooks)
+    return Gathered(list(found.values()), modules, set(map(type, modules)), have_hooks)
 
 
-def _gather_held(
-    found: dict[int, ParameterRef],
-    prefix: str,
-    module: torch.nn.Module,
-    held: Mapping[str, torch.Tensor | None],
-    is_parameter: bool,
-) -> None:
-    """Adds the parameters, or the buffers, of one module."""
-    for key, tensor in held.items():
-        if tensor is None:
-            continue
-        identity = id(tensor)
-        persistent = is_parameter or key not in module._non_persistent_buffers_set
-        if identity not in found:
-            found[identity] = ParameterRef(
-                tensor, is_parameter, persistent, prefix + key, module, key
-            )
-        else:
-            ref = found[identity]
-            ref.ties += ((prefix + key, module, key),)
-            ref.persistent |= persistent
+def _add_tie(first: ParameterRef, other: ParameterRef) -> None:
+    """Adds another place of the same tensor."""
+    first.ties += ((other.name, other.module, other.key),)
+    first.persistent |= other.persistent
 
 
 def set_one(
@@ -229,7 +233,8 @@ def adopt_all(
     for name, ref in members:
         value, old, module = take(name), ref.tensor, ref.module
         value.__class__ = parameter
-        value.requires_grad = old.requires_grad
+        if old.requires_grad:
+            value.requires_grad = True
         if old.__dict__:
             value.__dict__.update(old.__dict__)
         ref.tensor = value
