@@ -37,7 +37,7 @@ from weightlift.core.settings import Settings
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
-from weightlift.module.weights_ahead import WeightsAhead
+from weightlift.module.prefetched_weights import PrefetchedWeights
 
 if TYPE_CHECKING:
     import torch
@@ -293,7 +293,7 @@ def _offloaded(path: str, _identity: tuple[int, ...]) -> Checkpoint:
 
 # The id of a loader of accelerate, which as a mapping has no hash -> what is read ahead of the
 # hooks that read from it.
-_ahead: dict[int, WeightsAhead] = {}
+_ahead: dict[int, PrefetchedWeights] = {}
 
 
 def _identity(path: str) -> tuple[int, ...]:
@@ -346,7 +346,7 @@ def _advise(folder: str, index: Mapping[str, Any], key: str, ahead: bool) -> Non
             os.close(descriptor)
 
 
-def _files_ahead_of(loader: Any, key: str) -> None:
+def _prefetch_files(loader: Any, key: str) -> None:
     """Reads ahead the files that accelerate's hooks will map next, in the learned order; accelerate
     maps them itself."""
     if loader.save_folder is None or not hasattr(os, "posix_fadvise"):
@@ -354,12 +354,12 @@ def _files_ahead_of(loader: Any, key: str) -> None:
     found = _ahead.get(-id(loader))
     if found is None:
         advise = functools.partial(_advise, os.fspath(loader.save_folder), dict(loader.index))
-        found = _ahead[-id(loader)] = WeightsAhead(loader.index, advise, lambda _: 0)
+        found = _ahead[-id(loader)] = PrefetchedWeights(loader.index, advise, lambda _: 0)
         weakref.finalize(loader, _ahead.pop, -id(loader), None)
     found.get(key)
 
 
-def _ahead_of(loader: Any, device: torch.device) -> WeightsAhead | None:
+def _prefetched_weights_of(loader: Any, device: torch.device) -> PrefetchedWeights | None:
     """Reads ahead of the hooks of this loader: on the CPU, where it needs only the page cache."""
     if device.type != "cpu":
         return None
@@ -367,7 +367,7 @@ def _ahead_of(loader: Any, device: torch.device) -> WeightsAhead | None:
     if found is None:
         index = {key: dict(e) for key, e in loader.index.items() if "safetensors_file" in e}
         read = functools.partial(_read_offloaded, index, device)
-        found = WeightsAhead(index, read, functools.partial(_cast_bytes, index))
+        found = PrefetchedWeights(index, read, functools.partial(_cast_bytes, index))
         _ahead[id(loader)] = found
         weakref.finalize(loader, _ahead.pop, id(loader), None)
     return found
@@ -379,7 +379,7 @@ def _getitem(reference: Callable[..., Any]) -> Callable[..., Any]:
         path = entry.get("safetensors_file")
         if path is None:
             if key not in self.state_dict:
-                _files_ahead_of(self, key)
+                _prefetch_files(self, key)
             return reference(self, key)
         try:
             device = usable_device(self.device)
@@ -387,7 +387,7 @@ def _getitem(reference: Callable[..., Any]) -> Callable[..., Any]:
             _offloaded(path, identity)
         except (FallbackToLibrary, WeightliftError, OSError) as error:
             return fall_back(_NAME, error, lambda: reference(self, key))
-        ahead = _ahead_of(self, device)
+        ahead = _prefetched_weights_of(self, device)
         if ahead is not None:
             then, tensor = ahead.get(key)
             if then == identity:

@@ -18,7 +18,7 @@ __all__ = ["loadable_device", "parse_device"]
 _OF_MODELS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 
 
-def _meant(device: object) -> str:
+def _hint(device: object) -> str:
     if device in _OF_MODELS:
         return " here (load_into and from_pretrained take it as device_map)"
     if str(device).lower() in ("gpu", "nvidia"):
@@ -44,7 +44,7 @@ def parse_device(device: torch.device | str | int) -> torch.device:
             parsed = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
         raise DeviceError(
-            f"device {device!r} is invalid{_meant(device)}: it can be 'cpu', 'cuda', 'cuda:1', 1 "
+            f"device {device!r} is invalid{_hint(device)}: it can be 'cpu', 'cuda', 'cuda:1', 1 "
             "or a torch.device"
         ) from None
     if parsed.type == "meta":

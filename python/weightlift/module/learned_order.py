@@ -40,7 +40,7 @@ class LearnedOrder:
             if length <= len(last):
                 self._after[tuple(last[-length:])] = used
 
-    def ahead(self, last: Sequence[int], count: int) -> list[int]:
+    def predict(self, last: Sequence[int], count: int) -> list[int]:
         """A prediction of the next ``count`` distinct blocks, without the last one."""
         found: list[int] = []
         recent = list(last[-LONGEST:])

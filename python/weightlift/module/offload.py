@@ -22,7 +22,7 @@ from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
 from weightlift.module.device_map import disjoint_map
 from weightlift.module.parameters import is_streamed
-from weightlift.module.weights_ahead import WeightsAhead
+from weightlift.module.prefetched_weights import PrefetchedWeights
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
         self._checkpoint = checkpoint
         self._names = dict(names)
         self._caller = disk_reads_of(caller)
-        self._ahead: WeightsAhead | None = None
+        self._ahead: PrefetchedWeights | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if self._ahead is not None and name in self._names:
@@ -87,7 +87,7 @@ class DiskWeights(Mapping[str, "torch.Tensor"]):
         """From now on reads tensors ahead, in the learned order of accesses."""
         read = functools.partial(_read, self._checkpoint, self._names, self._caller)
         own = functools.partial(_own_bytes, self._checkpoint, self._names)
-        self._ahead = WeightsAhead(self._names, read, own)
+        self._ahead = PrefetchedWeights(self._names, read, own)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

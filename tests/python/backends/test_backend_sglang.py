@@ -131,7 +131,7 @@ def test_a_layer_that_is_processed_while_its_model_loads(
 
 
 @pytest.mark.parametrize("way", ["slices", "whole"])
-def test_what_is_not_ours_goes_the_stock_way(
+def test_what_is_not_ours_falls_back(
     sglang: Any, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WEIGHTLIFT_SGLANG", way)
@@ -165,7 +165,7 @@ def test_a_version_that_is_not_known_is_left_alone(
     assert "unknown hooks" in caplog.text
 
 
-def test_options_that_are_not_known_go_the_stock_way(
+def test_options_that_are_not_known_fall_back(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from weightlift.backends import sglang as backend

@@ -42,7 +42,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 import weightlift as wl
-from backend_support import engine_moves, stock_way, tensor_bytes
+from backend_support import engine_moves, falls_back, tensor_bytes
 from hub_server import HubServer, hub, mirror
 from support import bits, entry, file_bytes, run_python, sparse_file
 from weightlift.backends import diffusers as backend
@@ -187,7 +187,7 @@ class Records(logging.Handler):
 
 
 @contextlib.contextmanager
-def stock_way_is_not_taken() -> Iterator[None]:
+def no_fallback() -> Iterator[None]:
     before = wl.stats().fallbacks
     yield
     assert wl.stats().fallbacks == before
@@ -256,7 +256,7 @@ def assert_same_outcome(call: Callable[[], Any], moved: int, stock: bool = False
     library."""
     with records() as expected_said:
         expected = outcome(call)
-    way = engine_moves(moved, CALLER) if moved and not stock else stock_way(CALLER, int(stock))
+    way = engine_moves(moved, CALLER) if moved and not stock else falls_back(CALLER, int(stock))
     with wl.enabled(CALLER), records() as said, way:
         ours = outcome(call)
     assert ours == expected
@@ -604,7 +604,7 @@ def test_a_single_file_that_cannot_be_indexed(
 
     expected = load()
     told = pytest.warns(UserWarning, match=r"odd\.pt.*conjugated")
-    with wl.enabled(CALLER), stock_way(CALLER), told:
+    with wl.enabled(CALLER), falls_back(CALLER), told:
         assert load() == expected
 
 
@@ -638,7 +638,7 @@ def test_tensors_of_the_caller_are_taken_as_they_are(saved: Path, single_file: P
         tensors = load_single_file_checkpoint(single_file)
         for tensor in tensors.values():
             tensor.numpy()[...] = 3
-        with stock_way(CALLER, 0):
+        with falls_back(CALLER, 0):
             model = load(tensors)
     assert all(bool((p == 3).all()) for p in model.parameters())
 
@@ -858,7 +858,7 @@ def test_a_device_map_by_component(pipeline: Path, device_map: dict[str, Any]) -
     expected = compute(DiffusionPipeline.from_pretrained(source))
     with pytest.raises(ValueError, match="must be a string"):
         DiffusionPipeline.from_pretrained(source, device_map=device_map)
-    with wl.enabled(CALLER), stock_way_is_not_taken():
+    with wl.enabled(CALLER), no_fallback():
         made = DiffusionPipeline.from_pretrained(source, device_map=device_map)
         assert torch.equal(compute(made), expected)
     assert made.hf_device_map == device_map
@@ -1016,7 +1016,7 @@ def test_textual_inversion(pipeline: Path, tmp_path: Path, kind: str) -> None:
     with records() as stock_said:
         stock = load()
     # If a file has more than tensors, torch must make the rest.
-    way = stock_way(CALLER) if kind == "nested" else engine_moves(embedding.nbytes, CALLER)
+    way = falls_back(CALLER) if kind == "nested" else engine_moves(embedding.nbytes, CALLER)
     with wl.enabled(CALLER), records() as said, way:
         ours = load()
     assert ours == stock
@@ -1048,10 +1048,10 @@ def test_an_open_file(saved: Path) -> None:
         assert torch.equal(opened.get_tensor("encoder.conv_in.weight"), expected)
 
 
-# --- What goes the stock way ---------------------------------------------------------------------
+# --- What falls back ---------------------------------------------------------------------
 
 
-def test_quantizers_go_the_stock_way(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizers_fall_back(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers.quantizers.base import DiffusersQuantizer
     from diffusers.quantizers.quantization_config import QuantizationMethod
 
@@ -1081,13 +1081,13 @@ def test_quantizers_go_the_stock_way(saved: Path, monkeypatch: pytest.MonkeyPatc
     plain = look(UNet2DConditionModel.from_pretrained(saved / "unet"))["tensors"]
     for folder in ("unet", "shards"):
         Quantizer.asked.clear()
-        with wl.enabled(CALLER), stock_way(CALLER):
+        with wl.enabled(CALLER), falls_back(CALLER):
             model = UNet2DConditionModel.from_pretrained(saved / folder, quantization_config=config)
         assert look(model)["tensors"] == plain
         assert sorted(Quantizer.asked) == sorted(plain)
     Quantizer.asked.clear()
     file = saved / "unet/diffusion_pytorch_model.safetensors"
-    with wl.enabled(CALLER), stock_way(CALLER):
+    with wl.enabled(CALLER), falls_back(CALLER):
         model = UNet2DConditionModel.from_single_file(
             file, config=str(saved / "unet"), quantization_config=config
         )
@@ -1154,7 +1154,7 @@ def test_a_file_that_only_the_reference_takes(
 def test_a_state_dict_of_someone_else(saved: Path) -> None:
     """``_load_pretrained_model`` with tensors that do not come from a file."""
     tensors = load_file(saved / "vae/diffusion_pytorch_model.safetensors")
-    with wl.enabled(CALLER), stock_way(CALLER, 0):
+    with wl.enabled(CALLER), falls_back(CALLER, 0):
         model, *_ = AutoencoderKL._load_pretrained_model(
             vae(), dict(tensors), [], "", list(tensors), low_cpu_mem_usage=True, dtype=torch.float32
         )
@@ -1207,9 +1207,9 @@ def test_disable_restores() -> None:
             owner = getattr(owner, part)
         names.append((owner, name))
     before = [vars(owner)[name] for owner, name in names]
-    with wl.enabled(CALLER), stock_way(CALLER, 0):
-        during = [vars(owner)[name] for owner, name in names]
-    assert all(a is not b for a, b in zip(before, during, strict=True))
+    with wl.enabled(CALLER), falls_back(CALLER, 0):
+        inside = [vars(owner)[name] for owner, name in names]
+    assert all(a is not b for a, b in zip(before, inside, strict=True))
     assert all(a is vars(o)[n] for a, (o, n) in zip(before, names, strict=True))
 
 

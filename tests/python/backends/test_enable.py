@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import weightlift as wl
-from backend_support import stock_way
+from backend_support import falls_back
 from support import run_python
 from weightlift import backends
 from weightlift.backends import (
@@ -321,7 +321,7 @@ def test_unknown_signature_stands_aside(
     if imported:
         importlib.import_module("fakelib.io")
         importlib.import_module("fakelib.models")
-    with stock_way("diffusers"), caplog.at_level(logging.WARNING, logger="weightlift"):
+    with falls_back("diffusers"), caplog.at_level(logging.WARNING, logger="weightlift"):
         wl.enable("diffusers")
         io, models = (importlib.import_module(f"fakelib.{name}") for name in ("io", "models"))
     (line,) = caplog.messages
@@ -366,11 +366,11 @@ def test_standing_aside(library: Callable[..., None], monkeypatch: pytest.Monkey
     io = importlib.import_module("fakelib.io")
     expected = ("stock", "f", True, {"more": 1})
     with wl.enabled("diffusers"):
-        with stock_way("diffusers"), pytest.warns(UserWarning, match="moon is full") as told:
+        with falls_back("diffusers"), pytest.warns(UserWarning, match="moon is full") as told:
             assert io.load("f", fast=True, more=1) == expected
         assert len(told) == 1
         assert told[0].filename == __file__
-        with stock_way("diffusers"):  # counted, but told once
+        with falls_back("diffusers"):  # counted, but told once
             assert io.load("f", fast=True, more=1) == expected
         assert fallback_reasons()["diffusers", "the moon is full"] == 2
         monkeypatch.setenv("WEIGHTLIFT_STRICT", "1")
@@ -381,7 +381,7 @@ def test_standing_aside(library: Callable[..., None], monkeypatch: pytest.Monkey
 def test_standing_aside_as_documented(library: Callable[..., None]) -> None:
     library(diffusers=(load_hook(refusing("as the README says", warn=False)),))
     io = importlib.import_module("fakelib.io")
-    with wl.enabled("diffusers"), stock_way("diffusers"), warnings.catch_warnings():
+    with wl.enabled("diffusers"), falls_back("diffusers"), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert io.load("f")[0] == "stock"
 
@@ -399,10 +399,10 @@ def test_or_stock() -> None:
     def broken() -> None:
         raise OSError("what the library says")
 
-    with stock_way("accelerate", times=0), pytest.raises(OSError, match="library") as caught:
+    with falls_back("accelerate", times=0), pytest.raises(OSError, match="library") as caught:
         fall_back("accelerate", failure, broken)
     assert caught.value.__cause__ is failure
-    with stock_way("accelerate", times=0), pytest.raises(OSError, match="library") as caught:
+    with falls_back("accelerate", times=0), pytest.raises(OSError, match="library") as caught:
         fall_back("accelerate", FallbackToLibrary("not ours"), broken)
     assert caught.value.__cause__ is None
 
@@ -411,9 +411,9 @@ def test_or_stock() -> None:
 
     # Counted for the backend in which it began.
     told = pytest.warns(UserWarning, match="accelerate.*engine says")
-    with stock_way("safetensors", times=0), stock_way("accelerate"), told:
+    with falls_back("safetensors", times=0), falls_back("accelerate"), told:
         assert fall_back("accelerate", failure, inner) == 3
-    with stock_way("safetensors"):
+    with falls_back("safetensors"):
         assert fall_back("safetensors", FallbackToLibrary("not ours", warn=False), lambda: 4) == 4
 
 

@@ -260,7 +260,7 @@ def test_what_was_changed_meanwhile(
 
     stock = call(tmp_path / "stock")
     assert stock[0] != stock[1]
-    with wl.enabled(CALLER):
+    with wl.enabled(CALLER), caplog.at_level(logging.INFO, "weightlift"):
         assert call(tmp_path / "ours") == stock
     said = [line for line in caplog.messages if "brings offloaded weights in itself" in line]
     assert len(said) == (change is not another_map)

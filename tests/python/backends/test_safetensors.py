@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 import weightlift as wl
-from backend_support import engine_moves, stock_way, tensor_bytes
+from backend_support import engine_moves, falls_back, tensor_bytes
 from support import (
     REFERENCE_DTYPES,
     REFERENCE_HAS_BACKENDS,
@@ -234,7 +234,7 @@ def test_what_only_the_reference_accepts(folder: Path, monkeypatch: pytest.Monke
         path = folder / os.urandom(4).hex()  # another reason each time, so that it is told
         (folder / "twice").rename(path)
         expected = comparable(call(path))
-        with wl.enabled(CALLER), stock_way(CALLER), pytest.warns(UserWarning, match="twice"):
+        with wl.enabled(CALLER), falls_back(CALLER), pytest.warns(UserWarning, match="twice"):
             assert comparable(call(path)) == expected
         with monkeypatch.context() as strict, wl.enabled(CALLER):
             strict.setenv("WEIGHTLIFT_STRICT", "1")
@@ -246,7 +246,7 @@ def test_what_only_the_reference_accepts(folder: Path, monkeypatch: pytest.Monke
 @pytest.mark.skipif(torch.cuda.is_available(), reason="loads there")
 def test_devices_that_are_not_ours_are_left_alone_quietly(folder: Path) -> None:
     for device in ("cuda", "mps", "xpu"):
-        with wl.enabled(CALLER), stock_way(CALLER):
+        with wl.enabled(CALLER), falls_back(CALLER):
             opened("one", "pt", device)
 
 
@@ -257,7 +257,7 @@ def test_other_frameworks_are_untouched(folder: Path, framework: str) -> None:
             assert type(file) is REFERENCE[0]
             return file.get_tensor("w")
 
-    with stock_way(CALLER, times=0):
+    with falls_back(CALLER, times=0):
         stock, ours = outcomes(call)
         assert ours == stock
         with wl.enabled(CALLER):
@@ -337,9 +337,9 @@ def test_methods_of_a_newer_reference(folder: Path) -> None:
     expected = load("one")["w"]
     with wl.enabled(CALLER):
         file = adapter(Newer)("one", "pt")
-        with stock_way(CALLER):
+        with falls_back(CALLER):
             assert file.prefetch(["w"]) == "prefetched ['w']"
-        with stock_way(CALLER, times=0):
+        with falls_back(CALLER, times=0):
             assert file.largest() == "w"
         with engine_moves(240, CALLER):
             assert_same(file.get_tensor("w"), expected)

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 import weightlift as wl
-from backend_support import engine_moves, stock_way, tensor_bytes
+from backend_support import engine_moves, falls_back, tensor_bytes
 from support import assert_same, open_files, run_python, sparse_file
 from transformers_models import (
     CALLER,
@@ -1019,14 +1019,14 @@ def test_peft_model(
         assert_same(states[1][name].data, tensor.data)
 
 
-# --- What goes the stock way, and what fails
+# --- What falls back, and what fails
 
 
 def test_what_is_no_file_is_left_alone(made: Callable[..., Path]) -> None:
     folder = made("llama")
     state = safetensors.torch.load_file(folder / "model.safetensors")
     config = transformers.LlamaConfig(**LLAMA)
-    with wl.enabled(CALLER), stock_way(CALLER, times=0):
+    with wl.enabled(CALLER), falls_back(CALLER, times=0):
         model = transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
     assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
 
@@ -1041,7 +1041,7 @@ def _told(caplog: pytest.LogCaptureFixture) -> list[str]:
     ("function", "reason"),
     [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_zero3_enabled", "DeepSpeed ZeRO-3")],
 )
-def test_parallel_plans_go_the_stock_way(
+def test_parallel_plans_fall_back(
     made: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -1053,13 +1053,13 @@ def test_parallel_plans_go_the_stock_way(
     folder = made("llama")
     caplog.set_level(logging.INFO, "weightlift")
     monkeypatch.setattr(transformers.integrations, function, lambda: True)
-    with wl.enabled(CALLER), stock_way(CALLER, times=0):
+    with wl.enabled(CALLER), falls_back(CALLER, times=0):
         CAUSAL.from_pretrained(folder)
     assert [line.rpartition("its own loading: ")[2] for line in _told(caplog)] == [reason]
 
 
 @walked
-def test_a_stage_of_a_pipeline_goes_the_stock_way(
+def test_a_stage_of_a_pipeline_falls_back(
     made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = made("llama")
@@ -1067,7 +1067,7 @@ def test_a_stage_of_a_pipeline_goes_the_stock_way(
     model._pp_stage = 0
     config = modeling_utils.LoadStateDictConfig()
     caplog.set_level(logging.INFO, "weightlift")
-    with wl.enabled(CALLER), stock_way(CALLER, times=0):
+    with wl.enabled(CALLER), falls_back(CALLER, times=0):
         type(model)._load_pretrained_model(model, None, [str(folder / "model.safetensors")], config)
     assert _told(caplog)[0].endswith("its own loading: pipeline parallel")
     expected = safetensors.torch.load_file(folder / "model.safetensors")
@@ -1182,7 +1182,7 @@ def test_a_failure_falls_back_before_tensors_are_placed(
     theirs = load(CAUSAL, folder)
     error = ReadError(5, "the disk has gone", "somewhere")
     monkeypatch.setattr(weights_of.Batch, "result", _fails(error))
-    with wl.enabled(CALLER), stock_way(CALLER):
+    with wl.enabled(CALLER), falls_back(CALLER):
         ours = load(CAUSAL, folder)
     ((kind, text),) = ours.warned
     assert kind is UserWarning
@@ -1218,7 +1218,7 @@ def test_memory_that_does_not_suffice(
     error = OutOfMemoryError("no memory")
     error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(weights_of.Batch, "start", _fails(error))
-    with wl.enabled(CALLER), stock_way(CALLER, 0), pytest.raises(torch.OutOfMemoryError):
+    with wl.enabled(CALLER), falls_back(CALLER, 0), pytest.raises(torch.OutOfMemoryError):
         CAUSAL.from_pretrained(made("llama"))
 
 

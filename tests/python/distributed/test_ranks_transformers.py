@@ -176,7 +176,7 @@ def check_a_failure_amid(folder: Path) -> None:
     assert "the disk has gone" in text
 
 
-def check_what_goes_the_stock_way(folder: Path) -> None:
+def check_what_falls_back(folder: Path) -> None:
     where = folder / f"stock-{dist.get_world_size()}-{dist.get_rank()}"
     where.mkdir()
     state = safetensors.torch.load_file(folder / "llama" / "model.safetensors")

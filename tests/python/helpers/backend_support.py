@@ -42,7 +42,7 @@ def engine_moves(nbytes: int, caller: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stock_way(caller: str, times: int = 1) -> Iterator[None]:
+def falls_back(caller: str, times: int = 1) -> Iterator[None]:
     """Within the block, the engine moves nothing, and ``caller`` leaves this many loads to the
     library."""
     before = wl.stats()

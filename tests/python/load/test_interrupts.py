@@ -229,14 +229,14 @@ with fault_sweep.machine(0) if on_device else fault_sweep.no_machine():
     while thread.is_alive() and len(children) < 5:
         children.append(in_child(child_loads))
         time.sleep(0.005)
-    during = len(children)
+    while_it_loads = len(children)
     thread.join()
     children.append(in_child(child_loads))
     assert [ended(child) for child in children] == [0] * len(children)
     assert whole[0] == fault_sweep.read(path)
     assert load(small) == expected
     del whole
-print(during)
+print(while_it_loads)
 """
 
 

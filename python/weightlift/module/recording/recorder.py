@@ -486,7 +486,7 @@ class Recorder:
             self.finish([target])
             return None
         if self._ahead.is_time(copy):
-            self._start_ahead()
+            self._start_prefetch()
         return None
 
     def derive(
@@ -531,7 +531,7 @@ class Recorder:
         """Whether this is not the recorded thread."""
         return threading.get_ident() != self._thread
 
-    def _start_ahead(self) -> None:
+    def _start_prefetch(self) -> None:
         """Starts the waiting copies to targets with memory, unless they depend on others."""
         targets = [
             target

@@ -203,7 +203,7 @@ class Ring:
             self.trace("use", self.blocks[self._current].name, self._since, now)
         self._since = now
         self._current = number
-        self._ahead = self._order.ahead(last, self._lookahead)
+        self._ahead = self._order.predict(last, self._lookahead)
         self._notify()
 
     def _wait_for(self, number: int) -> Slot | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from weightlift.module.learned_order import LONGEST, LearnedOrder
 
-__all__ = ["WeightsAhead"]
+__all__ = ["PrefetchedWeights"]
 
 # Limits of reading ahead: tensors, and bytes of own memory.
 _LOOKAHEAD = 6
@@ -19,7 +19,7 @@ _OWN_BYTES = 64 << 20
 _POLL_SECONDS = 0.05
 
 
-class WeightsAhead:
+class PrefetchedWeights:
     """Reads the probable next weights in its own thread, in the learned order of requests. Other
     weights are read at their request.
 
@@ -88,7 +88,7 @@ class _Shared:
         self._asked.add(number)
         if not asked_before or len(self._names) < 2 or self._stopped:
             return  # a pass that requests each weight once, such as a save, needs no reads ahead
-        self._wanted = self._order.ahead(last, min(_LOOKAHEAD, len(self._names) - 1))
+        self._wanted = self._order.predict(last, min(_LOOKAHEAD, len(self._names) - 1))
         for other in [*self._ready]:  # drop a wrong prediction
             if other not in self._wanted:
                 del self._ready[other]

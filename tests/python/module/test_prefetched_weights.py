@@ -17,7 +17,7 @@ from torch import nn
 
 import support
 import weightlift as wl
-from weightlift.module.weights_ahead import WeightsAhead
+from weightlift.module.prefetched_weights import PrefetchedWeights
 
 NAMES = [f"w{number}" for number in range(12)]
 
@@ -53,7 +53,7 @@ def threads_that_stay() -> int:
 
 def test_the_order_is_learned() -> None:
     source = Source(0.002)
-    ahead = WeightsAhead(NAMES, source.load, lambda _: 0)
+    ahead = PrefetchedWeights(NAMES, source.load, lambda _: 0)
     order = NAMES[::-1] + NAMES[3:5]
     for step in range(4):
         source.read.clear()
@@ -66,7 +66,7 @@ def test_the_order_is_learned() -> None:
 
 def test_any_order_gives_the_right_ones() -> None:
     source = Source()
-    ahead = WeightsAhead(NAMES, source.load, lambda _: 0)
+    ahead = PrefetchedWeights(NAMES, source.load, lambda _: 0)
     numbers = random.Random(1)
     for _ in range(500):
         name = numbers.choice(NAMES)
@@ -76,7 +76,7 @@ def test_any_order_gives_the_right_ones() -> None:
 def test_memory_of_its_own_is_bounded() -> None:
     source = Source()
     for size, most in ((40 << 20, 1), (10 << 20, 6), (100 << 20, 0)):
-        ahead = WeightsAhead(NAMES, source.load, lambda _, size=size: size)
+        ahead = PrefetchedWeights(NAMES, source.load, lambda _, size=size: size)
         for name in [*NAMES, *NAMES]:
             ahead.get(name)
             time.sleep(0.005)
@@ -85,7 +85,7 @@ def test_memory_of_its_own_is_bounded() -> None:
 
 def test_an_error_is_raised_by_who_asks() -> None:
     source = Source()
-    ahead = WeightsAhead(NAMES, source.load, lambda _: 0)
+    ahead = PrefetchedWeights(NAMES, source.load, lambda _: 0)
     for name in NAMES:
         ahead.get(name)
     source.broken = {"w5"}
@@ -102,7 +102,7 @@ def test_an_error_is_raised_by_who_asks() -> None:
 
 def test_threads_that_ask_at_once() -> None:
     source = Source()
-    ahead = WeightsAhead(NAMES, source.load, lambda _: 0)
+    ahead = PrefetchedWeights(NAMES, source.load, lambda _: 0)
     wrong: list[Any] = []
 
     def run(seed: int) -> None:
@@ -122,7 +122,7 @@ def test_threads_that_ask_at_once() -> None:
 
 
 def test_its_thread_ends_with_it() -> None:
-    ahead = WeightsAhead(NAMES, Source().load, lambda _: 0)
+    ahead = PrefetchedWeights(NAMES, Source().load, lambda _: 0)
     for _ in range(2):
         ahead.get("w0")
     found = next(t for t in threading.enumerate() if t.name == "weightlift-ahead")
