@@ -1,4 +1,4 @@
-"""The tables of the other records: serving engines, saves, reused memory."""
+"""The tables of the other records: serving engines, saves, reused memory, streams."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from summary import of_machine
+from summary import OURS, of_machine
 from weightlift.bench.plot import format_seconds
 from weightlift.core.report import format_bytes
 
@@ -24,6 +24,9 @@ def pages_of_records(results: Path) -> str:
         for path in sorted((results / folder).glob("*.json")):
             summary = json.loads(path.read_text(encoding="utf-8"))
             parts += ["", f"## {title}: {of_machine(summary)}", "", *section(summary)]
+            for picture in sorted(path.parent.glob(f"{path.stem}-*.png")):
+                where = picture.relative_to(results.parent)
+                parts += ["", f"![{picture.stem}]({where})"]
     return "\n".join(parts) + "\n" if parts else ""
 
 
@@ -124,8 +127,59 @@ def second_load_section(summary: Summary) -> Iterator[str]:
     )
 
 
+def streams_section(summary: Summary) -> Iterator[str]:
+    yield from [
+        "| part | | time | memory | others' time, limit of memory | target | measured |",
+        "|---|---|--:|--:|---|---|--:|",
+    ]
+    for part in summary["parts"].values():
+        for one in part["workloads"]:
+            yield stream_row(one)
+    yield from ["", "The runs:", ""]
+    for number, (name, part) in enumerate(summary["parts"].items(), 1):
+        date = part["date"][:16].replace("T", " ")
+        rates = "".join(
+            f", {what} {format_bytes(rate)}/s" for what, rate in part.get("rates", {}).items()
+        )
+        yield (
+            f"{number}. {name}: {date} UTC, load average {part['load_average']}, "
+            f"`{part['command']}`{rates}"
+        )
+
+
+def stream_row(one: dict[str, Any]) -> str:
+    contenders = dict(one["contenders"])
+    name = next((name for name in contenders if name in OURS), "")
+    ours = contenders.pop(name, None)
+    others = []
+    for other, found in contenders.items():
+        limit = found.get("limit_bytes")
+        within = f" in {format_bytes(limit)}" if limit else ""
+        others.append(f"{other} {format_seconds(middle_of(found))}{within}")
+    others += [f"{other} not measured: {why}" for other, why in one["refused"].items()]
+    figure = one["figure"] or {"target": "", "measured": "", "passed": True}
+    measured = figure["measured"]
+    if not figure["passed"]:
+        measured = f"**{measured}, missed**"
+    cells = [
+        one["name"],
+        one["about"],
+        format_seconds(middle_of(ours)) if ours else "",
+        format_bytes(ours["peak_bytes"]) if ours else "",
+        ", ".join(others),
+        figure["target"],
+        measured,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def middle_of(contender: dict[str, Any]) -> float:
+    return float(contender.get("median") or statistics.median(contender["seconds"]))
+
+
 KINDS: dict[str, tuple[str, Callable[[Summary], Iterator[str]]]] = {
     "serving": ("Serving engines", serving_section),
     "saves": ("Saving", saves_section),
+    "streams": ("Weights that flow", streams_section),
     "second-load": ("Memory used again", second_load_section),
 }

@@ -1,17 +1,16 @@
 """Measures models that load while they run, and models that are larger than their memory.
 
-    python benchmarks/streams.py                   # all parts that this folder has not
+    python benchmarks/streams.py                   # all parts that the record has not
     python benchmarks/streams.py step leaks        # these, measured anew
     python benchmarks/streams.py --scale 0.05      # quickly, on small models
 
-Each part writes its own run into build/bench-runs, so that a stopped run can go on:
+Writes benchmarks/results/streams/MACHINE.json, part by part, so that a stopped run can go on; at
+another scale, build/bench-runs/streams-SCALE-MACHINE.json. Then `python benchmarks/report.py`.
 
     load      a cold file of 4 GB that runs while it loads; 1,000 modules that are in the page cache
     step      a step of 6 GB in 2 GB, by weightlift, by accelerate, and with all of it in memory
     hooks     what 1,000 small modules cost that stay, and what those cost that are read
     leaks     200 steps, and what the process has more after 100 and after all of them
-
-`python benchmarks/summary.py && python benchmarks/report.py` put them into the tables.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -31,7 +31,7 @@ from typing import Any
 
 import floors
 from judges import Figure
-from summary import RUNS, machine_name
+from summary import RESULTS, RUNS, machine_name, to_text
 from weightlift.bench.conditions import machine
 from weightlift.bench.stream_child import drop_from_page_cache
 from weightlift.bench.streaming import (
@@ -43,7 +43,7 @@ from weightlift.bench.streaming import (
     plot_timeline,
     stack_layers,
 )
-from weightlift.core.version import __version__
+from weightlift.core.report import format_bytes
 
 GB = 10**9
 MIB = 1 << 20
@@ -51,6 +51,8 @@ MIB = 1 << 20
 BEYOND = 256 * MIB
 # So small that a module's own work is negligible. A layer has three modules with weights.
 SMALL_WIDTH, SMALL_LAYERS = 64, 334
+# Steps of which a record has the time each.
+MOST_SECONDS = 10
 STEP_DISK = "disk, direct, once through"
 
 
@@ -63,7 +65,6 @@ class Result:
         bytes: the model's size.
         runs: the contenders' runs.
         figure: the figure and its target.
-        is_cold: whether the files were not in the page cache.
     """
 
     name: str
@@ -71,7 +72,6 @@ class Result:
     bytes: int
     runs: Sequence[StreamRun]
     figure: Figure
-    is_cold: bool = False
 
 
 def main() -> int:
@@ -80,34 +80,58 @@ def main() -> int:
     )
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--data", type=Path, default=Path("build/bench-data"))
-    parser.add_argument("--out", type=Path, default=RUNS, help="folder of the runs")
+    parser.add_argument("--out", type=Path, help="the record")
     parser.add_argument("--scale", type=float, default=1.0, help="of the models' sizes")
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in PARTS]:
         parser.error(f"{unknown[0]}: the parts are {', '.join(PARTS)}")
-    for folder in (arguments.data, arguments.out):
+    name = machine_name(machine())
+    out: Path = arguments.out or (
+        RESULTS / "streams" / f"{name}.json"
+        if arguments.scale == 1
+        else RUNS / f"streams-{arguments.scale:g}-{name}.json"
+    )
+    arguments.out = out
+    for folder in (arguments.data, RUNS, out.parent):
         folder.mkdir(parents=True, exist_ok=True)
     for part in arguments.parts or PARTS:
-        scale = "" if arguments.scale == 1 else f"-{arguments.scale:g}"
-        out = arguments.out / f"streams-{part}{scale}-{machine_name(machine())}.json"
-        if out.exists() and not arguments.parts:
+        if part in parts_of(out) and not arguments.parts:
             print(f"{part}: {out} has it")
             continue
-        start = time.monotonic()
-        PARTS[part](arguments, out)
-        print(f"{part}: {time.monotonic() - start:.0f} s, {out} written\n", flush=True)
+        start, load = time.monotonic(), os.getloadavg()[0]
+        found = PARTS[part](arguments)
+        write(out, part, arguments, load, found)
+        print(f"{part}: {time.monotonic() - start:.0f} s, written to {out}\n", flush=True)
     return 0
 
 
-def measure_load(arguments: argparse.Namespace, out: Path) -> None:
+def measure_load(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs run.py, which has these workloads."""
+    out = RUNS / f"streams-load-{arguments.scale:g}.json"
     command = [sys.executable, str(Path(__file__).with_name("run.py")), "layers-cold",
                "layers-1000", "--repeat", "3", "--scale", str(arguments.scale),
                "--data", str(arguments.data), "--out", str(out)]  # fmt: skip
     subprocess.run(command, check=True)
+    run = json.loads(out.read_text(encoding="utf-8"))
+    workloads = []
+    for one in run["comparisons"]:
+        contenders = {}
+        for name, found in one["contenders"].items():
+            seconds = [s["load_seconds"] + s["touch_seconds"] for s in found["samples"]]
+            contenders[name] = {
+                "seconds": [round(s, 4) for s in seconds],
+                "peak_bytes": found["peak_anon_bytes"],
+            }
+        workload = {
+            "name": one["name"], "about": one["about"], "bytes": one["file_bytes"],
+            "figure": run["figures"].get(one["name"]), "contenders": contenders,
+            "refused": one["refused"],
+        }  # fmt: skip
+        workloads.append(workload)
+    return {"workloads": workloads}
 
 
-def measure_step(arguments: argparse.Namespace, out: Path) -> None:
+def measure_step(arguments: argparse.Namespace) -> dict[str, Any]:
     size, budget = int(6 * GB * arguments.scale), int(2 * GB * arguments.scale)
     steps = Steps(5, rows=8, beyond=BEYOND, keep=arguments.data)
     runs = compare_streams(f"stack:{size}", budget, ("weightlift", "accelerate", "whole"), steps)
@@ -119,7 +143,7 @@ def measure_step(arguments: argparse.Namespace, out: Path) -> None:
     else:
         read = ours.streamed_bytes / rate
         share = max(read, whole.median) / ours.median
-        ratio = theirs.median / ours.median
+        ratio = theirs.median / ours.median  # nan if it could not be measured, and then missed
         over = (ours.peak_bytes - budget) / MIB
         figure = Figure(
             ">= 90 % of the floor, >= 3x accelerate, <= budget + 64 MiB",
@@ -130,12 +154,13 @@ def measure_step(arguments: argparse.Namespace, out: Path) -> None:
             f"disk {rate / GB:.2f} GB/s: {read:.3f} s for {ours.streamed_bytes / GB:.2f} GB; "
             f"computing {whole.median:.3f} s"
         )
-        plot_timeline(ours, out.with_suffix(".png"), "A step of 6 GB in 2 GB of memory")
-    about = "a step of a model of 6 GB in 2 GB" + (
-        ", limited by a cgroup" if ours.is_limited else ""
-    )
-    result = Result("stream-step", about, size, runs, figure, is_cold=True)
-    write(out, arguments, [result], {STEP_DISK: rate})
+        picture = arguments.out.with_name(f"{arguments.out.stem}-step.png")
+        title = f"A step of {format_bytes(size)} in {format_bytes(budget)} of memory"
+        plot_timeline(ours, picture, title)
+    about = f"a step of a model of {format_bytes(size)} in {format_bytes(budget)}"
+    if ours.limit_bytes:
+        about += f", in a cgroup of {format_bytes(ours.limit_bytes)}"
+    return record([Result("stream-step", about, size, runs, figure)], {STEP_DISK: rate})
 
 
 def layers_of(size: int) -> int:
@@ -150,7 +175,7 @@ def disk_rate(file: Path) -> float:
     return floors.read_rate(file, file.stat().st_size // MIB * MIB, direct=True)
 
 
-def measure_hooks(arguments: argparse.Namespace, out: Path) -> None:
+def measure_hooks(arguments: argparse.Namespace) -> dict[str, Any]:
     """Each step takes a few milliseconds; warm, with one thread."""
     layers = max(2, int(SMALL_LAYERS * arguments.scale))
     size = layers_bytes(layers, SMALL_WIDTH)
@@ -173,10 +198,10 @@ def measure_hooks(arguments: argparse.Namespace, out: Path) -> None:
             each <= limit,
         )
         results.append(Result(name, about, size, runs, figure))
-    write(out, arguments, results, {})
+    return record(results, {})
 
 
-def measure_leaks(arguments: argparse.Namespace, out: Path) -> None:
+def measure_leaks(arguments: argparse.Namespace) -> dict[str, Any]:
     size = int(600e6 * max(arguments.scale, 0.3))  # in layers of 34 MB
     steps = Steps(220, rows=1, beyond=BEYOND, keep=arguments.data)  # the first 20 fill caches
     runs = compare_streams(f"stack:{size}", size // 3, ("weightlift",), steps)
@@ -192,11 +217,11 @@ def measure_leaks(arguments: argparse.Namespace, out: Path) -> None:
         bool(grown)
         and all(at["bytes"] <= MIB and at["threads"] <= 0 and at["files"] <= 0 for at in grown),
     )
-    about = "200 steps of a model of 600 MB in 200 MB"
-    write(out, arguments, [Result("stream-leaks", about, size, runs, figure)], {})
+    about = f"200 steps of a model of {format_bytes(size)} in {format_bytes(size // 3)}"
+    return record([Result("stream-leaks", about, size, runs, figure)], {})
 
 
-PARTS: dict[str, Callable[[argparse.Namespace, Path], None]] = {
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "load": measure_load,
     "step": measure_step,
     "hooks": measure_hooks,
@@ -204,54 +229,61 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], None]] = {
 }
 
 
-def write(
-    out: Path, arguments: argparse.Namespace, results: Sequence[Result], rates: dict[str, float]
-) -> None:
-    """Writes a run like ``run.py``, with steps in place of loads."""
-    now = datetime.datetime.now(datetime.timezone.utc)
+def record(results: Sequence[Result], rates: dict[str, float]) -> dict[str, Any]:
+    """Prints the results of a part, and returns what the record gets."""
     for result in results:
         print(f"{result.name}: {result.about}")
         print("\n".join(f"  {line}" for line in describe(result.runs)))
         verdict = "ok" if result.figure.passed else "missed"
         print(f"  {result.figure.target}: {result.figure.measured}: {verdict}", flush=True)
-    content = {
-        "date": now.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/streams.py", *arguments.parts]),
-        "scale": arguments.scale,
-        "machine": machine(),
-        "rates": rates,
-        "figures": {result.name: dataclasses.asdict(result.figure) for result in results},
-        "comparisons": [comparison(result) for result in results],
-    }
-    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def comparison(result: Result) -> dict[str, Any]:
     return {
-        "name": result.name,
-        "about": result.about,
-        "device": "cpu",
-        "model": None,
-        "folder": None,
-        "cold": result.is_cold,
-        "touched": False,
-        "file_bytes": result.bytes,
-        "refused": {run.contender: run.error for run in result.runs if run.error},
-        "contenders": {run.contender: contender(run) for run in result.runs if not run.error},
+        "rates": {name: round(rate) for name, rate in rates.items()},
+        "workloads": [
+            {
+                "name": result.name,
+                "about": result.about,
+                "bytes": result.bytes,
+                "figure": dataclasses.asdict(result.figure),
+                "contenders": {run.contender: contender(run) for run in result.runs if run.seconds},
+                "refused": {run.contender: run.error for run in result.runs if run.error},
+            }
+            for result in results
+        ],
     }
 
 
 def contender(run: StreamRun) -> dict[str, Any]:
     return {
-        "version": __version__ if run.contender == "weightlift" else None,
-        "peak_anon_bytes": run.peak_bytes,
-        "phases": {"step": statistics.median(run.seconds)},
-        "io": [],
-        "samples": [
-            {"load_seconds": seconds, "touch_seconds": 0.0, "cpu_seconds": cpu}
-            for seconds, cpu in zip(run.seconds, run.cpu_seconds, strict=True)
-        ],
+        "seconds": [round(seconds, 6) for seconds in run.seconds[-MOST_SECONDS:]],
+        "median": statistics.median(run.seconds),
+        "cpu_seconds": statistics.median(run.cpu_seconds),
+        "peak_bytes": run.peak_bytes,
+        "limit_bytes": run.limit_bytes,
     }
+
+
+def parts_of(out: Path) -> dict[str, Any]:
+    """The parts of a record that were measured on this machine as it is now."""
+    if not out.exists():
+        return {}
+    known = json.loads(out.read_text(encoding="utf-8"))
+    return dict(known["parts"]) if known["machine"] == machine() else {}
+
+
+def write(
+    out: Path, part: str, arguments: argparse.Namespace, load: float, found: dict[str, Any]
+) -> None:
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    command = ["python", "benchmarks/streams.py", part]
+    if arguments.scale != 1:
+        command += ["--scale", f"{arguments.scale:g}"]
+    about = {"date": now, "command": shlex.join(command), "load_average": round(load, 2)}
+    parts = {**parts_of(out), part: {**about, **found}}
+    summary = {
+        "machine": machine(),
+        "parts": {name: parts[name] for name in PARTS if name in parts},
+    }
+    out.write_text(to_text(summary), encoding="utf-8")
 
 
 if __name__ == "__main__":

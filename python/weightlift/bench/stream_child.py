@@ -54,7 +54,6 @@ def main() -> None:
                 step, trace, task, [*task["files"], *map(str, Path(made).rglob("*"))]
             )
     found |= {
-        "is_limited": bool(task["group"]),
         "streamed_bytes": 0 if handle is None else handle.streamed_bytes,
         "peak_bytes": max(0, peak[0] - before),
     }

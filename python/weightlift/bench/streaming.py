@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,9 @@ __all__ = [
 
 CONTENDERS = ("weightlift", "accelerate", "diffusers", "whole")
 _WIDTH = 1024
+_CHILD = ["-m", "weightlift.bench.stream_child"]
+_KILLED = "killed, as the kernel does when memory is short"
+_VERSION_2 = ("/sys/fs/cgroup", "memory.max")
 _VERSION_1 = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
 _COLOURS = {"read": "#2f8f5b", "wait": "#c0504d", "use": "#8a8d91"}
 _WORDS = {"read": "read and cast", "wait": "waiting", "use": "computing"}
@@ -50,7 +54,7 @@ class StreamRun:
         peak_bytes: the peak of the process's anonymous memory, less its value after the imports.
         grown: the increase from the twentieth step (the last, if there are fewer) to the step half
             way to the end, and to the end: bytes of anonymous memory, threads, open files.
-        is_limited: a cgroup limited its memory.
+        limit_bytes: the limit of its cgroup, which counts its page cache too; 0 without one.
         digest: of the result; it should be the same for all contenders.
         events: of the last step, as (kind, block, begin, end).
         error: why there are no figures.
@@ -62,7 +66,7 @@ class StreamRun:
     streamed_bytes: int = 0
     peak_bytes: int = 0
     grown: list[dict[str, int]] = dataclasses.field(default_factory=list)
-    is_limited: bool = False
+    limit_bytes: int = 0
     digest: str = ""
     events: list[tuple[str, str, float, float]] = dataclasses.field(default_factory=list)
     error: str = ""
@@ -84,7 +88,9 @@ class Steps:
         threads: torch's threads; 0 for torch's default.
         width: the width of a stack.
         beyond: the bytes that a process may take beyond its budget and its libraries, including its
-            page cache, if a cgroup can be made; ``None`` for no limit. ``"whole"`` has no limit.
+            page cache, if a cgroup can be made; ``None`` for no limit. A contender that the kernel
+            kills there runs again with twice as much, up to ``16 * beyond``. ``"whole"`` has no
+            limit.
         keep: a folder that keeps a stack for the next run.
     """
 
@@ -140,9 +146,7 @@ def compare_streams(
         runs: list[StreamRun] = []
         for name in contenders:
             begin(name)
-            runs.append(
-                _run({**task, "contender": name, "group": None if name == "whole" else group})
-            )
+            runs.append(_run_within_limit({**task, "contender": name}, group, steps.beyond))
             step(name)
             if runs[0].error:
                 break
@@ -156,7 +160,7 @@ def _group(beyond: int | None, budget: int) -> Iterator[str | None]:
         yield None
         return
     name = f"weightlift-bench-{os.getpid()}"
-    for root, limit in (("/sys/fs/cgroup", "memory.max"), _VERSION_1):
+    for root, limit in (_VERSION_2, _VERSION_1):
         group = Path(root) / name
         try:
             group.mkdir()
@@ -164,7 +168,7 @@ def _group(beyond: int | None, budget: int) -> Iterator[str | None]:
             continue
         try:
             if (group / limit).exists():
-                (group / limit).write_text(str(budget + beyond))
+                _set_limit(group, budget + beyond)
                 for swap in ("memory.swap.max", "memory.swappiness"):
                     with contextlib.suppress(OSError):
                         (group / swap).write_text("0")
@@ -173,6 +177,29 @@ def _group(beyond: int | None, budget: int) -> Iterator[str | None]:
         finally:
             group.rmdir()
     yield None
+
+
+def _set_limit(group: Path, count: int) -> None:
+    for _, limit in (_VERSION_2, _VERSION_1):
+        if (group / limit).exists():
+            (group / limit).write_text(str(count))
+
+
+def _run_within_limit(task: dict[str, Any], group: str | None, beyond: int | None) -> StreamRun:
+    """Runs a contender in the smallest limit of memory in which the kernel does not kill it."""
+    if group is None or beyond is None or task["contender"] == "whole":
+        return _run(task)
+    budget = task["memory"]
+    for more in (beyond << doubled for doubled in range(5)):
+        _set_limit(Path(group), budget + more)
+        run = _run({**task, "group": group})
+        run.limit_bytes = budget + more
+        if run.error != _KILLED:
+            break
+    if run.error == _KILLED:
+        run.error = f"killed in the memory limit of {format_bytes(run.limit_bytes)}"
+    _set_limit(Path(group), budget + beyond)
+    return run
 
 
 @contextlib.contextmanager
@@ -223,12 +250,14 @@ def _run(task: dict[str, Any]) -> StreamRun:
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "figures.json"
         child = subprocess.run(
-            [sys.executable, "-m", "weightlift.bench.stream_child", str(out)],
+            [sys.executable, *_CHILD, str(out)],
             input=json.dumps(task),
             capture_output=True,
             text=True,
             check=False,
         )
+        if child.returncode == -signal.SIGKILL:
+            return StreamRun(task["contender"], error=_KILLED)
         if child.returncode != 0:
             lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
             # Removes the name of the exception's module.
@@ -247,6 +276,8 @@ def describe(runs: Sequence[StreamRun]) -> list[str]:
             continue
         ratio = f"{run.median / first.median:6.2f} x" if first.seconds else ""
         same = "" if run.digest == first.digest else "  another result"
+        if run.limit_bytes > first.limit_bytes:  # 0 for "whole"
+            same += f"  (killed in less than a limit of {format_bytes(run.limit_bytes)})"
         lines.append(
             f"{run.contender:<12} {run.median * 1e3:9.1f} ms a step  {ratio}  "
             f"{format_bytes(run.peak_bytes):>9} of memory{same}"

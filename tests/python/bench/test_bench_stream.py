@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import weightlift as wl
+from weightlift.bench import streaming
 from weightlift.bench.streaming import (
     Steps,
     StreamRun,
@@ -17,6 +19,7 @@ from weightlift.bench.streaming import (
     describe,
     plot_timeline,
 )
+from weightlift.core.report import format_bytes
 
 
 def test_a_stack_by_two_contenders(tmp_path: Path) -> None:
@@ -36,9 +39,40 @@ def test_a_stack_by_two_contenders(tmp_path: Path) -> None:
     assert {kind for kind, *_ in ours.events} >= {"read", "use"}
     assert all(begin <= end for _, _, begin, end in ours.events)
     assert "1.00 x" in describe(runs)[0]
+    assert ours.limit_bytes in (0, budget + (1 << 30))
     plot_timeline(ours, picture, "a step")
     assert picture.read_bytes().startswith(b"\x89PNG")
     out.write_text(json.dumps([vars(run) for run in runs]))
+
+
+@pytest.mark.parametrize("kills", [0, 2, 9])
+def test_one_that_is_killed_gets_more_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int
+) -> None:
+    (tmp_path / "memory.max").write_text("max")
+    limits: list[int] = []
+
+    def run(task: dict[str, Any]) -> Any:
+        limits.append(int((tmp_path / "memory.max").read_text()))
+        code = "import sys; open(sys.argv[1], 'w').write('{}')"
+        if len(limits) <= kills:
+            code = "import os; os.kill(os.getpid(), 9)"
+        monkeypatch.setattr(streaming, "_CHILD", ["-c", code])
+        return original(task)
+
+    original = streaming._run
+    monkeypatch.setattr(streaming, "_run", run)
+    found = streaming._run_within_limit(
+        {"contender": "accelerate", "memory": 1000}, str(tmp_path), 100
+    )
+    assert limits == [1100, 1200, 1400, 1800, 2600][: kills + 1]
+    assert found.limit_bytes == limits[-1]
+    if kills > 4:
+        assert found.error == f"killed in the memory limit of {format_bytes(2600)}"
+        assert "killed in the memory limit" in describe([found])[0]
+    else:
+        assert not found.error
+    assert (tmp_path / "memory.max").read_text() == "1100"  # for the next contender
 
 
 def test_a_model_of_transformers(tmp_path: Path) -> None:
