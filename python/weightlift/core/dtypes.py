@@ -59,8 +59,7 @@ def to_torch(name: str) -> torch.dtype:
     """The torch dtype of a file's dtype, such as ``"BF16"``."""
     import torch
 
-    dtype = getattr(torch, TORCH_NAMES[name])
-    assert isinstance(dtype, torch.dtype)
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
     return dtype
 
 

@@ -1,4 +1,18 @@
-"""SGLang: its default loader reads through the engine if ``WEIGHTLIFT_SGLANG`` is set."""
+"""SGLang: its default loader reads through the engine if ``WEIGHTLIFT_SGLANG`` is set.
+
+SGLang calls ``register`` (an entry point), which hooks two methods of ``DefaultModelLoader``
+through SGLang's own ``HookRegistry``:
+
+- ``load_weights_only``, only by ``slices``: records the model's own loading, and reads only the
+  slices that it copies.
+- ``_get_weights_iterator``: hands out tensors that the engine reads.
+
+Decided in ``_iterate``, source by source: whether the engine reads it.
+
+Falls back to SGLang's own iterator: load formats other than ``auto`` and ``safetensors``, draft
+models by index, sources with other files than safetensors, and, with a warning, options that are
+not known. With other hooks in SGLang nothing is hooked.
+"""
 
 from __future__ import annotations
 

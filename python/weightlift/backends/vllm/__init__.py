@@ -1,4 +1,20 @@
-"""vLLM: ``vllm serve MODEL --load-format weightlift``."""
+"""vLLM: ``vllm serve MODEL --load-format weightlift``.
+
+Nothing is hooked. vLLM calls ``register`` (an entry point), which adds a load format to vLLM's list
+when its loaders are imported. ``WeightliftModelLoader`` (`loader`) is a ``DefaultModelLoader`` that
+overrides:
+
+- ``load_weights``: records the model's own loading, and reads only the slices that it copies.
+- ``get_all_weights``: a reload in place reads the same slices again.
+- ``_get_weights_iterator``: hands out tensors that the engine reads.
+- ``track_weights_loading``: notes the parameters that vLLM has not loaded.
+
+Decided in ``load_weights``, load by load: slices or whole tensors. Models quantized by torchao, and
+all with ``{"slices": false}``, get whole tensors that are read ahead.
+
+Falls back to the loader of ``--load-format auto``, with a warning: a vLLM whose loaders have other
+arguments.
+"""
 
 from __future__ import annotations
 
