@@ -55,8 +55,10 @@ NewLoad: TypeAlias = Callable[[Checkpoint, LoadOptions], Planned]
 class _Filling(NamedTuple):
     """The state of a load before anything is read, except by modules with their own loading."""
 
+    gathered: Gathered
     model: torch.nn.Module
     checkpoint: Checkpoint
+    headers: Mapping[str, tuple[str, tuple[int, ...]]]
     refs: Sequence[ParameterRef]
     own: OwnLoading | None
     found: Match
@@ -112,7 +114,9 @@ def fill(
     devices = Devices.resolve(model, refs, placement, headers, rule)
     reuse = not options.pin_memory and placement.memory_format is None
     placed = place(found.pairs, headers, devices, rule, prefetched, reuse=reuse)
-    filling = _Filling(model, checkpoint, refs, own, found, rule, devices, placed)
+    filling = _Filling(
+        gathered, model, checkpoint, headers, refs, own, found, rule, devices, placed
+    )
     if options.background:
         report = _in_background(filling, placement, matching, options, new_load)
     else:
@@ -133,6 +137,7 @@ def _in_background(
     from weightlift.module.background.holding_back import hold_back
     from weightlift.module.background.load import BackgroundLoad
     from weightlift.module.background.split import require_one_device, split_by_meta
+    from weightlift.module.order_of_use import which_model
 
     if new_load is not LoadPlan:
         raise ArgumentError(
@@ -143,9 +148,14 @@ def _in_background(
     later, placed = split_by_meta(filling.placed)
     plan = LoadPlan(filling.checkpoint, options)
     _add_to_plan(plan, later, filling.checkpoint)
-    names = [ref.name for _, ref in filling.found.pairs]
     started = BackgroundLoad.start(
-        filling.model, plan, later, names, filling.checkpoint, placement.memory_format
+        which_model(filling.model, len(filling.gathered.modules)),
+        plan,
+        later,
+        [ref.name for _, ref in filling.found.pairs],
+        filling.checkpoint,
+        filling.headers,
+        placement.memory_format,
     )
     try:
         now = filling._replace(placed=placed)
@@ -167,7 +177,7 @@ def _now(
     prefetched: PrefetchedLoad | None,
 ) -> LoadReport:
     """Runs the load and puts the tensors into the model."""
-    _, checkpoint, refs, own, found, rule, devices, placed = filling
+    _, _, checkpoint, _, refs, own, found, rule, devices, placed = filling
     memory_format = placement.memory_format
     plan = new_load(checkpoint, options)
     _add_to_plan(plan, placed, checkpoint)

@@ -25,15 +25,21 @@ _orders: dict[Hashable, list[str]] = {}
 _lock = threading.Lock()
 
 
-def which_model(model: torch.nn.Module) -> Hashable:
-    """A key for models that use their tensors in the same order."""
-    count = 0
-    waiting: list[torch.nn.Module | None] = [model]
-    while waiting:  # named_modules takes a generator step for every level above a module
-        module = waiting.pop()
-        if module is not None:
-            count += 1
-            waiting.extend(module._modules.values())
+def which_model(model: torch.nn.Module, count: int | None = None) -> Hashable:
+    """A key for models that use their tensors in the same order.
+
+    Args:
+        model: the model.
+        count: the number of its modules, if known: ``len(gather(model).modules)``.
+    """
+    if count is None:
+        count = 0
+        waiting: list[torch.nn.Module | None] = [model]
+        while waiting:  # named_modules takes a generator step for every level above a module
+            module = waiting.pop()
+            if module is not None:
+                count += 1
+                waiting.extend(module._modules.values())
     return type(model).__module__, type(model).__qualname__, count
 
 

@@ -31,6 +31,7 @@ from weightlift.load.allocation import empty_on_host, naming_tensor
 from weightlift.load.options import LoadOptions
 from weightlift.module.background.holding_back import hold_back
 from weightlift.module.background.load import BackgroundLoad
+from weightlift.module.order_of_use import which_model
 from weightlift.module.parameters import ParameterRef
 from weightlift.module.placement import Group, Placement
 
@@ -269,8 +270,10 @@ class _Fill:
             plan.add(group.device, group.cast_to, [key for key, _ in members])
         place = {path: number for number, path in enumerate(self._modules)}
         names = sorted(self._later, key=lambda name: place[name.rpartition(".")[0]])
-        checkpoint = self._weights.checkpoint
-        started = BackgroundLoad.start(self._model, plan, placed, names, checkpoint, None)
+        which, weights = which_model(self._model), self._weights
+        started = BackgroundLoad.start(
+            which, plan, placed, names, weights.checkpoint, weights.headers, None
+        )
         hold_back(started, self._model, LoadOptions(caller=CALLER))
 
     def _mark(self, target: Target) -> None:

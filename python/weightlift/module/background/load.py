@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from weightlift.core import dtypes
@@ -14,7 +14,7 @@ from weightlift.core.report import LoadReport
 from weightlift.load.arriving_load import ArrivingLoad
 from weightlift.load.options import Progress
 from weightlift.module.background.waiting import Awaited, Interest, Waiting
-from weightlift.module.order_of_use import learn_order, order_of_use, which_model
+from weightlift.module.order_of_use import learn_order, order_of_use
 from weightlift.module.parameters import ParameterRef, gather, set_all
 from weightlift.module.placement import Placement
 
@@ -82,24 +82,25 @@ class BackgroundLoad:
     @classmethod
     def start(
         cls,
-        model: torch.nn.Module,
+        identity: Hashable,
         plan: LoadPlan,
         placed: Placement,
         names: Sequence[str],
         checkpoint: Checkpoint,
+        headers: Mapping[str, tuple[str, tuple[int, ...]]],
         memory_format: torch.memory_format | None,
     ) -> BackgroundLoad:
         """Starts a load; no module waits for it yet.
 
         Args:
-            model: the model.
+            identity: a key for models that use their tensors in the same order.
             plan: the plan of the load, with all of ``placed``.
             placed: what goes where; all tensors are on ``meta`` now.
             names: the names of the model's tensors, in the order of its modules.
             checkpoint: the checkpoint.
+            headers: its ``headers()``.
             memory_format: the memory format of 4-D tensors.
         """
-        headers = checkpoint.headers()
         by_name: dict[str, tuple[Awaited, ParameterRef]] = {}
         for group, members in placed.groups.items():
             for name, ref in members:
@@ -107,7 +108,6 @@ class BackgroundLoad:
                 if made is None:
                     made = dtypes.to_torch(group.cast_to or headers[name][0])
                 by_name[ref.name] = (Awaited(name, ref, group.device, made), ref)
-        identity = which_model(model)
         order = order_of_use(identity, [name for name in names if name in by_name])
         awaited = [by_name[name] for name in order]
         arriving = plan.start_in_order([tensor.source for tensor, _ in awaited])
