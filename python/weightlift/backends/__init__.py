@@ -44,9 +44,9 @@ __all__ = [
 # Both under the lock of `patching`.
 _explicit: set[str] = set()  # by enable()
 _held: dict[str, set[object]] = {name: set() for name in LIBRARIES}  # by `with enabled()`
-# The libraries that return early: by enable(), and by each `with enabled()`.
-_early: set[str] = set()
-_held_early: dict[object, frozenset[str]] = {}
+# The libraries whose models load in the background: by enable(), and by each `with enabled()`.
+_background: set[str] = set()
+_held_background: dict[object, frozenset[str]] = {}
 
 
 def enable(*libraries: str, background: bool = False) -> None:
@@ -68,18 +68,18 @@ def enable(*libraries: str, background: bool = False) -> None:
         WeightliftError: with ``WEIGHTLIFT_STRICT=1``, an unknown signature.
     """
     names = _names(libraries)
-    early = _early_of(names, background)
-    before, before_early = _explicit & names, frozenset(_early)
+    in_background = _background_of(names, background)
+    before, before_background = _explicit & names, frozenset(_background)
 
     def undo() -> None:
         _explicit.difference_update(names - before)
-        _early.clear()
-        _early.update(before_early)
+        _background.clear()
+        _background.update(before_background)
 
     with patching.lock:
         _explicit.update(names)
-        _early.difference_update(names)
-        _early.update(early)
+        _background.difference_update(names)
+        _background.update(in_background)
     _apply_or(undo)
 
 
@@ -94,11 +94,11 @@ def disable(*libraries: str) -> None:
     names = _names(libraries)
     with patching.lock:
         _explicit.difference_update(names)
-        _early.difference_update(names)
+        _background.difference_update(names)
         for name in names:
             _held[name].clear()
-        for token, early in _held_early.items():
-            _held_early[token] = early - names
+        for token, in_background in _held_background.items():
+            _held_background[token] = in_background - names
         _apply()
 
 
@@ -119,7 +119,7 @@ class enabled(contextlib.ContextDecorator):
     def __init__(self, *libraries: str, background: bool = False) -> None:
         self._libraries = _names(libraries)
         self._named = bool(libraries)
-        self._early = _early_of(self._libraries, background)
+        self._background = _background_of(self._libraries, background)
         self._entered: list[tuple[object, set[str], set[str]]] = []
 
     def __bool__(self) -> bool:
@@ -132,8 +132,10 @@ class enabled(contextlib.ContextDecorator):
     def __enter__(self) -> enabled:
         token = object()
         with patching.lock:
-            self._entered.append((token, _explicit & self._libraries, _early & self._libraries))
-            _held_early[token] = self._early
+            self._entered.append(
+                (token, _explicit & self._libraries, _background & self._libraries)
+            )
+            _held_background[token] = self._background
             for name in self._libraries:
                 _held[name].add(token)
         _apply_or(self._leave)
@@ -145,14 +147,14 @@ class enabled(contextlib.ContextDecorator):
             _apply()
 
     def _leave(self) -> None:
-        token, explicit, early = self._entered.pop()
-        _held_early.pop(token, None)
+        token, explicit, in_background = self._entered.pop()
+        _held_background.pop(token, None)
         for name in self._libraries:
             _held[name].discard(token)
         _explicit.difference_update(self._libraries)
         _explicit.update(explicit)
-        _early.difference_update(self._libraries)
-        _early.update(early)
+        _background.difference_update(self._libraries)
+        _background.update(in_background)
 
 
 def is_enabled(library: str) -> bool:
@@ -187,17 +189,17 @@ def _names(libraries: Iterable[str]) -> frozenset[str]:
     return frozenset(names or LIBRARIES)
 
 
-def _early_of(names: frozenset[str], background: bool) -> frozenset[str]:
+def _background_of(names: frozenset[str], background: bool) -> frozenset[str]:
     check_flag("background", background)
     if not background:
         return frozenset()
-    early = names & early_return.ABLE
-    if not early:
+    in_background = names & early_return.ABLE
+    if not in_background:
         raise ArgumentError(
             f"background=True is for {' and '.join(sorted(early_return.ABLE))}: leave it out for "
             f"{', '.join(sorted(names))}"
         )
-    return early
+    return in_background
 
 
 def _apply_or(undo: Callable[[], None]) -> None:
@@ -216,6 +218,6 @@ def _apply_or(undo: Callable[[], None]) -> None:
 
 def _apply() -> list[str]:
     with patching.lock:
-        early_return.set_libraries(frozenset(_early).union(*_held_early.values()))
+        early_return.set_libraries(frozenset(_background).union(*_held_background.values()))
         held = (name for name in LIBRARIES if _held[name])
         return patching.activate(frozenset(_explicit.union(held)))

@@ -16,7 +16,7 @@ from weightlift.core.errors import CheckpointError, FormatError
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-__all__ = ["HashCheck", "Identity", "identity_of", "known_sha256", "verify_file"]
+__all__ = ["HashCheck", "Identity", "identity_of", "published_sha256", "verify_file"]
 
 # (device, inode), because a name may be given to another file.
 Identity: TypeAlias = "tuple[int, int]"
@@ -24,7 +24,7 @@ Identity: TypeAlias = "tuple[int, int]"
 _SUMS = ("SHA256SUMS", "sha256sums.txt")
 
 
-def known_sha256(path: str | Path) -> tuple[str, str] | None:
+def published_sha256(path: str | Path) -> tuple[str, str] | None:
     """The published SHA-256 of a file, and its source.
 
     In a Hub cache a large file is a link to a blob that is named after its SHA-256 (small files
@@ -100,7 +100,7 @@ class HashCheck:
 
 
 def _required_sha256(path: str | Path) -> tuple[str, str]:
-    known = known_sha256(path)
+    known = published_sha256(path)
     if known is None:
         raise CheckpointError(
             f"{path}: its SHA-256 is unknown: the file is not in a Hub cache, and there is no "

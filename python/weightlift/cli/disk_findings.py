@@ -16,6 +16,7 @@ from typing import Any
 
 from weightlift.cli.findings import Finding, format_rate, no_torch
 from weightlift.core.report import format_bytes
+from weightlift.core.settings import IoPath
 
 __all__ = ["probe_disk"]
 
@@ -146,7 +147,7 @@ def _read_rates(name: str, count: int) -> list[Finding]:
     return findings
 
 
-def _load_rate(name: str, io_path: str, cold: bool) -> float:
+def _load_rate(name: str, io_path: IoPath, cold: bool) -> float:
     """The rate of ``load_file`` into own memory, in bytes/s."""
     from weightlift.bench.conditions import prepare_files
     from weightlift.bench.measure_child import backed_memory

@@ -12,7 +12,7 @@ import typer
 
 import weightlift._native as _native
 from weightlift.checkpoint.checkpoint import Checkpoint
-from weightlift.checkpoint.integrity import Identity, known_sha256, verify_file
+from weightlift.checkpoint.integrity import Identity, published_sha256, verify_file
 from weightlift.cli.sources import (
     Bin,
     OpenOptions,
@@ -161,7 +161,7 @@ def _unknown_text(unknown: int, files: int) -> str:
 
 def _check(path: str, identity: Identity) -> tuple[str, bool, bool]:
     """What to say of a file, whether it is damaged, and whether its hash is known."""
-    known = known_sha256(path)
+    known = published_sha256(path)
     results = []
     try:
         records = _check_records(path)

@@ -10,13 +10,24 @@ import re
 import sys
 import warnings
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import weightlift._native as _native
 from weightlift.core.errors import ArgumentError
 from weightlift.core.sizes import parse_size
 
-__all__ = ["Settings", "flag_of_environment", "unknown_variables"]
+__all__ = [
+    "CastPlace",
+    "HugePages",
+    "IoPath",
+    "Settings",
+    "flag_of_environment",
+    "unknown_variables",
+]
+
+IoPath: TypeAlias = Literal["auto", "buffered", "direct"]
+CastPlace: TypeAlias = Literal["auto", "host", "device"]
+HugePages: TypeAlias = Literal["auto", "always", "never"]
 
 _SIZES = ("read_bytes", "hole_bytes", "chunk_bytes", "pinned_bytes", "pool_bytes")
 # Variables that other modules read.
@@ -89,9 +100,9 @@ class Settings:
     pinned_bytes: int | str | None = None
     pool_bytes: int | str | None = None
     streams: int | None = None
-    io_path: str | None = None
-    cast_place: str | None = None
-    huge_pages: str | None = None
+    io_path: IoPath | None = None
+    cast_place: CastPlace | None = None
+    huge_pages: HugePages | None = None
     populate: bool | None = None
     kernels: bool | None = None
     batch_copies: bool | None = None
@@ -123,14 +134,10 @@ class Settings:
                 raise ArgumentError(
                     f"Settings.{name} is {value!r}; it must be an integer from {least} to {largest}"
                 )
-        for name, known in (
-            ("io_path", ("auto", "buffered", "direct")),
-            ("cast_place", ("auto", "host", "device")),
-            ("huge_pages", ("auto", "always", "never")),
-        ):
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                raise ArgumentError(f"Settings.{name} is {value!r}; it can be one of {known}")
+        for name, of in (("io_path", IoPath), ("cast_place", CastPlace), ("huge_pages", HugePages)):
+            value, allowed = getattr(self, name), get_args(of)
+            if value is not None and value not in allowed:
+                raise ArgumentError(f"Settings.{name} is {value!r}; it can be one of {allowed}")
         for name in ("populate", "kernels", "batch_copies"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):

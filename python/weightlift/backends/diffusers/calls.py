@@ -111,11 +111,11 @@ def model_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         if isinstance(kwargs.get("device_map"), MappingProxyType):  # of a pipeline's component
             kwargs["device_map"] = dict(kwargs["device_map"])
-        early = None if early_return.is_enabled(NAME) else _early(cls, kwargs)
+        planned = None if early_return.is_enabled(NAME) else _planned_arguments(cls, kwargs)
         if kwargs.get("use_flashpack"):
             report_fallback(NAME, "FlashPack files are read by flashpack", warn=False)
-            early = None
-        call = Call(cls, early)
+            planned = None
+        call = Call(cls, planned)
         with contextlib.ExitStack() as stack:
             stack.callback(call.cancel)
             stack.enter_context(early_return.returning_early(NAME))
@@ -127,7 +127,7 @@ def model_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_pretrained
 
 
-def _early(cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+def _planned_arguments(cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
     """The arguments of the load, if they are known before the model is built."""
     import torch
 

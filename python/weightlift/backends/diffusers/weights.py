@@ -127,7 +127,7 @@ class _Load:
             prefetched = prefetched.renamed(renamed)
         device_map = given["device_map"]
         placement = PlacementPolicy(
-            device_map and _known_prefixes(given["model"], device_map),
+            device_map and _existing_prefixes(given["model"], device_map),
             dtype=given["dtype"],
             keep_in_fp32=given["keep_in_fp32_modules"] or (),
             models_dtype_on=self._models_dtype_on(),
@@ -210,7 +210,7 @@ def _covers(device_map: Mapping[str, Any], model: torch.nn.Module) -> bool:
     )
 
 
-def _known_prefixes(model: torch.nn.Module, device_map: Mapping[str, Any]) -> dict[str, Any]:
+def _existing_prefixes(model: torch.nn.Module, device_map: Mapping[str, Any]) -> dict[str, Any]:
     """The map without unknown modules, which diffusers ignores silently."""
     names = {"", *(name for name, _ in model.named_modules(remove_duplicate=False))}
     names.update(name for name, _ in model.named_parameters(remove_duplicate=False))

@@ -55,7 +55,7 @@ def offer(original: Callable[..., Any]) -> None:
 
 def is_walked(config: Any) -> bool:
     """Whether a load with this ``LoadStateDictConfig`` can go through ``walk``."""
-    return config.hf_quantizer is None and _original is not None and _is_known(_original)
+    return config.hf_quantizer is None and _original is not None and _is_supported(_original)
 
 
 def is_foreign() -> bool:
@@ -67,7 +67,7 @@ def core_module() -> Any:
     return importlib.import_module("transformers.core_model_loading")
 
 
-def _is_known(original: Callable[..., Any]) -> bool:
+def _is_supported(original: Callable[..., Any]) -> bool:
     verdict = _verdicts.get(original)
     if verdict is None:
         verdict = _verdicts[original] = _look_at(original)

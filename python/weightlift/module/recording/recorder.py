@@ -14,10 +14,10 @@ import torch
 from weightlift.core.errors import CheckpointError
 from weightlift.load.allocation import empty_on_host
 from weightlift.load.copies import Copy
-from weightlift.module.recording.ahead import Ahead
 from weightlift.module.recording.casts import casts
 from weightlift.module.recording.modes import SeeFunctions, SeeOperators
 from weightlift.module.recording.operators import handler_of, run_on_real
+from weightlift.module.recording.overlapped_copies import OverlappedCopies
 from weightlift.module.recording.placeholder import Geometry, Memory, Placeholder, geometry_of
 from weightlift.module.recording.sources import Reader, Source, form_of
 from weightlift.module.recording.targets import (
@@ -72,7 +72,7 @@ class Recorder:
         threads: bool = False,
     ) -> None:
         self.reader = reader
-        self._ahead = Ahead(ahead)
+        self._ahead = OverlappedCopies(ahead)
         self._held = held
         self._device = device
         self._thread = threading.get_ident()

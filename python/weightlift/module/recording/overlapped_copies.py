@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from weightlift.load.copies import Copy, RunningCopies
 from weightlift.module.recording.sources import Reader
 
-__all__ = ["Ahead"]
+__all__ = ["OverlappedCopies"]
 
 
-class Ahead:
+class OverlappedCopies:
     """One group of copies at a time.
 
     Args:
