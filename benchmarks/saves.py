@@ -10,22 +10,18 @@ Writes benchmarks/results/saves/MACHINE.json; then `python benchmarks/report.py`
                       load_file, a cast of each tensor, and save_file
 
 weightlift flushes its files and their folder before it renames. The reference does not, so the
-script calls fsync(2) on its files and their folder, and counts this time. Each save is a new
-process. The rounds are interleaved, begin with an empty write-back queue (sync(2)), and alternate
-the order.
+script calls fsync(2) on its files and their folder, and counts this time. Each save is in a new
+process, after a small one, so that its imports do not count. The rounds are interleaved, begin with
+an empty write-back queue (sync(2)), and alternate the order.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import shlex
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -34,8 +30,8 @@ from typing import Any
 
 import torch
 
-from summary import RESULTS, ROOT, machine_name, to_text
-from weightlift.bench.conditions import machine
+from rounds import in_new_process, write_record
+from summary import ROOT
 from weightlift.bench.measure_child import backed_memory
 
 TENSOR = 16_000_000  # elements
@@ -66,17 +62,8 @@ def main() -> None:
         for name in arguments.workloads or WORKLOADS
     ]
     shutil.rmtree(folder)
-    summary = {
-        "machine": machine(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/saves.py", *sys.argv[1:]]),
-        "load_average": round(load, 2),
-        "bytes": arguments.bytes,
-        "saves": records,
-    }
-    out = RESULTS / "saves" / f"{machine_name(summary['machine'])}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(to_text(summary), encoding="utf-8")
+    found = {"load_average": round(load, 2), "bytes": arguments.bytes, "saves": records}
+    write_record("saves", __file__, found)
 
 
 def compare(name: str, count: int, rounds: int) -> dict[str, Any]:
@@ -84,9 +71,8 @@ def compare(name: str, count: int, rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {OURS: [], REFERENCE: []}
     for number in range(rounds):
         for contender in (OURS, REFERENCE) if number % 2 else (REFERENCE, OURS):
-            command = [sys.executable, __file__, "--bytes", str(count), "--child", name, contender]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            seconds[contender].append(json.loads(out.splitlines()[-1]))
+            took = in_new_process(__file__, "--bytes", str(count), "--child", name, contender)
+            seconds[contender].append(took)
     ratios = [ours / other for ours, other in zip(*seconds.values(), strict=True)]
     record = {
         "name": name,
@@ -107,9 +93,10 @@ def measure(
     prepare: Callable[[str, Path, int], Save], contender: str, folder: Path, count: int
 ) -> float:
     """Seconds of one save into a folder that is empty before and after."""
-    target = folder / "target"
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
+    small = empty(folder / "small" / "target")
+    prepare(contender, small, TENSOR)()
+    shutil.rmtree(small.parent)
+    target = empty(folder / "target")
     save = prepare(contender, target, count)
     os.sync()
     with backed_memory(count + count // 4):  # for the pages of the file
@@ -122,6 +109,12 @@ def measure(
     seconds = time.perf_counter() - start
     shutil.rmtree(target)
     return seconds
+
+
+def empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def flush(path: Path) -> None:

@@ -5,19 +5,14 @@
 Each round is a new process. It loads the file six times into new memory and deletes the tensors
 each time, does the same with the pool, and reports the medians of the last five loads of each kind.
 The order of the two alternates between rounds. Memory is backed, because the process has just freed
-it. Writes
-benchmarks/results/second-load/MACHINE.json.
+it. Writes benchmarks/results/second-load/MACHINE.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 import weightlift as wl
-from summary import RESULTS, ROOT, machine_name, to_text
-from weightlift.bench.conditions import machine
+from rounds import in_new_process, write_record
+from summary import ROOT
 
 LOADS = 5
 TENSOR = 16_000_000  # elements
@@ -49,9 +44,7 @@ def main() -> None:
     rounds = []
     for number in range(arguments.rounds):
         first = ("fresh", "pool")[number % 2]
-        command = [sys.executable, __file__, "--child", str(path), first]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        rounds.append(json.loads(out))
+        rounds.append(in_new_process(__file__, "--child", str(path), first))
         print(rounds[-1], flush=True)
     ratios = [one["fresh"] / one["pool"] for one in rounds]
     print(
@@ -59,18 +52,8 @@ def main() -> None:
         f"{statistics.median(one['fresh'] for one in rounds):.3f} s into fresh memory, "
         f"{statistics.median(one['pool'] for one in rounds):.3f} s into memory used again"
     )
-    summary = {
-        "machine": machine(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/second_load.py", *sys.argv[1:]]),
-        "bytes": arguments.bytes,
-        "ratio": statistics.median(ratios),
-        "rounds": rounds,
-    }
-    folder = RESULTS / "second-load"
-    folder.mkdir(parents=True, exist_ok=True)
-    out = folder / f"{machine_name(summary['machine'])}.json"
-    out.write_text(to_text(summary), encoding="utf-8")
+    found = {"bytes": arguments.bytes, "ratio": statistics.median(ratios), "rounds": rounds}
+    write_record("second-load", __file__, found)
 
 
 def measure(file: str, first: str) -> dict[str, float]:
