@@ -458,6 +458,11 @@ HOOKS = (
     Hook(
         "accelerate.utils.offload", "OffloadedWeightsLoader.__getitem__", {"(self, key)": _getitem}
     ),
+    Hook(
+        "accelerate.hooks",
+        "CpuOffload.init_hook",
+        {"(self, module)": accelerate_hooks.init_whole_model_hook},
+    ),
     *(
         Hook("accelerate.hooks", f"AlignDevicesHook.{name}", {signature: adapter})
         for name, signature, adapter in (

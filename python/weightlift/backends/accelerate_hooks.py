@@ -39,7 +39,14 @@ if TYPE_CHECKING:
 
     from weightlift.module.streaming.on_demand import WeightsOnDemand
 
-__all__ = ["detach_hook", "init_hook", "post_forward", "pre_forward", "release"]
+__all__ = [
+    "detach_hook",
+    "init_hook",
+    "init_whole_model_hook",
+    "post_forward",
+    "pre_forward",
+    "release",
+]
 
 _NAME = "accelerate"
 
@@ -355,6 +362,22 @@ def init_hook(reference: Callable[..., Any]) -> Callable[..., Any]:
         result = reference(self, module)
         _bind(self, module)
         return result
+
+    return init_hook
+
+
+def init_whole_model_hook(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Of ``CpuOffload``, which moves a whole model to its device at its forward: there is nothing
+    to read ahead within it."""
+
+    def init_hook(self: Any, module: Any) -> Any:
+        if not str(self.execution_device).startswith("cpu"):
+            report_unstreamed(
+                _NAME,
+                "cpu_offload_with_hook, and so enable_model_cpu_offload, moves whole models; "
+                "enable_sequential_cpu_offload and enable_group_offload stream them",
+            )
+        return reference(self, module)
 
     return init_hook
 

@@ -43,6 +43,8 @@ def main() -> None:
     with torch.no_grad(), contextlib.ExitStack() as inside:
         for library in _IMPORTED[task["contender"]]:
             importlib.import_module(library)
+        if not task["layers"]:
+            _model(task)  # imports the library and the model's module
         if task["group"]:
             (Path(task["group"]) / "cgroup.procs").write_text(str(os.getpid()))
         before = _anonymous_bytes()

@@ -40,7 +40,7 @@ _KILLED = "killed, as the kernel does when memory is short"
 _VERSION_2 = ("/sys/fs/cgroup", "memory.max")
 _VERSION_1 = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
 _COLOURS = {"read": "#2f8f5b", "wait": "#c0504d", "use": "#8a8d91"}
-_WORDS = {"read": "read and cast", "wait": "waiting", "use": "computing"}
+_WORDS = {"read": "read and cast", "wait": "waiting", "use": "computing, until the next of these"}
 
 
 @dataclasses.dataclass
@@ -310,6 +310,7 @@ def plot_timeline(run: StreamRun, path: str | Path, title: str) -> None:
     axes.set_yticks(range(len(blocks)), blocks, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds")
+    axes.set_ylabel("blocks that are read at each step, in the order of use")
     axes.set_title(title)
     axes.legend(loc="lower left", fontsize=8)
     figure.savefig(path, dpi=120)

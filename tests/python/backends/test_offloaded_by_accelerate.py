@@ -321,6 +321,24 @@ def test_what_the_executor_cannot_serve(tmp_path: Path, caplog: pytest.LogCaptur
     assert "Special" in said[0] or "Lazy" in said[0]
 
 
+def test_whole_models_go_accelerates_way(caplog: pytest.LogCaptureFixture) -> None:
+    """diffusers' ``enable_model_cpu_offload`` calls this."""
+    model = build(False)
+    expected = describe(model(INPUT))
+    with wl.enabled(CALLER), caplog.at_level(logging.WARNING, "weightlift"):
+        for _ in range(2):  # as diffusers does after each call of a pipeline
+            _, handle = accelerate.cpu_offload_with_hook(model, torch.device("cuda", 0))
+            assert type(model._hf_hook) is accelerate.hooks.CpuOffload
+            handle.remove()
+        said = [line for line in caplog.messages if "brings offloaded weights in itself" in line]
+        assert len(said) == 1
+        assert "enable_model_cpu_offload" in said[0]
+        caplog.clear()
+        accelerate.cpu_offload_with_hook(model, torch.device("cpu"))  # moves nothing
+        assert describe(model(INPUT)) == expected
+    assert not caplog.messages
+
+
 def in_memory(folder: Path, tensors: dict[str, torch.Tensor]) -> Any:
     return tensors
 
