@@ -344,7 +344,7 @@ class Placement(NamedTuple):
 
     groups: dict[Group, list[tuple[str, ParameterRef]]]
     parts: dict[str, Sequence[SliceRange]]
-    prefetched: set[str]
+    prefetched: frozenset[str]
     on_disk: list[tuple[str, ParameterRef, str | None]]
     recast: dict[str, torch.dtype]
 
@@ -359,8 +359,8 @@ def place(
     reuse: bool,
 ) -> Placement:
     """Decides the placement of all tensors of a model; see ``decide``."""
-    placement = Placement({}, {}, set(), [], {})
-    on_their_way = frozenset() if prefetched is None else prefetched.names
+    placement = Placement({}, {}, frozenset(), [], {})
+    on_their_way = frozenset[str]() if prefetched is None else prefetched.names
     # Most tensors have the kind of the one before, and its placement.
     last_kind = None
     members: list[tuple[str, ParameterRef]] = []
@@ -400,8 +400,7 @@ def place(
             arriving.append(name)
         if recast is not None:
             placement.recast[name] = recast
-    placement.prefetched.update(on_their_way.intersection(arriving))
-    return placement
+    return placement._replace(prefetched=on_their_way.intersection(arriving))
 
 
 def _is_plain(ref: ParameterRef, dtype: str) -> bool:

@@ -255,7 +255,7 @@ class _Fill:
     def _start_in_background(self, later: Sequence[tuple[Target, ParameterRef]]) -> None:
         if not later:
             return
-        placed = Placement({}, {}, set(), [], {})
+        placed = Placement({}, {}, frozenset(), [], {})
         casts = False
         for target, ref in later:
             key = target.sources[0][1]
