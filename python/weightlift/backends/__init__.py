@@ -20,10 +20,11 @@ import difflib
 import importlib
 import os
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from weightlift.backends import early_return, patching
 from weightlift.backends.fallback import FallbackToLibrary, fall_back, report_fallback
-from weightlift.backends.hooks import LIBRARIES, Hook, signature_text
+from weightlift.backends.hooks import LIBRARIES, Hook, Library, signature_text
 from weightlift.core.errors import ArgumentError
 from weightlift.core.given import check_flag
 
@@ -49,7 +50,7 @@ _background: set[str] = set()
 _held_background: dict[object, frozenset[str]] = {}
 
 
-def enable(*libraries: str, background: bool = False) -> None:
+def enable(*libraries: Library, background: bool = False) -> None:
     """Makes these libraries load through the engine; all libraries without an argument.
 
     It imports nothing: a library is hooked at its import. A second call has no effect. A function
@@ -116,7 +117,7 @@ class enabled(contextlib.ContextDecorator):
         ArgumentError: as ``enable``.
     """
 
-    def __init__(self, *libraries: str, background: bool = False) -> None:
+    def __init__(self, *libraries: Library, background: bool = False) -> None:
         self._libraries = _names(libraries)
         self._named = bool(libraries)
         self._background = _background_of(self._libraries, background)
@@ -172,7 +173,7 @@ def enable_from_environment() -> None:
     names = value.replace(",", " ").split()
     if names:
         try:
-            enable(*names)
+            enable(*cast("list[Library]", names))
         except ArgumentError as error:
             raise ArgumentError(f"WEIGHTLIFT_ENABLE={value}: {error}") from None
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 __all__ = [
     "ANY_SIGNATURE",
     "LIBRARIES",
     "WITHOUT_SIGNATURE",
     "Hook",
+    "Library",
     "outside_of_graphs",
     "signature_text",
 ]
 
 # That there are backends for.
-LIBRARIES = ("diffusers", "transformers", "accelerate", "safetensors")
+Library: TypeAlias = Literal["diffusers", "transformers", "accelerate", "safetensors"]
+LIBRARIES: tuple[Library, ...] = get_args(Library)
 # Matches every signature, for replacements that pass all arguments on.
 ANY_SIGNATURE = "(...)"
 # The signature of a target that is not a function.
