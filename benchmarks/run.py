@@ -103,6 +103,12 @@ def main() -> int:
         for path, word in paths:
             text = text.replace(str(path), word) if path else text
         out.write_text(text + "\n")
+        verdict = "ok" if figures[name].passed else "missed"
+        console.print(
+            f"{name}: {figures[name].target}: {figures[name].measured}: {verdict}, "
+            f"after {time.monotonic() - start:.0f} s",
+            markup=False,
+        )
     show(console, chosen, comparisons, figures, found)
     print_methods(console, chosen, comparisons)
     for name, rate in found.items():
