@@ -82,8 +82,9 @@ def load_file(
         OutOfMemoryError: the host or the device has too little memory (also a ``MemoryError``).
     """
     require("torch", "load_file")
-    target = loadable_device(device)
-    ahead = slots_ahead(target, filename, casts=dtype is not None)
+    ahead = None
+    if device != "cpu":
+        ahead = slots_ahead(loadable_device(device), filename, casts=dtype is not None)
     try:
         checkpoint = open_file(filename)
     finally:
@@ -91,7 +92,7 @@ def load_file(
             ahead.stop()
     return load_tensors(
         checkpoint,
-        target,
+        loadable_device(device),
         LoadOptions(mode_of_backend(mode, backend), pin_memory, verify, progress),
         dtype=dtypes.parse_dtype(dtype),
     )
