@@ -34,6 +34,10 @@ class WL_CAPABILITY("mutex") Mutex {
 
   void lock() WL_ACQUIRE() { mutex_.lock(); }
   void unlock() WL_RELEASE() { mutex_.unlock(); }
+  // For the handlers of pthread_atfork(3): one locks, another unlocks, which the analysis cannot
+  // follow.
+  void lock_for_fork() { mutex_.lock(); }
+  void unlock_after_fork() { mutex_.unlock(); }
 
  private:
   friend class ConditionVariable;

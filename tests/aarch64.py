@@ -25,12 +25,17 @@ PACKAGES = (
     *("liblzma5", "libssl3", "libuuid1", "libpython3.11-minimal", "libpython3.11-stdlib"),
     "python3.11-minimal",
 )
-# An emulator cannot keep rates in real time. And qemu's madvise(2) reports success for advice that
-# it ignores: MADV_POPULATE_READ and _WRITE, MADV_NOHUGEPAGE, MADV_DONTFORK (linux-user/mmap.c,
-# target_madvise).
+# An emulator cannot keep rates in real time. qemu's madvise(2) reports success for advice that it
+# ignores: MADV_POPULATE_READ and _WRITE, MADV_NOHUGEPAGE, MADV_DONTFORK (linux-user/mmap.c,
+# target_madvise). It has no cachestat(2), mbind(2) and get_mempolicy(2), it cannot execv(2) a
+# program for aarch64, and a thread that was joined may still be in /proc/self/task. The counts of
+# blocks are for tests that share one C++ library with the simulated driver; here each has its own.
 LEFT_OUT = {
-    "device_test": "Pinned.DyingInAChildLeavesWhatTheChildHasThere",
-    "engine_test": "LinkRate.*",
+    "device_test": "Pinned.DyingInAChildLeavesWhatTheChildHasThere:"
+    "Staging.SlotsAreOfTheDevicesNodeAndLentByIt",
+    "engine_test": "LinkRate.*:LoadOutOfMemory.*:HostMemoryAllocate.OutOfMemory:"
+    "LoadThroughHostPageTables.CopiesFromTheMappingInAnySchedule:"
+    "LoadThroughHostPageTables.IsForDevicesThatSaySo:LoadAfterLostSlots.EndsWithItsDataOrSaysWhy",
     "io_test": "IoTest.PopulatingATruncatedFileIsAnErrorAndNoSignal:IoTest.MemoryIsPopulated:"
     "LeaseTest.AFileThatWasCutOffBeforeHasNothingToHold",
     "page_choice_test": "PageChoice.TheRestOfABlockGetsSmallPagesFromTheStart:"

@@ -6,7 +6,6 @@
 #include <atomic>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <ranges>
 #include <string>
@@ -14,15 +13,16 @@
 
 #include "convert/scatter.h"
 #include "device/driver.h"
+#include "mutex.h"
 #include "result.h"
 
 namespace weightlift::device {
 namespace {
 
 struct Registry {
-  std::mutex mutex;
+  Mutex mutex;
   std::atomic<pid_t> process = 0;  // the one that has used the driver
-  std::map<int, std::unique_ptr<Device>> devices;
+  std::map<int, std::unique_ptr<Device>> devices WL_GUARDED_BY(mutex);
 };
 
 Registry& registry() {
@@ -63,7 +63,7 @@ Result<int> count_devices(const Driver& table) {
 Result<int> Device::count() {
   Registry& state = registry();
   WL_RETURN_IF_ERROR(check_not_forked(state));
-  const std::lock_guard lock(state.mutex);
+  const MutexLock lock(state.mutex);
   WL_ASSIGN_OR_RETURN(const Driver* table, initialized_driver(state));
   return count_devices(*table);
 }
@@ -84,7 +84,7 @@ bool Device::is_in_use(int ordinal) {
 Result<Device*> Device::get(int ordinal) {
   Registry& state = registry();
   WL_RETURN_IF_ERROR(check_not_forked(state));
-  const std::lock_guard lock(state.mutex);
+  const MutexLock lock(state.mutex);
   WL_ASSIGN_OR_RETURN(const Driver* table, initialized_driver(state));
   const auto found = state.devices.find(ordinal);
   if (found != state.devices.end()) return found->second.get();
@@ -127,13 +127,13 @@ std::string Device::name() const {
 }
 
 Result<CUfunction> Device::scatter_kernel() {
-  const std::lock_guard lock(kernel_mutex_);
+  const MutexLock lock(kernel_mutex_);
   if (!kernel_) kernel_ = load_kernel();
   return *kernel_;
 }
 
 std::string Device::kernel_form() {
-  const std::lock_guard lock(kernel_mutex_);
+  const MutexLock lock(kernel_mutex_);
   return kernel_form_;
 }
 
@@ -312,8 +312,9 @@ Status Event::wait() const {
 #ifdef WEIGHTLIFT_TESTING
 void forget_devices() noexcept {
   Registry& state = registry();
-  const std::lock_guard lock(state.mutex);
+  const MutexLock lock(state.mutex);
   for (auto& [ordinal, device] : state.devices) {
+    const MutexLock kernel_lock(device->kernel_mutex_);
     if (device->module_ != nullptr) {
       const CurrentContext current(*device);
       device->driver().cuModuleUnload(device->module_);

@@ -4,12 +4,12 @@
 #include <cuda.h>
 
 #include <cstdint>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
 
 #include "device/driver.h"
+#include "mutex.h"
 #include "result.h"
 
 namespace weightlift::convert {
@@ -51,8 +51,9 @@ class Device {
   Device(const Driver& table, int ordinal, CUdevice handle)
       : driver_(&table), ordinal_(ordinal), handle_(handle) {}
 
-  [[nodiscard]] Result<CUfunction> load_kernel();
-  [[nodiscard]] Result<CUfunction> load_image(const convert::KernelImage& image);
+  [[nodiscard]] Result<CUfunction> load_kernel() WL_REQUIRES(kernel_mutex_);
+  [[nodiscard]] Result<CUfunction> load_image(const convert::KernelImage& image)
+      WL_REQUIRES(kernel_mutex_);
 
   const Driver* driver_;
   int ordinal_;
@@ -60,10 +61,10 @@ class Device {
   CUcontext context_ = nullptr;
   int node_ = -1;
   bool uses_host_page_tables_ = false;
-  std::mutex kernel_mutex_;
-  CUmodule module_ = nullptr;
-  std::optional<Result<CUfunction>> kernel_;
-  std::string kernel_form_;
+  Mutex kernel_mutex_;
+  CUmodule module_ WL_GUARDED_BY(kernel_mutex_) = nullptr;
+  std::optional<Result<CUfunction>> kernel_ WL_GUARDED_BY(kernel_mutex_);
+  std::string kernel_form_ WL_GUARDED_BY(kernel_mutex_);
 };
 
 // For a scope, this thread's calls do not break a graph capture in this process: no call of the

@@ -4,12 +4,12 @@
 
 #include <cstddef>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
 
 #include "device/process_driver.h"
+#include "mutex.h"
 #include "result.h"
 
 namespace weightlift::device {
@@ -28,10 +28,10 @@ Error driver_missing(const std::string& library, const char* reason) {
 }
 
 struct ProcessDriver {
-  std::mutex mutex;
-  std::string library = "libcuda.so.1";
-  std::unique_ptr<const Driver> loaded;
-  std::optional<Error> failure;
+  Mutex mutex;
+  std::string library WL_GUARDED_BY(mutex) = "libcuda.so.1";
+  std::unique_ptr<const Driver> loaded WL_GUARDED_BY(mutex);
+  std::optional<Error> failure WL_GUARDED_BY(mutex);
 };
 
 ProcessDriver& process_driver() {
@@ -98,7 +98,7 @@ CUresult Driver::copy_batch(CUdeviceptr* targets, CUdeviceptr* sources, std::siz
 
 Result<const Driver*> driver() {
   ProcessDriver& process = process_driver();
-  const std::lock_guard lock(process.mutex);
+  const MutexLock lock(process.mutex);
   if (process.failure) return *process.failure;
   if (process.loaded == nullptr) {
     auto loaded = load_driver(process.library);
@@ -113,7 +113,7 @@ Result<const Driver*> driver() {
 
 void replace_process_driver(const std::string& library) {
   ProcessDriver& process = process_driver();
-  const std::lock_guard lock(process.mutex);
+  const MutexLock lock(process.mutex);
   process.library = library.empty() ? "libcuda.so.1" : library;
   process.loaded.reset();
   process.failure.reset();

@@ -5,11 +5,11 @@
 #include <cstddef>
 #include <exception>
 #include <iterator>
-#include <mutex>
 #include <optional>
 #include <utility>
 
 #include "io/anonymous_memory.h"
+#include "mutex.h"
 
 namespace weightlift::engine {
 
@@ -20,12 +20,13 @@ MemoryPool& MemoryPool::instance() {
 }
 
 MemoryPool::MemoryPool() {
-  ::pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
-                   [] { instance().mutex_.unlock(); });
+  ::pthread_atfork([] { instance().mutex_.lock_for_fork(); },
+                   [] { instance().mutex_.unlock_after_fork(); },
+                   [] { instance().mutex_.unlock_after_fork(); });
 }
 
 std::optional<io::AnonymousMemory> MemoryPool::take(std::size_t bytes) noexcept {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   auto best = blocks_.end();
   for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
     if (block->size() < bytes) continue;
@@ -48,7 +49,7 @@ void MemoryPool::keep(io::AnonymousMemory memory, std::size_t limit) noexcept {
   try {
     Blocks kept;
     kept.push_back(std::move(memory));
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     // Merges the parts of a block that take() split.
     for (auto block = blocks_.begin(); block != blocks_.end();) {
       const auto next = std::next(block);
@@ -61,19 +62,20 @@ void MemoryPool::keep(io::AnonymousMemory memory, std::size_t limit) noexcept {
       stats_.kept_bytes -= blocks_.front().size();
       unmapped.splice(unmapped.end(), blocks_, blocks_.begin());
     }
-  } catch (const std::exception&) {  // no memory for the list: unmaps the block
+  } catch (const std::exception&) {
+    return;  // no memory for the list: unmaps the block
   }
 }
 
 void MemoryPool::clear() noexcept {
   Blocks unmapped;
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   unmapped.swap(blocks_);
   stats_.kept_bytes = 0;
 }
 
 MemoryPool::Stats MemoryPool::stats() noexcept {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return stats_;
 }
 

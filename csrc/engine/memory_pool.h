@@ -8,10 +8,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <list>
-#include <mutex>
 #include <optional>
 
 #include "io/anonymous_memory.h"
+#include "mutex.h"
 
 namespace weightlift::engine {
 
@@ -40,10 +40,9 @@ class MemoryPool {
 
   MemoryPool();
 
-  // A std::mutex, because fork() handlers lock and unlock it in separate functions.
-  std::mutex mutex_;
-  Blocks blocks_;  // the oldest first
-  Stats stats_;
+  Mutex mutex_;
+  Blocks blocks_ WL_GUARDED_BY(mutex_);  // the oldest first
+  Stats stats_ WL_GUARDED_BY(mutex_);
 };
 
 }  // namespace weightlift::engine

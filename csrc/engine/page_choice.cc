@@ -9,11 +9,11 @@
 #include <cstdio>
 #include <ctime>
 #include <exception>
-#include <mutex>
 #include <string>
 #include <utility>
 
 #include "io/anonymous_memory.h"
+#include "mutex.h"
 
 namespace weightlift::engine {
 namespace {
@@ -84,7 +84,8 @@ PageWatch::PageWatch(const io::AnonymousMemory& memory, Touch touch)
   if (memory.size() < 2 * kSectionBytes) return;
   try {
     thread_ = std::thread([this] { run(); });
-  } catch (const std::exception&) {  // no thread can be started: the first probe decides
+  } catch (const std::exception&) {
+    return;  // no thread can be started: the first probe decides
   }
 }
 
@@ -97,7 +98,7 @@ PageWatch::~PageWatch() {
     return;
   }
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     stopped_ = true;
   }
   changed_->notify_all();
@@ -105,7 +106,7 @@ PageWatch::~PageWatch() {
 }
 
 std::string PageWatch::reason() const {
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (small_from_ == memory_.size()) return "huge pages";
   const std::string rates = "huge pages came at " + rate_text(rates_.huge) + ", small ones at " +
                             rate_text(rates_.small) +
@@ -138,7 +139,7 @@ bool PageWatch::probe(std::size_t offset) {
   if (!rates.small_is_faster()) return false;
   const std::size_t end = offset + kProbeBytes - io::kHugePageBytes;
   memory_.use_small_pages(end, memory_.size());
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   rates_ = rates;
   small_from_ = end;
   return true;
@@ -146,10 +147,10 @@ bool PageWatch::probe(std::size_t offset) {
 
 bool PageWatch::wait_until_backed(std::size_t offset) {
   const auto deadline = std::chrono::steady_clock::now() + kPatience;
-  std::unique_lock lock(mutex_);
+  const MutexLock lock(mutex_);
   while (!stopped_ && !memory_.is_backed(offset)) {
     if (std::chrono::steady_clock::now() > deadline) return false;
-    changed_->wait_for(lock, kPoll);
+    changed_->wait_until(mutex_, std::chrono::steady_clock::now() + kPoll);
   }
   return !stopped_;
 }

@@ -8,15 +8,14 @@
 
 #include <sys/types.h>
 
-#include <condition_variable>
 #include <cstddef>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 
 #include "io/anonymous_memory.h"
+#include "mutex.h"
 
 namespace weightlift::engine {
 
@@ -61,12 +60,12 @@ class PageWatch {
   const io::AnonymousMemory& memory_;
   const Touch touch_;
   const pid_t process_;
-  mutable std::mutex mutex_;
+  mutable Mutex mutex_;
   // On the heap, because a child of fork() must not destroy it (see ~PageWatch).
-  std::unique_ptr<std::condition_variable> changed_ = std::make_unique<std::condition_variable>();
-  bool stopped_ = false;    // guarded by mutex_
-  PageRates rates_;         // guarded by mutex_
-  std::size_t small_from_;  // guarded by mutex_; the block's size if all pages are huge
+  std::unique_ptr<ConditionVariable> changed_ = std::make_unique<ConditionVariable>();
+  bool stopped_ WL_GUARDED_BY(mutex_) = false;
+  PageRates rates_ WL_GUARDED_BY(mutex_);
+  std::size_t small_from_ WL_GUARDED_BY(mutex_);  // the block's size if all pages are huge
   std::thread thread_;
 };
 

@@ -16,12 +16,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "mutex.h"
 #include "result.h"
 
 namespace weightlift::io {
@@ -143,7 +143,7 @@ class DescriptorPool {
   }
 
   PooledDescriptor::Handle get(const PooledDescriptor& of) {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     return of.fd_;
   }
 
@@ -152,7 +152,7 @@ class DescriptorPool {
     Closing closing;
     PooledDescriptor::Handle kept;
     {
-      const std::lock_guard lock(mutex_);
+      const MutexLock lock(mutex_);
       if (of.fd_ == nullptr) {
         of.fd_ = std::move(fd);
         link(of);
@@ -165,7 +165,7 @@ class DescriptorPool {
 
   void remove(const PooledDescriptor& of) {
     PooledDescriptor::Handle last;
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     if (of.fd_ != nullptr) unlink(of);
     last.swap(of.fd_);
   }
@@ -173,7 +173,7 @@ class DescriptorPool {
   // Closes all unused descriptors, when the process has none left.
   void close_idle() {
     Closing closing;
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     collect(0, closing);
   }
 
@@ -181,11 +181,12 @@ class DescriptorPool {
   using Closing = std::vector<PooledDescriptor::Handle>;
 
   DescriptorPool() {
-    ::pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
-                     [] { instance().mutex_.unlock(); });
+    ::pthread_atfork([] { instance().mutex_.lock_for_fork(); },
+                     [] { instance().mutex_.unlock_after_fork(); },
+                     [] { instance().mutex_.unlock_after_fork(); });
   }
 
-  void link(const PooledDescriptor& of) noexcept {
+  void link(const PooledDescriptor& of) noexcept WL_REQUIRES(mutex_) {
     of.previous_ = last_;
     of.next_ = nullptr;
     (last_ != nullptr ? last_->next_ : first_) = &of;
@@ -193,7 +194,7 @@ class DescriptorPool {
     ++count_;
   }
 
-  void unlink(const PooledDescriptor& of) noexcept {
+  void unlink(const PooledDescriptor& of) noexcept WL_REQUIRES(mutex_) {
     (of.previous_ != nullptr ? of.previous_->next_ : first_) = of.next_;
     (of.next_ != nullptr ? of.next_->previous_ : last_) = of.previous_;
     --count_;
@@ -201,7 +202,7 @@ class DescriptorPool {
 
   // Handles are copied either under the mutex or from a handle that is in use. So a descriptor with
   // one owner is unused, and stays so while the mutex is held.
-  void collect(std::size_t most, Closing& closing) {
+  void collect(std::size_t most, Closing& closing) WL_REQUIRES(mutex_) {
     for (const PooledDescriptor* at = first_; at != nullptr && count_ > most;) {
       const PooledDescriptor& one = *std::exchange(at, at->next_);
       if (one.keep_ || one.fd_.use_count() > 1) continue;
@@ -211,10 +212,10 @@ class DescriptorPool {
     }
   }
 
-  std::mutex mutex_;
-  const PooledDescriptor* first_ = nullptr;
-  const PooledDescriptor* last_ = nullptr;
-  std::size_t count_ = 0;
+  Mutex mutex_;
+  const PooledDescriptor* first_ WL_GUARDED_BY(mutex_) = nullptr;
+  const PooledDescriptor* last_ WL_GUARDED_BY(mutex_) = nullptr;
+  std::size_t count_ WL_GUARDED_BY(mutex_) = 0;
 };
 
 namespace {
@@ -222,6 +223,8 @@ namespace {
 FileDescriptor open_with_room(const std::string& path, int flags) {
   {
     FileDescriptor fd = open_file(path, flags);
+    // The analyzer does not see that a negative descriptor is from an open(2) that failed.
+    // NOLINTNEXTLINE(clang-analyzer-unix.Errno)
     if (fd.get() >= 0 || (errno != EMFILE && errno != ENFILE)) return fd;
   }
   DescriptorPool::instance().close_idle();
@@ -246,7 +249,7 @@ std::size_t descriptor_limit(std::size_t wanted) noexcept {
   return found;
 }
 
-PooledDescriptor::PooledDescriptor(FileDescriptor fd, std::string path, int flags,
+PooledDescriptor::PooledDescriptor(FileDescriptor fd, const std::string& path, int flags,
                                    FileIdentity identity)
     : path_(absolute(path)), flags_(flags), identity_(identity) {
   DescriptorPool::instance().add(*this, std::make_shared<const FileDescriptor>(std::move(fd)));

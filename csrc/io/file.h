@@ -53,7 +53,7 @@ class PooledDescriptor {
   using Handle = std::shared_ptr<const FileDescriptor>;
 
   // To open the file again, `path` is opened with `flags` and must then be the same file as `fd`.
-  PooledDescriptor(FileDescriptor fd, std::string path, int flags, FileIdentity identity);
+  PooledDescriptor(FileDescriptor fd, const std::string& path, int flags, FileIdentity identity);
   PooledDescriptor(const PooledDescriptor&) = delete;
   PooledDescriptor& operator=(const PooledDescriptor&) = delete;
   ~PooledDescriptor();

@@ -12,12 +12,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <utility>
 
 #include "io/anonymous_memory.h"
 #include "io/file.h"
 #include "io/mapping.h"
+#include "mutex.h"
 
 #ifndef XFS_SUPER_MAGIC
 #define XFS_SUPER_MAGIC 0x58465342
@@ -96,14 +96,14 @@ void LeasedMapping::give_back() noexcept {
 
 LeasedMapping::Hold LeasedMapping::hold(std::uint64_t offset, std::uint64_t bytes) {
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     if (wanted_) return {};
     ++holds_;
   }
   Hold hold(*this, offset, bytes);
   // While a process waits for the lease, F_GETLEASE returns what it must become (fcntl(2)).
   if (::fcntl(fd_.get(), F_GETLEASE) != F_RDLCK) {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     wanted_ = true;
     return {};
   }
@@ -124,7 +124,7 @@ void LeasedMapping::release(const Hold& hold) noexcept {
     }
     at = next;
   }
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (--holds_ == 0 && wanted_) give_back();
 }
 

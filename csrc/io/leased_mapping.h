@@ -6,11 +6,11 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
-#include <mutex>
 #include <utility>
 
 #include "io/file.h"
 #include "io/mapping.h"
+#include "mutex.h"
 
 namespace weightlift::io {
 
@@ -74,9 +74,9 @@ class LeasedMapping {
   Place place_;
   FileDescriptor fd_;  // owns the lease; nothing else uses this open file
   std::shared_ptr<Mapping> mapping_;
-  std::mutex mutex_;
-  unsigned holds_ = 0;
-  bool wanted_ = false;  // another process waits for the lease
+  Mutex mutex_;
+  unsigned holds_ WL_GUARDED_BY(mutex_) = 0;
+  bool wanted_ WL_GUARDED_BY(mutex_) = false;  // another process waits for the lease
   // For each block, the bytes that were held so far. The thread that completes a block unmaps it;
   // otherwise one thread would unmap the whole file at the end.
   std::deque<std::atomic<std::uint64_t>> had_;
