@@ -188,10 +188,13 @@ lint: $(VENV)/.test-tools
 	git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.inl' 'csrc/*.cu' 'tests/*.h' 'tests/*.cc' | \
 	  xargs $(BIN)/clang-format --dry-run --Werror
 
-# Uses the compile commands of the development build; .clang-tidy selects the checks.
+# Checks what the development build compiles; .clang-tidy selects the checks.
 .PHONY: tidy asan tsan coverage
 tidy: dev $(VENV)/.deep-tools
-	git ls-files 'csrc/*.cc' | xargs -P $(JOBS) -n 1 $(BIN)/clang-tidy --quiet -p build/dev
+	$(BIN)/python -c "import json; print(*sorted({command['file'] \
+	  for command in json.load(open('build/dev/compile_commands.json')) \
+	  if command['file'].startswith('$(CURDIR)/csrc/')}), sep='\n')" | \
+	  xargs -P $(JOBS) -n 1 $(BIN)/clang-tidy --quiet -p build/dev
 
 # Runs the native tests, with the simulated driver, under ASan and UBSan, or under TSan. Leaves out
 # the tests that need links to stay busy in real time, because instrumented code is too slow, and

@@ -18,7 +18,6 @@
 #include "bind/indexed_file.h"
 #include "bind/torch_pickle.h"
 #include "bind/values.h"
-#include "dtype.h"
 #include "format/index.h"
 #include "format/zip.h"
 #include "io/file.h"

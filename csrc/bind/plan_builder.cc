@@ -22,6 +22,7 @@
 #include "engine/load.h"
 #include "engine/plan.h"
 #include "engine/report.h"
+#include "engine/slots_ahead.h"
 #include "format/index.h"
 #include "io/mapping.h"
 #include "result.h"
