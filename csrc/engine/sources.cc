@@ -144,7 +144,10 @@ void Sources::plan_populate() {
   note(missing, ", populated in order");
   const std::uint64_t step = plan_.ranks.empty() ? kPopulateStep : kAwaitedStep;
   for (const PopulateStep& range : missing) {
-    plan_.files[range.file]->advise_sequential();
+    if (!std::exchange(files_[range.file].is_populated, true)) {
+      plan_.files[range.file]->advise_sequential();
+      plan_.mappings[range.file]->read_forwards(true);
+    }
     // Gaps are read and not counted. Bytes that several tensors share are read once; the rest was
     // counted at the start.
     std::uint64_t payload = std::min(range.payload, range.bytes);
@@ -263,7 +266,10 @@ Result<const std::byte*> Sources::read_to(const Unit& unit, std::byte* target, S
 }
 
 void Sources::release() noexcept {
-  for (Source& source : files_) source.leased.reset();
+  for (std::size_t i = 0; i < files_.size(); ++i) {
+    files_[i].leased.reset();
+    if (std::exchange(files_[i].is_populated, false)) plan_.mappings[i]->read_forwards(false);
+  }
 }
 
 IoRoute Sources::route(std::size_t file) const noexcept {

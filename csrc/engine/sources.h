@@ -33,6 +33,9 @@ class Sources {
  public:
   // Finds out how much of each file is resident. `plan` must live as long as this object.
   Sources(const LoadPlan& plan, const Settings& settings);
+  Sources(const Sources&) = delete;
+  Sources& operator=(const Sources&) = delete;
+  ~Sources() { release(); }
 
   // Whether a file comes from the disk: then more reads in flight are faster.
   [[nodiscard]] bool cold() const noexcept;
@@ -59,8 +62,8 @@ class Sources {
   };
   [[nodiscard]] Result<Bytes> bytes(const Unit& unit, bool is_cast, Scratch& scratch);
 
-  // Returns the leases when no thread reads any more, so that writers of the files need not wait
-  // longer.
+  // When no thread reads any more: returns the leases, so that writers of the files need not wait
+  // longer, and the mappings' advice.
   void release() noexcept;
 
   // For the report. Only when no thread reads any more.
@@ -74,6 +77,7 @@ class Sources {
   struct Source {
     IoChoice choice;
     bool may_lease = false;
+    bool is_populated = false;  // its mapping reads forwards until the load ends
     std::once_flag asked_for_lease;
     std::unique_ptr<io::LeasedMapping> leased;
     std::unique_ptr<io::DirectFile> direct;

@@ -58,4 +58,9 @@ Result<bool> Mapping::populate(std::uint64_t offset, std::uint64_t bytes) const 
   return true;
 }
 
+void Mapping::read_forwards(bool whether) const noexcept {
+  // Only an advice: a kernel or a sandbox that refuses it reads as before.
+  if (data_ != nullptr) ::madvise(data_, bytes_, whether ? MADV_SEQUENTIAL : MADV_NORMAL);
+}
+
 }  // namespace weightlift::io

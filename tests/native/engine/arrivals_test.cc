@@ -1,4 +1,5 @@
 // Loads in an order of use, whose caller waits for single tensors.
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -18,7 +19,9 @@
 #include "engine/scenario.h"
 #include "engine/schedule.h"
 #include "engine/sources.h"
+#include "io/residency.h"
 #include "simulated.h"
+#include "vm_flags.h"
 
 namespace weightlift::engine::test {
 namespace {
@@ -248,6 +251,30 @@ TEST(StepsByName, CountTheStepsOfEachRange) {
   const auto report = load->finish();
   ASSERT_TRUE(report.ok());
   scenario.expect_everything(*load, *report, "mapped");
+}
+
+TEST(Sources, MappingsReadForwardsUntilTheEnd) {
+  Machine machine(0);
+  Scenario scenario(5, 0);
+  const Origin file = scenario.add_file(2 * kMiB);
+  scenario.add_mapped(file, 1000, kMiB);
+  const int fd = ::open(scenario.files[0].path().c_str(), O_WRONLY | O_CLOEXEC);
+  ASSERT_EQ(::fdatasync(fd), 0);
+  ::close(fd);
+  io::drop_from_page_cache(*scenario.plan.files[0]);
+  const std::byte* const data = scenario.plan.mappings[0]->data();
+  for (const bool ends : {true, false}) {
+    {
+      Sources sources(scenario.plan, scenario.settings.resolved());
+      if (sources.populate_steps().empty()) {
+        GTEST_SKIP() << "files cannot leave the page cache of " << folder();
+      }
+      EXPECT_TRUE(has_vm_flag(data, "sr"));
+      if (ends) sources.release();
+      EXPECT_EQ(has_vm_flag(data, "sr"), !ends);
+    }
+    EXPECT_FALSE(has_vm_flag(data, "sr"));
+  }
 }
 
 TEST(WaitFor, PlansWithoutNamesAreRefused) {

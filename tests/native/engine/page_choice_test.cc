@@ -6,33 +6,21 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <fstream>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "vm_flags.h"
+
 namespace weightlift::engine {
 namespace {
 
 constexpr std::size_t kMiB = std::size_t{1} << 20;
 
-// Whether the kernel was told to use no huge pages at an address: proc(5), smaps, VmFlags "nh".
 bool has_small_pages(const std::byte* address) {
-  std::ifstream smaps("/proc/self/smaps");
-  const auto wanted = reinterpret_cast<std::uintptr_t>(address);
-  bool inside = false;
-  for (std::string line; std::getline(smaps, line);) {
-    unsigned long begin = 0;
-    unsigned long end = 0;
-    if (std::sscanf(line.c_str(), "%lx-%lx ", &begin, &end) == 2) {
-      inside = begin <= wanted && wanted < end;
-    } else if (inside && line.rfind("VmFlags:", 0) == 0) {
-      return line.find(" nh") != std::string::npos;
-    }
-  }
-  return false;
+  return has_vm_flag(address, "nh");
 }
 
 io::AnonymousMemory block(std::size_t bytes) {
