@@ -123,11 +123,12 @@ inline std::size_t entries(const char* folder) {
 inline std::size_t open_files() {
   return entries("/proc/self/fd");
 }
-// A joined thread may be listed a moment longer, so this repeats until `expected` or for 0.5 s.
+// A joined thread may be listed a moment longer, so this repeats until at most `expected` or for
+// 0.5 s.
 inline std::size_t threads(std::size_t expected) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(500);
   std::size_t now = entries("/proc/self/task");
-  while (now != expected && std::chrono::steady_clock::now() < end) {
+  while (now > expected && std::chrono::steady_clock::now() < end) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
     now = entries("/proc/self/task");
   }

@@ -49,7 +49,8 @@ struct Baseline {
 
   void expect_same(const std::string& what) const {
     EXPECT_EQ(simulation::open_files(), files) << what << ": descriptors leak";
-    EXPECT_EQ(simulation::threads(threads), threads) << what << ": threads leak";
+    // Fewer are no leak: a thread that was joined may still be listed when the baseline is taken.
+    EXPECT_LE(simulation::threads(threads), threads) << what << ": threads leak";
   }
 };
 
