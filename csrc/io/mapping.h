@@ -28,9 +28,9 @@ class Mapping {
   // if the kernel is older than 5.14, a sandbox refuses the advice, or the File no longer exists.
   [[nodiscard]] Result<bool> populate(std::uint64_t offset, std::uint64_t bytes) const;
 
-  // Whether faults read forwards from the page, in large folios (madvise(2), MADV_SEQUENTIAL).
-  // Without this they read as much before the page as after it, in small folios: a tensor that
-  // does not follow the last one arrives late, and each later access misses the TLB more often.
+  // Whether faults read forwards from the page (madvise(2), MADV_SEQUENTIAL). Without this they
+  // read as much before the page as after it, in small folios (mm/filemap.c,
+  // do_sync_mmap_readahead), so that a tensor that does not follow the last one arrives late.
   // Switch it off at the end, because the kernel reclaims such pages first.
   void read_forwards(bool whether) const noexcept;
 

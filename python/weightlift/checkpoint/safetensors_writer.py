@@ -180,7 +180,7 @@ def write_safetensors(
 
 def _allocate(descriptor: int, size: int) -> None:
     """Allocates the blocks of a new file at once, so that the kernel need not reserve them page by
-    page: on ext4 the writes take two thirds of the time. A failure does not matter.
+    page. A failure does not matter.
 
     Not on file systems without a block device, whose major number is 0: a save to tmpfs takes
     longer by it, and btrfs would not compress them. Not by posix_fallocate(3), which writes to
