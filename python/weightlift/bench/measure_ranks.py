@@ -3,7 +3,8 @@
 ``torchrun -m weightlift.bench.measure_ranks JOB`` runs it.
 
 All ranks load at once, between two barriers, in the same random order. ``/proc/self/io`` counts the
-bytes of read(2) and similar calls; mapped bytes are the file pages that the process holds.
+bytes of read(2) and similar calls; mapped bytes are the file pages that the process holds. Both
+peaks are the largest of samples, one every 5 ms and one at the end.
 """
 
 from __future__ import annotations
@@ -68,9 +69,10 @@ class Load:
         seconds: from barrier to barrier.
         read_bytes: by all ranks together; ``engine_bytes``: the same by weightlift's count;
             ``received_bytes``: bytes from other ranks by weightlift's count.
-        mapped_bytes: pages of files, by all ranks together.
-        peak_bytes: the peak of anonymous memory of the rank that took most; ``held_bytes``: the
-            size of the result.
+        mapped_bytes: the largest sample of file pages, by all ranks together. It is exact where
+            the model holds its mapping; a mapping that ends with the load may be missed.
+        peak_bytes: the largest sample of anonymous memory, of the rank that took most;
+            ``held_bytes``: the size of the result.
     """
 
     seconds: float

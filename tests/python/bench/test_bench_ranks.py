@@ -77,11 +77,13 @@ def test_the_model_of_a_cluster_has_what_is_measured(measured: Any) -> None:
         assert size <= load["read_bytes"] <= 1.02 * size + 2e6
     (load,) = loads["replicated"]["weightlift, mapped"]
     assert load["engine_bytes"] == 0
+    # The models hold their mappings, so that the last sample sees them whole.
+    assert load["mapped_bytes"] == pytest.approx(ranks * size, rel=0.1)
     (load,) = loads["replicated"]["safetensors, each rank"]
     stock = model.moved("stock", size, 1, ranks)
-    # The resident part at the end. A kernel that reclaims proactively (DAMON) has taken two thirds
-    # back.
-    assert 0.1 * stock.out_of_files <= load["mapped_bytes"] <= 1.3 * stock.out_of_files
+    assert load["held_bytes"] == pytest.approx(stock.held, rel=0.001)
+    # It copies out of mappings that end with the load: samples may miss them.
+    assert load["mapped_bytes"] <= 1.1 * stock.out_of_files
 
 
 def test_the_model_of_a_cluster_adds_up() -> None:
