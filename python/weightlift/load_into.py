@@ -118,8 +118,7 @@ def load_into(
     _check_arguments(model, checkpoint)
     check_flag("strict", strict)
     check_flag("ignore_mismatched_sizes", ignore_mismatched_sizes)
-    if scope not in ("node", "group"):
-        raise ArgumentError(f"scope is {scope!r}; it can be 'node' or 'group'")
+    _check_ranks(group, scope, background=background)
     if offload_folder is not None:
         path_text(offload_folder)
     if (unused := unused_max_memory(device_map, max_memory)) is not None:
@@ -135,11 +134,6 @@ def load_into(
         dtype=dtype,
         memory_format=memory_format,
     )
-    if background and group is not None:
-        raise ArgumentError(
-            "background=True cannot be combined with group=, because the ranks wait for each "
-            "other: leave out one of them"
-        )
     with _for_group(model, gathered.refs, group, scope) as new_load:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_without_arguments(checkpoint)
@@ -211,6 +205,22 @@ def _check_arguments(model: object, checkpoint: object) -> None:
         raise ArgumentError(
             "the checkpoint is a dict, whose tensors are already in memory: use "
             "model.load_state_dict(tensors)"
+        )
+
+
+def _check_ranks(
+    group: ProcessGroup | DeviceMesh | None, scope: object, *, background: bool
+) -> None:
+    """
+    Raises:
+        ArgumentError: there is no such scope, or ranks cannot load in the background.
+    """
+    if scope not in ("node", "group"):
+        raise ArgumentError(f"scope is {scope!r}; it can be 'node' or 'group'")
+    if background and group is not None:
+        raise ArgumentError(
+            "background=True cannot be combined with group=, because the ranks wait for each "
+            "other: leave out one of them"
         )
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import weightlift._native as _native
 from weightlift.bench import measure_child
@@ -29,6 +29,7 @@ __all__ = [
     "machine",
     "new_memory_rate",
     "page_cache",
+    "pipe_of",
     "prepare_files",
     "read_program",
     "resident_bytes",
@@ -49,6 +50,17 @@ NOT_BACKED = "not backed"
 TAKEN_SECONDS = 8.0
 _PROBED_BYTES = 16 << 20
 _SYS_CACHESTAT = 451  # on all architectures
+
+
+def pipe_of(pipe: IO[bytes] | None) -> IO[bytes]:
+    """An end of a child process's pipe.
+
+    Raises:
+        ValueError: the process was not started with ``subprocess.PIPE`` for this stream.
+    """
+    if pipe is None:
+        raise ValueError("the child process has no pipe here: start it with subprocess.PIPE")
+    return pipe
 
 
 class BackedMemory:
@@ -79,8 +91,7 @@ class BackedMemory:
             self._holder = subprocess.Popen(
                 command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
             )
-            assert self._holder.stdout is not None
-            self._held = count if self._holder.stdout.readline() else 0
+            self._held = count if pipe_of(self._holder.stdout).readline() else 0
         return self._held
 
     def release(self) -> None:

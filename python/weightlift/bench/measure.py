@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import weightlift._native as _native
 from weightlift.bench.comparison import Comparison, Sample
@@ -35,6 +35,7 @@ from weightlift.bench.conditions import (
     TAKEN_SECONDS,
     BackedMemory,
     new_memory_rate,
+    pipe_of,
     prepare_files,
     read_program,
     resident_bytes,
@@ -206,7 +207,7 @@ class _Contest:
             with holder, contextlib.ExitStack() as stack:
                 holder.hold()
                 running = [
-                    stack.enter_context(self.children[contender].with_job(checksum=checksum))
+                    stack.enter_context(self._process_for(contender, checksum))
                     for contender in order[start : start + at_once]
                 ]
                 self._begin(f"importing {', '.join(child.job.contender for child in running)}")
@@ -215,6 +216,10 @@ class _Contest:
                 for child in running:
                     self._begin(f"measuring {child.job.contender}, {title}")
                     self._measure(child, holder)
+
+    def _process_for(self, contender: str, checksum: bool) -> _Child:
+        child = self.children[contender]
+        return child.with_job(dataclasses.replace(child.job, checksum=checksum))
 
     def _measure(self, child: _Child, holder: BackedMemory) -> None:
         contender = child.job.contender
@@ -250,7 +255,7 @@ def _converted(child: _Child) -> float:
     made = child.files
     note = Path(made[0]).with_name(Path(made[0]).name + ".seconds")
     if not note.exists() or not all(Path(file).exists() for file in made):
-        with child.with_job(what="convert") as converting:
+        with child.with_job(dataclasses.replace(child.job, what="convert")) as converting:
             note.write_text(str(converting.line()["seconds"]), encoding="ascii")
     return float(note.read_text(encoding="ascii"))
 
@@ -311,9 +316,8 @@ class _Child:
     def pid(self) -> int:
         return self._process.pid
 
-    def with_job(self, **changes: Any) -> _Child:
-        """Another process for the same job with ``changes``, fields of ``Job``."""
-        job = dataclasses.replace(self.job, **changes)
+    def with_job(self, job: Job) -> _Child:
+        """Another process of the same contender, for ``job``."""
         return _Child(job, self._python, self.files, self._adapters)
 
     def __enter__(self) -> _Child:
@@ -335,13 +339,13 @@ class _Child:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
-            _pipe(self._process.stdin).close()
+            pipe_of(self._process.stdin).close()
         try:
             self._process.wait(timeout=_END_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        _pipe(self._process.stdout).close()
+        pipe_of(self._process.stdout).close()
         self._errors.close()
 
     def expect_ready(self) -> None:
@@ -363,7 +367,7 @@ class _Child:
         self._sampling = False  # later memory is not the load's
         while (more := self._next()) is not None:
             figures |= more
-        _pipe(self._process.stdin).close()
+        pipe_of(self._process.stdin).close()
         if self._process.wait(timeout=_LIMIT_SECONDS) != 0:
             raise _FailedError(
                 f"ended with status {self._process.returncode}{self._last_error_line()}"
@@ -372,7 +376,7 @@ class _Child:
 
     def _send(self, line: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # ``line`` reports how the process ended
-            _pipe(self._process.stdin).write(line.encode() + b"\n")
+            pipe_of(self._process.stdin).write(line.encode() + b"\n")
 
     def line(self) -> dict[str, Any]:
         """The next line of the process."""
@@ -411,7 +415,7 @@ class _Child:
 def _lines(process: subprocess.Popen[bytes], poll: Callable[[], None]) -> Iterator[str]:
     """The JSON lines of a process's output; libraries may print other lines between them."""
     pending = b""
-    stdout = _pipe(process.stdout)
+    stdout = pipe_of(process.stdout)
     deadline = time.monotonic() + _LIMIT_SECONDS
     with selectors.DefaultSelector() as selector:
         selector.register(stdout, selectors.EVENT_READ)
@@ -429,11 +433,6 @@ def _lines(process: subprocess.Popen[bytes], poll: Callable[[], None]) -> Iterat
                     # Other contenders may have been measured meanwhile, so the limit starts again.
                     deadline = time.monotonic() + _LIMIT_SECONDS
         raise TimeoutError
-
-
-def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-    assert pipe is not None
-    return pipe
 
 
 def target_bytes(job: Job, cold: bool = False) -> int:

@@ -356,11 +356,10 @@ def main() -> None:
             sys.stdin.read()
         return
     # By its path, because weightlift may not be installed here, and must not be imported.
-    spec = importlib.util.spec_from_file_location(
-        "contenders", Path(__file__).with_name("contenders") / "__init__.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
+    path = Path(__file__).with_name("contenders") / "__init__.py"
+    spec = importlib.util.spec_from_file_location("contenders", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be imported as a Python file")
     adapters: Any = importlib.util.module_from_spec(spec)
     sys.modules["contenders"] = adapters
     spec.loader.exec_module(adapters)

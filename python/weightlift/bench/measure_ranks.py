@@ -215,7 +215,8 @@ def _tensor_parallel_slices(checkpoint: _Checkpoint) -> torch.nn.Module:
                 setattr(model, _key(name), torch.nn.Parameter(new, old.requires_grad))
                 continue
             placement = old.placements[0]
-            assert isinstance(placement, Shard)
+            if not isinstance(placement, Shard):
+                raise ValueError(f"{name}: this comparison slices sharded tensors, not {placement}")
             count, start = placement.local_shard_size_and_offset(
                 shape[placement.dim], old.device_mesh.size(), dist.get_rank()
             )

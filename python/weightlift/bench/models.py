@@ -37,7 +37,8 @@ def bench_folder(arguments: Sequence[str]) -> Iterator[tuple[Path, str | None]]:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        CheckpointError: there is no such class, or its model is too large to make.
+        CheckpointError: nothing is given, there is no such class, or its model is too large to
+            make.
     """
     given = list(arguments)
     named = [one for one in given if _CLASS.fullmatch(one) and not Path(one).exists()]
@@ -55,7 +56,8 @@ def bench_folder(arguments: Sequence[str]) -> Iterator[tuple[Path, str | None]]:
             _find(where)
         yield folder, where
         return
-    assert where is not None
+    if where is None:
+        raise CheckpointError("give a model's folder, or its class as module:Class")
     with tempfile.TemporaryDirectory(prefix="weightlift-bench-") as temporary:
         _make(where, Path(temporary))
         yield Path(temporary), where
@@ -141,8 +143,7 @@ def model_job(folder: Path, device: str, dtype: str | None, where: str | None = 
 
 
 def model_title(job: Job) -> str:
-    assert job.model is not None
-    module, _, cls = job.model.partition(":")
+    module, cls = job.model_class()
     library = module.partition(".")[0]
     with contextlib.suppress(metadata.PackageNotFoundError):
         library += f" {metadata.version(library)}"

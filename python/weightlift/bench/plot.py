@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from weightlift.bench.models import NAMES
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from weightlift.bench.comparison import Comparison
 
 __all__ = ["Bar", "Panel", "draw", "draw_ratios", "format_rate", "format_seconds", "plot"]
@@ -96,10 +98,7 @@ def draw(panels: Sequence[Panel], path: str | Path, title: str) -> None:
         figure.savefig(path, transparent=True)
 
 
-def _draw_panel(axes: object, panel: Panel) -> None:
-    from matplotlib.axes import Axes
-
-    assert isinstance(axes, Axes)
+def _draw_panel(axes: Axes, panel: Panel) -> None:
     longest = max(bar.seconds for bar in panel.bars)
     axes.barh(
         range(len(panel.bars)),

@@ -6,9 +6,8 @@ import dataclasses
 import datetime
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from weightlift.bench import models
 from weightlift.bench.comparison import Comparison
@@ -90,7 +89,7 @@ def compare_models(
     return title, found
 
 
-def to_json(**found: Any) -> dict[str, Any]:
+def to_json(found: Mapping[str, object]) -> dict[str, object]:
     """The output of ``--json`` and ``--output``: ``found``, with the date, the command and the
     machine."""
     return {

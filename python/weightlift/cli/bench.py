@@ -175,7 +175,7 @@ def bench(
     if stream:
         with _tables(shown=not as_json):
             runs = _bench_stream(paths, memory or "2GB", repeat or 5, bool(cold), plot_out)
-        _write(output, as_json, streams=[dataclasses.asdict(run) for run in runs])
+        _write(output, as_json, {"streams": [dataclasses.asdict(run) for run in runs]})
         if runs[0].error:
             raise typer.Exit(1)
         return
@@ -183,7 +183,7 @@ def bench(
         _check_safetensors(paths)
         with _tables(shown=not as_json):
             figures = _bench_ranks([Path(path) for path in paths], distributed, repeat or 5)
-        _write(output, as_json, **figures)
+        _write(output, as_json, figures)
         return
     dtype = None if dtype is None else _dtype(dtype)
     if device is Device.CUDA:
@@ -206,7 +206,7 @@ def bench(
                 adapters,
             )
             found = [one]
-    _write(output, as_json, comparisons=[one.to_json() for one in found])
+    _write(output, as_json, {"comparisons": [one.to_json() for one in found]})
     if plot_out is not None and any(one.samples for one in found):
         from weightlift.bench.plot import plot
         from weightlift.bench.runs import rounds_of
@@ -223,13 +223,13 @@ def _tables(*, shown: bool) -> Iterator[None]:
         yield
 
 
-def _write(output: Path | None, as_json: bool, **found: Any) -> None:
+def _write(output: Path | None, as_json: bool, found: Mapping[str, object]) -> None:
     """The figures as JSON, to a file and to stdout."""
     from weightlift.bench.runs import to_json
 
     if output is None and not as_json:
         return
-    text = json.dumps(to_json(**found), indent=2)
+    text = json.dumps(to_json(found), indent=2)
     if output is not None:
         output.write_text(text + "\n")
     if as_json:

@@ -72,6 +72,20 @@ class Job:
         """The files of the same names in another format."""
         return tuple(str(Path(file).with_suffix(suffix)) for file in self.files)
 
+    def model_class(self) -> tuple[str, str]:
+        """The module and the name of the model's class.
+
+        Raises:
+            ValueError: the job has no model, or it is not written ``"module:Class"``.
+        """
+        module, _, name = (self.model or "").partition(":")
+        if not (module and name):
+            raise ValueError(
+                f"{self.contender!r} loads a model, and the job's model is {self.model!r}: give "
+                "its class as 'module:Class'"
+            )
+        return module, name
+
     @property
     def on_cuda(self) -> bool:
         return self.device.startswith("cuda")

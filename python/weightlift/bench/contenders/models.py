@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .adapter import Job, Load, dtype_of, reports
 from .files import with_phases
+
+if TYPE_CHECKING:
+    from weightlift.load.options import Mode
 
 __all__ = [
     "accelerate",
@@ -23,12 +26,13 @@ __all__ = [
 
 
 def model_class(job: Job) -> Any:
-    assert job.model is not None
-    module, _, name = job.model.partition(":")
+    module, name = job.model_class()
     return getattr(importlib.import_module(module), name)
 
 
-def from_pretrained(job: Job, cls: Any, **options: Any) -> Load:
+def from_pretrained(job: Job, cls: Any, mode: Mode | None = None) -> Load:
+    """``mode``: weightlift's, which only its own classes take."""
+    options: dict[str, object] = {} if mode is None else {"mode": mode}
     if job.dtype is not None:
         options["dtype"] = dtype_of(job)
     if job.device != "cpu":
@@ -100,7 +104,7 @@ def _mixin_class(job: Job) -> Any:
 
 def mixin(job: Job) -> Load:
     """The same model, as a subclass of weightlift's ModelMixin."""
-    return reported(from_pretrained(job, _mixin_class(job), mode=job.mode))
+    return reported(from_pretrained(job, _mixin_class(job), job.mode))
 
 
 def mixin_twin(job: Job) -> Load:
