@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -532,6 +533,32 @@ def test_ctrl_c_drains_and_the_next_load_is_right(
         loaded = _load(path, 0, driver, progress=lambda *now: seen.append(now))
         _assert_loaded(loaded, expected)
         assert seen[-1][0] == seen[-1][1]
+
+
+def test_a_wait_asks_until_the_end(machine: Switch, tmp_path: Path) -> None:
+    """However long a load takes, it is asked for its progress, and so can be interrupted: nobody
+    learns that a copy has ended before the wait has asked often."""
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(_tensors(2, scale=40), path)
+    expected = safetensors.torch.load_file(path)
+    often, asked = 4, 0
+    asked_often = threading.Event()
+
+    def show(done: int, total: int) -> None:
+        nonlocal asked
+        asked += done < total
+        if asked == often:
+            asked_often.set()
+
+    with machine() as driver, Settings(threads=2, chunk_bytes="256KiB", pinned_bytes="512KiB"):
+        with ThreadPoolExecutor(1) as pool:
+            with driver.holding():
+                loading = pool.submit(_load, path, 0, driver, progress=show)
+                asked_often.wait(often * plans.POLL_SECONDS + 5)
+            loaded = loading.result()
+        assert asked >= often
+        _assert_loaded(loaded, expected)
+        del loaded, loading
 
 
 @pytest.mark.parametrize("how", ["cancel", "interrupt"])
