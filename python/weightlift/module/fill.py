@@ -160,12 +160,10 @@ def _in_background(
     try:
         now = filling._replace(placed=placed)
         report = _now(now, placement, matching, options, new_load, None)
-        handle = hold_back(started, filling.model, options)
+        return hold_back(started, filling.model, options, report)
     except BaseException:
         started.cancel()
         raise
-    handle.earlier = report
-    return handle
 
 
 def _now(

@@ -14,6 +14,7 @@ import torch
 
 import weightlift as wl
 from weightlift.load.arriving_load import ArrivingLoad
+from weightlift.module.background.load import BackgroundLoad
 
 WIDTH = 16
 
@@ -120,6 +121,20 @@ class Gate:
         self.asked.append(tuple(names))
         while not self._is_open and not self._open.issuperset(names):
             time.sleep(0.002)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All modules wait, as if nothing had arrived when they begin to; small files in the page cache
+    have."""
+    make_modules_wait = BackgroundLoad.make_modules_wait
+
+    def without_what_is_there(load: BackgroundLoad) -> None:
+        with monkeypatch.context() as patches:
+            patches.setattr(ArrivingLoad, "has", lambda *_: False)
+            make_modules_wait(load)
+
+    monkeypatch.setattr(BackgroundLoad, "make_modules_wait", without_what_is_there)
 
 
 @pytest.fixture

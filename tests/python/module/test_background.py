@@ -22,6 +22,7 @@ from background_support import (
     gate,
     inputs,
     is_plain,
+    late,
     load,
     on_meta,
     raw,
@@ -30,7 +31,9 @@ from background_support import (
 from weightlift.load.arriving_load import ArrivingLoad
 from weightlift.load.load_plan import LoadPlan
 
-__all__ = ["gate"]
+__all__ = ["gate", "late"]
+
+pytestmark = pytest.mark.usefixtures("late")
 
 
 @pytest.mark.parametrize("keywords", [{}, {"mode": "read"}, {"mode": "map"}], ids=str)

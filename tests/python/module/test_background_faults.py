@@ -30,6 +30,7 @@ from background_support import (
     gate,
     inputs,
     is_plain,
+    late,
     load,
     on_meta,
     raw,
@@ -41,7 +42,9 @@ from support import sparse_file
 from weightlift.core.errors import ArgumentError, LoadCancelledError, ReadError
 from weightlift.load import plan_writer
 
-__all__ = ["gate", "machine"]
+__all__ = ["gate", "late", "machine"]
+
+pytestmark = pytest.mark.usefixtures("late")
 
 MIB = 1 << 20
 
@@ -272,6 +275,8 @@ import os, sys
 sys.path.insert(0, {str(Path(background_support.__file__).parent)!r})
 import torch
 from background_support import inputs, load
+from weightlift.module.background.load import BackgroundLoad
+BackgroundLoad._count_here = lambda _: 0  # nothing has arrived
 model, report = load({str(path)!r}, mode="read")
 child = os.fork()
 if child == 0:

@@ -52,10 +52,17 @@ def holding_back() -> Iterator[None]:
 
 
 def hold_back(
-    load: BackgroundLoad, model: torch.nn.Module, options: LoadOptions
+    load: BackgroundLoad,
+    model: torch.nn.Module,
+    options: LoadOptions,
+    earlier: LoadReport | None = None,
 ) -> BackgroundReport:
-    """Makes the modules wait, within ``holding_back`` at its end. Returns the load's report."""
-    report = BackgroundReport(load, LoadReport(), options)
+    """Makes the modules wait, within ``holding_back`` at its end.
+
+    Returns:
+        The report of the load, to which ``earlier`` is added: that of tensors loaded before.
+    """
+    report = BackgroundReport(load, LoadReport() if earlier is None else earlier, options)
     held_back = _held_back.get()
     if held_back is None:
         load.make_modules_wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from weightlift.core import dtypes
@@ -101,6 +101,8 @@ class BackgroundLoad:
             headers: its ``headers()``.
             memory_format: the memory format of 4-D tensors.
         """
+        import torch
+
         by_name: dict[str, tuple[Awaited, ParameterRef]] = {}
         for group, members in placed.groups.items():
             for name, ref in members:
@@ -110,7 +112,8 @@ class BackgroundLoad:
                 by_name[ref.name] = (Awaited(name, ref, group.device, made), ref)
         order = order_of_use(identity, [name for name in names if name in by_name])
         awaited = [by_name[name] for name in order]
-        arriving = plan.start_in_order([tensor.source for tensor, _ in awaited])
+        with _outside_of_modes(torch):
+            arriving = plan.start_in_order([tensor.source for tensor, _ in awaited])
         return cls(arriving, awaited, placed, checkpoint, memory_format, identity)
 
     def find_again(self, model: torch.nn.Module) -> None:
@@ -125,19 +128,70 @@ class BackgroundLoad:
         self._left = len(self._awaited)
 
     def make_modules_wait(self) -> None:
-        """Makes the modules wait from now on."""
+        """Gives the modules what has arrived, and makes them wait for the rest from now on."""
+        here = self._count_here()
+        if here == len(self._hanging) and not self._ends_well():
+            here = 0  # the first module that needs a tensor raises the error
+        waited_for = self._hanging[here:]
+        # Before any module waits: as a load that is not in the background would do it.
+        self._attach_unwatched(self._hanging[:here])
+        self._hanging = ()  # would keep the modules alive
+        self._awaited = [tensor for tensor, _ in waited_for]
+        if waited_for:
+            self._watch(waited_for)
+
+    def _count_here(self) -> int:
+        """How many tensors have certainly arrived, the first in the order of use."""
+        names = [tensor.source for tensor, _ in self._hanging]
+        while names and not self._are_here(names):
+            del names[len(names) // 2 :]
+        return len(names)
+
+    def _are_here(self, names: Sequence[str]) -> bool:
+        try:
+            return self.arriving.has(names)
+        except WeightliftError:  # who needs them hears of it
+            return False
+
+    def _ends_well(self) -> bool:
+        """Ends the load, all of whose tensors have arrived. No order is learned: nobody has used
+        them."""
+        try:
+            self._say(self.arriving.finish())
+        except WeightliftError:
+            return False
+        return True
+
+    def _attach_unwatched(self, hanging: Sequence[tuple[Awaited, ParameterRef]]) -> None:
+        """Puts arrived tensors into modules that do not wait."""
+        import torch
+
+        def made() -> Iterator[tuple[ParameterRef, torch.Tensor]]:
+            for tensor, ref in hanging:
+                value = self._made(tensor.source)
+                _keep_marks(tensor, value)
+                tensor.has_arrived = True
+                if self._used is not None:
+                    self._used.append(tensor.name)
+                yield ref, value
+
+        with _outside_of_modes(torch):
+            set_all(made(), self._memory_format, adopt=self._checkpoint.is_plain)
+        self._left -= len(hanging)
+
+    def _watch(self, hanging: Iterable[tuple[Awaited, ParameterRef]]) -> None:
+        """Makes modules wait."""
         interest = Interest()
         self._interest = weakref.ref(interest)
         weakref.finalize(interest, self.arriving.cancel)
         by_module: dict[int, tuple[torch.nn.Module, Waiting]] = {}
-        for tensor, ref in self._hanging:
+        for tensor, ref in hanging:
             for module, key in ((ref.module, ref.key), *((m, k) for _, m, k in ref.ties)):
                 if id(module) not in by_module:
                     by_module[id(module)] = (module, Waiting(self, interest, module))
                 waiting = by_module[id(module)][1]
                 waiting.awaited[ref.is_parameter, key] = tensor
                 tensor.places.append((weakref.ref(waiting), key))
-        self._hanging = ()  # would keep the modules alive
         for module, waiting in by_module.values():
             waiting.watch(module)
 
@@ -181,11 +235,7 @@ class BackgroundLoad:
                     break
             elif not following:
                 self._after = number + 1
-        try:
-            if not following or not self.arriving.has([tensor.source for tensor in following]):
-                self._ahead = _FEWEST_AHEAD
-                return
-        except WeightliftError:  # who needs them hears of it
+        if not following or not self._are_here([tensor.source for tensor in following]):
             self._ahead = _FEWEST_AHEAD
             return
         self._attach(following)
@@ -212,8 +262,7 @@ class BackgroundLoad:
                 if ref is None:
                     tensor.forget()
                 else:
-                    if not ref.is_parameter:  # libraries mark initialized parameters
-                        vars(tensor.value).update(vars(tensor.meta))
+                    _keep_marks(tensor, tensor.value)
                     yield ref, tensor.value
             finally:
                 tensor.is_attaching = False
@@ -262,6 +311,12 @@ class BackgroundLoad:
         with self.lock:
             for tensor in self._awaited:
                 tensor.forget()
+
+
+def _keep_marks(tensor: Awaited, value: torch.Tensor) -> None:
+    """Keeps the attributes of a buffer: libraries mark those that are initialized."""
+    if not tensor.is_parameter:  # set_all keeps a parameter's
+        vars(value).update(vars(tensor.meta))
 
 
 def _holds_meta(ref: ParameterRef) -> bool:
