@@ -127,9 +127,18 @@ std::string Device::name() const {
 }
 
 Result<CUfunction> Device::scatter_kernel() {
+  kernel_is_requested_ = true;
   const MutexLock lock(kernel_mutex_);
   if (!kernel_) kernel_ = load_kernel();
   return *kernel_;
+}
+
+bool Device::kernel_is_requested(int ordinal) {
+  Registry& state = registry();
+  if (!check_not_forked(state).ok()) return false;  // in a child the lock may stay locked for ever
+  const MutexLock lock(state.mutex);
+  const auto found = state.devices.find(ordinal);
+  return found != state.devices.end() && found->second->kernel_is_requested_;
 }
 
 std::string Device::kernel_form() {

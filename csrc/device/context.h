@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -43,6 +44,9 @@ class Device {
   // The scatter kernel (convert/scatter.h), loaded at first use. If it cannot be loaded, the error
   // says why, and later calls return the same error.
   [[nodiscard]] Result<CUfunction> scatter_kernel();
+  // Whether scatter_kernel() was called, so that the kernel is loaded, being loaded or refused.
+  // Does not start the driver.
+  [[nodiscard]] static bool kernel_is_requested(int ordinal);
   // The image that was loaded, such as "sm_90, by ptxas 12.9.86". Empty before that.
   [[nodiscard]] std::string kernel_form();
 
@@ -61,6 +65,7 @@ class Device {
   CUcontext context_ = nullptr;
   int node_ = -1;
   bool uses_host_page_tables_ = false;
+  std::atomic<bool> kernel_is_requested_ = false;  // read while kernel_mutex_ is held to load it
   Mutex kernel_mutex_;
   CUmodule module_ WL_GUARDED_BY(kernel_mutex_) = nullptr;
   std::optional<Result<CUfunction>> kernel_ WL_GUARDED_BY(kernel_mutex_);

@@ -34,7 +34,9 @@ SlotsAhead::SlotsAhead(int device, const Expected& expected, const Settings& set
   const Settings resolved = settings.resolved();
   const std::size_t wanted =
       std::min<std::uint64_t>(resolved.pinned_bytes, expected.bytes) / resolved.chunk_bytes;
-  const bool kernel = needs_kernel(expected, resolved);
+  // Once it was requested, a thread that finds this out costs more than it saves.
+  const bool kernel =
+      needs_kernel(expected, resolved) && !device::Device::kernel_is_requested(device);
   // Checked first, because in a child the pool's lock may stay locked for ever.
   if ((wanted == 0 && !kernel) || !device::Device::is_in_use(device)) return;
   if (!kernel && wanted <= device::StagingPool::instance().free_slots(resolved.chunk_bytes)) return;

@@ -20,10 +20,10 @@ struct Expected {
 };
 
 // While the files are opened and torch allocates the tensors of a large load (several
-// milliseconds), a thread loads the kernel, if the plan will certainly need it, pins slots (0.4 ms
-// each) and leaves them in the pool. It does so only on a device that already has a context: torch
-// makes the first one, which takes a hundred times as long. Errors are ignored, because the load
-// will meet them.
+// milliseconds), a thread loads the kernel, if the plan will certainly need it and no plan has
+// requested it yet, pins slots (0.4 ms each) and leaves them in the pool. It does so only on a
+// device that already has a context: torch makes the first one, which takes a hundred times as
+// long. Errors are ignored, because the load will meet them.
 class SlotsAhead {
  public:
   // Pins no more slots than the bytes fill.

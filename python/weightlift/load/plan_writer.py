@@ -35,13 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["PlanWriter"]
 
 
-# The devices that had a plan which probably needed the kernel: it is loaded there, or refused, and
-# a thread that finds this out costs more than it saves.
-kernel_is_known: set[int] = set()
-# With so few separate tensors, the engine copies them one by one (kDirectRuns).
-_MANY = 8
-
-
 class _Selection(NamedTuple):
     """Tensors of one file, and their numbers in the outputs.
 
@@ -125,7 +118,6 @@ class PlanWriter:
         self._on_devices: list[_OnDevice] = []
         self._fallbacks = list(checkpoint.fallbacks)
         self._told = Told([], []) if in_order else None
-        self._kernel_for: set[int] = set()
 
     @property
     def _allocator(self) -> Allocator:
@@ -164,7 +156,6 @@ class PlanWriter:
             if hashes is not None:
                 hashes.stop()
             raise
-        kernel_is_known.update(self._kernel_for)
         return RunningLoad(self._native, self._outputs, self._fallbacks, self._options, hashes)
 
     def start_in_order(self, order: Sequence[str]) -> ArrivingLoad:
@@ -175,7 +166,6 @@ class PlanWriter:
         self._allocate_on_devices()
         self._native.order(ranks_of(self._told, self._outputs.numbers(), order))
         start_plan(self._native, self._given_allocator)
-        kernel_is_known.update(self._kernel_for)
         allocator = self._given_allocator
         return ArrivingLoad(
             self._native, self._outputs, self._told, self._fallbacks, self._options, allocator
@@ -374,7 +364,9 @@ class PlanWriter:
             if wanted.device_casts:
                 casting.add(index)
         for index, count in staged.items():
-            self._prepare_ahead(index, count, index in casting, _separate(sizes[index], count))
+            self._native.prepare_ahead(
+                index, count, index in casting, _separate(sizes[index], count)
+            )
         for index, of_device in sizes.items():
             self._allocator.reserve(index, of_device)
         for wanted in self._on_devices:
@@ -441,14 +433,7 @@ class PlanWriter:
                 made = size * dtypes.bits(str(wanted)) // dtypes.bits(own)
                 casts = casts or self._casts_on_device(size, made)
             staged += min(size, made)
-        self._prepare_ahead(destination.device_index, staged, casts, 0)
-
-    def _prepare_ahead(self, index: int, staged: int, casts: bool, separate: int) -> None:
-        if index in kernel_is_known:
-            casts, separate = False, 0
-        elif (casts or separate > _MANY) and self._settings.kernels is not False:
-            self._kernel_for.add(index)
-        self._native.prepare_ahead(index, staged, casts, separate)
+        self._native.prepare_ahead(destination.device_index, staged, casts, 0)
 
     def _sizes_in_place(
         self, in_place: dict[int, dict[int, tuple[int, torch.Tensor]]]

@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "convert/scatter.h"
+#include "device/context.h"
 #include "device/staging.h"
 #include "engine/runs.h"
 #include "engine/scenario.h"
@@ -168,6 +169,32 @@ TEST(SlotsAhead, LoadTheKernel) {
         << one.expected.bytes << " bytes, " << one.expected.separate << " separate";
     sim().sim_free(of_torch);
     expect_machine_clean(machine, "kernel");
+  }
+}
+
+// Loaded or refused: the second finds out without a thread, and asks the driver nothing.
+TEST(SlotsAhead, RequestTheKernelOnce) {
+  for (const bool refused : {false, true}) {
+    Machine machine(1);
+    const std::uint64_t of_torch = sim().sim_alloc(0, 1);
+    const std::size_t images = convert::scatter_images().size();
+    for (std::size_t n = 1; refused && n <= images; ++n) {
+      sim().sim_fail_call("cuModuleLoadData", n, CUDA_ERROR_NO_BINARY_FOR_GPU, 0);
+    }
+    const Expected expected{.bytes = 1, .casts = true};
+    EXPECT_FALSE(device::Device::kernel_is_requested(0));
+    {
+      const SlotsAhead first(0, expected, four_slots());
+    }
+    EXPECT_TRUE(device::Device::kernel_is_requested(0));
+    EXPECT_FALSE(device::Device::kernel_is_requested(1));
+    const std::uint64_t calls = sim().ledger().calls;
+    {
+      const SlotsAhead second(0, expected, four_slots());
+    }
+    EXPECT_EQ(sim().ledger().calls, calls);
+    sim().sim_free(of_torch);
+    expect_machine_clean(machine, "requested");
   }
 }
 

@@ -18,7 +18,6 @@ import pytest
 import support
 import weightlift
 from weightlift import _native
-from weightlift.load import plan_writer
 
 _TESTS = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(_TESTS / "simulated_driver"))
@@ -131,7 +130,6 @@ def machine() -> Switch:
         driver.tensors = weakref.WeakSet()
         driver.reset(devices, seed, policy)
         _native.use_driver_for_testing(LIBRARY)
-        plan_writer.kernel_is_known.clear()
         try:
             yield driver
         finally:
