@@ -26,8 +26,8 @@ from weightlift.core.requirements import require
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import Backend, LoadOptions, Mode, Progress, mode_of_backend
-from weightlift.load.plans import slots_ahead
-from weightlift.module.device_map import DeviceMap, assign, parse_device_map
+from weightlift.load.slots_ahead import slots_ahead
+from weightlift.module.device_map import DeviceMap, assign, known_devices, parse_device_map
 from weightlift.module.parameters import check_module
 
 if TYPE_CHECKING:
@@ -82,20 +82,15 @@ def load_file(
         OutOfMemoryError: the host or the device has too little memory (also a ``MemoryError``).
     """
     require("torch", "load_file")
-    ahead = None
-    if device != "cpu":
-        ahead = slots_ahead(loadable_device(device), filename, casts=dtype is not None)
-    try:
+    devices = [] if device == "cpu" else [loadable_device(device)]
+    with slots_ahead(devices, casts=dtype is not None):
         checkpoint = open_file(filename)
-    finally:
-        if ahead is not None:
-            ahead.stop()
-    return load_tensors(
-        checkpoint,
-        loadable_device(device),
-        LoadOptions(mode_of_backend(mode, backend), pin_memory, verify, progress),
-        dtype=dtypes.parse_dtype(dtype),
-    )
+        return load_tensors(
+            checkpoint,
+            loadable_device(device),
+            LoadOptions(mode_of_backend(mode, backend), pin_memory, verify, progress),
+            dtype=dtypes.parse_dtype(dtype),
+        )
 
 
 def load(data: bytes) -> dict[str, torch.Tensor]:
@@ -265,24 +260,25 @@ def load_checkpoint(
     """
     require("torch", "load_checkpoint")
     _check_names(open_arguments)
-    if isinstance(path_or_repo_or_checkpoint, Checkpoint):
-        checkpoint = path_or_repo_or_checkpoint
-        if open_arguments:
-            raise ArgumentError(
-                f"{sorted(open_arguments)}: the checkpoint is already open; give a path, or leave "
-                "these arguments out"
-            )
-    else:
-        checkpoint = open_checkpoint(path_or_repo_or_checkpoint, **open_arguments)
-    plan = LoadPlan(checkpoint, LoadOptions(mode, pin_memory, verify, progress))
-    name = dtypes.parse_dtype(dtype)
-    devices = parse_device_map(device_map)
-    if len(set(devices.values())) == 1 and "" in devices:
-        plan.add(devices[""], name)
-    else:
-        for device, names in assign(checkpoint, devices).items():
-            plan.add(device, name, names)
-    return plan.start().result()
+    with slots_ahead(known_devices(device_map), casts=dtype is not None):
+        if isinstance(path_or_repo_or_checkpoint, Checkpoint):
+            checkpoint = path_or_repo_or_checkpoint
+            if open_arguments:
+                raise ArgumentError(
+                    f"{sorted(open_arguments)}: the checkpoint is already open; give a path, or "
+                    "leave these arguments out"
+                )
+        else:
+            checkpoint = open_checkpoint(path_or_repo_or_checkpoint, **open_arguments)
+        plan = LoadPlan(checkpoint, LoadOptions(mode, pin_memory, verify, progress))
+        name = dtypes.parse_dtype(dtype)
+        devices = parse_device_map(device_map)
+        if len(set(devices.values())) == 1 and "" in devices:
+            plan.add(devices[""], name)
+        else:
+            for device, names in assign(checkpoint, devices).items():
+                plan.add(device, name, names)
+        return plan.start().result()
 
 
 def _check_names(open_arguments: Mapping[str, Any]) -> None:
@@ -326,11 +322,13 @@ def load_state_dict(
 
     if isinstance(checkpoint_file, dict):
         return checkpoint_file
-    if variant is not None and Path(path_text(checkpoint_file)).is_dir():
-        checkpoint = open_checkpoint(checkpoint_file, variant=variant)
-    else:
-        checkpoint = open_without_arguments(checkpoint_file)
-    if str(map_location) == "meta":
+    on_meta = str(map_location) == "meta"
+    with slots_ahead(known_devices("cpu" if on_meta else map_location)):
+        if variant is not None and Path(path_text(checkpoint_file)).is_dir():
+            checkpoint = open_checkpoint(checkpoint_file, variant=variant)
+        else:
+            checkpoint = open_without_arguments(checkpoint_file)
+    if on_meta:
         headers = checkpoint.headers()
         return {
             name: torch.empty(

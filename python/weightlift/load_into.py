@@ -18,7 +18,8 @@ from weightlift.core.report import LoadReport
 from weightlift.core.requirements import require
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions, Mode, Progress
-from weightlift.module.device_map import unused_max_memory
+from weightlift.load.slots_ahead import slots_ahead
+from weightlift.module.device_map import known_devices, unused_max_memory
 from weightlift.module.fill import NewLoad, fill
 from weightlift.module.matching import MatchPolicy
 from weightlift.module.parameters import ParameterRef, dtensor_types, gather_resharded
@@ -134,7 +135,11 @@ def load_into(
         dtype=dtype,
         memory_format=memory_format,
     )
-    with _for_group(model, gathered.refs, group, scope) as new_load:
+    # Each parameter has a dtype of its own.
+    ahead = slots_ahead(
+        known_devices(device_map, (ref.tensor for ref in gathered.refs)), casts=True
+    )
+    with ahead, _for_group(model, gathered.refs, group, scope) as new_load:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_without_arguments(checkpoint)
         if key_map is not None:

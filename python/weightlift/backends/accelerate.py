@@ -37,6 +37,8 @@ from weightlift.core.settings import Settings
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import LoadOptions
+from weightlift.load.slots_ahead import slots_ahead
+from weightlift.module.device_map import known_devices
 from weightlift.module.prefetched_weights import PrefetchedWeights
 
 if TYPE_CHECKING:
@@ -225,10 +227,11 @@ def _load_state_dict(reference: Callable[..., Any]) -> Callable[..., Any]:
         call = _current.get()
         is_safetensors = checkpoint_file.endswith(".safetensors")
         try:
-            if is_safetensors:
-                checkpoint = Checkpoint.from_file(checkpoint_file)
-            else:
-                checkpoint = open_checkpoint(checkpoint_file)
+            with slots_ahead(known_devices(call and call.device_map), casts=True):
+                if is_safetensors:
+                    checkpoint = Checkpoint.from_file(checkpoint_file)
+                else:
+                    checkpoint = open_checkpoint(checkpoint_file)
         except CheckpointError:  # something else than a state dict
             return original_call()
         except WeightliftError as error:

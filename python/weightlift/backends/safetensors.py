@@ -19,7 +19,7 @@ from weightlift.core.devices import parse_device
 from weightlift.core.errors import WeightliftError
 from weightlift.load.load_tensors import load_tensors
 from weightlift.load.options import Backend, LoadOptions, mode_of_backend
-from weightlift.load.plans import slots_ahead
+from weightlift.load.slots_ahead import slots_ahead
 from weightlift.safe_open import safe_open
 
 if TYPE_CHECKING:
@@ -136,18 +136,14 @@ def _safe_open(library: str, reference: Any) -> type:
 
 def _load_file(library: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     def load_file(filename: Any, device: Any = "cpu", *, backend: Backend = "mmap") -> Any:
-        ahead = None
         try:
             target = usable_device(device)
             mode = mode_of_backend("auto", backend)
-            ahead = slots_ahead(target, filename)
-            checkpoint = Checkpoint.from_file(filename)
+            with slots_ahead([target]):
+                checkpoint = Checkpoint.from_file(filename)
         except (FallbackToLibrary, WeightliftError, TypeError) as error:
             options = {} if backend == "mmap" else {"backend": backend}
             return fall_back(library, error, lambda: reference(filename, device, **options))
-        finally:
-            if ahead is not None:
-                ahead.stop()
         return load_tensors(checkpoint, target, LoadOptions(mode, caller=library))
 
     return load_file

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import weightlift._native as _native
 from weightlift.checkpoint.integrity import Identity
+from weightlift.checkpoint.opening import opening
 from weightlift.checkpoint.torch_errors import ONE_OF_A_PIPELINE
 from weightlift.checkpoint.torch_file import View
 from weightlift.core.closing import Closing
@@ -101,7 +102,9 @@ class Checkpoint(Closing, Mapping[str, "tuple[str, tuple[int, ...]]"]):
             FormatError: a file breaks the format.
             ReadError: a file cannot be read; for a missing file also a ``FileNotFoundError``.
         """
-        return cls([_open(file) for file in files])
+        files = list(files)
+        with opening(files):
+            return cls([_open(file) for file in files])
 
     @classmethod
     def of_file(cls, path: str | os.PathLike[str]) -> Checkpoint:

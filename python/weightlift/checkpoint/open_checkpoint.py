@@ -17,6 +17,7 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.checkpoint.files import CheckpointFiles, ShardFile
 from weightlift.checkpoint.hub import HubArguments
 from weightlift.checkpoint.integrity import Identity
+from weightlift.checkpoint.opening import opening
 from weightlift.checkpoint.resolve import resolve, torch_format_of
 from weightlift.checkpoint.torch_file import LoadedTorchFile, View, open_torch_file
 from weightlift.core.errors import ArgumentError, CheckpointError
@@ -167,8 +168,9 @@ def open_files(
             "this is safetensors: leave it out"
         )
     opened = _OpenedFiles()
-    for shard in files.files:
-        opened.add(shard, state_dict_key)
+    with opening(files.files):
+        for shard in files.files:
+            opened.add(shard, state_dict_key)
     notes = [*_duplicates(opened), *_misplaced(files, opened)]
     if notes and strict_index:
         place = files.index_path or files.folder

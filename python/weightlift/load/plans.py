@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import weightlift._native as _native
 from weightlift.core import dtypes, gc_pause
@@ -16,9 +14,6 @@ from weightlift.load.allocation import Allocator, TorchAllocator
 from weightlift.load.options import Progress
 from weightlift.load.phases import enter_phase
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = [
     "POLL_SECONDS",
     "cancel_plan",
@@ -27,7 +22,6 @@ __all__ = [
     "progress_callback",
     "require_untouched",
     "run_plan",
-    "slots_ahead",
     "start_plan",
 ]
 
@@ -41,23 +35,6 @@ def new_plan(settings: Settings, dtype: str | None = None) -> _native.Plan:
     if settings.populate is not None:
         plan.populate(settings.populate)
     return plan
-
-
-def slots_ahead(
-    device: torch.device, path: str | os.PathLike[str], *, casts: bool = False
-) -> _native.SlotsAhead | None:
-    """Begins to pin staging slots for a file that is being opened and goes to ``device``. ``stop``
-    it when the file is open: the plan then pins its own. Keep it until the load has started: the
-    end of the object waits for the slot that is being pinned."""
-    if device.type != "cuda":
-        return None
-    try:
-        size = Path(path).stat().st_size
-    except (OSError, TypeError, ValueError):
-        return None  # opening the file gives the error
-    # A cast on the host leaves an eighth at least.
-    settings = Settings.current().native(dtypes.fp8_rules(None))
-    return _native.SlotsAhead(device.index, size // 8 if casts else size, settings)
 
 
 def start_plan(plan: _native.Plan, allocator: Allocator | None) -> None:

@@ -26,11 +26,12 @@ from weightlift.core.devices import loadable_device
 from weightlift.core.errors import ArgumentError, CheckpointError
 from weightlift.core.report import LoadReport
 from weightlift.load.prefetch import PrefetchedLoad
+from weightlift.load.slots_ahead import slots_ahead
 from weightlift.models.arguments import PretrainedArguments
 from weightlift.models.building import Builder
 from weightlift.models.loadable import LoadableModel
 from weightlift.module.background.waiting import tensors_to_come
-from weightlift.module.device_map import single_entry
+from weightlift.module.device_map import known_devices, single_entry
 from weightlift.module.fill import fill
 from weightlift.module.matching import MatchPolicy, format_names
 from weightlift.module.parameters import Gathered, gather
@@ -52,7 +53,8 @@ def load_pretrained(
 ) -> tuple[_Model, LoadReport, PretrainedArguments]:
     """The model of ``cls.from_pretrained(path, **keywords)``, and the report."""
     arguments = PretrainedArguments.parse(cls, path, keywords)
-    with _tensor_parallel(arguments) as parallel:
+    ahead = slots_ahead(known_devices(arguments.placement.device_map), casts=True)
+    with _tensor_parallel(arguments) as parallel, ahead:
         arguments = arguments.pinned()
         source = _open(cls, arguments)
         builder = Builder(

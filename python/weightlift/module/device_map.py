@@ -80,6 +80,21 @@ def parse_device_map(device_map: DeviceMap) -> dict[str, torch.device]:
     return parsed
 
 
+def known_devices(
+    device_map: DeviceMap | None, tensors: Iterable[torch.Tensor] = ()
+) -> set[torch.device]:
+    """The devices of a load, as far as they are known before its checkpoint is opened: those of a
+    map, or of the model's ``tensors`` without one. Empty for a map that needs the checkpoint, or
+    that is invalid, which is an error later."""
+    if device_map is None:
+        return {tensor.device for tensor in tensors}
+    given = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
+    try:
+        return {loadable_device(device) for device in given}
+    except DeviceError:
+        return set()
+
+
 def assign(names: Iterable[str], devices: Mapping[str, _Device]) -> dict[_Device, list[str]]:
     """The tensors of each device, by the longest matching prefix (whole components of the name).
 

@@ -8,12 +8,15 @@ import importlib
 import math
 import os
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 import support
 import weightlift
@@ -141,3 +144,57 @@ def machine() -> Switch:
             driver.check()
 
     return switch
+
+
+# Of four slots.
+RING = weightlift.Settings(chunk_bytes="1MiB", pinned_bytes="4MiB")
+
+
+def wait_for_calls(driver: Any, name: str, count: int) -> int:
+    """The calls so far, as soon as there are so many, or after 5 s."""
+    end = time.monotonic() + 5
+    while driver.calls(name) < count and time.monotonic() < end:
+        time.sleep(0.001)
+    return int(driver.calls(name))
+
+
+class FirstOpened:
+    """What had been pinned when the first file of a checkpoint was opened and parsed.
+
+    Attributes:
+        driver: of the machine.
+        wanted: how many slots are waited for, up to 5 s.
+        seen: how many slots were pinned.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.driver: Any = None
+        self.wanted = 4
+        self.seen: int | None = None
+        for name, room, owner in (
+            ("_open", "checkpoint", None),  # of files that are safetensors by their names
+            ("add", "open_checkpoint", "_OpenedFiles"),
+        ):
+            module = sys.modules[f"weightlift.checkpoint.{room}"]
+            holder = getattr(module, owner) if owner else module
+            monkeypatch.setattr(holder, name, self._wrapped(getattr(holder, name)))
+
+    def _wrapped(self, opens: Callable[..., Any]) -> Callable[..., Any]:
+        def opened(*arguments: Any) -> Any:
+            if self.seen is None:
+                self.seen = wait_for_calls(self.driver, "cuMemHostRegister", self.wanted)
+            return opens(*arguments)
+
+        return opened
+
+
+@pytest.fixture
+def first_opened(monkeypatch: pytest.MonkeyPatch) -> FirstOpened:
+    return FirstOpened(monkeypatch)
+
+
+@pytest.fixture
+def six_mib(tmp_path: Path) -> Path:
+    tensors = {f"{i}": torch.full((1 << 19,), i, dtype=torch.bfloat16) for i in range(6)}
+    safetensors.torch.save_file(tensors, tmp_path / "six.safetensors")
+    return tmp_path / "six.safetensors"

@@ -3,6 +3,7 @@ replaced. The native tests check more details; these check what Python passes to
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import sys
@@ -22,13 +23,18 @@ import simulated
 import support
 import weightlift
 from simulated import (
+    RING,
     CudaError,
+    FirstOpened,
     Policy,
     SimulatedAllocator,
     SimulatedTensor,
     Switch,
     Time,
+    first_opened,
     machine,
+    six_mib,
+    wait_for_calls,
 )
 from weightlift import Settings, _native
 from weightlift.checkpoint.checkpoint import Checkpoint, indexed_files
@@ -37,7 +43,7 @@ from weightlift.load import load_tensors, plan_writer, plans
 from weightlift.load.load_plan import LoadPlan
 from weightlift.load.options import LoadOptions
 
-__all__ = ["machine"]
+__all__ = ["first_opened", "machine", "six_mib"]
 
 pytestmark = simulated.pytestmark
 
@@ -223,42 +229,141 @@ def test_slots_are_pinned_while_torch_allocates(
         assert driver.calls("cuMemHostRegister") <= 4
 
 
-def _wait_for_calls(driver: Any, name: str, count: int) -> int:
-    """The calls so far, as soon as there are so many, or after 5 s."""
-    end = time.monotonic() + 5
-    while driver.calls(name) < count and time.monotonic() < end:
-        time.sleep(0.001)
-    return int(driver.calls(name))
+# --- While files are opened --------------------------------------------------------------------
 
 
 @pytest.fixture
-def six_mib(tmp_path: Path) -> Path:
-    tensors = {f"{i}": torch.full((1 << 19,), i, dtype=torch.bfloat16) for i in range(6)}
-    safetensors.torch.save_file(tensors, tmp_path / "six.safetensors")
-    return tmp_path / "six.safetensors"
+def shards(tmp_path: Path) -> Path:
+    """A checkpoint of three shards. An eighth of half of its bytes fills four slots of 1 MiB."""
+    places = {}
+    for number in range(3):
+        file = f"model-0000{number + 1}-of-00003.safetensors"
+        tensors = {
+            f"{part}.{number}": torch.full((11 << 20,), number, dtype=torch.uint8)
+            for part in ("first", "second")
+        }
+        safetensors.torch.save_file(tensors, tmp_path / file)
+        places.update(dict.fromkeys(tensors, file))
+    index = {"metadata": {}, "weight_map": places}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path
 
 
 @pytest.mark.parametrize("in_use", [True, False], ids=["in use", "not in use"])
 def test_slots_are_pinned_while_the_file_is_opened(
-    machine: Switch, six_mib: Path, in_use: bool, monkeypatch: pytest.MonkeyPatch
+    machine: Switch,
+    six_mib: Path,
+    in_use: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    first_opened: FirstOpened,
 ) -> None:
     module = sys.modules[weightlift.load_file.__module__]
-    opened = module.open_file
-    seen = []
-
-    def slow(path: Path) -> Checkpoint:
-        seen.append(_wait_for_calls(driver, "cuMemHostRegister", 4 if in_use else 0))
-        return opened(path)
-
-    monkeypatch.setattr(module, "open_file", slow)
     monkeypatch.setattr(module, "load_tensors", lambda *_, **__: {})  # torch sees no device here
-    with machine(1) as driver, Settings(chunk_bytes="1MiB", pinned_bytes="4MiB"):
+    first_opened.wanted = 4 if in_use else 0
+    with machine(1) as driver, RING:
+        first_opened.driver = driver
         if in_use:
             driver.hold_context(0)
         weightlift.load_file(six_mib, "cuda:0")
-        assert seen == [4 if in_use else 0]
+        assert first_opened.seen == (4 if in_use else 0)
         with pytest.raises(FileNotFoundError):
             weightlift.load_file(six_mib.parent / "missing", "cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("device_map", "slots"),
+    [
+        ("cuda:0", 4),
+        ({"": 0}, 4),
+        ({"first": "cuda:0", "second": "cuda:1"}, 4),  # which serve all devices of their node
+        ({"first": "cuda:0", "second": "cpu"}, 0),  # nobody knows how much goes where
+        ("cpu", 0),
+    ],
+    ids=str,
+)
+def test_slots_are_pinned_while_shards_are_opened(
+    machine: Switch,
+    shards: Path,
+    device_map: Any,
+    slots: int,
+    monkeypatch: pytest.MonkeyPatch,
+    first_opened: FirstOpened,
+) -> None:
+    expected = {}
+    for file in shards.glob("*.safetensors"):
+        expected.update(safetensors.torch.load_file(file))
+    module = sys.modules[weightlift.load_checkpoint.__module__]
+    first_opened.wanted = slots
+    with machine(2) as driver, RING:
+        first_opened.driver = driver
+        for device in range(2):
+            driver.hold_context(device)
+        calls = driver.ledger().calls
+        plan = functools.partial(LoadPlan, allocator=SimulatedAllocator(driver))
+        monkeypatch.setattr(module, "LoadPlan", plan)
+        loaded = weightlift.load_checkpoint(shards, device_map)
+        assert first_opened.seen == slots
+        if device_map == "cpu":
+            assert driver.ledger().calls == calls
+        assert driver.calls("cuMemHostRegister") <= 8
+        for name, tensor in loaded.items():
+            bits = support.bits(tensor) if isinstance(tensor, torch.Tensor) else tensor.bits()
+            assert bits == support.bits(expected.pop(name)), name
+        assert expected == {}
+        del loaded, tensor
+
+
+@pytest.mark.parametrize(
+    ("device_map", "slots"),
+    [("cuda:0", 4), ({"first": 0, "second": 0}, 4), (None, 0), ("auto", 0), ({"": "disk"}, 0)],
+    ids=str,
+)
+def test_slots_are_pinned_while_the_files_of_a_model_are_opened(
+    machine: Switch,
+    shards: Path,
+    device_map: Any,
+    slots: int,
+    monkeypatch: pytest.MonkeyPatch,
+    first_opened: FirstOpened,
+) -> None:
+    module = sys.modules[weightlift.load_into.__module__]
+    monkeypatch.setattr(module, "fill", lambda *_, **__: None)  # torch sees no device here
+    first_opened.wanted = slots
+    with machine(1) as driver, RING:
+        first_opened.driver = driver
+        driver.hold_context(0)
+        weightlift.load_into(torch.nn.Linear(2, 2, device="meta"), shards, device_map=device_map)
+        assert first_opened.seen == slots
+
+
+def test_a_load_that_fails_while_its_files_are_opened_leaves_free_slots(
+    machine: Switch, shards: Path, monkeypatch: pytest.MonkeyPatch, first_opened: FirstOpened
+) -> None:
+    """No thread goes on, and the next load takes the slots that are there."""
+    path = shards / "model-00002-of-00003.safetensors"
+    intact = path.read_bytes()
+    module = sys.modules[weightlift.load_checkpoint.__module__]
+    with machine(1) as driver, RING:
+        first_opened.driver = driver
+        driver.hold_context(0)
+        plan = functools.partial(LoadPlan, allocator=SimulatedAllocator(driver))
+        monkeypatch.setattr(module, "LoadPlan", plan)
+        threads = set(Path("/proc/self/task").iterdir())
+        path.write_bytes(intact[:100])
+        with pytest.raises(weightlift.FormatError, match="00002-of-00003"):
+            weightlift.load_checkpoint(shards, 0)
+        assert first_opened.seen == 4
+        assert set(Path("/proc/self/task").iterdir()) <= threads
+        ledger = driver.ledger()
+        assert (ledger.pinned_ranges, ledger.pinned_bytes) == (4, 4 << 20)
+        path.write_bytes(intact)
+        loaded = weightlift.load_checkpoint(shards, 0)
+        assert driver.calls("cuMemHostRegister") == 4
+        assert loaded["second.1"].bits() == bytes([1]) * (11 << 20)
+        del loaded
+
+
+# --- Before the plan starts --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -282,7 +387,7 @@ def test_the_kernel_is_loaded_while_torch_allocates(
 
     class Slow(SimulatedAllocator):
         def reserve(self, device: int, sizes: Sequence[int]) -> None:
-            _wait_for_calls(driver, "cuMemHostRegister", 4)  # the kernel comes before the slots
+            wait_for_calls(driver, "cuMemHostRegister", 4)  # the kernel comes before the slots
             seen.append(driver.calls("cuModuleLoadData"))
 
     with machine(1) as driver:
@@ -304,7 +409,7 @@ def test_the_kernel_is_loaded_early_for_many_small_tensors(
 
     class Slow(SimulatedAllocator):
         def reserve(self, device: int, sizes: Sequence[int]) -> None:
-            _wait_for_calls(driver, "cuMemHostRegister", 2)
+            wait_for_calls(driver, "cuMemHostRegister", 2)
             seen.append(driver.calls("cuModuleLoadData"))
 
     with machine(1) as driver:
@@ -326,7 +431,7 @@ def test_slots_are_pinned_ahead_for_all_destinations(
     seen = []
 
     def slow(*arguments: Any) -> None:
-        seen.append(_wait_for_calls(driver, "cuMemHostRegister", 4))
+        seen.append(wait_for_calls(driver, "cuMemHostRegister", 4))
         started(*arguments)
 
     monkeypatch.setattr(plan_writer, "start_plan", slow)

@@ -19,6 +19,7 @@ from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.errors import WeightliftError
 from weightlift.load.options import LoadOptions
 from weightlift.load.prefetch import PrefetchedLoad
+from weightlift.load.slots_ahead import slots_ahead
 from weightlift.module.device_map import single_entry
 from weightlift.module.offload import DiskWeights
 
@@ -61,7 +62,8 @@ class Call:
         # An error is raised again when diffusers requests the tensors; diffusers would treat an
         # error here as a missing file.
         with contextlib.suppress(FallbackToLibrary, WeightliftError):
-            self.checkpoint = open_files(files)
+            with slots_ahead([self.early["device"]] if self.early else (), casts=True):
+                self.checkpoint = open_files(files)
             self.files, self.sharded = files, sharded
             if self.early is None or "torch" in self.checkpoint.formats:
                 return

@@ -14,6 +14,7 @@ from weightlift.backends.diffusers.single_file import current_single_file
 from weightlift.backends.fallback import FallbackToLibrary, fall_back
 from weightlift.checkpoint.checkpoint import Checkpoint
 from weightlift.core.errors import WeightliftError
+from weightlift.load.slots_ahead import slots_ahead
 
 __all__ = ["Pending", "load_state_dict"]
 
@@ -68,7 +69,8 @@ def load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
         if opened is not None:
             return Pending(opened, original_call)
         try:
-            opened = open_files([file])
+            with slots_ahead([device]):
+                opened = open_files([file])
         except (FallbackToLibrary, WeightliftError) as error:
             return fall_back(NAME, error, original_call)
         return load_all(opened, device, given["disable_mmap"])

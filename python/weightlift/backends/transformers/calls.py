@@ -22,6 +22,8 @@ from weightlift.core import dtypes, gc_pause
 from weightlift.core.devices import parse_device
 from weightlift.core.errors import ArgumentError, OutOfMemoryError, WeightliftError
 from weightlift.core.report import set_last_report
+from weightlift.load.slots_ahead import slots_ahead
+from weightlift.module.device_map import known_devices
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +67,8 @@ def _load(
     weights = None if reason else prefetch.begun(files)
     try:
         if weights is None:
-            checkpoint = None if reason else open_checkpoint(files)
+            with slots_ahead(known_devices(getattr(config, "device_map", None)), casts=True):
+                checkpoint = None if reason else open_checkpoint(files)
             if checkpoint is None or "not_tensors" in checkpoint.metadata:
                 reason = reason or "it holds more than tensors"
                 _log.info(

@@ -21,6 +21,7 @@ from weightlift.backends.transformers.open_files import fallback_reason, open_ch
 from weightlift.backends.transformers.weights import CALLER, Batch, Weights
 from weightlift.core import dtypes
 from weightlift.core.errors import WeightliftError
+from weightlift.load.slots_ahead import slots_ahead
 from weightlift.module.device_map import single_device
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def _device(device_map: Any) -> torch.device | None:
 
 
 def _start(model: Any, call: _Call, files: Sequence[str], device: torch.device) -> Weights | None:
-    checkpoint = open_checkpoint(files)
+    with slots_ahead([device], casts=True):
+        checkpoint = open_checkpoint(files)
     if not checkpoint.is_plain or "not_tensors" in checkpoint.metadata:
         return None
     weights = weights_of(checkpoint, files, call.options.get("disable_mmap"))
