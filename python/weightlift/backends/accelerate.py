@@ -227,7 +227,7 @@ def _load_state_dict(reference: Callable[..., Any]) -> Callable[..., Any]:
         call = _current.get()
         is_safetensors = checkpoint_file.endswith(".safetensors")
         try:
-            with slots_ahead(known_devices(call and call.device_map), casts=True):
+            with slots_ahead(known_devices(call.device_map if call else None), casts=True):
                 if is_safetensors:
                     checkpoint = Checkpoint.from_file(checkpoint_file)
                 else:
