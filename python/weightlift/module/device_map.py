@@ -84,15 +84,27 @@ def known_devices(
     device_map: DeviceMap | None, tensors: Iterable[torch.Tensor] = ()
 ) -> set[torch.device]:
     """The devices of a load, as far as they are known before its checkpoint is opened: those of a
-    map, or of the model's ``tensors`` without one. Empty for a map that needs the checkpoint, or
-    that is invalid, which is an error later."""
+    map, or of the model's ``tensors`` without one, if all are on CUDA devices. Empty for a map that
+    needs the checkpoint, or that is invalid, which is an error later."""
     if device_map is None:
-        return {tensor.device for tensor in tensors}
+        return _cuda_devices(tensors)
     given = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
     try:
         return {loadable_device(device) for device in given}
     except DeviceError:
         return set()
+
+
+def _cuda_devices(tensors: Iterable[torch.Tensor]) -> set[torch.device]:
+    """Empty if a tensor is elsewhere. Makes no object for each tensor."""
+    indices = set()
+    for tensor in tensors:
+        if not tensor.is_cuda:
+            return set()
+        indices.add(tensor.get_device())
+    import torch
+
+    return {torch.device("cuda", index) for index in indices}
 
 
 def assign(names: Iterable[str], devices: Mapping[str, _Device]) -> dict[_Device, list[str]]:
