@@ -34,6 +34,21 @@ constexpr std::uint64_t kPopulateGap = 64 << 10;
 // For a smaller file, a mapping and its lease cost more than they save.
 constexpr std::uint64_t kLeaseBytes = 4 << 20;
 
+// The bytes of a file that are needed, and where they lie.
+struct Extent {
+  std::uint64_t begin = ~std::uint64_t{0};
+  std::uint64_t end = 0;
+  std::uint64_t bytes = 0;
+
+  void add(std::uint64_t from, std::uint64_t to, std::uint64_t needed) {
+    begin = std::min(begin, from);
+    end = std::max(end, to);
+    bytes += needed;
+  }
+  // Whether a read that goes on behind a part mostly reads what is needed anyway.
+  [[nodiscard]] bool is_dense() const noexcept { return bytes != 0 && bytes >= (end - begin) / 2; }
+};
+
 }  // namespace
 
 Sources::Sources(const LoadPlan& plan, const Settings& settings) : plan_(plan) {
@@ -42,19 +57,11 @@ Sources::Sources(const LoadPlan& plan, const Settings& settings) : plan_(plan) {
 }
 
 void Sources::choose_routes(const Settings& settings) {
-  struct Extent {
-    std::uint64_t begin = ~std::uint64_t{0};
-    std::uint64_t end = 0;
-    std::uint64_t bytes = 0;
-  };
   std::vector<Extent> extents(plan_.files.size());
   for (const Copy& copy : plan_.copies) {
     if (copy.file == kFromMemory) continue;
     const auto [begin, end] = plan_.source_range(copy);
-    Extent& extent = extents[copy.file];
-    extent.begin = std::min(extent.begin, begin);
-    extent.end = std::max(extent.end, end);
-    extent.bytes += plan_.source_bytes(copy);
+    extents[copy.file].add(begin, end, plan_.source_bytes(copy));
   }
   for (std::size_t i = 0; i < plan_.files.size(); ++i) {
     Source& source = files_.emplace_back();
@@ -126,12 +133,14 @@ void Sources::plan_populate() {
   // Resident pages cost one minor fault each, now or later, so only missing ranges are populated.
   std::vector<PopulateStep> missing;
   std::uint64_t missing_bytes = 0;
+  std::vector<Extent> extents(plan_.files.size());
   for (const PopulateStep& range : ranges) {
     const auto share =
         io::resident_share(*plan_.files[range.file], range.offset, range.bytes).share;
     if (share && *share >= 1) continue;
     missing.push_back(range);
     missing_bytes += range.bytes;
+    extents[range.file].add(range.offset, range.offset + range.bytes, range.bytes);
   }
   if (missing.empty()) {
     note(ranges, ", resident");
@@ -147,6 +156,7 @@ void Sources::plan_populate() {
     if (!std::exchange(files_[range.file].is_populated, true)) {
       plan_.files[range.file]->advise_sequential();
       plan_.mappings[range.file]->read_forwards(true);
+      if (extents[range.file].is_dense()) plan_.mappings[range.file]->read_in_large_folios();
     }
     // Gaps are read and not counted. Bytes that several tensors share are read once; the rest was
     // counted at the start.

@@ -34,6 +34,12 @@ class Mapping {
   // Switch it off at the end, because the kernel reclaims such pages first.
   void read_forwards(bool whether) const noexcept;
 
+  // From now on a fault reads 4 MiB in folios of 2 MiB, the second half while the first is used
+  // (madvise(2), MADV_HUGEPAGE; mm/filemap.c, do_sync_mmap_readahead, since Linux 5.18). Otherwise
+  // the pages of a tensor that does not follow the last one are read one by one, which takes most
+  // of a processor. Reads too much where the tensors that are needed lie far apart.
+  void read_in_large_folios() const noexcept;
+
  private:
   Mapping(const std::shared_ptr<const File>& file, std::byte* data)
       : file_(file), bytes_(file->size()), data_(data) {}

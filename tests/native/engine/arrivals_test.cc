@@ -253,15 +253,20 @@ TEST(StepsByName, CountTheStepsOfEachRange) {
   scenario.expect_everything(*load, *report, "mapped");
 }
 
+// Removes a file from the page cache.
+void drop(const Scenario& scenario) {
+  const int fd = ::open(scenario.files[0].path().c_str(), O_WRONLY | O_CLOEXEC);
+  ASSERT_EQ(::fdatasync(fd), 0);
+  ::close(fd);
+  io::drop_from_page_cache(*scenario.plan.files[0]);
+}
+
 TEST(Sources, MappingsReadForwardsUntilTheEnd) {
   Machine machine(0);
   Scenario scenario(5, 0);
   const Origin file = scenario.add_file(2 * kMiB);
   scenario.add_mapped(file, 1000, kMiB);
-  const int fd = ::open(scenario.files[0].path().c_str(), O_WRONLY | O_CLOEXEC);
-  ASSERT_EQ(::fdatasync(fd), 0);
-  ::close(fd);
-  io::drop_from_page_cache(*scenario.plan.files[0]);
+  drop(scenario);
   const std::byte* const data = scenario.plan.mappings[0]->data();
   for (const bool ends : {true, false}) {
     {
@@ -274,6 +279,25 @@ TEST(Sources, MappingsReadForwardsUntilTheEnd) {
       EXPECT_EQ(has_vm_flag(data, "sr"), !ends);
     }
     EXPECT_FALSE(has_vm_flag(data, "sr"));
+  }
+}
+
+TEST(Sources, ReadInLargeFoliosWhereMostOfAFileIsNeeded) {
+  if (::access("/sys/kernel/mm/transparent_hugepage", F_OK) != 0) {
+    GTEST_SKIP() << "the kernel has no huge pages";
+  }
+  for (const bool is_dense : {true, false}) {
+    Machine machine(0);
+    Scenario scenario(5, 0);
+    const Origin file = scenario.add_file(2 * kMiB);
+    scenario.add_mapped(file, 1000, 4096);
+    scenario.add_mapped(file, kMiB / 2, is_dense ? kMiB : 4096);
+    drop(scenario);
+    const Sources sources(scenario.plan, scenario.settings.resolved());
+    if (sources.populate_steps().empty()) {
+      GTEST_SKIP() << "files cannot leave the page cache of " << folder();
+    }
+    EXPECT_EQ(has_vm_flag(scenario.plan.mappings[0]->data(), "hg"), is_dense);
   }
 }
 
