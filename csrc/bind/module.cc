@@ -3,6 +3,7 @@
 
 #include "bind/bindings.h"
 #include "bind/errors.h"
+#include "bind/module_tensors.h"
 
 namespace py = pybind11;
 
@@ -13,4 +14,6 @@ PYBIND11_MODULE(_native, module) {
   weightlift::bind::bind_checkpoint(module);
   weightlift::bind::bind_plan(module);
   weightlift::bind::bind_machine(module);
+  module.def("module_tensors", &weightlift::bind::module_tensors, py::arg("model"),
+             py::arg("plain_setattr"));
 }

@@ -10,6 +10,8 @@ devices are CUDA ordinals; streams are ``CUstream``. Errors are those of ``weigh
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
+import torch
+
 _Ints: TypeAlias = Sequence[int]
 _Texts: TypeAlias = Sequence[str]
 _Positions: TypeAlias = _Ints | None  # ``None``: all tensors of the file
@@ -85,6 +87,32 @@ def torch_pickle(
     """Reads a pickle of ``torch.save`` as data; calls nothing that it names. Returns the dict,
     with ``tensor(record, dtype, offset, shape, stride, contiguous)`` for each tensor, and record ->
     bytes of all storages; ``None`` for every other pickle, valid or not."""
+
+_Place: TypeAlias = tuple[int, str, torch.nn.Module, str]
+
+def module_tensors(
+    model: torch.nn.Module, plain_setattr: object
+) -> tuple[
+    tuple[
+        list[torch.Tensor],
+        list[bool],
+        list[bool],
+        list[str],
+        list[torch.nn.Module],
+        list[str],
+        list[dict[str, Any] | None],
+    ],
+    list[_Place],
+    list[torch.nn.Module],
+    set[type[torch.nn.Module]],
+    bool,
+]:
+    """The parameters and buffers of a model, each once, and its modules, both in the order of
+    ``named_modules``. Returns (columns, ties, modules, classes, has_load_hooks). The columns are:
+    the tensor; whether it is a parameter; whether it is persistent, in any of its places; its first
+    place: name, module, key; and the module's dict that holds it there, ``None`` if the module's
+    class has another ``__setattr__`` than ``plain_setattr``. ``ties`` are the other places: (index
+    in the columns, name, module, key). A module in several places appears once for each."""
 
 class Targets:
     """Contiguous target memory, which the caller owns: an address and a dtype for each tensor."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from weightlift.checkpoint.checkpoint import Checkpoint
@@ -105,7 +104,7 @@ def fill(
         own = record_own_loading(model, owners, checkpoint, headers, options)
         refs = own.refs
     found = match(model, refs, checkpoint, headers, matching, own)
-    if matching.compare_ties and any(map(attrgetter("ties"), refs)):
+    if matching.compare_ties and gathered.have_ties:
         from weightlift.module.ties import warn_of_unequal_ties
 
         warn_of_unequal_ties(found.pairs, checkpoint, headers, options)

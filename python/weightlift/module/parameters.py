@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
+import weightlift._native as _native
 from weightlift.core.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -36,7 +38,16 @@ class ParameterRef:
     """A parameter or buffer of the model, and all its places if it is tied."""
 
     # Not a dataclass, which takes half a millisecond of the import.
-    __slots__ = ("is_parameter", "key", "module", "name", "persistent", "tensor", "ties")
+    __slots__ = (
+        "held_by",
+        "is_parameter",
+        "key",
+        "module",
+        "name",
+        "persistent",
+        "tensor",
+        "ties",
+    )
 
     def __init__(
         self,
@@ -47,6 +58,7 @@ class ParameterRef:
         module: torch.nn.Module,
         key: str,
         ties: tuple[tuple[str, torch.nn.Module, str], ...] = (),
+        held_by: dict[str, Any] | None = None,
     ) -> None:
         self.tensor = tensor
         self.is_parameter = is_parameter
@@ -55,6 +67,8 @@ class ParameterRef:
         self.module = module
         self.key = key
         self.ties = ties
+        # The dict of the module that holds the tensor, if assignments to it may bypass the module.
+        self.held_by = held_by
 
     def __repr__(self) -> str:
         kind = "parameter" if self.is_parameter else "buffer"
@@ -96,12 +110,14 @@ class Gathered(NamedTuple):
         modules: the modules; one in several places appears once for each.
         classes: their classes.
         have_load_hooks: whether one has a hook for ``load_state_dict``.
+        have_ties: whether a tensor has several places.
     """
 
     refs: Sequence[ParameterRef]
     modules: Sequence[torch.nn.Module]
     classes: Set[type[torch.nn.Module]]
     have_load_hooks: bool
+    have_ties: bool
 
 
 def gather_resharded(model: torch.nn.Module) -> Gathered:
@@ -123,38 +139,16 @@ def gather(model: torch.nn.Module) -> Gathered:
     in the processor's caches, so that a second visit takes as long. ``named_modules`` takes one
     generator step for every level above a module.
     """
-    found: dict[int, ParameterRef] = {}
-    modules = []
-    have_hooks = False
-    waiting = [("", model)]
-    while waiting:
-        prefix, module = waiting.pop()
-        modules.append(module)
-        if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
-            have_hooks = True
-        for key, tensor in module._parameters.items():
-            if tensor is not None:
-                ref = ParameterRef(tensor, True, True, prefix + key, module, key)
-                if found.setdefault(id(tensor), ref) is not ref:
-                    _add_tie(found[id(tensor)], ref)
-        if buffers := module._buffers:
-            for key, buffer in buffers.items():
-                if buffer is not None:
-                    persistent = key not in module._non_persistent_buffers_set
-                    ref = ParameterRef(buffer, False, persistent, prefix + key, module, key)
-                    if found.setdefault(id(buffer), ref) is not ref:
-                        _add_tie(found[id(buffer)], ref)
-        if children := module._modules:
-            for key, child in reversed(children.items()):
-                if child is not None:
-                    waiting.append((f"{prefix}{key}.", child))
-    return Gathered(list(found.values()), modules, set(map(type, modules)), have_hooks)
+    import torch
 
-
-def _add_tie(first: ParameterRef, other: ParameterRef) -> None:
-    """Adds another place of the same tensor."""
-    first.ties += ((other.name, other.module, other.key),)
-    first.persistent |= other.persistent
+    columns, ties, modules, classes, have_load_hooks = _native.module_tensors(
+        model, torch.nn.Module.__setattr__
+    )
+    *_, held_by = columns
+    refs = list(map(ParameterRef, *columns[:6], itertools.repeat(()), held_by))
+    for index, name, module, key in ties:
+        refs[index].ties += ((name, module, key),)
+    return Gathered(refs, modules, classes, have_load_hooks, bool(ties))
 
 
 def set_one(
@@ -231,15 +225,15 @@ def adopt_all(
 
     parameter, plain = torch.nn.Parameter, torch.nn.Module.__setattr__
     for name, ref in members:
-        value, old, module = take(name), ref.tensor, ref.module
+        value, old = take(name), ref.tensor
         value.__class__ = parameter
         if old.requires_grad:
             value.requires_grad = True
         if old.__dict__:
             value.__dict__.update(old.__dict__)
         ref.tensor = value
-        if type(module).__setattr__ is plain and not ref.ties:
-            module._parameters[ref.key] = value  # type: ignore[assignment]
+        if ref.held_by is not None and not ref.ties:
+            ref.held_by[ref.key] = value
         else:
             _assign_everywhere(ref, value, plain)
 
