@@ -168,7 +168,7 @@ docs-check: docs
 
 test: dev lint native-tests python-tests
 	$(BIN)/python tests/perf/run.py --quick
-	$(BIN)/python tests/simulated_driver/run_mutants.py --quick
+	$(BIN)/python tests/simulated_driver/run_mutants.py --quick --passed
 
 native-tests: dev
 	$(BIN)/ctest --test-dir build/dev --output-on-failure -j $(JOBS)
