@@ -53,7 +53,7 @@ struct Extent {
 
 Sources::Sources(const LoadPlan& plan, const Settings& settings) : plan_(plan) {
   choose_routes(settings);
-  plan_populate();
+  plan_populate(settings);
 }
 
 void Sources::choose_routes(const Settings& settings) {
@@ -124,7 +124,7 @@ void Sources::note(const std::vector<PopulateStep>& ranges, const char* text) {
   }
 }
 
-void Sources::plan_populate() {
+void Sources::plan_populate(const Settings& settings) {
   const std::vector<PopulateStep> ranges = mapped_ranges();
   if (!plan_.populate) {
     note(ranges, "; read at the first touch, as asked");
@@ -156,7 +156,12 @@ void Sources::plan_populate() {
     if (!std::exchange(files_[range.file].is_populated, true)) {
       plan_.files[range.file]->advise_sequential();
       plan_.mappings[range.file]->read_forwards(true);
-      if (extents[range.file].is_dense()) plan_.mappings[range.file]->read_in_large_folios();
+      // Reads in the order of the file grow on their own. New memory of some virtual machines
+      // arrives later in large folios (page_choice.h).
+      if (!plan_.ranks.empty() && settings.huge_pages != HugePages::kNever &&
+          extents[range.file].is_dense()) {
+        plan_.mappings[range.file]->read_in_large_folios();
+      }
     }
     // Gaps are read and not counted. Bytes that several tensors share are read once; the rest was
     // counted at the start.

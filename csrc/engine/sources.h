@@ -88,7 +88,7 @@ class Sources {
   [[nodiscard]] Result<const std::byte*> read_to(const Unit& unit, std::byte* target,
                                                  Scratch& scratch);
   void choose_routes(const Settings& settings);
-  void plan_populate();
+  void plan_populate(const Settings& settings);
   [[nodiscard]] std::vector<PopulateStep> mapped_ranges() const;
   void note(const std::vector<PopulateStep>& ranges, const char* text);
 
