@@ -165,12 +165,14 @@ class FirstOpened:
         driver: of the machine.
         wanted: how many slots are waited for, up to 5 s.
         seen: how many slots were pinned.
+        calls: all calls of the driver so far.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.driver: Any = None
         self.wanted = 4
         self.seen: int | None = None
+        self.calls = 0
         for name, room, owner in (
             ("_open", "checkpoint", None),  # of files that are safetensors by their names
             ("add", "open_checkpoint", "_OpenedFiles"),
@@ -182,6 +184,7 @@ class FirstOpened:
     def _wrapped(self, opens: Callable[..., Any]) -> Callable[..., Any]:
         def opened(*arguments: Any) -> Any:
             if self.seen is None:
+                self.calls = self.driver.ledger().calls
                 self.seen = wait_for_calls(self.driver, "cuMemHostRegister", self.wanted)
             return opens(*arguments)
 

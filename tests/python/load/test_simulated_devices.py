@@ -303,6 +303,7 @@ def test_slots_are_pinned_while_shards_are_opened(
         monkeypatch.setattr(module, "LoadPlan", plan)
         loaded = weightlift.load_checkpoint(shards, device_map)
         assert first_opened.seen == slots
+        assert (first_opened.calls > calls) == (slots > 0), "it is asked whether a device is in use"
         if device_map == "cpu":
             assert driver.ledger().calls == calls
         assert driver.calls("cuMemHostRegister") <= 8
@@ -332,8 +333,10 @@ def test_slots_are_pinned_while_the_files_of_a_model_are_opened(
     with machine(1) as driver, RING:
         first_opened.driver = driver
         driver.hold_context(0)
+        calls = driver.ledger().calls
         weightlift.load_into(torch.nn.Linear(2, 2, device="meta"), shards, device_map=device_map)
         assert first_opened.seen == slots
+        assert (first_opened.calls > calls) == (slots > 0), "it is asked whether a device is in use"
 
 
 def test_a_load_that_fails_while_its_files_are_opened_leaves_free_slots(
