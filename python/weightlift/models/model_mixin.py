@@ -231,7 +231,7 @@ class ModelMixin(torch.nn.Module, PushToHubMixin):
         **kwargs: Any,
     ) -> None:
         """Saves configuration and weights. After a kill the folder has the old checkpoint, the new
-        one, or one that loads refuse, never a mixture (see ``models/saving.py``).
+        one, or one that loads refuse, never a mixture (see ``models/replacing.py``).
 
         Args:
             save_directory: the folder, made if missing.

@@ -1,18 +1,6 @@
 """Saves weights into a folder under diffusers' names; after a kill the old or the new weights load.
 
-New files are written under temporary names and flushed. Then, each step flushed before the next:
-
-1. An existing index is replaced by one that lists the old shards under other hard links. Now no
-save
-   writes to a name in an index, so that no loader can mix weights. If the file system has no hard
-   links, or the configuration changes with the weights, the index lists a missing file: all loaders
-   refuse it, and none falls back to ``.bin`` files beside it.
-2. The new files get their names.
-3. The new index gets its name; for a single file, the index is removed.
-4. Stale files are removed: the single file beside an index, old shards, the links.
-
-Loaders that prefer an index (weightlift, diffusers) see the new weights from step 3 on; those that
-prefer a single file (transformers) from step 2 or 4 on.
+New files are written under temporary names and flushed; ``replacing`` gives them their names.
 """
 
 from __future__ import annotations
@@ -24,11 +12,10 @@ import inspect
 import json
 import os
 import pkgutil
-import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,14 +35,13 @@ from weightlift.core.atomic import (
     flush_file,
     flush_folder,
     make_folder,
-    put_in_place,
     save_error,
     temporary_beside,
 )
 from weightlift.core.errors import ArgumentError, FormatError
-from weightlift.core.given import check_text
 from weightlift.core.paths import target_text
 from weightlift.core.sizes import parse_shard_size, parse_size
+from weightlift.models.replacing import WeightNames, replace_weights
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +119,7 @@ def save_weights(
     The files are those that diffusers' ``save_pretrained`` writes. They take the place of weights
     of the same stem, variant and format, sharded or not; other files stay. On an error nothing is
     left behind and the old weights are as they were; a kill may leave ``.weightlift-*`` files,
-    which may be deleted. See the module for what a kill leaves otherwise.
+    which may be deleted. See ``models.replacing`` for what a kill leaves otherwise.
 
     Names that are one tensor (tied weights) are saved once in safetensors, under the first of them;
     the header's metadata, or the index's, says ``{dropped name: kept name}``.
@@ -163,7 +149,7 @@ def save_weights(
         OSError: with ``errno``, such as that of a full disk, and the file's name in ``filename``.
             ``NotADirectoryError``: the folder is a file; ``IsADirectoryError``: the file a folder.
     """
-    names = _Names.of(stem, variant, ".safetensors" if safe_serialization else ".bin")
+    names = WeightNames.of(stem, variant, ".safetensors" if safe_serialization else ".bin")
     save_function = save_function or _configured_save_function()
     if not callable(save_function) and save_function is not None:
         raise ArgumentError(
@@ -187,12 +173,12 @@ def save_weights(
     try:
         writer.write_contents()
         writer.write_shards()
-        _switch(folder, names, staged, present, layout.sharded, layout.companions)
+        replace_weights(folder, names, staged, present, layout.sharded, layout.companions)
     finally:
         for temporary in staged.values():
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-    preferred = _Names.of(stem, variant, ".safetensors")
+    preferred = WeightNames.of(stem, variant, ".safetensors")
     if not safe_serialization and {preferred.single, preferred.index} & set(present):
         warnings.warn(
             f"{folder} also has {preferred.single} of an earlier save, which loaders prefer: "
@@ -215,7 +201,7 @@ class _Layout:
         header: metadata of each safetensors file.
     """
 
-    names: _Names
+    names: WeightNames
     tensors: Mapping[str, torch.Tensor]
     shards: Mapping[str, list[str]]
     companions: Mapping[str, bytes]
@@ -225,7 +211,7 @@ class _Layout:
     @classmethod
     def of(
         cls,
-        names: _Names,
+        names: WeightNames,
         tensors: Mapping[str, torch.Tensor],
         max_shard_size: int | str,
         metadata: Mapping[str, str],
@@ -309,57 +295,6 @@ class _Writer:
                 flush_file(staged)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Names:
-    """The file names of one checkpoint.
-
-    Attributes:
-        base: such as ``"diffusion_pytorch_model.fp16"``.
-        extension: ``".safetensors"`` or ``".bin"``.
-        index: as it is written.
-        old_indexes: as huggingface_hub and diffusers before 0.29 spell it for a variant; loaders
-            find them where there is no ``index``.
-        shard: matches shards, in both spellings, and the links of an interrupted save.
-    """
-
-    base: str
-    extension: str
-    index: str
-    old_indexes: tuple[str, ...]
-    shard: re.Pattern[str]
-
-    @classmethod
-    def of(cls, stem: str, variant: str | None, extension: str) -> _Names:
-        for what, part in (("stem", stem), ("variant", variant)):
-            check_text(what, part, "fp16")
-            if part is not None and (part in ("", ".", "..") or "/" in part or "\0" in part):
-                raise ArgumentError(f"{what} is {part!r}; it must be a part of a file name")
-        of_variant = "" if variant is None else f".{variant}"
-        base = stem + of_variant
-        spellings = rf"{re.escape(base)}-\d{{5,}}-of-\d{{5,}}"
-        old_indexes: tuple[str, ...] = ()
-        if variant is not None:
-            spellings += rf"|{re.escape(stem)}-\d{{5,}}-of-\d{{5,}}{re.escape(of_variant)}"
-            old_indexes = (
-                f"{base}{extension}.index.json",
-                f"{stem}{extension}{of_variant}.index.json",
-            )
-        return cls(
-            base,
-            extension,
-            f"{stem}{extension}.index{of_variant}.json",
-            old_indexes,
-            re.compile(
-                rf"(?:{spellings}|{re.escape(base)}-previous-[0-9a-f]{{8}}-\d{{5,}})"
-                rf"{re.escape(extension)}"
-            ),
-        )
-
-    @property
-    def single(self) -> str:
-        return self.base + self.extension
-
-
 def _configured_save_function() -> Callable[..., object] | None:
     # diffusers documents this variable but does not read it.
     named = os.environ.get("DIFFUSERS_SAVE_MODE")
@@ -416,7 +351,7 @@ def _tied(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 def _split(
     kept: set[str],
     tensors: Mapping[str, torch.Tensor],
-    names: _Names,
+    names: WeightNames,
     max_shard_size: int | str,
 ) -> tuple[dict[str, list[str]], int]:
     """File -> its tensors, and the total number of bytes."""
@@ -522,91 +457,3 @@ def _naming(file: Path) -> Iterator[None]:
         if number is None:
             raise
         raise save_error(number, file) from error
-
-
-def _switch(
-    folder: Path,
-    names: _Names,
-    staged: Mapping[str, Path],
-    present: list[str],
-    sharded: bool,
-    companions: Mapping[str, bytes],
-) -> None:
-    """Steps 1 to 4 of the module."""
-    refused = any(
-        name in present and (folder / name).read_bytes() != content
-        for name, content in companions.items()
-    )
-    old_index = next((name for name in (names.index, *names.old_indexes) if name in present), None)
-    links: dict[str, str] = {}
-    if refused or old_index:
-        index = None if refused or old_index is None else _read_index(folder / old_index)
-        links = _replace_index(folder, names, index)
-
-    for name, temporary in staged.items():
-        if name != names.index:
-            put_in_place(temporary, folder / name)
-    _remove(folder, names.old_indexes)
-    flush_folder(folder)
-
-    if sharded:
-        put_in_place(staged[names.index], folder / names.index)
-        flush_folder(folder)
-    elif _remove(folder, [names.index]):
-        flush_folder(folder)
-
-    stale = {name for name in present if names.shard.fullmatch(name)} - staged.keys()
-    stale.update(links.values(), {names.single} & set(present) if sharded else ())
-    if _remove(folder, stale):
-        flush_folder(folder)
-
-
-def _remove(folder: Path, names: Iterable[str]) -> bool:
-    """Removes files, if they are there; returns whether one was."""
-    removed = False
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            (folder / name).unlink()
-            removed = True
-    return removed
-
-
-def _read_index(path: Path) -> dict[str, Any] | None:
-    """The index; ``None`` if no loader would accept it."""
-    try:
-        index = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    usable = isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
-    return index if usable else None
-
-
-def _replace_index(folder: Path, names: _Names, index: dict[str, Any] | None) -> dict[str, str]:
-    """Step 1: old shard -> link. Without an index, or links, loaders will refuse the new one."""
-    if index is None:
-        absent = f"{names.base}-of-an-interrupted-save{names.extension}"
-        index = {"metadata": {"total_size": 0}, "weight_map": {"interrupted": absent}}
-    token = os.urandom(4).hex()
-    links = {
-        shard: f"{names.base}-previous-{token}-{number:05d}{names.extension}"
-        for number, shard in enumerate(sorted(set(index["weight_map"].values())))
-    }
-    weight_map = {tensor: links[shard] for tensor, shard in index["weight_map"].items()}
-    temporary = temporary_beside(folder / names.index)
-    try:
-        temporary.write_text(json.dumps({**index, "weight_map": weight_map}))
-        flush_file(temporary)
-        for shard, link in links.items():
-            if Path(shard).name == shard:
-                with contextlib.suppress(OSError, ValueError):
-                    os.link(folder / shard, folder / link)
-        flush_folder(folder)
-        temporary.replace(folder / names.index)
-    except BaseException:
-        if temporary.exists():  # otherwise the links are in use
-            for made in (temporary, *(folder / link for link in links.values())):
-                made.unlink(missing_ok=True)
-        raise
-    flush_folder(folder)
-    return links

@@ -31,7 +31,7 @@ from diffusers.configuration_utils import register_to_config
 import weightlift as wl
 from support import assert_same_tensors, in_child, under_strace
 from weightlift.load_file import load_checkpoint
-from weightlift.models import saving
+from weightlift.models import replacing, saving
 from weightlift.models.saving import save_weights
 
 STEM = "diffusion_pytorch_model"
@@ -833,7 +833,7 @@ def test_a_loss_of_power(folder: Path, tmp_path: Path, before: str, after: str) 
 
     def save() -> None:
         steps: list[list[str]] = []
-        flush = saving.flush_folder
+        flush = replacing.flush_folder
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
             if event in STEPS:
@@ -846,7 +846,7 @@ def test_a_loss_of_power(folder: Path, tmp_path: Path, before: str, after: str) 
             flush(path)
             steps.append(["flush"])
 
-        saving.flush_folder = noted_flush  # type: ignore[assignment]
+        saving.flush_folder = replacing.flush_folder = noted_flush  # type: ignore[assignment]
         sys.addaudithook(hook)
         save_weights(tensors, folder, **FORMS[after])
         log.write_text(json.dumps(steps))
