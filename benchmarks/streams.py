@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -31,7 +29,8 @@ from typing import Any
 
 import floors
 from judges import Figure
-from summary import RESULTS, RUNS, machine_name, to_text
+from rounds import made_by, write_parts
+from summary import RESULTS, RUNS, machine_name
 from weightlift.bench.conditions import machine
 from weightlift.bench.stream_child import drop_from_page_cache
 from weightlift.bench.streaming import (
@@ -274,17 +273,10 @@ def parts_of(out: Path) -> dict[str, Any]:
 def write(
     out: Path, part: str, arguments: argparse.Namespace, load: float, found: dict[str, Any]
 ) -> None:
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    command = ["python", "benchmarks/streams.py", part]
-    if arguments.scale != 1:
-        command += ["--scale", f"{arguments.scale:g}"]
-    about = {"date": now, "command": shlex.join(command), "load_average": round(load, 2)}
+    scale = [] if arguments.scale == 1 else ["--scale", f"{arguments.scale:g}"]
+    about = {**made_by(__file__, part, *scale), "load_average": round(load, 2)}
     parts = {**parts_of(out), part: {**about, **found}}
-    summary = {
-        "machine": machine(),
-        "parts": {name: parts[name] for name in PARTS if name in parts},
-    }
-    out.write_text(to_text(summary), encoding="utf-8")
+    write_parts(out, {name: parts[name] for name in PARTS if name in parts})
 
 
 if __name__ == "__main__":
