@@ -119,11 +119,15 @@ class Gathering {
   explicit Gathering(const py::object& plain_setattr) : plain_setattr_(plain_setattr) {}
 
   py::tuple operator()(const py::object& model) {
-    waiting_.emplace_back(py::str(), model);
+    waiting_.push_back({py::str(), model, 0});
     while (!waiting_.empty()) {
-      const auto [prefix, module] = std::move(waiting_.back());
+      const Waiting next = std::move(waiting_.back());
       waiting_.pop_back();
-      visit(prefix, module);
+      parents_.resize(next.depth);
+      // A module may lie below itself, such as one that keeps its parent as an attribute.
+      if (std::ranges::find(parents_, next.module.ptr()) != parents_.end()) continue;
+      parents_.push_back(next.module.ptr());
+      visit(next.prefix, next.module);
     }
     return py::make_tuple(py::make_tuple(tensors_, are_parameters_, persistent_, names_,
                                          modules_of_tensors_, keys_, held_by_),
@@ -131,6 +135,12 @@ class Gathering {
   }
 
  private:
+  struct Waiting {
+    py::object prefix;
+    py::object module;
+    std::size_t depth = 0;
+  };
+
   void visit(const py::object& prefix, const py::object& module) {
     constexpr std::size_t kModulesBetweenSignals = 4096;
     append(modules_, module);
@@ -155,7 +165,7 @@ class Gathering {
     }
     const std::size_t first = waiting_.size();
     for_each_item(children_.of(module, dict), [&](const py::object& key, const py::object& child) {
-      waiting_.emplace_back(joined(joined(prefix, key), dot_), child);
+      waiting_.push_back({joined(joined(prefix, key), dot_), child, parents_.size()});
     });
     std::reverse(waiting_.begin() + static_cast<std::ptrdiff_t>(first), waiting_.end());
   }
@@ -204,9 +214,10 @@ class Gathering {
   const Name children_{"_modules"};
   const py::object dot_ = py::str(".");
   const py::object none_ = py::none();
-  std::vector<std::pair<py::object, py::object>> waiting_;  // prefix and module, the next one last
-  Indices indices_;                                         // of the tensors, kept by tensors_
-  std::unordered_map<PyTypeObject*, bool> known_classes_;   // kept by classes_
+  std::vector<Waiting> waiting_;                           // the next one last
+  std::vector<PyObject*> parents_;                         // of the next one, kept by modules_
+  Indices indices_;                                        // of the tensors, kept by tensors_
+  std::unordered_map<PyTypeObject*, bool> known_classes_;  // kept by classes_
   const py::object& plain_setattr_;
   py::list tensors_;
   py::list are_parameters_;

@@ -6,7 +6,7 @@
 namespace weightlift::bind {
 
 // Visits each place of a tensor once, in the order of torch's named_modules(). A module in several
-// places is visited once for each.
+// places is visited once for each, except below itself.
 //
 // Returns (columns, ties, modules, classes, has_load_hooks). `columns` are seven lists with an
 // entry for each tensor: the tensor; whether it is a parameter; whether it is persistent, in any of

@@ -112,13 +112,17 @@ def _tensors(model: torch.nn.Module, names: Sequence[str]) -> dict[str, torch.Te
 def _has_meta(model: torch.nn.Module, parameters: bool) -> bool:
     """Whether a tensor that is to be real is on ``meta``: by a default device, or as another
     library's replacement of ``register_buffer`` has it."""
-    modules = [model]
-    for module in modules:  # it grows
+    waiting, seen = [model], set[int]()
+    while waiting:  # named_modules takes a generator step for every level above a module
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         for held in (module._buffers, module._parameters if parameters else None):
             if held and any(tensor is not None and tensor.is_meta for tensor in held.values()):
                 return True
         if children := module._modules:
-            modules += [child for child in children.values() if child is not None]
+            waiting += [child for child in children.values() if child is not None]
     return False
 
 

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from weightlift.module.parameters import gather
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,13 +35,7 @@ def which_model(model: torch.nn.Module, count: int | None = None) -> Hashable:
         count: the number of its modules, if known: ``len(gather(model).modules)``.
     """
     if count is None:
-        count = 0
-        waiting: list[torch.nn.Module | None] = [model]
-        while waiting:  # named_modules takes a generator step for every level above a module
-            module = waiting.pop()
-            if module is not None:
-                count += 1
-                waiting.extend(module._modules.values())
+        count = len(gather(model).modules)
     return type(model).__module__, type(model).__qualname__, count
 
 

@@ -32,16 +32,19 @@ def modules_with_own_loading(
     if not gathered.have_load_hooks and not any(map(_is_special, gathered.classes)):  # most models
         return []
     found: list[tuple[str, torch.nn.Module]] = []
-    waiting = [("", model)]
+    waiting: list[tuple[str, torch.nn.Module, frozenset[int]]] = [("", model, frozenset())]
     while waiting:
-        prefix, module = waiting.pop()
+        prefix, module, parents = waiting.pop()
+        if id(module) in parents:  # as gather() visits them
+            continue
         if _has_own(module) and _matters(module, prefix, headers):
             found.append((prefix, module))
             continue
         if children := module._modules:
+            parents |= {id(module)}
             for key, child in reversed(children.items()):
                 if child is not None:
-                    waiting.append((f"{prefix}{key}.", child))
+                    waiting.append((f"{prefix}{key}.", child, parents))
     return found
 
 

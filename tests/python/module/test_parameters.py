@@ -84,6 +84,16 @@ def test_hooks_of_one_module_are_found() -> None:
     assert gather(model).have_load_hooks
 
 
+def test_a_module_that_lies_below_itself_is_visited_once_there() -> None:
+    model = torch.nn.Sequential(Leaf(), torch.nn.Sequential(Leaf()))
+    model[1][0].parent = model[1]
+    model[1].itself = model[1]
+    gathered = gather(model)
+    assert [id(module) for module in gathered.modules] == [id(m) for m in model.modules()]
+    names = {name for ref in gathered.refs if ref.is_parameter for name in ref.names}
+    assert names == dict(model.named_parameters()).keys()
+
+
 def test_what_is_no_module_has_no_tensors() -> None:
     model = torch.nn.Module()
     model._modules["child"] = "text"  # type: ignore[assignment]
