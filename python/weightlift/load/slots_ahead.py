@@ -34,9 +34,12 @@ def slots_ahead(devices: Iterable[torch.device], *, casts: bool = False) -> Iter
     if not targets or any(device.type != "cuda" for device in targets):
         yield
         return
-    # Its threads are waited for at the end, when the load has started.
-    with watching(_Pinning(sorted(device.index for device in targets), casts)):
-        yield
+    pinning = _Pinning(sorted(device.index for device in targets), casts)
+    try:
+        with watching(pinning):
+            yield
+    finally:
+        pinning.wait()
 
 
 class _Pinning:
@@ -58,6 +61,12 @@ class _Pinning:
         finally:
             for ahead in self._begun:
                 ahead.stop()
+
+    def wait(self) -> None:
+        """Waits for the slots that are being pinned. The traceback of an error keeps this object,
+        so that its end would come after that of the devices."""
+        if self._begun:
+            self._begun.clear()
 
     def _begin(self, files: Sequence[OpenedFile]) -> list[_native.SlotsAhead]:
         try:
