@@ -59,6 +59,9 @@ ROOM = {
 HEAP_CALLS = {"brk()", "mmap()", "munmap()", "madvise()"}
 # Smaller costs for each unit are chance.
 LEAST_CALLS = 0.01
+# Loads above their budgets are counted so many times more, and the least counts: which thread wakes
+# first changes some counts by a few percent.
+AGAIN = 2
 
 Figures = dict[str, float]
 
@@ -241,6 +244,14 @@ def measure(quick: bool, chosen: list[str]) -> dict[str, Figures]:
     return figures
 
 
+def keep_least(figures: dict[str, Figures], again: dict[str, Figures]) -> None:
+    """Lowers the figures to another count, in which a missing one was too small to list."""
+    for name, counted in again.items():
+        figures[name] = {
+            figure: min(value, counted.get(figure, 0.0)) for figure, value in figures[name].items()
+        }
+
+
 def compare(
     figures: dict[str, Figures], budgets: dict[str, Any], same: bool
 ) -> list[tuple[str, str, float, float, str]]:
@@ -313,8 +324,12 @@ def main() -> int:
         BUDGETS.write_text(text + "\n")
     content = json.loads(BUDGETS.read_text())
     now, then = environment(), content["environment"]
-    rows = compare(figures, content["budgets"], now == then)
-    over = [row for row in rows if row[-1] == "OVER"]
+    for round_ in range(1 + AGAIN):
+        rows = compare(figures, content["budgets"], now == then)
+        over = [row for row in rows if row[-1] == "OVER"]
+        if not over or round_ == AGAIN:
+            break
+        keep_least(figures, measure(arguments.quick, list(dict.fromkeys(row[0] for row in over))))
     show(over if arguments.quick else rows, console)
     if now != then:
         other = [f"{k} {then.get(k)}, here {v}" for k, v in now.items() if v != then.get(k)]
