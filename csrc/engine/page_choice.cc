@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <cstdio>
 #include <ctime>
 #include <exception>
@@ -22,6 +23,10 @@ namespace {
 constexpr double kFast = 1e9;
 constexpr std::size_t kSmallProbeBytes = io::kHugePageBytes / 2;
 constexpr std::size_t kSectionBytes = std::size_t{32} << 20;
+// Of pages_arrive_slowly.
+constexpr std::uint64_t kSamples = 64;
+constexpr std::uint64_t kSampleDistance = 32 << 10;
+constexpr double kSlowSeconds = 3e-6;  // for one page; a read of a cached page takes 0.3 us
 constexpr std::chrono::milliseconds kPoll{1};
 // A load that makes no progress for this long has ended, or waits for something else.
 constexpr std::chrono::seconds kPatience{10};
@@ -76,6 +81,18 @@ PageRates probe_pages(const Touch& touch, std::size_t offset) {
   rates.huge = kProbes / huge_seconds;
   if (rates.huge < kFast) rates.small = kProbes / small_seconds;
   return rates;
+}
+
+bool pages_arrive_slowly(const ReadPage& read, std::uint64_t offset, std::uint64_t bytes) {
+  const std::uint64_t count = std::min(kSamples, bytes / kSampleDistance);
+  if (count < kSamples / 4) return false;  // chance
+  bool can_read = true;
+  const double seconds = cost_of([&] {
+    for (std::uint64_t i = 0; i < count && can_read; ++i) {
+      can_read = read(offset + i * kSampleDistance);
+    }
+  });
+  return can_read && seconds > kSlowSeconds * static_cast<double>(count);
 }
 
 PageWatch::PageWatch(const io::AnonymousMemory& memory, Touch touch)

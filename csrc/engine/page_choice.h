@@ -9,6 +9,7 @@
 #include <sys/types.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -33,6 +34,16 @@ struct PageRates {
 
 // Touches a huge page at `offset` and, if it is slow, more huge pages and small ones after it.
 [[nodiscard]] PageRates probe_pages(const Touch& touch, std::size_t offset);
+
+// Reads from the page of a file at `offset`. Returns whether it could.
+using ReadPage = std::function<bool(std::uint64_t offset)>;
+
+// Whether pages of the page cache are slow at the first touch. They were just read in by a device,
+// so the host has them, but the virtual machine gets each with a fault of its own (about 5 us).
+// Large folios come from memory that has been free for longer, so this hits them more often than
+// small ones. Reads some pages of [offset, offset + bytes).
+[[nodiscard]] bool pages_arrive_slowly(const ReadPage& read, std::uint64_t offset,
+                                       std::uint64_t bytes);
 
 // The number of pages of each size that one probe touches at most.
 inline constexpr std::size_t kProbes = 3;

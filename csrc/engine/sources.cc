@@ -51,7 +51,8 @@ struct Extent {
 
 }  // namespace
 
-Sources::Sources(const LoadPlan& plan, const Settings& settings) : plan_(plan) {
+Sources::Sources(const LoadPlan& plan, const Settings& settings, ReadPage read_page)
+    : plan_(plan), read_page_(std::move(read_page)) {
   choose_routes(settings);
   plan_populate(settings);
 }
@@ -133,13 +134,14 @@ void Sources::plan_populate(const Settings& settings) {
   // Resident pages cost one minor fault each, now or later, so only missing ranges are populated.
   std::vector<PopulateStep> missing;
   std::uint64_t missing_bytes = 0;
-  std::vector<Extent> extents(plan_.files.size());
+  std::vector<Extent> extents;
   for (const PopulateStep& range : ranges) {
     const auto share =
         io::resident_share(*plan_.files[range.file], range.offset, range.bytes).share;
     if (share && *share >= 1) continue;
     missing.push_back(range);
     missing_bytes += range.bytes;
+    extents.resize(plan_.files.size());
     extents[range.file].add(range.offset, range.offset + range.bytes, range.bytes);
   }
   if (missing.empty()) {
@@ -156,11 +158,11 @@ void Sources::plan_populate(const Settings& settings) {
     if (!std::exchange(files_[range.file].is_populated, true)) {
       plan_.files[range.file]->advise_sequential();
       plan_.mappings[range.file]->read_forwards(true);
-      // Reads in the order of the file grow on their own. New memory of some virtual machines
-      // arrives later in large folios (page_choice.h).
+      // Reads in the order of the file grow on their own.
       if (!plan_.ranks.empty() && settings.huge_pages != HugePages::kNever &&
           extents[range.file].is_dense()) {
-        plan_.mappings[range.file]->read_in_large_folios();
+        plan_.mappings[range.file]->read_in_large_folios(true);
+        files_[range.file].watches_folios = settings.huge_pages == HugePages::kAuto;
       }
     }
     // Gaps are read and not counted. Bytes that several tensors share are read once; the rest was
@@ -215,9 +217,27 @@ bool Sources::reads_directly() const noexcept {
                      [](const Source& source) { return source.direct != nullptr; });
 }
 
-Status Sources::populate(const PopulateStep& step) const {
+void Sources::watch_large_folios(const PopulateStep& step) {
+  // A touch of the mapping would raise SIGBUS if the file has shrunk.
+  const ReadPage read = [&](std::uint64_t offset) {
+    std::byte byte{};
+    return plan_.files[step.file]->read_exact(offset, {&byte, 1}).ok();
+  };
+  const bool is_slow = pages_arrive_slowly(read_page_ ? read_page_ : read, step.offset, step.bytes);
+  // One slow step may be chance, or a hole in memory that is backed.
+  if (!std::exchange(files_[step.file].was_slow, is_slow) || !is_slow) return;
+  plan_.mappings[step.file]->read_in_large_folios(false);
+  files_[step.file].watches_folios = false;
+  files_[step.file].choice.reason +=
+      ", from some part on in small folios: the machine's host has not backed its free memory";
+}
+
+Status Sources::populate(const PopulateStep& step) {
   auto populated = plan_.mappings[step.file]->populate(step.offset, step.bytes);
-  if (populated.ok()) return {};
+  if (populated.ok()) {
+    if (*populated && files_[step.file].watches_folios) watch_large_folios(step);
+    return {};
+  }
   if (step.name < plan_.names.size()) populated.error().tensor = plan_.names[step.name];
   return populated.error();
 }

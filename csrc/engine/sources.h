@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "engine/io_path.h"
+#include "engine/page_choice.h"
 #include "engine/plan.h"
 #include "engine/schedule.h"
 #include "engine/scratch.h"
@@ -31,8 +32,9 @@ struct PopulateStep {
 
 class Sources {
  public:
-  // Finds out how much of each file is resident. `plan` must live as long as this object.
-  Sources(const LoadPlan& plan, const Settings& settings);
+  // Finds out how much of each file is resident. `plan` must live as long as this object. Tests
+  // pass `read_page` to set what the first touch of a page costs.
+  Sources(const LoadPlan& plan, const Settings& settings, ReadPage read_page = nullptr);
   Sources(const Sources&) = delete;
   Sources& operator=(const Sources&) = delete;
   ~Sources() { release(); }
@@ -44,7 +46,7 @@ class Sources {
 
   // The parts of mappings that must be read in, in this order and one at a time.
   [[nodiscard]] const std::vector<PopulateStep>& populate_steps() const noexcept { return steps_; }
-  [[nodiscard]] Status populate(const PopulateStep& step) const;
+  [[nodiscard]] Status populate(const PopulateStep& step);
   // For each name, the number of steps that must be done before all of it has been read in.
   [[nodiscard]] std::vector<std::uint32_t> steps_by_name() const;
 
@@ -77,7 +79,9 @@ class Sources {
   struct Source {
     IoChoice choice;
     bool may_lease = false;
-    bool is_populated = false;  // its mapping reads forwards until the load ends
+    bool is_populated = false;    // its mapping reads forwards until the load ends
+    bool watches_folios = false;  // reads in large folios until they arrive slowly
+    bool was_slow = false;        // the last step of them
     std::once_flag asked_for_lease;
     std::unique_ptr<io::LeasedMapping> leased;
     std::unique_ptr<io::DirectFile> direct;
@@ -91,10 +95,12 @@ class Sources {
   void plan_populate(const Settings& settings);
   [[nodiscard]] std::vector<PopulateStep> mapped_ranges() const;
   void note(const std::vector<PopulateStep>& ranges, const char* text);
+  void watch_large_folios(const PopulateStep& step);
 
   const LoadPlan& plan_;
   std::deque<Source> files_;
   std::vector<PopulateStep> steps_;
+  ReadPage read_page_;
 };
 
 }  // namespace weightlift::engine

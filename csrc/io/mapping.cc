@@ -63,8 +63,9 @@ void Mapping::read_forwards(bool whether) const noexcept {
   if (data_ != nullptr) ::madvise(data_, bytes_, whether ? MADV_SEQUENTIAL : MADV_NORMAL);
 }
 
-void Mapping::read_in_large_folios() const noexcept {
-  if (data_ != nullptr) ::madvise(data_, bytes_, MADV_HUGEPAGE);  // as above
+void Mapping::read_in_large_folios(bool whether) const noexcept {
+  // As above.
+  if (data_ != nullptr) ::madvise(data_, bytes_, whether ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 }
 
 }  // namespace weightlift::io

@@ -38,7 +38,7 @@ class Mapping {
   // (madvise(2), MADV_HUGEPAGE; mm/filemap.c, do_sync_mmap_readahead, since Linux 5.18). Otherwise
   // the pages of a tensor that does not follow the last one are read one by one, which takes most
   // of a processor. Reads too much where the tensors that are needed lie far apart.
-  void read_in_large_folios() const noexcept;
+  void read_in_large_folios(bool whether) const noexcept;
 
  private:
   Mapping(const std::shared_ptr<const File>& file, std::byte* data)

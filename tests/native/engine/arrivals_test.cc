@@ -5,12 +5,14 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <numeric>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -300,6 +302,38 @@ TEST(Sources, ReadInLargeFoliosWhereMostOfAFileIsNeeded) {
       GTEST_SKIP() << "files cannot leave the page cache of " << folder();
     }
     EXPECT_EQ(has_vm_flag(scenario.plan.mappings[0]->data(), "hg"), is_dense && may);
+  }
+}
+
+TEST(Sources, ReadInSmallFoliosOnceLargeOnesArriveSlowly) {
+  if (::access("/sys/kernel/mm/transparent_hugepage", F_OK) != 0) {
+    GTEST_SKIP() << "the kernel has no huge pages";
+  }
+  for (const auto& [is_slow, pages, stays] : {std::tuple{false, HugePages::kAuto, true},
+                                              {true, HugePages::kAuto, false},
+                                              {true, HugePages::kAlways, true}}) {
+    Machine machine(0);
+    Scenario scenario(5, 0);
+    scenario.settings.huge_pages = pages;
+    const Origin file = scenario.add_file(2 * kMiB);
+    scenario.add_mapped(file, 1000, kMiB);
+    scenario.add_mapped(file, kMiB + 1000, kMiB / 2);
+    reverse(scenario.plan);
+    drop(scenario);
+    const auto read_page = [is_slow = is_slow](std::uint64_t) {
+      if (is_slow) std::this_thread::sleep_for(std::chrono::microseconds(10));
+      return true;
+    };
+    Sources sources(scenario.plan, scenario.settings.resolved(), read_page);
+    if (sources.populate_steps().empty()) {
+      GTEST_SKIP() << "files cannot leave the page cache of " << folder();
+    }
+    ASSERT_EQ(sources.populate_steps().size(), 1U);
+    ASSERT_TRUE(sources.populate(sources.populate_steps()[0]).ok());
+    EXPECT_TRUE(has_vm_flag(scenario.plan.mappings[0]->data(), "hg"));  // once is chance
+    ASSERT_TRUE(sources.populate(sources.populate_steps()[0]).ok());
+    EXPECT_EQ(has_vm_flag(scenario.plan.mappings[0]->data(), "hg"), stays);
+    EXPECT_EQ(sources.reason(0).find("in small folios") == std::string::npos, stays);
   }
 }
 

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -27,6 +28,25 @@ io::AnonymousMemory block(std::size_t bytes) {
   auto made = io::AnonymousMemory::allocate(bytes);
   EXPECT_TRUE(made.ok());
   return std::move(*made);
+}
+
+TEST(PagesArriveSlowly, SaysWhatTheyCost) {
+  constexpr std::uint64_t kBytes = 2 << 20;
+  std::vector<std::uint64_t> offsets;
+  const auto reader = [&](std::chrono::microseconds cost, bool can_read) {
+    return [&offsets, cost, can_read](std::uint64_t offset) {
+      offsets.push_back(offset);
+      std::this_thread::sleep_for(cost);
+      return can_read;
+    };
+  };
+  using std::chrono::microseconds;
+  EXPECT_TRUE(pages_arrive_slowly(reader(microseconds(10), true), 5000, kBytes));
+  EXPECT_EQ(offsets.front(), 5000U);
+  EXPECT_LT(offsets.back(), 5000 + kBytes);
+  EXPECT_FALSE(pages_arrive_slowly([](std::uint64_t) { return true; }, 5000, kBytes));
+  EXPECT_FALSE(pages_arrive_slowly(reader(microseconds(10), false), 5000, kBytes));  // unknown
+  EXPECT_FALSE(pages_arrive_slowly(reader(microseconds(10), true), 5000, kBytes / 8));
 }
 
 TEST(PageChoice, FastHugePagesAreNotComparedWithSmallOnes) {
