@@ -82,8 +82,8 @@ class Settings:
         huge_pages: the kind of pages of new memory from 16 MiB on: ``"always"`` huge, ``"never"``
             huge, or ``"auto"``: huge while they arrive faster than small pages. They arrive slower
             in a virtual machine whose host has taken back its free memory. Page-locked memory is
-            always on huge pages. Mapped files that load in the background are read into huge pages
-            of the page cache unless this is ``"never"``.
+            always on huge pages. It rules in the same way how mapped files that load in the
+            background are read into the page cache.
         populate: ``True`` reads a mapped file that is not resident before the load returns,
             ``False`` at the first access.
         kernels: ``False`` disables the CUDA kernels.

@@ -22,8 +22,9 @@ __all__ = ["slots_ahead"]
 
 @contextlib.contextmanager
 def slots_ahead(devices: Iterable[torch.device], *, casts: bool = False) -> Iterator[None]:
-    """For a load that opens its files within, and starts within. Once the files are found, threads
-    pin staging slots until the files are open; the plan then pins its own.
+    """For a load that opens its files within. Once the files are found, threads pin staging slots
+    until the files are open; the plan then pins its own. The end waits for the slot that is being
+    pinned: a load that starts within need not.
 
     Args:
         devices: the devices that get the tensors. Nothing is pinned unless all are CUDA devices:
