@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -19,6 +20,7 @@
 #include "bind/torch_pickle.h"
 #include "bind/values.h"
 #include "format/index.h"
+#include "format/torch_pickle.h"
 #include "format/zip.h"
 #include "io/file.h"
 #include "io/residency.h"
@@ -44,6 +46,57 @@ py::bytes read_bytes(const Archive& self, std::uint64_t begin, std::uint64_t byt
   }();
   raise_if_error(std::move(done));
   return result;
+}
+
+// The folder of all records, with its slash; empty if they have none in common.
+std::string_view common_folder(const Archive& self) {
+  if (self.records.empty()) return {};
+  const std::string_view first = self.records[0].name;
+  const std::string_view folder = first.substr(0, first.find('/') + 1);
+  const auto inside = [folder](const format::ZipRecord& record) {
+    return record.name.starts_with(folder);
+  };
+  return std::ranges::all_of(self.records, inside) ? folder : std::string_view{};
+}
+
+// The records of these names in the folder that all records are in; none if there is no such
+// folder.
+py::dict find_records(const Archive& self, const std::vector<std::string>& names) {
+  py::dict found;
+  const std::string_view folder = common_folder(self);
+  if (folder.empty()) return found;
+  for (const format::ZipRecord& record : self.records) {
+    const std::string_view name = std::string_view(record.name).substr(folder.size());
+    if (std::ranges::find(names, name) == names.end()) continue;
+    found[text(name)] = py::make_tuple(record.begin, record.bytes);
+  }
+  return found;
+}
+
+// Returns the index of a plain state dict and the names in its order, None for all others.
+py::object index_of_plain(const Archive& self, const py::bytes& pickle) {
+  const std::string_view data = pickle;
+  std::vector<std::string> names;
+  bool in_file_order = true;
+  auto opened = [&]() -> Result<std::shared_ptr<IndexedFile>> {
+    const UnlockedGil unlocked;
+    auto parsed = format::parse_torch_pickle(data);
+    if (!parsed) return std::shared_ptr<IndexedFile>();
+    auto entries =
+        format::place_plain_tensors(*std::move(parsed), self.records, common_folder(self));
+    if (!entries) return std::shared_ptr<IndexedFile>();
+    in_file_order = std::ranges::is_sorted(*entries, {}, &format::TensorEntry::begin);
+    if (!in_file_order) {
+      for (const format::TensorEntry& entry : *entries) names.push_back(entry.name);
+    }
+    return IndexedFile::of_entries(self.file, *std::move(entries));
+  }();
+  const auto index = value_or_raise(std::move(opened));
+  if (index == nullptr) return py::none();
+  if (in_file_order) return py::make_tuple(index, index->names());
+  py::list order;
+  for (const std::string& name : names) order.append(text(name));
+  return py::make_tuple(index, order);
 }
 
 using EntryTuple = std::tuple<std::string, std::string, std::vector<std::uint64_t>, std::uint64_t>;
@@ -198,7 +251,9 @@ void bind_archive(const py::module_& module) {
              }
              return records;
            })
+      .def("find", &find_records, py::arg("names"))
       .def("read", &read_bytes, py::arg("begin"), py::arg("bytes"))
+      .def("index_of_plain", &index_of_plain, py::arg("pickle"))
       .def(
           "safetensors",
           [](const Archive& self, std::uint64_t begin, std::uint64_t bytes) {

@@ -9,6 +9,7 @@
 #include <new>
 #include <optional>
 #include <span>
+#include <string>
 #include <string_view>
 #include <unordered_map>
 #include <utility>
@@ -300,12 +301,19 @@ class Reader {
   bool push_tuple(std::size_t count) {
     if (available() < count) return false;
     const auto items = last(count);
-    std::vector<PickledValue> tuple(items.begin(), items.end());
     Held held;
     for (const PickledValue item : items) add_held(held, item);
     result_.held_by_tuples.push_back(held);
+    const TorchPickle::Tuple tuple{result_.tuple_items.size(), count};
+    result_.tuple_items.insert(result_.tuple_items.end(), items.begin(), items.end());
     drop(count);
-    return push_new(Kind::kTuple, result_.tuples, std::move(tuple));
+    return push_new(Kind::kTuple, result_.tuples, tuple);
+  }
+
+  // Valid until the next tuple is made.
+  [[nodiscard]] std::span<const PickledValue> items_of(PickledValue tuple) const {
+    const TorchPickle::Tuple& range = result_.tuples[tuple.at];
+    return std::span(result_.tuple_items).subspan(range.begin, range.count);
   }
 
   using Held = TorchPickle::Held;
@@ -391,7 +399,7 @@ class Reader {
   // ("storage", type, record, location, elements)
   bool persistent_id() {
     if (available() == 0 || stack_.back().kind != Kind::kTuple) return false;
-    const auto& saved = result_.tuples[stack_.back().at];
+    const auto saved = items_of(stack_.back());
     if (saved.size() != 5 || !is_text(saved[0], "storage") || saved[1].kind != Kind::kGlobal ||
         saved[1].at < static_cast<std::uint32_t>(Global::kStorageOf) ||
         saved[2].kind != Kind::kText || saved[3].kind != Kind::kText) {
@@ -417,7 +425,7 @@ class Reader {
     const PickledValue callee = last(2)[0];
     const PickledValue arguments = last(2)[1];
     if (callee.kind != Kind::kGlobal || arguments.kind != Kind::kTuple) return false;
-    const auto& tuple = result_.tuples[arguments.at];
+    const auto tuple = items_of(arguments);
     drop(2);
     switch (static_cast<Global>(callee.at)) {
       case Global::kOrderedDict:
@@ -435,7 +443,7 @@ class Reader {
   }
 
   // (storage, offset, shape, stride, requires_grad, hooks)
-  bool rebuild_tensor(const std::vector<PickledValue>& arguments) {
+  bool rebuild_tensor(std::span<const PickledValue> arguments) {
     if (arguments.size() != 6 || arguments[0].kind != Kind::kStorage) return false;
     const PickledStorage& storage = result_.storages[arguments[0].at];
     const auto offset = size_of(arguments[1]);
@@ -445,8 +453,8 @@ class Reader {
         !may_require_grad(storage.dtype, arguments[4]) || !is_empty_dict(arguments[5])) {
       return false;
     }
-    PickledTensor tensor{storage.record, storage.dtype, *offset, std::move(*shape),
-                         std::move(*stride)};
+    PickledTensor tensor{storage.record,    storage.dtype,      *offset,
+                         std::move(*shape), std::move(*stride), arguments[0].at};
     return stays_inside(tensor, storage.elements) &&
            push_new(Kind::kTensor, result_.tensors, std::move(tensor));
   }
@@ -484,9 +492,10 @@ class Reader {
 
   [[nodiscard]] std::optional<std::vector<std::uint64_t>> sizes_of(PickledValue value) const {
     if (value.kind != Kind::kTuple) return std::nullopt;
-    const auto& tuple = result_.tuples[value.at];
+    const auto tuple = items_of(value);
     if (tuple.size() > kMaxRank) return std::nullopt;
     std::vector<std::uint64_t> sizes;
+    sizes.reserve(tuple.size());
     for (const PickledValue item : tuple) {
       const auto size = size_of(item);
       if (!size) return std::nullopt;
@@ -518,6 +527,45 @@ class Reader {
   TorchPickle result_;
 };
 
+// Tells whether the keys are texts, each once. Sorts instead of hashing: the file chooses the keys.
+bool has_distinct_texts(const TorchPickle& pickle, const TorchPickle::Dict& dict) {
+  std::vector<std::string_view> names;
+  names.reserve(dict.items.size());
+  for (const auto& [key, value] : dict.items) {
+    if (key.kind != Kind::kText) return false;
+    names.push_back(pickle.texts[key.at]);
+  }
+  std::ranges::sort(names);
+  return std::ranges::adjacent_find(names) == names.end();
+}
+
+// The records of storages, by their keys.
+class StorageRecords {
+ public:
+  StorageRecords(std::span<const ZipRecord> records, std::string_view folder) {
+    const std::string prefix = std::string(folder) + "data/";
+    places_.reserve(records.size());
+    for (const ZipRecord& record : records) {
+      if (!record.name.starts_with(prefix)) continue;
+      places_.push_back({std::string_view(record.name).substr(prefix.size()), &record});
+    }
+    std::ranges::sort(places_, {}, &Place::key);
+  }
+
+  // Null if there is no such record.
+  [[nodiscard]] const ZipRecord* find(std::string_view key) const {
+    const auto found = std::ranges::lower_bound(places_, key, {}, &Place::key);
+    return found != places_.end() && found->key == key ? found->record : nullptr;
+  }
+
+ private:
+  struct Place {
+    std::string_view key;
+    const ZipRecord* record;
+  };
+  std::vector<Place> places_;
+};
+
 }  // namespace
 
 bool PickledTensor::contiguous() const noexcept {
@@ -537,6 +585,33 @@ std::optional<TorchPickle> parse_torch_pickle(std::string_view pickle) noexcept 
   } catch (const std::bad_alloc&) {
     return std::nullopt;  // torch's unpickler will raise the error
   }
+}
+
+std::optional<std::vector<TensorEntry>> place_plain_tensors(TorchPickle pickle,
+                                                            std::span<const ZipRecord> records,
+                                                            std::string_view folder) {
+  const TorchPickle::Dict& dict = pickle.dicts[pickle.value.at];
+  if (dict.items.empty() || !has_distinct_texts(pickle, dict)) return std::nullopt;
+  const StorageRecords by_key(records, folder);
+  std::vector<std::uint64_t> begins;
+  begins.reserve(pickle.storages.size());
+  for (const PickledStorage& storage : pickle.storages) {
+    const ZipRecord* const record = by_key.find(storage.record);
+    if (record == nullptr || record->bytes != storage.bytes) return std::nullopt;
+    begins.push_back(record->begin);
+  }
+  std::vector<bool> is_taken(pickle.storages.size());
+  std::vector<TensorEntry> entries;
+  entries.reserve(dict.items.size());
+  for (const auto& [key, value] : dict.items) {
+    if (value.kind != Kind::kTensor) return std::nullopt;
+    PickledTensor& tensor = pickle.tensors[value.at];
+    if (is_taken[tensor.storage] || !tensor.contiguous()) return std::nullopt;
+    is_taken[tensor.storage] = true;
+    entries.push_back({std::string(pickle.texts[key.at]), tensor.dtype, std::move(tensor.shape),
+                       begins[tensor.storage] + tensor.offset * dtype_bytes(tensor.dtype)});
+  }
+  return entries;
 }
 
 }  // namespace weightlift::format

@@ -2,13 +2,17 @@
 // pickle names. Opens no file.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "dtype.h"
+#include "format/index.h"
+#include "format/zip.h"
 
 namespace weightlift::format {
 
@@ -20,6 +24,7 @@ struct PickledTensor {
   std::uint64_t offset = 0;                        // into the storage, in elements
   std::vector<std::uint64_t> shape;                // in elements
   std::vector<std::uint64_t> stride;               // in elements
+  std::uint32_t storage = 0;                       // position in TorchPickle::storages
   [[nodiscard]] bool contiguous() const noexcept;  // as torch's is_contiguous()
 };
 
@@ -61,11 +66,17 @@ struct TorchPickle {
     std::uint64_t count = 0;  // of tensors, at any depth
     std::uint32_t one = 0;    // position of one of them in `tensors`
   };
+  struct Tuple {  // a range of `tuple_items`
+    std::size_t begin = 0;
+    std::size_t count = 0;
+  };
   PickledValue value;  // a dict; no dict is in it twice, or in itself
   std::vector<std::int64_t> ints;
   std::vector<double> floats;
   std::vector<std::string_view> texts;  // ASCII
-  std::vector<std::vector<PickledValue>> tuples;
+  // In one vector, because a tensor has four tuples.
+  std::vector<PickledValue> tuple_items;
+  std::vector<Tuple> tuples;
   std::vector<Held> held_by_tuples;
   std::vector<Held> lists;
   std::vector<Dict> dicts;
@@ -78,5 +89,13 @@ struct TorchPickle {
 // names that are not ASCII): torch's own unpickler then decides. It accepts every pickle that is
 // accepted here, with the same result.
 [[nodiscard]] std::optional<TorchPickle> parse_torch_pickle(std::string_view pickle) noexcept;
+
+// Places the tensors of a plain state dict in the file, in the order of the dict: texts are the
+// keys, each once, and each value is a contiguous tensor that has its storage for itself. Every
+// storage of the pickle must be a record of its size. Returns nothing for all other dicts, also the
+// empty one: they need views, a search for the state dict, or an error. `records`: those of the
+// archive. `folder`: the prefix of their names, such as "archive/".
+[[nodiscard]] std::optional<std::vector<TensorEntry>> place_plain_tensors(
+    TorchPickle pickle, std::span<const ZipRecord> records, std::string_view folder);
 
 }  // namespace weightlift::format

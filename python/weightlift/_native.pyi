@@ -68,8 +68,12 @@ class IndexedFile:
 
 class Archive:
     """An open zip file of stored (uncompressed) records: (name, begin, bytes, stated CRC-32,
-    whether its header is ZIP64), in the order of their bytes. ``index`` is of tensors at (name,
-    dtype, shape, begin), which may share bytes."""
+    whether its header is ZIP64), in the order of their bytes. ``find`` returns name -> (begin,
+    bytes) of those of the names that exist, in the folder of all records; none if the records have
+    no folder in common. ``index`` is of tensors at (name, dtype, shape, begin), which may share
+    bytes. ``index_of_plain`` is of the dict in a pickle of ``torch.save``, with its names in its
+    order; ``None`` unless the dict has only contiguous tensors, each alone in its storage, under
+    texts."""
 
     @staticmethod
     def open(path: str) -> Archive: ...
@@ -77,7 +81,9 @@ class Archive:
     identity: Final[tuple[int, int]]
     size: Final[int]
     def records(self) -> list[tuple[str, int, int, int, bool]]: ...
+    def find(self, names: list[str]) -> dict[str, tuple[int, int]]: ...
     def read(self, begin: int, bytes: int) -> bytes: ...
+    def index_of_plain(self, pickle: bytes) -> tuple[IndexedFile, list[str]] | None: ...
     def safetensors(self, begin: int, bytes: int) -> IndexedFile: ...
     def index(self, entries: Sequence[tuple[str, str, _Ints, int]]) -> IndexedFile: ...
 

@@ -9,7 +9,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import weightlift._native as _native
@@ -146,8 +145,8 @@ def open_file(filename: str | os.PathLike[str]) -> Checkpoint:
     format = torch_format_of(text)
     if format is None:
         return Checkpoint.from_file(text)
-    path = Path(text)
-    files = CheckpointFiles((ShardFile(path.name, text, format),), format, str(path.parent))
+    folder, name = os.path.split(text)
+    files = CheckpointFiles((ShardFile(name, text, format),), format, folder or ".")
     try:
         return open_files(files, None)
     except CheckpointError as error:

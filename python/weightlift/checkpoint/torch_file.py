@@ -124,11 +124,13 @@ def open_torch_file(
             return _loaded(path, state_dict_key, "torch's format from before 1.6", mmap=False)
         raise explained(error, path) from None
     try:
-        places = _places(archive)
+        data = _pickle_of(archive)
     except FormatError as error:
         raise (explained(error, path) if error.code == "not_weights" else error) from None
-    data = archive.read(*places["data.pkl"])
     with errors_of_torch(path, data):
+        if state_dict_key is None and (plain := archive.index_of_plain(data)) is not None:
+            return TorchFile(plain[0], {}, plain[1], {}, {})
+        places = _places(archive)
         value = _value_of(data, places)
     describe: _Describe = _described
     if value is None:
@@ -162,14 +164,18 @@ _Places = dict[str, tuple[int, int]]
 def _places(archive: _native.Archive) -> _Places:
     """The records, without their common folder."""
     records = archive.records()
-    folder = records[0][0].partition("/")[0] + "/" if records else ""
-    places = {
-        name[len(folder) :]: (begin, count)
-        for name, begin, count, _, _ in records
-        if name.startswith(folder)
-    }
+    begin = records[0][0].index("/") + 1
+    return {name[begin:]: (first, count) for name, first, count, _, _ in records}
+
+
+def _pickle_of(archive: _native.Archive) -> bytes:
+    """The pickle of a file of torch.save.
+
+    Raises a ``FormatError`` for other archives, and for files of other versions of the format.
+    """
+    places = archive.find([".data/version", "version", "data.pkl", "constants.pkl", "byteorder"])
     number = next((name for name in (".data/version", "version") if name in places), None)
-    if len(places) != len(records) or "data.pkl" not in places or number is None:
+    if "data.pkl" not in places or number is None:
         raise FormatError(
             "not_weights", "this is a zip file, but not a checkpoint of torch.save", archive.path
         )
@@ -195,7 +201,7 @@ def _places(archive: _native.Archive) -> _Places:
             f"its byte order is {order[:16]!r}; save it again on a little-endian machine",
             archive.path,
         )
-    return places
+    return archive.read(*places["data.pkl"])
 
 
 # Describes a tensor of the unpickled value.

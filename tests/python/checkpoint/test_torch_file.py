@@ -375,6 +375,113 @@ def test_any_views(tmp_path_factory: pytest.TempPathFactory, views: Any) -> None
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ranges))
 
 
+# State dicts of contiguous tensors that are alone in their storages, and all others.
+PLAIN: dict[str, dict[Any, Any]] = {
+    "vectors": {"b": torch.arange(3.0), "a": torch.arange(5)},
+    "ordered": collections.OrderedDict(w=torch.ones(2, 3, dtype=torch.bfloat16)),
+    "module": torch.nn.BatchNorm1d(2).state_dict(),
+    "parameters": dict(torch.nn.Linear(3, 2).named_parameters()),
+    "scalar_and_empty": {"s": torch.tensor(2.0), "z": torch.zeros(0, 3), "y": torch.zeros(0)},
+    "part_of_a_storage": {"w": torch.arange(8)[2:5], "v": torch.arange(4)[:1]},
+    "ones_in_the_shape": {"w": torch.ones(3, 1).t(), "v": torch.ones(1, 4, 1)},
+    "many": {f"layer.{number}": torch.full((2,), number) for number in range(300)},
+}
+_SHARED = torch.arange(6.0)
+NOT_PLAIN: dict[str, dict[Any, Any]] = {
+    "two_names": {"a": _SHARED, "b": _SHARED},
+    "two_parts": {"a": _SHARED[:2], "b": _SHARED[2:]},
+    "transposed": {"w": torch.ones(2, 3).t()},
+    "a_number": {"w": torch.ones(2), "step": 3},
+    "nested": {"state_dict": {"w": torch.ones(2)}},
+    "a_list": {"w": torch.ones(2), "l": [torch.ones(1)]},
+    "a_number_as_key": {"w": torch.ones(2), 3: torch.ones(2)},
+    "not_ascii": {"gewicht_\xe4": torch.ones(2)},
+    "no_tensors": {},
+}
+
+
+def places_of(file: TorchFile) -> dict[str, Any]:
+    part = file.part
+    headers = part.headers()
+    return {name: (headers[name], part.range(i)) for i, name in enumerate(part.names())}
+
+
+def quickly(path: Path, pickle: bytes) -> TorchFile | None:
+    """The index without Python objects for the tensors."""
+    found = _native.Archive.open(str(path)).index_of_plain(pickle)
+    return None if found is None else TorchFile(found[0], {}, found[1], {}, {})
+
+
+def step_by_step(path: Path, pickle: bytes) -> TorchFile:
+    archive = _native.Archive.open(str(path))
+    places = torch_file._places(archive)
+    value = torch_file._value_of(pickle, places)
+    assert value
+    return torch_file._Indexer(archive, places, torch_file._described).index(value)
+
+
+def pickle_in(path: Path) -> bytes:
+    return torch_file._pickle_of(_native.Archive.open(str(path)))
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_plain_state_dicts(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "f.bin"
+    file = check(path, PLAIN[case])
+    quick = quickly(path, pickle_in(path))
+    slow = step_by_step(path, pickle_in(path))
+    assert quick is not None
+    assert places_of(quick) == places_of(slow) == places_of(file)
+    assert quick.names == slow.names == file.names == list(PLAIN[case])
+
+
+def test_plain_state_dict_in_another_order_than_its_records(tmp_path: Path) -> None:
+    path = tmp_path / "f.bin"
+    check(path, PLAIN["vectors"])
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "g.bin", "w") as new:
+        for record in reversed(old.namelist()):
+            new.writestr(record, old.read(record))
+    quick = quickly(tmp_path / "g.bin", pickle_in(path))
+    assert quick is not None
+    assert quick.names == ["b", "a"] == quick.part.names()[::-1]
+    loaded = wl.load_file(tmp_path / "g.bin")
+    assert_equal(loaded, PLAIN["vectors"])
+
+
+@pytest.mark.parametrize("case", NOT_PLAIN)
+def test_other_state_dicts(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "f.bin"
+    torch.save(NOT_PLAIN[case], path)
+    assert quickly(path, pickle_in(path)) is None
+
+
+def test_a_record_of_another_size_or_none_is_not_plain(tmp_path: Path) -> None:
+    path = tmp_path / "f.bin"
+    torch.save({"w": torch.ones(4)}, path)
+    pickle = pickle_in(path)
+    torch.save({"w": torch.ones(5)}, tmp_path / "longer.bin")
+    torch.save({}, tmp_path / "none.bin")
+    assert quickly(path, pickle)
+    assert quickly(tmp_path / "longer.bin", pickle) is None
+    assert quickly(tmp_path / "none.bin", pickle) is None
+
+
+def test_changed_pickles_of_plain_state_dicts(tmp_path: Path) -> None:
+    path = tmp_path / "f.bin"
+    torch.save({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.int32)}, path)
+    pickle = pickle_in(path)
+    taken = 0
+    for at in range(len(pickle)):
+        for byte in range(256):
+            changed = pickle[:at] + bytes([byte]) + pickle[at + 1 :]
+            quick = quickly(path, changed)
+            if quick is not None:
+                slow = step_by_step(path, changed)
+                assert (quick.names, places_of(quick)) == (slow.names, places_of(slow))
+                taken += changed != pickle
+    assert taken > 100  # both ways were compared, not only the unchanged pickle
+
+
 def test_many_tensors(tmp_path: Path) -> None:
     state = {f"layers.{i}.weight": torch.full((3,), i) for i in range(3000)}
     check(tmp_path / "f", state)
