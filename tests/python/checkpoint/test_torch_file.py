@@ -466,6 +466,17 @@ def test_a_record_of_another_size_or_none_is_not_plain(tmp_path: Path) -> None:
     assert quickly(tmp_path / "none.bin", pickle) is None
 
 
+def test_a_name_that_repeats_is_not_plain(tmp_path: Path) -> None:
+    path = tmp_path / "f.bin"
+    torch.save({"a": torch.ones(1), "b": torch.zeros(1)}, path)
+    pickle = pickle_in(path)
+    repeated = pickle.replace(b"X\x01\x00\x00\x00b", b"X\x01\x00\x00\x00a")
+    assert quickly(path, pickle)
+    assert repeated != pickle
+    assert quickly(path, repeated) is None
+    assert step_by_step(path, repeated).names == ["a"]
+
+
 def test_changed_pickles_of_plain_state_dicts(tmp_path: Path) -> None:
     path = tmp_path / "f.bin"
     torch.save({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.int32)}, path)
