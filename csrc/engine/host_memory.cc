@@ -152,7 +152,7 @@ Result<std::shared_ptr<HostMemory>> allocate_pinned(std::size_t bytes, int devic
 Result<std::shared_ptr<HostMemory>> HostMemory::allocate(std::size_t bytes,
                                                          std::optional<int> pin_for,
                                                          const Settings& settings) {
-  if (pin_for && bytes != 0) return allocate_pinned(bytes, *pin_for, settings.resolved().threads);
+  if (pin_for && bytes != 0) return allocate_pinned(bytes, *pin_for, settings.thread_count());
   return allocate_pageable(bytes, settings);
 }
 

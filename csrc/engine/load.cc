@@ -184,13 +184,13 @@ unsigned Load::State::wanted_workers() const {
     devices += lane.device != kHostDevice ? 1 : 0;
   }
   if (devices == 0 && !populates && copied <= kInlineBytes) return 0;
-  unsigned threads = settings_.threads;
+  unsigned threads = settings_.thread_count();
   if (sources_->cold()) {
     threads =
         std::max(threads, settings_.reads_in_flight(sources_->reads_directly() ? devices : 0));
   }
   const auto wanted = static_cast<unsigned>(std::min<std::uint64_t>(threads, units));
-  const unsigned limit = std::max(wanted, 2 * settings_.threads);
+  const unsigned limit = std::max(wanted, 2 * settings_.thread_count());
   const unsigned busy = ThreadGroup::busy();
   return std::min(wanted, limit > busy ? limit - busy : 1);
 }

@@ -23,15 +23,19 @@ unsigned Settings::reads_in_flight(unsigned direct_devices) const noexcept {
   return static_cast<unsigned>(std::clamp(direct_devices * of_one, kUsual, kMost));
 }
 
+unsigned Settings::thread_count() const {
+  constexpr unsigned kMost = 256;
+  if (threads != 0) return std::min(threads, kMost);
+  // Read once: the quota is in several files, and reading them takes longer than loading a small
+  // tensor.
+  static const unsigned cpus = io::usable_cpus();
+  return std::clamp(cpus, 1U, kMost);
+}
+
 Settings Settings::resolved() const {
   constexpr std::size_t kKiB = 1024;
   constexpr std::size_t kMiB = 1024 * kKiB;
   Settings result = *this;
-  // Read once: the quota is in several files, and reading them takes longer than loading a small
-  // tensor.
-  static const unsigned cpus = io::usable_cpus();
-  if (threads == 0) result.threads = cpus;
-  result.threads = std::clamp(result.threads, 1U, 256U);
   result.io_depth = std::min(result.io_depth, 256U);
   // 1 MiB mostly stays in a core's second-level cache between the read and the cast.
   if (read_bytes == 0) result.read_bytes = kMiB;

@@ -47,7 +47,12 @@ struct Settings {
   // of this many devices.
   [[nodiscard]] unsigned reads_in_flight(unsigned direct_devices) const noexcept;
 
-  // The same with defaults in place of zeros (except io_depth) and sizes within their bounds.
+  // `threads` within its bounds; for 0, the processors. They are counted by the first load that
+  // needs their number, which a mapped one does not.
+  [[nodiscard]] unsigned thread_count() const;
+
+  // The same with defaults in place of zeros (except threads and io_depth) and sizes within their
+  // bounds.
   [[nodiscard]] Settings resolved() const;
 };
 

@@ -16,6 +16,8 @@
 #include <vector>
 
 #include "dtype.h"
+#include "format/index.h"
+#include "format/zip.h"
 
 namespace weightlift::format {
 namespace {
