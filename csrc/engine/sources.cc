@@ -134,15 +134,12 @@ void Sources::plan_populate(const Settings& settings) {
   // Resident pages cost one minor fault each, now or later, so only missing ranges are populated.
   std::vector<PopulateStep> missing;
   std::uint64_t missing_bytes = 0;
-  std::vector<Extent> extents;
   for (const PopulateStep& range : ranges) {
     const auto share =
         io::resident_share(*plan_.files[range.file], range.offset, range.bytes).share;
     if (share && *share >= 1) continue;
     missing.push_back(range);
     missing_bytes += range.bytes;
-    extents.resize(plan_.files.size());
-    extents[range.file].add(range.offset, range.offset + range.bytes, range.bytes);
   }
   if (missing.empty()) {
     note(ranges, ", resident");
@@ -153,6 +150,10 @@ void Sources::plan_populate(const Settings& settings) {
     return;
   }
   note(missing, ", populated in order");
+  std::vector<Extent> extents(plan_.files.size());
+  for (const PopulateStep& range : missing) {
+    extents[range.file].add(range.offset, range.offset + range.bytes, range.bytes);
+  }
   const std::uint64_t step = plan_.ranks.empty() ? kPopulateStep : kAwaitedStep;
   for (const PopulateStep& range : missing) {
     if (!std::exchange(files_[range.file].is_populated, true)) {

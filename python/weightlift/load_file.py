@@ -82,12 +82,12 @@ def load_file(
         OutOfMemoryError: the host or the device has too little memory (also a ``MemoryError``).
     """
     require("torch", "load_file")
-    devices = [] if device == "cpu" else [loadable_device(device)]
-    with slots_ahead(devices, casts=dtype is not None):
+    target = loadable_device(device)
+    with slots_ahead([target], casts=dtype is not None):
         checkpoint = open_file(filename)
         return load_tensors(
             checkpoint,
-            loadable_device(device),
+            target,
             LoadOptions(mode_of_backend(mode, backend), pin_memory, verify, progress),
             dtype=dtypes.parse_dtype(dtype),
         )
