@@ -3,10 +3,10 @@
     python benchmarks/floors.py FILE
 
 prints rates in bytes/s as JSON: copies from memory to memory; new memory, on huge or small pages,
-whichever are faster, while the machine has it and after its host may have taken it; a file in the
-page cache, read into one buffer for each thread, read into memory for the whole file, and mapped;
-the file from the disk with direct I/O; pinned memory to the GPU. All threads work at once, and the
-best of several runs counts.
+whichever are faster, while the machine has it, then with a write of the program to each of its
+pages, and after its host may have taken it; a file in the page cache, read into one buffer for each
+thread, read into memory for the whole file, and mapped; the file from the disk with direct I/O;
+pinned memory to the GPU. All threads work at once, and the best of several runs counts.
 """
 
 from __future__ import annotations
@@ -87,10 +87,11 @@ def copy_rate(count: int) -> float:
     return rate
 
 
-def new_memory_rate(count: int, wait: float) -> float:
+def new_memory_rate(count: int, wait: float, written: bool = False) -> float:
     """The rate of untouched memory, ``wait`` seconds after the last memory was freed; on huge or
-    small pages, whichever are faster, with all threads."""
-    program = memory_toucher()
+    small pages, whichever are faster, with all threads. The kernel clears the memory; if
+    ``written``, the program writes it after that."""
+    program = memory_toucher(written)
     rates = []
     for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_NOHUGEPAGE):
         for _ in range(1 if wait else REPEAT):
@@ -101,11 +102,12 @@ def new_memory_rate(count: int, wait: float) -> float:
     return max(rates)
 
 
-def memory_toucher() -> Callable[[int, int], float]:
+def memory_toucher(written: bool = False) -> Callable[[int, int], float]:
     """Returns a function of (bytes, advice) that measures bytes/s with all threads. It uses ctypes,
     which releases the GIL."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    step = (2 if written else 4) * UNIT  # what is written must still be in the cache
 
     def touch(count: int, advice: int) -> float:
         with contextlib.closing(mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) as new:
@@ -113,8 +115,10 @@ def memory_toucher() -> Callable[[int, int], float]:
             start = address(new)
 
             def populate(begin: int, end: int) -> None:
-                for at in range(begin, end, 4 * UNIT):
-                    libc.madvise(start + at, min(4 * UNIT, end - at), MADV_POPULATE_WRITE)
+                for at in range(begin, end, step):
+                    libc.madvise(start + at, min(step, end - at), MADV_POPULATE_WRITE)
+                    if written:
+                        ctypes.memset(start + at, 1, min(step, end - at))
 
             part = -(-count // THREADS // (2 * UNIT)) * 2 * UNIT
             bounds = [(at, min(at + part, count)) for at in range(0, count, part)]
@@ -187,6 +191,7 @@ def main() -> None:
     found = {"memory copy": copy_rate(max(count // 2, 64 * UNIT))}
     fresh = max(count // 4 // (2 * UNIT) * 2 * UNIT, 64 * UNIT)
     found["new memory"] = new_memory_rate(fresh, 0)
+    found["new memory, written"] = new_memory_rate(fresh, 0, written=True)
     found["new memory, not backed"] = new_memory_rate(fresh, WAIT_SECONDS)
     settle([file])
     found["page cache"] = read_rate(file, count, direct=False)

@@ -221,7 +221,10 @@ def page(summaries: dict[str, Summary]) -> str:
         "measurement runs in a fresh process, and all pages of the result are touched. Times are "
         "medians; ratios are medians of the rounds' ratios, with their range. *Memory* is the peak "
         "memory of the process without the page cache. *Floor* is the time divided by the "
-        "shortest time that this machine allows for the same load, measured in the same run. "
+        "shortest time that this machine allows for the same load, measured in the same run: for a "
+        "cast, the longer of reading the source and getting new memory. *In turn* is the time "
+        "divided by the sum of reading the source and writing new memory, as the same threads do "
+        "both. "
         "*State* says whether the machine backed the memory before the load. *Run* is the newest "
         "run that had the workload; the runs are listed below the tables.",
     ]
@@ -236,8 +239,8 @@ def machine_section(summary: Summary) -> Iterator[str]:
     workloads = in_order(summary["workloads"])
     yield f"Versions: {versions(workloads)}."
     yield ""
-    yield "| workload | | state | time | memory | floor | target | measured | run |"
-    yield "|---|---|---|--:|--:|--:|---|--:|--:|"
+    yield "| workload | | state | time | memory | floor | in turn | target | measured | run |"
+    yield "|---|---|---|--:|--:|--:|--:|---|--:|--:|"
     for workload in workloads:
         yield row(workload)
     yield ""
@@ -286,14 +289,15 @@ def row(workload: dict[str, Any]) -> str:
     ours = our_contender(workload["contenders"])
     cells = [workload["name"], workload.get("about") or "", workload["memory"]]
     if ours is None:
-        cells += ["", "", ""]
+        cells += [""] * 4
     else:
         found = workload["contenders"][ours]
-        multiple = found.get("floor_multiple")
+        floor, turns = found.get("floor_multiple"), found.get("in_turn_multiple")
         cells += [
             format_seconds(found["seconds"]["median"]),
             format_bytes(found["peak_anon_bytes"]),
-            "" if multiple is None else f"{multiple:.2f}x",
+            "" if floor is None else f"{floor:.2f}x",
+            "" if turns is None else f"{turns:.2f}x",
         ]
     return f"| {' | '.join([*cells, figure['target'], measured, str(workload['run'] + 1)])} |"
 

@@ -193,6 +193,19 @@ def floor_of(
     return None if rate is None else files / rate
 
 
+def in_turn(
+    workload: Workload, comparison: Comparison, contender: str, found: Rates
+) -> float | None:
+    """The seconds of a load into new memory if the same threads read the source, get the memory and
+    write it, one after the other. The floor is the larger of reading and getting memory alone."""
+    if workload.floor != "memory" or contender not in comparison.samples:
+        return None
+    backed = comparison.memory != NOT_BACKED
+    new = found["new memory, written" if backed else "new memory, not backed"]
+    given = comparison.samples[contender][0].bytes
+    return comparison.file_bytes / found["page cache"] + given / new
+
+
 def to_json(workload: Workload, comparison: Comparison, found: Rates) -> dict[str, Any]:
     content = comparison.to_json()
     content["about"] = workload.what
@@ -200,6 +213,8 @@ def to_json(workload: Workload, comparison: Comparison, found: Rates) -> dict[st
         floor = floor_of(workload, comparison, name, found)
         contender["floor_seconds"] = floor
         contender["floor_multiple"] = None if floor is None else comparison.median(name) / floor
+        turns = in_turn(workload, comparison, name, found)
+        contender["in_turn_multiple"] = None if turns is None else comparison.median(name) / turns
     return content
 
 

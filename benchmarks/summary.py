@@ -140,8 +140,9 @@ def contender(
         content["time_ratio"] = spread([one / own for one, own in pairs])
     if found.get("conversion_seconds") is not None:
         content["conversion_seconds"] = rounded(found["conversion_seconds"])
-    if found.get("floor_multiple") is not None:
-        content["floor_multiple"] = rounded(found["floor_multiple"])
+    for multiple in ("floor_multiple", "in_turn_multiple"):
+        if found.get(multiple) is not None:
+            content[multiple] = rounded(found[multiple])
     return content
 
 

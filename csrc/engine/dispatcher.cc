@@ -162,9 +162,7 @@ UnitTask Dispatcher::take_units(std::uint32_t lane_index) {
     if (state.all_given_out()) wake_if_all_given_out();
     return task;
   }
-  // One thread fills each new huge page: if two threads touch it at the same time, both clear 2
-  // MiB, and one result is dropped (mm/huge_memory.c).
-  while (!state.all_given_out() && units[state.next_unit].target_page == first.target_page) {
+  while (!state.all_given_out() && units[state.next_unit].region == first.region) {
     state.issued += units[state.next_unit++].payload;
     ++task.unit_count;
   }

@@ -223,7 +223,7 @@ class LaneBuilder {
       unit_.raw_target = raw_target();
       const Piece& piece = lane_.pieces[unit_.first_piece];
       const Copy& copy = plan_.copies[piece.copy];
-      unit_.target_page = (copy.target + piece.first * copy.target_item()) / io::kHugePageBytes;
+      unit_.region = region_of(copy, piece);
       lane_.units.push_back(unit_);
       return;
     }
@@ -296,6 +296,16 @@ class LaneBuilder {
     chunk_ = {.first_unit = static_cast<std::uint32_t>(lane_.units.size())};
     cursor_ = 0;
     tiles_ = 0;
+  }
+
+  // Two threads that touch one huge page at the same time both clear 2 MiB, and one result is
+  // dropped (mm/huge_memory.c). Two that map pages of one page table of a file, again 2 MiB, wait
+  // for each other, so a cast to a larger type takes the huge pages that come from as much of the
+  // source.
+  static std::uint64_t region_of(const Copy& copy, const Piece& piece) {
+    const std::uint64_t growth =
+        copy.casts() ? std::max<std::uint64_t>(copy.target_item() / copy.source_item(), 1) : 1;
+    return (copy.target + piece.first * copy.target_item()) / (growth * io::kHugePageBytes);
   }
 
   // The target of the whole range, if it is one run of uncast bytes; else 0.

@@ -35,11 +35,11 @@ struct Unit {
   std::uint32_t slot_offset = 0;  // device lanes, raw: offset of `begin` in the staging slot
   std::uint64_t begin = 0;        // range in the file; both 0 for memory
   std::uint64_t end = 0;
-  std::uint64_t payload = 0;      // bytes of tensors in it
-  std::uint64_t raw_target = 0;   // host lane: target of the whole range; 0 if it has no single one
-  std::uint64_t target_page = 0;  // host lane: the huge page of its first target
-  bool raw = false;               // device lanes: the range is staged unchanged
-  bool may_stay = false;          // raw: the device can copy it from the page cache
+  std::uint64_t payload = 0;     // bytes of tensors in it
+  std::uint64_t raw_target = 0;  // host lane: target of the whole range; 0 if it has no single one
+  std::uint64_t region = 0;      // host lane: one thread takes adjacent units of one region
+  bool raw = false;              // device lanes: the range is staged unchanged
+  bool may_stay = false;         // raw: the device can copy it from the page cache
 };
 
 // Units that go to a device together, in one staging slot.

@@ -15,8 +15,14 @@
 #include <variant>
 #include <vector>
 
+#include "dtype.h"
 #include "engine/bounded_queue.h"
+#include "engine/plan.h"
 #include "engine/schedule.h"
+#include "engine/settings.h"
+#include "io/anonymous_memory.h"
+#include "mutex.h"
+#include "result.h"
 
 namespace weightlift::engine::test {
 namespace {
@@ -184,6 +190,45 @@ TEST(DispatcherNext, PrefersTheThreadsOwnNode) {
   EXPECT_LE(of_other_node, 45);
   // A thread on a node without a lane takes the lane that is behind.
   for (int i = 0; i < 20; ++i) EXPECT_EQ(lane_of_next(on_node<7>), 0);
+}
+
+// The bytes of the target that each task for a host copy of `count` elements covers.
+std::vector<std::uint64_t> bytes_of_tasks(Dtype source, Dtype target, std::uint64_t count) {
+  LoadPlan plan;
+  // Nothing is read or written here.
+  plan.copies.push_back({.source = 4 * io::kHugePageBytes,
+                         .target = 10 * io::kHugePageBytes,
+                         .elements = count,
+                         .source_dtype = source,
+                         .target_dtype = target});
+  Result<Schedule> schedule = Schedule::make(plan, Settings{}.resolved());
+  EXPECT_TRUE(schedule.ok());
+  const Lane& lane = schedule->lanes.at(0);
+  Dispatcher dispatcher(*schedule, 0);
+  const MutexLock lock(dispatcher.mutex());
+  std::vector<std::uint64_t> found;
+  while (const std::optional<Task> task = dispatcher.next(no_node)) {
+    const auto& units = std::get<UnitTask>(*task);
+    std::uint64_t& bytes = found.emplace_back(0);
+    for (std::uint32_t i = 0; i < units.unit_count; ++i) {
+      const Unit& unit = lane.units[units.first_unit + i];
+      for (std::uint32_t j = 0; j < unit.piece_count; ++j) {
+        bytes += lane.pieces[unit.first_piece + j].count * plan.copies[0].target_item();
+      }
+    }
+    EXPECT_FALSE(dispatcher.finish(units, {}));
+  }
+  return found;
+}
+
+TEST(DispatcherNext, AThreadTakesWholeHugePagesAndSourcePageTables) {
+  constexpr std::uint64_t kHuge = io::kHugePageBytes;
+  constexpr std::uint64_t kCount = 4 * kHuge;
+  using Bytes = std::vector<std::uint64_t>;
+  EXPECT_EQ(bytes_of_tasks(Dtype::kF32, Dtype::kF16, kCount), Bytes(8, kHuge));
+  EXPECT_EQ(bytes_of_tasks(Dtype::kF16, Dtype::kBf16, kCount), Bytes(8, kHuge));
+  EXPECT_EQ(bytes_of_tasks(Dtype::kF16, Dtype::kF32, kCount), Bytes(8, 2 * kHuge));
+  EXPECT_EQ(bytes_of_tasks(Dtype::kU8, Dtype::kU8, kCount), Bytes(4, kHuge));
 }
 
 }  // namespace

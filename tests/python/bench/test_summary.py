@@ -70,6 +70,8 @@ def test_a_summary_has_the_newest_of_each_workload(tmp_path: Path) -> None:
     ours, theirs = [1.0, 3.0, 2.0], [4.0, 3.0, 8.0]
     old = a_run("2026-01-01", "a", {"weightlift": [9.0], "torch": [9.0]})
     new = a_run("2026-01-02", "a", {"weightlift": ours, "torch": theirs})
+    bounds = {"floor_multiple": 1.9, "in_turn_multiple": 1.1}
+    new["comparisons"][0]["contenders"]["torch"] |= bounds
     other = a_run("2026-01-01", "b", {"backend": [1.0], "stock": [2.0]})
     elsewhere = a_run("2025-01-01", "c", {"weightlift": [1.0]}, kernel="5.4")
     found, said = summarize(tmp_path, old, new, other, elsewhere)
@@ -80,6 +82,8 @@ def test_a_summary_has_the_newest_of_each_workload(tmp_path: Path) -> None:
     assert workloads["a"]["run"] == 0
     assert workloads["b"]["run"] == 1
     torch = workloads["a"]["contenders"]["torch"]
+    assert torch.items() >= bounds.items()
+    assert workloads["a"]["contenders"]["weightlift"].keys().isdisjoint(bounds)
     assert torch["rounds"] == 3
     assert torch["seconds"] == {"median": 4.25, "least": 3.25, "most": 8.25}
     ratios = [(b + 0.25) / (a + 0.25) for a, b in zip(ours, theirs, strict=True)]
