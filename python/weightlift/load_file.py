@@ -82,12 +82,13 @@ def load_file(
         OutOfMemoryError: the host or the device has too little memory (also a ``MemoryError``).
     """
     require("torch", "load_file")
-    target = loadable_device(device)
-    with slots_ahead([target], casts=dtype is not None):
+    # The file is opened before the CPU asks for torch: a wrong path gets its error at once.
+    devices = [] if device == "cpu" else [loadable_device(device)]
+    with slots_ahead(devices, casts=dtype is not None):
         checkpoint = open_file(filename)
         return load_tensors(
             checkpoint,
-            target,
+            loadable_device(device),
             LoadOptions(mode_of_backend(mode, backend), pin_memory, verify, progress),
             dtype=dtypes.parse_dtype(dtype),
         )
