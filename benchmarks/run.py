@@ -76,45 +76,66 @@ def main() -> int:
     start = time.monotonic()
     arguments.data.mkdir(parents=True, exist_ok=True)
     jobs = make_jobs(chosen, arguments.data, arguments.scale, console)
-    found = measure_rates(jobs, console)
+    before = measure_rates(jobs, console)
     now = datetime.datetime.now(datetime.timezone.utc)
-    out = arguments.out or unused(f"{now:%Y-%m-%d}-{machine_name(machine())}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {
+    about: dict[str, Any] = {
         "date": now.isoformat(timespec="seconds"),
         "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
         "scale": arguments.scale,
         "machine": machine(),
-        "rates": found,
-        "figures": {},
-        "comparisons": [],
     }
-    paths = ((arguments.out, "RESULT"), (arguments.data, "DATA"), (ROOT, "ROOT"))
+    out = arguments.out or unused(f"{now:%Y-%m-%d}-{machine_name(about['machine'])}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Results have no paths of the machine.
+    paths = {arguments.out: "RESULT", arguments.data: "DATA", ROOT: "ROOT"}
+
     comparisons: dict[str, Comparison] = {}
-    figures: dict[str, Figure] = {}
     for name, comparison in run(chosen, jobs, arguments.repeat, arguments.seed):
         comparisons[name] = comparison
-        figures[name] = chosen[name].judge(comparison, found)
-        content["figures"][name] = dataclasses.asdict(figures[name])
-        content["comparisons"].append(to_json(chosen[name], comparison, found))
-        # After each workload, so that a stopped run leaves its results. Without paths of the
-        # machine.
-        text = json.dumps(content, indent=1)
-        for path, word in paths:
-            text = text.replace(str(path), word) if path else text
-        out.write_text(text + "\n")
+        # After each workload, so that a stopped run leaves its results.
+        figures = write(out, about, before, chosen, comparisons, paths)
         verdict = "ok" if figures[name].passed else "missed"
         console.print(
             f"{name}: {figures[name].target}: {figures[name].measured}: {verdict}, "
             f"after {time.monotonic() - start:.0f} s",
             markup=False,
         )
+    found = mean_rates(before, measure_rates(jobs, console))
+    figures = write(out, about, found, chosen, comparisons, paths)
     show(console, chosen, comparisons, figures, found)
     print_methods(console, chosen, comparisons)
     for name, rate in found.items():
         console.print(f"{name}: {rate / 1e9:.1f} GB/s")
     console.print(f"\n{out} written; {time.monotonic() - start:.0f} s in all")
     return 0
+
+
+def mean_rates(before: Rates, after: Rates) -> Rates:
+    """The rates of a run. A machine that others share too may be faster or slower for a minute, so
+    they are measured before and after the workloads."""
+    return {name: (before[name] + after[name]) / 2 for name in before if name in after}
+
+
+def write(
+    out: Path,
+    about: dict[str, Any],
+    found: Rates,
+    chosen: dict[str, Workload],
+    comparisons: dict[str, Comparison],
+    paths: dict[Path | None, str],
+) -> dict[str, Figure]:
+    """Writes the results so far, and returns their figures. ``paths`` get these names."""
+    figures = {name: chosen[name].judge(made, found) for name, made in comparisons.items()}
+    content = about | {
+        "rates": found,
+        "figures": {name: dataclasses.asdict(figure) for name, figure in figures.items()},
+        "comparisons": [to_json(chosen[name], made, found) for name, made in comparisons.items()],
+    }
+    text = json.dumps(content, indent=1)
+    for path, word in paths.items():
+        text = text.replace(str(path), word) if path else text
+    out.write_text(text + "\n")
+    return figures
 
 
 def unused(name: str) -> Path:
