@@ -1,5 +1,6 @@
 #include "engine/runner.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -22,6 +23,9 @@
 
 namespace weightlift::engine {
 namespace {
+
+// Bytes from which on a read of their own takes less time than one copy more.
+constexpr std::uint64_t kLargePiece = std::uint64_t{16} << 10;
 
 std::byte* at_address(std::uint64_t address) {
   return reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(address));
@@ -130,6 +134,7 @@ bool Runner::leave_in_place(const UnitTask& task, const Chunk& chunk, const Unit
   auto hold = sources_.hold(unit);
   if (hold.data() == nullptr) return false;
   devices_[task.lane]->keep(task.slot, index - chunk.first_unit, std::move(hold));
+  counters_.read_bytes += unit.end - unit.begin;
   return true;
 }
 
@@ -151,7 +156,6 @@ Status Runner::deliver_units(const UnitTask& task, const Chunk* chunk, Scratch& 
       if (unit.file != kFromMemory) error.path = plan_.files[unit.file]->path();
       return status;
     }
-    if (unit.file != kFromMemory) counters_.read_bytes += unit.end - unit.begin;
     if (device != nullptr) continue;
     counters_.delivered_bytes += unit.payload;
     if (arrivals_ != nullptr) arrivals_->delivered(lane, unit);
@@ -161,11 +165,51 @@ Status Runner::deliver_units(const UnitTask& task, const Chunk* chunk, Scratch& 
 
 // Delivers a unit to its targets on the host, or into the staging slot.
 Status Runner::deliver_unit(const Unit& unit, const Lane& lane, std::byte* slot, Scratch& scratch) {
-  if (unit.raw_target != 0) return sources_.read(unit, at_address(unit.raw_target), scratch);
-  if (slot != nullptr && unit.raw) return sources_.read(unit, slot + unit.slot_offset, scratch);
+  if (unit.raw_target != 0) return read(unit, at_address(unit.raw_target), scratch);
+  if (slot != nullptr && unit.raw) return read(unit, slot + unit.slot_offset, scratch);
+  // A direct read goes through a buffer anyway, and is faster as a whole.
+  if (unit.plain && !sources_.reads_directly(unit.file)) return deliver_plain(unit, lane, scratch);
+  return deliver_pieces(unit, lane, slot, scratch);
+}
+
+Status Runner::read(const Unit& unit, std::byte* target, Scratch& scratch) {
+  counters_.read_bytes += unit.end - unit.begin;
+  return sources_.read(unit, target, scratch);
+}
+
+// Reads large pieces to their targets: through a buffer, their bytes would be copied twice.
+Status Runner::deliver_plain(const Unit& unit, const Lane& lane, Scratch& scratch) {
+  Unit small{.file = unit.file};  // the pieces before the next large one
+  const auto deliver_small = [&]() -> Status {
+    if (small.piece_count == 0) return {};
+    return deliver_pieces(std::exchange(small, {.file = unit.file}), lane, nullptr, scratch);
+  };
+  for (std::uint32_t i = unit.first_piece; i < unit.first_piece + unit.piece_count; ++i) {
+    const Piece& piece = lane.pieces[i];
+    const Copy& copy = plan_.copies[piece.copy];
+    const std::uint64_t item = copy.source_item();
+    const std::uint64_t begin = copy.source + piece.first * item;
+    const std::uint64_t end = begin + piece.count * item;
+    if (end - begin >= kLargePiece) {
+      WL_RETURN_IF_ERROR(deliver_small());
+      WL_RETURN_IF_ERROR(read({.file = unit.file, .begin = begin, .end = end},
+                              at_address(copy.target + piece.first * item), scratch));
+      continue;
+    }
+    if (small.piece_count == 0) small = {.file = unit.file, .first_piece = i, .begin = begin};
+    small.begin = std::min(small.begin, begin);  // tensors that overlap
+    small.end = std::max(small.end, end);
+    ++small.piece_count;
+  }
+  return deliver_small();
+}
+
+Status Runner::deliver_pieces(const Unit& unit, const Lane& lane, std::byte* slot,
+                              Scratch& scratch) {
   Sources::Bytes bytes;
   if (unit.file != kFromMemory) {
     const bool is_cast = lane.pieces[unit.first_piece].host_cast;
+    counters_.read_bytes += unit.end - unit.begin;
     WL_ASSIGN_OR_RETURN(bytes, sources_.bytes(unit, is_cast, scratch));
   }
   for (std::uint32_t i = 0; i < unit.piece_count; ++i) {

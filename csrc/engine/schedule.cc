@@ -224,6 +224,7 @@ class LaneBuilder {
       const Piece& piece = lane_.pieces[unit_.first_piece];
       const Copy& copy = plan_.copies[piece.copy];
       unit_.region = region_of(copy, piece);
+      unit_.plain = as_it_is_;
       lane_.units.push_back(unit_);
       return;
     }

@@ -38,8 +38,9 @@ struct Unit {
   std::uint64_t payload = 0;     // bytes of tensors in it
   std::uint64_t raw_target = 0;  // host lane: target of the whole range; 0 if it has no single one
   std::uint64_t region = 0;      // host lane: one thread takes adjacent units of one region
-  bool raw = false;              // device lanes: the range is staged unchanged
-  bool may_stay = false;         // raw: the device can copy it from the page cache
+  bool plain = false;     // host lane: all pieces are contiguous bytes of a file, without a cast
+  bool raw = false;       // device lanes: the range is staged unchanged
+  bool may_stay = false;  // raw: the device can copy it from the page cache
 };
 
 // Units that go to a device together, in one staging slot.

@@ -218,6 +218,10 @@ bool Sources::reads_directly() const noexcept {
                      [](const Source& source) { return source.direct != nullptr; });
 }
 
+bool Sources::reads_directly(std::uint32_t file) const noexcept {
+  return files_[file].direct != nullptr && !files_[file].direct_refused.load();
+}
+
 void Sources::watch_large_folios(const PopulateStep& step) {
   // A touch of the mapping would raise SIGBUS if the file has shrunk.
   const ReadPage read = [&](std::uint64_t offset) {

@@ -43,6 +43,8 @@ class Sources {
   [[nodiscard]] bool cold() const noexcept;
   // Whether a file is read with direct I/O.
   [[nodiscard]] bool reads_directly() const noexcept;
+  // Whether this file is, until a read is refused. Any thread.
+  [[nodiscard]] bool reads_directly(std::uint32_t file) const noexcept;
 
   // The parts of mappings that must be read in, in this order and one at a time.
   [[nodiscard]] const std::vector<PopulateStep>& populate_steps() const noexcept { return steps_; }

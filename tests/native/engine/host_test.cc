@@ -34,6 +34,27 @@ TEST(LoadToHost, LargeTargets) {
   run_plainly(scenario, "large");
 }
 
+// Each large tensor is read to its place, and small ones together. The bytes between are not read.
+TEST(LoadToHost, ReadsNoBytesAroundLargeTensors) {
+  Machine machine(0);
+  Scenario scenario(1, 0);
+  constexpr std::uint64_t kLarge = 190 * kKiB;
+  const Origin file = scenario.add_file(2 * kLarge + kKiB);
+  scenario.add(file, 7, kLarge, Dtype::kU8, Dtype::kU8, kHostDevice, 3);
+  scenario.add(file, kLarge + 100, 50, Dtype::kU8, Dtype::kU8, kHostDevice, 3);
+  scenario.add(file, kLarge + 200, 25, Dtype::kF16, Dtype::kF16, kHostDevice, 3);
+  scenario.add(file, kLarge + 500, kLarge, Dtype::kU8, Dtype::kU8, kHostDevice, 3);
+  std::string why;
+  auto load = scenario.prepare(&why);
+  ASSERT_NE(load, nullptr) << why;
+  ASSERT_TRUE(load->start().ok());
+  wait_for(*load, "large");
+  const auto report = load->finish();
+  ASSERT_TRUE(report.ok()) << report.error().describe();
+  EXPECT_EQ(report->read_bytes, 2 * kLarge + 150);
+  scenario.expect_everything(*load, *report, "large");
+}
+
 // Small tensors that are neighbours in the file are neighbours in the block, unless one would be
 // misaligned.
 TEST(HostLayoutAdd, KeepsNeighboursTogether) {
