@@ -20,6 +20,7 @@
 #include "bind/torch_pickle.h"
 #include "bind/values.h"
 #include "format/index.h"
+#include "format/torch_archive.h"
 #include "format/torch_pickle.h"
 #include "format/zip.h"
 #include "io/file.h"
@@ -48,22 +49,11 @@ py::bytes read_bytes(const Archive& self, std::uint64_t begin, std::uint64_t byt
   return result;
 }
 
-// The folder of all records, with its slash; empty if they have none in common.
-std::string_view common_folder(const Archive& self) {
-  if (self.records.empty()) return {};
-  const std::string_view first = self.records[0].name;
-  const std::string_view folder = first.substr(0, first.find('/') + 1);
-  const auto inside = [folder](const format::ZipRecord& record) {
-    return record.name.starts_with(folder);
-  };
-  return std::ranges::all_of(self.records, inside) ? folder : std::string_view{};
-}
-
 // The records of these names in the folder that all records are in; none if there is no such
 // folder.
 py::dict find_records(const Archive& self, const std::vector<std::string>& names) {
   py::dict found;
-  const std::string_view folder = common_folder(self);
+  const std::string_view folder = format::common_folder(self.records);
   if (folder.empty()) return found;
   for (const format::ZipRecord& record : self.records) {
     const std::string_view name = std::string_view(record.name).substr(folder.size());
@@ -82,8 +72,8 @@ py::object index_of_plain(const Archive& self, const py::bytes& pickle) {
     const UnlockedGil unlocked;
     auto parsed = format::parse_torch_pickle(data);
     if (!parsed) return std::shared_ptr<IndexedFile>();
-    auto entries =
-        format::place_plain_tensors(*std::move(parsed), self.records, common_folder(self));
+    auto entries = format::place_plain_tensors(*std::move(parsed), self.records,
+                                               format::common_folder(self.records));
     if (!entries) return std::shared_ptr<IndexedFile>();
     in_file_order = std::ranges::is_sorted(*entries, {}, &format::TensorEntry::begin);
     if (!in_file_order) {

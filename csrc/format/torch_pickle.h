@@ -5,14 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
-#include <span>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "dtype.h"
-#include "format/index.h"
-#include "format/zip.h"
 
 namespace weightlift::format {
 
@@ -89,13 +86,5 @@ struct TorchPickle {
 // names that are not ASCII): torch's own unpickler then decides. It accepts every pickle that is
 // accepted here, with the same result.
 [[nodiscard]] std::optional<TorchPickle> parse_torch_pickle(std::string_view pickle) noexcept;
-
-// Places the tensors of a plain state dict in the file, in the order of the dict: texts are the
-// keys, which may repeat, and each value is a contiguous tensor that has its storage for itself.
-// Every storage of the pickle must be a record of its size. Returns nothing for all other dicts,
-// also the empty one: they need views, a search for the state dict, or an error. `records`: those
-// of the archive. `folder`: the prefix of their names, such as "archive/".
-[[nodiscard]] std::optional<std::vector<TensorEntry>> place_plain_tensors(
-    TorchPickle pickle, std::span<const ZipRecord> records, std::string_view folder);
 
 }  // namespace weightlift::format
