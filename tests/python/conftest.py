@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +12,7 @@ import hypothesis
 import pytest
 
 import weightlift
+from weightlift.load import arriving_load
 from weightlift.module import order_of_use
 
 pytest.register_assert_rewrite(
@@ -39,6 +43,30 @@ def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(order_of_use, "_orders", {})
     yield
     weightlift.Settings.set_default(None)
+
+
+# Threads of models that outlive a test, such as those of a fixture of the module.
+_kept: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@pytest.fixture(autouse=True)
+def earlier_loads_have_ended() -> None:
+    """A background load that the collector deletes during a test, or a read ahead for the hooks of
+    an earlier model, would count in the test's ``stats()``."""
+    if arriving_load._running or own_threads():
+        gc.collect()  # a model with hooks is in a cycle
+    for thread in own_threads():
+        thread.join(10)
+        if thread.is_alive():
+            _kept.add(thread)
+
+
+def own_threads() -> list[threading.Thread]:
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith("weightlift") and thread not in _kept
+    ]
 
 
 def required(report: pytest.TestReport | pytest.CollectReport) -> None:
