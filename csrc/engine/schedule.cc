@@ -317,11 +317,12 @@ class LaneBuilder {
     for (std::uint32_t i = 0; i < unit_.piece_count; ++i) {
       const Piece& piece = lane_.pieces[unit_.first_piece + i];
       const Copy& copy = plan_.copies[piece.copy];
-      const std::uint64_t address = copy.target + piece.first;  // copies without a cast count bytes
-      if (copy.source + piece.first != at) return 0;
+      const std::uint64_t first = piece.first * copy.source_item();
+      const std::uint64_t address = copy.target + first;
+      if (copy.source + first != at) return 0;
       if (i == 0) target = address;
       if (address - target != at - unit_.begin) return 0;
-      at += piece.count;
+      at += piece.count * copy.source_item();
     }
     return target;
   }
