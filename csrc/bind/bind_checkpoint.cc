@@ -63,31 +63,41 @@ py::dict find_records(const Archive& self, const std::vector<std::string>& names
   return found;
 }
 
-// Returns the index of a plain state dict and the names in its order, None for all others.
+// Each tied tensor as (name, name of its base, dtype, shape, stride).
+py::list tuples_of(std::span<const format::TiedTensor> ties) {
+  py::list tuples;
+  for (const format::TiedTensor& tied : ties) {
+    tuples.append(py::make_tuple(text(tied.name), text(tied.base), dtype_text(tied.dtype),
+                                 shape_tuple(tied.shape), shape_tuple(tied.stride)));
+  }
+  return tuples;
+}
+
+// Returns the index of a plain state dict, the names in its order and its tied tensors, None for
+// all others.
 py::object index_of_plain(const Archive& self, const py::bytes& pickle) {
   const std::string_view data = pickle;
-  std::vector<std::string> names;
+  std::optional<format::PlainTensors> plain;
   bool in_file_order = true;
   auto opened = [&]() -> Result<std::shared_ptr<IndexedFile>> {
     const UnlockedGil unlocked;
     auto parsed = format::parse_torch_pickle(data);
     if (!parsed) return std::shared_ptr<IndexedFile>();
-    auto entries = format::place_plain_tensors(*std::move(parsed), self.records,
-                                               format::common_folder(self.records));
-    if (!entries) return std::shared_ptr<IndexedFile>();
-    in_file_order = std::ranges::is_sorted(*entries, {}, &format::TensorEntry::begin);
-    if (!in_file_order) {
-      for (const format::TensorEntry& entry : *entries) names.push_back(entry.name);
-    }
-    return IndexedFile::of_entries(self.file, *std::move(entries));
+    plain = format::place_plain_tensors(*std::move(parsed), self.records,
+                                        format::common_folder(self.records));
+    if (!plain) return std::shared_ptr<IndexedFile>();
+    in_file_order = plain->ties.empty() &&
+                    std::ranges::is_sorted(plain->entries, {}, &format::TensorEntry::begin);
+    return IndexedFile::of_entries(self.file, std::move(plain->entries));
   }();
   // A name that repeats is no error in a pickle, where the last value counts.
   const auto index = opened.ok() ? *std::move(opened) : nullptr;
   if (index == nullptr) return py::none();
-  if (in_file_order) return py::make_tuple(index, index->names());
+  const py::list ties = tuples_of(plain->ties);
+  if (in_file_order) return py::make_tuple(index, index->names(), ties);
   py::list order;
-  for (const std::string& name : names) order.append(text(name));
-  return py::make_tuple(index, order);
+  for (const std::string_view name : plain->names) order.append(text(name));
+  return py::make_tuple(index, order, ties);
 }
 
 using EntryTuple = std::tuple<std::string, std::string, std::vector<std::uint64_t>, std::uint64_t>;

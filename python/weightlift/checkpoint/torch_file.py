@@ -128,8 +128,8 @@ def open_torch_file(
     except FormatError as error:
         raise (explained(error, path) if error.code == "not_weights" else error) from None
     with errors_of_torch(path, data):
-        if state_dict_key is None and (plain := archive.index_of_plain(data)) is not None:
-            return TorchFile(plain[0], {}, plain[1], {}, {})
+        if state_dict_key is None and (plain := _plain(archive, data)) is not None:
+            return plain
         places = _places(archive)
         value = _value_of(data, places)
     describe: _Describe = _described
@@ -143,6 +143,17 @@ def open_torch_file(
     found = _find(value, state_dict_key, path)
     file = _Indexer(archive, places, describe).index(found.state_dict)
     return file._replace(not_tensors=found.beside | file.not_tensors, left_out=found.left_out)
+
+
+def _plain(archive: _native.Archive, data: bytes) -> TorchFile | None:
+    """The index without a Python object for each tensor, which takes longer; ``None`` for a state
+    dict that needs them."""
+    found = archive.index_of_plain(data)
+    if found is None:
+        return None
+    index, names, ties = found
+    views = {name: View(base, dtype, shape, stride, 0) for name, base, dtype, shape, stride in ties}
+    return TorchFile(index, views, names, {}, {})
 
 
 def _find(value: Any, state_dict_key: str | None, path: str) -> Found:

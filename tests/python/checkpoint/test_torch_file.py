@@ -375,7 +375,8 @@ def test_any_views(tmp_path_factory: pytest.TempPathFactory, views: Any) -> None
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ranges))
 
 
-# State dicts of contiguous tensors that are alone in their storages, and all others.
+W, V = torch.arange(6.0), torch.ones(2)
+# State dicts of contiguous tensors that are alone in their storages or tied, and all others.
 PLAIN: dict[str, dict[Any, Any]] = {
     "vectors": {"b": torch.arange(3.0), "a": torch.arange(5)},
     "ordered": collections.OrderedDict(w=torch.ones(2, 3, dtype=torch.bfloat16)),
@@ -385,11 +386,20 @@ PLAIN: dict[str, dict[Any, Any]] = {
     "part_of_a_storage": {"w": torch.arange(8)[2:5], "v": torch.arange(4)[:1]},
     "ones_in_the_shape": {"w": torch.ones(3, 1).t(), "v": torch.ones(1, 4, 1)},
     "many": {f"layer.{number}": torch.full((2,), number) for number in range(300)},
+    "tied": {"a": W, "w": torch.ones(2), "b": W, "c": W.detach()},
+    "tied_parts": {"b": W[1:3], "a": W[1:3]},
+    "tied_scalars": {"s": W[0], "t": W[0], "u": torch.tensor(2.0)},
+    "tied_strides": {"w": W.view(6, 1), "v": torch.as_strided(W, (6, 1), (1, 7))},
 }
-_SHARED = torch.arange(6.0)
+_SQUARE = torch.ones(2, 2)
+_EMPTY = torch.ones(2)[:0]
 NOT_PLAIN: dict[str, dict[Any, Any]] = {
-    "two_names": {"a": _SHARED, "b": _SHARED},
-    "two_parts": {"a": _SHARED[:2], "b": _SHARED[2:]},
+    "two_shapes": {"a": W, "b": W.view(2, 3)},
+    "two_lengths": {"a": W, "b": W[:5]},
+    "tied_and_another": {"a": W, "b": W, "c": W[1:]},
+    "tied_and_transposed": {"a": _SQUARE, "b": _SQUARE.t()},
+    "tied_without_bytes": {"a": _EMPTY, "b": _EMPTY},
+    "two_parts": {"a": W[:2], "b": W[2:]},
     "transposed": {"w": torch.ones(2, 3).t()},
     "a_number": {"w": torch.ones(2), "step": 3},
     "nested": {"state_dict": {"w": torch.ones(2)}},
@@ -408,8 +418,7 @@ def places_of(file: TorchFile) -> dict[str, Any]:
 
 def quickly(path: Path, pickle: bytes) -> TorchFile | None:
     """The index without Python objects for the tensors."""
-    found = _native.Archive.open(str(path)).index_of_plain(pickle)
-    return None if found is None else TorchFile(found[0], {}, found[1], {}, {})
+    return torch_file._plain(_native.Archive.open(str(path)), pickle)
 
 
 def step_by_step(path: Path, pickle: bytes) -> TorchFile:
@@ -432,6 +441,7 @@ def test_plain_state_dicts(tmp_path: Path, case: str) -> None:
     slow = step_by_step(path, pickle_in(path))
     assert quick is not None
     assert places_of(quick) == places_of(slow) == places_of(file)
+    assert quick.views == slow.views == file.views
     assert quick.names == slow.names == file.names == list(PLAIN[case])
 
 
@@ -466,20 +476,29 @@ def test_a_record_of_another_size_or_none_is_not_plain(tmp_path: Path) -> None:
     assert quickly(tmp_path / "none.bin", pickle) is None
 
 
-def test_a_name_that_repeats_is_not_plain(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "state", [{"a": torch.ones(1), "b": torch.zeros(1)}, {"a": W, "b": W, "c": torch.zeros(1)}]
+)
+def test_a_name_that_repeats_is_not_plain(tmp_path: Path, state: dict[str, Any]) -> None:
     path = tmp_path / "f.bin"
-    torch.save({"a": torch.ones(1), "b": torch.zeros(1)}, path)
+    torch.save(state, path)
     pickle = pickle_in(path)
-    repeated = pickle.replace(b"X\x01\x00\x00\x00b", b"X\x01\x00\x00\x00a")
+    *others, last = state
+    repeated = pickle.replace(*(b"X\x01\0\0\0" + name.encode() for name in (last, others[-1])))
     assert quickly(path, pickle)
     assert repeated != pickle
     assert quickly(path, repeated) is None
-    assert step_by_step(path, repeated).names == ["a"]
+    assert step_by_step(path, repeated).names == others
 
 
-def test_changed_pickles_of_plain_state_dicts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "state",
+    [{"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.int32)}, {"a": W, "b": W, "c": V}],
+    ids=["alone", "tied"],
+)
+def test_changed_pickles_of_plain_state_dicts(tmp_path: Path, state: dict[str, Any]) -> None:
     path = tmp_path / "f.bin"
-    torch.save({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.int32)}, path)
+    torch.save(state, path)
     pickle = pickle_in(path)
     taken = 0
     for at in range(len(pickle)):
@@ -488,7 +507,8 @@ def test_changed_pickles_of_plain_state_dicts(tmp_path: Path) -> None:
             quick = quickly(path, changed)
             if quick is not None:
                 slow = step_by_step(path, changed)
-                assert (quick.names, places_of(quick)) == (slow.names, places_of(slow))
+                assert (quick.names, quick.views) == (slow.names, slow.views)
+                assert places_of(quick) == places_of(slow)
                 taken += changed != pickle
     assert taken > 100  # both ways were compared, not only the unchanged pickle
 
@@ -499,8 +519,6 @@ def test_many_tensors(tmp_path: Path) -> None:
 
 
 # --- Where the state dict is ---------------------------------------------------------------------
-
-W, V = torch.arange(6.0), torch.ones(2)
 
 
 @pytest.mark.parametrize(
