@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "python" / "helpers"))
 
 import malformed
 import malformed_archives
+import torch_pickles
 
 # Larger ones slow down every mutation and find nothing more.
 _MOST_BYTES = 4096
@@ -40,10 +41,8 @@ def tables() -> dict[str, bytes]:
 
 
 def pickles() -> dict[str, bytes]:
-    import test_torch_pickle
-
-    cases = {**test_torch_pickle.ACCEPTED, **test_torch_pickle.LEFT_TO_TORCH}
-    return {name: test_torch_pickle.saved(value)[0] for name, value in cases.items()}
+    cases = {**torch_pickles.ACCEPTED, **torch_pickles.LEFT_TO_TORCH}
+    return {name: torch_pickles.saved(value)[0] for name, value in cases.items()}
 
 
 def main(folder: Path) -> None:

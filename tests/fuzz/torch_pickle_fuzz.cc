@@ -2,11 +2,18 @@
 // with torch's own unpickler; this checks properties that hold for all bytes.
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
 #include <set>
+#include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "common.h"
+#include "format/torch_archive.h"
 #include "format/torch_pickle.h"
+#include "format/zip.h"
 
 namespace weightlift::fuzz {
 namespace {
@@ -100,6 +107,53 @@ void check_tensors(const format::TorchPickle& pickle) {
   }
 }
 
+// A record for each storage, with a gap after it.
+std::vector<format::ZipRecord> records_of(const format::TorchPickle& pickle) {
+  std::vector<format::ZipRecord> records;
+  std::uint64_t begin = 64;
+  for (const auto& storage : pickle.storages) {
+    std::uint64_t end = 0;
+    if (__builtin_add_overflow(begin, storage.bytes, &end) || end >> 62 != 0) break;
+    records.push_back({"a/data/" + std::string(storage.record), begin, storage.bytes, 0, false});
+    begin = end + 64;
+  }
+  return records;
+}
+
+std::uint64_t count_of(const std::vector<std::uint64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end(), std::uint64_t{1}, std::multiplies<>());
+}
+
+// Each tensor is read from within one record, and no record is read twice.
+void check_places(const format::TorchPickle& pickle) {
+  const auto records = records_of(pickle);
+  const auto placed = format::place_plain_tensors(pickle, records, "a/");
+  if (!placed) return;
+  std::multiset<std::string_view> names;
+  std::set<std::uint64_t> read;
+  for (const auto& entry : placed->entries) {
+    names.insert(entry.name);
+    const auto next = std::ranges::upper_bound(records, entry.begin, {}, &format::ZipRecord::begin);
+    WL_REQUIRE(next != records.begin());
+    const auto& record = *std::prev(next);
+    const std::uint64_t bytes = count_of(entry.shape) * dtype_bytes(entry.dtype);
+    WL_REQUIRE(entry.begin + bytes <= record.begin + record.bytes);
+    WL_REQUIRE(bytes == 0 || read.insert(record.begin).second);
+  }
+  for (const auto& tied : placed->ties) {
+    const auto base = std::ranges::find(placed->entries, tied.base, &format::TensorEntry::name);
+    WL_REQUIRE(base != placed->entries.end() && base->dtype == tied.dtype);
+    WL_REQUIRE(base->shape == std::vector{count_of(tied.shape)});
+    WL_REQUIRE(tied.shape.size() == tied.stride.size());
+    if (tied.name == tied.base) continue;
+    WL_REQUIRE(names.insert(tied.name) != names.end() && names.count(tied.name) == 1);
+  }
+  WL_REQUIRE(std::ranges::is_permutation(names, placed->names));
+  const auto& items = pickle.dicts[pickle.value.at].items;
+  WL_REQUIRE(std::ranges::equal(placed->names, items, {}, {},
+                                [&](const auto& item) { return pickle.texts[item.first.at]; }));
+}
+
 }  // namespace
 }  // namespace weightlift::fuzz
 
@@ -113,5 +167,6 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   WL_REQUIRE(is_dict);
   fuzz::Walk(*pickle, text)(pickle->value);
   fuzz::check_tensors(*pickle);
+  fuzz::check_places(*pickle);
   return 0;
 }
