@@ -228,15 +228,17 @@ bool is_ascii(std::string_view text) {
   return std::all_of(text.begin(), text.end(), [](char c) { return (c & 0x80) == 0; });
 }
 
-// So simple that a file written by Writer must be accepted.
+// So simple that a file written by Writer must be accepted. A name with the signature of a ZIP64
+// locator is not: if it ends the directory, readers take it for one, as Python's zipfile does.
 bool is_plain(const Archive& archive) {
   std::set<std::string> names;
   for (const Record& record : archive.records) {
     const bool folder = record.name.ends_with('/') || (record.attributes & 0x10) != 0;
     if (record.name.empty() || record.name.find('\0') != record.name.npos ||
-        !is_ascii(record.name) || !names.insert(record.name).second || record.method != 0 ||
-        (record.flags & ~0x808) != 0 || ((record.flags & 8) != 0) != (record.descriptor != 0) ||
-        !record.padding.empty() || (folder && !record.data.empty())) {
+        record.name.find(kLocator) != record.name.npos || !is_ascii(record.name) ||
+        !names.insert(record.name).second || record.method != 0 || (record.flags & ~0x808) != 0 ||
+        ((record.flags & 8) != 0) != (record.descriptor != 0) || !record.padding.empty() ||
+        (folder && !record.data.empty())) {
       return false;
     }
   }
