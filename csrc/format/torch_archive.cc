@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "dtype.h"
-#include "format/index.h"
 #include "format/torch_pickle.h"
 #include "format/zip.h"
 
