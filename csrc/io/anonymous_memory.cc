@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -98,8 +99,11 @@ Status AnonymousMemory::populate(std::size_t offset, std::size_t bytes) const {
       return out_of_memory(bytes, errno);
     }
     // Linux before 5.14 does not know this advice, and a sandbox may refuse it: touch the pages.
+    // Another thread may be writing to them, so no byte may change. A constant 0 would let the
+    // compiler read instead, which backs nothing.
+    const volatile unsigned char no_bits = 0;
     for (std::byte* at = begin; at < end; at += kPageBytes) {
-      static_cast<volatile std::byte*>(at)[0] = std::byte{0};
+      std::atomic_ref(*reinterpret_cast<unsigned char*>(at)).fetch_or(no_bits);
     }
     break;
   }
@@ -138,6 +142,12 @@ bool AnonymousMemory::join(AnonymousMemory& neighbour) noexcept {
 
 void AnonymousMemory::keep_from_children() noexcept {
   if (data_ != nullptr) ::madvise(data_, bytes_, MADV_DONTFORK);
+}
+
+void back_pages(std::byte* data, std::size_t bytes) noexcept {
+  const auto begin = reinterpret_cast<std::uintptr_t>(data) / kPageBytes * kPageBytes;
+  const auto end = round_up(reinterpret_cast<std::uintptr_t>(data) + bytes, kPageBytes);
+  ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
 }
 
 void release_whole_pages(std::byte* data, std::size_t bytes) noexcept {

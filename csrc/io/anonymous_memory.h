@@ -32,7 +32,8 @@ class AnonymousMemory {
   // pages come from the node of the thread that touches them first.
   void prefer_node(int node) const noexcept;
 
-  // Backs the pages of [offset, offset + bytes) now, on the calling thread.
+  // Backs the pages of [offset, offset + bytes) now, on the calling thread. Changes no byte, so
+  // other threads may write meanwhile.
   [[nodiscard]] Status populate(std::size_t offset, std::size_t bytes) const;
 
   // The pages of [offset, offset + bytes) that are not yet backed will be small ones.
@@ -63,6 +64,10 @@ class AnonymousMemory {
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;
 };
+
+// Backs all pages of [data, data + bytes) by one system call, and changes no byte. A hint: where
+// the kernel does not know it (before Linux 5.14), the pages are backed when they are touched.
+void back_pages(std::byte* data, std::size_t bytes) noexcept;
 
 // Returns the whole pages inside [data, data + bytes) to the system. If they are touched again,
 // they have the file's bytes (file mappings) or zeros (anonymous memory).

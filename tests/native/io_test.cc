@@ -746,11 +746,32 @@ TEST_F(IoTest, MemoryIsPopulated) {
     };
     auto memory = AnonymousMemory::allocate(16 * kPageBytes);
     ASSERT_TRUE(memory.ok());
+    memory->data()[5 * kPageBytes] = std::byte{9};  // another thread may have written it
     ASSERT_TRUE(memory->populate(4 * kPageBytes + 9, 2 * kPageBytes).ok());
+    EXPECT_EQ(memory->data()[5 * kPageBytes], std::byte{9});
     std::vector<unsigned char> in_core(16);
     ASSERT_EQ(::mincore(memory->data(), 16 * kPageBytes, in_core.data()), 0);
     for (std::size_t page = 0; page < 16; ++page) {
       EXPECT_EQ(in_core[page] & 1, page >= 4 && page <= 6 ? 1 : 0) << page << known;
+    }
+  }
+}
+
+TEST_F(IoTest, PagesAreBackedAsAHint) {
+  for (const bool known : {true, false}) {  // to the kernel: Linux 5.14
+    fake_advice() = [known](int advice) -> std::optional<int> {
+      if (advice != 23 || known) return std::nullopt;
+      errno = EINVAL;
+      return -1;
+    };
+    auto memory = AnonymousMemory::allocate(16 * kPageBytes);
+    ASSERT_TRUE(memory.ok());
+    memory->data()[5 * kPageBytes] = std::byte{9};
+    back_pages(memory->data() + 4 * kPageBytes + 9, 2 * kPageBytes);
+    EXPECT_EQ(memory->data()[5 * kPageBytes], std::byte{9});
+    for (std::size_t page = 0; page < 16; ++page) {
+      const bool touched = page == 5 || (known && page >= 4 && page <= 6);
+      EXPECT_EQ(memory->is_backed(page * kPageBytes), touched) << page << known;
     }
   }
 }
