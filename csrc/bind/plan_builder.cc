@@ -111,7 +111,7 @@ std::shared_ptr<engine::HostMemory> PlanBuilder::allocate(std::size_t bytes,
   }();
   if (!memory.ok() && !plan_.files.empty()) memory.error().path = plan_.files.back()->path();
   auto block = value_or_raise(std::move(memory));
-  plan_.keep_alive.push_back(block);
+  plan_.host_memory.push_back(block);
   blocks_.push_back(block);
   return block;
 }

@@ -37,6 +37,7 @@ class PageableMemory final : public HostMemory {
       : HostMemory(memory.data(), false),
         memory_(std::move(memory)),
         pool_bytes_(settings.kept_bytes()) {
+    if (!used_again && settings.huge_pages == HugePages::kNever) small_from_ = 0;
     if (memory_.size() < kWatchedBytes) return;
     if (used_again) {
       pages_ = "used again, from tensors that are dead";
@@ -54,9 +55,17 @@ class PageableMemory final : public HostMemory {
 
   [[nodiscard]] std::string pages() const override { return watch_ ? watch_->reason() : pages_; }
 
+  [[nodiscard]] bool gives_small_pages(const std::byte* begin,
+                                       const std::byte* end) const noexcept override {
+    const std::size_t from = watch_ ? watch_->small_from() : small_from_;
+    return from < memory_.size() && begin >= memory_.data() + from &&
+           end <= memory_.data() + memory_.size();
+  }
+
  private:
   io::AnonymousMemory memory_;
   std::size_t pool_bytes_;
+  std::size_t small_from_ = ~std::size_t{0};  // without a watch
   std::string pages_;
   std::optional<PageWatch> watch_;
 };

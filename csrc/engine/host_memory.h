@@ -30,6 +30,14 @@ class HostMemory {
   // The kind of its pages and the reason, as text; "" for a block that is too small to matter.
   [[nodiscard]] virtual std::string pages() const { return {}; }
 
+  // Whether [begin, end) lies in it and gets small pages where it is not backed yet. Any thread.
+  [[nodiscard]] virtual bool gives_small_pages(const std::byte* begin,
+                                               const std::byte* end) const noexcept {
+    static_cast<void>(begin);
+    static_cast<void>(end);
+    return false;
+  }
+
  protected:
   HostMemory(std::byte* data, bool pinned) : data_(data), pinned_(pinned) {}
 

@@ -30,6 +30,9 @@ constexpr double kSlowSeconds = 3e-6;  // for one page; a read of a cached page 
 constexpr std::chrono::milliseconds kPoll{1};
 // A load that makes no progress for this long has ended, or waits for something else.
 constexpr std::chrono::seconds kPatience{10};
+// A section takes 2 to 4 ms while the machine has the memory. A load that takes longer may be
+// waiting for huge pages.
+constexpr std::chrono::milliseconds kLate{4};
 
 double seconds_of(clockid_t clock) {
   timespec now{};
@@ -134,7 +137,7 @@ std::string PageWatch::reason() const {
 
 void PageWatch::run() {
   std::size_t at = kSectionBytes;
-  while (at + kProbeBytes <= memory_.size() && wait_until_backed(at - kSectionBytes / 2)) {
+  while (at + kProbeBytes <= memory_.size() && wait_for_load(at)) {
     // Skips pages that the load has already filled: they cannot be probed.
     while (at + kProbeBytes <= memory_.size() && memory_.is_backed(at)) at += kSectionBytes / 4;
     if (at + kProbeBytes > memory_.size() || probe(at)) return;
@@ -162,12 +165,17 @@ bool PageWatch::probe(std::size_t offset) {
   return true;
 }
 
-bool PageWatch::wait_until_backed(std::size_t offset) {
-  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+bool PageWatch::wait_for_load(std::size_t at) {
+  const std::size_t near = at - kSectionBytes / 2;
+  const std::size_t farthest =
+      at < 2 * kSectionBytes ? 0 : at - 2 * kSectionBytes + io::kHugePageBytes;
+  const auto start = std::chrono::steady_clock::now();
   const MutexLock lock(mutex_);
-  while (!stopped_ && !memory_.is_backed(offset)) {
-    if (std::chrono::steady_clock::now() > deadline) return false;
-    changed_->wait_until(mutex_, std::chrono::steady_clock::now() + kPoll);
+  while (!stopped_ && !memory_.is_backed(near)) {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - start > kLate && (farthest == 0 || memory_.is_backed(farthest))) break;
+    if (now - start > kPatience) return false;
+    changed_->wait_until(mutex_, now + kPoll);
   }
   return !stopped_;
 }

@@ -8,6 +8,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -62,11 +63,16 @@ class PageWatch {
   // The kind of pages and the reason, as text. Any thread.
   [[nodiscard]] std::string reason() const;
 
+  // Where the part that has small pages begins; the block's size if all pages are huge. Any thread.
+  [[nodiscard]] std::size_t small_from() const noexcept { return small_from_.load(); }
+
  private:
   void run();
   // Returns whether the rest of the block has small pages now.
   bool probe(std::size_t offset);
-  bool wait_until_backed(std::size_t offset);
+  // Waits until the load comes near to `at`, or is late and at most two sections away. Returns
+  // false if it has ended.
+  bool wait_for_load(std::size_t at);
 
   const io::AnonymousMemory& memory_;
   const Touch touch_;
@@ -76,7 +82,7 @@ class PageWatch {
   std::unique_ptr<ConditionVariable> changed_ = std::make_unique<ConditionVariable>();
   bool stopped_ WL_GUARDED_BY(mutex_) = false;
   PageRates rates_ WL_GUARDED_BY(mutex_);
-  std::size_t small_from_ WL_GUARDED_BY(mutex_);  // the block's size if all pages are huge
+  std::atomic<std::size_t> small_from_;
   std::thread thread_;
 };
 

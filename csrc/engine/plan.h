@@ -86,6 +86,8 @@ struct DeviceNeeds {
   std::uint64_t scratch_bytes = 0;  // filled in by Schedule::make
 };
 
+class HostMemory;
+
 struct LoadPlan {
   std::vector<std::shared_ptr<io::File>> files;
   std::vector<std::shared_ptr<io::Mapping>> mappings;  // by file; null if nothing is mapped
@@ -94,7 +96,8 @@ struct LoadPlan {
   std::vector<Mapped> mapped;
   std::vector<DeviceNeeds> devices;
   std::vector<std::string_view> names;
-  std::vector<std::shared_ptr<const void>> keep_alive;  // the owners of names and targets
+  std::vector<std::shared_ptr<const void>> keep_alive;         // the owners of names and targets
+  std::vector<std::shared_ptr<const HostMemory>> host_memory;  // new memory for targets
   bool populate = true;  // read mapped pages that are not resident now
   // For each name, its place in the order of use. Empty for the order of the files. With ranks,
   // Load::wait_for() can wait for single tensors.

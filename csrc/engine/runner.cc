@@ -13,10 +13,12 @@
 #include "engine/delivery.h"
 #include "engine/device_lane.h"
 #include "engine/dispatcher.h"
+#include "engine/host_memory.h"
 #include "engine/plan.h"
 #include "engine/schedule.h"
 #include "engine/scratch.h"
 #include "engine/sources.h"
+#include "io/anonymous_memory.h"
 #include "io/machine.h"
 #include "mutex.h"
 #include "result.h"
@@ -26,6 +28,9 @@ namespace {
 
 // Bytes from which on a read of their own takes less time than one copy more.
 constexpr std::uint64_t kLargePiece = std::uint64_t{16} << 10;
+
+// For fewer bytes of targets, a system call to back them costs as much as it saves.
+constexpr std::uint64_t kBackedBytes = std::uint64_t{64} << 10;
 
 std::byte* at_address(std::uint64_t address) {
   return reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(address));
@@ -146,6 +151,7 @@ Status Runner::deliver_units(const UnitTask& task, const Chunk* chunk, Scratch& 
     const std::uint32_t index = task.first_unit + i;
     const Unit& unit = lane.units[index];
     Status status;
+    if (lane.device == kHostDevice) back_small_pages(unit, lane);
     if (chunk == nullptr || !leave_in_place(task, *chunk, unit, index)) {
       status = deliver_unit(unit, lane, slot, scratch);
     }
@@ -170,6 +176,31 @@ Status Runner::deliver_unit(const Unit& unit, const Lane& lane, std::byte* slot,
   // A direct read goes through a buffer anyway, and is faster as a whole.
   if (unit.plain && !sources_.reads_directly(unit.file)) return deliver_plain(unit, lane, scratch);
   return deliver_pieces(unit, lane, slot, scratch);
+}
+
+// Backs small pages of a unit's targets together: with a fault for each, a cast into them took 9 to
+// 13 % longer (AMD EPYC, Linux 6.18).
+void Runner::back_small_pages(const Unit& unit, const Lane& lane) const {
+  if (plan_.host_memory.empty()) return;
+  std::uint64_t begin = ~std::uint64_t{0};
+  std::uint64_t end = 0;
+  std::uint64_t bytes = 0;
+  for (std::uint32_t i = 0; i < unit.piece_count; ++i) {
+    const Piece& piece = lane.pieces[unit.first_piece + i];
+    const Copy& copy = plan_.copies[piece.copy];
+    if (copy.dimension_count != 0) return;
+    const std::uint64_t first = copy.target + piece.first * copy.target_item();
+    const std::uint64_t length = piece.count * copy.target_item();
+    begin = std::min(begin, first);
+    end = std::max(end, first + length);
+    bytes += length;
+  }
+  if (bytes < kBackedBytes || end - begin > 2 * bytes) return;
+  for (const std::shared_ptr<const HostMemory>& memory : plan_.host_memory) {
+    if (!memory->gives_small_pages(at_address(begin), at_address(end))) continue;
+    io::back_pages(at_address(begin), end - begin);
+    return;
+  }
 }
 
 Status Runner::read(const Unit& unit, std::byte* target, Scratch& scratch) {

@@ -68,6 +68,7 @@ class Runner {
   [[nodiscard]] Status deliver_plain(const Unit& unit, const Lane& lane, Scratch& scratch);
   [[nodiscard]] Status deliver_pieces(const Unit& unit, const Lane& lane, std::byte* slot,
                                       Scratch& scratch);
+  void back_small_pages(const Unit& unit, const Lane& lane) const;
   [[nodiscard]] Status read(const Unit& unit, std::byte* target, Scratch& scratch);
   // Whether the unit can stay in the page cache, from which the device then copies it.
   [[nodiscard]] bool leave_in_place(const UnitTask& task, const Chunk& chunk, const Unit& unit,

@@ -5,14 +5,18 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "engine/host_memory.h"
+#include "engine/settings.h"
 #include "vm_flags.h"
 
 namespace weightlift::engine {
@@ -99,6 +103,31 @@ TEST(PageChoice, ABlockWhosePagesBecomeDearIsSwitchedWhileItFills) {
   EXPECT_TRUE(has_small_pages(memory.data() + 400 * kMiB));
 }
 
+TEST(PageChoice, ALateLoadIsNotWaitedFor) {
+  const io::AnonymousMemory memory = block(512 * kMiB);
+  const PageWatch watch(memory, [](std::size_t offset, std::size_t, bool small) {
+    return offset < 32 * kMiB ? 5e9 : small ? 8e8 : 1e8;
+  });
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+  while (watch.reason() == "huge pages" && std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_EQ(watch.reason().rfind("huge pages, small ones after 42 MiB: ", 0), 0U) << watch.reason();
+  EXPECT_EQ(watch.small_from(), 42 * kMiB);
+}
+
+TEST(PageChoice, ProbesStayNearALoadThatIsLate) {
+  const io::AnonymousMemory memory = block(512 * kMiB);
+  std::atomic<std::size_t> last = 0;
+  const PageWatch watch(memory, [&](std::size_t offset, std::size_t, bool) {
+    last = offset;
+    return 5e9;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  EXPECT_LE(last, 64 * kMiB);
+  EXPECT_EQ(watch.small_from(), memory.size());
+}
+
 TEST(PageChoice, OneSlowPageIsNotEnough) {
   const io::AnonymousMemory memory = block(64 * kMiB);
   int touched = 0;
@@ -148,6 +177,20 @@ TEST(PageChoice, WhatIsReallyTouchedHasARate) {
   EXPECT_TRUE(memory.is_backed(0));
   EXPECT_FALSE(memory.is_backed(32 * kMiB));
   EXPECT_FALSE(watch.reason().empty());
+}
+
+TEST(HostMemory, SaysWhichPartsGetSmallPages) {
+  constexpr std::size_t kBytes = 32 * kMiB;
+  for (const HugePages set : {HugePages::kNever, HugePages::kAlways}) {
+    Settings settings;
+    settings.huge_pages = set;
+    const auto memory = HostMemory::allocate(kBytes, std::nullopt, settings);
+    ASSERT_TRUE(memory.ok());
+    const std::byte* const data = (*memory)->data();
+    EXPECT_EQ((*memory)->gives_small_pages(data, data + kBytes), set == HugePages::kNever);
+    EXPECT_FALSE((*memory)->gives_small_pages(data - 1, data + kBytes));
+    EXPECT_FALSE((*memory)->gives_small_pages(data, data + kBytes + 1));
+  }
 }
 
 }  // namespace
