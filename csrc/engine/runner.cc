@@ -178,8 +178,8 @@ Status Runner::deliver_unit(const Unit& unit, const Lane& lane, std::byte* slot,
   return deliver_pieces(unit, lane, slot, scratch);
 }
 
-// Backs small pages of a unit's targets together: with a fault for each, a cast into them took 9 to
-// 13 % longer (AMD EPYC, Linux 6.18).
+// Backs small pages of a unit's targets together: with a fault for each, a cast into them took
+// about a tenth longer (AMD EPYC, Linux 6.18).
 void Runner::back_small_pages(const Unit& unit, const Lane& lane) const {
   if (plan_.host_memory.empty()) return;
   std::uint64_t begin = ~std::uint64_t{0};

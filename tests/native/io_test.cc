@@ -737,13 +737,18 @@ TEST_F(IoTest, MemoryIsMovedAndFreedOnce) {
   data[2 * kPageBytes - 1] = std::byte{1};
 }
 
+// Whether the kernel knows MADV_POPULATE_WRITE.
+void fake_populate_write(bool known) {
+  fake_advice() = [known](int advice) -> std::optional<int> {
+    if (advice != 23 || known) return std::nullopt;
+    errno = EINVAL;
+    return -1;
+  };
+}
+
 TEST_F(IoTest, MemoryIsPopulated) {
   for (const bool known : {true, false}) {  // to the kernel: Linux 5.14
-    fake_advice() = [known](int advice) -> std::optional<int> {
-      if (advice != 23 || known) return std::nullopt;
-      errno = EINVAL;
-      return -1;
-    };
+    fake_populate_write(known);
     auto memory = AnonymousMemory::allocate(16 * kPageBytes);
     ASSERT_TRUE(memory.ok());
     memory->data()[5 * kPageBytes] = std::byte{9};  // another thread may have written it
@@ -759,11 +764,7 @@ TEST_F(IoTest, MemoryIsPopulated) {
 
 TEST_F(IoTest, PagesAreBackedAsAHint) {
   for (const bool known : {true, false}) {  // to the kernel: Linux 5.14
-    fake_advice() = [known](int advice) -> std::optional<int> {
-      if (advice != 23 || known) return std::nullopt;
-      errno = EINVAL;
-      return -1;
-    };
+    fake_populate_write(known);
     auto memory = AnonymousMemory::allocate(16 * kPageBytes);
     ASSERT_TRUE(memory.ok());
     memory->data()[5 * kPageBytes] = std::byte{9};
