@@ -1,12 +1,16 @@
 // Targets in host memory, and host memory that is pinned.
 #include <cuda.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "device/context.h"
@@ -15,8 +19,11 @@
 #include "engine/failing_memory.h"
 #include "engine/host_layout.h"
 #include "engine/host_memory.h"
+#include "engine/load.h"
+#include "engine/plan.h"
 #include "engine/runs.h"
 #include "engine/scenario.h"
+#include "io/anonymous_memory.h"
 #include "simulated.h"
 
 namespace weightlift::engine::test {
@@ -53,6 +60,64 @@ TEST(LoadToHost, ReadsNoBytesAroundLargeTensors) {
   ASSERT_TRUE(report.ok()) << report.error().describe();
   EXPECT_EQ(report->read_bytes, 2 * kLarge + 150);
   scenario.expect_everything(*load, *report, "large");
+}
+
+// New memory with small pages, or said to have huge ones.
+class NewMemory final : public HostMemory {
+ public:
+  NewMemory(io::AnonymousMemory memory, bool small)
+      : HostMemory(memory.data(), false), memory_(std::move(memory)), small_(small) {
+    memory_.use_small_pages(0, memory_.size());
+  }
+  [[nodiscard]] bool gives_small_pages(const std::byte* begin,
+                                       const std::byte* end) const noexcept override {
+    return small_ && begin >= data() && end <= data() + memory_.size();
+  }
+  [[nodiscard]] bool is_backed(std::size_t offset) const { return memory_.is_backed(offset); }
+
+ private:
+  io::AnonymousMemory memory_;
+  bool small_;
+};
+
+constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which old headers do not have
+
+// The pages of a unit's targets are backed together. No copy writes to the pages between them.
+TEST(LoadToHost, BacksSmallPagesTogether) {
+  const auto probe = io::AnonymousMemory::allocate(kMiB);
+  ASSERT_TRUE(probe.ok());
+  if (::madvise(probe->data(), kMiB, kPopulateWrite) != 0) {
+    GTEST_SKIP() << "the kernel does not know MADV_POPULATE_WRITE, or a sandbox refuses it";
+  }
+  constexpr std::uint64_t kElements = std::uint64_t{32} << 10;
+  constexpr std::uint64_t kApart = kElements * 2 + 16 * 1024;
+  constexpr std::uint64_t kTensors = 8;
+  const TestFile file(std::vector<std::byte>(kTensors * kElements * 4));
+  for (const bool small : {true, false}) {
+    auto block = io::AnonymousMemory::allocate(kMiB);
+    ASSERT_TRUE(block.ok());
+    const auto memory = std::make_shared<NewMemory>(*std::move(block), small);
+    LoadPlan plan;
+    const std::uint32_t index = plan.add_file(file.open());
+    for (std::uint64_t i = 0; i < kTensors; ++i) {
+      plan.add_copy({.file = index,
+                     .source = i * kElements * 4,
+                     .target = address_of(memory->data() + i * kApart),
+                     .elements = kElements,
+                     .source_dtype = Dtype::kF32,
+                     .target_dtype = Dtype::kBf16});
+    }
+    plan.host_memory.push_back(memory);
+    auto load = Load::prepare(std::move(plan), {.read_bytes = kTensors * kElements * 4});
+    ASSERT_TRUE(load.ok()) << load.error().describe();
+    ASSERT_TRUE((*load)->start().ok());
+    ASSERT_TRUE((*load)->finish().ok());
+    for (std::uint64_t i = 0; i < kTensors; ++i) {
+      EXPECT_TRUE(memory->is_backed(i * kApart));
+      if (i == 0) continue;
+      EXPECT_EQ(memory->is_backed(i * kApart - 8 * 1024), small) << i;
+    }
+  }
 }
 
 // Small tensors that are neighbours in the file are neighbours in the block, unless one would be
