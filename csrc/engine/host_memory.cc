@@ -37,15 +37,14 @@ class PageableMemory final : public HostMemory {
       : HostMemory(memory.data(), false),
         memory_(std::move(memory)),
         pool_bytes_(settings.kept_bytes()) {
-    if (!used_again && settings.huge_pages == HugePages::kNever) small_from_ = 0;
-    if (memory_.size() < kWatchedBytes) return;
+    const bool large = memory_.size() >= kWatchedBytes;
     if (used_again) {
-      pages_ = "used again, from tensors that are dead";
-    } else if (settings.huge_pages == HugePages::kAuto) {
-      watch_.emplace(memory_);
-    } else {
-      pages_ =
-          settings.huge_pages == HugePages::kAlways ? "huge pages, as set" : "small pages, as set";
+      if (large) pages_ = "used again, from tensors that are dead";
+    } else if (settings.huge_pages == HugePages::kNever) {
+      small_from_ = 0;
+      if (large) pages_ = "small pages, as set";
+    } else if (large) {
+      choose_pages(settings.huge_pages);
     }
   }
   ~PageableMemory() override {
@@ -63,6 +62,17 @@ class PageableMemory final : public HostMemory {
   }
 
  private:
+  void choose_pages(HugePages set) {
+    if (!io::gives_huge_pages()) {
+      small_from_ = 0;
+      pages_ = "small pages: transparent huge pages are off";
+    } else if (set == HugePages::kAlways) {
+      pages_ = "huge pages, as set";
+    } else {
+      watch_.emplace(memory_);
+    }
+  }
+
   io::AnonymousMemory memory_;
   std::size_t pool_bytes_;
   std::size_t small_from_ = ~std::size_t{0};  // without a watch

@@ -1,6 +1,7 @@
 #include "io/machine.h"
 
 #include <sched.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -143,11 +144,21 @@ std::uint64_t memory_headroom(const std::string& root) {
   return headroom;
 }
 
+bool gives_huge_pages(const std::string& root) {
+  // 3, since Linux 6.18, spares memory with MADV_HUGEPAGE.
+  if (::prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 1) return false;
+  const auto setting = read_text(root + "/sys/kernel/mm/transparent_hugepage/enabled");
+  return !setting || setting->find("[never]") == std::string::npos;
+}
+
 unsigned usable_cpus() {
   return usable_cpus("");
 }
 std::uint64_t memory_headroom() {
   return memory_headroom("");
+}
+bool gives_huge_pages() {
+  return gives_huge_pages("");
 }
 
 }  // namespace weightlift::io

@@ -1,4 +1,4 @@
-// The processors and memory that this process may use, limited by its cgroup.
+// The processors and memory that this process may use, by the settings of its machine and cgroup.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,13 @@ namespace weightlift::io {
 // drops them first.
 [[nodiscard]] std::uint64_t memory_headroom();
 
+// False if new memory never gets transparent huge pages, by the setting of the machine
+// (Documentation/admin-guide/mm/transhuge.rst) or of this process (PR_SET_THP_DISABLE).
+[[nodiscard]] bool gives_huge_pages();
+
 // For tests: the same with another root than "/".
 [[nodiscard]] unsigned usable_cpus(const std::string& root);
 [[nodiscard]] std::uint64_t memory_headroom(const std::string& root);
+[[nodiscard]] bool gives_huge_pages(const std::string& root);
 
 }  // namespace weightlift::io

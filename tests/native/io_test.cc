@@ -870,6 +870,17 @@ TEST_F(MachineTest, TheRealOneHasSome) {
   EXPECT_LT(memory_headroom(), std::uint64_t{1} << 50);
 }
 
+TEST_F(MachineTest, HugePagesByTheSettingOfTheMachine) {
+  EXPECT_TRUE(gives_huge_pages(folder_.string()));  // unknown
+  const std::string setting = "sys/kernel/mm/transparent_hugepage/enabled";
+  for (const auto& [text, gives] : {std::pair{"always madvise [never]\n", false},
+                                    {"always [madvise] never\n", true},
+                                    {"[always] madvise never\n", true}}) {
+    write(setting, text);
+    EXPECT_EQ(gives_huge_pages(folder_.string()), gives) << text;
+  }
+}
+
 TEST_F(MachineTest, QuotaOfVersionTwo) {
   write("proc/self/cgroup", "0::/app/worker\n");
   const std::string group = "sys/fs/cgroup/app/worker/cpu.max";
