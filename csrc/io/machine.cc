@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <fstream>
 #include <limits>
@@ -145,8 +146,6 @@ std::uint64_t memory_headroom(const std::string& root) {
 }
 
 bool gives_huge_pages(const std::string& root) {
-  // 3, since Linux 6.18, spares memory with MADV_HUGEPAGE.
-  if (::prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 1) return false;
   const auto setting = read_text(root + "/sys/kernel/mm/transparent_hugepage/enabled");
   return !setting || setting->find("[never]") == std::string::npos;
 }
@@ -158,7 +157,15 @@ std::uint64_t memory_headroom() {
   return memory_headroom("");
 }
 bool gives_huge_pages() {
-  return gives_huge_pages("");
+  // Not a static variable of its value: a fork while one thread asks would leave its lock closed.
+  enum Answer : unsigned char { kUnknown, kYes, kNo };
+  static std::atomic<Answer> answer = kUnknown;
+  if (answer == kUnknown) {
+    // 3, since Linux 6.18, spares memory with MADV_HUGEPAGE.
+    const bool may = ::prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) != 1;
+    answer = may && gives_huge_pages("") ? kYes : kNo;
+  }
+  return answer == kYes;
 }
 
 }  // namespace weightlift::io

@@ -19,7 +19,8 @@ namespace weightlift::io {
 [[nodiscard]] std::uint64_t memory_headroom();
 
 // False if new memory never gets transparent huge pages, by the setting of the machine
-// (Documentation/admin-guide/mm/transhuge.rst) or of this process (PR_SET_THP_DISABLE).
+// (Documentation/admin-guide/mm/transhuge.rst) or of this process (PR_SET_THP_DISABLE). Asks the
+// kernel once.
 [[nodiscard]] bool gives_huge_pages();
 
 // For tests: the same with another root than "/".

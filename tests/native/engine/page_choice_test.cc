@@ -2,7 +2,6 @@
 #include "engine/page_choice.h"
 
 #include <gtest/gtest.h>
-#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -193,21 +192,6 @@ TEST(HostMemory, SaysWhichPartsGetSmallPages) {
               set == HugePages::kNever || !io::gives_huge_pages());
     EXPECT_FALSE((*memory)->gives_small_pages(data - 1, data + kBytes));
     EXPECT_FALSE((*memory)->gives_small_pages(data, data + kBytes + 1));
-  }
-}
-
-// As a parent process may set it, and its children inherit it.
-TEST(HostMemory, GetsSmallPagesWhereHugeOnesAreOff) {
-  constexpr std::size_t kBytes = 32 * kMiB;
-  for (const HugePages set : {HugePages::kAuto, HugePages::kAlways}) {
-    Settings settings;
-    settings.huge_pages = set;
-    ASSERT_EQ(::prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0), 0);
-    const auto memory = HostMemory::allocate(kBytes, std::nullopt, settings);
-    ASSERT_EQ(::prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0), 0);
-    ASSERT_TRUE(memory.ok());
-    EXPECT_EQ((*memory)->pages(), "small pages: transparent huge pages are off");
-    EXPECT_TRUE((*memory)->gives_small_pages((*memory)->data(), (*memory)->data() + kBytes));
   }
 }
 

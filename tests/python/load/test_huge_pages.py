@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import weightlift as wl
-from support import assert_same
+from support import assert_same, run_python
 
 SIZE = 24 << 20  # elements of the tensor: 96 MiB as float32
 
@@ -64,6 +64,23 @@ def test_pages_are_as_they_are_set(
             r"\d+\.\d GB/s, small ones at \d+\.\d GB/s: .*",
             reason,
         )
+
+
+@pytest.mark.parametrize("huge_pages", ["always", "auto"])
+def test_pages_where_the_process_may_have_no_huge_ones(
+    path: Path, huge_pages: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PR_SET_THP_DISABLE of prctl(2), which children inherit."""
+    code = """
+import ctypes, sys
+assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0
+import weightlift as wl
+wl.load_file(sys.argv[1], dtype="float32")
+print(*wl.last_report().memory)
+"""
+    monkeypatch.setenv("WEIGHTLIFT_HUGE_PAGES", huge_pages)
+    done = run_python(code, path)
+    assert (done.stdout, done.stderr) == ("small pages: transparent huge pages are off\n", "")
 
 
 def test_what_is_mapped_or_small_takes_no_choice(path: Path, tmp_path: Path) -> None:
