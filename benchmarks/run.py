@@ -310,7 +310,8 @@ def print_methods(
                 parts.append(f"converted beforehand in {took}")
             line = f"  {contender}: {', '.join(parts)}"
             console.print(line, style="dim", markup=False, soft_wrap=True)
-            for way in comparison.route(contender):
+            pages = [f"host memory: {text}" for text in comparison.pages(contender)]
+            for way in [*comparison.route(contender), *pages]:
                 console.print(f"    {way}", style="dim", markup=False, soft_wrap=True)
     if refused:
         console.print("\n[bold]not measured[/bold]")

@@ -148,6 +148,11 @@ class Comparison:
             found[text] = found.get(text, 0) + 1
         return [*sorted(found, key=lambda text: -found[text]), *report["fallbacks"]]
 
+    def pages(self, contender: str) -> list[str]:
+        """The kinds of pages of new host memory that weightlift reports, each with its reason."""
+        reports = [sample.report for sample in self.samples[contender] if sample.report]
+        return list(dict.fromkeys(text for report in reports for text in report["memory"]))
+
     def to_json(self) -> dict[str, Any]:
         job = dataclasses.asdict(self.job)
         for name in ("contender", "checksum"):
@@ -173,6 +178,7 @@ class Comparison:
                     "phases": self.phases(name),
                     "conversion_seconds": self.conversions.get(name),
                     "io": self.route(name),
+                    "pages": self.pages(name),
                     "samples": [dataclasses.asdict(sample) for sample in samples],
                 }
                 for name, samples in self.samples.items()

@@ -89,6 +89,7 @@ def _report(reports: list[Any]) -> dict[str, Any] | None:
         "peak_staging_bytes": max(one["peak_staging_bytes"] for one in found),
         "files": [file for one in found for file in one["files"]],
         "fallbacks": [text for one in found for text in one["fallbacks"]],
+        "memory": [text for one in found for text in one["memory"]],
     }
 
 

@@ -130,6 +130,16 @@ def test_memory_that_a_torch_file_takes(tmp_path: Path) -> None:
     assert target_bytes(Job("", (str(old),), dtype="float32")) >= taken
 
 
+def test_pages_of_new_memory_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(8 << 20, dtype=torch.bfloat16)}, path)
+    job = Job("", (str(path),), dtype="float32")
+    monkeypatch.setenv("WEIGHTLIFT_HUGE_PAGES", "never")
+    found = compare("x", job, ["weightlift", "safetensors"], repeat=1).to_json()["contenders"]
+    assert found["weightlift"]["pages"] == ["small pages, as set"]
+    assert found["safetensors"]["pages"] == []
+
+
 def sample(load: float, **more: Any) -> Sample:
     figures: dict[str, Any] = {
         "touch_seconds": 0.0,
