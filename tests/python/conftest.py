@@ -34,9 +34,10 @@ hypothesis.settings.load_profile("weightlift")
 FOR_TESTS = ("WEIGHTLIFT_SIMULATED_DRIVER", "WEIGHTLIFT_REQUIRE_GPU")
 
 
-def pytest_collection_finish() -> None:
-    """What the test modules import stays. Without this, each ``gc.collect()`` of a test looks at
-    all of it, which takes most of a second."""
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """What there is before the first test of a file stays, such as modules. Without this, each
+    ``gc.collect()`` of a test looks at all of it, which takes most of a second."""
     gc.collect()
     gc.freeze()
 

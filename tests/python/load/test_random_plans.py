@@ -4,11 +4,9 @@ and more of the random slices of ``test_safe_open.py``."""
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
 import math
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,15 +230,6 @@ def check(machine: Switch, plan: Plan) -> None:
             tensor = None
             del loaded, tensor, load, running, checkpoint
     assert open_files() == before
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects() -> Iterator[None]:
-    """Every machine ends with a garbage collection, which walks over all objects."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 SUPPRESSED = [

@@ -115,15 +115,6 @@ def end(cuda: Cuda, *things: Any) -> None:
     cuda.allocator.blocks.clear()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Any:
-    """Each check ends with a collection, which need not scan older objects."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 # --- what is checked ------------------------------------------------------------------------------
 
 

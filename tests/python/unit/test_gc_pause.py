@@ -19,6 +19,12 @@ from weightlift.core import gc_pause
 from weightlift.load.plans import finish_plan
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_in_a_program(quick_collections: None) -> None:
+    """Without frozen objects (conftest.py), which few programs have."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def enabled() -> Iterator[None]:
     assert gc.isenabled()
