@@ -140,7 +140,8 @@ bench-env: $(PEERS)
 	$(PIP) --python .bench/$*/bin/python install --only-binary :all: -r $< && touch $@ || \
 	  echo "$* cannot be installed here: the benchmark leaves it out"
 
-# Writes the machine's summary into benchmarks/results, from the runs in build/bench-runs.
+# Writes the summary of the machine and its kernel into benchmarks/results, from the runs in
+# build/bench-runs.
 summary: install-release
 	$(BIN)/python benchmarks/summary.py
 

@@ -4,8 +4,8 @@
     python benchmarks/report.py --pages FOLDER     # also the bars of every workload
 
 Reads benchmarks/results/*.json, which `benchmarks/summary.py` writes, and draws two pictures beside
-each: the headline ratios and all workloads. README gets the headlines of the machine with the
-newest run; RESULTS.md also gets the output of the last `make demo` (.demo/demo.txt, if it exists).
+each: the headline ratios and all workloads. README gets the newest summary that has all headlines;
+RESULTS.md also gets the output of the last `make demo` (.demo/demo.txt, if it exists).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     if summaries:
-        text = replace(text, "figures", headlines(*next(iter(summaries.items()))))
+        text = replace(text, "figures", headlines(*summary_of_readme(summaries)))
     readme.write_text(text, encoding="utf-8")
 
 
@@ -85,8 +85,17 @@ def demo_section() -> str:
     return found[0] if found else ""
 
 
+def summary_of_readme(summaries: dict[str, Summary]) -> tuple[str, Summary]:
+    """The first that has all headlines of its device, or else the first."""
+    for name, summary in summaries.items():
+        labels = [label for label, *_ in headline_rows(summary)]
+        if labels in ([label for *_, label in rows] for rows in HEADLINES.values()):
+            return name, summary
+    return next(iter(summaries.items()))
+
+
 def read_summaries() -> dict[str, Summary]:
-    """The summary of each machine by its name, the newest run first."""
+    """The summaries by their files' names, the newest run first."""
     found = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(RESULTS.glob("*.json"))
@@ -216,15 +225,15 @@ def page(summaries: dict[str, Summary]) -> str:
     parts = [
         "# Measured",
         "",
-        "`make report` writes this page from the summaries in results/, one per machine; "
-        "`make bench summary` makes a summary. Contenders are interleaved in random order, each "
-        "measurement runs in a fresh process, and all pages of the result are touched. Times are "
-        "medians; ratios are medians of the rounds' ratios, with their range. *Memory* is the peak "
-        "memory of the process without the page cache. *Floor* is the time divided by the "
-        "shortest time that this machine allows for the same load, measured in the same run: for a "
-        "cast, the longer of reading the source and getting new memory. *In turn* is the time "
-        "divided by the sum of reading the source and writing new memory, as the same threads do "
-        "both. "
+        "`make report` writes this page from the summaries in results/, one per machine and "
+        "kernel; `make bench summary` makes a summary. Contenders are interleaved in random "
+        "order, each measurement runs in a fresh process, and all pages of the result are "
+        "touched. Times are medians; ratios are medians of the rounds' ratios, with their range. "
+        "*Memory* is the peak memory of the process without the page cache. *Floor* is the time "
+        "divided by the shortest time that this machine allows for the same load, measured in the "
+        "same run: for a cast, the longer of reading the source and getting new memory. *In turn* "
+        "is the time divided by the sum of reading the source and writing new memory, as the same "
+        "threads do both. "
         "*State* says whether the machine backed the memory before the load. *Run* is the newest "
         "run that had the workload; the runs are listed below the tables.",
     ]

@@ -1,11 +1,11 @@
-"""Makes the summary of a machine from runs of the benchmark.
+"""Makes the summary of a machine and its kernel from runs of the benchmark.
 
     python benchmarks/summary.py                       # of all runs in build/bench-runs
     python benchmarks/summary.py RUN.json RUN.json     # of these
 
-writes benchmarks/results/MACHINE.json. It has the newest result of each workload, as medians and
-ranges over the rounds, without the single measurements. Workloads of the old summary that the runs
-lack are kept if they were measured under the same conditions (machine, kernel, torch, scale). Then
+writes benchmarks/results/MACHINE-KERNEL.json. It has the newest result of each workload, as medians
+and ranges over the rounds, without the single measurements. Workloads of the old summary that the
+runs lack are kept if they were measured under the same conditions (machine, torch, scale). Then
 `python benchmarks/report.py` draws the pictures and writes the tables.
 """
 
@@ -46,7 +46,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="*", type=Path, help="by default build/bench-runs/*.json")
-    parser.add_argument("--out", type=Path, help="instead of benchmarks/results/MACHINE.json")
+    parser.add_argument("--out", type=Path, help="instead of results/MACHINE-KERNEL.json")
     arguments = parser.parse_args()
     paths = arguments.runs or sorted(RUNS.glob("*.json"))
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
@@ -55,10 +55,10 @@ def main() -> None:
         sys.exit("there is no run of benchmarks/run.py to summarize")
     newest = max(runs, key=lambda run: str(run["date"]))
     left_out = [run for run in runs if conditions(run) != conditions(newest)]
-    out = arguments.out or RESULTS / f"{machine_name(newest['machine'])}.json"
+    out = arguments.out or RESULTS / f"{summary_name(newest['machine'])}.json"
     earlier = json.loads(out.read_text(encoding="utf-8")) if out.exists() else None
     if earlier is not None and conditions(earlier) != conditions(newest):
-        print(f"{out.name} was of another kernel, torch or scale: it is made anew")
+        print(f"{out.name} was of another torch or scale, or other memory: it is made anew")
         earlier = None
     summary = summarize([run for run in runs if run not in left_out], earlier)
     text = to_text(summary)
@@ -191,11 +191,19 @@ def of_machine(summary: dict[str, Any]) -> str:
     )
 
 
+def summary_name(machine: dict[str, Any]) -> str:
+    return f"{machine_name(machine)}-linux-{_slug(str(machine['kernel']))}"
+
+
 def machine_name(machine: dict[str, Any]) -> str:
     """The machine's file name: its GPU, or its CPU and the number of CPUs."""
     name = machine.get("gpu") or f"{machine['cpu']} {machine['cpus']} cpus"
     words = re.sub(r"\(.*?\)|processor|cpu @.*", " ", str(name), flags=re.IGNORECASE)
-    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or platform.machine()
+    return _slug(words) or platform.machine()
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def to_text(summary: dict[str, Any]) -> str:

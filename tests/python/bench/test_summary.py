@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from support import ROOT
+from support import ROOT, run_python
 
 
 def sample(load: float, touch: float) -> dict[str, Any]:
@@ -98,6 +98,23 @@ def test_a_summary_has_the_newest_of_each_workload(tmp_path: Path) -> None:
     found, _ = summarize(tmp_path, later)
     assert {one["name"]: one["run"] for one in found["workloads"]} == {"b": 0, "a": 1}
     assert [run["date"] for run in found["runs"]] == ["2026-01-03", "2026-01-02"]
+
+
+def test_the_readme_has_the_newest_summary_that_is_whole() -> None:
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from report import HEADLINES, summary_of_readme
+
+def summary(rows):
+    return {"workloads": [{"name": n, "contenders": {r: {}}} for n, r, _ in rows]}
+
+whole, part = summary(HEADLINES["cpu"]), summary(HEADLINES["cpu"][1:])
+print(summary_of_readme({"new": part, "middle": whole, "old": summary(HEADLINES["cuda"])})[0])
+print(summary_of_readme({"new": part, "old": part})[0])
+"""
+    done = run_python(code, ROOT / "benchmarks")
+    assert done.stdout.split() == ["middle", "new"], done.stderr
 
 
 def test_recorded_summaries_are_small() -> None:
