@@ -157,12 +157,18 @@ bool PageWatch::probe(std::size_t offset) {
   };
   const PageRates rates = probe_pages(touch, offset);
   if (!rates.small_is_faster()) return false;
-  const std::size_t end = offset + kProbeBytes - io::kHugePageBytes;
-  memory_.use_small_pages(end, memory_.size());
+  const std::size_t from = first_missing(offset + kProbeBytes - io::kHugePageBytes);
+  memory_.use_small_pages(from, memory_.size());
   const MutexLock lock(mutex_);
   rates_ = rates;
-  small_from_ = end;
+  small_from_ = from;
   return true;
+}
+
+std::size_t PageWatch::first_missing(std::size_t limit) const {
+  std::size_t at = 0;
+  while (at < limit && memory_.is_backed(at)) at += io::kHugePageBytes;
+  return std::min(at, limit);
 }
 
 bool PageWatch::wait_for_load(std::size_t at) {

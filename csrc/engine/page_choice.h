@@ -68,8 +68,11 @@ class PageWatch {
 
  private:
   void run();
-  // Returns whether the rest of the block has small pages now.
+  // Returns whether the rest of the block has small pages now, from the first missing page on: the
+  // load may be far behind a probe.
   bool probe(std::size_t offset);
+  // The first huge page before `limit` that is not backed; `limit` if there is none.
+  [[nodiscard]] std::size_t first_missing(std::size_t limit) const;
   // Waits until the load comes near to `at`, or is late and at most two sections away. Returns
   // false if it has ended.
   bool wait_for_load(std::size_t at);
