@@ -157,7 +157,7 @@ std::uint64_t memory_headroom() {
   return memory_headroom("");
 }
 bool gives_huge_pages() {
-  // Not a static variable of its value: a fork while one thread asks would leave its lock closed.
+  // A static variable takes a lock to initialize, which a child forked meanwhile would find locked.
   enum Answer : unsigned char { kUnknown, kYes, kNo };
   static std::atomic<Answer> answer = kUnknown;
   if (answer == kUnknown) {
